@@ -1,0 +1,218 @@
+"""From folders and options to everything an engine needs, before the first weight is read.
+
+Order matters: headers and configs first, then the plan, then memory; a budget that cannot hold the plan, or two
+models that do not share a vocabulary, are refused before anything is allocated.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from aspec.errors import UserError
+from aspec.hub import resolve
+from aspec.io.layout import Part
+from aspec.io.memory import PAGE, SlotMemory, allocate
+from aspec.kv import KVCache
+from aspec.model import Model
+from aspec.options import EngineOptions
+from aspec.plan import Plan, PlannedPart, Tier
+from aspec.planner import Needs, Wishes, make_plan
+from aspec.runner import ModelRunner, Weights
+from aspec.text import Tokenizer, check_tokenizer, check_vocabulary
+
+MIB = 1 << 20
+READER_BYTES = 16 * MIB  # bounce buffers of the disk lane
+DEMO = Path(__file__).parent / "demo"
+DEMO_BUDGET_BYTES = 12 * MIB  # below the demo target's 16 MB, so that streaming really happens
+MAX_DRAFT_TOKENS = 16
+DEFAULT_CONTEXT = 4096
+DEFAULT_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A part that is read once, when the engine opens."""
+
+    part: Part
+    buffer: memoryview
+    model: Model
+
+
+@dataclass(slots=True)
+class Assembly:
+    """What an engine owns; mutable, because closing drops the references that keep memory alive."""
+
+    target: Model
+    draft: Model | None
+    tokenizer: Tokenizer
+    plan: Plan
+    parts: dict[int, Part]  # streamed and resident layer parts of the target
+    runner: ModelRunner
+    slots: list[memoryview]
+    loads: list[Load]
+    scratch: torch.Tensor | None
+    memory: list[SlotMemory]
+
+
+def assemble(options: EngineOptions) -> Assembly:
+    """Index both checkpoints, decide the plan, allocate. Raises UserError where the input cannot be used."""
+    target_folder, draft_folder = _folders(options)
+    target = Model(target_folder, dtype=_dtype(options.dtype, target_folder))
+    draft = Model(draft_folder, dtype=_dtype(options.dtype, draft_folder)) if draft_folder else None
+    tokenizer = Tokenizer.load(target_folder)
+    check_tokenizer(tokenizer, target.vocab_size)
+    if draft is not None and draft_folder is not None:
+        check_vocabulary(tokenizer, Tokenizer.load(draft_folder), target.vocab_size, draft.vocab_size)
+    budget = options.device_memory or _default_budget(options)
+    capacity = _capacity(options, target, draft)
+    parts = target.plan(_part_bytes(target, budget))
+    draft_parts = draft.plan(1 << 40) if draft else ()
+    rows = options.max_batch or DEFAULT_ROWS
+    needs = _needs(target, parts, draft, draft_parts, rows, options)
+    wishes = Wishes(
+        budget_bytes=budget,
+        num_rows=rows,
+        capacity=capacity,
+        prefill_tokens=options.prefill_tokens,
+        max_draft_tokens=_max_draft_tokens(options, draft),
+        fixed_draft_tokens=options.num_draft_tokens,
+    )
+    plan = make_plan(needs, wishes)
+    return _allocate(target, parts, draft, draft_parts, tokenizer, plan)
+
+
+def _folders(options: EngineOptions) -> tuple[Path, Path | None]:
+    if options.target is None:
+        if options.draft is not None:
+            raise UserError("--draft was given without --target: a draft serves one target; name both or neither.")
+        return DEMO / "target", None if options.num_draft_tokens == 0 else DEMO / "draft"
+    target = resolve(str(options.target), what="target")
+    if options.draft is None or options.num_draft_tokens == 0:
+        return target, None
+    return target, resolve(str(options.draft), what="draft")
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype | None:
+    """The compute dtype; half precision runs as bfloat16 on a CPU, where fp16 products are very slow."""
+    known = {"auto": None, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
+    known |= {"fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16}
+    if name not in known:
+        raise UserError(f"--dtype {name!r} is not known: expected one of {', '.join(known)}.")
+    return known[name]
+
+
+def _default_budget(options: EngineOptions) -> int:
+    """Most of the memory that is free now; for the embedded demo less than its target, to show the streaming."""
+    if options.target is None:
+        return DEMO_BUDGET_BYTES
+    return int(psutil.virtual_memory().available * 0.7)
+
+
+def _capacity(options: EngineOptions, target: Model, draft: Model | None) -> int:
+    """Tokens per row: what was asked for, never beyond what both models were built for."""
+    limits = [model.max_context for model in (target, draft) if model is not None and model.max_context]
+    most = min(limits, default=DEFAULT_CONTEXT)
+    return min(options.max_context or DEFAULT_CONTEXT, most)
+
+
+def _max_draft_tokens(options: EngineOptions, draft: Model | None) -> int:
+    if draft is None:
+        return 0
+    return MAX_DRAFT_TOKENS if options.num_draft_tokens is None else options.num_draft_tokens
+
+
+def _part_bytes(target: Model, budget: int) -> int:
+    """Parts small enough that slots take little of the budget, large enough for the disk's full rate."""
+    return max(PAGE, min(32 * MIB, budget // 24))
+
+
+def _needs(
+    target: Model,
+    parts: Sequence[Part],
+    draft: Model | None,
+    draft_parts: Sequence[Part],
+    rows: int,
+    options: EngineOptions,
+) -> Needs:
+    layer_parts = tuple(
+        PlannedPart(part.index, part.layer, part.nbytes, part.size) for part in parts if part.layer >= 0
+    )
+    kv = KVCache.bytes_per_token(target.kv_shapes(), target.dtype)
+    if draft is not None:
+        kv += KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
+    fixed = {
+        "embeddings, norms and head": sum(part.size for part in parts if part.layer < 0),
+        "draft weights": sum(part.size for part in draft_parts),
+        "scratch": max((part.scratch_bytes for part in (*parts, *draft_parts)), default=0),
+        "activations": _activation_bytes(target, rows, options.prefill_tokens),
+    }
+    return Needs(layer_parts, target.num_layers, fixed, kv)
+
+
+def _activation_bytes(target: Model, rows: int, prefill_tokens: int) -> int:
+    """The widest moment of a layer and of the head, for the larger of a prefill item and a decode item."""
+    text = target.config.get_text_config()
+    hidden = text.hidden_size
+    wide = getattr(text, "intermediate_size", None) or 4 * hidden
+    wide = max(wide) if isinstance(wide, (list, tuple)) else wide
+    item = torch.empty(0, dtype=target.dtype).element_size()
+    layer = prefill_tokens * (4 * hidden + 3 * wide) * item
+    scores = 2 * prefill_tokens * prefill_tokens * 4  # one head's scores and weights in fp32 at a time
+    head = rows * 2 * target.vocab_size * 8
+    return layer + scores + head
+
+
+def _allocate(
+    target: Model,
+    parts: Sequence[Part],
+    draft: Model | None,
+    draft_parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    plan: Plan,
+) -> Assembly:
+    """Two arenas (resident, slots) and the caches; no weight is read yet."""
+    resident = {part.index for part in plan.parts if part.tier is Tier.DEVICE}
+    once = [(part, target) for part in parts if part.layer < 0 or part.index in resident]
+    once += [(part, draft) for part in draft_parts if draft is not None]
+    memory: list[SlotMemory] = []
+    buffers = _carve(memory, [part.size for part, _ in once])
+    slots = _carve(memory, [plan.slot_bytes] * plan.num_slots)
+    scratch_bytes = max((part.scratch_bytes for part in (*parts, *draft_parts)), default=0)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
+    layer_parts = {part.index: part for part in parts if part.layer >= 0}
+    weights = Weights(layer_parts, [as_tensor(slot) for slot in slots], scratch)
+    runner = ModelRunner(target, _cache(target, plan), weights, draft, _cache(draft, plan) if draft else None)
+    loads = [Load(part, buffer, model) for (part, model), buffer in zip(once, buffers, strict=True)]
+    return Assembly(target, draft, tokenizer, plan, layer_parts, runner, slots, loads, scratch, memory)
+
+
+def _cache(model: Model, plan: Plan) -> KVCache:
+    return KVCache(model.kv_shapes(), plan.num_rows, plan.capacity, model.dtype, "cpu")
+
+
+def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
+    """Page-aligned views of one new arena."""
+    if not sizes:
+        return []
+    arena = allocate(sum(sizes))
+    memory.append(arena)
+    views, at = [], 0
+    for size in sizes:
+        views.append(arena.view[at : at + size])
+        at += size
+    return views
+
+
+def as_tensor(buffer: memoryview) -> torch.Tensor:
+    """A uint8 tensor over the same bytes."""
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def bind_loads(loads: Iterable[Load], scratch: torch.Tensor | None, report: Callable[[int], None]) -> None:
+    """Point the resident parameters at their buffers; ``report`` hears the bytes of each part."""
+    for load in loads:
+        load.model.bind(load.part, as_tensor(load.buffer), scratch)
+        report(load.part.nbytes)

@@ -1,0 +1,122 @@
+"""Running estimates of what work costs, fed by spans: how the policy sizes drafts from measured seconds.
+
+Pure policy: it is handed seconds, it never reads a clock. In virtual time the same estimates come from the
+simulated spans, so a plan is judged by the code that will run it.
+"""
+
+from aspec.tasks.task import Op, Span
+
+SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts at which a layer's seconds are kept
+
+
+def expected_tokens(acceptance: float, num_draft: int) -> float:
+    """Expected tokens of a round for a chain of ``num_draft`` independent proposals, the bonus token included.
+
+    (1 - p^(n+1)) / (1 - p), and n + 1 at p = 1: monotone in p and in n (Leviathan et al., 2023, eq. 1).
+    """
+    if acceptance >= 1.0:
+        return float(num_draft + 1)
+    return (1.0 - acceptance ** (num_draft + 1)) / (1.0 - acceptance)
+
+
+class Average:
+    """An exponentially weighted mean that starts at its first sample."""
+
+    def __init__(self, smoothing: float = SMOOTHING) -> None:
+        self.value: float | None = None  # None until the first sample
+        self._smoothing = smoothing
+
+    def add(self, sample: float) -> None:
+        """Take one more sample."""
+        self.value = sample if self.value is None else self.value + self._smoothing * (sample - self.value)
+
+
+class CostModel:
+    """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
+
+    def __init__(self) -> None:
+        self._layer = {bucket: Average() for bucket in BUCKETS}
+        self._op = {op: Average() for op in Op}
+        self._link = Average()
+        self._link_free_s = 0.0  # when the latest load landed
+        self._accepted, self._refused = 4.0, 1.0  # decayed counts; the prior says p = 0.8
+
+    def observe(self, span: Span) -> None:
+        """Learn from one finished task."""
+        seconds, task = span.stop_s - span.start_s, span.task
+        if task.op is Op.LAYER:
+            self._layer[_bucket(task.num_tokens)].add(seconds)
+        elif task.op is Op.READ:
+            busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
+            if busy > 0:
+                self._link.add(task.nbytes / busy)
+            self._link_free_s = max(self._link_free_s, span.stop_s)
+        else:
+            self._op[task.op].add(seconds)
+        for outcome in span.outcomes:
+            self._learn_acceptance(outcome.num_proposed, outcome.num_accepted)
+
+    @property
+    def acceptance(self) -> float:
+        """The chance that one more proposal is accepted, given that those before it were."""
+        return self._accepted / (self._accepted + self._refused)
+
+    def best_draft_tokens(
+        self, num_layers: int, num_rows: int, streamed_bytes: int, ahead_bytes: int, most: int
+    ) -> int:
+        """The chain length, 0 .. ``most``, that makes most tokens per second by the present estimates.
+
+        ``streamed_bytes`` travel in a pass; up to ``ahead_bytes`` of them land while no layer runs.
+        """
+        draft = self._op[Op.DRAFT].value or 0.0
+        if self._layer_seconds(num_rows) is None:
+            return min(4, most)
+        return max(
+            range(most + 1),
+            key=lambda n: (
+                expected_tokens(self.acceptance, n)
+                / self._round_seconds(num_layers, num_rows, n, n * draft, streamed_bytes, ahead_bytes)
+            ),
+        )
+
+    def _round_seconds(
+        self,
+        num_layers: int,
+        num_rows: int,
+        num_draft: int,
+        draft_s: float,
+        streamed_bytes: int,
+        ahead_bytes: int,
+    ) -> float:
+        rate = self._link.value or float("inf")
+        compute = num_layers * (self._layer_seconds(num_rows * (num_draft + 1)) or 0.0)
+        aside = draft_s + (self._op[Op.HEAD].value or 0.0) + (self._op[Op.EMBED].value or 0.0)
+        hidden = min(aside, ahead_bytes / rate)  # the stream fills free slots meanwhile
+        return max(compute + hidden, streamed_bytes / rate) + aside - hidden + 1e-6
+
+    def _layer_seconds(self, num_tokens: int) -> float | None:
+        """Seconds of one layer for a token count, from the nearest counts that were measured."""
+        known = [(bucket, average.value) for bucket, average in self._layer.items() if average.value is not None]
+        if not known:
+            return None
+        below = [pair for pair in known if pair[0] <= num_tokens]
+        above = [pair for pair in known if pair[0] > num_tokens]
+        if not below:
+            return above[0][1]
+        if not above:
+            return below[-1][1] * max(1.0, num_tokens / (2 * below[-1][0]))
+        (low, low_s), (high, high_s) = below[-1], above[0]
+        return low_s + (high_s - low_s) * (num_tokens - low) / (high - low)
+
+    def _learn_acceptance(self, num_proposed: int, num_accepted: int) -> None:
+        if num_proposed == 0:
+            return
+        decay = 0.98
+        self._accepted = self._accepted * decay + num_accepted
+        self._refused = self._refused * decay + (num_accepted < num_proposed)
+
+
+def _bucket(num_tokens: int) -> int:
+    """The largest kept count that is not above ``num_tokens``."""
+    return max((b for b in BUCKETS if b <= num_tokens), default=BUCKETS[0])

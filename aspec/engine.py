@@ -1,0 +1,277 @@
+"""The engine: opens a plan, runs the executor in a task of its own, and serves streams of text.
+
+    async with open_engine(target="org/big", draft="org/small", device_memory=8 << 30) as engine:
+        async for piece in engine.stream("Once upon a time", SamplingParams(max_new_tokens=64)):
+            print(piece.text, end="")
+
+Several streams at once share passes. One TaskGroup lives inside the executor's task; no generator ever yields to
+a caller from inside it (PEP 789). A failure surfaces in every open stream, and once more when the engine closes
+if nobody heard it.
+"""
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Self
+
+import torch
+
+from aspec.assembly import Assembly, Load, assemble, bind_loads
+from aspec.errors import InternalError, PromptError, UserError
+from aspec.executor import Executor, Observer
+from aspec.io.cpu import CpuBackend
+from aspec.io.disk import DiskLane, probe_rate
+from aspec.options import EngineOptions
+from aspec.params import SamplingParams
+from aspec.plan import Plan, format_bytes
+from aspec.sampling import Sampler
+from aspec.scheduler import Scheduler
+from aspec.sequence import Sequence as TokenSequence
+from aspec.stats import Piece, RequestStats
+from aspec.tasks.task import Arrived, Cancelled, Closing, Op, Span
+from aspec.text import TextStream, Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""A text, token ids, or a chat as role and content messages."""
+
+
+class Engine:
+    """A target, its draft and one run of the dataflow; use as an async context manager."""
+
+    def __init__(self, options: EngineOptions, observers: Iterable[Observer] = ()) -> None:
+        self._options = options
+        self._observers = [self._observe, *observers]
+        self._ids = itertools.count()
+        self._queues: dict[int, asyncio.Queue[Piece | BaseException]] = {}
+        self._requests: dict[int, RequestStats] = {}
+        self._assembly: Assembly | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+        self._heard = False  # some stream has raised the failure
+
+    async def __aenter__(self) -> Self:
+        _tune_process(self._options.threads)
+        if self._options.device == "cuda":
+            raise UserError("--device cuda: this build runs on the CPU only; use --device cpu or auto.")
+        assembly = await asyncio.to_thread(assemble, self._options)
+        self._assembly = assembly
+        self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
+        try:
+            await self._load(assembly)
+        except BaseException:
+            self._release()
+            raise
+        self._backend = CpuBackend(assembly.runner, assembly.parts, assembly.slots, self._disk)
+        self._executor = Executor(Scheduler(assembly.plan), self._backend, self._observers)
+        self._running = asyncio.create_task(self._run(), name="aspec engine")
+        gc.freeze()  # what lives now lives until the end: keep it out of collections
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._running is not None
+        if not self._running.done():
+            self._executor.post(Closing(now=True))
+            self._running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+        if self._failure is not None and not self._heard and kind is None:
+            raise self._failure
+
+    @property
+    def plan(self) -> Plan:
+        """What is resident, what streams, and the arithmetic behind it."""
+        return self._open.plan
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The target's tokenizer."""
+        return self._open.tokenizer
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a sequence may have, prompt included."""
+        return self._open.plan.capacity
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Piece]:
+        """Generate; yields a piece per round, the last one with a finish reason and statistics.
+
+        Raises PromptError for a prompt that cannot be served, and the engine's failure if it has one.
+        """
+        params = params or SamplingParams()
+        sequence = self._sequence(prompt, params)
+        if params.max_new_tokens == 0:
+            yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
+            return
+        queue = self._arrive(sequence)
+        try:
+            while True:
+                piece = await queue.get()
+                if isinstance(piece, BaseException):
+                    self._heard = True
+                    raise piece
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            self._leave(sequence.id)
+
+    def probe_link_rate(self, seconds: float = 0.5) -> float | None:
+        """Raw bytes per second of the checkpoint's own files, read as the lane reads; None if nothing streams.
+
+        Blocks: call it in a thread, while nothing is generated.
+        """
+        streamed = [self._open.parts[part.index] for part in self.plan.streamed]
+        segments = [segment for part in streamed for segment in part.segments]
+        if not segments:
+            return None
+        return probe_rate(segments, seconds, rate_bytes_per_s=self._options.link_rate)
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    @property
+    def _open(self) -> Assembly:
+        if self._assembly is None:
+            raise InternalError("the engine is not open: use it inside `async with`")
+        return self._assembly
+
+    async def _load(self, assembly: Assembly) -> None:
+        """Read the resident parts, several in flight; report bytes as they land."""
+        total, done = sum(load.part.nbytes for load in assembly.loads), 0
+
+        def report(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if self._options.progress is not None:
+                self._options.progress("load", done, total)
+
+        async def read(load: Load) -> None:
+            await self._disk.read(load.part.segments, load.buffer)
+            bind_loads([load], assembly.scratch, report)
+
+        results = await asyncio.gather(*(read(load) for load in assembly.loads), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _run(self) -> None:
+        """The executor's whole life; whatever ends it, every stream hears."""
+        try:
+            await self._executor.run()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._failure = error
+            for queue in self._queues.values():
+                queue.put_nowait(error)
+        finally:
+            await self._backend.close()
+            self._release()
+
+    def _release(self) -> None:
+        """Join the readers and give the memory back; the models die with the assembly."""
+        self._disk.close()
+        assembly, self._assembly = self._assembly, None
+        if assembly is not None:
+            memory = assembly.memory
+            self._closed_plan = assembly.plan
+            del assembly
+            gc.unfreeze()
+            gc.collect()
+            for arena in memory:
+                arena.close()
+
+    def _sequence(self, prompt: Prompt, params: SamplingParams) -> TokenSequence:
+        opened = self._open
+        tokens = _encode(opened.tokenizer, prompt)
+        room = opened.plan.capacity - len(tokens)
+        if not tokens:
+            raise PromptError("the prompt is empty: expected at least one token; give --prompt some text.")
+        if max(tokens) >= opened.target.vocab_size or min(tokens) < 0:
+            raise PromptError(
+                f"the prompt holds token {max(tokens)}; the target knows 0 .. {opened.target.vocab_size - 1}."
+            )
+        if room < 1:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens; the context holds {opened.plan.capacity}, and at least one must "
+                f"stay free to generate. Shorten the prompt or raise --max-context (the model allows "
+                f"{opened.target.max_context or 'any'})."
+            )
+        return TokenSequence(
+            id=next(self._ids),
+            tokens=tokens,
+            num_prompt=len(tokens),
+            params=params,
+            sampler=Sampler(params),
+            text=TextStream(opened.tokenizer, stop=params.stop),
+            end_ids=frozenset() if params.ignore_eos else frozenset(opened.target.end_ids),
+            max_new_tokens=min(params.max_new_tokens, room),
+        )
+
+    def _arrive(self, sequence: TokenSequence) -> asyncio.Queue[Piece | BaseException]:
+        if self._failure is not None:
+            self._heard = True
+            raise self._failure
+        queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self._queues[sequence.id] = queue
+        self._requests[sequence.id] = RequestStats(sequence.num_prompt, self._backend.now())
+        self._open.runner.admit(sequence)
+        self._executor.post(Arrived(sequence.id, sequence.num_prompt, sequence.max_new_tokens))
+        return queue
+
+    def _leave(self, sequence: int) -> None:
+        """A stream has ended or nobody listens any more."""
+        self._queues.pop(sequence, None)
+        if self._requests.pop(sequence, None) is not None and self._assembly is not None:
+            self._executor.post(Cancelled(sequence))
+
+    def _observe(self, span: Span) -> None:
+        """Turn committed tokens into pieces, and spans into statistics; runs on the loop after every task."""
+        if span.task.op is Op.READ:
+            for stats in self._requests.values():
+                stats.streamed_bytes += span.task.nbytes
+        for outcome in span.outcomes:
+            sequence = self._open.runner.sequence_in(outcome.row)
+            stats = self._requests.get(sequence.id)
+            queue = self._queues.get(sequence.id)
+            if stats is None or queue is None:
+                continue  # cancelled: nobody listens
+            stats.take(outcome, span.stop_s)
+            for text, tokens in sequence.take_pieces():
+                reason = sequence.finish_reason
+                final = stats.close(self.plan, span.stop_s) if reason else None
+                queue.put_nowait(Piece(text, tokens, reason, final))
+            if sequence.finish_reason is not None:
+                self._requests.pop(sequence.id)
+
+
+def open_engine(*, observers: Iterable[Observer] = (), **options: object) -> Engine:
+    """An engine for ``async with``; keywords are the fields of ``EngineOptions``.
+
+    Raises UserError where an option or a model cannot be used.
+    """
+    return Engine(EngineOptions(**options), observers)  # type: ignore[arg-type]  # checked by the dataclass
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    items = list(prompt)
+    if items and isinstance(items[0], dict):
+        return tokenizer.encode_chat([message for message in items if isinstance(message, dict)])
+    return [int(token) for token in items if not isinstance(token, dict)]
+
+
+def _tune_process(threads: int | None) -> None:
+    """Leave the interpreter responsive beside compute threads."""
+    sys.setswitchinterval(1e-3)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+def describe_plan(plan: Plan) -> str:
+    """One line for people: what streams per pass, what is held."""
+    streamed = format_bytes(plan.streamed_bytes)
+    return f"{len(plan.streamed)} of {len(plan.parts)} parts stream, {streamed} per pass; held: {plan.describe()}"

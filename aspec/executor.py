@@ -1,0 +1,133 @@
+"""The executor: one worker per unit of a resource's depth, a ready queue per resource, one event queue.
+
+Rules. Every spawn is a child of the one TaskGroup of ``run``. Issued work is settled, never abandoned: a
+cancelled worker waits for what the device has in flight, and only then lets go of its buffers. Tasks that were
+emitted and never issued simply drop. What may NOT go in: policy (ask the scheduler), tensors, prints.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from aspec.errors import DeadlockError
+from aspec.io.backend import Backend
+from aspec.tasks.graph import Graph
+from aspec.tasks.task import Completion, Decision, Event, Resource, Span, Started, Task
+
+Observer = Callable[[Span], None]
+"""Called on the loop with every finished task; must not block."""
+
+
+class Policy(Protocol):
+    """What the executor asks: synchronous, and free of anything that can wait."""
+
+    done: bool
+
+    def handle(self, event: Event) -> Decision:
+        """The tasks and row changes that follow from an event."""
+        ...
+
+
+class Executor:
+    """Runs a policy's tasks on a backend until the policy is done."""
+
+    def __init__(self, policy: Policy, backend: Backend, observers: Sequence[Observer] = ()) -> None:
+        self._policy, self._backend, self._observers = policy, backend, observers
+        self._graph = Graph(backend.resources)
+        self._wake = {resource.name: asyncio.Event() for resource in backend.resources}
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._in_flight = 0
+        self._recent: list[Span] = []  # the last spans, for the notes of an error
+
+    def post(self, event: Event) -> None:
+        """Tell the policy something from outside; only on the loop's thread."""
+        self._events.put_nowait(event)
+
+    async def run(self) -> None:
+        """Serve until the policy is done. Raises the first error of a task, after everything has settled."""
+        async with asyncio.TaskGroup() as group:
+            workers = [
+                group.create_task(self._work(resource), name=f"aspec {resource.name} {i}")
+                for resource in self._backend.resources
+                for i in range(resource.depth)
+            ]
+            try:
+                await self._serve()
+            finally:
+                for worker in workers:
+                    worker.cancel()
+
+    async def _serve(self) -> None:
+        event: Event = Started()
+        while True:
+            decision = self._policy.handle(event)
+            self._backend.seat(decision.seatings)
+            for task in decision.tasks:
+                self._graph.add(task)
+            self._kick()
+            if self._policy.done:
+                return
+            self._check_progress()
+            event = await self._events.get()
+
+    def _check_progress(self) -> None:
+        """A schedule that can never finish is an error at once, with the reason."""
+        ready = any(self._graph.has_ready(name) for name in self._wake)
+        if len(self._graph) and not self._in_flight and not ready and self._events.empty():
+            blocked = "\n  ".join(self._graph.blocked())
+            raise DeadlockError(f"nothing runs and nothing can become ready; the oldest tasks:\n  {blocked}")
+
+    def _kick(self) -> None:
+        for name, wake in self._wake.items():
+            if self._graph.has_ready(name):
+                wake.set()
+
+    async def _work(self, resource: Resource) -> None:
+        wake = self._wake[resource.name]
+        while True:
+            while (task := self._graph.pop(resource.name)) is None:
+                wake.clear()
+                await wake.wait()
+            after = self._graph.issue(task)
+            self._in_flight += 1
+            try:
+                future = self._backend.issue(task, after)
+                self._kick()
+                completion = await settle(future)
+            except Exception as error:
+                self._explain(error, task)
+                raise
+            finally:
+                self._in_flight -= 1
+            self._finish(task, completion)
+
+    def _finish(self, task: Task, completion: Completion) -> None:
+        self._graph.complete(task)
+        self._kick()
+        span = Span(task, completion.start_s, completion.stop_s, completion.outcomes)
+        self._recent = [*self._recent[-4:], span]
+        for observe in self._observers:
+            observe(span)
+        self._events.put_nowait(span)
+
+    def _explain(self, error: BaseException, task: Task) -> None:
+        """Notes on the way up: task, resource, buffers, last spans."""
+        buffers = ", ".join(access.buffer for access in (*task.reads, *task.writes)) or "none"
+        last = "; ".join(f"{s.task.label} {s.start_s:.6f}-{s.stop_s:.6f} s" for s in self._recent) or "none"
+        error.add_note(f"while running {task.label} (task {task.id}, number {task.number}) on {task.resource}")
+        error.add_note(f"buffers: {buffers}; last spans: {last}")
+
+
+async def settle(future: asyncio.Future[Completion]) -> Completion:
+    """Wait for issued work to its very end, even when cancelled: its buffers are not ours before."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not future.cancelled():
+            future.exception()  # retrieved: whoever cancelled does not want it
+        raise cancelled
+    return future.result()

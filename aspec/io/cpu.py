@@ -1,0 +1,73 @@
+"""The CPU backend: the device is this machine's memory under a budget, so reads fill the slots directly.
+
+Three workers: the disk lane (a few threads), one compute lane for target and draft, one lane for small host work.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from aspec.io.disk import DiskLane
+from aspec.io.lane import ThreadLane
+from aspec.io.layout import Part
+from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Op, Resource, RowOutcome, Seating, Task
+
+
+class Runner(Protocol):
+    """What computes: called on a lane's thread, never on the loop."""
+
+    def run(self, task: Task) -> tuple[RowOutcome, ...]:
+        """Compute one task."""
+        ...
+
+    def seat(self, seatings: Sequence[Seating]) -> None:
+        """Rows change hands between passes."""
+        ...
+
+
+class CpuBackend:
+    """Runs tasks on this machine's processors and disk."""
+
+    resources = (
+        Resource(DISK, depth=3, in_order=False),
+        Resource(COMPUTE, depth=2, domain="host"),
+        Resource(CPU, depth=1),
+    )
+
+    def __init__(self, runner: Runner, parts: Mapping[int, Part], slots: Sequence[memoryview], disk: DiskLane) -> None:
+        loop = asyncio.get_running_loop()
+        self._runner, self._parts, self._slots, self._disk = runner, parts, slots, disk
+        self._lanes = {name: ThreadLane(name, loop) for name in (COMPUTE, CPU)}
+        self._closed = False
+
+    def now(self) -> float:
+        """Seconds of ``time.perf_counter``."""
+        return time.perf_counter()
+
+    def seat(self, seatings: Sequence[Seating]) -> None:
+        """Rows change hands between passes."""
+        self._runner.seat(seatings)
+
+    def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
+        """Start a task; lanes keep order, so ``after`` is met by construction."""
+        if task.op is Op.READ:
+            return asyncio.ensure_future(self._read(task))
+        return self._lanes[task.resource].submit(lambda: self._compute(task))
+
+    async def close(self) -> None:
+        """Finish what is queued and join the lanes; the disk lane belongs to whoever made it."""
+        if not self._closed:
+            self._closed = True
+            for lane in self._lanes.values():
+                lane.close()
+
+    async def _read(self, task: Task) -> Completion:
+        part = self._parts[task.part]
+        done = await self._disk.read(part.segments, self._slots[task.slot], task.priority)
+        return Completion(done.start_s, done.stop_s)
+
+    def _compute(self, task: Task) -> Completion:
+        start = time.perf_counter()
+        outcomes = self._runner.run(task)
+        return Completion(start, time.perf_counter(), outcomes)

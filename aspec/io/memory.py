@@ -1,0 +1,55 @@
+"""Memory for weights: anonymous, page-aligned, on huge pages where the system grants them, touched beforehand.
+
+Reads into 2 MiB pages cost a quarter of the CPU of reads into 4 KiB pages and keep their rate beside compute;
+touching the pages once keeps page faults out of the run.
+"""
+
+import contextlib
+import ctypes
+import gc
+import mmap
+
+from aspec.errors import DeviceError
+
+PAGE = 4096
+HUGE_PAGE = 2 << 20
+
+
+class SlotMemory:
+    """``view``: a writable memoryview of ``nbytes`` bytes whose address is a multiple of 2 MiB."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = -(-nbytes // PAGE) * PAGE
+        try:
+            self._map = mmap.mmap(-1, self.nbytes + HUGE_PAGE)
+        except (OSError, ValueError, OverflowError) as error:
+            raise DeviceError(
+                f"the system refused {self.nbytes} bytes for weights: {error}; lower --device-memory."
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE") and self.nbytes >= HUGE_PAGE:
+            with contextlib.suppress(OSError):  # a kernel without huge pages serves small ones
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        skip = -address % HUGE_PAGE
+        self.address = address + skip
+        self._whole = memoryview(self._map)
+        self.view = self._whole[skip : skip + self.nbytes]
+        ctypes.memset(self.address, 0, self.nbytes)  # touch every page; drops the interpreter lock
+
+    def close(self) -> None:
+        """Give the memory back, as soon as nothing points into it any more."""
+        self.view.release()
+        self._whole.release()
+        gc.collect(0)
+        with contextlib.suppress(BufferError):  # a tensor still looks: the map goes when the tensor does
+            self._map.close()
+
+
+def allocate(nbytes: int) -> SlotMemory:
+    """Memory for weights, rounded up to whole pages. Raises DeviceError if the system has not got it."""
+    return SlotMemory(nbytes)
+
+
+def address_of(buffer: memoryview) -> int:
+    """The address of a writable buffer's first byte."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0

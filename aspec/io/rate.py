@@ -1,0 +1,31 @@
+"""A token bucket shared by the threads of a lane: ``--link-rate`` makes runs comparable on a drifting disk."""
+
+import threading
+import time
+from collections.abc import Callable
+
+BURST_S = 0.02  # credit that a lane may save up while it is idle or oversleeps
+
+
+class RateLimit:
+    """Bytes per second, for all threads together."""
+
+    def __init__(self, bytes_per_s: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._next_s = 0.0  # when the bytes reserved so far will have passed
+
+    def reserve(self, nbytes: int) -> float:
+        """Book ``nbytes``; returns the clock reading before which they must not count as arrived."""
+        if self.bytes_per_s is None:
+            return 0.0
+        with self._lock:
+            start = max(self._clock() - BURST_S, self._next_s)
+            self._next_s = start + nbytes / self.bytes_per_s
+            return self._next_s
+
+    def wait_until(self, deadline_s: float, stopping: threading.Event) -> None:
+        """Sleep to a deadline of ``reserve``, or until the lane stops."""
+        if self.bytes_per_s is not None and (left := deadline_s - self._clock()) > 0:
+            stopping.wait(left)

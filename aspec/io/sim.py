@@ -1,0 +1,161 @@
+"""A simulated machine: every task is priced from a hardware profile and completes on the loop's clock.
+
+The same scheduler, graph and executor run on it as on the real machines; only prices and acceptance counts come
+from here. Acceptance is drawn from an integer hash of (seed, sequence, position), so it depends on no plan.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aspec.tasks.task import (
+    COMPUTE,
+    CPU,
+    DISK,
+    DRAFT_COMPUTE,
+    H2D,
+    Completion,
+    Op,
+    Resource,
+    RowOutcome,
+    Seating,
+    Task,
+)
+
+HOST_RESOURCES = (
+    Resource(DISK, depth=3),
+    Resource(COMPUTE, depth=2, domain="host"),
+    Resource(CPU, depth=1),
+)
+"""A machine whose device is its own memory."""
+
+DEVICE_RESOURCES = (
+    Resource(DISK, depth=3),
+    Resource(H2D, depth=2, domain="device"),
+    Resource(COMPUTE, depth=2, domain="device"),
+    Resource(DRAFT_COMPUTE, depth=2, domain="device"),
+    Resource(CPU, depth=1),
+)
+"""A machine with a device behind a link."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a machine costs: rates in bytes per second, everything else in seconds."""
+
+    disk_bytes_per_s: float = 2e9
+    copy_bytes_per_s: float = 20e9
+    layer_s: float = 5e-3  # one layer, any number of tokens below the knee
+    layer_token_s: float = 1e-4  # and per token
+    draft_s: float = 3e-3  # one draft step
+    draft_token_s: float = 2e-5  # and per token (prompts)
+    head_s: float = 2e-3
+    embed_s: float = 2e-4
+    accept_s: float = 1e-4
+    acceptance: float = 0.8  # chance that a proposal is accepted
+    end_probability: float = 0.0  # chance that a committed token ends its sequence
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Lane:
+    free_s: float = 0.0  # when an in-order resource has finished all it was issued
+
+
+@dataclass(slots=True)
+class SimBackend:
+    """Prices tasks on virtual time. ``fail`` injects an error at the n-th task of a kind."""
+
+    profile: Profile
+    resources: tuple[Resource, ...] = HOST_RESOURCES
+    fail: tuple[Op, int] | None = None
+    in_flight: int = 0  # tasks issued and not resolved; 0 after close
+    closed: bool = False
+    _lanes: dict[str, _Lane] = field(default_factory=dict)
+    _stops: dict[int, float] = field(default_factory=dict)  # end of issued tasks, for those behind them
+    _seated: dict[int, int] = field(default_factory=dict)  # row -> sequence
+    _issued: dict[Op, int] = field(default_factory=dict)
+    _poisoned: dict[str, BaseException] = field(default_factory=dict)  # by domain
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return asyncio.get_running_loop().time()
+
+    def seat(self, seatings: Sequence[Seating]) -> None:
+        """Remember which sequence a row serves: acceptance depends on it."""
+        for seating in seatings:
+            if seating.sequence is not None:
+                self._seated[seating.row] = seating.sequence
+
+    def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
+        """Complete the task when its lane and the tasks it follows are done, plus its price."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Completion] = loop.create_future()
+        lane = self._lanes.setdefault(task.resource, _Lane())
+        start = max(loop.time(), lane.free_s, *(self._stops.get(task_id, 0.0) for task_id in after))
+        stop = round((start + self.price(task)) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
+        lane.free_s = self._stops[task.id] = stop
+        self.in_flight += 1
+        self._issued[task.op] = self._issued.get(task.op, 0) + 1
+        faulty = self.fail == (task.op, self._issued[task.op])
+        loop.call_at(stop, self._finish, future, task, Completion(start, stop, self._outcomes(task)), faulty)
+        return future
+
+    async def close(self) -> None:
+        """Wait, in virtual time, until nothing is in flight."""
+        while self.in_flight:
+            await asyncio.sleep(max(0.0, max(self._stops.values()) - self.now()))
+        self.closed = True
+
+    def price(self, task: Task) -> float:
+        """Seconds of a task by the profile."""
+        profile = self.profile
+        fixed: Mapping[Op, float] = {
+            Op.READ: task.nbytes / profile.disk_bytes_per_s,
+            Op.COPY: task.nbytes / profile.copy_bytes_per_s,
+            Op.EMBED: profile.embed_s,
+            Op.LAYER: profile.layer_s + profile.layer_token_s * task.num_tokens,
+            Op.HEAD: profile.head_s,
+            Op.ACCEPT: profile.accept_s,
+            Op.DRAFT: profile.draft_s,
+            Op.DRAFT_PREFILL: profile.draft_s + profile.draft_token_s * task.num_tokens,
+        }
+        return fixed[task.op]
+
+    def _finish(self, future: asyncio.Future[Completion], task: Task, completion: Completion, faulty: bool) -> None:
+        self.in_flight -= 1
+        self._stops.pop(task.id)
+        domain = next(r.domain for r in self.resources if r.name == task.resource) or f"task {task.id}"
+        if faulty:
+            self._poisoned[domain] = OSError(f"injected fault in {task.label}")
+        error = self._poisoned.get(domain)
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(completion)
+
+    def _outcomes(self, task: Task) -> tuple[RowOutcome, ...]:
+        if task.op is not Op.ACCEPT or task.item is None:
+            return ()
+        item = task.item
+        triples = zip(item.rows, item.starts, item.counts, strict=True)
+        return tuple(self._outcome(row, start, 1 if item.prefill else count) for row, start, count in triples)
+
+    def _outcome(self, row: int, start: int, count: int) -> RowOutcome:
+        """Accept proposals while the hash of their position says so."""
+        accepted = 0
+        sequence = self._seated[row]
+        while accepted < count - 1 and self._chance(sequence, start + accepted, 0) < self.profile.acceptance:
+            accepted += 1
+        ends = (i for i in range(accepted + 1) if self._chance(sequence, start + i, 1) < self.profile.end_probability)
+        end = next(ends, None)
+        new = accepted + 1 if end is None else end + 1
+        return RowOutcome(row, count - 1, accepted, new, stopped=end is not None)
+
+    def _chance(self, sequence: int, position: int, stream: int) -> float:
+        """A number in [0, 1) that depends on its arguments and the seed alone (splitmix64's finaliser)."""
+        mask = (1 << 64) - 1
+        x = (self.profile.seed * 0x9E3779B97F4A7C15 + sequence * 0xBF58476D1CE4E5B9 + position * 2 + stream) & mask
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = ((x ^ (x >> shift)) * factor) & mask
+        return (x ^ (x >> 31)) / 2.0**64

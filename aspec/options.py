@@ -1,0 +1,45 @@
+"""What a user may ask of an engine: one frozen record with sane defaults."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aspec.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to open an engine. None means: decide from the model, the machine and measured costs."""
+
+    target: str | Path | None = None  # folder or hub id; None: the embedded demo pair
+    draft: str | Path | None = None
+    device: str = "auto"
+    device_memory: int | None = None  # bytes
+    dtype: str = "auto"
+    num_draft_tokens: int | None = None  # 0: no speculation
+    max_batch: int | None = None  # sequences that share a pass
+    max_context: int | None = None  # tokens of a sequence, prompt included
+    prefill_tokens: int = 512  # tokens of one prefill item
+    link_rate: float | None = None  # bytes per second; throttles the disk lane
+    threads: int | None = None  # torch intra-op threads
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        counts = {
+            "device_memory": (self.device_memory, 1),
+            "num_draft_tokens": (self.num_draft_tokens, 0),
+            "max_batch": (self.max_batch, 1),
+            "max_context": (self.max_context, 2),
+            "prefill_tokens": (self.prefill_tokens, 1),
+            "threads": (self.threads, 1),
+        }
+        for name, (value, least) in counts.items():
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, found {value}.")
+        if self.link_rate is not None and self.link_rate <= 0:
+            raise UserError(f"link_rate must be a positive number of bytes per second, found {self.link_rate}.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device must be auto, cpu or cuda, found {self.device!r}.")

@@ -1,0 +1,88 @@
+"""The plan: what is resident, how many slots, how many rows, how long a draft; and the arithmetic behind it.
+
+Standard library only: the scheduler, the simulation and the dashboard read it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from aspec.errors import InternalError
+
+
+class Tier(StrEnum):
+    """Where a part lives between passes."""
+
+    DEVICE = "device"  # resident: never streams
+    HOST = "host"  # pinned host memory: one copy per pass
+    DISK = "disk"  # the checkpoint's files: one read per pass (and a copy, where the device is not the host)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPart:
+    """One unit of weights: ``nbytes`` are read or copied, ``size`` bytes of buffer hold them."""
+
+    index: int
+    layer: int
+    nbytes: int
+    size: int
+    tier: Tier = Tier.DISK
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is decided before the first byte is read."""
+
+    parts: tuple[PlannedPart, ...]  # of the layers, in the order of their use
+    num_layers: int
+    num_slots: int
+    slot_bytes: int
+    num_rows: int = 1
+    capacity: int = 2048  # tokens of KV per row
+    prefill_tokens: int = 512  # tokens of one prefill item at most
+    max_draft_tokens: int = 0  # 0: no speculation
+    fixed_draft_tokens: int | None = None  # None: chosen by measured cost
+    num_staging: int = 0  # 0: reads fill slots directly (the device is the host)
+    draft_resource: str = "compute"
+    budget_bytes: int | None = None
+    arithmetic: Mapping[str, int] = field(default_factory=dict)  # what is held, label -> bytes
+
+    def __post_init__(self) -> None:
+        most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
+        if self.num_slots < most or (self.streamed and self.num_slots < 1):
+            raise InternalError(f"a layer streams {most} parts, the plan has {self.num_slots} slots")
+        if any(part.size > self.slot_bytes for part in self.streamed):
+            raise InternalError(f"a streamed part is larger than a slot of {self.slot_bytes} bytes")
+
+    @property
+    def streamed(self) -> tuple[PlannedPart, ...]:
+        """The parts that travel every pass, in the order of their use."""
+        return tuple(part for part in self.parts if part.tier is not Tier.DEVICE)
+
+    def streamed_of(self, layer: int) -> tuple[PlannedPart, ...]:
+        """The parts of one layer that travel every pass."""
+        return tuple(part for part in self.parts if part.layer == layer and part.tier is not Tier.DEVICE)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that travel in one pass."""
+        return sum(part.nbytes for part in self.streamed)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the plan holds on the device at its peak."""
+        return sum(self.arithmetic.values())
+
+    def describe(self) -> str:
+        """The arithmetic as one paragraph."""
+        terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in self.arithmetic.items() if nbytes)
+        return f"{terms} = {format_bytes(self.held_bytes)}"
+
+
+def format_bytes(nbytes: float) -> str:
+    """Bytes for people, in binary units: ``1.50 GiB``."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(nbytes) >= scale:
+            value = nbytes / scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
+    return f"{nbytes:.0f} B"

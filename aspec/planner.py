@@ -1,0 +1,119 @@
+"""From what a model needs and what a budget allows to a plan: what is resident, how many slots.
+
+Pure policy: byte sizes in, a ``Plan`` out, with the arithmetic that an error or a summary shows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from aspec.errors import BudgetError
+from aspec.plan import Plan, PlannedPart, Tier, format_bytes
+
+SPARE_SLOTS = 3  # slots beyond one layer's parts: they fill while the draft works between two passes
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What must be held, bytes, whatever is decided; and the parts among which the plan chooses."""
+
+    parts: tuple[PlannedPart, ...]
+    num_layers: int
+    fixed: Mapping[str, int]  # label -> bytes that are held in any plan
+    kv_bytes_per_token: int  # target and draft together
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user asked for; None means: decide."""
+
+    budget_bytes: int
+    num_rows: int
+    capacity: int
+    prefill_tokens: int = 512
+    max_draft_tokens: int = 0
+    fixed_draft_tokens: int | None = None
+
+
+def make_plan(needs: Needs, wishes: Wishes) -> Plan:
+    """Everything resident if it fits; otherwise the fewest useful slots, and the rest of the budget resident.
+
+    Raises BudgetError, with the arithmetic and the smallest budget that would do.
+    """
+    held = {**needs.fixed, "KV cache": needs.kv_bytes_per_token * wishes.num_rows * (wishes.capacity + 1)}
+    room = wishes.budget_bytes - sum(held.values())
+    everything = sum(part.size for part in needs.parts)
+    if everything <= room:
+        parts = tuple(replace(part, tier=Tier.DEVICE) for part in needs.parts)
+        return _plan(needs, wishes, parts, 0, 0, {**held, "resident layers": everything})
+    per_layer = _most_parts_per_layer(needs)
+    slot_bytes = max(part.size for part in needs.parts)
+    if per_layer * slot_bytes > room:
+        raise BudgetError(_too_small(held, per_layer, slot_bytes, wishes.budget_bytes))
+    num_slots = min(per_layer + SPARE_SLOTS, room // slot_bytes)
+    resident = _spread(needs.parts, room - num_slots * slot_bytes)
+    parts = tuple(replace(p, tier=Tier.DEVICE if p.index in resident else Tier.DISK) for p in needs.parts)
+    slot_bytes = max(part.size for part in parts if part.tier is Tier.DISK)
+    held |= {
+        "resident layers": sum(part.size for part in parts if part.tier is Tier.DEVICE),
+        f"{num_slots} slots": num_slots * slot_bytes,
+    }
+    return _plan(needs, wishes, parts, num_slots, slot_bytes, held)
+
+
+def _plan(
+    needs: Needs,
+    wishes: Wishes,
+    parts: tuple[PlannedPart, ...],
+    num_slots: int,
+    slot_bytes: int,
+    held: Mapping[str, int],
+) -> Plan:
+    return Plan(
+        parts=parts,
+        num_layers=needs.num_layers,
+        num_slots=num_slots,
+        slot_bytes=slot_bytes,
+        num_rows=wishes.num_rows,
+        capacity=wishes.capacity,
+        prefill_tokens=wishes.prefill_tokens,
+        max_draft_tokens=wishes.max_draft_tokens,
+        fixed_draft_tokens=wishes.fixed_draft_tokens,
+        budget_bytes=wishes.budget_bytes,
+        arithmetic=held,
+    )
+
+
+def _most_parts_per_layer(needs: Needs) -> int:
+    counts = [0] * needs.num_layers
+    for part in needs.parts:
+        counts[part.layer] += 1
+    return max(counts)
+
+
+def _spread(parts: Sequence[PlannedPart], room: int) -> set[int]:
+    """Indices of parts to keep resident: as many as fit, evenly over the order of use.
+
+    Evenly, so that the stream never has to hurry: between two streamed parts there is resident work to hide it.
+    """
+    chosen: set[int] = set()
+    smallest = min(part.size for part in parts)
+    average = sum(part.size for part in parts) / len(parts)
+    wanted = int(room // average)
+    even = [int((i + 0.5) * len(parts) / wanted) for i in range(wanted)]
+    for part in [*(parts[i] for i in even), *parts]:
+        if room < smallest:
+            break
+        if part.size <= room and part.index not in chosen:
+            chosen.add(part.index)
+            room -= part.size
+    return chosen
+
+
+def _too_small(held: Mapping[str, int], per_layer: int, slot_bytes: int, budget: int) -> str:
+    terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in held.items() if nbytes)
+    least = sum(held.values()) + per_layer * slot_bytes
+    return (
+        f"the memory budget of {format_bytes(budget)} is too small for this model: the smallest plan holds {terms} "
+        f"+ {per_layer} slots of {format_bytes(slot_bytes)} = {format_bytes(least)}. Give --device-memory at least "
+        f"{-(-least // (1 << 20))}MiB, or shorten --max-context, lower --batch-size or run without --draft."
+    )

@@ -1,0 +1,166 @@
+"""The weight stream and the tasks of one target pass.
+
+The stream is an endless sequence of loads: the streamed parts in order, again and again, load ``n`` into slot
+``n % num_slots``. A load is emitted as soon as every reader of its slot's present content has been, which is
+why the stream runs on across the end of a pass until every slot is full: weights depend on no token.
+Pure policy: no torch, no asyncio, no clock.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from aspec.plan import Plan, Tier
+from aspec.tasks.task import (
+    COMPUTE,
+    CPU,
+    DISK,
+    H2D,
+    Access,
+    Op,
+    Task,
+    WorkItem,
+    draws_buffer,
+    hidden_buffer,
+    kv_buffer,
+    sequence_buffer,
+    slot_buffer,
+    staging_buffer,
+)
+
+VERIFY, PREFILL, DRAFT_AHEAD = 0, 10, 20  # priorities on a compute lane: verify first, drafts fill the gaps
+
+
+class Numbering:
+    """Task ids in program order."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count()
+
+    def __call__(self) -> int:
+        return next(self._ids)
+
+
+class WeightStream:
+    """Emits the loads of streamed parts into slots, and tells a pass where its parts are."""
+
+    def __init__(self, plan: Plan, next_id: Numbering) -> None:
+        self._plan, self._next_id = plan, next_id
+        self._streamed = plan.streamed
+        self._by_layer = tuple(plan.streamed_of(layer) for layer in range(plan.num_layers))
+        self._loads = 0  # loads emitted so far
+        self._uses = 0  # loads whose readers have been emitted; loads - uses <= num_slots
+        self._staged = 0  # reads into staging emitted so far
+
+    def fill(self) -> list[Task]:
+        """Loads for every slot whose content has found its last reader."""
+        tasks: list[Task] = []
+        while self._streamed and self._loads < self._uses + self._plan.num_slots:
+            tasks.extend(self._load(self._loads))
+            self._loads += 1
+        return tasks
+
+    def bind(self, layer: int) -> tuple[tuple[tuple[int, int], ...], tuple[Access, ...]]:
+        """The (part, slot) pairs of a layer in the running pass, and the reads that expect them."""
+        parts = self._by_layer[layer]
+        numbers = range(self._uses, self._uses + len(parts))
+        pairs = tuple((part.index, n % self._plan.num_slots) for part, n in zip(parts, numbers, strict=True))
+        reads = tuple(Access(slot_buffer(n % self._plan.num_slots), f"load {n}") for n in numbers)
+        return pairs, reads
+
+    def release(self, layer: int) -> None:
+        """All readers of this layer's parts in the running pass have been emitted."""
+        self._uses += len(self._by_layer[layer])
+
+    def _load(self, number: int) -> Iterator[Task]:
+        """The one or two tasks that bring load ``number`` into its slot."""
+        part, slot = self._streamed[number % len(self._streamed)], number % self._plan.num_slots
+        filled = Access(slot_buffer(slot), f"load {number}")
+        common = {
+            "priority": number,
+            "number": number,
+            "part": part.index,
+            "nbytes": part.nbytes,
+            "layer": part.layer,
+        }
+        if not self._plan.num_staging:
+            yield Task(self._next_id(), Op.READ, DISK, writes=(filled,), slot=slot, **common)
+            return
+        staged: tuple[Access, ...] = ()
+        staging = -1
+        if part.tier is Tier.DISK:
+            staging = self._staged % self._plan.num_staging
+            self._staged += 1
+            staged = (Access(staging_buffer(staging), f"load {number}"),)
+            yield Task(self._next_id(), Op.READ, DISK, writes=staged, staging=staging, **common)
+        yield Task(
+            self._next_id(),
+            Op.COPY,
+            H2D,
+            reads=staged,
+            writes=(filled,),
+            slot=slot,
+            staging=staging,
+            **common,
+        )
+
+
+def emit_pass(
+    number: int,
+    items: Sequence[WorkItem],
+    stream: WeightStream,
+    next_id: Numbering,
+    plan: Plan,
+    inputs: tuple[Access, ...],
+    group: int = 0,
+) -> list[Task]:
+    """The tasks of pass ``number`` over ``items``: embed, every layer for every item, head, accept.
+
+    ``inputs``: what the decode item's tokens come from (the committed tokens, and the proposal if there is
+    one). One loaded part serves all items before its slot frees; the load that reuses the slot follows at once.
+    """
+    tasks = [_embed(number, item, next_id, () if item.prefill else inputs) for item in items]
+    for layer in range(plan.num_layers):
+        slots, reads = stream.bind(layer)
+        for item in items:
+            hidden = hidden_buffer(item.index)
+            tasks.append(
+                Task(
+                    next_id(),
+                    Op.LAYER,
+                    COMPUTE,
+                    PREFILL if item.prefill else VERIFY,
+                    reads=(Access(hidden, f"pass {number} L{layer}"), *reads),
+                    writes=(
+                        Access(hidden, f"pass {number} L{layer + 1}"),
+                        Access(kv_buffer(group, layer), f"pass {number} item {item.index}"),
+                    ),
+                    number=number,
+                    item=item,
+                    layer=layer,
+                    slots=slots,
+                )
+            )
+        stream.release(layer)
+        tasks.extend(stream.fill())
+    for item in items:
+        if item.samples:
+            tasks.extend(_finish(number, item, next_id, group, plan))
+    return tasks
+
+
+def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access, ...]) -> Task:
+    """Token ids to hidden state, with positions and masks."""
+    writes = (Access(hidden_buffer(item.index), f"pass {number} L0"),)
+    priority = PREFILL if item.prefill else VERIFY
+    return Task(next_id(), Op.EMBED, COMPUTE, priority, inputs, writes, number=number, item=item)
+
+
+def _finish(number: int, item: WorkItem, next_id: Numbering, group: int, plan: Plan) -> tuple[Task, Task]:
+    """The target's draws at an item's positions, then their comparison with the proposal."""
+    hidden, draws = hidden_buffer(item.index), draws_buffer(item.index)
+    drawn = Access(draws, f"pass {number}")
+    last = (Access(hidden, f"pass {number} L{plan.num_layers}"),)
+    head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number=number, item=item)
+    committed = Access(sequence_buffer(group), f"pass {number} item {item.index}")
+    accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), (committed,), number=number, item=item)
+    return head, accept

@@ -1,0 +1,232 @@
+"""The words of the dataflow: operations, tasks, what they read and write, and the events around them.
+
+Pure data: no torch, no asyncio, no clock. A task names buffers, never tensors; it carries ids, counts and
+byte sizes, never token values. Buffers are named by the helpers below so that policy, executor, simulation
+and race detector agree on them.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Op(StrEnum):
+    """What a task does."""
+
+    READ = "read"  # disk -> slot (CPU) or staging (CUDA)
+    COPY = "copy"  # staging or pinned host part -> slot
+    EMBED = "embed"  # token ids -> hidden, positions and masks
+    LAYER = "layer"  # one target layer for one work item
+    HEAD = "head"  # hidden -> logits -> the target's draws
+    ACCEPT = "accept"  # compare draws with the proposal, commit, detokenise
+    DRAFT = "draft"  # one step of the draft for all rows of a group
+    DRAFT_PREFILL = "draft_prefill"  # a chunk of prompts into the draft's KV
+
+
+DISK, H2D, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "compute", "draft", "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """One kind of worker.
+
+    ``depth`` tasks are in flight at most. ``in_order``: they complete in the order of issue. Resources that
+    share a non-empty ``domain`` order their work among themselves (one stream, or streams that wait for each
+    other's events), so a dependency inside a domain is met when the producer is *issued*.
+    """
+
+    name: str
+    depth: int
+    in_order: bool = True
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """A buffer and the content a reader expects in it, or a writer leaves in it."""
+
+    buffer: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """The rows that go through a pass together, and which of their positions.
+
+    Row ``rows[i]`` runs the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1``. A decode item
+    runs the last committed token and the row's proposals; a prefill item runs a chunk of prompts.
+    ``samples`` tells whether the item ends in a draw (all but the inner chunks of a long prompt do).
+    """
+
+    index: int
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    prefill: bool = False
+    samples: bool = True
+
+    def __post_init__(self) -> None:
+        if not len(self.rows) == len(self.starts) == len(self.counts) or min(self.counts, default=0) < 1:
+            raise ValueError(f"a work item needs a start and at least one token per row, found {self}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through every layer for this item, padding excluded."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit of work for one resource, in program order by ``id``; smaller ``priority`` runs first."""
+
+    id: int
+    op: Op
+    resource: str
+    priority: int
+    reads: tuple[Access, ...] = ()
+    writes: tuple[Access, ...] = ()
+    number: int = 0  # pass or round the task belongs to; for loads the running number of the load
+    item: WorkItem | None = None
+    layer: int = -1
+    part: int = -1
+    slot: int = -1  # slot (COPY, READ without staging) that is filled
+    staging: int = -1
+    step: int = -1  # draft step
+    nbytes: int = 0
+    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs that a LAYER task binds
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the task works on; 0 for loads."""
+        return self.item.num_tokens if self.item else 0
+
+    @property
+    def label(self) -> str:
+        """A short stable name: its colour in a trace, its name in an error."""
+        if self.op in (Op.READ, Op.COPY):
+            return f"{self.op} part {self.part}"
+        if self.op is Op.LAYER:
+            return f"L{self.layer}"
+        return f"draft {self.step}" if self.op is Op.DRAFT else str(self.op)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a backend reports of a finished task: seconds on the backend's clock, and counts."""
+
+    start_s: float
+    stop_s: float
+    outcomes: tuple["RowOutcome", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """The counts of one row after ACCEPT: all the policy ever learns of tokens."""
+
+    row: int
+    num_proposed: int
+    num_accepted: int
+    num_new: int
+    stopped: bool  # an end-of-sequence token or a stop string ended the row
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A finished task with its start and end, seconds on the backend's clock: what observers read."""
+
+    task: Task
+    start_s: float
+    stop_s: float
+    outcomes: tuple[RowOutcome, ...] = ()
+
+
+# Events: all the scheduler ever hears.
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The executor is up; the slots are empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A sequence waits to be served."""
+
+    sequence: int
+    prompt_tokens: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Nobody listens to a sequence any more."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """No further sequence will arrive; stop when those present are done, or at once if ``now``."""
+
+    now: bool = False
+
+
+Event = Started | Arrived | Cancelled | Closing | Span
+
+
+# Decisions the maths must hear of: which sequence sits in which row.
+
+
+@dataclass(frozen=True, slots=True)
+class Seating:
+    """Sequence ``sequence`` occupies row ``row`` from now on (None: the row is free again)."""
+
+    row: int
+    sequence: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the scheduler answers to an event: tasks in program order, and row changes that precede them."""
+
+    tasks: tuple[Task, ...] = ()
+    seatings: tuple[Seating, ...] = field(default=())
+
+
+def slot_buffer(slot: int) -> str:
+    """A device buffer that holds one part."""
+    return f"slot:{slot}"
+
+
+def staging_buffer(index: int) -> str:
+    """A pinned host buffer between disk and device."""
+    return f"staging:{index}"
+
+
+def hidden_buffer(item: int) -> str:
+    """The hidden state of a work item between layers."""
+    return f"hidden:{item}"
+
+
+def draws_buffer(item: int) -> str:
+    """The target's draws for a work item."""
+    return f"draws:{item}"
+
+
+def kv_buffer(group: int, layer: int) -> str:
+    """The target's keys and values of one layer for one group of rows."""
+    return f"kv:{group}:{layer}"
+
+
+def draft_kv_buffer(group: int) -> str:
+    """The draft's keys and values of one group."""
+    return f"draft_kv:{group}"
+
+
+def proposal_buffer(group: int) -> str:
+    """The proposed tokens of one group."""
+    return f"proposal:{group}"
+
+
+def sequence_buffer(group: int) -> str:
+    """The committed tokens of one group."""
+    return f"sequence:{group}"

@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: leaks are failures."""
+
+import threading
+
+import pytest
+
+from aspec.virtual import VirtualTimeLoop
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left():
+    """No test may leave one of aspec's threads behind."""
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("aspec")]
+    assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture
+def virtual():
+    """Run a coroutine function in virtual time."""
+
+    def run(main):
+        loop = VirtualTimeLoop()
+        try:
+            return loop.run_until_complete(main())
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    return run

@@ -1,0 +1,57 @@
+"""Runs of the real scheduler, graph and executor on the simulated machine."""
+
+import hashlib
+
+from aspec.executor import Executor
+from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
+from aspec.plan import Plan, PlannedPart, Tier
+from aspec.scheduler import Scheduler
+from aspec.tasks.task import Arrived, Closing
+
+
+def make_plan(num_layers=4, parts_per_layer=2, num_slots=4, resident=(), nbytes=10_000_000, tier=Tier.DISK, **changes):
+    parts = tuple(
+        PlannedPart(i, i // parts_per_layer, nbytes, nbytes, Tier.DEVICE if i in resident else tier)
+        for i in range(num_layers * parts_per_layer)
+    )
+    defaults = dict(num_rows=3, capacity=512, max_draft_tokens=8, fixed_draft_tokens=4, prefill_tokens=64)
+    return Plan(parts, num_layers, num_slots, nbytes, **{**defaults, **changes})
+
+
+class Checked:
+    """The scheduler, validated after every event."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.decisions = []
+
+    @property
+    def done(self):
+        return self.scheduler.done
+
+    def handle(self, event):
+        decision = self.scheduler.handle(event)
+        self.scheduler.validate()
+        self.decisions.append(decision)
+        return decision
+
+
+async def simulate(plan, arrivals=((0, 20, 16),), backend=None, profile=None, resources=HOST_RESOURCES):
+    """Serve (sequence, prompt, new) arrivals to the end; returns (spans, scheduler, backend)."""
+    backend = backend or SimBackend(profile or Profile(), resources)
+    scheduler = Scheduler(plan)
+    spans = []
+    executor = Executor(Checked(scheduler), backend, [spans.append])
+    for sequence, prompt, new in arrivals:
+        executor.post(Arrived(sequence, prompt, new))
+    executor.post(Closing())
+    try:
+        await executor.run()
+    finally:
+        await backend.close()
+    return spans, scheduler, backend
+
+
+def trace_hash(spans):
+    text = repr([(s.task.id, s.task.label, round(s.start_s, 9), round(s.stop_s, 9)) for s in spans])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,51 @@
+"""aspec runs language models that do not fit in device memory: weights stream, a draft speculates meanwhile.
+
+import aspec
+print(aspec.generate("def main():", max_new_tokens=64).text)          # the embedded demo pair
+
+async with aspec.open_engine(target="org/big", draft="org/small", device_memory=8 << 30) as engine:
+    async for piece in engine.stream("Once upon a time", aspec.SamplingParams(temperature=0.6)):
+        print(piece.text, end="")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from aspec.errors import AspecError, DeviceError, InternalError, UserError
+from aspec.options import EngineOptions
+from aspec.params import SamplingParams
+
+if TYPE_CHECKING:
+    from aspec.api import Result, generate
+    from aspec.engine import Engine, open_engine
+    from aspec.stats import Piece, RequestStats
+
+__all__ = [
+    "AspecError",
+    "DeviceError",
+    "Engine",
+    "EngineOptions",
+    "InternalError",
+    "Piece",
+    "RequestStats",
+    "Result",
+    "SamplingParams",
+    "UserError",
+    "generate",
+    "open_engine",
+]
+
+_LATER = {  # imported on first use: torch and transformers take seconds
+    "Engine": "aspec.engine",
+    "open_engine": "aspec.engine",
+    "generate": "aspec.api",
+    "Result": "aspec.api",
+    "Piece": "aspec.stats",
+    "RequestStats": "aspec.stats",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'aspec' has no attribute {name!r}")

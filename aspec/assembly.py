@@ -59,7 +59,7 @@ class Assembly:
 
 def assemble(options: EngineOptions) -> Assembly:
     """Index both checkpoints, decide the plan, allocate. Raises UserError where the input cannot be used."""
-    target_folder, draft_folder = _folders(options)
+    target_folder, draft_folder = folders(options)
     target = Model(target_folder, dtype=_dtype(options.dtype, target_folder))
     draft = Model(draft_folder, dtype=_dtype(options.dtype, draft_folder)) if draft_folder else None
     tokenizer = Tokenizer.load(target_folder)
@@ -84,7 +84,8 @@ def assemble(options: EngineOptions) -> Assembly:
     return _allocate(target, parts, draft, draft_parts, tokenizer, plan)
 
 
-def _folders(options: EngineOptions) -> tuple[Path, Path | None]:
+def folders(options: EngineOptions) -> tuple[Path, Path | None]:
+    """Where target and draft are; hub ids are fetched. Raises UserError where they cannot be found."""
     if options.target is None:
         if options.draft is not None:
             raise UserError("--draft was given without --target: a draft serves one target; name both or neither.")
@@ -155,9 +156,9 @@ def _needs(
 def _activation_bytes(target: Model, rows: int, prefill_tokens: int) -> int:
     """The widest moment of a layer and of the head, for the larger of a prefill item and a decode item."""
     text = target.config.get_text_config()
-    hidden = text.hidden_size
+    hidden = int(text.hidden_size)
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
-    wide = max(wide) if isinstance(wide, (list, tuple)) else wide
+    wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
     item = torch.empty(0, dtype=target.dtype).element_size()
     layer = prefill_tokens * (4 * hidden + 3 * wide) * item
     scores = 2 * prefill_tokens * prefill_tokens * 4  # one head's scores and weights in fp32 at a time

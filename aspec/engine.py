@@ -15,8 +15,8 @@ import gc
 import itertools
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Self
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import Any, Self
 
 import torch
 
@@ -96,7 +96,7 @@ class Engine:
         """Tokens that a sequence may have, prompt included."""
         return self._open.plan.capacity
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Piece]:
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Piece, None]:
         """Generate; yields a piece per round, the last one with a finish reason and statistics.
 
         Raises PromptError for a prompt that cannot be served, and the engine's failure if it has one.
@@ -235,34 +235,32 @@ class Engine:
                 stats.streamed_bytes += span.task.nbytes
         for outcome in span.outcomes:
             sequence = self._open.runner.sequence_in(outcome.row)
-            stats = self._requests.get(sequence.id)
+            request = self._requests.get(sequence.id)
             queue = self._queues.get(sequence.id)
-            if stats is None or queue is None:
+            if request is None or queue is None:
                 continue  # cancelled: nobody listens
-            stats.take(outcome, span.stop_s)
+            request.take(outcome, span.stop_s)
             for text, tokens in sequence.take_pieces():
                 reason = sequence.finish_reason
-                final = stats.close(self.plan, span.stop_s) if reason else None
+                final = request.close(self.plan, span.stop_s) if reason else None
                 queue.put_nowait(Piece(text, tokens, reason, final))
             if sequence.finish_reason is not None:
                 self._requests.pop(sequence.id)
 
 
-def open_engine(*, observers: Iterable[Observer] = (), **options: object) -> Engine:
+def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:
     """An engine for ``async with``; keywords are the fields of ``EngineOptions``.
 
     Raises UserError where an option or a model cannot be used.
     """
-    return Engine(EngineOptions(**options), observers)  # type: ignore[arg-type]  # checked by the dataclass
+    return Engine(EngineOptions(**options), observers)
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    items = list(prompt)
-    if items and isinstance(items[0], dict):
-        return tokenizer.encode_chat([message for message in items if isinstance(message, dict)])
-    return [int(token) for token in items if not isinstance(token, dict)]
+    messages = [message for message in prompt if isinstance(message, dict)]
+    return tokenizer.encode_chat(messages) if messages else [token for token in prompt if isinstance(token, int)]
 
 
 def _tune_process(threads: int | None) -> None:

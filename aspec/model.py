@@ -6,6 +6,7 @@ state into logits (epilogue); the *layers* of the other skeleton run with parame
 Nothing is patched while it runs, and whatever belongs to a work item lives in its ``Activation``.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Sequence
@@ -133,7 +134,7 @@ class Model:
     def embed(self, input_ids: torch.Tensor, step: StepCache) -> Activation:
         """The prologue: hidden state and every layer's arguments for ``input_ids`` [B, T] int64."""
         self._tape = tape = _Tape()
-        try:
+        with contextlib.suppress(_Stop):
             self._frame(
                 input_ids=input_ids,
                 position_ids=step.position_ids,
@@ -141,10 +142,10 @@ class Model:
                 past_key_values=step,
                 use_cache=True,
             )
-        except _Stop:
-            pass
         arguments = [self._arguments(i, *call, step) for i, call in enumerate(tape.calls)]
-        hidden = [kwargs.pop("hidden_states") for kwargs in arguments][0]
+        hidden = arguments[0]["hidden_states"]
+        for kwargs in arguments:
+            del kwargs["hidden_states"]
         return Activation(step, input_ids, hidden, arguments)
 
     def layer(self, index: int, activation: Activation) -> None:
@@ -231,7 +232,7 @@ def _refuse_config(folder: Path, config: Any) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         kind = entry.get("rope_type", entry.get("type"))
-        if kind in REFUSED_ROPE:
+        if isinstance(kind, str) and kind in REFUSED_ROPE:
             reasons.append(f"rotary positions of type {kind}: {REFUSED_ROPE[kind]}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         reasons.append("there is no decoder-only language model of this type")
@@ -259,14 +260,14 @@ def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on meta and its computed buffers (rotary frequencies, scales) real."""
     model = _on_meta(config, dtype)
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        parameter._is_hf_initialized = True
     for name, buffer in list(model.named_buffers()):
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
         if last in module._non_persistent_buffers_set:
             module._buffers[last] = torch.empty_like(buffer, device="cpu")
         else:
-            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
+            buffer._is_hf_initialized = True
     model.initialize_weights()
     return model
 
@@ -332,10 +333,8 @@ def _probe_once(config: Any, dtype: torch.dtype, in_tuples: bool) -> tuple[list[
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             shape.append(hidden.shape)
-            try:
+            with contextlib.suppress(_Stop):
                 original(*args, **kwargs)
-            except _Stop:
-                pass
             if shape[0] != hidden.shape:
                 raise InternalError(f"the hidden state changed its shape from {shape[0]} to {hidden.shape}")
             return (hidden,) if in_tuples else hidden

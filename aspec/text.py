@@ -66,7 +66,7 @@ def check_vocabulary(target: Tokenizer, draft: Tokenizer, target_size: int, draf
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index) and index < min(target_size, draft_size):
             raise VocabularyError(
-                f"target and draft do not share a vocabulary: token {index} is {ours.get(index)!r} in {target.folder} and "
+                f"target and draft do not share a vocabulary: token {index} is {ours.get(index)!r} in {target.folder}, "
                 f"{theirs.get(index)!r} in {draft.folder}. Choose a draft of the target's own family, or none."
             )
 
@@ -76,8 +76,8 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     largest = max(tokenizer.vocabulary(), default=-1)
     if largest >= vocab_size:
         raise VocabularyError(
-            f"the tokenizer of {tokenizer.folder} has token {largest}, its model knows 0 .. {vocab_size - 1}: tokenizer "
-            f"and weights do not belong together. Fetch both from the same place."
+            f"the tokenizer of {tokenizer.folder} has token {largest}, its model knows 0 .. {vocab_size - 1}: "
+            f"tokenizer and weights do not belong together. Fetch both from the same place."
         )
 
 

@@ -12,9 +12,11 @@ import selectors
 import threading
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, Never
+from typing import Never, TypeVarTuple
 
 from aspec.errors import DeadlockError
+
+Arguments = TypeVarTuple("Arguments")
 
 
 class _Timer(asyncio.TimerHandle):
@@ -64,7 +66,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._now = self._scheduled[0].when()
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        when: float,
+        callback: Callable[[*Arguments], object],
+        *args: *Arguments,
+        context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """Schedule a callback; deadlines in the past fire now."""
         timer = _Timer(max(self._now, round(when * 1e9) * 1e-9), callback, args, self, context)
@@ -74,13 +80,17 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return timer
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        delay: float,
+        callback: Callable[[*Arguments], object],
+        *args: *Arguments,
+        context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """Schedule a callback ``delay`` virtual seconds from now."""
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_soon_threadsafe(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, callback: Callable[[*Arguments], object], *args: *Arguments, context: Context | None = None
     ) -> asyncio.Handle:
         """As ``call_soon``; another thread cannot live in virtual time. Raises RuntimeError."""
         if self.is_running() and threading.get_ident() != self._thread_id:  # type: ignore[attr-defined]

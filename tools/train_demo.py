@@ -85,7 +85,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer.encode(text) + [end]
+        ids += [*tokenizer.encode(text), end]
     return torch.tensor(ids)
 
 
@@ -283,8 +283,8 @@ def write_readme(folder: Path, figures: dict[str, float]) -> None:
         "A Llama-type target and a draft distilled from it, so that `aspec generate` works out of the box. Made by\n"
         "`python tools/train_demo.py` from the sources of the Python standard library without its tests (Python\n"
         "Software Foundation License), split by file into train (19 of 20) and held-out. Weights are bfloat16,\n"
-        f"the tokenizer is a byte-level BPE of {VOCAB_SIZE} tokens; {size / 1e6:.1f} MB in all. `heldout.json` holds the 20\n"
-        "held-out prompts of 64 tokens on which the last two rows were measured (64 greedy tokens each).\n\n"
+        f"the tokenizer is a byte-level BPE of {VOCAB_SIZE} tokens; {size / 1e6:.1f} MB in all.\n"
+        "`heldout.json` holds the 20 held-out prompts of 64 tokens on which the last two rows were measured (64 greedy tokens each).\n\n"
         f"| measured on held-out text | |\n|---|---|\n{rows}\n\n"
         "It completes Python after a fashion. It is here to show streaming and speculation, not to be useful.\n"
     )

@@ -1,0 +1,1 @@
+"""Backends, and where bytes come from: disk lane, checkpoint index, memory."""

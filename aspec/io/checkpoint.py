@@ -95,14 +95,14 @@ def _shards(folder: Path) -> list[Path]:
             return [folder / SINGLE]
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf"))[:3])
         raise CheckpointError(
-            f"{folder} has no shards: expected {SINGLE} or {INDEX}, found {others or 'neither'}. Point to a folder that "
-            f"holds the model in safetensors format."
+            f"{folder} has no shards: expected {SINGLE} or {INDEX}, found {others or 'neither'}. Point to a folder "
+            f"that holds the model in safetensors format."
         )
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is not an index of shards: expected JSON with a weight_map ({error}). {AGAIN}"
+            f"{index} is no index of shards: expected JSON with a weight_map ({error}). {AGAIN}"
         ) from error
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not files:

@@ -121,14 +121,14 @@ def _entries(
     for target, shape in produced.items():
         if shapes.get(target) != shape:
             raise CheckpointError(
-                f"{checkpoint.folder}: stored tensor for {target} has shape {list(shape)}, the configuration expects "
+                f"{checkpoint.folder}: the stored {target} has shape {list(shape)}, the configuration expects "
                 f"{list(shapes.get(target, ()))}: config.json and the weights do not belong together."
             )
     missing = [name for name in wanted if name not in produced and name not in tied]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.folder}: {len(missing)} of the model's tensors are not stored, the first is {missing[0]}: the "
-            f"checkpoint is incomplete or its config.json belongs to another model."
+            f"{checkpoint.folder}: {len(missing)} of the model's tensors are not stored, the first is {missing[0]}: "
+            f"the checkpoint is incomplete or its config.json belongs to another model."
         )
     aliases: dict[str, list[str]] = defaultdict(list)
     for target, source in tied.items():
@@ -264,7 +264,7 @@ def _runs(refs: Sequence[TensorRef]) -> Iterable[list[TensorRef]]:
 def _lay_out(entries: Sequence[Entry], aliases: Mapping[str, Sequence[str]], wanted: Mapping[str, torch.dtype]) -> Part:
     """Segments, bindings and conversions of one part; index and layer are filled in by the caller."""
     builder = _Builder()
-    fused = {entry.name: places for entry in entries if (places := _fused_places(entry, wanted))}
+    fused = {entry.name: experts for entry in entries if (experts := _fused_places(entry, wanted))}
     bindings: list[Binding] = []
     for entry in entries:
         if entry.name in fused:

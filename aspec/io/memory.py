@@ -8,8 +8,14 @@ import contextlib
 import ctypes
 import gc
 import mmap
+import sys
+
+import psutil
 
 from aspec.errors import DeviceError
+
+if sys.platform != "win32":
+    import resource
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -53,3 +59,11 @@ def allocate(nbytes: int) -> SlotMemory:
 def address_of(buffer: memoryview) -> int:
     """The address of a writable buffer's first byte."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,6 +8,7 @@ Pure policy: no torch, no asyncio, no clock.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from aspec.plan import Plan, Tier
 from aspec.tasks.task import (
@@ -37,6 +38,7 @@ class Numbering:
         self._ids = itertools.count()
 
     def __call__(self) -> int:
+        """The next id."""
         return next(self._ids)
 
 
@@ -74,34 +76,21 @@ class WeightStream:
     def _load(self, number: int) -> Iterator[Task]:
         """The one or two tasks that bring load ``number`` into its slot."""
         part, slot = self._streamed[number % len(self._streamed)], number % self._plan.num_slots
-        filled = Access(slot_buffer(slot), f"load {number}")
-        common = {
-            "priority": number,
-            "number": number,
-            "part": part.index,
-            "nbytes": part.nbytes,
-            "layer": part.layer,
-        }
+        filled = (Access(slot_buffer(slot), f"load {number}"),)
+        read = Task(
+            self._next_id(), Op.READ, DISK, number, number=number, part=part.index, layer=part.layer, nbytes=part.nbytes
+        )
         if not self._plan.num_staging:
-            yield Task(self._next_id(), Op.READ, DISK, writes=(filled,), slot=slot, **common)
+            yield replace(read, writes=filled, slot=slot)
             return
         staged: tuple[Access, ...] = ()
-        staging = -1
         if part.tier is Tier.DISK:
             staging = self._staged % self._plan.num_staging
             self._staged += 1
             staged = (Access(staging_buffer(staging), f"load {number}"),)
-            yield Task(self._next_id(), Op.READ, DISK, writes=staged, staging=staging, **common)
-        yield Task(
-            self._next_id(),
-            Op.COPY,
-            H2D,
-            reads=staged,
-            writes=(filled,),
-            slot=slot,
-            staging=staging,
-            **common,
-        )
+            read = replace(read, writes=staged, staging=staging)
+            yield read
+        yield replace(read, id=self._next_id(), op=Op.COPY, resource=H2D, reads=staged, writes=filled, slot=slot)
 
 
 def emit_pass(

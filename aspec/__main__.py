@@ -1,0 +1,5 @@
+"""``python -m aspec``."""
+
+from aspec.cli import main
+
+main()

@@ -1,0 +1,97 @@
+"""The synchronous front door: a prompt or several in, results out."""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, overload
+
+from aspec.engine import Engine, Prompt, open_engine
+from aspec.params import SamplingParams
+from aspec.sampling import derive_seed
+from aspec.stats import RequestStats
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One finished generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" | "length"
+    stats: RequestStats
+
+
+@overload
+def generate(prompts: str, params: SamplingParams | None = None, **options: Any) -> Result: ...
+@overload
+def generate(prompts: Sequence[Prompt], params: SamplingParams | None = None, **options: Any) -> list[Result]: ...
+def generate(
+    prompts: str | Sequence[Prompt], params: SamplingParams | None = None, **options: Any
+) -> Result | list[Result]:
+    """Generate for one prompt (a Result) or a list of prompts (a list of them, sharing passes).
+
+    Keywords are the fields of ``SamplingParams`` and ``EngineOptions``. With several prompts each one's seed derives
+    from the given seed and the prompt's index. Raises UserError for input that cannot be used.
+    """
+    given = {name: options.pop(name) for name in SamplingParams.__slots__ if name in options}
+    params = replace(params or SamplingParams(), **given)
+    wanted: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+    options.setdefault("max_batch", min(len(wanted), 16) or 1)
+
+    async def main() -> list[Result]:
+        async with open_engine(**options) as engine:
+            return await generate_all(engine, wanted, params)
+
+    results = run(main)
+    return results[0] if isinstance(prompts, str) else results
+
+
+async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[Result]:
+    """All prompts at once, each with its own seed."""
+    seeds = [params.seed] if len(prompts) == 1 else [derive_seed(params.seed, i) for i in range(len(prompts))]
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(collect(engine, prompt, replace(params, seed=seed)))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    return [task.result() for task in tasks]
+
+
+async def collect(
+    engine: Engine, prompt: Prompt, params: SamplingParams, heard: Callable[[str], None] | None = None
+) -> Result:
+    """One stream to its end; ``heard`` receives the text as it arrives."""
+    texts: list[str] = []
+    tokens: list[int] = []
+    async with aclosing(engine.stream(prompt, params)) as stream:
+        async for piece in stream:
+            texts.append(piece.text)
+            tokens.extend(piece.token_ids)
+            if heard is not None:
+                heard(piece.text)
+            if piece.finish_reason is not None and piece.stats is not None:
+                return Result("".join(texts), tuple(tokens), piece.finish_reason, piece.stats)
+    raise AssertionError("a stream ended without a finish reason")
+
+
+def run(main: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine function on uvloop where it exists."""
+
+    async def body() -> T:
+        return await main()
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(body())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    if sys.platform == "win32":
+        return asyncio.new_event_loop
+    import uvloop
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,38 @@
+"""Sizes and rates as people write them."""
+
+import re
+
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+    "k": 1 << 10,
+    "m": 1 << 20,
+    "g": 1 << 30,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """``8GiB``, ``512MiB``, ``2GB``, ``1.5g`` or plain bytes. Raises ValueError with what was expected."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in UNITS or float(match[1]) <= 0:
+        raise ValueError(f"expected a size such as 512MiB, 8GiB or 2GB, found {text!r}")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def parse_rate(text: str) -> float:
+    """``1.0GB/s`` or ``800MB/s``, bytes per second. Raises ValueError with what was expected."""
+    size, slash, per = text.strip().partition("/")
+    if slash and per.strip() != "s":
+        raise ValueError(f"expected a rate such as 1.0GB/s, found {text!r}")
+    try:
+        return float(parse_bytes(size))
+    except ValueError:
+        raise ValueError(f"expected a rate such as 1.0GB/s, found {text!r}") from None

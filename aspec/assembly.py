@@ -5,13 +5,13 @@ models that do not share a vocabulary, are refused before anything is allocated.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from aspec.errors import UserError
+from aspec.errors import BudgetError, UserError
 from aspec.hub import resolve
 from aspec.io.layout import Part
 from aspec.io.memory import PAGE, SlotMemory, allocate
@@ -30,6 +30,7 @@ DEMO_BUDGET_BYTES = 12 * MIB  # below the demo target's 16 MB, so that streaming
 MAX_DRAFT_TOKENS = 16
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
+PREFILL_TOKENS = (512, 256, 128, 64)  # tokens of one prefill item, the largest that fits the budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +72,14 @@ def assemble(options: EngineOptions) -> Assembly:
     parts = target.plan(_part_bytes(target, budget))
     draft_parts = draft.plan(1 << 40) if draft else ()
     rows = options.max_batch or DEFAULT_ROWS
-    needs = _needs(target, parts, draft, draft_parts, rows, options)
     wishes = Wishes(
         budget_bytes=budget,
         num_rows=rows,
         capacity=capacity,
-        prefill_tokens=options.prefill_tokens,
         max_draft_tokens=_max_draft_tokens(options, draft),
         fixed_draft_tokens=options.num_draft_tokens,
     )
-    plan = make_plan(needs, wishes)
+    plan = _plan(wishes, options.prefill_tokens, lambda n: _needs(target, parts, draft, draft_parts, rows, n))
     return _allocate(target, parts, draft, draft_parts, tokenizer, plan)
 
 
@@ -103,6 +102,18 @@ def _dtype(name: str, folder: Path) -> torch.dtype | None:
     if name not in known:
         raise UserError(f"--dtype {name!r} is not known: expected one of {', '.join(known)}.")
     return known[name]
+
+
+def _plan(wishes: Wishes, prefill_tokens: int | None, needs: Callable[[int], Needs]) -> Plan:
+    """With the largest prefill items that the budget leaves room for. Raises BudgetError if none does."""
+    longest = wishes.num_rows * wishes.capacity
+    choices = [prefill_tokens] if prefill_tokens else sorted({min(n, longest) for n in PREFILL_TOKENS}, reverse=True)
+    for choice in choices:
+        try:
+            return make_plan(needs(choice), replace(wishes, prefill_tokens=choice))
+        except BudgetError as error:
+            refusal = error
+    raise refusal
 
 
 def _default_budget(options: EngineOptions) -> int:
@@ -136,7 +147,7 @@ def _needs(
     draft: Model | None,
     draft_parts: Sequence[Part],
     rows: int,
-    options: EngineOptions,
+    prefill_tokens: int,
 ) -> Needs:
     layer_parts = tuple(
         PlannedPart(part.index, part.layer, part.nbytes, part.size) for part in parts if part.layer >= 0
@@ -148,7 +159,7 @@ def _needs(
         "embeddings, norms and head": sum(part.size for part in parts if part.layer < 0),
         "draft weights": sum(part.size for part in draft_parts),
         "scratch": max((part.scratch_bytes for part in (*parts, *draft_parts)), default=0),
-        "activations": _activation_bytes(target, rows, options.prefill_tokens),
+        "activations": _activation_bytes(target, rows, prefill_tokens),
     }
     return Needs(layer_parts, target.num_layers, fixed, kv)
 

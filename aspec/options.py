@@ -22,7 +22,7 @@ class EngineOptions:
     num_draft_tokens: int | None = None  # 0: no speculation
     max_batch: int | None = None  # sequences that share a pass
     max_context: int | None = None  # tokens of a sequence, prompt included
-    prefill_tokens: int = 512  # tokens of one prefill item
+    prefill_tokens: int | None = None  # tokens of one prefill item at most
     link_rate: float | None = None  # bytes per second; throttles the disk lane
     threads: int | None = None  # torch intra-op threads
     progress: Progress | None = None

@@ -279,14 +279,20 @@ def write_readme(folder: Path, figures: dict[str, float]) -> None:
     rows = "\n".join(f"| {name} | {value:,.3f} |".replace(".000 |", " |") for name, value in figures.items())
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     (folder / "README.md").write_text(
-        "# The embedded demo pair\n\n"
-        "A Llama-type target and a draft distilled from it, so that `aspec generate` works out of the box. Made by\n"
-        "`python tools/train_demo.py` from the sources of the Python standard library without its tests (Python\n"
-        "Software Foundation License), split by file into train (19 of 20) and held-out. Weights are bfloat16,\n"
-        f"the tokenizer is a byte-level BPE of {VOCAB_SIZE} tokens; {size / 1e6:.1f} MB in all.\n"
-        "`heldout.json` holds the 20 held-out prompts of 64 tokens on which the last two rows were measured (64 greedy tokens each).\n\n"
-        f"| measured on held-out text | |\n|---|---|\n{rows}\n\n"
-        "It completes Python after a fashion. It is here to show streaming and speculation, not to be useful.\n"
+        f"""# The embedded demo pair
+
+A Llama-type target and a draft distilled from it, so that `aspec generate` works out of the box. Made by
+`python tools/train_demo.py` from the sources of the Python standard library without its tests (Python
+Software Foundation License), split by file into train (19 of 20) and held-out. Weights are bfloat16, the
+tokenizer is a byte-level BPE of {VOCAB_SIZE} tokens; {size / 1e6:.1f} MB in all. `heldout.json` holds the
+{NUM_PROMPTS} held-out prompts of 64 tokens on which the last two rows were measured (64 greedy tokens each).
+
+| measured on held-out text | |
+|---|---|
+{rows}
+
+It completes Python after a fashion. It is here to show streaming and speculation, not to be useful.
+"""
     )
 
 

@@ -26,9 +26,9 @@ from aspec.io.memory import PAGE, SlotMemory, address_of, allocate
 from aspec.io.rate import RateLimit
 
 NUM_THREADS = 3
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 LIMITED_CHUNK_BYTES = 1 << 20  # under a rate limit: small, so that the stream is even
-BOUNCE_BYTES = 4 << 20
+BOUNCE_BYTES = 1 << 20
 SHORTEST_JOIN_S = 5.0
 
 

@@ -1,0 +1,413 @@
+"""Grow a small trained Llama checkpoint into a larger shape that computes the same function.
+
+    python tools/expand.py aspec/demo/target /tmp/target-2gb --size 2GB
+
+Gigabytes of real bytes, with the small model's text and hence its draft's real acceptance. How each dimension grows:
+
+hidden        Integer factor: whole replicas of the residual stream. What writes to it is repeated, what reads it is
+              split over the replicas; the mean square that RMSNorm sees stays, so the norm scale is exactly 1.
+heads         Every new query head copies an old one of the group that its kv head copies; o_proj is split.
+head size     Integer factor k: old rotary frequency i is new frequency i * k, the frequencies between carry nothing,
+              and q_proj grows by sqrt(k) because attention divides by the square root of the head size.
+intermediate  Every new unit copies an old one; down_proj is split.
+layers        A source layer becomes an attention-only and an MLP-only layer while there is room; further layers are
+              copies that write nothing.
+
+Splits are powers of two that sum to 1. So, with a head size factor of 1, 4 or 16, bf16 weights stay exact and logits
+differ from the source's only by the order of summation. Channels, heads and units are shuffled: real weights lie in
+every part of every tensor. Weights that ought to be zero get `--noise` times the source tensor's spread; 0 turns that
+off. The file holds shapes, axes, tensors, files, entry, in this order. No model code belongs here.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+DTYPES = {"bf16": (torch.bfloat16, "BF16", "bfloat16"), "fp32": (torch.float32, "F32", "float32")}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+COPIED_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer*", "chat_template*")
+REQUIRED = {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+CONFIG_KEYS = {"hidden": "hidden_size", "intermediate": "intermediate_size", "layers": "num_hidden_layers"}
+CONFIG_KEYS |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+BLOCK_ELEMENTS = 2**24  # weights that are built and written at a time
+HIDDEN_PER_LAYER = 96  # usual width / depth: Llama-2-7B 4096 / 32 = 128, TinyLlama 2048 / 22 = 93
+HIDDEN_FACTORS = sorted([2**i for i in range(8)] + [3 * 2**i for i in range(6)])
+INTERMEDIATE_STEP = 64  # keeps GEMM shapes even
+FREE = 0.5  # spread of weights whose value cannot matter, relative to the source tensor's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama checkpoint; field names are the command line's."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any]) -> "Shape":
+        """Read the sizes from a `config.json`."""
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        sizes = {name: config[key] for name, key in CONFIG_KEYS.items() if name != "head_dim"}
+        return cls(**sizes, head_dim=head_dim, vocab=config["vocab_size"])
+
+    def num_params(self) -> int:
+        """Weights of the whole checkpoint, embedding and head untied."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return 2 * self.vocab * self.hidden + self.layers * layer + self.hidden
+
+
+def choose_shape(source: Shape, num_params: int) -> Shape:
+    """The expansion of `source` nearest the usual width per depth at `num_params` weights; ValueError if none is."""
+    candidates = []
+    for factor in HIDDEN_FACTORS:
+        wide = _widen(source, factor)
+        outside = replace(wide, layers=0).num_params()
+        layers = round((num_params - outside) * wide.layers / (wide.num_params() - outside))
+        if layers >= source.layers:
+            candidates.append(replace(wide, layers=layers))
+    if not candidates:
+        raise ValueError(f"{num_params} weights are too few: the source itself has {source.num_params()}")
+    best = min(candidates, key=lambda shape: abs(math.log(shape.hidden / shape.layers / HIDDEN_PER_LAYER)))
+    missing = (num_params - best.num_params()) / (3 * best.hidden * best.layers)
+    steps = round(missing / INTERMEDIATE_STEP)
+    return replace(best, intermediate=max(source.intermediate, best.intermediate + steps * INTERMEDIATE_STEP))
+
+
+def _widen(source: Shape, factor: int) -> Shape:
+    """`source` with its widths times `factor`, and heads of up to 128 dimensions."""
+    head_dim = source.head_dim * (4 if factor >= 4 and source.head_dim <= 32 else 1)
+    heads = factor * source.heads * source.head_dim // head_dim
+    kv_heads = source.kv_heads * (2 if factor >= 16 else 1)
+    wide = replace(source, hidden=source.hidden * factor, intermediate=source.intermediate * factor)
+    return replace(wide, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def check_shape(source: Shape, target: Shape) -> None:
+    """Raise ValueError unless `source` can be expanded into `target`."""
+    for name, old in asdict(source).items():
+        new = getattr(target, name)
+        if new < old:
+            raise ValueError(f"{name} must not shrink: the source has {old}, asked for {new}")
+        if name in ("hidden", "kv_heads", "head_dim") and new % old:
+            raise ValueError(f"{name} must be a multiple of the source's {old}, asked for {new}")
+    if target.heads % target.kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads {target.kv_heads}, asked for {target.heads}")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How a dimension grows: new position i takes source position `index[i]` times `scale[i]`; -1 takes nothing."""
+
+    index: torch.Tensor  # [new size] int64
+    scale: torch.Tensor  # [new size] fp32
+
+    def unscaled(self) -> "Axis":
+        """The same positions, repeated instead of split."""
+        return Axis(self.index, torch.ones_like(self.scale))
+
+
+def identity(size: int) -> Axis:
+    """An axis that does not grow."""
+    return Axis(torch.arange(size), torch.ones(size))
+
+
+def nothing(size: int) -> Axis:
+    """An axis of `size` positions without a source."""
+    return Axis(torch.full((size,), -1), torch.zeros(size))
+
+
+def split_one(parts: int) -> torch.Tensor:
+    """`parts` powers of two that sum to 1, as even as possible, [parts] fp32."""
+    whole = 2 ** (parts.bit_length() - 1)
+    halved = parts - whole
+    return torch.tensor([1 / whole] * (whole - halved) + [0.5 / whole] * (2 * halved))
+
+
+def copies(old: int, new: int, generator: torch.Generator) -> Axis:
+    """`new` shuffled positions that share out copies of `old` sources; the scales of a source's copies sum to 1."""
+    axis = nothing(new)
+    places = torch.randperm(new, generator=generator)
+    for source in range(old):
+        own = places[source::old]
+        axis.index[own] = source
+        axis.scale[own] = split_one(len(own))
+    return axis
+
+
+def grow_heads(source: Shape, target: Shape, generator: torch.Generator) -> tuple[Axis, Axis]:
+    """(query heads, kv heads): each new kv head copies an old one, its query heads copy heads of the old group."""
+    kv = torch.randperm(target.kv_heads, generator=generator) % source.kv_heads
+    old_group, group = source.heads // source.kv_heads, target.heads // target.kv_heads
+    queries = nothing(target.heads)
+    for old in range(source.kv_heads):
+        places = (torch.nonzero(kv == old) * group + torch.arange(group)).flatten()
+        part = copies(old_group, len(places), generator)
+        queries.index[places] = part.index + old * old_group
+        queries.scale[places] = part.scale
+    return queries, Axis(kv, torch.ones(len(kv)))
+
+
+def rotary_dims(old: int, new: int, scale: float) -> Axis:
+    """Query or key dimensions of one head: rotary pair i (dimensions i and i + half) moves to pair i * factor."""
+    axis = nothing(new)
+    source = torch.arange(old)
+    place = source % (old // 2) * (new // old) + source // (old // 2) * (new // 2)
+    axis.index[place] = source
+    axis.scale[place] = scale
+    return axis
+
+
+def value_dims(old: int, new: int) -> Axis:
+    """Value dimensions of one head: each repeated, with scales that sum to 1."""
+    return Axis(torch.arange(old).repeat_interleave(new // old), split_one(new // old).repeat(old))
+
+
+def combine(heads: Axis, dims: Axis, old_head_dim: int) -> Axis:
+    """The axis of all dimensions of all heads, head-major."""
+    index = torch.where(dims.index < 0, -1, heads.index[:, None] * old_head_dim + dims.index)
+    return Axis(index.flatten(), (heads.scale[:, None] * dims.scale).flatten())
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A new tensor: the rows and columns of tensor `source` along two axes; a norm is one row."""
+
+    name: str
+    source: str
+    rows: Axis
+    columns: Axis
+    fill: float  # spread of the weights without a source, relative to the spread of `source`
+
+    def shape(self) -> list[int]:
+        """The tensor's shape in the file."""
+        shape = [len(self.rows.index), len(self.columns.index)]
+        return shape[1:] if self.source.endswith("norm.weight") else shape
+
+    def blocks(self, old: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """The tensor in blocks of whole rows, in the dtype of `old`, the source."""
+        old = torch.atleast_2d(old)
+        spread = float(old.float().std()) * self.fill
+        for rows in torch.arange(len(self.rows.index)).split(max(1, BLOCK_ELEMENTS // len(self.columns.index))):
+            block = old[self.rows.index[rows].clamp(min=0)][:, self.columns.index.clamp(min=0)]
+            block *= self.rows.scale[rows, None].to(old.dtype)
+            block *= self.columns.scale.to(old.dtype)
+            empty = (self.rows.index[rows, None] < 0) | (self.columns.index < 0)
+            if empty.any():
+                noise = torch.randn(block.shape, generator=generator).mul_(spread) + 0.0  # no negative zeros
+                block = torch.where(empty, noise.to(old.dtype), block)
+            yield block
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One new layer: the source layer it copies, and which of its halves write to the residual stream."""
+
+    source: int
+    attention: bool
+    mlp: bool
+
+
+def plan_layers(old: int, new: int) -> list[LayerPlan]:
+    """Split as many source layers in two as fit, then spread layers that write nothing evenly."""
+    num_split = min(old, new - old)
+    plan: list[LayerPlan] = []
+    for layer in range(old):
+        if layer < num_split:
+            plan += [LayerPlan(layer, True, False), LayerPlan(layer, False, True)]
+        else:
+            plan.append(LayerPlan(layer, True, True))
+    num_working, num_idle = len(plan), new - len(plan)
+    for idle in range(num_idle):
+        place = round((idle + 0.5) * num_working / num_idle) + idle
+        plan.insert(place, LayerPlan(plan[max(0, place - 1)].source, False, False))
+    return plan
+
+
+class Expansion:
+    """All tensors of one expansion, in file order; random choices depend on the seed and a tensor's name only."""
+
+    def __init__(self, source: Shape, target: Shape, seed: int, noise: float) -> None:
+        check_shape(source, target)
+        self.source, self.target, self.seed, self.noise = source, target, seed, noise
+        self.reads = copies(source.hidden, target.hidden, self.generator("hidden"))
+        self.writes = self.reads.unscaled()
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator of its own for `name`."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+    def tensors(self) -> Iterator[Growth]:
+        """Every tensor of the new checkpoint."""
+        words = identity(self.source.vocab)
+        yield Growth("model.embed_tokens.weight", "model.embed_tokens.weight", words, self.writes, self.noise)
+        for number, plan in enumerate(plan_layers(self.source.layers, self.target.layers)):
+            new, old = f"model.layers.{number}.", f"model.layers.{plan.source}."
+            for name, rows, columns, fill in [*self._attention(new, plan), *self._mlp(new, plan)]:
+                yield Growth(f"{new}{name}.weight", f"{old}{name}.weight", rows, columns, fill)
+        yield Growth("model.norm.weight", "model.norm.weight", identity(1), self.writes, self.noise)
+        yield Growth("lm_head.weight", "lm_head.weight", words, self.reads, self.noise)
+
+    def _attention(self, layer: str, plan: LayerPlan) -> Iterator[tuple[str, Axis, Axis, float]]:
+        """Name, rows, columns and fill of the attention half's tensors."""
+        old, new = self.source.head_dim, self.target.head_dim
+        queries, kv = grow_heads(self.source, self.target, self.generator(f"{layer}heads"))
+        values, empty = value_dims(old, new), nothing(self.target.heads * new)
+        query_rows = combine(queries.unscaled(), rotary_dims(old, new, math.sqrt(new / old)), old)
+        key_rows = combine(kv, rotary_dims(old, new, 1.0), old)
+        output = combine(queries, values, old) if plan.attention else empty
+        yield "input_layernorm", identity(1), self.writes, FREE
+        yield "self_attn.q_proj", query_rows, self.reads, self.noise
+        yield "self_attn.k_proj", key_rows, self.reads, FREE
+        yield "self_attn.v_proj", combine(kv, values.unscaled(), old), self.reads, FREE
+        yield "self_attn.o_proj", self.writes, output, self.noise
+
+    def _mlp(self, layer: str, plan: LayerPlan) -> Iterator[tuple[str, Axis, Axis, float]]:
+        """Name, rows, columns and fill of the MLP half's tensors."""
+        size = self.target.intermediate
+        units = copies(self.source.intermediate, size, self.generator(f"{layer}units"))
+        yield "post_attention_layernorm", identity(1), self.writes, FREE
+        yield "mlp.gate_proj", units.unscaled(), self.reads, FREE
+        yield "mlp.up_proj", units.unscaled(), self.reads, FREE
+        yield "mlp.down_proj", self.writes, units if plan.mlp else nothing(size), self.noise
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The source's `config.json`; ValueError if it asks for what this tool cannot expand."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    found = {key: config.get(key, False) for key in REQUIRED} | {"rope_type": rope.get("rope_type", "default")}
+    for key, wanted in (REQUIRED | {"rope_type": "default"}).items():
+        if found[key] != wanted:
+            raise ValueError(f"{folder}: {key} is {found[key]!r}, only {wanted!r} can be expanded")
+    return config
+
+
+def read_tensor(folder: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """One source tensor in `dtype`."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
+                return file.get_tensor(name).to(dtype)
+    raise ValueError(f"{folder} has no tensor {name}")
+
+
+def pack_shards(sizes: dict[str, int], shard_nbytes: int) -> list[list[str]]:
+    """Tensor names by shard, in order; a shard exceeds `shard_nbytes` only if its one tensor does."""
+    shards: list[list[str]] = [[]]
+    for name, nbytes in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + nbytes > shard_nbytes:
+            shards.append([])
+        shards[-1].append(name)
+    return shards
+
+
+def header_bytes(growths: list[Growth], sizes: dict[str, int], dtype: str) -> bytes:
+    """The head of a safetensors file: length, then JSON padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for growth in growths:
+        end = offset + sizes[growth.name]
+        header[growth.name] = {"dtype": dtype, "shape": growth.shape(), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_weights(source: Path, target: Path, expansion: Expansion, dtype: str, shard_nbytes: int) -> None:
+    """Write all shards and, if there are several, their index."""
+    torch_dtype, file_dtype, _ = DTYPES[dtype]
+    growths = {growth.name: growth for growth in expansion.tensors()}
+    sizes = {name: math.prod(growth.shape()) * torch_dtype.itemsize for name, growth in growths.items()}
+    shards = pack_shards(sizes, shard_nbytes)
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        where |= dict.fromkeys(names, f"model{part}.safetensors")
+        with (target / f"model{part}.safetensors").open("wb") as file:
+            file.write(header_bytes([growths[name] for name in names], sizes, file_dtype))
+            for name in names:
+                old = read_tensor(source, growths[name].source, torch_dtype)
+                for block in growths[name].blocks(old, expansion.generator(name)):
+                    file.write(block.contiguous().view(torch.uint8).numpy())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def expand(source: Path, target: Path, shape: Shape, options: argparse.Namespace) -> None:
+    """Write the expansion of the checkpoint in `source` to the folder `target`; ValueError if it holds anything."""
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty: remove it or name another folder")
+    config = read_config(source)
+    expansion = Expansion(Shape.of_config(config), shape, options.seed, options.noise)
+    target.mkdir(parents=True, exist_ok=True)
+    write_weights(source, target, expansion, options.dtype, options.shard_size)
+    config |= {key: getattr(shape, name) for name, key in CONFIG_KEYS.items()}
+    config["dtype"] = DTYPES[options.dtype][2]
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    for path in (path for pattern in COPIED_FILES for path in source.glob(pattern)):
+        shutil.copyfile(path, target / path.name)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GB", "500 MiB" or "1000"."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if not match or match[2].upper() not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a number and one of {', '.join(UNITS)}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; a size that was not given is None."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, help="folder of a trained Llama checkpoint, embeddings untied")
+    add("target", type=Path, help="folder to write; new or empty")
+    add("--size", type=parse_size, help="bytes of weights, such as 2GB: picks a shape")
+    for name in CONFIG_KEYS:
+        add(
+            "--" + name.replace("_", "-"),
+            type=int,
+            help="overrides the picked shape, or without --size the source's",
+        )
+    add("--dtype", choices=DTYPES, default="bf16", help="dtype of the weights (default: %(default)s)")
+    add("--shard-size", type=parse_size, default=500 * 10**6, help="largest file (default: 500MB)")
+    add("--seed", type=int, default=0, help="of shuffles and noise (default: %(default)s)")
+    add("--noise", type=float, default=1e-4, help="relative spread of zeros (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Pick the shape, write the checkpoint, say what was written."""
+    options = parse_options(arguments)
+    itemsize = DTYPES[options.dtype][0].itemsize
+    source = shape = Shape.of_config(read_config(options.source))
+    if options.size is not None:
+        shape = choose_shape(source, options.size // itemsize)
+    given = {name: getattr(options, name) for name in CONFIG_KEYS if getattr(options, name) is not None}
+    shape = replace(shape, **given)
+    expand(options.source, options.target, shape, options)
+    print(f"{options.target}: {shape}, {shape.num_params() * itemsize / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -52,13 +52,19 @@ def generate(
 
 async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[Result]:
     """All prompts at once, each with its own seed."""
-    seeds = [params.seed] if len(prompts) == 1 else [derive_seed(params.seed, i) for i in range(len(prompts))]
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(collect(engine, prompt, replace(params, seed=seed)))
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            group.create_task(collect(engine, prompt, own))
+            for prompt, own in zip(prompts, seeded(params, len(prompts)), strict=True)
         ]
     return [task.result() for task in tasks]
+
+
+def seeded(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """Each prompt's own parameters: a lone prompt keeps the seed, several derive theirs from it and their index."""
+    if count == 1:
+        return [params]
+    return [replace(params, seed=derive_seed(params.seed, index)) for index in range(count)]
 
 
 async def collect(

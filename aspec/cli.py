@@ -5,7 +5,8 @@ Exit codes: 0 done, 1 an error (one paragraph; the traceback with --debug), 2 us
 
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,7 +179,8 @@ def generate(
 
       cat question.txt | aspec generate --target ./model --json
     """
-    from aspec.generation import Request, generate_to_console
+    from aspec.api import run
+    from aspec.generation import Request, generate_to_console, prepare
 
     prompts = _read_prompts(prompt or [], file or [])
     _check_device_name(device)
@@ -205,13 +207,12 @@ def generate(
         "ignore_eos": ignore_eos,
     }
     console = Console(quiet=quiet)
-    guarded(
-        lambda: generate_to_console(
-            Request(prompts, raw, system, as_json), EngineOptions(**options), sampling, console
-        ),
-        console,
-        debug,
-    )
+    request = Request(prompts, raw, system, as_json)
+
+    def work() -> None:
+        run(partial(generate_to_console, prepare(request, EngineOptions(**options), sampling, console)))
+
+    guarded(work, console, debug)
 
 
 def _check_device_name(device: str) -> None:
@@ -234,12 +235,10 @@ def _read_prompts(prompts: list[str], files: list[Path]) -> list[str]:
     return texts
 
 
-def guarded(work: Callable[[], Coroutine[Any, Any, None]], console: Console, debug: bool) -> None:
+def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:
     """Run a command to its exit code: one paragraph for errors, 130 for Ctrl-C, nothing lost."""
-    from aspec.api import run
-
     try:
-        run(work)
+        work()
     except KeyboardInterrupt:
         console.note("interrupted")
         _leave(130)

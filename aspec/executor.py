@@ -45,6 +45,12 @@ class Executor:
 
     async def run(self) -> None:
         """Serve until the policy is done. Raises the first error of a task, after everything has settled."""
+        try:
+            await self._run_group()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+
+    async def _run_group(self) -> None:
         async with asyncio.TaskGroup() as group:
             workers = [
                 group.create_task(self._work(resource), name=f"aspec {resource.name} {i}")
@@ -114,8 +120,17 @@ class Executor:
         """Notes on the way up: task, resource, buffers, last spans."""
         buffers = ", ".join(access.buffer for access in (*task.reads, *task.writes)) or "none"
         last = "; ".join(f"{s.task.label} {s.start_s:.6f}-{s.stop_s:.6f} s" for s in self._recent) or "none"
+        if getattr(error, "__notes__", None):
+            return  # a poisoned lane hands the same error to everyone behind it
         error.add_note(f"while running {task.label} (task {task.id}, number {task.number}) on {task.resource}")
         error.add_note(f"buffers: {buffers}; last spans: {last}")
+
+
+def _first(error: BaseException) -> BaseException:
+    """What failed first: whatever else failed behind it failed because of it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def settle(future: asyncio.Future[Completion]) -> Completion:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aspec.api import Result, collect
+from aspec.api import Result, collect, seeded
 from aspec.assembly import folders
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
@@ -15,7 +15,6 @@ from aspec.model import generation_defaults
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.progress import Console, write_text
-from aspec.sampling import derive_seed
 from aspec.text import Tokenizer
 
 MAX_AUTO_BATCH = 16
@@ -33,25 +32,41 @@ class Request:
     as_json: bool
 
 
-async def generate_to_console(
-    request: Request, options: EngineOptions, sampling: Mapping[str, Any], console: Console
-) -> None:
-    """Serve every prompt. Raises AspecError where the input cannot be used or the machine fails."""
-    target, _ = folders(options)
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request whose models are found and whose prompts are token ids."""
+
+    request: Request
+    options: EngineOptions
+    prompts: list[list[int]]
+    params: SamplingParams
+    console: Console
+
+
+def prepare(request: Request, options: EngineOptions, sampling: Mapping[str, Any], console: Console) -> Job:
+    """Everything that may block for long (a download) or refuse, before the loop starts and Ctrl-C is its business."""
+    target, draft = folders(options)
+    if options.target is not None:
+        options = replace(options, target=target, draft=draft)
     tokenizer = Tokenizer.load(target)
     prompts = [_encode(tokenizer, text, request) for text in request.prompts]
     params = sampling_params(generation_defaults(target), sampling)
-    options = _fit(options, prompts, params, console)
-    async with Engine(options) as engine:
+    return Job(request, _fit(options, prompts, params, console), prompts, params, console)
+
+
+async def generate_to_console(job: Job) -> None:
+    """Serve every prompt. Raises AspecError where the input cannot be used or the machine fails."""
+    as_json, console = job.request.as_json, job.console
+    async with Engine(job.options) as engine:
         console.note(describe_plan(engine.plan))
-        before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if request.as_json else None
-        results = await _serve(engine, prompts, params, request)
-        after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if request.as_json else None
+        before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if as_json else None
+        results = await _serve(engine, job)
+        after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if as_json else None
         rates = [rate for rate in (before, after) if rate]
         for result in results:
-            if request.as_json:
+            if as_json:
                 write_text(json.dumps(as_object(result, before, after)) + "\n")
-            console.note(summarise(result, engine, max(rates, default=None)))
+            console.note(summarise(result, max(rates, default=None)))
 
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
@@ -86,24 +101,20 @@ def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParam
     )
 
 
-async def _serve(engine: Engine, prompts: list[list[int]], params: SamplingParams, request: Request) -> list[Result]:
-    """All prompts share passes; the first one's text streams, the others follow in order."""
-    alone = len(prompts) == 1
-    seeds = [params.seed] if alone else [derive_seed(params.seed, i) for i in range(len(prompts))]
+async def _serve(engine: Engine, job: Job) -> list[Result]:
+    """All prompts share passes; a single prompt's text streams, several are printed whole, in order."""
+    alone, as_json = len(job.prompts) == 1, job.request.as_json
+    heard = write_text if alone and not as_json else None
     results: list[Result] = []
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(
-                collect(
-                    engine, prompt, replace(params, seed=seed), write_text if alone and not request.as_json else None
-                )
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            group.create_task(collect(engine, prompt, params, heard))
+            for prompt, params in zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True)
         ]
         for index, task in enumerate(tasks):
             result = await task
             results.append(result)
-            if not request.as_json:
+            if not as_json:
                 write_text("\n" if alone else f"[{index}] {result.text}\n")
     return results
 
@@ -121,7 +132,7 @@ def as_object(result: Result, before: float | None, after: float | None) -> dict
     }
 
 
-def summarise(result: Result, engine: Engine, rate: float | None) -> str:
+def summarise(result: Result, rate: float | None) -> str:
     """One line: speed, tokens per pass, and how the weight stream did."""
     stats = result.stats
     words = [f"{stats.completion_tokens} tokens ({result.finish_reason})", f"prefill {stats.prefill_s:.2f} s"]

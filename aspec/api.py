@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
 from aspec.engine import Engine, Prompt, open_engine
+from aspec.errors import first_error
 from aspec.params import SamplingParams
 from aspec.sampling import derive_seed
 from aspec.stats import RequestStats
@@ -85,13 +86,16 @@ async def collect(
 
 
 def run(main: Callable[[], Awaitable[T]]) -> T:
-    """Run a coroutine function on uvloop where it exists."""
+    """Run a coroutine function on uvloop where it exists; of several errors the first one is raised."""
 
     async def body() -> T:
         return await main()
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(body())
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(body())
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -66,3 +66,10 @@ class ReadError(DeviceError):
 
 class NumericError(DeviceError):
     """The target's logits are not numbers."""
+
+
+def first_error(error: BaseException) -> BaseException:
+    """What failed first in a task group: whatever else failed there failed because of it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

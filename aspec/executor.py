@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from aspec.errors import DeadlockError
+from aspec.errors import DeadlockError, first_error
 from aspec.io.backend import Backend
 from aspec.tasks.graph import Graph
 from aspec.tasks.task import Completion, Decision, Event, Resource, Span, Started, Task
@@ -22,6 +22,11 @@ class Policy(Protocol):
     """What the executor asks: synchronous, and free of anything that can wait."""
 
     done: bool
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for nothing but the outside."""
+        ...
 
     def handle(self, event: Event) -> Decision:
         """The tasks and row changes that follow from an event."""
@@ -48,7 +53,7 @@ class Executor:
         try:
             await self._run_group()
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise first_error(group) from None
 
     async def _run_group(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -79,8 +84,8 @@ class Executor:
     def _check_progress(self) -> None:
         """A schedule that can never finish is an error at once, with the reason."""
         ready = any(self._graph.has_ready(name) for name in self._wake)
-        if len(self._graph) and not self._in_flight and not ready and self._events.empty():
-            blocked = "\n  ".join(self._graph.blocked())
+        if not (self._policy.idle or ready or self._in_flight) and self._events.empty():
+            blocked = "\n  ".join(self._graph.blocked()) or "none"
             raise DeadlockError(f"nothing runs and nothing can become ready; the oldest tasks:\n  {blocked}")
 
     def _kick(self) -> None:
@@ -124,13 +129,6 @@ class Executor:
             return  # a poisoned lane hands the same error to everyone behind it
         error.add_note(f"while running {task.label} (task {task.id}, number {task.number}) on {task.resource}")
         error.add_note(f"buffers: {buffers}; last spans: {last}")
-
-
-def _first(error: BaseException) -> BaseException:
-    """What failed first: whatever else failed behind it failed because of it."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def settle(future: asyncio.Future[Completion]) -> Completion:

@@ -96,6 +96,11 @@ class Scheduler:
         assert self._open_accepts >= 0
 
     @property
+    def idle(self) -> bool:
+        """Whether no pass is running: only an event from outside brings the next one."""
+        return self._open_accepts == 0
+
+    @property
     def num_active(self) -> int:
         """Sequences in rows."""
         return len(self._rows)

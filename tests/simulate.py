@@ -29,6 +29,10 @@ class Checked:
     def done(self):
         return self.scheduler.done
 
+    @property
+    def idle(self):
+        return self.scheduler.idle
+
     def handle(self, event):
         decision = self.scheduler.handle(event)
         self.scheduler.validate()

@@ -1,0 +1,73 @@
+"""Plans from byte sizes: what is resident, how many slots, and the arithmetic of a refusal."""
+
+import itertools
+
+import pytest
+
+from aspec.costs import CostModel, expected_tokens
+from aspec.errors import BudgetError
+from aspec.plan import PlannedPart, Tier
+from aspec.planner import Needs, Wishes, make_plan
+from aspec.tasks.task import Op, RowOutcome, Span, Task
+
+MIB = 1 << 20
+
+
+def needs(num_layers=8, per_layer=2, size=4 * MIB, rest=2 * MIB, kv=1024):
+    parts = tuple(PlannedPart(i, i // per_layer, size, size) for i in range(num_layers * per_layer))
+    return Needs(parts, num_layers, {"rest": rest}, kv)
+
+
+def wishes(budget, rows=1, capacity=1023):
+    return Wishes(budget, rows, capacity)
+
+
+def test_everything_resident_when_it_fits():
+    plan = make_plan(needs(), wishes(100 * MIB))
+    assert plan.streamed == ()
+    assert plan.num_slots == 0
+
+
+@pytest.mark.parametrize("budget", range(12, 66, 3))
+def test_every_plan_stays_inside_its_budget_and_uses_it(budget):
+    plan = make_plan(needs(), wishes(budget * MIB))
+    assert plan.held_bytes <= budget * MIB
+    assert plan.streamed
+    assert plan.num_slots >= 2, "a layer's parts must be loaded together"
+    assert budget * MIB - plan.held_bytes < 4 * MIB or not plan.streamed, "room for another resident part is not wasted"
+
+
+def test_resident_parts_are_spread_over_the_pass():
+    plan = make_plan(needs(), wishes(2 * MIB + 1 * MIB + 5 * 4 * MIB + 4 * 4 * MIB))
+    resident = [part.index for part in plan.parts if part.tier is Tier.DEVICE]
+    assert len(resident) == 4
+    assert all(b - a >= 3 for a, b in itertools.pairwise(resident))
+
+
+def test_a_budget_too_small_says_what_would_fit():
+    with pytest.raises(BudgetError, match="at least 11MiB") as caught:
+        make_plan(needs(), wishes(5 * MIB))
+    message = str(caught.value)
+    assert "rest 2.00 MiB" in message
+    assert "KV cache" in message
+    assert "2 slots of 4.00 MiB" in message
+    make_plan(needs(), wishes(11 * MIB))
+    with pytest.raises(BudgetError):
+        make_plan(needs(), wishes(11 * MIB - 1))
+
+
+def test_expected_tokens_is_monotone_and_exact_at_the_ends():
+    assert expected_tokens(0.0, 5) == 1
+    assert expected_tokens(1.0, 5) == 6
+    values = [[expected_tokens(p / 20, n) for n in range(12)] for p in range(21)]
+    for row, above in itertools.pairwise(values):
+        assert all(a <= b for a, b in zip(row, above, strict=True)), "monotone in acceptance"
+    assert all(a <= b for row in values for a, b in itertools.pairwise(row)), "monotone in length"
+
+
+def test_acceptance_is_learnt_from_outcomes():
+    costs = CostModel()
+    for _ in range(300):
+        task = Task(0, Op.ACCEPT, "cpu", 0)
+        costs.observe(Span(task, 0.0, 0.0, (RowOutcome(0, 4, 4, 5, False), RowOutcome(1, 4, 0, 1, False))))
+    assert costs.acceptance == pytest.approx(0.8, abs=0.02)  # 4 accepted for every refusal

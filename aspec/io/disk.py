@@ -86,15 +86,15 @@ class _File:
 
     def read(self, buffer: memoryview, offset: int, needed: int) -> None:
         """Fill at least ``needed`` bytes of ``buffer`` from ``offset``; both whole pages where direct."""
-        got = 0
+        got = reached = 0
         while got < needed:
-            count = self._read_once(buffer[got:], offset + got)
-            if count == 0:
+            got += self._read_once(buffer[got:], offset + got)
+            if got <= reached:  # a short read repeated from its last whole page brings nothing new: the end
                 raise ReadError(
                     f"{self.path}: the file ends at byte {offset + got}, expected {needed - got} more: it is truncated "
                     f"or was changed while it was open. Fetch it again."
                 )
-            got += count
+            reached = got
             if self.direct and got < needed:
                 got -= got % PAGE
         if not self.direct and hasattr(os, "posix_fadvise"):

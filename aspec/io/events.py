@@ -1,0 +1,91 @@
+"""The event lane: one thread blocks on the events of one stream and hands the results to the loop.
+
+Events of one stream complete in the order of their recording, so one thread is enough and nothing polls. Every
+event is waited for, after a failure too: a future never resolves while its work may still touch a buffer.
+"""
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from aspec.errors import DeviceError
+from aspec.tasks.task import Completion
+
+Outcome = Completion | BaseException
+Conclude = Callable[[BaseException | None], Outcome]
+"""Called on the lane's thread when an event is over, with the error that waiting for it raised."""
+
+
+class DeviceEvent(Protocol):
+    """A mark in a stream."""
+
+    def synchronize(self) -> None:
+        """Block, without the interpreter lock, until the stream has passed the last recording of this event."""
+        ...
+
+
+class EventLane:
+    """Waits for the events of one stream, in order; wake-ups of the loop are batched."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: queue.SimpleQueue[tuple[DeviceEvent | None, Conclude, asyncio.Future[Completion]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._finished: deque[tuple[asyncio.Future[Completion], Outcome]] = deque()
+        self._armed = False  # a drain is on its way to the loop; a race costs one empty drain
+        self._thread = threading.Thread(target=self._run, name=f"aspec-{name}", daemon=True)
+        self._thread.start()
+
+    def wait(self, event: DeviceEvent | None, conclude: Conclude, future: asyncio.Future[Completion]) -> None:
+        """Resolve ``future`` with ``conclude`` after ``event``, which is recorded already; from any thread.
+
+        Without an event (nothing was launched) it resolves behind the events that were submitted before.
+        """
+        self._queue.put((event, conclude, future))
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Wait for what was submitted, then join. Raises DeviceError if the thread does not end in time."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise DeviceError(f"{self._thread.name}: an event did not complete within {timeout_s:g} s of closing")
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            event, conclude, future = item
+            self._finished.append((future, _outcome(event, conclude)))
+            del item, event, conclude, future
+            if not self._armed:
+                self._armed = True
+                try:
+                    self._loop.call_soon_threadsafe(self._drain)
+                except RuntimeError:
+                    continue  # the loop has closed: nobody waits any more
+
+    def _drain(self) -> None:
+        self._armed = False
+        while self._finished:
+            future, outcome = self._finished.popleft()
+            if future.done():
+                continue
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+
+def _outcome(event: DeviceEvent | None, conclude: Conclude) -> Outcome:
+    failure: BaseException | None = None
+    try:
+        if event is not None:
+            event.synchronize()
+    except BaseException as error:
+        failure = error
+    try:
+        return conclude(failure)
+    except BaseException as error:
+        return error

@@ -1,0 +1,67 @@
+"""Host memory that a device reads directly: a bounded number of buffers, pinned at their exact size.
+
+Pages are registered with the driver instead of allocated by it: torch's pinned allocator rounds up to a power of
+two, and registered memory keeps its huge pages. Where the system refuses, copies still work, only slower.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aspec.io.memory import SlotMemory, allocate
+from aspec.plan import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HostBuffer:
+    """The same bytes twice: ``view`` for the disk, ``tensor`` [nbytes] uint8 for the device."""
+
+    view: memoryview
+    tensor: torch.Tensor
+    pinned: bool
+
+
+class PinnedMemory:
+    """Allocates host buffers, pins them up to a limit and lets go of all at once."""
+
+    def __init__(
+        self,
+        register: Callable[[int, int], bool],
+        unregister: Callable[[int], None],
+        limit_bytes: int | None = None,
+    ) -> None:
+        self._register, self._unregister, self._limit_bytes = register, unregister, limit_bytes
+        self._buffers: list[tuple[SlotMemory, bool]] = []  # with whether they are pinned
+        self._warned = False
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes that the system cannot move at present."""
+        return sum(memory.nbytes for memory, pinned in self._buffers if pinned)
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        """A buffer of whole pages, pinned where possible. Raises DeviceError if there is no memory at all."""
+        memory = allocate(nbytes)
+        fits = self._limit_bytes is None or self.pinned_bytes + memory.nbytes <= self._limit_bytes
+        pinned = fits and self._register(memory.address, memory.nbytes)
+        if not pinned and not self._warned:
+            self._warned = True
+            why = "the system refused to pin it (see ulimit -l)" if fits else "the limit for pinned memory is reached"
+            warnings.warn(
+                f"a host buffer of {format_bytes(memory.nbytes)} stays pageable, {why}: copies to the device will be "
+                f"slower and overlap less.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._buffers.append((memory, pinned))
+        return HostBuffer(memory.view, torch.frombuffer(memory.view, dtype=torch.uint8), pinned)
+
+    def close(self) -> None:
+        """Unpin and free every buffer; may be called twice. Nobody may use one any more."""
+        while self._buffers:
+            memory, pinned = self._buffers.pop()
+            if pinned:
+                self._unregister(memory.address)
+            memory.close()

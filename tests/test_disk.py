@@ -1,0 +1,244 @@
+"""The disk lane reads the right bytes to the right place, whatever the layout, and settles whatever happens."""
+
+import asyncio
+import errno
+import os
+import random
+import time
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aspec.errors import ReadError
+from aspec.io import disk
+from aspec.io.disk import DiskLane, probe_rate, split
+from aspec.io.memory import HUGE_PAGE, PAGE, allocate
+
+SIZE = 3_000_017  # not a multiple of anything
+
+
+@dataclass(frozen=True)
+class Seg:
+    file: str
+    offset: int
+    nbytes: int
+    at: int
+
+
+@pytest.fixture(scope="module")
+def blob(tmp_path_factory):
+    path = tmp_path_factory.mktemp("disk") / "blob"
+    path.write_bytes(random.Random(0).randbytes(SIZE))
+    return path
+
+
+@pytest.fixture
+async def lane():
+    made = DiskLane(asyncio.get_running_loop(), num_threads=2, chunk_bytes=16 * PAGE)
+    yield made
+    made.close()
+
+
+@st.composite
+def layouts(draw):
+    """Segments of the blob that follow one another in a buffer, congruent or not, sharing pages or not."""
+    segments, at = [], 0
+    for _ in range(draw(st.integers(1, 8))):
+        offset = draw(st.integers(0, SIZE - 1))
+        nbytes = draw(st.one_of(st.integers(1, 64), st.integers(1, 200_000)))
+        nbytes = min(nbytes, SIZE - offset)
+        at += draw(st.sampled_from([0, 0, 1, 63, PAGE, 9000]))
+        if draw(st.booleans()):
+            at += (offset - at) % PAGE
+        segments.append((offset, nbytes, at))
+        at += nbytes
+    return segments, at
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts())
+def test_every_layout_lands_exactly(blob, layout):
+    segments, end = layout
+    content = blob.read_bytes()
+    memory = allocate(end)
+    memory.view[:] = b"\xab" * memory.nbytes
+    reference = bytearray(memory.view)
+
+    async def main():
+        lane = DiskLane(asyncio.get_running_loop(), num_threads=2, chunk_bytes=8 * PAGE)
+        done = await lane.read([Seg(str(blob), *s) for s in segments], memory.view)
+        lane.close()
+        return done
+
+    done = asyncio.run(main())
+    assert done.nbytes == sum(n for _, n, _ in segments)
+    assert done.stop_s >= done.start_s
+    for offset, nbytes, at in segments:
+        reference[at : at + nbytes] = content[offset : offset + nbytes]
+    for offset, nbytes, at in segments:
+        assert memory.view[at : at + nbytes] == reference[at : at + nbytes], (offset, nbytes, at)
+    memory.close()
+
+
+def test_a_congruent_part_needs_one_chunk_per_chunk_size_and_no_bounce(blob):
+    chunks = list(split([Seg(str(blob), 8 + PAGE, 100 * PAGE, 8)], 0, 200 * PAGE, 16 * PAGE))
+    assert all(chunk.direct for chunk in chunks)
+    assert len(chunks) == 7  # 100 pages and a skew, 16 at a time
+
+
+def test_neighbours_in_a_page_are_bounced_at_the_edges_only(blob):
+    segments = [Seg(str(blob), 100, 3 * PAGE, 100), Seg(str(blob), 7 * PAGE + 100, 3 * PAGE, 3 * PAGE + 100)]
+    chunks = list(split(segments, 0, 7 * PAGE, 16 * PAGE))
+    assert sum(chunk.nbytes for chunk in chunks if not chunk.direct) < 2 * PAGE
+    assert sum(chunk.nbytes for chunk in chunks) == 6 * PAGE
+
+
+@pytest.mark.parametrize("at", [-1, 10 * PAGE])
+def test_a_segment_outside_the_buffer_is_refused(blob, at):
+    with pytest.raises(ValueError, match="does not fit"):
+        list(split([Seg(str(blob), 0, PAGE, at)], 0, 4 * PAGE, 16 * PAGE))
+
+
+async def test_many_reads_at_once_all_land(blob, lane):
+    content = blob.read_bytes()
+    memories = [allocate(100_000) for _ in range(20)]
+    offsets = [random.Random(i).randrange(SIZE - 90_000) for i in range(20)]
+    reads = [lane.read([Seg(str(blob), o, 90_000, o % PAGE)], m.view) for o, m in zip(offsets, memories, strict=True)]
+    await asyncio.gather(*reads)
+    for offset, memory in zip(offsets, memories, strict=True):
+        assert memory.view[offset % PAGE : offset % PAGE + 90_000] == content[offset : offset + 90_000]
+        memory.close()
+
+
+async def test_a_short_file_is_an_error_and_the_lane_lives_on(blob, lane, tmp_path):
+    memory = allocate(100_000)
+    short = tmp_path / "short"
+    short.write_bytes(b"x" * 5000)
+    with pytest.raises(ReadError, match=r"ends at byte 5000.*truncated"):
+        await lane.read([Seg(str(short), 0, 50_000, 0)], memory.view)
+    with pytest.raises(ReadError, match="cannot be opened"):
+        await lane.read([Seg(str(tmp_path / "none"), 0, 10, 0)], memory.view)
+    await lane.read([Seg(str(blob), 0, 50_000, 0)], memory.view)
+    assert memory.view[:50_000] == blob.read_bytes()[:50_000]
+    memory.close()
+
+
+async def test_a_file_system_without_direct_reads_is_served_through_the_cache(blob, lane, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct reads here")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    memory = allocate(100_000)
+    await lane.read([Seg(str(blob), 5, 90_000, 5)], memory.view)
+    assert not lane.direct(str(blob))
+    assert memory.view[5:90_005] == blob.read_bytes()[5:90_005]
+    memory.close()
+
+
+async def test_a_device_that_refuses_late_is_served_too(blob, monkeypatch):
+    real, refused = os.preadv, []
+
+    def picky(fd, buffers, offset):
+        if not refused:
+            refused.append(fd)
+            raise OSError(errno.EINVAL, "stricter alignment")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", picky)
+    lane = DiskLane(asyncio.get_running_loop(), num_threads=1)
+    memory = allocate(100_000)
+    await lane.read([Seg(str(blob), 5, 90_000, 5)], memory.view)
+    assert memory.view[5:90_005] == blob.read_bytes()[5:90_005]
+    lane.close()
+    memory.close()
+
+
+async def test_short_reads_in_the_middle_go_on(blob, monkeypatch):
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][: 5 * PAGE]], offset))
+    lane = DiskLane(asyncio.get_running_loop(), num_threads=1)
+    memory = allocate(300_000)
+    await lane.read([Seg(str(blob), 5, 290_000, 5)], memory.view)
+    assert memory.view[5:290_005] == blob.read_bytes()[5:290_005]
+    lane.close()
+    memory.close()
+
+
+async def test_urgent_reads_overtake(blob):
+    lane = DiskLane(asyncio.get_running_loop(), num_threads=1, rate_bytes_per_s=4e6)
+    memory = allocate(HUGE_PAGE)
+    order = []
+
+    async def read(name, priority, at):
+        await lane.read([Seg(str(blob), 0, 100 * PAGE, at)], memory.view, priority)
+        order.append(name)
+
+    tasks = [asyncio.create_task(read(n, p, i * 100 * PAGE)) for i, (n, p) in enumerate([("a", 5), ("b", 5), ("c", 1)])]
+    await asyncio.gather(*tasks)
+    assert order.index("c") < order.index("b")
+    lane.close()
+    memory.close()
+
+
+async def test_a_rate_limit_is_kept(blob):
+    lane = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=20e6)
+    memory = allocate(SIZE)
+    begin = time.perf_counter()
+    for _ in range(3):
+        await lane.read([Seg(str(blob), 0, SIZE, 0)], memory.view)
+    rate = 3 * SIZE / (time.perf_counter() - begin)
+    assert 0.7 * 20e6 < rate < 1.15 * 20e6
+    lane.close()
+    memory.close()
+    assert probe_rate([Seg(str(blob), 0, SIZE, 0)], 0.3, rate_bytes_per_s=20e6) < 1.25 * 20e6
+
+
+async def test_closing_settles_what_is_in_flight(blob):
+    lane = DiskLane(asyncio.get_running_loop(), num_threads=2, rate_bytes_per_s=1e6)
+    memory = allocate(SIZE)
+    pending = lane.read([Seg(str(blob), 0, SIZE, 0)], memory.view)
+    await asyncio.sleep(0.05)
+    begin = time.perf_counter()
+    lane.close()
+    lane.close()
+    assert time.perf_counter() - begin < 3.0
+    pending.cancel()
+    memory.close()
+
+
+async def test_no_descriptor_is_left(blob):
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    lane = DiskLane(asyncio.get_running_loop())
+    memory = allocate(100_000)
+    await lane.read([Seg(str(blob), 0, 100_000, 0)], memory.view)
+    lane.close()
+    memory.close()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_probe_reads_the_named_ranges(blob):
+    rate = probe_rate([Seg(str(blob), 1000, SIZE - 1000, 0)], 0.1)
+    assert rate > 1e6
+    with pytest.raises(ReadError):
+        probe_rate([Seg("/nowhere", 0, 10, 0)], 0.1)
+
+
+def test_memory_is_aligned_and_whole_pages():
+    for nbytes in (1, PAGE, 3 * PAGE + 1, HUGE_PAGE + 1):
+        memory = allocate(nbytes)
+        assert memory.address % HUGE_PAGE == 0
+        assert memory.nbytes % PAGE == 0
+        assert memory.nbytes >= nbytes
+        assert not any(memory.view[i] for i in range(0, memory.nbytes, PAGE))
+        memory.close()
+
+
+def test_the_module_names_no_compute_library():
+    assert "torch" not in vars(disk)

@@ -24,28 +24,30 @@ from aspec.params import SamplingParams
 GOLDEN = -7046029254386353131
 MIX_1 = -4658895280553007687
 MIX_2 = -7723592293110705685
-BITS = 40  # bits of a uniform number: the largest Gumbel value is about 28
+BITS = 40  # bits of a uniform number
 
 
 def derive_seed(seed: int, index: int) -> int:
     """The seed of prompt ``index`` of a run with one seed: never the row, which depends on the plan."""
-    mixed = _mix(torch.tensor([seed * 1_000_003 + index]) * GOLDEN)
+    mixed = _mix(_mix(torch.tensor([_wrap(seed)]) + GOLDEN) + _wrap((index + 1) * MIX_2))
     return int(mixed.item()) & ((1 << 62) - 1)
 
 
-def gumbel(seed: int, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Gumbel noise [N, V] float64 for positions [N] int64: the same for any batch, order or vocabulary size."""
-    bits = noise_bits(seed, positions, vocab_size)
-    uniform = bits.double().add_(0.5).mul_(2.0**-BITS)
+def gumbel(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise, float64, for int64 positions and token ids that broadcast: one value per pair."""
+    uniform = noise_bits(seed, positions, tokens).double().add_(0.5).mul_(2.0**-BITS)
     return uniform.log_().neg_().log_().neg_()
 
 
-def noise_bits(seed: int, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The integers [N, V] behind the noise, 0 .. 2^40 - 1, equal on every device."""
-    wrapped = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-    row = _mix(_mix(positions.new_full((1,), wrapped) + GOLDEN) + positions * MIX_2)
-    tokens = torch.arange(vocab_size, device=positions.device)
-    return _shift(_mix(row[:, None] + tokens * GOLDEN), 64 - BITS)
+def noise_bits(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The integers behind the noise, 0 .. 2^40 - 1, equal on every device."""
+    key = _mix(positions.new_full((1,), _wrap(seed)) + GOLDEN)
+    return _shift(_mix(_mix(key + positions * MIX_2) + tokens * GOLDEN), 64 - BITS)
+
+
+def _wrap(seed: int) -> int:
+    """Any integer as a signed 64-bit one."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -66,6 +68,7 @@ class Sampler:
     def __init__(self, params: SamplingParams) -> None:
         self.greedy = params.temperature == 0
         self._seed = params.seed
+        self._truncates = bool(params.top_k or params.top_p < 1 or params.min_p)
         self._warpers = LogitsProcessorList()
         if self.greedy:
             return
@@ -87,9 +90,19 @@ class Sampler:
         _check(scores, positions)
         if self.greedy:
             return [int(token) for token in scores.argmax(-1).tolist()]
-        scores = self._warpers(None, scores).double()
-        scores += gumbel(self._seed, torch.tensor(positions, device=scores.device), scores.shape[-1])
-        return [int(token) for token in scores.argmax(-1).tolist()]
+        return self._perturbed(self._warpers(None, scores), positions)
+
+    def _perturbed(self, scores: torch.Tensor, positions: Sequence[int]) -> list[int]:
+        """The argmax of scores [N, V] plus noise; truncated distributions pay only for what they keep."""
+        where = torch.tensor(positions, device=scores.device)
+        if not self._truncates:
+            noisy = gumbel(self._seed, where[:, None], torch.arange(scores.shape[-1], device=scores.device))
+            noisy += scores
+        else:
+            rows, tokens = scores.isfinite().nonzero(as_tuple=True)
+            noisy = scores.double()
+            noisy[rows, tokens] += gumbel(self._seed, where[rows], tokens)
+        return [int(token) for token in noisy.argmax(-1).tolist()]
 
 
 def draw_rows(

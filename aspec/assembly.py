@@ -78,6 +78,7 @@ def assemble(options: EngineOptions) -> Assembly:
         capacity=capacity,
         max_draft_tokens=_max_draft_tokens(options, draft),
         fixed_draft_tokens=options.num_draft_tokens,
+        resident_bytes=options.resident_memory,
     )
     plan = _plan(wishes, options.prefill_tokens, lambda n: _needs(target, parts, draft, draft_parts, rows, n))
     return _allocate(target, parts, draft, draft_parts, tokenizer, plan)

@@ -18,6 +18,7 @@ class EngineOptions:
     draft: str | Path | None = None
     device: str = "auto"
     device_memory: int | None = None  # bytes
+    resident_memory: int | None = None  # bytes of layers kept resident at most, even where more would fit
     dtype: str = "auto"
     num_draft_tokens: int | None = None  # 0: no speculation
     max_batch: int | None = None  # sequences that share a pass
@@ -30,6 +31,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         counts = {
             "device_memory": (self.device_memory, 1),
+            "resident_memory": (self.resident_memory, 0),
             "num_draft_tokens": (self.num_draft_tokens, 0),
             "max_batch": (self.max_batch, 1),
             "max_context": (self.max_context, 2),

@@ -32,6 +32,7 @@ class Wishes:
     prefill_tokens: int = 512
     max_draft_tokens: int = 0
     fixed_draft_tokens: int | None = None
+    resident_bytes: int | None = None  # layers resident at most, even where more would fit
 
 
 def make_plan(needs: Needs, wishes: Wishes) -> Plan:
@@ -42,7 +43,8 @@ def make_plan(needs: Needs, wishes: Wishes) -> Plan:
     held = {**needs.fixed, "KV cache": needs.kv_bytes_per_token * wishes.num_rows * (wishes.capacity + 1)}
     room = wishes.budget_bytes - sum(held.values())
     everything = sum(part.size for part in needs.parts)
-    if everything <= room:
+    allowed = room if wishes.resident_bytes is None else min(room, wishes.resident_bytes)
+    if everything <= allowed:
         parts = tuple(replace(part, tier=Tier.DEVICE) for part in needs.parts)
         return _plan(needs, wishes, parts, 0, 0, {**held, "resident layers": everything})
     per_layer = _most_parts_per_layer(needs)
@@ -50,7 +52,7 @@ def make_plan(needs: Needs, wishes: Wishes) -> Plan:
     if per_layer * slot_bytes > room:
         raise BudgetError(_too_small(held, per_layer, slot_bytes, wishes.budget_bytes))
     num_slots = min(per_layer + SPARE_SLOTS, room // slot_bytes)
-    resident = _spread(needs.parts, room - num_slots * slot_bytes)
+    resident = _spread(needs.parts, min(allowed, room - num_slots * slot_bytes))
     parts = tuple(replace(p, tier=Tier.DEVICE if p.index in resident else Tier.DISK) for p in needs.parts)
     slot_bytes = max(part.size for part in parts if part.tier is Tier.DISK)
     held |= {

@@ -59,6 +59,11 @@ class Tokenizer:
         """Token id -> token, added tokens included."""
         return {index: token for token, index in self._inner.get_vocab().items()}
 
+    @property
+    def added_ids(self) -> set[int]:
+        """Ids that were added to the tokenizer's own vocabulary."""
+        return set(self._inner.get_added_vocab().values())
+
 
 def check_vocabulary(target: Tokenizer, draft: Tokenizer, target_size: int, draft_size: int) -> None:
     """Raises VocabularyError unless both tokenizers give every id the same token; padding may differ."""
@@ -72,8 +77,11 @@ def check_vocabulary(target: Tokenizer, draft: Tokenizer, target_size: int, draf
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises VocabularyError where a tokenizer knows ids that its model does not."""
-    largest = max(tokenizer.vocabulary(), default=-1)
+    """Raises VocabularyError where a tokenizer's own vocabulary is larger than its model's.
+
+    Added tokens beyond it are common (a padding token, say) and harm only a prompt that holds one.
+    """
+    largest = max(tokenizer.vocabulary().keys() - tokenizer.added_ids, default=-1)
     if largest >= vocab_size:
         raise VocabularyError(
             f"the tokenizer of {tokenizer.folder} has token {largest}, its model knows 0 .. {vocab_size - 1}: "

@@ -310,6 +310,7 @@ def test_cancelling_the_executor_settles_what_was_issued(kind, num_spans, run, t
             reached.set()
         try:
             serving = asyncio.create_task(rig.serve(lambda span: next(seen) == num_spans and reached.set()))
+            serving.add_done_callback(lambda _: reached.set())  # a run that fails must not leave the test waiting
             await reached.wait()
             await asyncio.sleep(0)
             serving.cancel()

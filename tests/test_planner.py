@@ -44,6 +44,14 @@ def test_resident_parts_are_spread_over_the_pass():
     assert all(b - a >= 3 for a, b in itertools.pairwise(resident))
 
 
+@pytest.mark.parametrize("cap", [0, 9, 20, 1000])
+def test_a_cap_on_resident_layers_is_kept(cap):
+    plan = make_plan(needs(), Wishes(1000 * MIB, 1, 1023, resident_bytes=cap * MIB))
+    resident = sum(part.size for part in plan.parts if part.tier is Tier.DEVICE)
+    assert resident <= cap * MIB
+    assert resident > cap * MIB - 4 * MIB or cap == 1000
+
+
 def test_a_budget_too_small_says_what_would_fit():
     with pytest.raises(BudgetError, match="at least 11MiB") as caught:
         make_plan(needs(), wishes(5 * MIB))

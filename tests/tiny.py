@@ -113,12 +113,13 @@ REFUSED = {
 def randomise(model, seed=0):
     """Weights such that logits vary over positions and greedy text does not loop at once."""
     generator = torch.Generator().manual_seed(seed)
+    scale = 0.03 if model.config.tie_word_embeddings else 0.5  # a tied head would echo a loud embedding
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             embedding = "embed" in name or "wte" in name
             if parameter.dim() >= 2:
-                parameter.copy_(noise * (0.5 if embedding else 0.08))
+                parameter.copy_(noise * (scale if embedding else 0.15))
             elif "norm" in name.lower() or "ln" in name.lower():
                 parameter.add_(noise * 0.1)
             else:

@@ -1,0 +1,130 @@
+"""The whole engine against transformers: the same tokens, whatever the draft, the batch and the plan."""
+
+import asyncio
+import itertools
+
+import pytest
+import torch
+
+from aspec.engine import open_engine
+from aspec.params import SamplingParams
+from aspec.races import find_races
+from aspec.tasks.task import Op
+from tests import tiny
+
+NEW = 24
+LENGTHS = (20, 37, 11)  # longer than every window (8) and than a prefill item (16)
+RESIDENT = {"none": 0, "some": 150_000, "all": None}
+EVERY_RUN = list(itertools.product((0, 1, 4, 8), (1, 3), RESIDENT))
+COVERING = [
+    (0, 3, "all"),
+    (0, 1, "none"),
+    (1, 3, "some"),
+    (4, 3, "none"),
+    (4, 1, "some"),
+    (8, 3, "all"),
+    (8, 1, "none"),
+]
+SIGMAS = (0.1, 0.05, 0.2, 0.025, 0.4, 0.8)
+
+
+class Pair:
+    """A tiny target, a noisy copy as its draft, and what transformers generates."""
+
+    def __init__(self, folder, family):
+        self.folder, self.family = folder, family
+        self.target = tiny.build(folder / "target", family)
+        generator = torch.Generator().manual_seed(5)
+        self.prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in LENGTHS]
+        model = tiny.reference(self.target)
+        self.wanted = [self._generate(model, prompt) for prompt in self.prompts]
+        self.draft = None
+
+    @staticmethod
+    def _generate(model, prompt):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        return out[0, len(prompt) :].tolist()
+
+    def find_draft(self):
+        """Noise such that acceptance lies strictly inside: a test of drafts needs hits and misses."""
+        for sigma in SIGMAS:
+            self.draft = tiny.noisy_copy(self.target, self.folder / f"draft{sigma}", sigma)
+            _, stats, _ = self.run(4, 3, "none")
+            if 0.35 <= sum(s.accepted for s in stats) / sum(s.proposed for s in stats) <= 0.9:
+                return
+        raise AssertionError(f"{self.family}: no noise gives an acceptance between 0.35 and 0.9 for chains of 4")
+
+    def run(self, chain, batch, resident, params=None):
+        """One engine; returns (tokens per prompt, statistics, spans)."""
+        spans = []
+
+        async def one(engine, prompt):
+            tokens, last = [], None
+            async for piece in engine.stream(prompt, params or SamplingParams(max_new_tokens=NEW, ignore_eos=True)):
+                tokens += piece.token_ids
+                last = piece
+            return tokens, last.stats
+
+        async def main():
+            async with open_engine(
+                observers=[spans.append],
+                target=self.target,
+                draft=self.draft if chain else None,
+                num_draft_tokens=chain,
+                max_batch=batch,
+                max_context=80,
+                prefill_tokens=16,
+                device_memory=1 << 22,
+                resident_memory=RESIDENT[resident],
+                threads=1,
+            ) as engine:
+                self.plan = engine.plan
+                return await asyncio.gather(*(one(engine, prompt) for prompt in self.prompts[:batch]))
+
+        results = asyncio.run(main())
+        return [tokens for tokens, _ in results], [stats for _, stats in results], spans
+
+
+def check(pair, chain, batch, resident):
+    tokens, stats, spans = pair.run(chain, batch, resident)
+    assert tokens == pair.wanted[:batch], f"{pair.family}: chain {chain}, batch {batch}, {resident} resident"
+    assert find_races(spans) == []
+    streams = bool(pair.plan.streamed)
+    assert streams == (resident != "all")
+    assert streams == any(span.task.op is Op.READ for span in spans)
+    if resident == "some":
+        assert 0 < len(pair.plan.streamed) < len(pair.plan.parts)
+    return stats
+
+
+@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
+def pair(request, tmp_path_factory):
+    made = Pair(tmp_path_factory.mktemp(request.param), request.param)
+    made.find_draft()
+    return made
+
+
+def test_greedy_equals_transformers(pair):
+    assert len({token for tokens in pair.wanted for token in tokens}) >= 8, "logits vary over positions"
+    accepted = proposed = 0
+    for chain, batch, resident in COVERING:
+        for stats in check(pair, chain, batch, resident):
+            accepted, proposed = accepted + stats.accepted, proposed + stats.proposed
+    assert 0.2 <= accepted / proposed <= 0.95
+
+
+@pytest.mark.slow
+def test_greedy_equals_transformers_in_every_combination(pair):
+    for combination in EVERY_RUN:
+        check(pair, *combination)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_sampled_tokens_do_not_depend_on_draft_batch_or_plan(pair, temperature):
+    params = SamplingParams(max_new_tokens=NEW, ignore_eos=True, temperature=temperature, top_p=0.95, seed=3)
+    plain, _, _ = pair.run(0, 3, "all", params)
+    drafted, stats, _ = pair.run(4, 3, "none", params)
+    alone, _, _ = pair.run(8, 1, "some", params)
+    assert drafted == plain
+    assert alone == plain[:1]
+    assert sum(s.accepted for s in stats) > 0

@@ -4,16 +4,17 @@ Order matters: headers and configs first, then the plan, then memory; a budget t
 models that do not share a vocabulary, are refused before anything is allocated.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
+from aspec.attention import temporary_bytes
 from aspec.errors import BudgetError, UserError
 from aspec.hub import resolve
-from aspec.io.layout import Part
+from aspec.io.layout import Part, scratch_bytes
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.kv import KVCache
 from aspec.model import Model
@@ -24,7 +25,6 @@ from aspec.runner import ModelRunner, Weights
 from aspec.text import Tokenizer, check_tokenizer, check_vocabulary
 
 MIB = 1 << 20
-READER_BYTES = 16 * MIB  # bounce buffers of the disk lane
 DEMO = Path(__file__).parent / "demo"
 DEMO_BUDGET_BYTES = 12 * MIB  # below the demo target's 16 MB, so that streaming really happens
 MAX_DRAFT_TOKENS = 16
@@ -54,7 +54,6 @@ class Assembly:
     runner: ModelRunner
     slots: list[memoryview]
     loads: list[Load]
-    scratch: torch.Tensor | None
     memory: list[SlotMemory]
 
 
@@ -80,7 +79,7 @@ def assemble(options: EngineOptions) -> Assembly:
         fixed_draft_tokens=options.num_draft_tokens,
         resident_bytes=options.resident_memory,
     )
-    plan = _plan(wishes, options.prefill_tokens, lambda n: _needs(target, parts, draft, draft_parts, rows, n))
+    plan = _plan(wishes, options.prefill_tokens, lambda n: _needs(target, parts, draft, draft_parts, rows, n, capacity))
     return _allocate(target, parts, draft, draft_parts, tokenizer, plan)
 
 
@@ -149,33 +148,36 @@ def _needs(
     draft_parts: Sequence[Part],
     rows: int,
     prefill_tokens: int,
+    capacity: int,
 ) -> Needs:
     layer_parts = tuple(
-        PlannedPart(part.index, part.layer, part.nbytes, part.size) for part in parts if part.layer >= 0
+        PlannedPart(part.index, part.layer, part.nbytes, part.size, scratch_bytes=part.scratch_bytes)
+        for part in parts
+        if part.layer >= 0
     )
     kv = KVCache.bytes_per_token(target.kv_shapes(), target.dtype)
     if draft is not None:
         kv += KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
     fixed = {
-        "embeddings, norms and head": sum(part.size for part in parts if part.layer < 0),
-        "draft weights": sum(part.size for part in draft_parts),
-        "scratch": max((part.scratch_bytes for part in (*parts, *draft_parts)), default=0),
-        "activations": _activation_bytes(target, rows, prefill_tokens),
+        "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
+        "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
+        "scratch": scratch_bytes(parts),
+        "activations": _activation_bytes(target, rows, prefill_tokens, capacity),
     }
     return Needs(layer_parts, target.num_layers, fixed, kv)
 
 
-def _activation_bytes(target: Model, rows: int, prefill_tokens: int) -> int:
-    """The widest moment of a layer and of the head, for the larger of a prefill item and a decode item."""
+def _activation_bytes(target: Model, rows: int, prefill_tokens: int, capacity: int) -> int:
+    """The widest moment of a layer, of its attention and of the head."""
     text = target.config.get_text_config()
     hidden = int(text.hidden_size)
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
     wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
     item = torch.empty(0, dtype=target.dtype).element_size()
     layer = prefill_tokens * (4 * hidden + 3 * wide) * item
-    scores = 2 * prefill_tokens * prefill_tokens * 4  # one head's scores and weights in fp32 at a time
+    attention = temporary_bytes(1, int(text.num_attention_heads), prefill_tokens, capacity)
     head = rows * 2 * target.vocab_size * 8
-    return layer + scores + head
+    return layer + attention + head
 
 
 def _allocate(
@@ -193,13 +195,12 @@ def _allocate(
     memory: list[SlotMemory] = []
     buffers = _carve(memory, [part.size for part, _ in once])
     slots = _carve(memory, [plan.slot_bytes] * plan.num_slots)
-    scratch_bytes = max((part.scratch_bytes for part in (*parts, *draft_parts)), default=0)
-    scratch = torch.empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
+    scratch = torch.empty(scratch_bytes(parts), dtype=torch.uint8)
     layer_parts = {part.index: part for part in parts if part.layer >= 0}
     weights = Weights(layer_parts, [as_tensor(slot) for slot in slots], scratch)
     runner = ModelRunner(target, _cache(target, plan), weights, draft, _cache(draft, plan) if draft else None)
     loads = [Load(part, buffer, model) for (part, model), buffer in zip(once, buffers, strict=True)]
-    return Assembly(target, draft, tokenizer, plan, layer_parts, runner, slots, loads, scratch, memory)
+    return Assembly(target, draft, tokenizer, plan, layer_parts, runner, slots, loads, memory)
 
 
 def _cache(model: Model, plan: Plan) -> KVCache:
@@ -224,8 +225,19 @@ def as_tensor(buffer: memoryview) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
-def bind_loads(loads: Iterable[Load], scratch: torch.Tensor | None, report: Callable[[int], None]) -> None:
-    """Point the resident parameters at their buffers; ``report`` hears the bytes of each part."""
-    for load in loads:
-        load.model.bind(load.part, as_tensor(load.buffer), scratch)
-        report(load.part.nbytes)
+def bind_load(load: Load) -> None:
+    """Point resident parameters at their buffer, for good; what must be converted gets memory of its own."""
+    scratch = torch.empty(load.part.scratch_bytes, dtype=torch.uint8)
+    load.model.bind(replace(load.part, scratch_at=0), as_tensor(load.buffer), scratch)
+
+
+def release(assembly: Assembly) -> None:
+    """Drop every view of the weights and give their memory back; nothing may run any more."""
+    for model in (assembly.target, assembly.draft):
+        if model is not None:
+            model.forget(tuple(load.part for load in assembly.loads if load.model is model))
+    assembly.loads.clear()
+    assembly.slots.clear()
+    memory, assembly.memory = assembly.memory, []
+    for arena in memory:
+        arena.close()

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import torch
 
-from aspec.assembly import Assembly, Load, assemble, bind_loads
+from aspec.assembly import Assembly, Load, assemble, bind_load, release
 from aspec.errors import InternalError, PromptError, UserError
 from aspec.executor import Executor, Observer
 from aspec.io.cpu import CpuBackend
@@ -150,7 +150,8 @@ class Engine:
 
         async def read(load: Load) -> None:
             await self._disk.read(load.part.segments, load.buffer)
-            bind_loads([load], assembly.scratch, report)
+            bind_load(load)
+            report(load.part.nbytes)
 
         results = await asyncio.gather(*(read(load) for load in assembly.loads), return_exceptions=True)
         for result in results:
@@ -175,14 +176,9 @@ class Engine:
         """Join the readers and give the memory back; the models die with the assembly."""
         self._disk.close()
         assembly, self._assembly = self._assembly, None
+        gc.unfreeze()
         if assembly is not None:
-            memory = assembly.memory
-            self._closed_plan = assembly.plan
-            del assembly
-            gc.unfreeze()
-            gc.collect()
-            for arena in memory:
-                arena.close()
+            release(assembly)
 
     def _sequence(self, prompt: Prompt, params: SamplingParams) -> TokenSequence:
         opened = self._open

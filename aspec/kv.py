@@ -2,13 +2,15 @@
 
 Rows are ragged: every row has its own length and positions, nothing is padded on the left. Committed slot ``j`` of
 a row holds position ``j``; what a pass writes behind the committed tokens is either committed or overwritten.
+New tokens form a chain unless ``parents`` makes them a tree: then slots follow the order of the nodes, positions
+their depth, and ``KVCache.gather`` moves an accepted path to where a chain would have put it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""
@@ -20,6 +22,18 @@ class MaskKind:
 
     window: int | None = None  # the last ``window`` positions
     chunk: int | None = None  # positions of the same chunk
+
+    def narrow(self, query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Of what is visible, the part of this kind; positions and result broadcast against one another."""
+        if self.window is not None:
+            visible = visible & (query - key < self.window)
+        if self.chunk is not None:
+            visible = visible & (query // self.chunk == key // self.chunk)
+        return visible
+
+    def visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether a query at one position may look at a key at another."""
+        return self.narrow(query, key, key <= query)
 
 
 class KVCache:
@@ -33,6 +47,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.num_rows = num_rows
         self.capacity = capacity
         self.device = torch.device(device)
         self.keys: list[torch.Tensor | None] = []
@@ -45,102 +60,149 @@ class KVCache:
 
     @staticmethod
     def bytes_per_token(shapes: Sequence[KVShape | None], dtype: torch.dtype) -> int:
-        """Bytes that one position of one row takes over all layers."""
-        item = torch.empty(0, dtype=dtype).element_size()
-        return sum(shape[0] * (shape[1] + shape[2]) * item for shape in shapes if shape)
+        """Bytes that one position of one row takes over all layers; a row holds ``capacity + 1``."""
+        return sum(shape[0] * (shape[1] + shape[2]) * dtype.itemsize for shape in shapes if shape)
 
-    def step(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> "StepCache":
-        """A work item's window: row ``rows[i]`` runs positions ``starts[i] .. starts[i] + counts[i] - 1``.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole storage."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values) if tensor is not None)
 
-        Raises ValueError where a row would pass the capacity.
+    def step(
+        self,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        parents: Sequence[Sequence[int]] | None = None,
+    ) -> "StepCache":
+        """A work item's window: row ``rows[b]`` writes ``counts[b]`` tokens behind its ``starts[b]`` committed ones.
+
+        ``parents[b][t]`` is the node that node ``t`` of row ``b`` continues, -1 for the last committed token;
+        parents come before their children. Without it every token continues the one before.
+        Raises ValueError for rows that repeat or do not exist, and where a row would pass the capacity.
         """
+        if not len(rows) == len(starts) == len(counts) or min(counts, default=0) < 1 or min(starts) < 0:
+            raise ValueError(f"expected a start and at least one token per row, found {rows=} {starts=} {counts=}")
+        if len(set(rows)) != len(rows) or not 0 <= min(rows) <= max(rows) < self.num_rows:
+            raise ValueError(f"expected distinct rows of {self.num_rows}, found {rows}")
         if max(start + count for start, count in zip(starts, counts, strict=True)) > self.capacity:
             raise ValueError(f"rows {rows} at {starts} with {counts} tokens pass the capacity of {self.capacity}")
-        return StepCache(self, rows, starts, counts)
+        return StepCache(self, rows, starts, counts, parents)
+
+    def gather(self, row: int, start: int, path: Sequence[int]) -> None:
+        """Keep of the nodes a row wrote from slot ``start`` on those in ``path``, in its order, from ``start`` on."""
+        if list(path) == list(range(len(path))):
+            return
+        source = start + torch.tensor(path, device=self.device)
+        for storage in (*self.keys, *self.values):
+            if storage is not None:  # indexing copies before it writes, so overlap is safe
+                storage[row, :, start : start + len(path)] = storage[row][:, source]
 
 
 class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
-    """What transformers' layers see as their cache while one work item goes through them."""
+    """What transformers' layers see as their cache while one work item goes through them.
 
-    def __init__(self, storage: KVCache, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
-        super().__init__(layers=[_StepLayer(self, i) for i in range(len(storage.keys))])
-        device = storage.device
-        width = max(counts)
-        offsets = torch.arange(width, device=device)
-        first = torch.tensor(starts, device=device)[:, None]
-        real = offsets < torch.tensor(counts, device=device)[:, None]
-        self.storage = storage
-        self.high = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.position_ids = (first + offsets).clamp(max=storage.capacity - 1)  # [B, T] int64
-        self.slots = torch.where(real, first + offsets, storage.capacity)  # [B, T] int64
-        consecutive = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        self.row_slice = slice(rows[0], rows[0] + len(rows)) if consecutive else None
-        self.rows = torch.tensor(rows, device=device)
-        uniform = len(set(starts)) == 1 and len(set(counts)) == 1
-        self.span = (starts[0], starts[0] + width) if uniform else None
-        self._masks: dict[MaskKind, torch.Tensor] = {}
-
-    def mask(self, kind: MaskKind) -> torch.Tensor:
-        """Bool [B, 1, T, S] over the first S slots of every row: True where a query may look."""
-        if kind not in self._masks:
-            query = self.position_ids[:, :, None]
-            key = torch.arange(self.high, device=query.device)[None, None, :]
-            visible = key <= query
-            if kind.window is not None:
-                visible &= query - key < kind.window
-            if kind.chunk is not None:
-                visible &= query // kind.chunk == key // kind.chunk
-            padding = self.position_ids >= self.high  # a padded query sees slot 0, so that its softmax is defined
-            visible[..., 0] |= padding
-            self._masks[kind] = visible[:, None]
-        return self._masks[kind]
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [B, H, T, D] of the new tokens; returns keys and values [B, H, S, D] of the rows so far."""
-        all_keys, all_values = self.storage.keys[layer], self.storage.values[layer]
-        assert all_keys is not None
-        assert all_values is not None
-        return self._store(all_keys, keys), self._store(all_values, values)
-
-    def _store(self, storage: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if self.row_slice is not None and self.span is not None:
-            storage[self.row_slice, :, self.span[0] : self.span[1]] = new
-        else:
-            storage[self.rows[:, None], :, self.slots] = new.transpose(1, 2)
-        if self.row_slice is not None:
-            return storage[self.row_slice, :, : self.high]
-        return storage[self.rows, :, : self.high]
-
-
-class _StepLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """One layer of a window."""
+    ``position_ids`` [B, T] int64; T is the largest count, shorter rows are padded at their end. A padded token
+    writes to the trash slot and sees what the row's last real token sees.
+    """
 
     is_compileable = False
-    is_sliding = False
-    is_croppable = False
 
-    def __init__(self, step: StepCache, index: int) -> None:
-        super().__init__()
-        self._step, self._index = step, index
-        self.is_initialized = True
+    def __init__(
+        self,
+        storage: KVCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        parents: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(layers=[])
+        device = storage.device
+        self.storage = storage
+        self.high = max(start + count for start, count in zip(starts, counts, strict=True))
+        self._start = torch.tensor(starts, device=device)[:, None]  # [B, 1]
+        last = torch.tensor(counts, device=device)[:, None] - 1
+        offsets = torch.arange(max(counts), device=device)[None]  # [1, T]
+        real = offsets <= last
+        self._node = torch.minimum(offsets, last)  # [B, T]: the token itself, for padding the row's last
+        self._ancestry = None if parents is None else _ancestry(parents, max(counts)).to(device)
+        depth = offsets.expand_as(real) if self._ancestry is None else self._ancestry.sum(-1) - 1
+        self.position_ids = self._start + depth.gather(1, self._node)
+        self.slots = torch.where(real, self._start + offsets, storage.capacity)  # [B, T]
+        self._rows = torch.tensor(rows, device=device)
+        consecutive = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        self._row_slice = slice(rows[0], rows[0] + len(rows)) if consecutive else None
+        uniform = len(set(starts)) == 1 and len(set(counts)) == 1
+        self._slot_slice = slice(starts[0], starts[0] + counts[0]) if uniform else None
+        self._masks: dict[MaskKind, torch.Tensor] = {}
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the storage exists."""
+    def mask(self, kind: MaskKind | None = None) -> torch.Tensor:
+        """Bool [B, 1, T, S] over the first S slots of every row: True where a query may look."""
+        kind = kind or MaskKind()
+        if kind not in self._masks:
+            self._masks[kind] = self._make_mask(kind)[:, None]
+        return self._masks[kind]
+
+    def _make_mask(self, kind: MaskKind) -> torch.Tensor:
+        query = self.position_ids[:, :, None]
+        slot = torch.arange(self.high, device=query.device)[None, None]
+        if self._ancestry is None:
+            key, visible = slot, slot <= query
+        else:
+            offset = slot - self._start[:, :, None]  # [B, 1, S]: the node in a slot, negative where committed
+            node = offset.clamp(0, self._ancestry.shape[1] - 1)
+            depth = (self._ancestry.sum(-1) - 1)[:, None].gather(2, node)
+            key = torch.where(offset < 0, slot, self._start[:, :, None] + depth)
+            rows = self._ancestry.gather(1, self._node[:, :, None].expand_as(self._ancestry))
+            seen = rows.gather(2, node.expand(-1, rows.shape[1], -1)) & (offset < rows.shape[1])
+            visible = (offset < 0) | seen
+        return kind.narrow(query, key, visible)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store and return, see ``StepCache.write``."""
-        return self._step.write(self._index, key_states, value_states)
+        """Store [B, H, T, D] of the new tokens; returns keys and values [B, H, S, D] of the rows so far."""
+        keys, values = self.storage.keys[layer_idx], self.storage.values[layer_idx]
+        assert keys is not None
+        assert values is not None
+        return self._store(keys, key_states), self._store(values, value_states)
 
-    def get_seq_length(self) -> int:
+    def _store(self, storage: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self._row_slice is None:
+            storage[self._rows[:, None], :, self.slots] = new.transpose(1, 2)
+            return storage[self._rows, :, : self.high]
+        own = storage[self._row_slice]
+        if self._slot_slice is not None:
+            own[:, :, self._slot_slice] = new
+        else:
+            own.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
+        return own[:, :, : self.high]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this item's, for models that ask; positions are always given explicitly."""
-        return int(self._step.position_ids[:, 0].max())
+        return int(self._start.max())
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key length and offset of a mask; masks are always given explicitly."""
-        return self._step.high, 0
+        return self.high, 0
 
-    def get_max_length(self) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """Slots per row."""
-        return self._step.storage.capacity
+        return self.storage.capacity
+
+
+def _ancestry(parents: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """Bool [B, N, N], N = ``width``: which nodes of a row a node sees, itself included. Raises ValueError."""
+    result = torch.eye(width, dtype=torch.bool).repeat(len(parents), 1, 1)
+    for row, links in zip(result, parents, strict=True):
+        for node, parent in enumerate(links):
+            if not -1 <= parent < node:
+                raise ValueError(f"node {node} continues node {parent}: expected an earlier node or -1")
+            if parent >= 0:
+                row[node] |= row[parent]
+    return result

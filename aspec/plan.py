@@ -20,13 +20,22 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """One unit of weights: ``nbytes`` are read or copied, ``size`` bytes of buffer hold them."""
+    """One unit of weights: ``nbytes`` are read or copied, ``size`` bytes of buffer hold them.
+
+    ``scratch_bytes`` hold what of it must be converted; a resident part keeps its own for good.
+    """
 
     index: int
     layer: int
     nbytes: int
     size: int
     tier: Tier = Tier.DISK
+    scratch_bytes: int = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """What keeping the part resident costs."""
+        return self.size + self.scratch_bytes
 
 
 @dataclass(frozen=True, slots=True)

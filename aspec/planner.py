@@ -42,7 +42,7 @@ def make_plan(needs: Needs, wishes: Wishes) -> Plan:
     """
     held = {**needs.fixed, "KV cache": needs.kv_bytes_per_token * wishes.num_rows * (wishes.capacity + 1)}
     room = wishes.budget_bytes - sum(held.values())
-    everything = sum(part.size for part in needs.parts)
+    everything = sum(part.resident_bytes for part in needs.parts)
     allowed = room if wishes.resident_bytes is None else min(room, wishes.resident_bytes)
     if everything <= allowed:
         parts = tuple(replace(part, tier=Tier.DEVICE) for part in needs.parts)
@@ -56,7 +56,7 @@ def make_plan(needs: Needs, wishes: Wishes) -> Plan:
     parts = tuple(replace(p, tier=Tier.DEVICE if p.index in resident else Tier.DISK) for p in needs.parts)
     slot_bytes = max(part.size for part in parts if part.tier is Tier.DISK)
     held |= {
-        "resident layers": sum(part.size for part in parts if part.tier is Tier.DEVICE),
+        "resident layers": sum(part.resident_bytes for part in parts if part.tier is Tier.DEVICE),
         f"{num_slots} slots": num_slots * slot_bytes,
     }
     return _plan(needs, wishes, parts, num_slots, slot_bytes, held)
@@ -98,16 +98,16 @@ def _spread(parts: Sequence[PlannedPart], room: int) -> set[int]:
     Evenly, so that the stream never has to hurry: between two streamed parts there is resident work to hide it.
     """
     chosen: set[int] = set()
-    smallest = min(part.size for part in parts)
-    average = sum(part.size for part in parts) / len(parts)
+    smallest = min(part.resident_bytes for part in parts)
+    average = sum(part.resident_bytes for part in parts) / len(parts)
     wanted = int(room // average)
     even = [int((i + 0.5) * len(parts) / wanted) for i in range(wanted)]
     for part in [*(parts[i] for i in even), *parts]:
         if room < smallest:
             break
-        if part.size <= room and part.index not in chosen:
+        if part.resident_bytes <= room and part.index not in chosen:
             chosen.add(part.index)
-            room -= part.size
+            room -= part.resident_bytes
     return chosen
 
 

@@ -33,7 +33,7 @@ class Weights:
 
     parts: Mapping[int, Part]
     slots: Sequence[torch.Tensor]
-    scratch: torch.Tensor | None
+    scratch: torch.Tensor
 
 
 class ModelRunner:
@@ -52,6 +52,7 @@ class ModelRunner:
         self._sequences: dict[int, TokenSequence] = {}  # those that have arrived and are not forgotten
         self._rows: dict[int, RowState] = {}
         self._activations: dict[int, Activation] = {}  # by item index, between EMBED and HEAD
+        self._bound: dict[int, int] = {}  # streamed part -> the pass it was last bound in
         self._draws: dict[int, list[list[int]]] = {}  # by item index, between HEAD and ACCEPT
         self._ops: Mapping[Op, Callable[[Task], tuple[RowOutcome, ...]]] = {
             Op.EMBED: self._embed,
@@ -105,7 +106,9 @@ class ModelRunner:
     def _layer(self, task: Task) -> tuple[RowOutcome, ...]:
         weights = self._weights
         for part, slot in task.slots:
-            self._target.bind(weights.parts[part], weights.slots[slot], weights.scratch)
+            if self._bound.get(part) != task.number:  # several items of a pass share what one bind converted
+                self._target.bind(weights.parts[part], weights.slots[slot], weights.scratch)
+                self._bound[part] = task.number
         self._target.layer(task.layer, self._activations[_item(task).index])
         return ()
 

@@ -15,7 +15,7 @@ import torch
 
 from aspec.errors import ReadError
 from aspec.executor import Executor
-from aspec.io.checkpoint import Segment
+from aspec.io.layout import Segment
 from aspec.io.cpu import CpuBackend
 from aspec.io.cuda import Buffers, CudaBackend
 from aspec.io.disk import DiskLane
@@ -326,10 +326,7 @@ def test_cancelling_the_executor_settles_what_was_issued(kind, num_spans, run, t
     assert not rig.runner or not rig.runner.wrong
 
 
-UNSETTLED = pytest.mark.xfail(strict=True, reason="CpuBackend.close does not wait for what is in flight")
-
-
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[UNSETTLED] * (kind == "cpu")) for kind in KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_close_settles_what_is_in_flight(kind, run, tmp_path):
     async def main():
         rig = Rig(kind, tmp_path)

@@ -1,77 +1,188 @@
-"""The slot cache: ragged rows, masks, padding."""
+"""The slot cache: masks against a slow reference, ragged rows, trees, padding that nobody ever sees."""
 
 import pytest
 import torch
 
-from aspec.attention import attend
+from aspec.attention import MAX_SCORE_BYTES, attend, temporary_bytes
 from aspec.kv import KVCache, MaskKind
 
-SHAPES = [(2, 4, 6), None, (1, 4, 4)]
+KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
+SHAPES = [(2, 4, 4), None, (1, 6, 3)]
 
 
-def cache(capacity=16, rows=4):
-    return KVCache(SHAPES, rows, capacity, torch.float32)
+def cache(num_rows=4, capacity=16):
+    return KVCache(SHAPES, num_rows, capacity, torch.float32)
 
 
-def test_bytes_per_token_counts_what_is_stored():
-    made = cache()
-    stored = sum(t.numel() * t.element_size() for t in (*made.keys, *made.values) if t is not None)
-    assert KVCache.bytes_per_token(SHAPES, torch.float32) * 4 * 17 == stored
+def slow_mask(kind, start, count, high, parents=None):
+    """Row by row, slot by slot: [count][high]."""
+    parents = parents or [t - 1 for t in range(count)]
+
+    def path(node):
+        return [] if node < 0 else [*path(parents[node]), node]
+
+    position = {start + t: start + len(path(t)) - 1 for t in range(count)} | {s: s for s in range(start)}
+    rows = []
+    for t in range(count):
+        seen = set(range(start)) | {start + n for n in path(t)}
+        query = position[start + t]
+        inside = [
+            s in seen
+            and (kind.window is None or query - position[s] < kind.window)
+            and (kind.chunk is None or query // kind.chunk == position[s] // kind.chunk)
+            for s in range(high)
+        ]
+        rows.append(inside)
+    return rows
 
 
-@pytest.mark.parametrize("rows", [[0, 1], [1, 3], [2], [3, 0]])
-def test_ragged_rows_store_and_read_their_own_tokens(rows):
-    made = cache()
-    starts = [3, 0][: len(rows)]
-    counts = [2, 5][: len(rows)]
-    step = made.step(rows, starts, counts)
-    width = max(counts)
-    keys = torch.arange(len(rows) * 2 * width * 4.0).view(len(rows), 2, width, 4) + 1
-    values = torch.arange(len(rows) * 2 * width * 6.0).view(len(rows), 2, width, 6) + 1
-    seen_keys, seen_values = step.layers[0].update(keys, values)
-    assert seen_keys.shape[2] == seen_values.shape[2] == step.high
-    for i, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
-        assert torch.equal(made.keys[0][row, :, start : start + count], keys[i, :, :count])
-        assert torch.equal(seen_values[i, :, start : start + count], values[i, :, :count])
-        rest = torch.ones(17, dtype=torch.bool)
-        rest[start : start + count] = False
-        rest[16] = False  # the trash slot
-        assert not made.keys[0][row][:, rest].any(), "padding went nowhere else"
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("starts", "counts", "parents"),
+    [
+        ([0], [5], None),
+        ([4, 4], [3, 3], None),
+        ([0, 7, 2], [6, 1, 4], None),
+        ([5], [6], [[-1, 0, 0, 1, 2, 4]]),
+        ([5, 1, 9], [6, 2, 1], [[-1, -1, 0, 1, 3, 3], [-1, -1], [-1]]),
+        ([3, 3], [4, 4], [[-1, 0, 1, 2], [-1, -1, -1, -1]]),
+    ],
+)
+def test_masks_and_positions(kind, starts, counts, parents):
+    step = cache().step(list(range(len(starts))), starts, counts, parents)
+    mask = step.mask(kind)
+    high = max(s + c for s, c in zip(starts, counts, strict=True))
+    assert mask.shape == (len(starts), 1, max(counts), high)
+    assert mask.dtype == torch.bool
+    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        links = parents[row] if parents else None
+        expected = torch.tensor(slow_mask(kind, start, count, high, links))
+        assert torch.equal(mask[row, 0, :count], expected)
+        assert torch.equal(mask[row, 0, count:], expected[-1:].expand(max(counts) - count, -1)), "padding sees the same"
+        if links is None:
+            assert step.position_ids[row, :count].tolist() == list(range(start, start + count))
+    assert mask.any(-1).all(), "no query is blind"
+    assert step.mask(kind) is mask, "computed once"
 
 
-def test_masks_are_causal_windowed_and_chunked():
-    step = cache().step([0, 1], [5, 0], [3, 2])
-    full, window, chunk = (step.mask(kind) for kind in (MaskKind(), MaskKind(window=3), MaskKind(chunk=4)))
-    assert full.shape == (2, 1, 3, 8)
-    for row, start, count in ((0, 5, 3), (1, 0, 2)):
-        for i in range(count):
-            position = start + i
-            wanted = torch.arange(8) <= position
-            assert torch.equal(full[row, 0, i], wanted)
-            assert torch.equal(window[row, 0, i], wanted & (torch.arange(8) > position - 3))
-            assert torch.equal(chunk[row, 0, i], wanted & (torch.arange(8) // 4 == position // 4))
-    assert all(mask.any(-1).all() for mask in (full, window, chunk)), "no query is left without a key"
+@pytest.mark.parametrize(
+    ("rows", "starts", "counts"),
+    [
+        ([0, 1, 2, 3], [2, 2, 2, 2], [3, 3, 3, 3]),
+        ([1, 2], [0, 4], [3, 1]),
+        ([3, 0], [2, 2], [2, 2]),
+        ([2], [13], [3]),
+        ([3, 1, 0], [0, 5, 14], [4, 2, 2]),
+    ],
+)
+def test_update_writes_its_rows_and_nothing_else(rows, starts, counts):
+    storage = cache()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*storage.keys, *storage.values):
+        if tensor is not None:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    before = [None if t is None else t.clone() for t in storage.keys]
+    step = storage.step(rows, starts, counts)
+    for layer, shape in enumerate(SHAPES):
+        if shape is None:
+            continue
+        heads, key_width, value_width = shape
+        new = torch.randn(len(rows), heads, max(counts), key_width, generator=generator)
+        values = torch.randn(len(rows), heads, max(counts), value_width, generator=generator)
+        keys, got = step.update(new, values, layer)
+        assert keys.shape == (len(rows), heads, step.high, key_width)
+        assert got.shape == (len(rows), heads, step.high, value_width)
+        expected = before[layer].clone()
+        for b, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            expected[row, :, start : start + count] = new[b, :, :count]
+            assert torch.equal(got[b, :, start : start + count], values[b, :, :count])
+        assert torch.equal(storage.keys[layer][:, :, :-1], expected[:, :, :-1]), "but for the trash slot"
+        assert torch.equal(keys, expected[rows][:, :, : step.high])
 
 
-def test_a_row_beyond_the_capacity_is_refused():
-    with pytest.raises(ValueError, match="capacity"):
-        cache(capacity=8).step([0], [6], [3])
+def test_consecutive_rows_are_not_copied():
+    storage = cache()
+    keys, _ = storage.step([1, 2], [0, 3], [2, 1]).update(torch.ones(2, 2, 2, 4), torch.ones(2, 2, 2, 4), 0)
+    assert keys.untyped_storage().data_ptr() == storage.keys[0].untyped_storage().data_ptr()
+
+
+def test_gather_keeps_an_accepted_path():
+    storage = cache()
+    for tensor in (*storage.keys, *storage.values):
+        if tensor is not None:
+            tensor.copy_(torch.arange(17)[None, None, :, None].expand_as(tensor))
+    storage.gather(2, 5, [0, 2, 3, 7])
+    for tensor in (*storage.keys, *storage.values):
+        if tensor is not None:
+            assert tensor[2, 0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 12, *range(9, 17)]
+            assert tensor[1, 0, :, 0].tolist() == list(range(17))
+
+
+@pytest.mark.parametrize(
+    ("rows", "starts", "counts", "parents"),
+    [
+        ([0], [10], [7], None),
+        ([0, 0], [0, 0], [1, 1], None),
+        ([4], [0], [1], None),
+        ([-1], [0], [1], None),
+        ([0], [-1], [1], None),
+        ([0], [0], [0], None),
+        ([], [], [], None),
+        ([0, 1], [0], [1, 1], None),
+        ([0], [0], [2], [[-1, 1]]),
+        ([0], [0], [2], [[-1, -2]]),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(rows, starts, counts, parents):
+    with pytest.raises(ValueError):
+        cache().step(rows, starts, counts, parents)
+
+
+def test_the_last_slot_can_be_used():
+    step = cache(capacity=16).step([0], [15], [1])
+    assert step.mask().shape[-1] == 16
+
+
+def test_bytes():
+    storage = cache(num_rows=3, capacity=7)
+    assert KVCache.bytes_per_token(SHAPES, torch.float32) == 4 * (2 * 8 + 9)
+    assert KVCache.bytes_per_token(SHAPES, torch.bfloat16) == 2 * (2 * 8 + 9)
+    assert storage.nbytes == 3 * (7 + 1) * KVCache.bytes_per_token(SHAPES, torch.float32)
+
+
+def slow_attention(query, key, value, mask, scale, softcap=None, sinks=None):
+    """transformers' eager attention in fp64."""
+    query, key, value = query.double(), key.double(), value.double()
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : value.shape[2]]
+    return (weights @ value).transpose(1, 2)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_attention_equals_a_plain_loop(softcap, sinks):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 5)
-    mask = torch.rand(2, 1, 3, 7) > 0.4
+@pytest.mark.parametrize("block", [MAX_SCORE_BYTES, 3000])
+def test_attention_equals_the_definition(softcap, sinks, block, monkeypatch):
+    monkeypatch.setattr("aspec.attention.MAX_SCORE_BYTES", block)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 7, 8, generator=generator)
+    key, value = torch.randn(2, 2, 11, 8, generator=generator), torch.randn(2, 2, 11, 5, generator=generator)
+    mask = torch.rand(2, 1, 7, 11, generator=generator) > 0.4
     mask[..., 0] = True
-    sink = torch.randn(4) if sinks else None
-    got, _ = attend(torch.nn.Module(), query, key, value, mask, softcap=softcap, s_aux=sink)
-    for b in range(2):
-        for h in range(4):
-            for t in range(3):
-                score = key[b, h // 2] @ query[b, h, t] * 8**-0.5
-                score = softcap * torch.tanh(score / softcap) if softcap else score
-                score = score.masked_fill(~mask[b, 0, t], float("-inf"))
-                weights = torch.cat([score, sink[h : h + 1]]).softmax(0)[:-1] if sinks else score.softmax(0)
-                assert torch.allclose(got[b, t, h], weights @ value[b, h // 2], atol=1e-5)
+    extra = torch.randn(6, generator=generator) if sinks else None
+    got, _ = attend(None, query, key, value, mask, scaling=0.4, softcap=softcap, s_aux=extra)
+    torch.testing.assert_close(
+        got.double(), slow_attention(query, key, value, mask, 0.4, softcap, extra), rtol=0, atol=2e-6
+    )
+
+
+def test_attention_holds_a_bounded_block():
+    assert temporary_bytes(1, 32, 16, 256) == 3 * 16 * 32 * 256 * 4
+    assert temporary_bytes(4, 32, 512, 4096) <= 3 * MAX_SCORE_BYTES
+    assert temporary_bytes(64, 64, 1, 1 << 16) == 3 * 64 * 64 * (1 << 16) * 4, "one token's scores are never split"

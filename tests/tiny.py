@@ -1,5 +1,6 @@
 """Tiny random checkpoints of many families: real safetensors files that transformers itself wrote."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from aspec.io.layout import scratch_bytes
 
 VOCAB = 256
 COMMON = dict(
@@ -36,6 +39,13 @@ MLA = dict(
     first_k_dense_replace=1,
     topk_group=1,
 )
+
+
+def _common(model_type):
+    """A configuration from the usual keys; those a family does not have, it ignores."""
+    experts = dict.fromkeys(("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts"), 4)
+    return T.CONFIG_MAPPING[model_type](**COMMON, **EXPERTS, **experts, head_dim=16, sliding_window=WINDOW)
+
 
 FAMILIES = {
     "llama": lambda: T.LlamaConfig(**COMMON),
@@ -101,11 +111,71 @@ FAMILIES = {
     "smollm3": lambda: T.SmolLM3Config(**COMMON),
 }
 
+FAMILIES |= {
+    "phi3_longrope": lambda: T.Phi3Config(
+        **{**COMMON, "max_position_embeddings": 512},
+        original_max_position_embeddings=128,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "olmoe": lambda: T.OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2),
+    "gemma": lambda: T.GemmaConfig(**COMMON, head_dim=16),
+    "cohere": lambda: T.CohereConfig(**COMMON),
+    "llama4_text": lambda: T.Llama4TextConfig(
+        **{**COMMON, "intermediate_size": 32},
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=96,
+        attention_chunk_size=16,
+        interleave_moe_layer_step=2,
+    ),
+    "gemma3n_text": lambda: T.Gemma3nTextConfig(
+        **{**COMMON, "num_hidden_layers": 6, "intermediate_size": [96] * 6},
+        head_dim=16,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.95] * 2 + [0.0] * 4,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        laurel_rank=8,
+    ),
+    "gemma4_text": lambda: T.Gemma4TextConfig(
+        **{**COMMON, "num_hidden_layers": 6},
+        head_dim=16,
+        global_head_dim=16,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ),
+}
+
+for _name in ("apertus", "ernie4_5_moe", "exaone4", "glm", "granitemoeshared", "hunyuan_v1_dense", "minimax_m2"):
+    FAMILIES[_name] = functools.partial(_common, _name)
+for _name in ("nemotron", "olmo", "phimoe", "seed_oss", "vaultgemma"):
+    FAMILIES[_name] = functools.partial(_common, _name)
+
 REFUSED = {
     "bloom": lambda: T.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
+    "falcon": lambda: T.FalconConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
     "mamba": lambda: T.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
     "qwen3_next": lambda: T.Qwen3NextConfig(**COMMON, head_dim=16),
+    "stablelm": lambda: T.StableLmConfig(**COMMON),
+    "falcon_h1": lambda: T.FalconH1Config(**COMMON),
+    "recurrent_gemma": lambda: T.RecurrentGemmaConfig(**COMMON),
     "t5": lambda: T.T5Config(vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=2),
+    "bert": lambda: T.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
+    "whisper": lambda: T.WhisperConfig(vocab_size=VOCAB),
+    "gemma3_multimodal": lambda: T.Gemma3Config(),
+    "embedding_gemma": lambda: T.Gemma3TextConfig(**COMMON, head_dim=16, use_bidirectional_attention=True),
     "dynamic_rope": lambda: T.LlamaConfig(**COMMON, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
 }
 
@@ -113,13 +183,13 @@ REFUSED = {
 def randomise(model, seed=0):
     """Weights such that logits vary over positions and greedy text does not loop at once."""
     generator = torch.Generator().manual_seed(seed)
-    scale = 0.03 if model.config.tie_word_embeddings else 0.5  # a tied head would echo a loud embedding
+    loudness = 0.03 if model.config.tie_word_embeddings else 0.5  # a tied head would echo a loud embedding
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             embedding = "embed" in name or "wte" in name
             if parameter.dim() >= 2:
-                parameter.copy_(noise * (scale if embedding else 0.15))
+                parameter.copy_(noise * (loudness if embedding else 0.15))
             elif "norm" in name.lower() or "ln" in name.lower():
                 parameter.add_(noise * 0.1)
             else:
@@ -127,18 +197,19 @@ def randomise(model, seed=0):
     return model
 
 
-def build(folder: Path, family: str, *, dtype=torch.float32, seed=0, shard="150KB") -> Path:
-    """A checkpoint of a family in several shards, with a byte-level tokenizer."""
+def build(folder: Path, family: str, *, dtype=torch.float32, seed=0, shards=3) -> Path:
+    """A checkpoint of a family in about ``shards`` shards, with a byte-level tokenizer."""
     torch.manual_seed(seed)
     config = FAMILIES[family]()
     model = randomise(AutoModelForCausalLM.from_config(config), seed).to(dtype).eval()
     model.generation_config.do_sample = False
-    model.save_pretrained(folder, max_shard_size=shard)
+    total = sum(tensor.nbytes for tensor in model.parameters())
+    model.save_pretrained(folder, max_shard_size=-(-total // shards))
     save_tokenizer(folder)
     return folder
 
 
-def save_tokenizer(folder: Path, merges=0) -> None:
+def save_tokenizer(folder: Path) -> None:
     """256 byte tokens, no merges; token 2 ends a sequence in the models above but is a plain byte here."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
@@ -169,15 +240,63 @@ def reference(folder: Path, dtype=None):
     return model
 
 
-def read_part(part, fill=0) -> torch.Tensor:
-    """A part's buffer, read plainly."""
-    buffer = torch.full((part.size,), fill, dtype=torch.uint8)
+def read_part(part, into=None) -> torch.Tensor:
+    """A part's buffer, read plainly; what nothing is read into is filled with ones, which are NaN."""
+    buffer = torch.empty(part.size, dtype=torch.uint8) if into is None else into
+    buffer.fill_(255)
     view = memoryview(buffer.numpy())
     for segment in part.segments:
         fd = os.open(segment.file, os.O_RDONLY)
         assert os.preadv(fd, [view[segment.at : segment.at + segment.nbytes]], segment.offset) == segment.nbytes
         os.close(fd)
     return buffer
+
+
+class Streamed:
+    """A model whose parts go through a few slots, poisoned between uses; everything in this thread."""
+
+    def __init__(self, model, max_part_bytes=40_000):
+        self.model, self.parts = model, model.plan(max_part_bytes)
+        self.resident = []  # buffers that must live as long as their bindings
+        for part in self.of(-1):
+            buffer, scratch = read_part(part), torch.empty(part.scratch_bytes, dtype=torch.uint8)
+            model.bind(part, buffer, scratch)
+            self.resident += [buffer, scratch]
+        most = max(len(self.of(layer)) for layer in range(model.num_layers))
+        size = max(part.size for part in self.parts if part.layer >= 0)
+        self.slots = [torch.empty(size, dtype=torch.uint8) for _ in range(most + 1)]
+        self.scratch = torch.empty(scratch_bytes(self.parts), dtype=torch.uint8)
+        self.used = 0  # slots used so far: the next one is this modulo their number
+
+    def of(self, layer):
+        """The parts of a layer."""
+        return [part for part in self.parts if part.layer == layer]
+
+    def load(self, layer):
+        """Read and bind a layer's parts into the next slots."""
+        self.scratch.fill_(255)
+        for part in self.of(layer):
+            slot = self.slots[self.used % len(self.slots)]
+            self.used += 1
+            self.model.bind(part, read_part(part, slot), self.scratch)
+
+    @torch.inference_mode()
+    def run(self, *items):
+        """Logits of every (ids, step), all of which go through a layer before the next is loaded."""
+        activations = [self.model.embed(ids, step) for ids, step in items]
+        for layer in range(self.model.num_layers):
+            self.load(layer)
+            for activation in activations:
+                self.model.layer(layer, activation)
+            for part in self.of(layer):
+                self.model.unbind(part)
+        return [self.model.head(activation) for activation in activations]
+
+
+def pad(rows) -> torch.Tensor:
+    """Token lists as [B, T] int64."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([list(row) + [3] * (width - len(row)) for row in rows])
 
 
 def edit_config(folder: Path, **changes) -> Path:

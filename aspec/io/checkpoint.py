@@ -11,7 +11,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import MappingProxyType
+from typing import NoReturn, Self
 
 import torch
 
@@ -20,21 +21,27 @@ from aspec.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-AGAIN = "Download the checkpoint again."
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+FETCH_AGAIN = "Fetch the checkpoint again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,118 +57,171 @@ class TensorRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """``file[offset : offset + nbytes]`` must land at ``buffer[at : at + nbytes]``."""
-
-    file: str
-    offset: int
-    nbytes: int
-    at: int
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """All stored tensors of a model folder, by name."""
+    """All stored tensors of a model folder, by name; ``nbytes`` counts the tensors, not the headers."""
 
     folder: Path
     tensors: Mapping[str, TensorRef]
+    nbytes: int
+    files: tuple[str, ...]
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Index a folder. Raises CheckpointError, naming the file or tensor, for anything damaged."""
+        folder = Path(folder)
+        promised = _promised(folder)
         tensors: dict[str, TensorRef] = {}
-        for file in _shards(folder):
-            for ref in read_header(file):
-                if ref.name in tensors:
+        for file in sorted(set(promised.values())) or [SINGLE]:
+            for ref in read_header(folder / file):
+                if (other := tensors.get(ref.name)) is not None:
                     raise CheckpointError(
-                        f"tensor {ref.name} is stored twice, in {tensors[ref.name].file} and in {file}: expected once. "
-                        f"Remove the stale shard."
+                        f"{ref.file}: tensor {ref.name} is stored a second time: expected once, found it in "
+                        f"{other.file} too. Remove the shard that does not belong to this checkpoint."
                     )
                 tensors[ref.name] = ref
-        return cls(folder, tensors)
+        missing = [name for name in promised if name not in tensors]
+        if missing:
+            raise CheckpointError(
+                f"{folder / INDEX}: expected tensor {missing[0]} in {promised[missing[0]]}, found no shard that holds "
+                f"it ({len(missing)} such tensors). {FETCH_AGAIN}"
+            )
+        files = tuple(dict.fromkeys(ref.file for ref in tensors.values()))
+        return cls(folder, MappingProxyType(tensors), sum(ref.nbytes for ref in tensors.values()), files)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return sum(ref.nbytes for ref in self.tensors.values())
 
-
-def _shards(folder: Path) -> list[Path]:
+def _promised(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard as the index tells, empty for a single shard without an index."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: expected a model folder with config.json and *.safetensors.")
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / SINGLE).exists():
-            return [folder / SINGLE]
-        others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf"))[:3])
         raise CheckpointError(
-            f"{folder} has no shards: expected {SINGLE} or {INDEX}, found {others or 'neither'}. Point to a folder "
-            f"that holds the model in safetensors format."
+            f"{folder} is not a folder: expected a model folder with config.json and *.safetensors. Check the path."
         )
+    if (folder / SINGLE).is_file():  # transformers, too, prefers it to an index
+        return {}
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_no_shards(folder))
+    return _read_index(folder / INDEX)
+
+
+def _no_shards(folder: Path) -> str:
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
+    found = ", ".join(others[:3]) or "no weights at all"
+    remedy = "Point to a folder with the model in safetensors format."
+    if any(name.endswith(".safetensors") for name in others):
+        remedy = f"Fetch the missing {INDEX}."
+    return f"{folder} has no shards that can be read: expected {SINGLE} or {INDEX}, found {found}. {remedy}"
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The index's weight map. Raises CheckpointError where it is no index or a shard it names is missing."""
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        promised = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is no index of shards: expected JSON with a weight_map ({error}). {AGAIN}"
+            f"{index} is not an index of shards: expected JSON with a weight_map, found {error!r}. {FETCH_AGAIN}"
         ) from error
-    missing = [name for name in files if not (folder / name).is_file()]
+    files = sorted(set(promised.values()))
+    missing = [name for name in files if Path(name).name != name or not (index.parent / name).is_file()]
     if missing or not files:
         raise CheckpointError(
-            f"{index} names {len(files)} shards, of which {len(missing)} are missing: {', '.join(missing[:3])}. {AGAIN}"
+            f"{index} names {len(files)} shards: expected each of them in the same folder, found {len(missing)} missing"
+            f"{': ' if missing else ''}{', '.join(missing[:3])}. {FETCH_AGAIN}"
         )
-    return [folder / name for name in files]
+    return promised
 
 
 def read_header(path: Path) -> list[TensorRef]:
     """The tensors of one shard in file order. Raises CheckpointError if the header lies or the file is cut."""
+    entries, base, size = _read_entries(path)
+    entries.pop("__metadata__", None)
+    refs = [_ref(path, name, entry, base) for name, entry in entries.items()]
+    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    _check_cover(path, refs, base, size)
+    return refs
+
+
+def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
+    """The header's JSON object, the byte where the data begins, and the file's size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
+            if not 2 <= length <= MAX_HEADER_BYTES or length > size - 8:
                 raise CheckpointError(
-                    f"{path}: not a complete safetensors file: its header claims {max(length, 0)} bytes, the file has "
-                    f"{size}. {AGAIN}"
+                    f"{path} is truncated or no safetensors file: its first bytes promise a header of {length} bytes, "
+                    f"found a file of {size}. {FETCH_AGAIN}"
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(path, pairs))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: the header is not JSON ({error}). {AGAIN}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object. {AGAIN}")
-    header.pop("__metadata__", None)
-    refs = sorted((_ref(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda r: r.offset)
-    _check_cover(path, refs, 8 + length, size)
-    return refs
-
-
-def _ref(path: Path, name: str, entry: Any, base: int) -> TensorRef:
-    try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: tensor {name} has a header entry that is not understood ({error!r}). {AGAIN}"
+            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
-    expected = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
-    if end - begin != expected or begin < 0 or any(n < 0 for n in shape):
-        raise CheckpointError(
-            f"{path}: the header lies about tensor {name}: {dtype} {list(shape)} takes {expected} bytes, its offsets "
-            f"{begin} .. {end} hold {end - begin}. {AGAIN}"
-        )
-    return TensorRef(name, str(path), dtype, shape, base + begin, expected)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected a header in JSON, found {error}. {FETCH_AGAIN}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}. {FETCH_AGAIN}")
+    return header, 8 + length, size
+
+
+def _unique(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of the header; JSON itself would let the last of two equal names win."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path}: tensor {twice} is stored twice: expected once. {FETCH_AGAIN}")
+    return result
+
+
+def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
+    """A header entry, checked. Raises CheckpointError."""
+
+    def refuse(expected: str, found: object) -> NoReturn:
+        raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {found}. {FETCH_AGAIN}")
+
+    if not isinstance(entry, dict):
+        refuse("a header entry with dtype, shape and data_offsets", entry)
+    dtype = DTYPES.get(str(entry.get("dtype")))
+    if dtype is None:
+        refuse(f"a dtype among {', '.join(DTYPES)}", entry.get("dtype"))
+    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None:
+        refuse("a shape of whole numbers", entry.get("shape"))
+    if offsets is None or len(offsets) != 2:
+        refuse("two data offsets", entry.get("data_offsets"))
+    begin, end = offsets
+    nbytes = math.prod(shape) * dtype.itemsize
+    if end - begin != nbytes:
+        refuse(f"{nbytes} bytes for {entry['dtype']} {list(shape)}", f"data offsets {begin} .. {end}")
+    return TensorRef(name, str(path), dtype, shape, base + begin, nbytes)
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """A list of whole numbers as such, None for anything else."""
+    if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
+        return None
+    return tuple(value)
 
 
 def _check_cover(path: Path, refs: list[TensorRef], base: int, size: int) -> None:
-    """Tensors must follow one another without overlap and end where the file ends."""
+    """Tensors follow one another without overlap or hole, and the file ends where the last one does."""
     end = base
     for ref in refs:
         if ref.offset < end:
-            raise CheckpointError(f"{path}: tensor {ref.name} overlaps the one before it at byte {ref.offset}. {AGAIN}")
+            raise CheckpointError(
+                f"{path}: tensor {ref.name} overlaps the one before it: expected it at byte {end}, found it at "
+                f"{ref.offset}. {FETCH_AGAIN}"
+            )
+        if ref.offset > end:
+            raise CheckpointError(
+                f"{path}: {ref.offset - end} bytes before tensor {ref.name} belong to no tensor: expected it at byte "
+                f"{end}, found it at {ref.offset}. {FETCH_AGAIN}"
+            )
         end = ref.offset + ref.nbytes
-    if end > size:
+    if end != size:
+        what = "is truncated" if size < end else "has bytes that belong to no tensor"
         raise CheckpointError(
-            f"{path}: truncated: tensor {refs[-1].name} ends at byte {end}, the file has {size}. {AGAIN}"
+            f"{path} {what}: the header promises tensors up to byte {end}, found a file of {size}. {FETCH_AGAIN}"
         )

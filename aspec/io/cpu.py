@@ -39,6 +39,7 @@ class CpuBackend:
         loop = asyncio.get_running_loop()
         self._runner, self._parts, self._slots, self._disk = runner, parts, slots, disk
         self._lanes = {name: ThreadLane(name, loop) for name in (COMPUTE, CPU)}
+        self._in_flight: set[asyncio.Future[Completion]] = set()
         self._closed = False
 
     def now(self) -> float:
@@ -52,11 +53,17 @@ class CpuBackend:
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
         """Start a task; lanes keep order, so ``after`` is met by construction."""
         if task.op is Op.READ:
-            return asyncio.ensure_future(self._read(task))
-        return self._lanes[task.resource].submit(lambda: self._compute(task))
+            future: asyncio.Future[Completion] = asyncio.ensure_future(self._read(task))
+        else:
+            future = self._lanes[task.resource].submit(lambda: self._compute(task))
+        self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
+        return future
 
     async def close(self) -> None:
-        """Finish what is queued and join the lanes; the disk lane belongs to whoever made it."""
+        """Settle what is in flight and join the lanes; the disk lane belongs to whoever made it."""
+        if self._in_flight:
+            await asyncio.wait(self._in_flight)
         if not self._closed:
             self._closed = True
             for lane in self._lanes.values():

@@ -1,0 +1,119 @@
+"""Pointing a skeleton's parameters at bytes: views of a part's buffer, or of scratch where bytes must be converted.
+
+A parameter is replaced in its module's own table, which costs less than a microsecond; the tensors are made once
+per part and buffer. A parameter without bytes is on meta, and ``check`` says so before a layer runs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from aspec.errors import InternalError
+from aspec.io.layout import REST, Binding, Conversion, Part, view
+from aspec.io.mapping import convert
+
+Table = dict[str, torch.Tensor | None]
+"""A module's own parameters or buffers."""
+
+Assignment = tuple[Table, str, torch.Tensor]
+"""A module's table, the name in it, and the tensor that belongs there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A part in one buffer: what to assign; the part is held so that its id stays its own."""
+
+    part: Part
+    assignments: tuple[Assignment, ...]
+
+
+class Binder:
+    """Binds parts: the rest in ``frame``, layers in ``layers_model``."""
+
+    def __init__(self, frame: PreTrainedModel, layers_model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        self._frame, self._layers_model = frame, layers_model
+        self._bound: dict[tuple[int, int], _Bound] = {}  # by the part's id and the buffer's address
+        self._empty: dict[tuple[int, str], Assignment] = {}  # by layer and target: as it was before the first bind
+        self._tables = [_tables(layer) for layer in layers]
+
+    def bind(self, part: Part, buffer: torch.Tensor, scratch: torch.Tensor | None) -> None:
+        """See ``Model.bind``."""
+        key = (id(part), buffer.data_ptr())
+        bound = self._bound.get(key)
+        if bound is None:
+            _check_size(part, "buffer", buffer, part.size)
+            made = tuple(self._place(part, binding, buffer) for binding in part.bindings)
+            bound = self._bound[key] = _Bound(part, made)
+        for table, name, tensor in bound.assignments:
+            table[name] = tensor
+        if part.conversions:
+            if scratch is None:
+                raise InternalError(f"part {part.index} needs {part.scratch_bytes} bytes of scratch, was given none")
+            _check_size(part, "scratch", scratch, part.scratch_at + part.scratch_bytes)
+            own = scratch[part.scratch_at : part.scratch_at + part.scratch_bytes]
+            for conversion in part.conversions:
+                self._convert(part, conversion, buffer, own)
+
+    def unbind(self, part: Part) -> None:
+        """Put the part's parameters back on meta."""
+        for binding in part.targets():
+            if (empty := self._empty.get((part.layer, binding.target))) is not None:
+                table, name, tensor = empty
+                table[name] = tensor
+
+    def forget(self) -> None:
+        """Drop every tensor that was made, so that the buffers' memory can be given back; unbind first."""
+        self._bound.clear()
+
+    def check(self, layer: int) -> None:
+        """Raise InternalError if one of the layer's parameters has no bytes."""
+        for table, name in self._tables[layer]:
+            tensor = table[name]
+            if tensor is not None and tensor.is_meta:
+                raise InternalError(f"layer {layer} runs while its {name} is not bound")
+
+    def _convert(self, part: Part, conversion: Conversion, buffer: torch.Tensor, scratch: torch.Tensor) -> None:
+        stored = [(source.target, pattern, view(buffer, source)) for source, pattern in conversion.sources]
+        made: dict[str, torch.Tensor] = {}
+        if conversion.converter is not None:
+            made = convert(conversion.converter, conversion.name, stored, self._layers_model)
+        filled: set[int] = set()
+        for target in conversion.targets:
+            place = view(scratch, target)
+            if target.at not in filled:  # tied names share one place
+                place.copy_(made.get(target.target, stored[0][2]))
+                filled.add(target.at)
+            table, name, tensor = self._place(part, target, scratch)
+            table[name] = tensor
+
+    def _place(self, part: Part, binding: Binding, memory: torch.Tensor) -> Assignment:
+        """Where a binding goes, and the tensor that belongs there; remembers what was there before the first."""
+        path, _, name = binding.target.rpartition(".")
+        module = (self._frame if part.layer == REST else self._layers_model).get_submodule(path)
+        table: Table = module._parameters if name in module._parameters else module._buffers
+        before = table[name]
+        assert before is not None
+        self._empty.setdefault((part.layer, binding.target), (table, name, before))
+        tensor = view(memory, binding)
+        if isinstance(before, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        return table, name, tensor
+
+
+def _tables(layer: nn.Module) -> list[tuple[Table, str]]:
+    """Every parameter and stored buffer of a layer, as the table it is in and its name there."""
+    found: list[tuple[Table, str]] = []
+    for module in layer.modules():
+        found += [(module._parameters, name) for name in module._parameters]  # type: ignore[misc]
+        stored = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        found += [(module._buffers, name) for name in stored]
+    return found
+
+
+def _check_size(part: Part, what: str, memory: torch.Tensor, nbytes: int) -> None:
+    if memory.dtype != torch.uint8 or memory.dim() != 1 or memory.numel() < nbytes:
+        raise InternalError(
+            f"part {part.index} needs a {what} of {nbytes} bytes, was given {memory.dtype} {list(memory.shape)}"
+        )

@@ -1,0 +1,198 @@
+"""Which stored tensors make up which parameter of a model: transformers' own conversion rules, run once on meta.
+
+Files keep the names and shapes a family was published with (``experts.3.w1.weight``), modules have others
+(``experts.gate_up_proj``). The rules that lead from one to the other are transformers'; here they only tell what is
+made of what, so that everything missing, ambiguous or of another shape is refused before a byte is read.
+"""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from aspec.errors import CheckpointError
+from aspec.io.checkpoint import Checkpoint, TensorRef
+
+COMPUTED = r"rotary_emb\.inv_freq"  # stored by old checkpoints, computed by every model
+CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+Source = tuple[TensorRef, str | None]
+"""A stored tensor and the converter pattern that its name matched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter (or several, where a conversion splits) and the stored tensors it is made of."""
+
+    name: str
+    sources: tuple[Source, ...]
+    converter: WeightConverter | None  # None: the one source is the parameter
+    outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # parameter -> shape and dtype as converted
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(ref.nbytes for ref, _ in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """A model in terms of its checkpoint."""
+
+    entries: tuple[Entry, ...]
+    aliases: Mapping[str, tuple[str, ...]]  # parameter -> the tied names that share it
+    wanted: Mapping[str, torch.dtype]  # the dtype every parameter and stored buffer must have
+    unexpected: tuple[str, ...]  # stored tensors that the model has no use for
+
+
+def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
+    """Find every parameter of ``model`` (on meta) in ``checkpoint``. Raises CheckpointError where it is not there."""
+    wanted = target_dtypes(model)
+    found, converters, unexpected = _match(model, checkpoint)
+    entries = tuple(_entry(model, checkpoint, name, sources, converters) for name, sources in found.items())
+    produced = {target: entry for entry in entries for target in entry.outputs}
+    aliases = _aliases(model, produced)
+    _check_shapes(model, checkpoint, entries, wanted)
+    shared = {target for targets in aliases.values() for target in targets}
+    missing = [name for name in wanted if name not in produced and name not in shared]
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(missing)} of the {len(wanted)} tensors of {model.config.model_type} are not "
+            f"stored: expected {names}. The checkpoint is incomplete, or its config.json belongs to another model."
+        )
+    return TensorMap(entries, aliases, wanted, tuple(unexpected))
+
+
+def target_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The dtype every stored parameter must have, those included that a family keeps in fp32."""
+    dtypes: dict[str, torch.dtype] = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = model._get_dtype_plan(model.dtype)
+    if not kept:
+        return dtypes
+    alternation, groups, _ = build_glob_alternation(list(kept))
+    for name in dtypes:
+        if match := alternation.search(name):
+            dtypes[name] = kept[groups[match.lastgroup]]
+    return dtypes
+
+
+def convert(
+    converter: WeightConverter,
+    name: str,
+    stored: Iterable[tuple[str, str | None, torch.Tensor]],
+    model: PreTrainedModel,
+) -> dict[str, torch.Tensor]:
+    """Run transformers' converter on stored (name, pattern, tensor): parameter name -> tensor."""
+    fresh = copy.deepcopy(converter)
+    for key, pattern, tensor in stored:
+        fresh.add_tensor(name, key, pattern, _constant(tensor))
+    made = fresh.convert(name, model=model, config=model.config)
+    return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+
+
+def _constant(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: tensor
+
+
+def _match(
+    model: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[dict[str, list[Source]], dict[str, WeightConverter], list[str]]:
+    """Stored tensors by the name they belong to, the converters by pattern, and what belongs nowhere."""
+    rules = get_model_conversion_mapping(model, None, None)
+    renames = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    conversions = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in conversions for pattern in rule.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    ignored = [re.compile(p) for p in {COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())}]
+    found: dict[str, list[Source]] = defaultdict(list)
+    unexpected: list[str] = []
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):  # natural order: experts by number
+        name, pattern = rename_source_key(key, renames, conversions, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        if name in state:
+            found[name].append((checkpoint.tensors[key], pattern))
+        elif not any(rule.search(key) for rule in ignored):
+            unexpected.append(key)
+    return found, by_pattern, unexpected
+
+
+def _entry(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    name: str,
+    sources: Sequence[Source],
+    converters: Mapping[str, WeightConverter],
+) -> Entry:
+    """One entry, its conversion rehearsed on meta tensors. Raises CheckpointError where that cannot work."""
+    (first, pattern), where = sources[0], checkpoint.folder
+    rules = {id(converters[p]) if p else None for _, p in sources}
+    if len(rules) > 1 or (pattern is None and len(sources) > 1):
+        names = ", ".join(ref.name for ref, _ in sources[:3])
+        raise CheckpointError(
+            f"{where}: {len(sources)} stored tensors claim to be {name}: expected one, found {names}. Remove the shard "
+            f"that does not belong to this checkpoint."
+        )
+    if pattern is None:
+        return Entry(name, tuple(sources), None, {name: (first.shape, first.dtype)})
+    meta = [(ref.name, p, torch.empty(ref.shape, dtype=ref.dtype, device="meta")) for ref, p in sources]
+    try:
+        made = convert(converters[pattern], name, meta, model)
+    except Exception as error:  # whatever a conversion raises: these tensors do not make it
+        raise CheckpointError(
+            f"{where}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be put together: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. The checkpoint is incomplete, or "
+            f"its config.json belongs to another model."
+        ) from error
+    return Entry(name, tuple(sources), converters[pattern], {t: (tuple(v.shape), v.dtype) for t, v in made.items()})
+
+
+def _aliases(model: PreTrainedModel, produced: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
+    """Tied names that are not stored, by the name that is: either side of a tie may be the stored one.
+
+    Where both are stored, each keeps its own bytes, as in transformers, which ties them only if they are equal.
+    """
+    groups: dict[str, set[str]] = defaultdict(set)
+    for target, source in model.all_tied_weights_keys.items():
+        groups[source] |= {source, target}
+    aliases: dict[str, tuple[str, ...]] = {}
+    for source, names in groups.items():
+        stored = [name for name in (source, *sorted(names)) if name in produced]
+        if stored:
+            aliases[stored[0]] = tuple(sorted(name for name in names if name not in produced))
+    return {source: targets for source, targets in aliases.items() if targets}
+
+
+def _check_shapes(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    entries: Iterable[Entry],
+    wanted: Mapping[str, torch.dtype],
+) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for entry in entries:
+        for target, (shape, dtype) in entry.outputs.items():
+            if shapes.get(target) != shape:
+                expected = list(shapes[target]) if target in shapes else "no such tensor"
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {target} does not fit: config.json makes it {expected}, found "
+                    f"{list(shape)} in {entry.sources[0][0].file}. config.json and the weights do not belong together."
+                )
+            if dtype != wanted[target] and not {dtype, wanted[target]} <= CASTABLE:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {target} is stored as {dtype}, expected {wanted[target]} or another plain "
+                    f"float type. Quantised tensors are not supported; use the unquantised checkpoint."
+                )

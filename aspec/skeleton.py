@@ -1,0 +1,147 @@
+"""From a model folder's config.json to modules without weights, refusing what cannot be run, by name.
+
+A skeleton has its parameters on the meta device and its computed buffers (rotary frequencies, scales) real.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from aspec import attention
+from aspec.errors import CheckpointError, UnsupportedModelError
+from aspec.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The model's configuration. Raises CheckpointError or UnsupportedModelError in one paragraph."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = str(raw["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected JSON with a model_type, found {error!r}. Fetch the checkpoint again."
+        ) from error
+    if model_type not in CONFIG_MAPPING:
+        own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
+        raise UnsupportedModelError(
+            f"{path}: {model_type} is not supported: it {own_code or 'is not known to the installed transformers'}. "
+            f"Update transformers, or choose another model."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a config class may raise anything for a value it does not know
+        raise UnsupportedModelError(
+            f"{path}: transformers cannot read this {model_type} configuration: {first_line(error)}. Correct the file, "
+            f"or update transformers."
+        ) from error
+    reasons = _reasons(config)
+    if reasons:
+        raise UnsupportedModelError(f"{path}: {config.model_type} is not supported: {'; '.join(reasons)}.")
+    return config
+
+
+def _reasons(config: PreTrainedConfig) -> list[str]:
+    """What can be refused by the configuration alone."""
+    text = config.get_text_config()
+    reasons = [why for key, why in REFUSED_KEYS.items() if getattr(config, key, None) or getattr(text, key, None)]
+    if (refused := family_of(config.model_type).refused) is not None:
+        reasons.append(refused)
+    if text is not config:
+        reasons.append("it is multimodal; only text-only checkpoints are supported")
+    for kind in sorted(rope_types(text)):
+        if kind in REFUSED_ROPE:
+            reasons.append(f"rotary positions of type {kind}: {REFUSED_ROPE[kind]}")
+        elif kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return [*reasons, "transformers has no decoder-only language model of this type"]
+    family = AutoModelForCausalLM._model_mapping[type(config)]
+    if getattr(family, "_is_stateful", False):
+        reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
+    elif not reasons and not getattr(family, "_supports_attention_backend", False):
+        reasons.append("its attention does not take a registered attention function")
+    return reasons
+
+
+def rope_types(text: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary positions a configuration names, over all its layer types."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return {str(entry.get("rope_type", entry.get("type"))) for entry in entries} - {"None"}
+
+
+def max_context(text: PreTrainedConfig) -> int | None:
+    """Tokens a row may hold: what the model was built for, and where its positions stay what they are."""
+    limit = getattr(text, "max_position_embeddings", None)
+    if rope_types(text) & CAPPED_ROPE:
+        key = "original_max_position_embeddings"
+        original = (getattr(text, "rope_parameters", None) or {}).get(key) or getattr(text, key, None)
+        limit = min(filter(None, (original, limit)), default=None)
+    return None if limit is None else int(limit)
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder layers by name. Raises UnsupportedModelError if no module list has one module per layer."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
+            return name, module
+    raise UnsupportedModelError(
+        f"{model.config.model_type} is not supported: expected a list of {count} decoder layers, found none."
+    )
+
+
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
+    """The model with everything on meta, attending with the function registered as ``attend``."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = attend
+    if (experts := family_of(config.model_type).experts) is not None:
+        config._experts_implementation = experts
+    try:
+        with torch.device("meta"), initialization.no_init_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # a family's constructor may raise anything for a value it does not know
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers cannot build a model from this configuration: {first_line(error)}. "
+            f"Correct config.json, or update transformers."
+        ) from error
+    return model.eval()
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with parameters and stored buffers on meta, and its computed buffers on ``device``."""
+    model = build_on_meta(config, dtype, attention.NAME)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # transformers' own marker
+    for name, buffer in list(model.named_buffers()):
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        if last in module._non_persistent_buffers_set:
+            module._buffers[last] = torch.empty_like(buffer, device=device)
+        else:
+            buffer._is_hf_initialized = True
+    model.initialize_weights()
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, for a paragraph of our own."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}" if text else type(error).__name__

@@ -156,7 +156,7 @@ def generate(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Compute threads. Default: all cores.", rich_help_panel=PLACE)
+        int | None, typer.Option(min=1, help="Compute threads. Default: all cores but one.", rich_help_panel=PLACE)
     ] = None,
     link_rate: Annotated[
         float | None,

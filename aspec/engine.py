@@ -260,9 +260,13 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def _tune_process(threads: int | None) -> None:
-    """Leave the interpreter responsive beside compute threads."""
+    """Leave the interpreter responsive beside compute threads, and a core to the readers and the loop.
+
+    With a thread per core, whatever else runs makes every parallel region wait for a scheduler slice at its barrier.
+    """
     sys.setswitchinterval(1e-3)
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores - 1))
 
 
 def describe_plan(plan: Plan) -> str:

@@ -15,8 +15,8 @@ layers        A source layer becomes an attention-only and an MLP-only layer whi
 
 Splits are powers of two that sum to 1. So, with a head size factor of 1, 4 or 16, bf16 weights stay exact and logits
 differ from the source's only by the order of summation. Channels, heads and units are shuffled: real weights lie in
-every part of every tensor. Weights that ought to be zero get `--noise` times the source tensor's spread; 0 turns that
-off. The file holds shapes, axes, tensors, files, entry, in this order. No model code belongs here.
+every part of every tensor. Weights that ought to be zero get `--noise` times the source tensor's spread.
+The file holds shapes, axes, tensors, files, entry, in this order; no model code.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from safetensors import safe_open
 DTYPES = {"bf16": (torch.bfloat16, "BF16", "bfloat16"), "fp32": (torch.float32, "F32", "float32")}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 COPIED_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer*", "chat_template*")
-REQUIRED = {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+UNSUPPORTED = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 CONFIG_KEYS = {"hidden": "hidden_size", "intermediate": "intermediate_size", "layers": "num_hidden_layers"}
 CONFIG_KEYS |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 BLOCK_ELEMENTS = 2**24  # weights that are built and written at a time
@@ -68,9 +68,9 @@ class Shape:
 
     def num_params(self) -> int:
         """Weights of the whole checkpoint, embedding and head untied."""
-        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return 2 * self.vocab * self.hidden + self.layers * layer + self.hidden
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        layers = self.layers * (attention + 3 * self.intermediate + 2)
+        return self.hidden * (2 * self.vocab + layers + 1)
 
 
 def choose_shape(source: Shape, num_params: int) -> Shape:
@@ -85,9 +85,8 @@ def choose_shape(source: Shape, num_params: int) -> Shape:
     if not candidates:
         raise ValueError(f"{num_params} weights are too few: the source itself has {source.num_params()}")
     best = min(candidates, key=lambda shape: abs(math.log(shape.hidden / shape.layers / HIDDEN_PER_LAYER)))
-    missing = (num_params - best.num_params()) / (3 * best.hidden * best.layers)
-    steps = round(missing / INTERMEDIATE_STEP)
-    return replace(best, intermediate=max(source.intermediate, best.intermediate + steps * INTERMEDIATE_STEP))
+    missing = round((num_params - best.num_params()) / (3 * best.hidden * best.layers * INTERMEDIATE_STEP))
+    return replace(best, intermediate=max(source.intermediate, best.intermediate + missing * INTERMEDIATE_STEP))
 
 
 def _widen(source: Shape, factor: int) -> Shape:
@@ -146,8 +145,7 @@ def copies(old: int, new: int, generator: torch.Generator) -> Axis:
     places = torch.randperm(new, generator=generator)
     for source in range(old):
         own = places[source::old]
-        axis.index[own] = source
-        axis.scale[own] = split_one(len(own))
+        axis.index[own], axis.scale[own] = source, split_one(len(own))
     return axis
 
 
@@ -159,18 +157,15 @@ def grow_heads(source: Shape, target: Shape, generator: torch.Generator) -> tupl
     for old in range(source.kv_heads):
         places = (torch.nonzero(kv == old) * group + torch.arange(group)).flatten()
         part = copies(old_group, len(places), generator)
-        queries.index[places] = part.index + old * old_group
-        queries.scale[places] = part.scale
+        queries.index[places], queries.scale[places] = part.index + old * old_group, part.scale
     return queries, Axis(kv, torch.ones(len(kv)))
 
 
 def rotary_dims(old: int, new: int, scale: float) -> Axis:
     """Query or key dimensions of one head: rotary pair i (dimensions i and i + half) moves to pair i * factor."""
-    axis = nothing(new)
-    source = torch.arange(old)
+    axis, source = nothing(new), torch.arange(old)
     place = source % (old // 2) * (new // old) + source // (old // 2) * (new // 2)
-    axis.index[place] = source
-    axis.scale[place] = scale
+    axis.index[place], axis.scale[place] = source, scale
     return axis
 
 
@@ -179,7 +174,7 @@ def value_dims(old: int, new: int) -> Axis:
     return Axis(torch.arange(old).repeat_interleave(new // old), split_one(new // old).repeat(old))
 
 
-def combine(heads: Axis, dims: Axis, old_head_dim: int) -> Axis:
+def all_dims(heads: Axis, dims: Axis, old_head_dim: int) -> Axis:
     """The axis of all dimensions of all heads, head-major."""
     index = torch.where(dims.index < 0, -1, heads.index[:, None] * old_head_dim + dims.index)
     return Axis(index.flatten(), (heads.scale[:, None] * dims.scale).flatten())
@@ -202,9 +197,11 @@ class Growth:
 
     def blocks(self, old: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
         """The tensor in blocks of whole rows, in the dtype of `old`, the source."""
-        old = torch.atleast_2d(old)
+        old = old.reshape(-1, old.shape[-1])
         spread = float(old.float().std()) * self.fill
-        for rows in torch.arange(len(self.rows.index)).split(max(1, BLOCK_ELEMENTS // len(self.columns.index))):
+        step = max(1, BLOCK_ELEMENTS // len(self.columns.index))
+        for start in range(0, len(self.rows.index), step):
+            rows = slice(start, start + step)
             block = old[self.rows.index[rows].clamp(min=0)][:, self.columns.index.clamp(min=0)]
             block *= self.rows.scale[rows, None].to(old.dtype)
             block *= self.columns.scale.to(old.dtype)
@@ -227,12 +224,9 @@ class LayerPlan:
 def plan_layers(old: int, new: int) -> list[LayerPlan]:
     """Split as many source layers in two as fit, then spread layers that write nothing evenly."""
     num_split = min(old, new - old)
-    plan: list[LayerPlan] = []
-    for layer in range(old):
-        if layer < num_split:
-            plan += [LayerPlan(layer, True, False), LayerPlan(layer, False, True)]
-        else:
-            plan.append(LayerPlan(layer, True, True))
+    halves = ((True, False), (False, True))
+    plan = [LayerPlan(layer, *half) for layer in range(num_split) for half in halves]
+    plan += [LayerPlan(layer, True, True) for layer in range(num_split, old)]
     num_working, num_idle = len(plan), new - len(plan)
     for idle in range(num_idle):
         place = round((idle + 0.5) * num_working / num_idle) + idle
@@ -269,14 +263,13 @@ class Expansion:
         """Name, rows, columns and fill of the attention half's tensors."""
         old, new = self.source.head_dim, self.target.head_dim
         queries, kv = grow_heads(self.source, self.target, self.generator(f"{layer}heads"))
-        values, empty = value_dims(old, new), nothing(self.target.heads * new)
-        query_rows = combine(queries.unscaled(), rotary_dims(old, new, math.sqrt(new / old)), old)
-        key_rows = combine(kv, rotary_dims(old, new, 1.0), old)
-        output = combine(queries, values, old) if plan.attention else empty
+        values = value_dims(old, new)
+        query_rows = all_dims(queries.unscaled(), rotary_dims(old, new, math.sqrt(new / old)), old)
+        output = all_dims(queries, values, old) if plan.attention else nothing(self.target.heads * new)
         yield "input_layernorm", identity(1), self.writes, FREE
         yield "self_attn.q_proj", query_rows, self.reads, self.noise
-        yield "self_attn.k_proj", key_rows, self.reads, FREE
-        yield "self_attn.v_proj", combine(kv, values.unscaled(), old), self.reads, FREE
+        yield "self_attn.k_proj", all_dims(kv, rotary_dims(old, new, 1.0), old), self.reads, FREE
+        yield "self_attn.v_proj", all_dims(kv, values.unscaled(), old), self.reads, FREE
         yield "self_attn.o_proj", self.writes, output, self.noise
 
     def _mlp(self, layer: str, plan: LayerPlan) -> Iterator[tuple[str, Axis, Axis, float]]:
@@ -293,10 +286,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The source's `config.json`; ValueError if it asks for what this tool cannot expand."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    found = {key: config.get(key, False) for key in REQUIRED} | {"rope_type": rope.get("rope_type", "default")}
-    for key, wanted in (REQUIRED | {"rope_type": "default"}).items():
-        if found[key] != wanted:
-            raise ValueError(f"{folder}: {key} is {found[key]!r}, only {wanted!r} can be expanded")
+    kinds = (config["model_type"], rope.get("rope_type", "default"))
+    if kinds != ("llama", "default") or any(config.get(key) for key in UNSUPPORTED):
+        raise ValueError(f"{folder}: needs a llama with default rope and without {UNSUPPORTED}, found {config}")
     return config
 
 
@@ -312,8 +304,8 @@ def read_tensor(folder: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
 def pack_shards(sizes: dict[str, int], shard_nbytes: int) -> list[list[str]]:
     """Tensor names by shard, in order; a shard exceeds `shard_nbytes` only if its one tensor does."""
     shards: list[list[str]] = [[]]
-    for name, nbytes in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + nbytes > shard_nbytes:
+    for name in sizes:
+        if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > shard_nbytes:
             shards.append([])
         shards[-1].append(name)
     return shards
@@ -362,18 +354,17 @@ def expand(source: Path, target: Path, shape: Shape, options: argparse.Namespace
     target.mkdir(parents=True, exist_ok=True)
     write_weights(source, target, expansion, options.dtype, options.shard_size)
     config |= {key: getattr(shape, name) for name, key in CONFIG_KEYS.items()}
-    config["dtype"] = DTYPES[options.dtype][2]
-    (target / "config.json").write_text(json.dumps(config, indent=2))
+    (target / "config.json").write_text(json.dumps(config | {"dtype": DTYPES[options.dtype][2]}, indent=2))
     for path in (path for pattern in COPIED_FILES for path in source.glob(pattern)):
         shutil.copyfile(path, target / path.name)
 
 
 def parse_size(text: str) -> int:
     """Bytes of "2GB", "500 MiB" or "1000"."""
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    if not match or match[2].upper() not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a number and one of {', '.join(UNITS)}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    match = re.fullmatch(r"(\d+\.?\d*) ?([A-Z]*)", text.strip().upper())
+    if not match or match[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a number and a unit of {list(UNITS)}")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -384,11 +375,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("target", type=Path, help="folder to write; new or empty")
     add("--size", type=parse_size, help="bytes of weights, such as 2GB: picks a shape")
     for name in CONFIG_KEYS:
-        add(
-            "--" + name.replace("_", "-"),
-            type=int,
-            help="overrides the picked shape, or without --size the source's",
-        )
+        add("--" + name.replace("_", "-"), type=int, help="overrides --size's shape, or the source's")
     add("--dtype", choices=DTYPES, default="bf16", help="dtype of the weights (default: %(default)s)")
     add("--shard-size", type=parse_size, default=500 * 10**6, help="largest file (default: 500MB)")
     add("--seed", type=int, default=0, help="of shuffles and noise (default: %(default)s)")
@@ -400,11 +387,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Pick the shape, write the checkpoint, say what was written."""
     options = parse_options(arguments)
     itemsize = DTYPES[options.dtype][0].itemsize
-    source = shape = Shape.of_config(read_config(options.source))
+    shape = Shape.of_config(read_config(options.source))
     if options.size is not None:
-        shape = choose_shape(source, options.size // itemsize)
-    given = {name: getattr(options, name) for name in CONFIG_KEYS if getattr(options, name) is not None}
-    shape = replace(shape, **given)
+        shape = choose_shape(shape, options.size // itemsize)
+    shape = replace(shape, **{name: size for name in CONFIG_KEYS if (size := getattr(options, name)) is not None})
     expand(options.source, options.target, shape, options)
     print(f"{options.target}: {shape}, {shape.num_params() * itemsize / 1e9:.3f} GB")
 

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ CONTEXT = 1024
 SEQUENCE = 512
 NUM_PROMPTS = 20
 SKIPPED = ("test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "lib2to3", "encodings")
+SCRATCH = Path(tempfile.gettempdir())  # last weights of a run that was cut short: target.pt, draft.pt
+SCRATCH_EVERY_S = 300.0
 EVALUATION_TOKENS = 40_000  # held-out tokens for the cross-entropy
 
 
@@ -142,6 +145,14 @@ def distillation(teacher: LlamaForCausalLM) -> Loss:
     return loss
 
 
+def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
 def fit(
     name: str,
     model: LlamaForCausalLM,
@@ -151,16 +162,10 @@ def fit(
     loss_of: Loss,
     batch_size: int,
 ) -> None:
-    """AdamW under a cosine over the time budget, bf16 autocast."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    """AdamW under a cosine over the time budget, bf16 autocast; the weights go to SCRATCH now and then."""
+    optimizer = make_optimizer(model)
     model.train()
-    begin = last = time.monotonic()
+    begin = last = saved = time.monotonic()
     steps = seen = 0
     average = math.nan
     for batch in batches(tokens, batch_size, SEQUENCE, seed=1):
@@ -184,6 +189,9 @@ def fit(
             speed = seen / (last - begin)
             left = seconds - (last - begin)
             print(f"{name} step {steps} loss {average:.3f} {speed:.0f} tok/s, {left:.0f} s left", flush=True)
+        if time.monotonic() - saved > SCRATCH_EVERY_S:
+            saved = time.monotonic()
+            torch.save(model.state_dict(), SCRATCH / f"{name}.pt")
     model.eval()
     print(f"{name} done: {steps} steps, {seen / 1e6:.1f} M tokens, loss {average:.3f}", flush=True)
 
@@ -274,32 +282,28 @@ def evaluate(folder: Path) -> dict[str, float]:
     }
 
 
-def write_readme(folder: Path, figures: dict[str, float]) -> None:
-    """The pair's README, with what was measured."""
+def write_readme(folder: Path, figures: dict[str, float], minutes: float) -> None:
+    """The pair's README: how it was made, from what, and what was measured."""
     rows = "\n".join(f"| {name} | {value:,.3f} |".replace(".000 |", " |") for name, value in figures.items())
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     (folder / "README.md").write_text(
-        f"""# The embedded demo pair
-
-A Llama-type target and a draft distilled from it, so that `aspec generate` works out of the box. Made by
-`python tools/train_demo.py` from the sources of the Python standard library without its tests (Python
-Software Foundation License), split by file into train (19 of 20) and held-out. Weights are bfloat16, the
-tokenizer is a byte-level BPE of {VOCAB_SIZE} tokens; {size / 1e6:.1f} MB in all. `heldout.json` holds the
-{NUM_PROMPTS} held-out prompts of 64 tokens on which the last two rows were measured (64 greedy tokens each).
-
-| measured on held-out text | |
-|---|---|
-{rows}
-
-It completes Python after a fashion. It is here to show streaming and speculation, not to be useful.
-"""
+        "# The embedded demo pair\n\n"
+        "A Llama-type target and a draft distilled from it, so that `aspec generate` works out of the box. Made by\n"
+        f"`python tools/train_demo.py --minutes {minutes:g}` from the sources of the Python standard library without\n"
+        "its tests (Python Software Foundation License), split by file into train (19 of 20) and held-out.\n"
+        f"Weights are bfloat16, the tokenizer is a byte-level BPE of {VOCAB_SIZE} tokens; {size / 1e6:.1f} MB in all.\n"
+        "`heldout.json` holds the 20 held-out prompts of about 64 tokens, chosen by a seeded generator, on which the\n"
+        "last two rows were measured (64 greedy tokens each); cross-entropy is over the first\n"
+        f"{EVALUATION_TOKENS} held-out tokens.\n\n"
+        f"| measured on held-out text, weights as stored | |\n|---|---|\n{rows}\n\n"
+        "It completes Python after a fashion. It is here to show streaming and speculation, not to be useful.\n"
     )
 
 
 def main() -> None:
     """Train, store, measure; or only measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=50.0, help="training time of both models together")
+    parser.add_argument("--minutes", type=float, default=50.0, help="training time of both models, all in all")
     parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
     parser.add_argument("--evaluate", action="store_true", help="measure the stored pair and rewrite its README")
@@ -309,7 +313,7 @@ def main() -> None:
     if not options.evaluate:
         train(options.out, options.minutes * 60)
     figures = evaluate(options.out)
-    write_readme(options.out, figures)
+    write_readme(options.out, figures, options.minutes)
     print(json.dumps(figures, indent=1))
 
 

@@ -30,7 +30,9 @@ DEMO_BUDGET_BYTES = 12 * MIB  # below the demo target's 16 MB, so that streaming
 MAX_DRAFT_TOKENS = 16
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
-PREFILL_TOKENS = (512, 256, 128, 64)  # tokens of one prefill item, the largest that fits the budget
+SMALLEST_CONTEXT = 256
+PREFILL_TOKENS = 512  # tokens of one prefill item
+SMALLEST_PREFILL = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +72,15 @@ def assemble(options: EngineOptions) -> Assembly:
     capacity = _capacity(options, target, draft)
     parts = target.plan(_part_bytes(target, budget))
     draft_parts = draft.plan(1 << 40) if draft else ()
-    rows = options.max_batch or DEFAULT_ROWS
     wishes = Wishes(
         budget_bytes=budget,
-        num_rows=rows,
+        num_rows=options.max_batch or DEFAULT_ROWS,
         capacity=capacity,
         max_draft_tokens=_max_draft_tokens(options, draft),
         fixed_draft_tokens=options.num_draft_tokens,
         resident_bytes=options.resident_memory,
     )
-    plan = _plan(wishes, options.prefill_tokens, lambda n: _needs(target, parts, draft, draft_parts, rows, n, capacity))
+    plan = _plan(options, wishes, lambda wished: _needs(target, parts, draft, draft_parts, wished))
     return _allocate(target, parts, draft, draft_parts, tokenizer, plan)
 
 
@@ -104,16 +105,28 @@ def _dtype(name: str, folder: Path) -> torch.dtype | None:
     return known[name]
 
 
-def _plan(wishes: Wishes, prefill_tokens: int | None, needs: Callable[[int], Needs]) -> Plan:
-    """With the largest prefill items that the budget leaves room for. Raises BudgetError if none does."""
-    longest = wishes.num_rows * wishes.capacity
-    choices = [prefill_tokens] if prefill_tokens else sorted({min(n, longest) for n in PREFILL_TOKENS}, reverse=True)
-    for choice in choices:
-        try:
-            return make_plan(needs(choice), replace(wishes, prefill_tokens=choice))
-        except BudgetError as error:
-            refusal = error
+def _plan(options: EngineOptions, wishes: Wishes, needs: Callable[[Wishes], Needs]) -> Plan:
+    """What was left open shrinks until the budget holds it: rows first, then context, then prefill items.
+
+    Raises BudgetError if even the smallest does not fit.
+    """
+    for rows in _halved(wishes.num_rows, options.max_batch, 1):
+        for capacity in _halved(wishes.capacity, options.max_context, SMALLEST_CONTEXT):
+            for prefill in _halved(min(PREFILL_TOKENS, rows * capacity), options.prefill_tokens, SMALLEST_PREFILL):
+                wished = replace(wishes, num_rows=rows, capacity=capacity, prefill_tokens=prefill)
+                try:
+                    return make_plan(needs(wished), wished)
+                except BudgetError as error:
+                    refusal = error
     raise refusal
+
+
+def _halved(start: int, fixed: int | None, least: int) -> list[int]:
+    """``start`` and its halves down to ``least``; only itself where the user has fixed it."""
+    choices = [start]
+    while fixed is None and choices[-1] // 2 >= least:
+        choices.append(choices[-1] // 2)
+    return choices
 
 
 def _default_budget(options: EngineOptions) -> int:
@@ -146,9 +159,7 @@ def _needs(
     parts: Sequence[Part],
     draft: Model | None,
     draft_parts: Sequence[Part],
-    rows: int,
-    prefill_tokens: int,
-    capacity: int,
+    wishes: Wishes,
 ) -> Needs:
     layer_parts = tuple(
         PlannedPart(part.index, part.layer, part.nbytes, part.size, scratch_bytes=part.scratch_bytes)
@@ -162,21 +173,22 @@ def _needs(
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
         "scratch": scratch_bytes(parts),
-        "activations": _activation_bytes(target, rows, prefill_tokens, capacity),
+        "activations": _activation_bytes(target, wishes),
     }
     return Needs(layer_parts, target.num_layers, fixed, kv)
 
 
-def _activation_bytes(target: Model, rows: int, prefill_tokens: int, capacity: int) -> int:
+def _activation_bytes(target: Model, wishes: Wishes) -> int:
     """The widest moment of a layer, of its attention and of the head."""
+    tokens = wishes.prefill_tokens
     text = target.config.get_text_config()
     hidden = int(text.hidden_size)
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
     wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
     item = torch.empty(0, dtype=target.dtype).element_size()
-    layer = prefill_tokens * (4 * hidden + 3 * wide) * item
-    attention = temporary_bytes(1, int(text.num_attention_heads), prefill_tokens, capacity)
-    head = rows * 2 * target.vocab_size * 8
+    layer = tokens * (4 * hidden + 3 * wide) * item
+    attention = temporary_bytes(1, int(text.num_attention_heads), tokens, wishes.capacity)
+    head = wishes.num_rows * 2 * target.vocab_size * 8
     return layer + attention + head
 
 

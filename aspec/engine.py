@@ -78,6 +78,8 @@ class Engine:
             self._running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._running
+        await self._backend.close()
+        self._release()
         if self._failure is not None and not self._heard and kind is None:
             raise self._failure
 
@@ -168,9 +170,6 @@ class Engine:
             self._failure = error
             for queue in self._queues.values():
                 queue.put_nowait(error)
-        finally:
-            await self._backend.close()
-            self._release()
 
     def _release(self) -> None:
         """Join the readers and give the memory back; the models die with the assembly."""

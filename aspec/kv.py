@@ -16,6 +16,11 @@ KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""
 
 
+KEY_TILE = 64
+"""Attention runs over whole tiles of slots: on a CPU every new length costs a product its compiled kernel, which is
+kept, so lengths that recur save time and memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class MaskKind:
     """Which of the earlier positions a query may see, besides causality."""
@@ -119,7 +124,8 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         super().__init__(layers=[])
         device = storage.device
         self.storage = storage
-        self.high = max(start + count for start, count in zip(starts, counts, strict=True))
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
+        self.high = min(-(-end // KEY_TILE) * KEY_TILE, storage.capacity)
         self._start = torch.tensor(starts, device=device)[:, None]  # [B, 1]
         last = torch.tensor(counts, device=device)[:, None] - 1
         offsets = torch.arange(max(counts), device=device)[None]  # [1, T]

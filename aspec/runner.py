@@ -179,7 +179,9 @@ class ModelRunner:
         assert self._draft is not None
         assert self._draft_kv is not None
         counts = [len(tokens) for tokens in fed]
-        activation = self._draft.embed(_pad(fed), self._draft_kv.step(rows, starts, counts))
+        ids = _pad(fed)
+        ids = ids.where(ids < self._draft.vocab_size, 0)  # padding may differ: what the draft cannot know costs a miss
+        activation = self._draft.embed(ids, self._draft_kv.step(rows, starts, counts))
         for layer in range(self._draft.num_layers):
             self._draft.layer(layer, activation)
         if not want_logits:

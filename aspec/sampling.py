@@ -4,105 +4,177 @@ token = argmax(processed logits + g), g = Gumbel noise over the vocabulary from 
 request's seed, t, token id). That is an exact draw from the processed distribution (the Gumbel-max trick), and it
 does not depend on drafts, batches or plans. A draft that ranks with the same noise chases the very token the
 target will draw (Daliri et al., "Coupling without communication and drafter-invariant speculative decoding").
+
+Rules: nothing here keeps state between draws; no row of a batch may change what another row draws; the tokens
+kept are those that ``transformers`` keeps.
 """
 
 from collections.abc import Sequence
+from math import log
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
 from aspec.errors import NumericError
 from aspec.params import SamplingParams
 
-# Odd constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit numbers.
-GOLDEN = -7046029254386353131
-MIX_1 = -4658895280553007687
-MIX_2 = -7723592293110705685
-BITS = 40  # bits of a uniform number
+GREEDY_BELOW = 1e-5  # temperatures that float32 logits cannot be divided by; vLLM draws the same line
+SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far below anything that costs time
+BLOCK = 1 << 17  # noise values computed at once on a CPU: three buffers of 512 KiB stay in its L2 cache
+
+# splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+MASK = (1 << 64) - 1
+# triple32, the best known 32-bit bijection of its size (Wellons, "Prospecting for hash functions", 2018).
+ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+LAST_SHIFT = 14
+
+
+# -- noise -----------------------------------------------------------------------------------------------------
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """The seed of prompt ``index`` of a run with one seed: never the row, which depends on the plan."""
-    mixed = _mix(_mix(torch.tensor([_wrap(seed)]) + GOLDEN) + _wrap((index + 1) * MIX_2))
-    return int(mixed.item()) & ((1 << 62) - 1)
+    """The seed of prompt ``index`` of a run with one seed, in 0 .. 2^63 - 1.
+
+    The index (or custom id) of the prompt counts, never its row in a batch. Index 0 is derived like every other.
+    """
+    return _mix(_mix(seed + GOLDEN) ^ _mix(index + MIX_1)) >> 1
 
 
-def gumbel(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise, float64, for int64 positions and token ids that broadcast: one value per pair."""
-    uniform = noise_bits(seed, positions, tokens).double().add_(0.5).mul_(2.0**-BITS)
-    return uniform.log_().neg_().log_().neg_()
+def gumbel(
+    seed: int, positions: Sequence[int] | torch.Tensor, vocab_size: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Standard Gumbel noise [N, V] float32 for N absolute positions (a sequence, or a [N] int64 tensor).
+
+    The value for (seed, position, token) does not depend on the batch, its order or the vocabulary's size.
+    """
+    whole = [int(position) for position in (positions.tolist() if isinstance(positions, torch.Tensor) else positions)]
+    spread = _spread(torch.arange(vocab_size, dtype=torch.int32, device=device))
+    out = torch.empty(len(whole), vocab_size, dtype=torch.float32, device=device)
+    together = max(1, len(whole) if out.device.type != "cpu" else BLOCK // max(1, vocab_size))
+    for start in range(0, len(whole), together):
+        stop = start + together
+        _to_gumbel(_keyed(spread, seed, whole[start:stop]), out[start:stop])
+    return out
 
 
-def noise_bits(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The integers behind the noise, 0 .. 2^40 - 1, equal on every device."""
-    key = _mix(positions.new_full((1,), _wrap(seed)) + GOLDEN)
-    return _shift(_mix(_mix(key + positions * MIX_2) + tokens * GOLDEN), 64 - BITS)
+def noise_bits(seed: int, positions: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+    """The 32-bit integers [N, K] int32 behind the noise of token ids [K] int32, equal on every device.
+
+    Every (seed, position) has its own bijection of the 32-bit integers: the three rounds of triple32 on the token
+    id, keyed before the second and before the third round with the halves of 64 bits from splitmix64.
+    """
+    return _keyed(_spread(tokens), seed, positions)
 
 
-def _wrap(seed: int) -> int:
-    """Any integer as a signed 64-bit one."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+def _spread(tokens: torch.Tensor) -> torch.Tensor:
+    """The first round, which needs no key: one call serves every position."""
+    shift, factor = ROUNDS[0]
+    return _xor_shift(tokens.clone(), shift, torch.empty_like(tokens)).mul_(_signed(factor))
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 on wrapping int64."""
-    x = (x ^ _shift(x, 30)) * MIX_1
-    x = (x ^ _shift(x, 27)) * MIX_2
-    return x ^ _shift(x, 31)
+def _keyed(spread: torch.Tensor, seed: int, positions: Sequence[int]) -> torch.Tensor:
+    base = _mix(seed + GOLDEN)
+    keys = [_mix(base + GOLDEN * (position + 1)) for position in positions]
+    halves = [[_signed(key & 0xFFFFFFFF) for key in keys], [_signed(key >> 32) for key in keys]]
+    low, high = torch.tensor(halves, dtype=torch.int32, device=spread.device)[:, :, None]
+    bits = spread ^ low
+    scratch = torch.empty_like(bits)
+    _xor_shift(bits, ROUNDS[1][0], scratch).mul_(_signed(ROUNDS[1][1])).bitwise_xor_(high)
+    _xor_shift(bits, ROUNDS[2][0], scratch).mul_(_signed(ROUNDS[2][1]))
+    return _xor_shift(bits, LAST_SHIFT, scratch)
 
 
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """A logical shift to the right, which torch lacks for signed integers."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _to_gumbel(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """-log(-log(1 - v)) into ``out`` float32, where v = (bits modulo 2^32 + 0.5) / 2^32 is uniform in (0, 1).
+
+    v is small where the noise is large, so float32 resolves the tail that wins an argmax: the largest value is
+    about 22.9 and all 2^32 levels count. The other end, below -2.8, never wins; there v stops at 1 - 2^-24.
+    """
+    minus_v = out.copy_(bits).add_(0.5).mul_(-(2.0**-32))
+    minus_v.sub_(minus_v.ceil()).clamp_(min=2.0**-24 - 1)
+    return minus_v.log1p_().neg_().log_().neg_()
+
+
+def _xor_shift(x: torch.Tensor, shift: int, scratch: torch.Tensor) -> torch.Tensor:
+    """x ^= x >> shift on unsigned bits, in place; torch only shifts with the sign."""
+    torch.bitwise_right_shift(x, shift, out=scratch)
+    return x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64, modulo 2^64."""
+    x &= MASK
+    x = ((x ^ (x >> 30)) * MIX_1) & MASK
+    x = ((x ^ (x >> 27)) * MIX_2) & MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    """32 bits as torch's int32 reads them."""
+    return x - (1 << 32) if x >> 31 else x
+
+
+# -- draws -----------------------------------------------------------------------------------------------------
 
 
 class Sampler:
-    """One request's draws, through transformers' own logits processors."""
+    """One request's draws; serves the target and any draft alike.
+
+    Temperature, top-k, top-p and min-p keep what the warpers of ``transformers`` keep, in its order. A row is first
+    narrowed to the ids that can survive (which is all that top-k does), so nothing sorts a whole vocabulary.
+    """
 
     def __init__(self, params: SamplingParams) -> None:
-        self.greedy = params.temperature == 0
-        self._seed = params.seed
-        self._truncates = bool(params.top_k or params.top_p < 1 or params.min_p)
-        self._warpers = LogitsProcessorList()
-        if self.greedy:
-            return
-        if params.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(params.temperature))
-        if params.top_k:
-            self._warpers.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(params.top_p))
-        if params.min_p:
-            self._warpers.append(MinPLogitsWarper(params.min_p))
+        self.greedy = params.temperature < GREEDY_BELOW
+        self._seed = int(params.seed)
+        self._top_k, self._top_p, self._min_p = int(params.top_k), float(params.top_p), float(params.min_p)
+        temperature = float(params.temperature)
+        self._temperature = None if self.greedy or temperature == 1 else TemperatureLogitsWarper(temperature)
 
-    def draw(self, logits: torch.Tensor, positions: Sequence[int]) -> list[int]:
-        """The tokens at ``positions`` from logits [N, V] of any float dtype; ties go to the lowest id.
+    def draw(self, logits: torch.Tensor, positions: Sequence[int], limit: int | None = None) -> list[int]:
+        """The tokens at absolute ``positions`` [N] from logits [N, V] of any float dtype; ties go to the lowest id.
 
-        Raises NumericError where logits are NaN or leave nothing to draw from.
+        Ids from ``limit`` on are never drawn. Raises NumericError where a row holds NaN or +inf, or only -inf.
         """
-        scores = logits.float()
-        _check(scores, positions)
+        logits = logits[..., :limit]
         if self.greedy:
-            return [int(token) for token in scores.argmax(-1).tolist()]
-        return self._perturbed(self._warpers(None, scores), positions)
+            return _draw_greedy(logits, positions)
+        scores = logits.float()
+        _check(scores.amax(-1), positions)
+        if self._temperature is not None:
+            scores = self._temperature(None, scores)
+        if self._top_p < 1 or self._min_p > 0 or 0 < self._top_k < scores.shape[-1]:
+            drawn = [self._draw_row(row, at) for row, at in zip(scores, positions, strict=True)]
+            return [int(token) for token in torch.stack(drawn).tolist()] if drawn else []
+        noise = gumbel(self._seed, positions, scores.shape[-1], scores.device)
+        return [int(token) for token in noise.add_(scores).max(-1).indices.tolist()]
 
-    def _perturbed(self, scores: torch.Tensor, positions: Sequence[int]) -> list[int]:
-        """The argmax of scores [N, V] plus noise; truncated distributions pay only for what they keep."""
-        where = torch.tensor(positions, device=scores.device)
-        if not self._truncates:
-            noisy = gumbel(self._seed, where[:, None], torch.arange(scores.shape[-1], device=scores.device))
-            noisy += scores
+    def _draw_row(self, scores: torch.Tensor, position: int) -> torch.Tensor:
+        """One token id [] int64 from scores [V] float32, noise computed for the survivors only."""
+        ids, kept = self._survivors(scores)
+        bits = noise_bits(self._seed, [position], ids.int())[0]
+        return ids[_to_gumbel(bits, torch.empty_like(kept)).add_(kept).max(-1).indices]
+
+    def _survivors(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [K] int64, ascending, and processed scores [K]; what the warpers remove is absent or -inf."""
+        num_ids, share = scores.shape[-1], 1.0
+        if 0 < self._top_k < num_ids:
+            ids = (scores >= scores.topk(self._top_k).values[-1]).nonzero()[:, 0]  # ties stay, as in transformers
+        elif self._top_p < 1:
+            # Tokens below (1 - top_p) / V sum to less than what top-p removes from the bottom: they all go.
+            total = scores.logsumexp(-1)
+            ids = (scores >= total + (log((1 - self._top_p) / num_ids) - SLACK)).nonzero()[:, 0]
+            share = float((scores[ids].logsumexp(-1) - total).exp())
         else:
-            rows, tokens = scores.isfinite().nonzero(as_tuple=True)
-            noisy = scores.double()
-            noisy[rows, tokens] += gumbel(self._seed, where[rows], tokens)
-        return [int(token) for token in noisy.argmax(-1).tolist()]
+            ids = (scores >= scores.amax(-1) + (log(self._min_p) - SLACK)).nonzero()[:, 0]
+        kept = scores[ids][None]
+        if self._top_p < 1:
+            kept = TopPLogitsWarper(min(1.0, self._top_p / share))(None, kept)
+        if self._min_p > 0:
+            kept = MinPLogitsWarper(self._min_p)(None, kept)
+        return ids, kept[0]
 
 
 def draw_rows(
@@ -111,26 +183,45 @@ def draw_rows(
     positions: Sequence[Sequence[int]],
     limit: int | None = None,
 ) -> list[list[int]]:
-    """Draw for every row of logits [B, T, V] at its own positions (the first columns of the row).
+    """Draw for every row of logits [B, T, V] at its own positions, which belong to the first columns of the row.
 
-    Tokens from ``limit`` on are never drawn: a draft's vocabulary may be padded further than the target's.
+    Columns beyond a row's positions are padding: neither drawn nor checked. Ids from ``limit`` on are never drawn
+    (a draft's vocabulary may be padded further than the target's). All greedy rows share one argmax.
+    Raises NumericError as ``Sampler.draw`` does.
     """
-    if limit is not None:
-        logits = logits[..., :limit]
-    return [
-        sampler.draw(row[: len(wanted)], wanted)
-        for sampler, row, wanted in zip(samplers, logits, positions, strict=True)
-    ]
+    drawn: list[list[int]] = [[] for _ in samplers]
+    greedy = [index for index, sampler in enumerate(samplers) if sampler.greedy]
+    if greedy:
+        rows = logits if len(greedy) == len(samplers) else logits[greedy]
+        best, tokens = rows[..., :limit].max(-1)
+        values, ids = best.tolist(), tokens.tolist()
+        for index, row_values, row_ids in zip(greedy, values, ids, strict=True):
+            wanted = positions[index]
+            _check_values(row_values[: len(wanted)], wanted)
+            drawn[index] = row_ids[: len(wanted)]
+    for index, sampler in enumerate(samplers):
+        if not sampler.greedy:
+            wanted = positions[index]
+            drawn[index] = sampler.draw(logits[index, : len(wanted)], wanted, limit)
+    return drawn
 
 
-def _check(scores: torch.Tensor, positions: Sequence[int]) -> None:
-    best = scores.amax(-1)
-    if bool(torch.isfinite(best).all()):
-        return
-    bad = next(
-        position for position, value in zip(positions, best.tolist(), strict=True) if not abs(value) < float("inf")
-    )
-    raise NumericError(
-        f"the model's logits for position {bad} are not numbers (NaN or infinite): expected finite values. The weights "
-        f"are damaged, or overflow in this dtype: verify the checkpoint, or try --dtype float32."
-    )
+def _draw_greedy(logits: torch.Tensor, positions: Sequence[int]) -> list[int]:
+    best, tokens = logits.max(-1)  # the first of several maxima, and NaN where there is one: documented by torch
+    _check(best, positions)
+    return [int(token) for token in tokens.tolist()]
+
+
+def _check(best: torch.Tensor, positions: Sequence[int]) -> None:
+    """Raise NumericError unless every row's largest logit [N] is a finite number."""
+    if not bool(torch.isfinite(best).all()):
+        _check_values(best.tolist(), positions)
+
+
+def _check_values(best: Sequence[float], positions: Sequence[int]) -> None:
+    for value, position in zip(best, positions, strict=True):
+        if not abs(value) < float("inf"):
+            raise NumericError(
+                f"the model's largest logit for position {position} is {value}: expected a finite number. The weights "
+                f"are damaged, or they overflow in this dtype: verify the checkpoint's files, or try --dtype float32."
+            )

@@ -15,11 +15,10 @@ import torch
 
 from aspec.errors import ReadError
 from aspec.executor import Executor
-from aspec.io.layout import Segment
 from aspec.io.cpu import CpuBackend
 from aspec.io.cuda import Buffers, CudaBackend
 from aspec.io.disk import DiskLane
-from aspec.io.layout import Part
+from aspec.io.layout import Part, Segment
 from aspec.io.memory import PAGE, allocate
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Tier

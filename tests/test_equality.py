@@ -17,8 +17,30 @@ LENGTHS = (20, 37, 11)  # longer than every window (8) and than a prefill item (
 RESIDENT = {"none": 0, "some": 260_000, "all": None}
 EVERY_RUN = list(itertools.product((0, 1, 4, 8), (1, 3), RESIDENT))
 COVERING = [(0, 3, "all"), (0, 1, "none"), (1, 3, "some"), (4, 3, "none"), (4, 1, "some"), (8, 3, "all")]
-NAMED = """llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3 phi3 olmo2 granite gpt_neox gpt_oss deepseek_v3
-llama_tied qwen2_moe starcoder2 cohere2 glm4 smollm3 phi olmo3""".split()
+NAMED = [
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "granite",
+    "gpt_neox",
+    "gpt_oss",
+    "deepseek_v3",
+    "llama_tied",
+    "qwen2_moe",
+    "starcoder2",
+    "cohere2",
+    "glm4",
+    "smollm3",
+    "phi",
+    "olmo3",
+]
 OTHERS = sorted(set(tiny.FAMILIES) - set(NAMED))
 SIGMAS = (0.1, 0.05, 0.2, 0.025, 0.015, 0.4, 0.3, 0.8)
 

@@ -1,136 +1,358 @@
-"""Shared noise: the same integers everywhere, the right law, and independence from drafts and batches."""
+"""Draws are exact, keyed by (seed, position) alone, and the same whatever else is in the batch."""
 
+import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from aspec.errors import NumericError, PromptError
 from aspec.params import SamplingParams
-from aspec.sampling import Sampler, derive_seed, draw_rows, gumbel, noise_bits
+from aspec.sampling import Sampler, _to_gumbel, derive_seed, draw_rows, gumbel, noise_bits
 
+NAN, INF = math.nan, math.inf
+LIMIT = 4.5  # standard deviations: the seeds are fixed, so what passes once passes always
 
-def pairs(positions, vocab):
-    return torch.tensor(positions)[:, None], torch.arange(vocab)
-
-
-def test_golden_integers():
-    """The same on every device and in every version: a seeded text must not change."""
-    assert noise_bits(0, *pairs([0, 1, 1000], 3)).tolist() == GOLDEN_ZERO
-    assert noise_bits(-5, *pairs([7], 3)).tolist() == GOLDEN_NEGATIVE
-    assert [derive_seed(0, 0), derive_seed(0, 1), derive_seed(7, 3)] == GOLDEN_SEEDS
-
-
-GOLDEN_ZERO = [
-    [223313908985, 371692604186, 295911862599],
-    [55711004316, 770447024147, 976345473216],
-    [432938656761, 475480873647, 189950213009],
+GOLDEN_BITS = [
+    [-2395131, 1589817484, -2042097352, -1679040911],
+    [44567792, 1466334170, 106766065, -1553984637],
 ]
-GOLDEN_NEGATIVE = [[581794999480, 1065466262434, 472267902924]]
-GOLDEN_SEEDS = [155203844971957558, 145484103376956817, 1994498231723796676]
+GOLDEN_SEEDS = [3725210598701212161, 1908093422684998445, 5675370592208760370, 5346642176467364641]
 
 
-def test_noise_depends_on_neither_vocabulary_nor_batch():
-    wide = noise_bits(3, *pairs([5, 6, 7], 500))
-    assert torch.equal(wide[:, :100], noise_bits(3, *pairs([5, 6, 7], 100)))
-    assert torch.equal(wide[1:2], noise_bits(3, *pairs([6], 500)))
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_noise_is_gumbel_and_uncorrelated():
-    noise = gumbel(3, *pairs(range(300), 4000))
-    assert noise.mean().item() == pytest.approx(0.5772, abs=0.005)
-    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
-    uniform = torch.exp(-torch.exp(-noise))
-    histogram = torch.histc(uniform, 64, 0, 1)
-    expected = uniform.numel() / 64
-    chi_square = ((histogram - expected) ** 2 / expected).sum().item()
-    assert chi_square < 63 + 5 * math.sqrt(2 * 63)
-    other_seed = torch.exp(-torch.exp(-gumbel(4, *pairs(range(300), 4000))))
-    for a, b in ((uniform[:-1], uniform[1:]), (uniform[:, :-1], uniform[:, 1:]), (uniform, other_seed)):
-        correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
-        assert abs(correlation) < 5 / math.sqrt(a.numel())
+def sampler(**params) -> Sampler:
+    return Sampler(SamplingParams(**params))
 
 
-def law(logits, params, draws=40_000):
-    """Frequencies over many positions."""
-    sampler = Sampler(params)
-    tokens = sampler.draw(logits.expand(draws, -1), range(draws))
-    return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]) / draws
+def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """What transformers' generate does to scores, in its order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(params.temperature))])
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    return warpers(None, logits.float())
+
+
+def deviation(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Pearson's chi-square of counts, in standard deviations from its mean."""
+    assert not counts[expected == 0].any()
+    counts, expected = counts[expected > 0].double(), expected[expected > 0].double()
+    freedom = len(counts) - 1
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * max(freedom, 1)))
+
+
+# -- parameters --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "params",
+    "wrong",
     [
-        SamplingParams(temperature=1.0),
-        SamplingParams(temperature=0.6),
-        SamplingParams(temperature=1.5, top_k=5),
-        SamplingParams(temperature=1.0, top_p=0.8),
-        SamplingParams(temperature=0.8, top_p=0.9, top_k=6, min_p=0.05),
+        {"max_new_tokens": -1},
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": True},
+        {"temperature": -0.1},
+        {"temperature": NAN},
+        {"temperature": INF},
+        {"temperature": "1"},
+        {"top_k": -1},
+        {"top_k": 0.5},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"top_p": NAN},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"seed": 0.5},
+        {"seed": None},
+        {"stop": ("a", "")},
+        {"stop": (1,)},
+        {"ignore_eos": 1},
     ],
-    ids=str,
+    ids=repr,
 )
-def test_the_law_is_the_processed_distribution(params):
-    logits = torch.randn(1, 16, generator=torch.Generator().manual_seed(2)) * 1.5
-    wanted = Sampler(params)._warpers(None, logits).softmax(-1)[0]
-    got = law(logits, params)
-    assert set(got.nonzero().flatten().tolist()) <= set(wanted.nonzero().flatten().tolist())
-    kept = wanted > 0
-    chi_square = (40_000 * (got - wanted)[kept] ** 2 / wanted[kept]).sum().item()
-    freedom = int(kept.sum()) - 1
-    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+def test_parameters_that_make_no_sense_are_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(PromptError, match=rf"{name} must be .*; found .* default, "):
+        SamplingParams(**wrong)
 
 
-def test_the_joint_law_of_two_positions_is_the_product():
-    logits = torch.tensor([[0.0, 1.0, -0.5, 0.3]])
-    wanted = logits.softmax(-1)[0]
-    draws = 30_000
-    counts = torch.zeros(4, 4)
-    for seed in range(3):
-        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed))
-        tokens = sampler.draw(logits.expand(2 * draws, -1), range(2 * draws))
-        for first, second in zip(tokens[::2], tokens[1::2], strict=True):
-            counts[first, second] += 1
-    expected = wanted[:, None] * wanted * counts.sum()
-    assert ((counts - expected) ** 2 / expected).sum().item() < 15 + 5 * math.sqrt(30)
+def test_parameters_are_taken_as_people_write_them():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(temperature=1, top_p=1, max_new_tokens=0, seed=-(1 << 70)).temperature == 1
+    sampler(temperature=2, top_p=1, min_p=0).draw(torch.zeros(1, 4), [0])  # ints where floats are meant
 
 
-def test_draws_do_not_depend_on_batch_or_padding():
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    sampler = Sampler(SamplingParams(temperature=0.9, seed=11))
-    together = sampler.draw(logits, range(6))
-    assert together == [sampler.draw(logits[i : i + 1], [i])[0] for i in range(6)]
-    padded = torch.cat([logits, torch.full((6, 14), float("-inf"))], -1)
-    assert sampler.draw(padded, range(6)) == together
+# -- noise -------------------------------------------------------------------------------------------------
 
 
-def test_greedy_takes_the_lowest_of_equals_and_ignores_the_seed():
-    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
-    assert Sampler(SamplingParams(seed=1)).draw(logits, [0]) == Sampler(SamplingParams(seed=2)).draw(logits, [9]) == [1]
+def test_noise_is_these_integers_on_every_machine():
+    ids = torch.tensor([0, 1, 2, 151935], dtype=torch.int32)
+    assert noise_bits(0, [0, 1], ids).tolist() == GOLDEN_BITS
+    assert noise_bits(-5, [1 << 20], ids[:2]).tolist() == noise_bits((1 << 64) - 5, [1 << 20], ids[:2]).tolist()
+    assert [derive_seed(0, 0), derive_seed(0, 1), derive_seed(1, 0), derive_seed(-1, 3)] == GOLDEN_SEEDS
 
 
-def test_rows_draw_with_their_own_seeds_and_below_the_limit():
-    logits = torch.zeros(2, 3, 20)
-    logits[..., 15:] = 50.0
-    samplers = [Sampler(SamplingParams(temperature=1.0, seed=s)) for s in (1, 2)]
-    drawn = draw_rows(samplers, logits, [[4, 5, 6], [4]], limit=15)
-    assert [len(row) for row in drawn] == [3, 1]
-    assert max(map(max, drawn)) < 15
-    assert drawn[1] == samplers[1].draw(logits[1, :1, :15], [4])
+def test_noise_is_the_documented_hash():
+    """triple32 of the token id with the halves of splitmix64's stream, in plain integers."""
+    mask = (1 << 64) - 1
+
+    def mix(x):
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & mask
+        return x ^ x >> 31
+
+    def bits(seed, position, token):
+        golden = 0x9E3779B97F4A7C15
+        key = mix((mix((seed + golden) & mask) + golden * (position + 1)) & mask)
+        x = (token ^ token >> 17) * 0xED5AD4BB & 0xFFFFFFFF ^ key & 0xFFFFFFFF
+        x = (x ^ x >> 11) * 0xAC4C1B51 & 0xFFFFFFFF ^ key >> 32
+        x = (x ^ x >> 15) * 0x31848BAB & 0xFFFFFFFF
+        return x ^ x >> 14
+
+    tokens = [*range(20), 32000, 151935, 2**31 - 1]
+    for seed, position in ((0, 0), (7, 3), (derive_seed(9, 9), 100_000)):
+        found = noise_bits(seed, [position], torch.tensor(tokens, dtype=torch.int32))[0].tolist()
+        assert [value % (1 << 32) for value in found] == [bits(seed, position, token) for token in tokens]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_are_an_error(bad):
-    logits = torch.zeros(3, 8)
-    logits[1, 3] = bad
-    with pytest.raises(NumericError, match="position 41"):
-        Sampler(SamplingParams()).draw(logits, [40, 41, 42])
+def test_noise_depends_on_seed_position_and_token_only():
+    whole = gumbel(5, [3, 9, 1], 1000)
+    assert torch.equal(gumbel(5, torch.tensor([1, 3]), 137), whole[[2, 0], :137])
+    assert torch.equal(gumbel(5, [9], 70_001)[:, :1000], whole[1:2])
+    bits = noise_bits(5, [3, 9, 1], torch.arange(1000, dtype=torch.int32))  # all rows at once, as on a GPU
+    assert torch.equal(bits[1:2], noise_bits(5, [9], torch.arange(1000, dtype=torch.int32)))
+    assert not torch.equal(gumbel(6, [3], 1000), whole[:1])
+    assert gumbel(5, [], 10).shape == (0, 10)
+    assert len(noise_bits(5, [3], torch.arange(1 << 16, dtype=torch.int32)).unique()) == 1 << 16
+
+
+def test_values_are_precise_where_they_win():
+    bits = torch.cat(
+        [
+            torch.tensor([0, 1, 2, 1000, -1, -(1 << 31), (1 << 31) - 1]),
+            torch.arange(-(1 << 31), 1 << 31, 99991),
+        ]
+    )
+    found = _to_gumbel(bits.int(), torch.empty(len(bits))).double()
+    exact = -(-torch.log1p(-((bits.double() % 2**32) + 0.5) / 2**32)).log()
+    assert torch.isfinite(found).all()
+    assert (found - exact).abs()[exact > 0].max() < 3e-6
+    assert (found - exact).abs()[exact > -2].max() < 1e-4
+    assert found.max() > 22.8
+
+
+def test_noise_has_gumbels_distribution():
+    values = gumbel(11, range(16), 1 << 15).double().flatten().sort().values
+    cdf, steps = (-(-values).exp()).exp(), torch.arange(len(values) + 1) / len(values)
+    distance = max((cdf - steps[:-1]).max(), (steps[1:] - cdf).max()) * math.sqrt(len(values))
+    assert distance < 1.95  # Kolmogorov: exceeded once in 1000
+    bits = noise_bits(12, range(16), torch.arange(1 << 15, dtype=torch.int32)).flatten()
+    for shift in (0, 8, 16, 24):
+        counts = ((bits >> shift) & 255).bincount(minlength=256)
+        assert abs(deviation(counts, torch.full((256,), len(bits) / 256))) < LIMIT
+
+
+def test_neighbours_are_independent():
+    size = 1 << 15
+    base = noise_bits(3, range(16), torch.arange(size, dtype=torch.int32))
+    seeds = {
+        f"seed + {d}": noise_bits(3 + d, range(16), torch.arange(size, dtype=torch.int32)) for d in (1, 2, 1 << 32)
+    }
+    pairs = {name: (base, other) for name, other in seeds.items()}
+    pairs |= {f"token + {lag}": (base[:, :-lag], base[:, lag:]) for lag in (1, 2, 3, 256, 4096)}
+    pairs |= {f"position + {lag}": (base[:-lag], base[lag:]) for lag in (1, 2, 8)}
+    for name, (one, two) in pairs.items():
+        for shift in (0, 27):
+            joint = (((one >> shift) & 31) * 32 + ((two >> shift) & 31)).flatten().bincount(minlength=1024)
+            assert abs(deviation(joint, torch.full((1024,), int(joint.sum()) / 1024))) < LIMIT, (name, shift)
+
+
+# -- the law -----------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([2.0, 1.5, 0.3, 0.0, -1.0, -1.2, -3.0, 1.5])
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.9}], ids=str
+)
+def test_draws_follow_the_processed_distribution(temperature, filters):
+    """A shift of 3 % of the mass between two tokens would be found where nothing is filtered."""
+    params = SamplingParams(temperature=temperature, seed=77, **filters)
+    count = 20_000 if not filters else 2_000
+    drawn = Sampler(params).draw(LOGITS.expand(count, -1), range(count))
+    law = warped(LOGITS[None], params).softmax(-1)[0]
+    assert abs(deviation(torch.tensor(drawn).bincount(minlength=8), law * count)) < LIMIT
+
+
+@pytest.mark.parametrize("keyed_by", ["seed", "derived"])
+def test_three_tokens_in_a_row_follow_the_joint_law(keyed_by):
+    """A Markov chain over 4 tokens: neither positions nor the seeds of neighbouring requests may correlate."""
+    chain = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 1.5
+    law, runs = chain.softmax(-1), 4000
+    counts = torch.zeros(64)
+    for index in range(runs):
+        draws = sampler(temperature=1.0, seed=index if keyed_by == "seed" else derive_seed(1, index))
+        noise = gumbel(draws._seed, [5, 6, 7], 4)
+        token, code = 0, 0
+        for step in range(3):
+            token = int((chain[token] + noise[step]).argmax())
+            code = code * 4 + token
+        counts[code] += 1
+        if index % 500 == 0:
+            first = int((chain[0] + noise[0]).argmax())
+            assert draws.draw(chain[[0, first]], [5, 6]) == [first, int((chain[first] + noise[1]).argmax())]
+    joint = (law[0][:, None, None] * law[:, :, None] * law[None]).flatten()
+    assert abs(deviation(counts, joint * runs)) < LIMIT
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(data=st.data())
+def test_every_draw_is_transformers_scores_plus_noise(data):
+    """Token for token, bfloat16 included: narrowing a row changes nothing."""
+    params = SamplingParams(
+        temperature=data.draw(st.sampled_from([1e-4, 0.3, 0.7, 1.0, 1.5, 50.0])),
+        top_k=data.draw(st.sampled_from([0, 0, 1, 2, 7, 40, 5000])),
+        top_p=data.draw(st.sampled_from([1.0, 1e-6, 0.3, 0.9, 0.999])),
+        min_p=data.draw(st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0])),
+        seed=data.draw(st.integers(-10, 10)),
+    )
+    size, scale = (
+        data.draw(st.sampled_from([1, 2, 5, 64, 999])),
+        data.draw(st.sampled_from([0.0, 0.1, 3.0, 30.0])),
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    logits = torch.randn(3, size, generator=generator) * scale
+    if data.draw(st.booleans()):
+        logits = logits.bfloat16()
+    if data.draw(st.booleans()) and size > 2:
+        logits[:, 0] = -INF
+    before = logits.clone()
+    drawn, scores = Sampler(params).draw(logits, [4, 5, 6]), warped(logits, params)
+    expected = (scores + gumbel(params.seed, [4, 5, 6], size)).max(-1).indices.tolist()
+    for row, found, wanted in zip(logits.float(), drawn, expected, strict=True):
+        if params.top_p < 1 and len(row.unique()) < size:  # which of equals top-p keeps is its sort's whim
+            law = warped(row[None], dataclasses.replace(params, top_p=1.0, min_p=0.0)).softmax(-1)[0]
+            assert law[found] > 0
+            assert law[row > row[found]].sum() < params.top_p + 1e-5
+        else:
+            assert found == wanted
+    assert torch.equal(before, logits)
+
+
+def test_a_draft_with_the_same_noise_foresees_the_target():
+    """Two models 0.5 logits apart agree far more often than the independent draws of a lucky draft would."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(400, 500, generator=generator) * 2
+    draft = target + 0.5 * torch.randn(400, 500, generator=generator)
+    one, two = (sampler(temperature=1.0, seed=8).draw(logits, range(400)) for logits in (target, draft))
+    agreement = sum(a == b for a, b in zip(one, two, strict=True)) / 400
+    chance = float((target.softmax(-1) * draft.softmax(-1)).sum(-1).mean())
+    assert agreement > 0.55
+    assert agreement > 5 * chance
+
+
+# -- rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_a_row_draws_the_same_in_any_company(params):
+    logits = torch.randn(6, 5, 300, generator=torch.Generator().manual_seed(2)) * 3
+    samplers = [sampler(seed=row, **params) for row in range(6)]
+    positions = [list(range(10 * row, 10 * row + 1 + row % 5)) for row in range(6)]
+    together = draw_rows(samplers, logits, positions)
+    assert [len(drawn) for drawn in together] == [len(wanted) for wanted in positions]
+    for row, drawn in enumerate(together):
+        alone = [samplers[row].draw(logits[row, t : t + 1], [position])[0] for t, position in enumerate(positions[row])]
+        assert drawn == alone
+    order = [3, 0, 5]
+    assert draw_rows([samplers[r] for r in order], logits[order], [positions[r] for r in order]) == [
+        together[r] for r in order
+    ]
+
+
+def test_greedy_and_sampled_rows_share_a_batch():
+    logits = torch.randn(4, 2, 50, generator=torch.Generator().manual_seed(3))
+    samplers = [
+        sampler(),
+        sampler(temperature=1.0, seed=4),
+        sampler(temperature=1e-9),
+        sampler(temperature=1.0),
+    ]
+    drawn = draw_rows(samplers, logits, [[1, 2]] * 4)
+    assert [drawn[0], drawn[2]] == logits[[0, 2]].argmax(-1).tolist()
+    assert drawn[1] == samplers[1].draw(logits[1], [1, 2])
+    assert draw_rows([], logits[:0], []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_ties_go_to_the_lowest_id(dtype):
+    logits = torch.zeros(3, 40_000, dtype=dtype)
+    logits[0, [17, 30_000]] = 2
+    logits[1, [39_999, 5]] = 2
+    assert sampler().draw(logits, [0, 1, 2]) == [17, 5, 0]
+    assert draw_rows([sampler()], logits[None], [[0, 1, 2]]) == [[17, 5, 0]]
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2}, {"max_new_tokens": -1}],
-    ids=str,
+    "params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"temperature": 1.0, "top_p": 0.5}]
 )
-def test_senseless_parameters_are_refused(bad):
-    with pytest.raises(PromptError, match=f"{next(iter(bad))} must be"):
-        SamplingParams(**bad)
+def test_ids_from_the_limit_on_are_never_drawn(params):
+    logits = torch.zeros(1, 64, 40)
+    logits[..., 30:] = 50
+    logits[..., 33] = NAN  # padding of an embedding may hold anything
+    drawn = draw_rows([sampler(**params)], logits, [range(64)], limit=30)[0]
+    assert max(drawn) < 30
+    assert drawn == draw_rows([sampler(**params)], logits[..., :30], [range(64)], limit=99)[0]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 3, "min_p": 0.1}])
+def test_banned_tokens_are_never_drawn(params):
+    logits = torch.full((50, 20), -INF)
+    logits[:, 7] = -1e30
+    assert set(sampler(**params).draw(logits, range(50))) == {7}
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_logits_that_are_no_numbers_are_refused(params, bad):
+    logits = torch.zeros(2, 3, 10)
+    logits[1, 1, 4] = bad
+    rows = [sampler(**params), sampler(**params)]
+    with pytest.raises(NumericError, match=r"for position 41 is (nan|inf): expected a finite number.*--dtype float32"):
+        draw_rows(rows, logits, [[7, 8, 9], [40, 41, 42]])
+    with pytest.raises(NumericError, match="position 41"):
+        rows[1].draw(logits[1], [40, 41, 42])
+    assert len(draw_rows(rows, logits, [[7, 8, 9], [40]])[1]) == 1  # what nobody asked for is not checked
+    logits[1, 1] = -INF
+    with pytest.raises(NumericError, match="position 41 is -inf"):
+        draw_rows(rows, logits, [[7, 8, 9], [40, 41, 42]])
+
+
+def test_seeds_of_prompts_differ():
+    seeds = [derive_seed(run, index) for run in (0, 1, 2, -1) for index in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert all(abs(a - b) > 1 << 30 for a, b in pairwise(seeds))
+    assert derive_seed(7, 0) != 7

@@ -1,0 +1,215 @@
+"""resolve(): local folders, and a fake hub on this machine; every failure is one paragraph with a remedy."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from aspec.errors import CheckpointError
+from aspec.hub import resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WANTED = {
+    "config.json": b"{}",
+    "generation_config.json": b"{}",
+    "model-00001-of-00002.safetensors": b"first",
+    "model-00002-of-00002.safetensors": b"second",
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"pieces",
+    "merges.txt": b"a b",
+    "chat_template.jinja": b"hello",
+}
+UNWANTED = {
+    "README.md": b"#",
+    "pytorch_model.bin": b"x",
+    "pytorch_model.bin.index.json": b"{}",
+    "model.gguf": b"x",
+    "consolidated.safetensors": b"x",
+    "original/model.safetensors": b"x",
+    "onnx/config.json": b"{}",
+}
+REPOSITORIES = {
+    "org/good": WANTED | UNWANTED,
+    "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"x"},
+    "org/nothing": {"README.md": b"#"},
+}
+REFUSED = {"org/gated": (403, "GatedRepo"), "org/missing": (404, "RepoNotFound"), "org/down": (500, "")}
+RESOLVE = """
+import json, sys
+from aspec.errors import CheckpointError
+from aspec.hub import resolve
+results = {}
+for name in sys.argv[1:]:
+    try:
+        results[name] = str(resolve(name, what="target"))
+    except CheckpointError as error:
+        results[name] = [str(error)]
+print(json.dumps(results))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few endpoints a snapshot needs."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0].strip("/").split("/")
+        model = "/".join(path[2:4] if path[0] == "api" else path[:2])
+        self.server.seen.append((self.path, self.headers.get("authorization")))
+        if model in REFUSED:
+            return self.answer(REFUSED[model][0], b"{}", {"X-Error-Code": REFUSED[model][1]})
+        if model == "org/private" and self.headers.get("authorization") != "Bearer hf_secret":
+            return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        files = REPOSITORIES.get(model, WANTED)
+        if path[0] != "api":
+            body = files["/".join(path[4:])]
+            return self.answer(200, body, {"ETag": f'"{hash(body) & 0xFFFFFFFF:040x}"', "X-Repo-Commit": COMMIT})
+        if path[4:5] == ["tree"]:
+            listing = [
+                {"type": "file", "path": name, "size": len(body), "oid": f"{index:040x}"}
+                for index, (name, body) in enumerate(files.items())
+            ]
+            return self.answer(200, json.dumps(listing).encode())
+        return self.answer(200, json.dumps({"id": model, "sha": COMMIT, "siblings": []}).encode())
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen = []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(home: Path, *names: str, endpoint: str = "http://127.0.0.1:9", **environment: str) -> tuple[dict, str]:
+    """What resolve says in a process of its own, where the environment counts; and its stderr."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **environment}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", RESOLVE, *names],
+        env=plain | environment | {"PYTHONPATH": str(root)},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def url(hub) -> str:
+    return f"http://127.0.0.1:{hub.server_address[1]}"
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("org/model", what="target") == Path("org/model")
+    assert resolve(str(tmp_path / "org"), what="target") == tmp_path / "org"
+    assert resolve("~/org", what="target") == tmp_path / "org"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "nothing-here", "./org/model", "../x/y", "/no/such", "~/no", "a/b/c", "a b/c", "org/", "-x/y"],
+)
+def test_what_is_neither_path_nor_id_is_refused_without_a_request(name):
+    with pytest.raises(CheckpointError, match=r"draft .* was not found: expected .* Check the path\."):
+        resolve(name, what="draft")
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"is a file: expected a folder .* Give the file's folder"):
+        resolve(str(tmp_path / "model.gguf"))
+
+
+def test_a_snapshot_holds_what_is_needed_and_serves_offline(tmp_path, hub):
+    answers, stderr = ask(tmp_path, "org/good", endpoint=url(hub))
+    folder = Path(answers["org/good"])
+    assert folder.is_relative_to(tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == WANTED
+    assert "Fetching" in stderr  # the hub's own progress
+    fetched = len(hub.seen)
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert ask(tmp_path, "org/good", endpoint=url(hub), **offline)[0] == answers
+    assert len(hub.seen) == fetched
+    assert ask(tmp_path, "org/good")[0] == answers  # no network: what is cached serves
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refusals = ask(tmp_path, "org/good", "org/other", **offline)[0]
+    for name, (message,) in refusals.items():
+        assert f"target '{name}' is not a local folder, is not (or only in part) in the local hub cache" in message
+        assert "Fetch it where there is a network" in message
+
+
+def test_every_refusal_is_one_paragraph_with_a_remedy(tmp_path, hub):
+    expected = {
+        "org/gated": ("is gated", "HF_TOKEN"),
+        "org/missing": ("neither a local folder nor a model on the hub", "Check the spelling"),
+        "org/private": ("neither a local folder nor a model on the hub", "HF_TOKEN"),
+        "org/down": ("hub cannot be reached", "local folder"),
+        "org/pickled": ("no weights that can be read", "found config.json"),
+        "org/nothing": ("no weights that can be read", "found nothing"),
+        "org/a--b": ("could not be fetched", "HFValidationError"),
+    }
+    answers, _ = ask(tmp_path, *expected, endpoint=url(hub))
+    for name, parts in expected.items():
+        (message,) = answers[name]
+        assert message.startswith(f"target '{name}' ")
+        assert all(part in message for part in parts), message
+        assert "\n" not in message
+
+
+def test_a_token_opens_a_private_model(tmp_path, hub):
+    answers, _ = ask(tmp_path, "org/private", endpoint=url(hub), HF_TOKEN="hf_secret")
+    assert {path.name for path in Path(answers["org/private"]).iterdir()} == set(WANTED)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, hub):
+    (tmp_path / "hub").write_text("a file where the cache should be")
+    ((message,),) = ask(tmp_path, "org/good", endpoint=url(hub))[0].values()
+    assert "org/good" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        ("ENOSPC", r"does not fit on the disk .* HF_HOME"),
+        ("EACCES", r"/cache may not be written\. Set HF_HOME"),
+    ],
+)
+def test_a_disk_that_refuses_is_explained(monkeypatch, number, expected):
+    def fail(*_, **__):
+        raise OSError(getattr(errno, number), "refused", "/cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=expected):
+        resolve("org/some-model-that-is-no-folder")

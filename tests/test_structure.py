@@ -1,0 +1,112 @@
+"""The house's own rules: import bands, the top level, what the policy may name, exports."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "aspec"
+
+BANDS = {
+    0: "errors plan params options units tasks.task tasks",
+    1: "tasks.graph tasks.passes costs scheduler planner races",
+    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding model sampling text hub "
+    "sequence runner stats",
+    3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate executor virtual",
+    4: "assembly engine progress",
+    5: "api generation cli __main__ __init__",
+}
+BAND = {name: band for band, names in BANDS.items() for name in names.split()}
+MAY_LOOK_UP = {"io.layout", "io.mapping", "binding"}  # the size of a page
+THREADS = {"io", "model", "virtual"}  # threads live in aspec/io; the others only ask which thread they are on
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree, everywhere=True):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def band_of(module):
+    name = module.removeprefix("aspec").removeprefix(".")
+    while name and name not in BAND:
+        name = name.rpartition(".")[0]
+    return BAND.get(name)
+
+
+@pytest.mark.parametrize(("name", "tree"), modules(), ids=lambda v: v if isinstance(v, str) else "")
+def test_imports_go_downward(name, tree):
+    assert name in BAND, f"{name} has no band: say in this test where it belongs"
+    if BAND[name] == 5:
+        return
+    for module in imports(tree):
+        if module.startswith("aspec.") and (band := band_of(module)) is not None:
+            page = name in MAY_LOOK_UP and module.startswith("aspec.io.memory")
+            assert band <= BAND[name] or page, f"{name} (band {BAND[name]}) imports {module} (band {band})"
+
+
+@pytest.mark.parametrize("name", [n for n, band in BAND.items() if band <= 1])
+def test_words_and_policy_know_no_tensor_no_clock_and_no_loop(name):
+    trees = dict(modules())
+    forbidden = {"torch", "asyncio", "time", "threading", "random", "numpy", "transformers"}
+    assert not forbidden & {module.split(".")[0] for module in imports(trees[name])}
+
+
+def test_maths_knows_no_loop_and_machinery_no_policy():
+    for name, tree in modules():
+        found = set(imports(tree))
+        if BAND[name] == 2:
+            assert "asyncio" not in found, name
+        if BAND[name] == 3:
+            assert not found & {"aspec.scheduler", "aspec.planner"}, name
+
+
+def test_threads_are_made_in_io_only():
+    for name, tree in modules():
+        if "threading" in set(imports(tree)):
+            assert name.split(".")[0] in THREADS, name
+
+
+def test_the_top_level_is_what_was_agreed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {path.split("/")[0] for path in tracked}
+    assert {name for name in top if not name.startswith(".")} <= {
+        "aspec",
+        "tools",
+        "tests",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }
+
+
+def test_the_package_data_is_small():
+    assert sum(f.stat().st_size for f in (PACKAGE / "demo").rglob("*") if f.is_file()) <= 20e6
+
+
+def test_every_export_exists():
+    import aspec
+
+    for name in aspec.__all__:
+        assert getattr(aspec, name) is not None
+    with pytest.raises(AttributeError):
+        aspec.nonsense  # noqa: B018 - the access is the test
+
+
+def test_the_readme_tree_names_every_module():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, _ in modules():
+        leaf = name.rpartition(".")[2]
+        if leaf not in ("__init__", "__main__", "aspec", "io", "tasks"):
+            assert f"{leaf}.py" in readme, f"README's tree lacks {leaf}.py"

@@ -41,7 +41,8 @@ def generate(
     given = {name: options.pop(name) for name in SamplingParams.__slots__ if name in options}
     params = replace(params or SamplingParams(), **given)
     wanted: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-    options.setdefault("max_batch", min(len(wanted), 16) or 1)
+    if len(wanted) == 1:
+        options.setdefault("max_batch", 1)
 
     async def main() -> list[Result]:
         async with open_engine(**options) as engine:

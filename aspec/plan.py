@@ -78,6 +78,12 @@ class Plan:
         return sum(part.nbytes for part in self.streamed)
 
     @property
+    def spare_bytes(self) -> int:
+        """Bytes that can land while no layer frees a slot: what the stream does while the draft works."""
+        most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
+        return (self.num_slots - most) * self.slot_bytes
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that the plan holds on the device at its peak."""
         return sum(self.arithmetic.values())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from aspec.errors import BudgetError
 from aspec.plan import Plan, PlannedPart, Tier, format_bytes
 
-SPARE_SLOTS = 3  # slots beyond one layer's parts: they fill while the draft works between two passes
+SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,9 +171,9 @@ class Scheduler:
         """By measured cost; where speculation loses, one proposal now and then keeps the estimate alive."""
         if not num_rows or not self.plan.max_draft_tokens:
             return 0
-        ahead = self.plan.num_slots * self.plan.slot_bytes
+        plan = self.plan
         best = self.costs.best_draft_tokens(
-            self.plan.num_layers, num_rows, self.plan.streamed_bytes, ahead, self.plan.max_draft_tokens
+            plan.num_layers, num_rows, plan.streamed_bytes, plan.spare_bytes, plan.max_draft_tokens
         )
         self._quiet_rounds = 0 if best else self._quiet_rounds + 1
         return best or int(self._quiet_rounds % 32 == 0)

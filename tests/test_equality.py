@@ -54,7 +54,7 @@ class Pair:
         self.prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in LENGTHS]
         self.draft = None
         for seed in range(6):
-            self.target = tiny.build(folder / f"target{seed}", family, seed=seed)
+            self.target = tiny.build(folder / f"target{seed}", family, seed=seed, varied=True)
             model = tiny.reference(self.target)
             self.wanted = [self._generate(model, prompt) for prompt in self.prompts]
             if len({token for tokens in self.wanted for token in tokens}) >= 8:

@@ -7,7 +7,7 @@ import pytest
 from aspec.costs import CostModel, expected_tokens
 from aspec.errors import BudgetError
 from aspec.plan import PlannedPart, Tier
-from aspec.planner import Needs, Wishes, make_plan
+from aspec.planner import SPARE_SLOTS, Needs, Wishes, make_plan
 from aspec.tasks.task import Op, RowOutcome, Span, Task
 
 MIB = 1 << 20
@@ -38,7 +38,7 @@ def test_every_plan_stays_inside_its_budget_and_uses_it(budget):
 
 
 def test_resident_parts_are_spread_over_the_pass():
-    plan = make_plan(needs(), wishes(2 * MIB + 1 * MIB + 5 * 4 * MIB + 4 * 4 * MIB))
+    plan = make_plan(needs(), wishes((3 + (2 + SPARE_SLOTS) * 4 + 4 * 4) * MIB))
     resident = [part.index for part in plan.parts if part.tier is Tier.DEVICE]
     assert len(resident) == 4
     assert all(b - a >= 3 for a, b in itertools.pairwise(resident))

@@ -180,16 +180,17 @@ REFUSED = {
 }
 
 
-def randomise(model, seed=0):
-    """Weights such that logits vary over positions and greedy text does not loop at once."""
+def randomise(model, seed=0, varied=False):
+    """Weights such that logits vary over positions; ``varied``: so much that greedy text does not loop at once."""
     generator = torch.Generator().manual_seed(seed)
-    loudness = 0.03 if model.config.tie_word_embeddings else 0.5  # a tied head would echo a loud embedding
+    loudness = 0.03 if varied and model.config.tie_word_embeddings else 0.5  # a tied head echoes a loud embedding
+    weight = 0.15 if varied else 0.08
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             embedding = "embed" in name or "wte" in name
             if parameter.dim() >= 2:
-                parameter.copy_(noise * (loudness if embedding else 0.15))
+                parameter.copy_(noise * (loudness if embedding else weight))
             elif "norm" in name.lower() or "ln" in name.lower():
                 parameter.add_(noise * 0.1)
             else:
@@ -197,11 +198,11 @@ def randomise(model, seed=0):
     return model
 
 
-def build(folder: Path, family: str, *, dtype=torch.float32, seed=0, shards=3) -> Path:
+def build(folder: Path, family: str, *, dtype=torch.float32, seed=0, shards=3, varied=False) -> Path:
     """A checkpoint of a family in about ``shards`` shards, with a byte-level tokenizer."""
     torch.manual_seed(seed)
     config = FAMILIES[family]()
-    model = randomise(AutoModelForCausalLM.from_config(config), seed).to(dtype).eval()
+    model = randomise(AutoModelForCausalLM.from_config(config), seed, varied).to(dtype).eval()
     model.generation_config.do_sample = False
     total = sum(tensor.nbytes for tensor in model.parameters())
     model.save_pretrained(folder, max_shard_size=-(-total // shards))

@@ -49,7 +49,7 @@ class ModelRunner:
     ) -> None:
         self._target, self._target_kv, self._weights = target, target_kv, weights
         self._draft, self._draft_kv = draft, draft_kv
-        self._sequences: dict[int, TokenSequence] = {}  # those that have arrived and are not forgotten
+        self._sequences: dict[int, TokenSequence] = {}  # those that wait for a row
         self._rows: dict[int, RowState] = {}
         self._activations: dict[int, Activation] = {}  # by item index, between EMBED and HEAD
         self._bound: dict[int, int] = {}  # streamed part -> the pass it was last bound in
@@ -67,10 +67,6 @@ class ModelRunner:
         """Know a sequence before the scheduler may seat it."""
         self._sequences[sequence.id] = sequence
 
-    def forget(self, sequence: int) -> None:
-        """The sequence has ended or will not be served."""
-        self._sequences.pop(sequence, None)
-
     def sequence_in(self, row: int) -> TokenSequence:
         """The sequence that sits in a row."""
         return self._rows[row].sequence
@@ -81,7 +77,7 @@ class ModelRunner:
             if seating.sequence is None:
                 del self._rows[seating.row]
             else:
-                self._rows[seating.row] = RowState(self._sequences[seating.sequence])
+                self._rows[seating.row] = RowState(self._sequences.pop(seating.sequence))
 
     @torch.inference_mode()
     def run(self, task: Task) -> tuple[RowOutcome, ...]:

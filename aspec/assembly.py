@@ -112,7 +112,8 @@ def _plan(options: EngineOptions, wishes: Wishes, needs: Callable[[Wishes], Need
     """
     for rows in _halved(wishes.num_rows, options.max_batch, 1):
         for capacity in _halved(wishes.capacity, options.max_context, SMALLEST_CONTEXT):
-            for prefill in _halved(min(PREFILL_TOKENS, rows * capacity), options.prefill_tokens, SMALLEST_PREFILL):
+            longest = min(options.prefill_tokens or PREFILL_TOKENS, rows * capacity)
+            for prefill in _halved(longest, options.prefill_tokens, SMALLEST_PREFILL):
                 wished = replace(wishes, num_rows=rows, capacity=capacity, prefill_tokens=prefill)
                 try:
                     return make_plan(needs(wished), wished)

@@ -42,14 +42,14 @@ NAMED = [
     "olmo3",
 ]
 OTHERS = sorted(set(tiny.FAMILIES) - set(NAMED))
-SIGMAS = (0.1, 0.05, 0.2, 0.025, 0.015, 0.4, 0.3, 0.8)
+SIGMAS = (0.1, 0.05, 0.2, 0.025, 0.015, 0.07, 0.15, 0.4, 0.3, 0.8)
 
 
 class Pair:
     """A tiny target, a noisy copy as its draft, and what transformers generates."""
 
-    def __init__(self, folder, family):
-        self.folder, self.family = folder, family
+    def __init__(self, folder, family, cached=True):
+        self.folder, self.family, self.cached = folder, family, cached
         generator = torch.Generator().manual_seed(5)
         self.prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in LENGTHS]
         self.draft = None
@@ -61,9 +61,9 @@ class Pair:
                 return
         raise AssertionError(f"{family}: no seed gives logits that vary over positions")
 
-    @staticmethod
-    def _generate(model, prompt):
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    def _generate(self, model, prompt):
+        options = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, use_cache=self.cached)
+        out = model.generate(torch.tensor([prompt]), **options)
         return out[0, len(prompt) :].tolist()
 
     def find_draft(self):
@@ -95,7 +95,7 @@ class Pair:
                 max_batch=batch,
                 max_context=80,
                 prefill_tokens=16,
-                device_memory=6 << 20,
+                device_memory=24 << 20,
                 resident_memory=RESIDENT[resident],
                 threads=1,
             ) as engine:
@@ -118,8 +118,8 @@ def check(pair, chain, batch, resident):
     return stats
 
 
-def make_pair(family, tmp_path_factory):
-    made = Pair(tmp_path_factory.mktemp(family), family)
+def make_pair(family, tmp_path_factory, cached=True):
+    made = Pair(tmp_path_factory.mktemp(family), family, cached)
     made.find_draft()
     return made
 
@@ -144,7 +144,9 @@ def test_greedy_equals_transformers(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_greedy_equals_transformers_for_the_other_families(family, tmp_path_factory):
-    check_covering(make_pair(family, tmp_path_factory))
+    """The reference runs without a cache: these configurations carry a window that some of the models ignore and
+    transformers' cache does not, so that its cached generation contradicts its own forward."""
+    check_covering(make_pair(family, tmp_path_factory, cached=False))
 
 
 @pytest.mark.slow

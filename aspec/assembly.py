@@ -59,8 +59,27 @@ class Assembly:
     memory: list[SlotMemory]
 
 
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What an engine will be: headers and configs are read, the plan is decided, nothing is allocated."""
+
+    target: Model
+    draft: Model | None
+    tokenizer: Tokenizer
+    plan: Plan
+    parts: tuple[Part, ...]
+    draft_parts: tuple[Part, ...]
+
+
 def assemble(options: EngineOptions) -> Assembly:
-    """Index both checkpoints, decide the plan, allocate. Raises UserError where the input cannot be used."""
+    """Design and allocate. Raises UserError where the input cannot be used."""
+    return _allocate(design(options))
+
+
+def design(options: EngineOptions) -> Design:
+    """Index both checkpoints and decide the plan, from headers alone. Raises UserError."""
+    tell = options.progress or (lambda *_: None)
+    tell("index", 0, 0)
     target_folder, draft_folder = folders(options)
     target = Model(target_folder, dtype=_dtype(options.dtype, target_folder))
     draft = Model(draft_folder, dtype=_dtype(options.dtype, draft_folder)) if draft_folder else None
@@ -68,6 +87,7 @@ def assemble(options: EngineOptions) -> Assembly:
     check_tokenizer(tokenizer, target.vocab_size)
     if draft is not None and draft_folder is not None:
         check_vocabulary(tokenizer, Tokenizer.load(draft_folder), target.vocab_size, draft.vocab_size)
+    tell("plan", 0, 0)
     budget = options.device_memory or _default_budget(options)
     capacity = _capacity(options, target, draft)
     parts = target.plan(_part_bytes(target, budget))
@@ -81,7 +101,7 @@ def assemble(options: EngineOptions) -> Assembly:
         resident_bytes=options.resident_memory,
     )
     plan = _plan(options, wishes, lambda wished: _needs(target, parts, draft, draft_parts, wished))
-    return _allocate(target, parts, draft, draft_parts, tokenizer, plan)
+    return Design(target, draft, tokenizer, plan, tuple(parts), tuple(draft_parts))
 
 
 def folders(options: EngineOptions) -> tuple[Path, Path | None]:
@@ -193,27 +213,21 @@ def _activation_bytes(target: Model, wishes: Wishes) -> int:
     return layer + attention + head
 
 
-def _allocate(
-    target: Model,
-    parts: Sequence[Part],
-    draft: Model | None,
-    draft_parts: Sequence[Part],
-    tokenizer: Tokenizer,
-    plan: Plan,
-) -> Assembly:
+def _allocate(made: Design) -> Assembly:
     """Two arenas (resident, slots) and the caches; no weight is read yet."""
+    target, draft, plan = made.target, made.draft, made.plan
     resident = {part.index for part in plan.parts if part.tier is Tier.DEVICE}
-    once = [(part, target) for part in parts if part.layer < 0 or part.index in resident]
-    once += [(part, draft) for part in draft_parts if draft is not None]
+    once = [(part, target) for part in made.parts if part.layer < 0 or part.index in resident]
+    once += [(part, draft) for part in made.draft_parts if draft is not None]
     memory: list[SlotMemory] = []
     buffers = _carve(memory, [part.size for part, _ in once])
     slots = _carve(memory, [plan.slot_bytes] * plan.num_slots)
-    scratch = torch.empty(scratch_bytes(parts), dtype=torch.uint8)
-    layer_parts = {part.index: part for part in parts if part.layer >= 0}
+    scratch = torch.empty(scratch_bytes(made.parts), dtype=torch.uint8)
+    layer_parts = {part.index: part for part in made.parts if part.layer >= 0}
     weights = Weights(layer_parts, [as_tensor(slot) for slot in slots], scratch)
     runner = ModelRunner(target, _cache(target, plan), weights, draft, _cache(draft, plan) if draft else None)
     loads = [Load(part, buffer, model) for (part, model), buffer in zip(once, buffers, strict=True)]
-    return Assembly(target, draft, tokenizer, plan, layer_parts, runner, slots, loads, memory)
+    return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, slots, loads, memory)
 
 
 def _cache(model: Model, plan: Plan) -> KVCache:

@@ -22,7 +22,7 @@ import torch
 
 from aspec.assembly import Assembly, Load, assemble, bind_load, release
 from aspec.errors import InternalError, PromptError, UserError
-from aspec.executor import Executor, Observer
+from aspec.executor import Executor, IssueObserver, Observer
 from aspec.io.cpu import CpuBackend
 from aspec.io.disk import DiskLane, probe_rate
 from aspec.options import EngineOptions
@@ -42,9 +42,15 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 class Engine:
     """A target, its draft and one run of the dataflow; use as an async context manager."""
 
-    def __init__(self, options: EngineOptions, observers: Iterable[Observer] = ()) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        observers: Iterable[Observer] = (),
+        issue_observers: Iterable[IssueObserver] = (),
+    ) -> None:
         self._options = options
         self._observers = [self._observe, *observers]
+        self._issue_observers = list(issue_observers)
         self._ids = itertools.count()
         self._queues: dict[int, asyncio.Queue[Piece | BaseException]] = {}
         self._requests: dict[int, RequestStats] = {}
@@ -66,7 +72,8 @@ class Engine:
             self._release()
             raise
         self._backend = CpuBackend(assembly.runner, assembly.parts, assembly.slots, self._disk)
-        self._executor = Executor(Scheduler(assembly.plan), self._backend, self._observers)
+        scheduler = Scheduler(assembly.plan)
+        self._executor = Executor(scheduler, self._backend, self._observers, self._issue_observers)
         self._running = asyncio.create_task(self._run(), name="aspec engine")
         gc.freeze()  # what lives now lives until the end: keep it out of collections
         return self
@@ -92,6 +99,11 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """The target's tokenizer."""
         return self._open.tokenizer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the target computes in."""
+        return self._open.target.dtype
 
     @property
     def max_context(self) -> int:

@@ -17,6 +17,9 @@ from aspec.tasks.task import Completion, Decision, Event, Resource, Span, Starte
 Observer = Callable[[Span], None]
 """Called on the loop with every finished task; must not block."""
 
+IssueObserver = Callable[[Task, float], None]
+"""Called on the loop with every task that is handed to the backend, and when; must not block."""
+
 
 class Policy(Protocol):
     """What the executor asks: synchronous, and free of anything that can wait."""
@@ -36,8 +39,15 @@ class Policy(Protocol):
 class Executor:
     """Runs a policy's tasks on a backend until the policy is done."""
 
-    def __init__(self, policy: Policy, backend: Backend, observers: Sequence[Observer] = ()) -> None:
-        self._policy, self._backend, self._observers = policy, backend, observers
+    def __init__(
+        self,
+        policy: Policy,
+        backend: Backend,
+        observers: Sequence[Observer] = (),
+        issue_observers: Sequence[IssueObserver] = (),
+    ) -> None:
+        self._policy, self._backend = policy, backend
+        self._observers, self._issue_observers = observers, issue_observers
         self._graph = Graph(backend.resources)
         self._wake = {resource.name: asyncio.Event() for resource in backend.resources}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -73,8 +83,9 @@ class Executor:
         while True:
             decision = self._policy.handle(event)
             self._backend.seat(decision.seatings)
+            cause = event.task.id if isinstance(event, Span) else -1
             for task in decision.tasks:
-                self._graph.add(task)
+                self._graph.add(task, cause)
             self._kick()
             if self._policy.done:
                 return
@@ -103,6 +114,8 @@ class Executor:
             self._in_flight += 1
             try:
                 future = self._backend.issue(task, after)
+                for observe in self._issue_observers:
+                    observe(task, self._backend.now())
                 self._kick()
                 completion = await settle(future)
             except Exception as error:
@@ -113,9 +126,9 @@ class Executor:
             self._finish(task, completion)
 
     def _finish(self, task: Task, completion: Completion) -> None:
-        self._graph.complete(task)
+        cause = self._graph.complete(task)
         self._kick()
-        span = Span(task, completion.start_s, completion.stop_s, completion.outcomes)
+        span = Span(task, completion.start_s, completion.stop_s, completion.outcomes, cause)
         self._recent = [*self._recent[-4:], span]
         for observe in self._observers:
             observe(span)

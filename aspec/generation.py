@@ -2,71 +2,99 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from aspec.api import Result, collect, seeded
 from aspec.assembly import folders
+from aspec.console import Console
+from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
+from aspec.executor import Observer
+from aspec.flags import GenerateFlags
 from aspec.io.memory import peak_rss_bytes
 from aspec.model import generation_defaults
+from aspec.monitor import Monitor
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
-from aspec.progress import Console, write_text
+from aspec.plan import Plan
+from aspec.recorder import Recorder
 from aspec.text import Tokenizer
+from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
+from aspec.units import format_rate
 
 MAX_AUTO_BATCH = 16
 PROBE_S = 0.5
+RECENT_SPANS = 100_000  # what the closing line looks back on
 TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to generate for, and how to print it."""
-
-    prompts: list[str]
-    raw: bool
-    system: str | None
-    as_json: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request whose models are found and whose prompts are token ids."""
 
-    request: Request
+    flags: GenerateFlags
     options: EngineOptions
     prompts: list[list[int]]
     params: SamplingParams
     console: Console
 
 
-def prepare(request: Request, options: EngineOptions, sampling: Mapping[str, Any], console: Console) -> Job:
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a job brought: a result per prompt, the plan it ran under, the raw link rate before and after it."""
+
+    results: list[Result]
+    plan: Plan
+    link_rates: tuple[float | None, float | None]
+
+    @property
+    def link_rate(self) -> float | None:
+        """The better of the two probes, bytes per second; None where nothing streams or nothing was probed."""
+        return max((rate for rate in self.link_rates if rate), default=None)
+
+
+def prepare(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> Job:
     """Everything that may block for long (a download) or refuse, before the loop starts and Ctrl-C is its business."""
+    options = flags.options()
     target, draft = folders(options)
     if options.target is not None:
         options = replace(options, target=target, draft=draft)
     tokenizer = Tokenizer.load(target)
-    prompts = [_encode(tokenizer, text, request) for text in request.prompts]
-    params = sampling_params(generation_defaults(target), sampling)
-    return Job(request, _fit(options, prompts, params, console), prompts, params, console)
+    tokens = [_encode(tokenizer, text, flags) for text in prompts]
+    params = sampling_params(generation_defaults(target), flags.sampling())
+    return Job(flags, _fit(options, tokens, params), tokens, params, console)
 
 
 async def generate_to_console(job: Job) -> None:
     """Serve every prompt. Raises AspecError where the input cannot be used or the machine fails."""
-    as_json, console = job.request.as_json, job.console
-    async with Engine(job.options) as engine:
-        console.note(describe_plan(engine.plan))
-        before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if as_json else None
-        results = await _serve(engine, job)
-        after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if as_json else None
-        rates = [rate for rate in (before, after) if rate]
-        for result in results:
-            if as_json:
-                write_text(json.dumps(as_object(result, before, after)) + "\n")
-            console.note(summarise(result, max(rates, default=None)))
+    console = job.console
+    recorder = Recorder(RECENT_SPANS)
+    outcome = await run_job(job, [recorder], probe=job.flags.as_json)
+    for result in outcome.results:
+        if job.flags.as_json:
+            console.write(json.dumps(as_object(result, outcome)) + "\n")
+        console.note(summarise(result, outcome.link_rate))
+    console.note(summarise_lanes(recorder))
+
+
+async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool = False) -> Outcome:
+    """Open an engine, serve every prompt under the eyes of whoever watches, close it.
+
+    ``probe``: measure the raw link rate before and after. Raises AspecError.
+    """
+    monitor, console = Monitor(), job.console
+    with watch(monitor, console, dashboard=not job.flags.no_dashboard):
+        options = replace(job.options, progress=monitor.progress)
+        async with Engine(options, [monitor, *observers], [monitor.issued]) as engine:
+            monitor.opened(engine.plan, len(job.prompts) * job.params.max_new_tokens)
+            console.note(describe_plan(engine.plan))
+            before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
+            results = await _serve(engine, job, monitor)
+            after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
+            return Outcome(results, engine.plan, (before, after))
 
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
@@ -81,48 +109,52 @@ def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sa
     return SamplingParams(**{name: value for name, value in values.items() if value is not None})
 
 
-def _encode(tokenizer: Tokenizer, text: str, request: Request) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, flags: GenerateFlags) -> list[int]:
     if not text:
         raise PromptError("the prompt is empty: expected some text; give --prompt, --file or standard input.")
-    if request.raw or not tokenizer.has_chat_template:
+    if flags.raw or not tokenizer.has_chat_template:
         return tokenizer.encode(text)
-    system = [{"role": "system", "content": request.system}] if request.system else []
+    system = [{"role": "system", "content": flags.system}] if flags.system else []
     return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
 
 
-def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParams, console: Console) -> EngineOptions:
+def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParams) -> EngineOptions:
     """Rows and context that these prompts need, and no more."""
     longest = max(len(tokens) for tokens in prompts)
     return replace(
         options,
         max_batch=options.max_batch or min(len(prompts), MAX_AUTO_BATCH),
         max_context=options.max_context or max(2, longest + params.max_new_tokens),
-        progress=console.progress,
     )
 
 
-async def _serve(engine: Engine, job: Job) -> list[Result]:
+async def _serve(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:
     """All prompts share passes; a single prompt's text streams, several are printed whole, in order."""
-    alone, as_json = len(job.prompts) == 1, job.request.as_json
-    heard = write_text if alone and not as_json else None
+    alone, as_json = len(job.prompts) == 1, job.flags.as_json
+
+    def hear(text: str) -> None:
+        monitor.heard(text)
+        if alone and not as_json:
+            job.console.write(text)
+
     results: list[Result] = []
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(collect(engine, prompt, params, heard))
+            group.create_task(collect(engine, prompt, params, hear))
             for prompt, params in zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True)
         ]
         for index, task in enumerate(tasks):
             result = await task
             results.append(result)
             if not as_json:
-                write_text("\n" if alone else f"[{index}] {result.text}\n")
+                job.console.write("\n" if alone else f"[{index}] {result.text}\n")
     return results
 
 
-def as_object(result: Result, before: float | None, after: float | None) -> dict[str, Any]:
+def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
     """The JSON object of one prompt; raw link rates in bytes per second."""
-    rate = max((r for r in (before, after) if r), default=None)
-    stats = result.stats.as_dict(rate, peak_rss_bytes())
+    stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
+    before, after = outcome.link_rates
     return {
         "text": result.text,
         "token_ids": list(result.token_ids),
@@ -143,7 +175,18 @@ def summarise(result: Result, rate: float | None) -> str:
     if stats.acceptance_rate is not None:
         words.append(f"{stats.acceptance_rate:.0%} of proposals accepted")
     if stats.stream_bytes_per_s is not None:
-        words.append(f"stream {stats.stream_bytes_per_s / 1e9:.2f} GB/s")
+        words.append(f"stream {format_rate(stats.stream_bytes_per_s)}")
     if rate:
-        words.append(f"raw {rate / 1e9:.2f} GB/s")
+        words.append(f"raw {format_rate(rate)}")
+    return ", ".join(words)
+
+
+def summarise_lanes(recorder: Recorder) -> str:
+    """One line on the decoding: what bound it, and how much of the compute the stream hid."""
+    timeline = recorder.timeline()
+    stretch = decode_stretch(timeline)
+    words = [bottleneck(uses_of(timeline, *stretch))]
+    hidden = hidden_share(timeline.work(*stretch))
+    if hidden is not None:
+        words.append(f"{100 * hidden:.0f} % of target and draft compute hidden under the stream")
     return ", ".join(words)

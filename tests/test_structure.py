@@ -13,10 +13,11 @@ BANDS = {
     0: "errors plan params options units tasks.task tasks",
     1: "tasks.graph tasks.passes costs scheduler planner races",
     2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding model sampling text hub "
-    "sequence runner stats",
-    3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate executor virtual",
-    4: "assembly engine progress",
-    5: "api generation cli __main__ __init__",
+    "sequence runner stats timeline recorder snapshot summary",
+    3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate io.ticker executor "
+    "virtual",
+    4: "assembly engine console monitor frame dashboard chrome simulation profile",
+    5: "api flags generation trace bench cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}
 MAY_LOOK_UP = {"io.layout", "io.mapping", "binding"}  # the size of a page

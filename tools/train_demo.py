@@ -1,6 +1,7 @@
 """Train the embedded demo pair: a small Llama target and a draft distilled from it, on the standard library.
 
     python tools/train_demo.py --minutes 50          # writes aspec/demo/
+    python tools/train_demo.py --draft-only --minutes 60   # goes on with the stored draft
     python tools/train_demo.py --evaluate            # measures the pair that is there
 
 Data: the sources of the running Python's standard library without its tests, split by file into train and
@@ -134,10 +135,11 @@ def cross_entropy(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
 
 def distillation(teacher: LlamaForCausalLM) -> Loss:
     """KL from the teacher's distribution, plus a little cross-entropy on the text."""
+    teach = torch.compile(lambda ids: teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1))
 
     def loss(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            wanted = teacher(input_ids=batch[:, :-1], use_cache=False).logits.float().log_softmax(-1)
+            wanted = teach(batch[:, :-1])
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
         kl = functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1).mean()
         return kl + 0.1 * functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -164,6 +166,7 @@ def fit(
 ) -> None:
     """AdamW under a cosine over the time budget, bf16 autocast; the weights go to SCRATCH now and then."""
     optimizer = make_optimizer(model)
+    compiled = torch.compile(loss_of)
     model.train()
     begin = last = saved = time.monotonic()
     steps = seen = 0
@@ -176,7 +179,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, batch)
+            loss = compiled(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -306,11 +309,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=50.0, help="training time of both models, all in all")
     parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
+    parser.add_argument("--draft-only", action="store_true", help="keep the stored target, go on with its draft")
     parser.add_argument("--evaluate", action="store_true", help="measure the stored pair and rewrite its README")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if not options.evaluate:
+    if options.draft_only:
+        train_draft(options.out, options.minutes * 60)
+    elif not options.evaluate:
         train(options.out, options.minutes * 60)
     figures = evaluate(options.out)
     write_readme(options.out, figures, options.minutes)
@@ -333,6 +339,16 @@ def train(folder: Path, seconds: float) -> None:
     save(target, tokenizer, folder / "target")
     draft = make_model(hidden=128, layers=3, intermediate=352, heads=4, kv_heads=2, tied=True)
     fit("draft", draft, tokens, seconds * 0.3, 4e-3, distillation(target), batch_size=4)
+    save(draft, tokenizer, folder / "draft")
+
+
+def train_draft(folder: Path, seconds: float) -> None:
+    """Go on with the stored draft against the stored target; the tokenizer and the prompts stay."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "target")
+    tokens = encode(tokenizer, read_corpus().train)
+    target = LlamaForCausalLM.from_pretrained(folder / "target", dtype=torch.float32).eval()
+    draft = LlamaForCausalLM.from_pretrained(folder / "draft", dtype=torch.float32)
+    fit("draft", draft, tokens, seconds, 3e-3, distillation(target), batch_size=8)
     save(draft, tokenizer, folder / "draft")
 
 

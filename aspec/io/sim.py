@@ -5,6 +5,7 @@ from here. Acceptance is drawn from an integer hash of (seed, sequence, position
 """
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +45,7 @@ class Profile:
     """What a machine costs: rates in bytes per second, everything else in seconds."""
 
     disk_bytes_per_s: float = 2e9
-    copy_bytes_per_s: float = 20e9
+    copy_bytes_per_s: float | None = None  # None: the device is the host's own memory
     layer_s: float = 5e-3  # one layer, any number of tokens below the knee
     layer_token_s: float = 1e-4  # and per token
     draft_s: float = 3e-3  # one draft step
@@ -112,7 +113,7 @@ class SimBackend:
         profile = self.profile
         fixed: Mapping[Op, float] = {
             Op.READ: task.nbytes / profile.disk_bytes_per_s,
-            Op.COPY: task.nbytes / profile.copy_bytes_per_s,
+            Op.COPY: task.nbytes / (profile.copy_bytes_per_s or math.inf),
             Op.EMBED: profile.embed_s,
             Op.LAYER: profile.layer_s + profile.layer_token_s * task.num_tokens,
             Op.HEAD: profile.head_s,

@@ -32,6 +32,7 @@ class _Node:
     dependencies: tuple[int, ...]
     dependents: list[int] = field(default_factory=list)
     issued: bool = False
+    cause: int = -1  # the dependency met last, or the task whose end had it emitted
 
 
 class Graph:
@@ -48,8 +49,11 @@ class Graph:
         """The number of tasks that have not completed."""
         return len(self._nodes)
 
-    def add(self, task: Task) -> None:
-        """Take the next task of the program. Raises GraphError if it contradicts the buffers' contents."""
+    def add(self, task: Task, cause: int = -1) -> None:
+        """Take the next task of the program, emitted when task ``cause`` ended.
+
+        Raises GraphError if it contradicts the buffers' contents.
+        """
         if task.id <= self._last_id or task.resource not in self._resources:
             raise GraphError(
                 f"task {task.id} ({task.label}) on {task.resource!r}: ids must grow and the resource exist"
@@ -57,7 +61,7 @@ class Graph:
         self._last_id = task.id
         dependencies = self._derive(task)
         live = {d for d in dependencies if d in self._nodes and not self._met_at_issue(d, task)}
-        node = _Node(task, live, tuple(sorted(dependencies)))
+        node = _Node(task, live, tuple(sorted(dependencies)), cause=cause)
         self._nodes[task.id] = node
         for dependency in live:
             self._nodes[dependency].dependents.append(task.id)
@@ -83,10 +87,12 @@ class Graph:
                 self._release(dependent, task.id)
         return after
 
-    def complete(self, task: Task) -> None:
-        """Forget a task that has completed and free those that waited for it."""
-        for dependent in self._nodes.pop(task.id).dependents:
+    def complete(self, task: Task) -> int:
+        """Forget a task that has completed and free those that waited for it; returns what had let it start."""
+        node = self._nodes.pop(task.id)
+        for dependent in node.dependents:
             self._release(dependent, task.id)
+        return node.cause
 
     def blocked(self, limit: int = 8) -> list[str]:
         """Why the oldest tasks do not run: one line each, for the error of a schedule that cannot finish."""
@@ -134,6 +140,7 @@ class Graph:
             return
         node.waiting.remove(dependency)
         if not node.waiting:
+            node.cause = dependency
             self._push(node.task)
 
     def _push(self, task: Task) -> None:

@@ -102,11 +102,7 @@ class Task:
     @property
     def label(self) -> str:
         """A short stable name: its colour in a trace, its name in an error."""
-        if self.op in (Op.READ, Op.COPY):
-            return f"{self.op} part {self.part}"
-        if self.op is Op.LAYER:
-            return f"L{self.layer}"
-        return f"draft {self.step}" if self.op is Op.DRAFT else str(self.op)
+        return label(self.op, self.layer, self.part, self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +133,7 @@ class Span:
     start_s: float
     stop_s: float
     outcomes: tuple[RowOutcome, ...] = ()
+    cause: int = -1  # the task whose end let this one start; -1: something outside
 
 
 # Events: all the scheduler ever hears.
@@ -190,6 +187,15 @@ class Decision:
 
     tasks: tuple[Task, ...] = ()
     seatings: tuple[Seating, ...] = field(default=())
+
+
+def label(op: Op, layer: int, part: int, step: int) -> str:
+    """The name of a task, from what tells it from others of its kind."""
+    if op in (Op.READ, Op.COPY):
+        return f"{op} {part}"
+    if op is Op.LAYER:
+        return f"L{layer}"
+    return f"draft {step}" if op is Op.DRAFT else str(op)
 
 
 def slot_buffer(slot: int) -> str:

@@ -1,0 +1,201 @@
+"""What ``aspec bench`` does: this machine's ceilings, then runs of the engine, in one table.
+
+Every run is held against the raw link rate probed just before and after it: shared disks drift, only neighbours
+compare.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+from aspec.api import Result, collect, run, seeded
+from aspec.console import Console
+from aspec.dashboard import watch
+from aspec.engine import Engine, describe_plan
+from aspec.flags import BenchFlags
+from aspec.generation import PROBE_S, Job, prepare
+from aspec.io.memory import peak_rss_bytes
+from aspec.monitor import Monitor
+from aspec.plan import Plan, format_bytes
+from aspec.profile import Ceilings, Machine, measure_ceilings, this_machine
+from aspec.recorder import Recorder
+from aspec.simulation import measured_profile
+from aspec.summary import Summary, summarise
+from aspec.timeline import DRAFT
+
+PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One measured generation of all prompts."""
+
+    summary: Summary
+    link_bytes_per_s: float | None  # raw, the mean of the probes around it
+    prefill_s: float
+    bytes_per_pass: int
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes that travelled for one token of decoding."""
+        per_pass = self.summary.tokens_per_pass
+        return self.bytes_per_pass / per_pass if per_pass else None
+
+    @property
+    def ceiling_tokens_per_s(self) -> float | None:
+        """Tokens per pass times raw link rate over bytes per pass; None where nothing streams."""
+        per_pass, rate = self.summary.tokens_per_pass, self.link_bytes_per_s
+        return per_pass * rate / self.bytes_per_pass if per_pass and rate and self.bytes_per_pass else None
+
+    @property
+    def ceiling_fraction(self) -> float | None:
+        """How near the run came to its ceiling."""
+        ceiling, speed = self.ceiling_tokens_per_s, self.summary.tokens_per_s
+        return speed / ceiling if ceiling and speed else None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that was measured."""
+
+    machine: Machine
+    ceilings: Ceilings
+    plan: Plan
+    runs: tuple[Run, ...]
+    profile: dict[str, Any]  # of the last run, for ``aspec trace --simulate``
+    peak_rss_bytes: int
+
+
+def bench_to_console(flags: BenchFlags, console: Console) -> None:
+    """Measure and print. Raises AspecError."""
+    prompts = flags.prompts() if flags.prompt or flags.file else [PROMPT]
+    job = prepare(flags, prompts, console)
+    job = replace(job, params=replace(job.params, ignore_eos=True))
+    report = run(partial(_measure, job, flags.rounds))
+    if flags.as_json:
+        print(json.dumps(as_object(report)))
+    else:
+        for line in table(report):
+            print(line)
+
+
+async def _measure(job: Job, rounds: int) -> Report:
+    monitor, recorder = Monitor(), Recorder()
+    options = replace(job.options, progress=monitor.progress)
+    with watch(monitor, job.console, dashboard=not job.flags.no_dashboard):
+        async with Engine(options, [monitor, recorder], [monitor.issued]) as engine:
+            job.console.note(describe_plan(engine.plan))
+            monitor.opened(engine.plan, len(job.prompts) * (WARM_UP_TOKENS + rounds * job.params.max_new_tokens))
+            draft_step_s = await _warm_up(engine, job, recorder)
+            before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S)
+            ceilings = await asyncio.to_thread(measure_ceilings, before, draft_step_s, engine.dtype)
+            runs = []
+            for index in range(rounds):
+                recorder.clear()
+                before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S)
+                results = await _generate(engine, job, monitor)
+                after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S)
+                runs.append(_run(recorder, results, [rate for rate in (before, after) if rate], engine.plan))
+                speed = runs[-1].summary.tokens_per_s or 0.0
+                job.console.note(f"run {index + 1} of {rounds}: {speed:.2f} tokens/s")
+            profile = asdict(measured_profile(recorder.timeline()))
+            return Report(this_machine(), ceilings, engine.plan, tuple(runs), profile, peak_rss_bytes())
+
+
+async def _warm_up(engine: Engine, job: Job, recorder: Recorder) -> float | None:
+    """A few tokens that count for nothing but the seconds of a draft step."""
+    await collect(engine, job.prompts[0], replace(job.params, max_new_tokens=WARM_UP_TOKENS))
+    steps = [s.stop_s - s.start_s for s in recorder.timeline().lane(DRAFT) if s.name != "draft_prefill"]
+    return median(steps) if steps else None
+
+
+async def _generate(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:
+    """All prompts at once."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(collect(engine, prompt, params, monitor.heard))
+            for prompt, params in zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True)
+        ]
+    return [task.result() for task in tasks]
+
+
+def _run(recorder: Recorder, results: Sequence[Result], rates: Sequence[float], plan: Plan) -> Run:
+    summary = summarise(recorder.timeline({"bytes_per_pass": plan.streamed_bytes}))
+    prefill_s = median(result.stats.prefill_s for result in results)
+    return Run(summary, sum(rates) / len(rates) if rates else None, prefill_s, plan.streamed_bytes)
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def table(report: Report) -> Iterator[str]:
+    """The one table, for people: medians over the runs, least and most behind them."""
+    machine, ceilings = report.machine, report.ceilings
+    yield f"{machine.cpu}, {machine.cores} cores, {machine.threads} compute threads, torch {machine.torch}"
+    yield describe_plan(report.plan)
+    yield ""
+    yield "ceilings of this machine"
+    yield from _rows(
+        ("disk, direct reads of these weights", _scaled(ceilings.disk_bytes_per_s, 1e9, "GB/s")),
+        ("memory copy", _scaled(ceilings.copy_bytes_per_s, 1e9, "GB/s")),
+        ("memory read, matrix x vector", _scaled(ceilings.memory_bytes_per_s, 1e9, "GB/s")),
+        ("matrix products, 64 rows", _scaled(ceilings.matmul_flop_per_s, 1e9, "GFLOP/s")),
+        ("one draft step", _scaled(ceilings.draft_step_s, 1e-3, "ms")),
+    )
+    yield ""
+    yield f"the run, median of {len(report.runs)} (least .. most)"
+    yield from _rows(
+        ("tokens/s, decoding", _spread([run.summary.tokens_per_s for run in report.runs], 1, "")),
+        ("tokens per pass", _spread([run.summary.tokens_per_pass for run in report.runs], 1, "")),
+        ("bytes per token", _spread([run.bytes_per_token for run in report.runs], 1e6, "MB")),
+        ("ceiling, tokens/s", _spread([run.ceiling_tokens_per_s for run in report.runs], 1, "")),
+        ("fraction of the ceiling", _spread([run.ceiling_fraction for run in report.runs], 1, "")),
+        ("compute hidden under the stream", _spread([run.summary.hidden for run in report.runs], 0.01, "%")),
+        ("to the first token", _spread([run.prefill_s for run in report.runs], 1, "s")),
+        ("peak memory of the process", format_bytes(report.peak_rss_bytes)),
+        ("bottleneck", report.runs[-1].summary.bottleneck),
+    )
+
+
+def _rows(*rows: tuple[str, str]) -> Iterator[str]:
+    for label, value in rows:
+        yield f"  {label:38} {value}"
+
+
+def _scaled(value: float | None, unit: float, name: str) -> str:
+    return "-" if value is None else f"{value / unit:.2f} {name}".rstrip()
+
+
+def _spread(values: Sequence[float | None], unit: float, name: str) -> str:
+    known = [value / unit for value in values if value is not None]
+    if not known:
+        return "-"
+    spread = f" ({min(known):.2f} .. {max(known):.2f})" if len(known) > 1 else ""
+    return f"{median(known):.2f} {name}".rstrip() + spread
+
+
+def as_object(report: Report) -> dict[str, Any]:
+    """The JSON object; bytes, seconds, tokens. ``profile`` is what ``aspec trace --simulate`` takes."""
+    return {
+        "machine": asdict(report.machine),
+        "ceilings": asdict(report.ceilings),
+        "plan": {"bytes_per_pass": report.plan.streamed_bytes, "held_bytes": report.plan.held_bytes},
+        "runs": [
+            {
+                **run.summary.as_dict(),
+                "prefill_s": run.prefill_s,
+                "bytes_per_token": run.bytes_per_token,
+                "link_bytes_per_s": run.link_bytes_per_s,
+                "ceiling_tokens_per_s": run.ceiling_tokens_per_s,
+                "ceiling_fraction": run.ceiling_fraction,
+            }
+            for run in report.runs
+        ],
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "profile": report.profile,
+    }

@@ -1,0 +1,330 @@
+"""Chrome trace JSON: timelines to a file that Perfetto and chrome://tracing open, and such a file back to timelines.
+
+A lane with several tasks in flight gets a track per task, so nothing on a track overlaps. Times are whole
+microseconds from the first task: a slice ends where its rounded stop is, so neighbours still meet. Format: "Trace
+Event Format", Google, 2016: X slices, which flows join by ``bind_id``, C counters, i instants, M names.
+"""
+
+import gzip
+import heapq
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from aspec.errors import UserError
+from aspec.timeline import DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
+
+ROUNDS = "rounds"
+ROUNDS_TRACK = 1
+TRACKS_PER_LANE = 16  # track ids of a lane start at a multiple of it
+COUNTER_STEPS = 1000  # values of a counter at most
+SHORTEST_STEP_S = 0.02
+STALL_S = 1e-3  # a shorter stretch is not worth a mark
+MOST_STALLS = 1000
+
+Event = tuple[int, int, str]  # microseconds, rank among equals, JSON
+
+
+def write_trace(path: Path, processes: Mapping[str, Timeline]) -> int:
+    """Write one process per timeline, all from time 0; gzipped where the name ends in .gz. Returns the events.
+
+    Raises UserError where the file cannot be written.
+    """
+    try:
+        with _open(path, "wt") as file:
+            return _write(file, processes)
+    except OSError as error:
+        raise UserError(f"{path}: the trace cannot be written: {error.strerror}.") from error
+
+
+def read_trace(path: Path) -> dict[str, Timeline]:
+    """The timelines of a file that ``write_trace`` wrote, by process. Raises UserError for anything else."""
+    try:
+        with _open(path, "rt") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: the trace cannot be read: {error.strerror or error}.") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a trace: expected Chrome trace JSON, found text that is not JSON.") from error
+    try:
+        timelines = _timelines(data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a trace of aspec: an event lacks {error}.") from error
+    if not timelines:
+        raise UserError(f"{path}: not a trace of aspec: it has none of the lanes {', '.join(LANES)}.")
+    return timelines
+
+
+def _open(path: Path, mode: str) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, mode, compresslevel=1, encoding="utf-8")  # type: ignore[return-value]  # text modes only
+    return path.open(mode, encoding="utf-8")
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def _write(file: IO[str], processes: Mapping[str, Timeline]) -> int:
+    file.write('{"displayTimeUnit":"ms","otherData":')
+    file.write(json.dumps({name: dict(timeline.facts) for name, timeline in processes.items()}))
+    file.write(',"traceEvents":[\n')
+    separator, count = "", 0
+    for pid, (name, timeline) in enumerate(processes.items(), start=1):
+        for line in _events(pid, name, timeline):
+            file.write(separator + line)
+            separator = ",\n"
+            count += 1
+    file.write("\n]}\n")
+    return count
+
+
+def _events(pid: int, name: str, timeline: Timeline) -> Iterator[str]:
+    """Everything of one process: its names, then its events in order of time."""
+    tracks = assign_tracks(timeline)
+    yield _named(pid, 0, "process_name", name)
+    for track, title in sorted({ROUNDS_TRACK: ROUNDS, **_titles(timeline, tracks)}.items()):
+        yield _named(pid, track, "thread_name", title)
+        yield f'{{"ph":"M","pid":{pid},"tid":{track},"name":"thread_sort_index","args":{{"sort_index":{track}}}}}'
+    zero = timeline.start_s
+    served = list(_served_loads(timeline))
+    marks = sorted([*_counters(timeline, served), *_stalls(timeline)])
+    streams = (
+        _slices(timeline, tracks, _flows(timeline, served)),
+        _rounds(timeline),
+        ((_micros(at - zero), 1, text) for at, text in marks),
+    )
+    for micros, _, text in heapq.merge(*streams):
+        yield f'{{"pid":{pid},"ts":{micros},{text}}}'
+
+
+def _named(pid: int, tid: int, kind: str, name: str) -> str:
+    return f'{{"ph":"M","pid":{pid},"tid":{tid},"name":"{kind}","args":{{"name":{json.dumps(name)}}}}}'
+
+
+def _micros(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def assign_tracks(timeline: Timeline) -> dict[int, int]:
+    """A track for every slice, by id: the lowest one of its lane on which nothing is running."""
+    tracks: dict[int, int] = {}
+    for index, lane in enumerate(timeline.lanes, start=1):
+        free: list[int] = []
+        busy: list[tuple[float, int]] = []  # (stop, track)
+        made = 0
+        for s in timeline.lane(lane):
+            while busy and busy[0][0] <= s.start_s:
+                heapq.heappush(free, heapq.heappop(busy)[1])
+            if not free:
+                heapq.heappush(free, index * TRACKS_PER_LANE + made)
+                made += 1
+            tracks[s.id] = heapq.heappop(free)
+            heapq.heappush(busy, (s.stop_s, tracks[s.id]))
+    return tracks
+
+
+def _titles(timeline: Timeline, tracks: Mapping[int, int]) -> dict[int, str]:
+    """A name for every track: its lane's, numbered where the lane has several."""
+    used = set(tracks.values())
+    titles: dict[int, str] = {}
+    for index, lane in enumerate(timeline.lanes, start=1):
+        own = sorted(track for track in used if track // TRACKS_PER_LANE == index)
+        titles |= {track: f"{lane} {n}" if len(own) > 1 else lane for n, track in enumerate(own)}
+    return titles
+
+
+def _slices(timeline: Timeline, tracks: Mapping[int, int], flows: Mapping[int, str]) -> Iterator[Event]:
+    """The tasks. ``after`` names the task that let this one start; only tasks so named show their ``id``."""
+    zero = timeline.start_s
+    named = {s.cause for s in timeline.slices}
+    for s in timeline.slices:
+        start = _micros(s.start_s - zero)
+        dur = _micros(s.stop_s - zero) - start
+        own = f'"id":{s.id},' if s.id in named else ""
+        layer = f'"layer":{s.layer},' if s.layer >= 0 else ""
+        after = f',"after":{s.cause}' if s.cause >= 0 else ""
+        if s.nbytes:
+            rate = s.nbytes / max(s.stop_s - s.start_s, 1e-9) / 1e9
+            what = f'"MB":{s.nbytes / 1e6:.6g},"GB/s":{rate:.2f}'
+        else:
+            what = f'"round":{s.round},"tokens":{s.tokens}'
+        flow = flows.get(s.id, "")
+        args = f"{{{own}{layer}{what}{after}}}"
+        yield start, 0, f'"tid":{tracks[s.id]},"ph":"X","dur":{dur},"name":"{s.name}"{flow},"args":{args}'
+
+
+def _rounds(timeline: Timeline) -> Iterator[Event]:
+    """The top lane: a slice per round, and a mark where proposals were rejected."""
+    zero = timeline.start_s
+    for r in timeline.rounds:
+        start, stop = _micros(r.start_s - zero), _micros(r.stop_s - zero)
+        args = f'"round":{r.number},"proposed":{r.proposed},"accepted":{r.accepted},"tokens":{r.tokens}'
+        name = f'"name":"round {r.number}"'
+        yield start, 0, f'"tid":{ROUNDS_TRACK},"ph":"X","dur":{stop - start},{name},"args":{{{args}}}'
+        if rejected := r.proposed - r.accepted:
+            args = f'{{"round":{r.number},"tokens":{rejected}}}'
+            yield stop, -1, f'"tid":{ROUNDS_TRACK},"ph":"i","s":"t","name":"rejected {rejected}","args":{args}'
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """The loads that one layer of one pass used, by landing, and that layer's slices."""
+
+    loads: tuple[Slice, ...]
+    first: Slice
+    stop_s: float  # of the layer's last slice: the slots are free from then on
+
+
+def _served_loads(timeline: Timeline) -> Iterator[_Served]:
+    """Which loads served which layer: those of its parts that landed since its last pass."""
+    last_link = H2D if H2D in timeline.lanes else DISK
+    landed: dict[int, list[Slice]] = defaultdict(list)
+    layers: dict[tuple[int, int], list[Slice]] = defaultdict(list)
+    for s in timeline.slices:
+        if s.lane == TARGET and s.layer >= 0:
+            layers[s.round, s.layer].append(s)
+    loads = iter(sorted(timeline.lane(last_link), key=lambda s: s.stop_s))
+    waiting = next(loads, None)
+    for (_, layer), slices in sorted(layers.items(), key=lambda pair: pair[1][0].start_s):
+        while waiting is not None and waiting.stop_s <= slices[0].start_s:
+            landed[waiting.layer].append(waiting)
+            waiting = next(loads, None)
+        if mine := landed.pop(layer, None):
+            yield _Served(tuple(mine), slices[0], max(s.stop_s for s in slices))
+
+
+def _flows(timeline: Timeline, served: Iterable[_Served]) -> dict[int, str]:
+    """One arrow per layer and pass, along the load that landed last: read -> copy -> layer. By slice, its JSON."""
+    reads: dict[int, list[Slice]] = defaultdict(list)
+    if H2D in timeline.lanes:
+        for s in timeline.lane(DISK):
+            reads[s.part].append(s)
+    flows = {}
+    for use in served:
+        load = use.loads[-1]
+        source = next((s for s in reversed(reads[load.part]) if s.stop_s <= load.start_s), None)
+        chain = [s for s in (source, load, use.first) if s is not None]
+        for s in chain:
+            into = ',"flow_in":true' if s is not chain[0] else ""
+            out = ',"flow_out":true' if s is not chain[-1] else ""
+            flows[s.id] = f',"bind_id":{use.first.id}{into}{out}'
+    return flows
+
+
+def _counters(timeline: Timeline, served: Iterable[_Served]) -> Iterator[tuple[float, str]]:
+    """GB/s of every link, free slots, reads in flight, accepted tokens; a value where it changes."""
+    start, stop = timeline.start_s, timeline.stop_s
+    step = max(SHORTEST_STEP_S, (stop - start) / COUNTER_STEPS)
+    steps = int((stop - start) / step) + 1
+    at = [start + i * step for i in range(steps)]
+    for lane in (name for name in LINKS if name in timeline.lanes):
+        yield from _counter(f"{lane} GB/s", at, _rates(timeline.lane(lane), start, step, steps))
+    reads = [change for s in timeline.lane(DISK) for change in ((s.start_s, 1), (s.stop_s, -1))]
+    if reads:
+        yield from _counter("disk queue depth", at, _sampled(reads, at))
+    if slots := int(timeline.facts.get("slots", 0)):
+        changes = [change for use in served for change in ((use.stop_s, len(use.loads)),)]
+        changes += [(s.start_s, -1) for s in timeline.lane(H2D if H2D in timeline.lanes else DISK)]
+        yield from _counter("free slots", at, [slots + value for value in _sampled(changes, at)])
+    total = 0
+    for r in timeline.rounds:
+        total += r.accepted
+        yield r.stop_s, _value("accepted tokens", total)
+
+
+def _counter(name: str, at: list[float], values: list[float]) -> Iterator[tuple[float, str]]:
+    before: float | None = None
+    for seconds, value in zip(at, values, strict=True):
+        if value != before:
+            yield seconds, _value(name, value)
+        before = value
+
+
+def _value(name: str, value: float) -> str:
+    return f'"ph":"C","name":"{name}","args":{{"value":{value:g}}}'
+
+
+def _rates(slices: Iterable[Slice], start: float, step: float, steps: int) -> list[float]:
+    """GB/s in every step; a load's bytes are spread evenly over its time."""
+    nbytes = [0.0] * steps
+    for s in slices:
+        first, last = int((s.start_s - start) / step), min(steps - 1, int((s.stop_s - start) / step))
+        whole = max(s.stop_s - s.start_s, 1e-9)
+        for i in range(first, last + 1):
+            inside = min(s.stop_s, start + (i + 1) * step) - max(s.start_s, start + i * step)
+            nbytes[i] += s.nbytes * max(0.0, inside) / whole
+    return [round(n / step / 1e9, 3) for n in nbytes]
+
+
+def _sampled(changes: Iterable[tuple[float, int]], at: list[float]) -> list[float]:
+    """The running sum of changes at given times."""
+    values: list[float] = []
+    pending, total = iter(sorted(changes)), 0
+    change = next(pending, None)
+    for seconds in at:
+        while change is not None and change[0] <= seconds:
+            total += change[1]
+            change = next(pending, None)
+        values.append(total)
+    return values
+
+
+def _stalls(timeline: Timeline) -> Iterator[tuple[float, str]]:
+    """A mark where the lane that binds the run fell idle."""
+    for stall in stalls(timeline, *decode_stretch(timeline), STALL_S)[:MOST_STALLS]:
+        track = TRACKS_PER_LANE * (1 + timeline.lanes.index(stall.lane))
+        args = f'{{"ms":{stall.seconds * 1e3:.1f},"cause":{json.dumps(stall.cause)}}}'
+        yield stall.start_s, f'"tid":{track},"ph":"i","s":"t","name":"stall","args":{args}'
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def _timelines(data: Any) -> dict[str, Timeline]:
+    processes: dict[int, str] = {}
+    titles: dict[tuple[int, int], str] = {}
+    slices: dict[int, list[Slice]] = defaultdict(list)
+    rounds: dict[int, list[Round]] = defaultdict(list)
+    for event in data["traceEvents"]:
+        pid = event["pid"]
+        if event["ph"] == "M" and event["name"] == "process_name":
+            processes[pid] = event["args"]["name"]
+        elif event["ph"] == "M" and event["name"] == "thread_name":
+            titles[pid, event["tid"]] = event["args"]["name"].split()[0]
+        elif event["ph"] == "X":
+            lane = titles.get((pid, event["tid"]))
+            if lane == ROUNDS:
+                rounds[pid].append(_round(event))
+            elif lane in LANES:
+                slices[pid].append(_slice(event, lane, unnamed=-2 - len(slices[pid])))
+    facts = data.get("otherData", {})
+    return {
+        name: Timeline(tuple(slices[pid]), tuple(rounds[pid]), facts.get(name, {}))
+        for pid, name in processes.items()
+        if slices[pid]
+    }
+
+
+def _slice(event: Mapping[str, Any], lane: str, unnamed: int) -> Slice:
+    args, start, name = event["args"], event["ts"] / 1e6, event["name"]
+    return Slice(
+        id=args.get("id", unnamed),
+        lane=lane,
+        name=name,
+        start_s=start,
+        stop_s=start + event["dur"] / 1e6,
+        round=args.get("round", -1),
+        layer=args.get("layer", -1),
+        part=int(name.split()[-1]) if lane in LINKS else -1,
+        tokens=args.get("tokens", 0),
+        nbytes=round(args.get("MB", 0) * 1e6),
+        cause=args.get("after", -1),
+    )
+
+
+def _round(event: Mapping[str, Any]) -> Round:
+    args, start = event["args"], event["ts"] / 1e6
+    return Round(args["round"], start, start + event["dur"] / 1e6, args["proposed"], args["accepted"], args["tokens"])

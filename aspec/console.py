@@ -1,0 +1,77 @@
+"""What a command says: messages and plain progress on stderr, generated text on stdout."""
+
+import sys
+
+import rich.console
+
+from aspec.plan import format_bytes
+from aspec.snapshot import Snapshot
+from aspec.timeline import bottleneck, lane_use
+
+RECENT_S = 5.0  # what a line about the lanes looks back on
+
+
+class Console:
+    """The terminal of one command; mutable while a dashboard covers it and messages must wait."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+        self.quiet = quiet
+        self._covered = False
+        self._notes: list[str] = []  # held back while covered
+        self._text: list[str] = []  # likewise, where stdout is the covered terminal
+
+    def note(self, text: str) -> None:
+        """A line of information; nothing when quiet."""
+        if self._covered:
+            self._notes.append(text)
+        elif not self.quiet:
+            self.stderr.print(f"aspec: {text}", markup=False, style="dim")
+
+    def error(self, text: str) -> None:
+        """The one paragraph of an error; never silenced."""
+        self.stderr.print("error:", style="bold red", end=" ")
+        self.stderr.print(text, markup=False)
+
+    def write(self, text: str) -> None:
+        """Generated text to stdout: at once, or when the dashboard has gone from the same terminal."""
+        if self._covered and sys.stdout.isatty():
+            self._text.append(text)
+            return
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def cover(self) -> None:
+        """A dashboard takes the terminal."""
+        self._covered = True
+
+    def uncover(self) -> None:
+        """The dashboard has gone: say what was held back."""
+        self._covered = False
+        notes, self._notes = self._notes, []
+        text, self._text = "".join(self._text), []
+        self.write(text)
+        if text and not text.endswith("\n"):
+            self.write("\n")
+        for line in notes:
+            self.note(line)
+
+
+def progress_line(snapshot: Snapshot) -> str | None:
+    """The state of a run in one plain line; None where there is nothing to say yet."""
+    done, total = snapshot.done, snapshot.total
+    if snapshot.stage == "decode":
+        words = [f"decode: {done} of at most {total} tokens"]
+        if snapshot.tokens_per_s:
+            words.append(f"{snapshot.tokens_per_s:.2f} tokens/s")
+        if snapshot.tokens_per_pass:
+            words.append(f"{snapshot.tokens_per_pass:.2f} tokens per pass")
+        since = snapshot.now_s - RECENT_S
+        words.append(bottleneck([lane_use(lane.name, lane.work, since, snapshot.now_s) for lane in snapshot.lanes]))
+        return ", ".join(words)
+    if not total:
+        return f"{snapshot.stage} ..." if snapshot.stage_s > 1 else None
+    words = [f"{snapshot.stage}: {format_bytes(done)} of {format_bytes(total)}"]
+    if 0 < done < total and snapshot.stage_s > 0:
+        words.append(f"{(total - done) * snapshot.stage_s / done:.0f} s left")
+    return ", ".join(words)

@@ -1,0 +1,254 @@
+"""The flags that ``generate``, ``trace`` and ``bench`` share: one record, and how a command takes it as its options."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from aspec.options import EngineOptions
+from aspec.units import parse_bytes, parse_rate
+
+MODELS, SAMPLING, PLACE, OUTPUT = "Models", "Sampling", "Memory and speed", "Input and output"
+TRACE, BENCH = "Trace", "Benchmark"
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _rate(text: str) -> float:
+    try:
+        return parse_rate(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _count_or_auto(text: str) -> int:
+    """A count, or -1 for auto."""
+    if text == "auto":
+        return -1
+    if text.isdigit():
+        return int(text)
+    raise typer.BadParameter(f"expected auto or a number from 0 up, found {text!r}")
+
+
+def _option(panel: str, help: str, *names: str, **rest: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateFlags:
+    """What to run, on what, and how; None or -1: decide."""
+
+    target: Annotated[
+        str | None,
+        _option(
+            MODELS, "The big model: a folder or a hub id. Without it: the embedded demo pair.", "--target", "--model"
+        ),
+    ] = None
+    draft: Annotated[
+        str | None,
+        _option(
+            MODELS,
+            "A small model with the same vocabulary that proposes tokens while the target's weights travel.",
+            "--draft",
+            "--draft-model",
+        ),
+    ] = None
+    dtype: Annotated[str, _option(MODELS, "auto, bfloat16 or float32. auto: the checkpoint's own.")] = "auto"
+    prompt: Annotated[list[str] | None, _option(OUTPUT, "A prompt; repeat for several.", "--prompt", "-p")] = None
+    file: Annotated[
+        list[Path] | None, _option(OUTPUT, "A file that holds a prompt; repeat for several.", "--file", "-f")
+    ] = None
+    raw: Annotated[bool, _option(OUTPUT, "Give the prompt as it is: no chat template.", "--raw")] = False
+    system: Annotated[str | None, _option(OUTPUT, "A system message, for models with a chat template.")] = None
+    as_json: Annotated[bool, _option(OUTPUT, "JSON on stdout instead of text.", "--json")] = False
+    quiet: Annotated[bool, _option(OUTPUT, "No dashboard, no progress, no summary.", "--quiet", "-q")] = False
+    no_dashboard: Annotated[
+        bool, _option(OUTPUT, "Plain progress lines even where stderr is a terminal.", "--no-dashboard")
+    ] = False
+    debug: Annotated[bool, _option(OUTPUT, "Show tracebacks.", "--debug")] = False
+    max_new_tokens: Annotated[
+        int, _option(SAMPLING, "Tokens to generate at most.", "--max-new-tokens", "-n", min=0)
+    ] = 128
+    temperature: Annotated[
+        float | None, _option(SAMPLING, "0 is greedy. Default: the checkpoint's generation_config.json.", min=0.0)
+    ] = None
+    top_p: Annotated[float | None, _option(SAMPLING, "Nucleus sampling, in (0, 1].")] = None
+    top_k: Annotated[int | None, _option(SAMPLING, "Keep the k likeliest; 0 is off.", min=0)] = None
+    min_p: Annotated[float | None, _option(SAMPLING, "Keep tokens this likely relative to the best.")] = None
+    seed: Annotated[int, _option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
+    stop: Annotated[list[str] | None, _option(SAMPLING, "Stop before this text; repeat for several.")] = None
+    ignore_eos: Annotated[bool, _option(SAMPLING, "Go on behind an end-of-sequence token.", "--ignore-eos")] = False
+    device: Annotated[str, _option(PLACE, "auto, cpu or cuda.")] = "auto"
+    device_memory: Annotated[
+        int | None,
+        _option(
+            PLACE,
+            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of what is free.",
+            parser=_bytes,
+            metavar="SIZE",
+        ),
+    ] = None
+    num_draft_tokens: Annotated[
+        int,
+        _option(
+            PLACE,
+            "Proposals per pass; auto follows measured cost, 0 switches speculation off.",
+            parser=_count_or_auto,
+            metavar="auto|N",
+        ),
+    ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    batch_size: Annotated[
+        int, _option(PLACE, "Prompts that share a pass.", parser=_count_or_auto, metavar="auto|N")
+    ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    max_context: Annotated[
+        int | None,
+        _option(PLACE, "Tokens of a sequence, prompt included. Default: what the prompts need.", min=2),
+    ] = None
+    threads: Annotated[int | None, _option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
+    link_rate: Annotated[
+        float | None,
+        _option(
+            PLACE,
+            "Throttle the disk lane, such as 1.0GB/s: comparisons on a shared disk need a fixed rate.",
+            parser=_rate,
+            metavar="RATE",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant. Raises typer.BadParameter, which ends with exit code 2."""
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise typer.BadParameter(f"expected auto, cpu or cuda, found {self.device!r}", param_hint="--device")
+
+    def options(self) -> EngineOptions:
+        """How to open the engine. Raises UserError for values that no engine takes."""
+        return EngineOptions(
+            target=self.target,
+            draft=self.draft,
+            dtype=self.dtype,
+            device=self.device,
+            device_memory=self.device_memory,
+            num_draft_tokens=None if self.num_draft_tokens < 0 else self.num_draft_tokens,
+            max_batch=None if self.batch_size < 0 else self.batch_size,
+            max_context=self.max_context,
+            threads=self.threads,
+            link_rate=self.link_rate,
+        )
+
+    def sampling(self) -> dict[str, Any]:
+        """What was said of sampling; None where nothing was."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "stop": tuple(self.stop or ()),
+            "ignore_eos": self.ignore_eos,
+        }
+
+    def prompts(self) -> list[str]:
+        """--prompt, then --file, then standard input where it is piped. Raises typer.BadParameter without any."""
+        texts = list(self.prompt or [])
+        for path in self.file or []:
+            try:
+                texts.append(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise typer.BadParameter(f"cannot read {path}: {error}", param_hint="--file") from error
+        if not texts and not sys.stdin.isatty():
+            texts.append(sys.stdin.read())
+        if not texts:
+            raise typer.BadParameter(
+                "give a prompt: --prompt TEXT, --file PATH or standard input", param_hint="--prompt"
+            )
+        return texts
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFlags(GenerateFlags):
+    """What to record or read back besides."""
+
+    recorded: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A trace to read back, with --summary.")] = (
+        None
+    )
+    summary: Annotated[
+        bool,
+        _option(
+            TRACE,
+            "Print utilisation by lane, overlap, the critical path and the longest stalls: of FILE, or of the run.",
+            "--summary",
+        ),
+    ] = False
+    output: Annotated[
+        Path | None, _option(TRACE, "The file to write; gzipped when it ends in .gz.", "--output", "-o")
+    ] = None
+    simulate: Annotated[
+        Path | None,
+        _option(
+            TRACE,
+            "Run in virtual time on the machine of this JSON file, without reading a weight.",
+            "--simulate",
+            metavar="PROFILE",
+        ),
+    ] = None
+    compare: Annotated[
+        bool,
+        _option(
+            TRACE,
+            "Write the run and its simulation side by side; without --simulate from the costs that were measured.",
+            "--compare",
+        ),
+    ] = False
+    max_spans: Annotated[
+        int, _option(TRACE, "Keep the last so many tasks; a million take 150 MB.", "--max-spans", min=1)
+    ] = 1_000_000
+
+    def check(self) -> None:
+        """Either a trace to read back or a file to write. Raises typer.BadParameter."""
+        GenerateFlags.check(self)
+        if self.recorded is None and self.output is None:
+            raise typer.BadParameter("give the file to write: -o run.json.gz", param_hint="--output")
+        if self.recorded is not None and (self.output is not None or not self.summary):
+            raise typer.BadParameter("FILE is read back with --summary; a new trace goes to -o FILE", param_hint="FILE")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchFlags(GenerateFlags):
+    """How often to measure."""
+
+    rounds: Annotated[int, _option(BENCH, "Runs; the table shows their median and spread.", "--rounds", min=1)] = 3
+
+
+Flags = TypeVar("Flags", bound=GenerateFlags)
+
+
+def takes(record: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:
+    """Give a command the options of a flags record as its own; it receives the record, checked."""
+    hints = get_type_hints(record, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in fields(record)
+    ]
+
+    def wrap(command: Callable[[Flags], None]) -> Callable[..., None]:
+        def call(**values: Any) -> None:
+            flags = record(**values)
+            flags.check()
+            command(flags)
+
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return wrap

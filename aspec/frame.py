@@ -1,0 +1,350 @@
+"""One frame of the live dashboard, drawn from a snapshot.
+
+Rules. A frame reads a snapshot and a size, nothing else: no clock, no state between frames, no markup. It yields
+segments with ready-made styles, because rich's tables and panels hold the interpreter for tens of milliseconds while
+the loop wants to run. Glyphs carry the meaning and colours repeat it. What may NOT go in: measuring (aspec.timeline).
+"""
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment
+from rich.style import Style
+
+from aspec import timeline
+from aspec.plan import format_bytes
+from aspec.snapshot import LaneView, SlotState, Snapshot
+from aspec.units import format_rate
+
+CELL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # what one cell of a strip may stand for; each divides a second
+STRIP_S = 4.0  # a strip shows at least so much
+LABEL = 11  # cells of the left column
+FIGURES = 19  # cells of the right column: `` 100 %  18.91 GB/s `` and a margin
+NARROW = 56  # below it the right column has the share only
+MOST_ROWS = 2  # that slots or layers may take
+LEAST_BUSY = 1e-4  # of a cell: less than this is the rounding of a clock
+
+PLAIN, BOLD, DIM = Style(), Style(bold=True), Style(color="bright_black")
+TITLE = Style(color="color(110)", bold=True)
+ALARM, WARNING = Style(color="bright_red", bold=True), Style(color="color(179)", bold=True)
+_COLORS = {timeline.DISK: 67, timeline.H2D: 73, timeline.TARGET: 108, timeline.DRAFT: 139, timeline.CPU: 144}
+LANE_STYLES = {lane: Style(color=f"color({color})") for lane, color in _COLORS.items()}
+SLOT_STYLES = {
+    SlotState.LOADING: LANE_STYLES[timeline.DISK],
+    SlotState.READY: PLAIN,
+    SlotState.IN_USE: LANE_STYLES[timeline.TARGET],
+    SlotState.FREE: DIM,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Glyphs:
+    """The characters of a frame, each one cell wide."""
+
+    levels: str  # one to eight eighths
+    stall: str  # a link that rests
+    rest: str  # any other lane that rests
+    streams: str  # a layer that is not on the device
+    slots: str  # in the order of SLOT_STYLES
+    bar: str  # done, and to do
+    tick: str
+    dot: str
+    more: str
+
+
+UNICODE = Glyphs("▁▂▃▄▅▆▇█", "×", "·", "░", "↓○●·", "━─", "╵", "·", "…")
+ASCII = Glyphs("__--==##", "x", ".", ".", "vo@.", "=-", "'", "-", "~")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The stretch of time that the strips show; cell ``i`` covers ``(first + i) * cell_s`` and ``cell_s`` more."""
+
+    cell_s: float
+    first: int
+    num_cells: int
+    start_s: float  # not before the run's first work
+    stop_s: float
+
+    @classmethod
+    def of(cls, lanes: Sequence[LaneView], now_s: float, num_cells: int) -> "Window":
+        """The last seconds, on cells that are multiples of their length so that they do not flicker."""
+        cell_s = next((cell for cell in CELL_S if num_cells * cell >= STRIP_S), CELL_S[-1])
+        first = ceil(now_s / cell_s - 1e-6) - num_cells
+        starts = (start for lane in lanes for start in (*(w[0] for w in lane.work), *lane.running))
+        return cls(cell_s, first, num_cells, max(first * cell_s, min(starts, default=now_s)), now_s)
+
+    def measured(self, view: LaneView) -> tuple[timeline.LaneUse, list[timeline.Interval]]:
+        """A lane's figures, and when it was busy. What is in flight is busy until now; its bytes are yet to arrive."""
+        work = [*view.work, *((start, self.stop_s, 0) for start in view.running)]
+        merged = timeline.merge(timeline.clip(view.until(self.stop_s), self.start_s, self.stop_s))
+        return timeline.lane_use(view.name, work, self.start_s, self.stop_s), merged
+
+    def spread(self, merged: Iterable[timeline.Interval]) -> list[float]:
+        """How much of each cell disjoint intervals cover."""
+        cells = [0.0] * self.num_cells
+        for start, stop in merged:
+            begin, end = max(0.0, start / self.cell_s - self.first), stop / self.cell_s - self.first
+            for cell in range(int(begin), min(self.num_cells, ceil(end))):
+                until = end if end < cell + 1 else cell + 1  # not min and max: this is the innermost loop
+                cells[cell] += until - (begin if begin > cell else cell)
+        return cells
+
+    def shares(self, merged: Iterable[timeline.Interval]) -> list[float | None]:
+        """The busy share of what each cell saw of the run; None where there is nothing to judge yet."""
+        seen = self.spread([(self.start_s, self.stop_s)])
+        shares = [b / s if s > 1e-6 else None for b, s in zip(self.spread(merged), seen, strict=True)]
+        if seen[-1] < 1 - 1e-6 and (shares[-1] or 0.0) <= LEAST_BUSY:
+            shares[-1] = None  # it may still become busy: no alarm that is taken back
+        return shares
+
+
+class Frame:
+    """Draws a snapshot: stage, lanes, bottleneck, slots, layers, accepted lengths and the text as it arrives.
+
+    Fits any console from 40 columns on: never wider, never higher, no line wraps; what matters least goes first.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The frame's segments, each line ended by a newline."""
+        sheet = Sheet(self._snapshot, max(1, options.max_width), ASCII if options.ascii_only else UNICODE)
+        for line in sheet.lines(max(1, options.max_height)):
+            if Segment.get_line_length(line) <= sheet.width:
+                yield from line
+            else:
+                yield from Segment.adjust_line_length(line, sheet.width - 1, pad=False)
+                yield Segment(sheet.glyphs.more, DIM)
+            yield Segment.line()
+
+
+def frame_text(snapshot: Snapshot, width: int, height: int, color: bool = False) -> str:
+    """A frame as text; with escape sequences where ``color`` is set."""
+    terminal = Console(file=io.StringIO(), width=width, height=height, force_terminal=color, no_color=not color)
+    with terminal.capture() as capture:
+        terminal.print(Frame(snapshot), end="")
+    return capture.get()
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """What every section needs: the snapshot, the width, the characters."""
+
+    snapshot: Snapshot
+    width: int
+    glyphs: Glyphs
+
+    @property
+    def room(self) -> int:
+        """Cells right of the labels."""
+        return max(1, self.width - LABEL - 1)
+
+    def lines(self, height: int) -> list[list[Segment]]:
+        """The sections that fit, top to bottom; the text takes what is left."""
+        s = self.snapshot
+        num_cells = max(5, self.width - LABEL - (FIGURES if self.width >= NARROW else 7))
+        window = Window.of(s.lanes, s.now_s, num_cells)
+        lanes = [window.measured(view) for view in s.lanes]
+        strips, bound = [self.strip(use, window.shares(merged)) for use, merged in lanes], self.bound(lanes)
+        sections: list[tuple[int, list[list[Segment]]]] = [  # rank and lines: the highest goes first, rank 0 stays
+            (2, [self.headline()]),
+            (8, [[]]),
+            (0, strips),
+            (3, [self.axis(window)] if lanes else []),
+            (0, bound if lanes else []),
+            (8, [[]] if s.slots or s.residency else []),
+            (4, self.slots() if s.slots else []),
+            (5, self.layers() if s.residency else []),
+            (7, [self.row("memory", [(s.held, DIM)])] if s.held else []),
+            (8, [[]] if any(s.accepted) else []),
+            (6, self.accepted() if any(s.accepted) else []),
+            (1, [[Segment(" " + self.glyphs.bar[1] * (self.width - 2), DIM)]]),
+        ]
+        least = max(1, min(3, height // 6))  # lines of text
+        for rank in range(8, 0, -1):
+            if sum(len(part) for _, part in sections) + least <= height:
+                break
+            sections = [section for section in sections if section[0] != rank]
+        lines = [line for _, part in sections for line in part]
+        if len(lines) >= height:  # not even the lanes fit: those nearest to the files stay
+            lines = [*strips[: max(0, height - 2)], *bound[:1]][:height]
+        encoding = "ascii" if self.glyphs is ASCII else "utf-8"
+        end = tail(s.text, max(1, self.width - 2), height - len(lines), encoding)
+        return lines + [[Segment(f" {line}")] for line in end]
+
+    def row(self, label: str, parts: Iterable[tuple[str, Style]]) -> list[Segment]:
+        """A line with its label on the left."""
+        segments = (Segment(text, style) for text, style in parts)
+        return [Segment(f" {label[: LABEL - 1]:<{LABEL - 1}}", DIM), *Segment.simplify(segments)]
+
+    def joined(self, facts: Sequence[str], room: int) -> str:
+        """The first facts that fit."""
+        separator = f" {self.glyphs.dot} "
+        while len(facts) > 1 and len(separator.join(facts)) > room:
+            facts = facts[:-1]
+        return separator.join(facts)
+
+    def headline(self) -> list[Segment]:
+        """The stage and how far it is: a bar while there is something to load, tokens while decoding."""
+        s = self.snapshot
+        head = [Segment(" aspec  ", TITLE), Segment(f"{s.stage}  ", BOLD)]
+        room = self.width - sum(len(segment.text) for segment in head) - 1
+        elapsed = _duration(s.stage_s)
+        if s.stage == "decode":
+            of, per_pass = (f"of {s.total} ", "tokens per pass") if self.width >= 80 and s.total else ("", "per pass")
+            facts = [f"{s.tokens} {of}tokens"]
+            facts += [f"{s.tokens_per_s:.2f} tokens/s"] if s.tokens_per_s is not None else []
+            facts += [f"{s.tokens_per_pass:.2f} {per_pass}"] if s.tokens_per_pass is not None else []
+            return [*head, Segment(self.joined([*facts, f"{s.rounds} rounds", elapsed], room), PLAIN)]
+        if s.total <= 0:
+            return [*head, Segment(elapsed, DIM)]
+        done, total = format_bytes(s.done), format_bytes(s.total)
+        facts = [f"{done.removesuffix(total[total.index(' ') :])} of {total}"]
+        if s.done > 0 and s.stage_s > 0:
+            facts.append(format_rate(s.done / s.stage_s))
+            facts.append(f"ETA {_duration(s.stage_s * max(0, s.total - s.done) / s.done)}")
+        figures = self.joined(facts, room - 6)
+        cells = min(64, max(0, room - len(figures) - 2))
+        full = min(cells, int(cells * s.done / s.total))
+        bar = [Segment(self.glyphs.bar[0] * full, TITLE), Segment(self.glyphs.bar[1] * (cells - full), DIM)]
+        return [*head, *bar, Segment(f"  {figures}", PLAIN)]
+
+    def strip(self, use: timeline.LaneUse, shares: Iterable[float | None]) -> list[Segment]:
+        """A lane's last seconds, its busy share and the rate while it was busy."""
+        style = LANE_STYLES.get(use.lane, PLAIN)
+        must_run = use.lane in timeline.LINKS and min(self.snapshot.residency, default=0) < 1  # else nothing streams
+        idle, idle_style = (self.glyphs.stall, ALARM) if must_run else (self.glyphs.rest, DIM)
+        levels = idle + self.glyphs.levels
+        cells = "".join(
+            " " if share is None else levels[max(1, min(8, round(share * 8)))] if share > LEAST_BUSY else idle
+            for share in shares
+        )
+        line = [Segment(f" {use.lane[: LABEL - 2]:<{LABEL - 1}}", style)]
+        runs = re.findall(f"[{idle}]+|[^{idle}]+", cells)
+        line += [Segment(run, idle_style if run[0] == idle else style) for run in runs]
+        line.append(Segment(f" {100 * use.share:3.0f} %"))
+        if self.width >= NARROW and (use.busy_bytes_per_s or must_run):
+            line.append(Segment(f"  {format_rate(use.busy_bytes_per_s or 0.0):>10}", DIM))
+        return line
+
+    def axis(self, window: Window) -> list[Segment]:
+        """How long ago a cell was."""
+        second = round(1 / window.cell_s)  # cells
+        step = next(step for step in (1, 2, 5) if step * second >= 9)
+        axis = [" "] * window.num_cells
+        axis[-4:] = f"now{self.glyphs.tick}"
+        for ago in range(step, ceil(window.num_cells / second), step):
+            mark = f"{self.glyphs.tick}-{ago} s"
+            at = window.num_cells - 1 - ago * second
+            if at + len(mark) < window.num_cells - 4:
+                axis[at : at + len(mark)] = mark
+        return self.row("", [("".join(axis), DIM)])
+
+    def bound(self, lanes: Sequence[tuple[timeline.LaneUse, list[timeline.Interval]]]) -> list[list[Segment]]:
+        """The bottleneck in words, and how much of the compute ran under the stream."""
+        known = [use for use, _ in lanes if use.lane in timeline.LANES]
+        most, hidden = timeline.busiest(known), timeline.hidden_share({use.lane: merged for use, merged in lanes})
+        words = timeline.bottleneck(known)
+        words += f" {self.glyphs.dot} {100 * hidden:.0f} % of compute hidden" if hidden is not None else ""
+        style = BOLD if most is None or most.share >= timeline.UNBOUND_BELOW else WARNING
+        return [self.row("" if i else "overlap", [(line, style)]) for i, line in enumerate(wrap(words, self.room))]
+
+    def slots(self) -> list[list[Segment]]:
+        """What each slot does and for which layer, and how many do it."""
+        slots, room = self.snapshot.slots, self.room
+        glyph = dict(zip(SLOT_STYLES, self.glyphs.slots, strict=True))
+        size = len(str(max(layer for _, layer in slots))) + 2
+        size = size if len(slots) <= room // size * MOST_ROWS else 1  # no room: without the layers
+        cells = [
+            (f"{glyph[state]}{layer if size > 1 and layer >= 0 else '':<{size - 1}}", SLOT_STYLES[state])
+            for state, layer in slots[: MOST_ROWS * room]
+        ]
+        legend = "  ".join(f"{glyph[s]} {sum(other is s for other, _ in slots)} {s}" for s in SLOT_STYLES)
+        return self.legended("slots", cells, size, legend)
+
+    def layers(self) -> list[list[Segment]]:
+        """Where each layer lives; where there are more than two rows hold, a cell stands for several."""
+        residency, room = self.snapshot.residency, self.room
+        each = ceil(len(residency) / (MOST_ROWS * room))
+        means = [sum(group) / len(group) for i in range(0, len(residency), each) if (group := residency[i : i + each])]
+        eighths = [0 if mean <= 0 else 8 if mean >= 1 else max(1, min(7, round(8 * mean))) for mean in means]
+        levels = self.glyphs.streams + self.glyphs.levels
+        cells = [(levels[level], LANE_STYLES[timeline.TARGET] if level else DIM) for level in eighths]
+        whole, none = sum(share >= 1 for share in residency), sum(share <= 0 for share in residency)
+        words = f"{whole} of {len(residency)} layers resident"
+        words += f", {len(residency) - whole - none} in part" if whole + none < len(residency) else ""
+        words += f", {none} stream" if none else ""
+        words += f" (a cell is {each} layers)" if each > 1 else ""
+        return self.legended("layers", cells, 1, words)
+
+    def legended(self, label: str, cells: list[tuple[str, Style]], size: int, legend: str) -> list[list[Segment]]:
+        """Rows of cells, with their legend behind the last one where it fits and below where it does not."""
+        fit = self.room // size
+        lines = [self.row("" if i else label, cells[i : i + fit]) for i in range(0, len(cells), fit)]
+        if (len(cells) - 1) % fit * size + size + 2 + len(legend) <= self.room:
+            lines[-1].append(Segment(f"  {legend}", DIM))
+        else:
+            lines.append(self.row("", [(legend, DIM)]))
+        return lines
+
+    def accepted(self) -> list[list[Segment]]:
+        """How often how many proposals were accepted: a column per length, its count below, and the mean."""
+        counts = list(self.snapshot.accepted)
+        mean = sum(i * count for i, count in enumerate(counts)) / sum(counts)
+        size = max(3, len(str(sum(counts)))) + 1
+        fit = max(1, self.room // size)
+        names = [str(i) for i in range(len(counts))]
+        if len(counts) > fit:  # what does not fit shares the last column
+            counts, names = [*counts[: fit - 1], sum(counts[fit - 1 :])], [*names[: fit - 1], f"{fit - 1}+"]
+        levels = " " + self.glyphs.levels
+        bars = (levels[max(count > 0, round(8 * count / max(counts)))] * (size - 1) for count in counts)
+        levelled = ("accepted", bars, LANE_STYLES[timeline.DRAFT])
+        rows = (levelled, (f"mean {mean:.2f}", names, PLAIN), ("times", counts, DIM))
+        return [
+            self.row(label, [(" ".join(f"{c!s:>{size - 1}}" for c in cells), style)]) for label, cells, style in rows
+        ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+# Control characters are shown, not obeyed. Joiners and variation selectors go: terminals disagree on their width.
+_VISIBLE: dict[int, str | None] = {
+    **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
+    127: "␡",
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)), "�"),
+    **dict.fromkeys((0x200B, 0x200D, 0x2060, 0xFEFF, *range(0xFE00, 0xFE10))),
+}
+
+
+def tail(text: str, width: int, height: int, encoding: str = "utf-8") -> list[str]:
+    """The last lines of a text, wrapped to a width, with nothing in them that moves a cursor."""
+    lines: list[str] = []
+    page = width * height
+    text = text.replace("\r\n", "\n").removesuffix("\n")
+    for line in reversed(text.rsplit("\n", height)[-height:] if page and text else ()):
+        # Whole pages of a very long line are left out, so that its breaks stay where they are while it grows.
+        kept = line[max(0, len(line) // page - 1) * page :]
+        clean = kept.translate(_VISIBLE).expandtabs(4).encode(encoding, "replace").decode()
+        lines = wrap(clean, width) + lines
+    return lines[max(0, len(lines) - height) :]
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """One line broken to a width: after a space in its second half, or wherever it must."""
+    lines = []
+    while len(text) > width or cell_len(text) > width:
+        fits = max(1, len((chop_cells(text[:width], width) or [text])[0]))  # nothing but marks of no width: no chunk
+        space = text.rfind(" ", fits // 2, fits + 1)
+        fits = space + 1 if space > 0 else fits
+        lines.append(text[:fits].rstrip())
+        text = text[fits:]
+    return [*lines, text.rstrip()]

@@ -1,0 +1,58 @@
+"""A thread that calls a function again and again, and how it asks the loop: for what a busy loop must not stop."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+LONGEST_JOIN_S = 5.0
+
+
+class Ticker:
+    """Calls ``tick`` every ``period_s`` seconds until closed; an error ends it and surfaces on ``close``."""
+
+    def __init__(self, period_s: float, tick: Callable[[], None], name: str = "ticker") -> None:
+        self._period_s, self._tick = period_s, tick
+        self._stopping = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"aspec-{name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop and join; may be called twice. Raises what ``tick`` raised."""
+        self._stopping.set()
+        self._thread.join(LONGEST_JOIN_S)
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.wait(self._period_s):
+                self._tick()
+        except BaseException as error:
+            self._error = error
+
+
+class OnLoop(Generic[T]):
+    """A function of the loop's thread that another thread may ask for; a busy loop leaves the answer before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, make: Callable[[], T]) -> None:
+        self._loop, self._make = loop, make
+        self._fresh = threading.Event()
+        self._answer = make()
+
+    def get(self, timeout_s: float) -> T:
+        """A new answer, or the last one where the loop does not give one in time."""
+        self._fresh.clear()
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            self._loop.call_soon_threadsafe(self._renew)
+        self._fresh.wait(timeout_s)
+        return self._answer
+
+    def _renew(self) -> None:
+        self._answer = self._make()
+        self._fresh.set()

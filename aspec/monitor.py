@@ -1,0 +1,147 @@
+"""The monitor: watches a run on the loop and answers with a ``Snapshot`` whenever the dashboard asks.
+
+It only reads: spans when tasks end, tasks when they are issued, the stages before the first token, the text. Every
+call costs microseconds; figures are worked out by whoever draws.
+"""
+
+from collections import deque
+
+from aspec.plan import Plan, Tier
+from aspec.snapshot import LaneView, SlotState, Snapshot
+from aspec.tasks.task import Op, Span, Task
+from aspec.timeline import LANE_OF, LANES, LINKS
+
+WINDOW_S = 20.0  # work that ended earlier is forgotten
+RATE_ROUNDS = 8  # rounds over which tokens per second are taken
+TEXT_CHARS = 4000
+
+
+class Monitor:
+    """Mutable: it follows a run. All calls but ``progress`` belong to the loop's thread."""
+
+    def __init__(self) -> None:
+        self._stage, self._done, self._total = "index", 0, 0
+        self._stage_from_s: float | None = None
+        self._work: dict[str, deque[tuple[float, float, int]]] = {lane: deque() for lane in LANES}
+        self._lanes: set[str] = set()  # those that did anything
+        self._running: dict[int, tuple[str, float]] = {}  # issued tasks: lane, when
+        self._slots: dict[int, tuple[SlotState, int]] = {}
+        self._plan: Plan | None = None
+        self._layer_bytes: tuple[int, ...] = ()
+        self._residency: tuple[float, ...] = ()
+        self._accepted: list[int] = []
+        self._rounds: deque[tuple[float, int]] = deque(maxlen=RATE_ROUNDS)  # (end, tokens)
+        self._num_rounds = self._tokens = self._first_tokens = 0
+        self._text = ""
+        self._last_round = -1
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A stage before the engine runs; any thread may say so."""
+        if stage != self._stage:
+            self._stage_from_s = None
+        self._stage, self._done, self._total = stage, done, total
+
+    def opened(self, plan: Plan, wanted_tokens: int) -> None:
+        """The engine is open; so many tokens will be asked for."""
+        layers = [[part for part in plan.parts if part.layer == layer] for layer in range(plan.num_layers)]
+        self._plan = plan
+        self._layer_bytes = tuple(sum(part.nbytes for part in parts) for parts in layers)
+        held = (sum(part.nbytes for part in parts if part.tier is Tier.DEVICE) for parts in layers)
+        self._residency = tuple(h / max(1, whole) for h, whole in zip(held, self._layer_bytes, strict=True))
+        self._slots = dict.fromkeys(range(plan.num_slots), (SlotState.FREE, -1))
+        self._wanted = wanted_tokens
+        self._enter("prefill", sum(self._layer_bytes))
+
+    def heard(self, text: str) -> None:
+        """A piece of generated text."""
+        self._text = (self._text + text)[-TEXT_CHARS:]
+
+    def issued(self, task: Task, at_s: float) -> None:
+        """A task was handed to the backend."""
+        self._running[task.id] = (LANE_OF[task.op], at_s)
+        if task.op in (Op.READ, Op.COPY) and task.slot >= 0:
+            self._slots[task.slot] = (SlotState.LOADING, task.layer)
+        for _, slot in task.slots:
+            self._slots[slot] = (SlotState.IN_USE, task.layer)
+
+    def __call__(self, span: Span) -> None:
+        """A task has ended."""
+        task = span.task
+        lane, _ = self._running.pop(task.id, (LANE_OF[task.op], 0.0))
+        self._lanes.add(lane)
+        work = self._work[lane]
+        work.append((span.start_s, span.stop_s, task.nbytes))
+        while work[0][1] < span.stop_s - WINDOW_S:
+            work.popleft()
+        if task.op in (Op.READ, Op.COPY) and task.slot >= 0:
+            self._slots[task.slot] = (SlotState.READY, task.layer)
+        for _, slot in task.slots:
+            self._slots[slot] = (SlotState.FREE, -1)
+        if self._stage == "prefill" and task.op is Op.LAYER:
+            self._done = max(self._done, sum(self._layer_bytes[: task.layer + 1]))
+        if span.outcomes:
+            self._accept(span)
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """Everything as of ``now_s``, seconds on the backend's clock."""
+        if self._stage_from_s is None:
+            self._stage_from_s = now_s
+        return Snapshot(
+            now_s=now_s,
+            stage=self._stage,
+            done=self._done,
+            total=self._total,
+            stage_s=now_s - self._stage_from_s,
+            lanes=tuple(self._view(lane, now_s) for lane in LANES if lane in self._lanes or self._is_running(lane)),
+            slots=tuple(self._slots[slot] for slot in sorted(self._slots)),
+            residency=self._residency,
+            accepted=tuple(self._accepted),
+            tokens=self._tokens,
+            rounds=self._num_rounds,
+            tokens_per_s=self._rate(),
+            tokens_per_pass=self._per_pass(),
+            held=self._plan.describe() if self._plan else "",
+            text=self._text,
+        )
+
+    def _enter(self, stage: str, total: int) -> None:
+        self._stage, self._done, self._total, self._stage_from_s = stage, 0, total, None
+
+    def _is_running(self, lane: str) -> bool:
+        return any(running == lane for running, _ in self._running.values())
+
+    def _view(self, lane: str, now_s: float) -> LaneView:
+        work = tuple(w for w in self._work[lane] if w[1] >= now_s - WINDOW_S)
+        last_s = work[-1][1] if work else 0.0
+        # a lane in order works on one task at a time: what is queued behind it has not begun
+        starts = [at for running, at in self._running.values() if running == lane]
+        running = tuple(starts) if lane in LINKS or not starts else (max(min(starts), last_s),)
+        return LaneView(lane, work, running)
+
+    def _accept(self, span: Span) -> None:
+        if self._stage == "prefill":
+            self._enter("decode", self._wanted)
+        for outcome in span.outcomes:
+            self._tokens += outcome.num_new
+            if outcome.num_proposed:
+                self._accepted += [0] * (outcome.num_accepted + 1 - len(self._accepted))
+                self._accepted[outcome.num_accepted] += 1
+        new = sum(outcome.num_new for outcome in span.outcomes)
+        if span.task.number == self._last_round and self._rounds:
+            new += self._rounds.pop()[1]
+        else:
+            self._num_rounds += 1
+        self._last_round = span.task.number
+        self._rounds.append((span.stop_s, new))
+        self._first_tokens = self._tokens if self._num_rounds == 1 else self._first_tokens
+        self._done = self._tokens
+
+    def _rate(self) -> float | None:
+        if len(self._rounds) < 2:
+            return None
+        seconds = self._rounds[-1][0] - self._rounds[0][0]
+        return sum(new for _, new in list(self._rounds)[1:]) / seconds if seconds > 0 else None
+
+    def _per_pass(self) -> float | None:
+        passes = self._num_rounds - 1
+        return (self._tokens - self._first_tokens) / passes if passes > 0 else None

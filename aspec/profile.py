@@ -1,0 +1,95 @@
+"""What this machine can do at best: short measurements, each with a warm-up that does not count, the best of a few.
+
+They are ceilings to hold a run against, not predictions of one. Blocking: call them in a thread.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+COPY_BYTES = 64 << 20
+MATMUL_ROWS, MATMUL_SIZE = 64, 2048
+REPEATS = 3
+SHORTEST_S = 0.05  # one measurement repeats its work for at least this long
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Rates in bytes per second and floating-point operations per second; None where nothing was measured."""
+
+    disk_bytes_per_s: float | None  # the checkpoint's own streamed ranges, direct reads
+    copy_bytes_per_s: float  # memory to memory; every byte is read and written
+    memory_bytes_per_s: float  # reading: a matrix times one vector
+    matmul_flop_per_s: float  # 64 rows through a 2048 x 2048 matrix in the run's dtype
+    draft_step_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a figure is worth nothing without."""
+
+    cpu: str
+    cores: int
+    threads: int
+    torch: str
+
+
+def this_machine() -> Machine:
+    """The processor, the cores this process may use, the threads torch has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(_cpu_name(), cores, torch.get_num_threads(), torch.__version__)
+
+
+def measure_ceilings(disk_bytes_per_s: float | None, draft_step_s: float | None, dtype: torch.dtype) -> Ceilings:
+    """Measure memory and products; the disk and the draft step are the engine's to measure."""
+    return Ceilings(disk_bytes_per_s, measure_copy(), measure_memory(dtype), measure_matmul(dtype), draft_step_s)
+
+
+def measure_copy() -> float:
+    """Bytes per second of copying a buffer that no cache holds."""
+    source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.zeros(COPY_BYTES, dtype=torch.uint8)
+    return COPY_BYTES / best_seconds(lambda: target.copy_(source))
+
+
+def measure_memory(dtype: torch.dtype) -> float:
+    """Bytes per second at which weights are read for one token: matrix times vector."""
+    columns = 4096
+    rows = COPY_BYTES // columns // dtype.itemsize
+    weight, vector = torch.ones(rows, columns, dtype=dtype), torch.ones(1, columns, dtype=dtype)
+    return COPY_BYTES / best_seconds(lambda: torch.nn.functional.linear(vector, weight))
+
+
+def measure_matmul(dtype: torch.dtype) -> float:
+    """Operations per second of a verify pass's products."""
+    hidden = torch.ones(MATMUL_ROWS, MATMUL_SIZE, dtype=dtype)
+    weight = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype)
+    seconds = best_seconds(lambda: torch.nn.functional.linear(hidden, weight))
+    return 2 * MATMUL_ROWS * MATMUL_SIZE * MATMUL_SIZE / seconds
+
+
+def best_seconds(work: Callable[[], object]) -> float:
+    """Seconds of one call, the best of a few stretches of calls."""
+    work()
+    stretches = []
+    for _ in range(REPEATS):
+        calls, start = 0, time.perf_counter()
+        while time.perf_counter() - start < SHORTEST_S:
+            work()
+            calls += 1
+        stretches.append((time.perf_counter() - start) / calls)
+    return min(stretches)
+
+
+def _cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,133 @@
+"""Runs of the real scheduler and executor on a simulated machine, in virtual time.
+
+A profile says what the machine costs. It comes from a file, for hardware that is not at hand, or from the spans of a
+run, so that the two can be laid side by side.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import median
+
+from aspec.errors import UserError
+from aspec.executor import Executor, IssueObserver, Observer
+from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
+from aspec.plan import Plan
+from aspec.scheduler import Scheduler
+from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing
+from aspec.timeline import CPU, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
+from aspec.virtual import VirtualTimeLoop
+
+NUM_STAGING = 3  # staging buffers of a simulated device
+
+Arrival = tuple[int, int]
+"""Prompt tokens, new tokens at most."""
+
+
+def simulate(
+    plan: Plan,
+    profile: Profile,
+    arrivals: Iterable[Arrival],
+    observers: Sequence[Observer] = (),
+    issue_observers: Sequence[IssueObserver] = (),
+) -> None:
+    """Serve all arrivals, who are there from the start, to the end."""
+
+    async def main() -> None:
+        machine = HOST_RESOURCES if profile.copy_bytes_per_s is None else DEVICE_RESOURCES
+        backend = SimBackend(profile, machine)
+        executor = Executor(Scheduler(plan_for(plan, profile)), backend, observers, issue_observers)
+        for sequence, (prompt_tokens, new_tokens) in enumerate(arrivals):
+            executor.post(Arrived(sequence, prompt_tokens, new_tokens))
+        executor.post(Closing())
+        try:
+            await executor.run()
+        finally:
+            await backend.close()
+
+    loop = VirtualTimeLoop()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+def plan_for(plan: Plan, profile: Profile) -> Plan:
+    """The same plan on the machine of a profile: a device behind a link reads through staging buffers."""
+    if profile.copy_bytes_per_s is None or plan.num_staging:
+        return plan
+    return replace(plan, num_staging=NUM_STAGING, draft_resource=DRAFT_COMPUTE)
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile from a JSON object; fields left out keep their defaults. Raises UserError for anything else."""
+    known = [field.name for field in fields(Profile)]
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: the profile cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a profile: expected a JSON object, found text that is not JSON.") from error
+    values = values.get("profile", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{path}: not a profile: expected a JSON object with some of {', '.join(known)}.")
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{path}: unknown field {name!r}; expected some of {', '.join(known)}.")
+        if value is None and name == "copy_bytes_per_s":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise UserError(f"{path}: {name} must be a number from 0 up, found {value!r}.")
+        if value == 0 and name.endswith("bytes_per_s"):
+            raise UserError(f"{path}: {name} must be above 0: nothing would ever arrive.")
+    return Profile(**values)
+
+
+def measured_profile(timeline: Timeline) -> Profile:
+    """The profile of the machine on which a run was recorded: rates while busy, median seconds of every task."""
+    layer_s, layer_token_s = _line([s for s in timeline.lane(TARGET) if s.layer >= 0])
+    drafts = [s for s in timeline.lane(DRAFT) if s.name != "draft_prefill"]
+    draft_s = _median(drafts)
+    prefills = [s for s in timeline.lane(DRAFT) if s.name == "draft_prefill" and s.tokens]
+    per_token = [max(0.0, s.stop_s - s.start_s - draft_s) / s.tokens for s in prefills]
+    accepted = sum(r.accepted for r in timeline.rounds)
+    refused = sum(r.accepted < r.proposed for r in timeline.rounds)
+    default = Profile()
+    return Profile(
+        disk_bytes_per_s=_rate(timeline, DISK) or default.disk_bytes_per_s,
+        copy_bytes_per_s=_rate(timeline, H2D),
+        layer_s=layer_s,
+        layer_token_s=layer_token_s,
+        draft_s=draft_s,
+        draft_token_s=median(per_token) if per_token else 0.0,
+        head_s=_median([s for s in timeline.lane(TARGET) if s.name == "head"]),
+        embed_s=_median([s for s in timeline.lane(TARGET) if s.name == "embed"]),
+        accept_s=_median(timeline.lane(CPU)),
+        acceptance=accepted / (accepted + refused) if accepted + refused else default.acceptance,
+    )
+
+
+def _rate(timeline: Timeline, lane: str) -> float | None:
+    work = [(s.start_s, s.stop_s, s.nbytes) for s in timeline.lane(lane)]
+    return lane_use(lane, work, timeline.start_s, timeline.stop_s).busy_bytes_per_s
+
+
+def _median(slices: Sequence[Slice]) -> float:
+    return median(s.stop_s - s.start_s for s in slices) if slices else 0.0
+
+
+def _line(slices: Sequence[Slice]) -> tuple[float, float]:
+    """Seconds of a layer as a constant and a slope over tokens: least squares through the medians by token count."""
+    counts = sorted({s.tokens for s in slices})
+    points = [(count, _median([s for s in slices if s.tokens == count])) for count in counts]
+    if len(points) < 2:
+        return (points[0][1] if points else 0.0), 0.0
+    weights = [sum(s.tokens == count for s in slices) for count in counts]
+    total = sum(weights)
+    mean_x = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    mean_y = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    covariance = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True))
+    variance = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    slope = max(0.0, covariance / variance)
+    return max(0.0, mean_y - slope * mean_x), slope

@@ -1,0 +1,123 @@
+"""What ``aspec trace`` does: record a run, simulate one, lay both side by side, read a file back."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from aspec.api import run
+from aspec.assembly import design
+from aspec.chrome import read_trace, write_trace
+from aspec.console import Console
+from aspec.errors import InternalError, UserError
+from aspec.flags import TraceFlags
+from aspec.generation import Job, as_object, prepare, run_job
+from aspec.generation import summarise as summarise_result
+from aspec.io.sim import Profile
+from aspec.plan import Plan, format_bytes
+from aspec.recorder import Recorder
+from aspec.simulation import measured_profile, plan_for, read_profile, simulate
+from aspec.summary import Summary, summarise
+from aspec.timeline import Timeline
+
+REAL, SIMULATED = "aspec", "aspec simulated"
+
+
+def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
+    """Run, really or in virtual time or both, and write the trace. Raises AspecError."""
+    output = flags.output
+    if output is None:
+        raise InternalError("a trace to record needs a file to go to")
+    profile = read_profile(flags.simulate) if flags.simulate else None
+    _check_writable(output)
+    job = prepare(flags, prompts, console)
+    timelines: dict[str, Timeline] = {}
+    if profile is not None and not flags.compare:
+        plan = plan_for(design(job.options).plan, profile)
+    else:
+        plan, timelines[REAL] = _record(job, flags.max_spans)
+    if profile is None and flags.compare:
+        profile = measured_profile(timelines[REAL])
+    if profile is not None:
+        timelines[SIMULATED] = _simulate(job, plan, profile, flags.max_spans)
+    write_trace(output, timelines)
+    _report(output, timelines, console)
+    if flags.summary:
+        _print_summaries(timelines, flags.as_json)
+
+
+def summarise_file(path: Path, as_json: bool) -> None:
+    """Print what a trace says. Raises UserError where it is none."""
+    _print_summaries(read_trace(path), as_json)
+
+
+def _record(job: Job, max_spans: int) -> tuple[Plan, Timeline]:
+    recorder = Recorder(max_spans)
+    epoch_ns = time.time_ns() - time.perf_counter_ns()
+    outcome = run(partial(run_job, job, [recorder]))
+    for result in outcome.results:
+        if job.flags.as_json:
+            job.console.write(json.dumps(as_object(result, outcome)) + "\n")
+        job.console.note(summarise_result(result, None))
+    timeline = recorder.timeline(_facts(job, outcome.plan))
+    started_ns = epoch_ns + round(timeline.start_s * 1e9)  # to lay other traces of the same time beside this one
+    return outcome.plan, replace(timeline, facts={**timeline.facts, "started_ns": started_ns})
+
+
+def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timeline:
+    recorder = Recorder(max_spans)
+    new = job.params.max_new_tokens
+    simulate(plan, profile, [(len(prompt), new) for prompt in job.prompts], [recorder])
+    return recorder.timeline(_facts(job, plan))
+
+
+def _facts(job: Job, plan: Plan) -> dict[str, str | int | float]:
+    return {
+        "version": version("aspec"),
+        "target": str(job.options.target or "demo"),
+        "draft": str(job.options.draft or "none"),
+        "slots": plan.num_slots,
+        "bytes_per_pass": plan.streamed_bytes,
+        "held_bytes": plan.held_bytes,
+    }
+
+
+def _check_writable(path: Path) -> None:
+    """A run may take long: refuse a file that cannot be written before it begins. Raises UserError."""
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: the trace cannot be written: {error.strerror}.") from error
+
+
+def _report(output: Path, timelines: Mapping[str, Timeline], console: Console) -> None:
+    tasks = sum(len(timeline.slices) for timeline in timelines.values())
+    size = format_bytes(output.stat().st_size)
+    console.note(f"{output}: {tasks} tasks, {size}; open it at https://ui.perfetto.dev")
+    if len(timelines) == 2:
+        real_s, simulated_s = (_pass_s(summarise(timelines[name])) for name in (REAL, SIMULATED))
+        if real_s and simulated_s:
+            off = 100 * (simulated_s / real_s - 1)
+            console.note(f"a pass took {real_s:.4f} s, simulated {simulated_s:.4f} s ({off:+.1f} %)")
+
+
+def _pass_s(summary: Summary) -> float:
+    """Seconds of a decoding pass; 0 where there was none. How many there are is the acceptance's luck."""
+    return summary.decode_s / (summary.rounds - 1) if summary.rounds > 1 else 0.0
+
+
+def _print_summaries(timelines: Mapping[str, Timeline], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: summarise(timeline).as_dict() for name, timeline in timelines.items()}))
+        return
+    for name, timeline in timelines.items():
+        print(f"{name}: {timeline.facts.get('target', '')}".rstrip(": "))
+        for line in summarise(timeline).lines():
+            print(f"  {line}".rstrip())

@@ -1,0 +1,117 @@
+"""The monitor: what a run looks like from outside at any moment of it, in virtual time."""
+
+from itertools import accumulate, pairwise
+
+from aspec.console import Console, progress_line
+from aspec.io.sim import Profile
+from aspec.monitor import Monitor
+from aspec.simulation import simulate
+from aspec.snapshot import SlotState
+from aspec.tasks.task import Op
+from tests.simulate import make_plan
+
+PROFILE = Profile(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
+
+
+def watched(plan, arrivals, profile=PROFILE):
+    """A snapshot at every event of a run, and the spans."""
+    monitor, spans, seen = Monitor(), [], []
+    monitor.opened(plan, sum(new for _, new in arrivals))
+
+    def finished(span):
+        monitor(span)
+        spans.append(span)
+        seen.append(monitor.snapshot(span.stop_s))
+
+    def issued(task, at_s):
+        monitor.issued(task, at_s)
+        seen.append(monitor.snapshot(at_s))
+
+    simulate(plan, profile, arrivals, [finished], [issued])
+    return seen, spans
+
+
+def test_snapshots_add_up_to_the_run():
+    plan = make_plan(num_slots=5, resident={0, 3}, num_rows=2)
+    seen, spans = watched(plan, ((20, 40), (6, 9)))
+    last = seen[-1]
+    outcomes = [outcome for span in spans for outcome in span.outcomes]
+    assert last.tokens == last.done == 49
+    assert last.total == 49
+    assert last.rounds == len({span.task.number for span in spans if span.outcomes})
+    assert sum(last.accepted) == sum(outcome.num_proposed > 0 for outcome in outcomes)
+    assert sum(n * times for n, times in enumerate(last.accepted)) == sum(o.num_accepted for o in outcomes)
+    assert last.residency == (0.5, 0.5, 0.0, 0.0)
+    assert last.tokens_per_pass > 1
+    busy = {lane.name: sum(b - a for a, b, _ in lane.work) for lane in last.lanes}
+    assert busy.keys() == {"disk", "target", "draft", "cpu"}
+    reads = [span for span in spans if span.task.op is Op.READ]
+    assert abs(busy["disk"] - sum(s.stop_s - s.start_s for s in reads)) < 1e-9
+
+
+def test_slots_go_from_loading_to_ready_to_in_use():
+    plan = make_plan(num_slots=5, num_rows=1)
+    seen, _ = watched(plan, ((20, 12),))
+    states = {state for snapshot in seen for state, _ in snapshot.slots}
+    assert states == set(SlotState)
+    for snapshot in seen:
+        assert len(snapshot.slots) == 5
+        assert all((layer == -1) == (state is SlotState.FREE) for state, layer in snapshot.slots)
+        loading = [lane.running for lane in snapshot.lanes if lane.name == "disk"]
+        if loading:
+            assert len(loading[0]) == sum(state is SlotState.LOADING for state, _ in snapshot.slots)
+
+
+def test_the_stages_before_the_first_token():
+    monitor = Monitor()
+    monitor.progress("load", 10, 100)
+    assert (monitor.snapshot(1.0).stage, monitor.snapshot(4.0).stage_s) == ("load", 3.0)
+    plan = make_plan(num_layers=4, parts_per_layer=2, nbytes=10_000_000)
+    seen, _ = watched(plan, ((20, 12),))
+    prefill = [s for s in seen if s.stage == "prefill"]
+    assert {s.done for s in prefill} == {0, *accumulate([20_000_000] * 4)}
+    assert all(a.done <= b.done for a, b in pairwise(prefill))
+    assert [s.stage for s in seen] == ["prefill"] * len(prefill) + ["decode"] * (len(seen) - len(prefill))
+
+
+def test_a_lane_in_order_runs_one_task_however_many_are_queued():
+    seen, _ = watched(make_plan(num_rows=1), ((20, 12),))
+    assert all(len(lane.running) <= 1 for s in seen for lane in s.lanes if lane.name == "target")
+    assert any(len(lane.running) > 1 for s in seen for lane in s.lanes if lane.name == "disk")
+
+
+def test_progress_in_one_line():
+    monitor = Monitor()
+    assert progress_line(monitor.snapshot(0.0)) is None
+    assert progress_line(monitor.snapshot(3.0)) == "index ..."
+    monitor.progress("load", 0, 4 << 30)
+    monitor.snapshot(10.0)
+    monitor.progress("load", 1 << 30, 4 << 30)
+    assert progress_line(monitor.snapshot(15.0)) == "load: 1.00 GiB of 4.00 GiB, 15 s left"
+    seen, _ = watched(make_plan(num_rows=1), ((20, 40),))
+    line = progress_line(seen[-1])
+    assert line.startswith("decode: 40 of at most 40 tokens, ")
+    assert "tokens/s" in line
+    assert "disk-bound" in line or "compute-bound" in line or "latency-bound" in line
+
+
+def test_what_is_said_under_a_dashboard_comes_out_behind_it(capsys, monkeypatch):
+    console = Console()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    console.cover()
+    console.note("later")
+    console.write("text")
+    assert capsys.readouterr() == ("", "")
+    console.uncover()
+    out, err = capsys.readouterr()
+    assert out == "text\n"
+    assert "aspec: later" in err
+
+
+def test_text_goes_on_to_a_pipe_under_a_dashboard(capsys):
+    console = Console()
+    console.cover()
+    console.write("text")
+    assert capsys.readouterr().out == "text"
+    console.uncover()
+    assert capsys.readouterr().out == ""

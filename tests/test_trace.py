@@ -1,0 +1,174 @@
+"""``aspec trace`` and ``aspec bench``: what they write, print and refuse; a trace agrees with its own run."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from aspec.chrome import read_trace
+from aspec.cli import app
+from aspec.timeline import decode_stretch
+from tests import tiny
+from tests.trace_rules import check_trace, load
+
+SMALL = ["--device-memory", "1700KiB", "--threads", "1", "-p", "hello", "-n", "24", "--ignore-eos"]
+PROFILE = {"disk_bytes_per_s": 1e9, "layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    target = tiny.build(tmp_path_factory.mktemp("trace") / "target", "llama")
+    return ["--target", str(target), "--draft", str(tiny.noisy_copy(target, target.parent / "draft", 0.1))]
+
+
+def run(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(PROFILE))
+    return path
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
+def test_a_recorded_run_agrees_with_its_own_statistics(pair, tmp_path, name):
+    result = run("trace", "-o", tmp_path / name, *pair, *SMALL, "--json")
+    assert result.exit_code == 0, result.output
+    stats = json.loads(result.stdout)["stats"]
+    check_trace(load(tmp_path / name))
+    timeline = read_trace(tmp_path / name)["aspec"]
+    start, stop = decode_stretch(timeline)
+    assert len(timeline.rounds) - 1 == stats["passes"]
+    assert sum(r.tokens for r in timeline.rounds) == 24
+    assert sum(r.accepted for r in timeline.rounds) == pytest.approx(
+        stats["acceptance_rate"] * sum(r.proposed for r in timeline.rounds)
+    )
+    assert stop - start == pytest.approx(stats["decode_s"], rel=0.01)
+    landed = sum(s.nbytes for s in timeline.lane("disk") if start < s.stop_s <= stop)
+    assert landed / stats["decode_s"] == pytest.approx(stats["stream_bytes_per_s"], rel=0.01)
+    assert timeline.facts["bytes_per_pass"] > 0
+    assert timeline.facts["started_ns"] > 1.7e18
+
+
+def test_a_trace_is_read_back_in_words(pair, tmp_path):
+    path = tmp_path / "run.json.gz"
+    assert run("trace", "-o", path, *pair, *SMALL, "-q").exit_code == 0
+    text = run("trace", path, "--summary").stdout
+    for word in ("tokens/s", "tokens per pass", "disk", "target", "overlap:", "critical path:", "-bound"):
+        assert word in text, text
+    data = json.loads(run("trace", path, "--summary", "--json").stdout)["aspec"]
+    assert data["tokens"] == 24
+    assert 0 <= data["hidden"] <= 1
+    assert set(data["lanes"]) == {"disk", "target", "draft", "cpu"}
+
+
+def test_a_simulated_run_reads_no_weight(pair, tmp_path, profile):
+    for copy_rate in (None, 20e9):
+        profile.write_text(json.dumps({**PROFILE, "copy_bytes_per_s": copy_rate}))
+        out = tmp_path / "sim.json"
+        result = run("trace", "-o", out, "--simulate", profile, *pair, *SMALL, "--summary")
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("aspec simulated:")
+        check_trace(load(out))
+        timeline = read_trace(out)["aspec simulated"]
+        assert ("h2d" in timeline.lanes) == (copy_rate is not None)
+        assert sum(r.tokens for r in timeline.rounds) == 24
+
+
+def test_the_same_simulation_gives_the_same_bytes(pair, tmp_path, profile):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        assert run("trace", "-o", file, "--simulate", profile, *pair, *SMALL, "-q").exit_code == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_real_and_simulated_side_by_side(pair, tmp_path, profile):
+    for extra in ([], ["--simulate", profile]):
+        out = tmp_path / "both.json"
+        result = run("trace", "-o", out, "--compare", *extra, *pair, *SMALL)
+        assert result.exit_code == 0, result.output
+        assert "simulated" in result.stderr
+        check_trace(load(out))
+        assert list(read_trace(out)) == ["aspec", "aspec simulated"]
+
+
+def test_the_last_spans_are_kept_where_a_trace_is_capped(pair, tmp_path):
+    out = tmp_path / "run.json"
+    assert run("trace", "-o", out, "--max-spans", 50, *pair, *SMALL, "-q").exit_code == 0
+    check_trace(load(out))
+    assert len(read_trace(out)["aspec"].slices) == 50
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["FILE"], ["FILE", "--summary", "-o", "x.json"], ["-o", "x.json", "--max-spans", "0"]],
+    ids=["no file", "no summary", "both", "no spans"],
+)
+def test_usage_errors_exit_with_2(tmp_path, args):
+    assert run("trace", *(str(tmp_path / a) if a.endswith(("FILE", "json")) else a for a in args)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"disk": 1}', "unknown field 'disk'"),
+        ('{"layer_s": "fast"}', "a number"),
+        ('{"layer_s": -1}', "a number"),
+        ('{"disk_bytes_per_s": 0}', "above 0"),
+    ],
+)
+def test_a_bad_profile_is_one_paragraph(pair, tmp_path, content, expected):
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    result = run("trace", "-o", tmp_path / "x.json", "--simulate", path, *pair, *SMALL)
+    assert result.exit_code == 1
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_run(pair, tmp_path):
+    result = run("trace", "-o", tmp_path / "none" / "x.json", *pair, *SMALL)
+    assert result.exit_code == 1
+    assert "cannot be written" in result.stderr
+    assert result.stdout == ""
+    result = run("trace", tmp_path / "none.json", "--summary")
+    assert result.exit_code == 1
+    assert "cannot be read" in result.stderr
+
+
+def test_bench_prints_one_table_and_one_object(pair):
+    result = run("bench", *pair, *SMALL, "--rounds", 2)
+    assert result.exit_code == 0, result.output
+    for row in ("disk", "memory copy", "matrix products", "one draft step", "tokens/s", "fraction of the ceiling"):
+        assert row in result.stdout
+    data = json.loads(run("bench", *pair, *SMALL, "--rounds", 1, "--json", "-q").stdout)
+    assert data["ceilings"]["matmul_flop_per_s"] > 0
+    run_, profile = data["runs"][0], data["profile"]
+    assert run_["tokens"] == 24
+    assert run_["bytes_per_token"] == pytest.approx(data["plan"]["bytes_per_pass"] / run_["tokens_per_pass"])
+    assert run_["ceiling_fraction"] == pytest.approx(run_["tokens_per_s"] / run_["ceiling_tokens_per_s"])
+    assert profile["disk_bytes_per_s"] > 0
+
+
+def test_what_bench_measured_can_be_simulated(pair, tmp_path):
+    measured = tmp_path / "bench.json"
+    measured.write_text(run("bench", *pair, *SMALL, "--rounds", 1, "--json", "-q").stdout)
+    result = run("trace", "-o", tmp_path / "x.json", "--simulate", measured, *pair, *SMALL, "-q")
+    assert result.exit_code == 0, result.output
+    check_trace(load(tmp_path / "x.json"))
+
+
+def test_help_teaches():
+    for command, words in {
+        "trace": ("--simulate", "--compare", "--summary", "perfetto"),
+        "bench": ("--rounds", "ceiling"),
+    }.items():
+        text = run(command, "--help").stdout
+        assert all(word in text for word in words), text

@@ -59,6 +59,8 @@ class Monitor:
     def issued(self, task: Task, at_s: float) -> None:
         """A task was handed to the backend."""
         self._running[task.id] = (LANE_OF[task.op], at_s)
+        if self._stage_from_s is None:
+            self._stage_from_s = at_s
         if task.op in (Op.READ, Op.COPY) and task.slot >= 0:
             self._slots[task.slot] = (SlotState.LOADING, task.layer)
         for _, slot in task.slots:
@@ -121,6 +123,7 @@ class Monitor:
     def _accept(self, span: Span) -> None:
         if self._stage == "prefill":
             self._enter("decode", self._wanted)
+            self._stage_from_s = span.stop_s
         for outcome in span.outcomes:
             self._tokens += outcome.num_new
             if outcome.num_proposed:

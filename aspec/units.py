@@ -40,5 +40,5 @@ def parse_rate(text: str) -> float:
 
 def format_rate(bytes_per_s: float) -> str:
     """Bytes per second for people: ``1.80 GB/s``, ``3.20 MB/s``."""
-    value, unit = (bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e8 else (bytes_per_s / 1e6, "MB/s")
+    value, unit = (bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e8 or bytes_per_s == 0 else (bytes_per_s / 1e6, "MB/s")
     return f"{value:.{2 if value < 100 else 1}f} {unit}"

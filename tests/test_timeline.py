@@ -55,8 +55,8 @@ def test_lane_use_counts_what_lies_inside():
 
 
 def test_the_bottleneck_in_words():
-    disk, target = lane_use("disk", [(0.0, 0.96, 960)], 0, 1), lane_use("target", [(0.0, 0.5, 0)], 0, 1)
-    assert bottleneck([disk, target]) == "disk-bound: 96 % of 0.00 MB/s"
+    disk, target = lane_use("disk", [(0.0, 0.96, 1_920_000_000)], 0, 1), lane_use("target", [(0.0, 0.5, 0)], 0, 1)
+    assert bottleneck([disk, target]) == "disk-bound: 96 % of 2.00 GB/s"
     assert bottleneck([target]) == "latency-bound: no lane is busy for more than 50 % of the time"
     assert bottleneck([lane_use("draft", [(0.0, 1.0, 0)], 0, 1)]) == "draft-bound: 100 % busy"
     assert bottleneck([]) == bottleneck([lane_use("cpu", [], 0, 1)]) == "idle"

@@ -7,6 +7,7 @@ aspec                 streams weights while the draft speculates, under --device
 accelerate            transformers with accelerate's disk offload; layers beyond --offload-memory are on disk
 assistant, default    the same with the draft as assistant model, on transformers' default schedule
 assistant, 5 tokens   the same with always 5 draft tokens; the better of the two is "accelerate+assistant"
+..., tuned            the same with help that its users do not have: see below
 in memory             transformers with every weight in memory and no limit: the upper reference
 
 Each runs in a child process, all but the last in a memory cgroup of --memory-limit, loading included. A child loads,
@@ -14,10 +15,10 @@ generates 2 tokens to warm up, drops the checkpoint's page cache and generates -
 ignored, timed from the call to its end; "decoding" leaves out what arrived first, alike for all. Round r starts with
 contender r. Without --threads each has its own default: transformers a thread per core, aspec one less.
 
-The others get what was measured to suit them: the weights that transformers holds are copied out of its mapped files,
-where a tight limit would evict them; and OMP_WAIT_POLICY=passive, unless set: threads that spin on a busy machine made
-transformers 15 times slower here. Timings are in the checkpoint's dtype. Then each generates --check-tokens tokens in
-fp32, without a limit and with about half of the weights off memory: the exit status is 1 unless all are the same.
+Tuned: the weights that transformers holds are copied out of its mapped files, where a tight limit evicts them again
+and again, and OMP_WAIT_POLICY=passive, because threads that spin on a busy machine made transformers slower here.
+Timings are in the checkpoint's dtype. Then each generates --check-tokens tokens in fp32, without a limit and with about
+half of the weights off memory: the exit status is 1 unless all are the same.
 """
 
 import argparse
@@ -110,7 +111,9 @@ async def open_aspec(job: Job, max_context: int) -> AsyncIterator[Peer]:
 
 
 @contextlib.asynccontextmanager
-async def open_transformers(job: Job, max_context: int, assistant: Record | None = None) -> AsyncIterator[Peer]:
+async def open_transformers(
+    job: Job, max_context: int, assistant: Record | None = None, copied: bool = False
+) -> AsyncIterator[Peer]:
     """transformers, offloaded to disk beyond the job's memory if it has one; refuses where nothing is on disk."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -128,7 +131,7 @@ async def open_transformers(job: Job, max_context: int, assistant: Record | None
         model = AutoModelForCausalLM.from_pretrained(job.target, dtype=job.dtype, **(offload if job.memory else {}))
         if job.memory and "disk" not in getattr(model, "hf_device_map", {}).values():
             raise SystemExit(f"nothing is on disk with {job.memory} bytes in memory: give a smaller --offload-memory")
-        for parameter in model.parameters():
+        for parameter in model.parameters() if copied else ():
             if parameter.device.type == "cpu":  # not on disk: copy it out of the mapped file
                 parameter.data = parameter.data.clone()
         model.generation_config.eos_token_id = None  # go on past end tokens
@@ -146,15 +149,19 @@ class Contender:
     open: Callable[..., contextlib.AbstractAsyncContextManager[Peer]]
     settings: Record = field(default_factory=dict)
     memory_option: str | None = "offload_memory"  # None: runs without a limit
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 FIVE_TOKENS = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}
 FIVE_TOKENS |= {"assistant_confidence_threshold": 0.0}  # else an unsure draft stops earlier
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 CONTENDERS = {
     "aspec": Contender(open_aspec, memory_option="device_memory"),
     "accelerate": Contender(open_transformers),
     "assistant, default": Contender(open_transformers, {"assistant": {}}),
     "assistant, 5 tokens": Contender(open_transformers, {"assistant": FIVE_TOKENS}),
+    "accelerate, tuned": Contender(open_transformers, {"copied": True}, environment=PASSIVE),
+    "assistant, tuned": Contender(open_transformers, {"assistant": {}, "copied": True}, environment=PASSIVE),
     "in memory": Contender(open_transformers, memory_option=None),
 }
 ASSISTED = ("assistant, default", "assistant, 5 tokens")
@@ -260,7 +267,7 @@ def run_child(job: Job, limit: int | None) -> Record:
     with memory_cgroup(limit) as folder, tempfile.TemporaryDirectory() as scratch:
         job = replace(job, cgroup=str(folder) if folder else None)
         command = [sys.executable, __file__, "--child", json.dumps(asdict(job))]
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "TMPDIR": scratch}
+        environment = {**os.environ, **CONTENDERS[job.contender].environment, "TMPDIR": scratch}
         child = subprocess.run(command, capture_output=True, text=True, start_new_session=True, env=environment)
         record: Record = {"contender": job.contender, **(cgroup_facts(folder) if folder else {})}
     if child.returncode == 0:
@@ -367,7 +374,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--memory-limit", type=parse_bytes, default="1.2GB", help="of the cgroup (%(default)s)")
     parser.add_argument("--no-limit", dest="memory_limit", action="store_const", const=None)
-    parser.add_argument("--device-memory", type=parse_bytes, default="640MiB", help="aspec's budget (%(default)s)")
+    parser.add_argument("--device-memory", type=parse_bytes, default="704MiB", help="aspec's budget (%(default)s)")
     parser.add_argument("--offload-memory", type=parse_bytes, default="900MB", help="accelerate's part (%(default)s)")
     parser.add_argument("--threads", type=int, help="compute threads of all; default: each one's own choice")
     parser.add_argument("--check-tokens", type=int, default=16, help="of the fp32 check; 0: none (%(default)s)")

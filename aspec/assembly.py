@@ -27,7 +27,7 @@ from aspec.text import Tokenizer, check_tokenizer, check_vocabulary
 MIB = 1 << 20
 DEMO = Path(__file__).parent / "demo"
 DEMO_BUDGET_BYTES = 14 * MIB  # below the demo target's 16 MB, so that streaming really happens
-MAX_DRAFT_TOKENS = 16
+MAX_DRAFT_TOKENS = 24
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 SMALLEST_CONTEXT = 256

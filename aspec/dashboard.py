@@ -1,6 +1,6 @@
 """Who watches a run: a live picture on a terminal, plain lines elsewhere, nothing when quiet.
 
-The picture is drawn in a thread of its own, 5 times a second, from a snapshot that the loop makes when asked:
+The picture is drawn in a thread of its own, 4 times a second, from a snapshot that the loop makes when asked:
 a slow terminal never holds up the loop, and a busy loop never freezes the picture.
 """
 
@@ -17,7 +17,7 @@ from aspec.io.ticker import OnLoop, Ticker
 from aspec.monitor import Monitor
 from aspec.snapshot import Snapshot
 
-FRAME_S = 0.2
+FRAME_S = 0.25
 LINE_S = 5.0
 ANSWER_S = 0.05  # how long a frame waits for the loop; then it shows the state before
 

@@ -38,7 +38,7 @@ def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
     if profile is not None and not flags.compare:
         plan = plan_for(design(job.options).plan, profile)
     else:
-        plan, timelines[REAL] = _record(job, flags.max_spans)
+        plan, timelines[REAL] = _record(job, flags.max_spans, output)
     if profile is None and flags.compare:
         profile = measured_profile(timelines[REAL])
     if profile is not None:
@@ -54,10 +54,17 @@ def summarise_file(path: Path, as_json: bool) -> None:
     _print_summaries(read_trace(path), as_json)
 
 
-def _record(job: Job, max_spans: int) -> tuple[Plan, Timeline]:
+def _record(job: Job, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
+    """A run and its timeline; of a run that does not finish, what there is goes to the file all the same."""
     recorder = Recorder(max_spans)
     epoch_ns = time.time_ns() - time.perf_counter_ns()
-    outcome = run(partial(run_job, job, [recorder]))
+    try:
+        outcome = run(partial(run_job, job, [recorder]))
+    except BaseException:
+        if len(recorder):
+            write_trace(output, {REAL: recorder.timeline(_facts(job, None))})
+            job.console.note(f"the run did not finish; what was recorded of it is in {output}")
+        raise
     for result in outcome.results:
         if job.flags.as_json:
             job.console.write(json.dumps(as_object(result, outcome)) + "\n")
@@ -74,15 +81,13 @@ def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timelin
     return recorder.timeline(_facts(job, plan))
 
 
-def _facts(job: Job, plan: Plan) -> dict[str, str | int | float]:
-    return {
-        "version": version("aspec"),
-        "target": str(job.options.target or "demo"),
-        "draft": str(job.options.draft or "none"),
-        "slots": plan.num_slots,
-        "bytes_per_pass": plan.streamed_bytes,
-        "held_bytes": plan.held_bytes,
-    }
+def _facts(job: Job, plan: Plan | None) -> dict[str, str | int | float]:
+    """What the figures hold for; without a plan the run did not finish."""
+    models = {"target": str(job.options.target or "demo"), "draft": str(job.options.draft or "none")}
+    facts: dict[str, str | int | float] = {"version": version("aspec"), **models}
+    if plan is not None:
+        facts |= {"slots": plan.num_slots, "bytes_per_pass": plan.streamed_bytes, "held_bytes": plan.held_bytes}
+    return facts
 
 
 def _check_writable(path: Path) -> None:

@@ -1,6 +1,10 @@
 """``aspec trace`` and ``aspec bench``: what they write, print and refuse; a trace agrees with its own run."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -99,6 +103,21 @@ def test_the_last_spans_are_kept_where_a_trace_is_capped(pair, tmp_path):
     assert run("trace", "-o", out, "--max-spans", 50, *pair, *SMALL, "-q").exit_code == 0
     check_trace(load(out))
     assert len(read_trace(out)["aspec"].slices) == 50
+
+
+def test_a_run_that_is_stopped_leaves_its_trace(pair, tmp_path):
+    out = tmp_path / "run.json"
+    slow = [*pair, *SMALL, "-n", "2000", "--max-context", "2048", "--device-memory", "8MiB", "--num-draft-tokens", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aspec", "trace", "-o", str(out), *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert os.read(process.stdout.fileno(), 4096)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    assert b"what was recorded" in errors
+    check_trace(load(out))
+    assert read_trace(out)["aspec"].rounds
 
 
 @pytest.mark.parametrize(

@@ -374,7 +374,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--memory-limit", type=parse_bytes, default="1.2GB", help="of the cgroup (%(default)s)")
     parser.add_argument("--no-limit", dest="memory_limit", action="store_const", const=None)
-    parser.add_argument("--device-memory", type=parse_bytes, default="704MiB", help="aspec's budget (%(default)s)")
+    parser.add_argument("--device-memory", type=parse_bytes, default="640MiB", help="aspec's budget (%(default)s)")
     parser.add_argument("--offload-memory", type=parse_bytes, default="900MB", help="accelerate's part (%(default)s)")
     parser.add_argument("--threads", type=int, help="compute threads of all; default: each one's own choice")
     parser.add_argument("--check-tokens", type=int, default=16, help="of the fp32 check; 0: none (%(default)s)")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from aspec.engine import Engine, Prompt, open_engine
 from aspec.errors import first_error
 from aspec.params import SamplingParams
-from aspec.sampling import derive_seed
+from aspec.sampling import TokenLogprob, derive_seed
 from aspec.stats import RequestStats
 
 T = TypeVar("T")
@@ -24,6 +24,7 @@ class Result:
     token_ids: tuple[int, ...]
     finish_reason: str  # "stop" | "length"
     stats: RequestStats
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, where they were asked for
 
 
 @overload
@@ -75,14 +76,16 @@ async def collect(
     """One stream to its end; ``heard`` receives the text as it arrives."""
     texts: list[str] = []
     tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
     async with aclosing(engine.stream(prompt, params)) as stream:
         async for piece in stream:
             texts.append(piece.text)
             tokens.extend(piece.token_ids)
+            logprobs.extend(piece.logprobs)
             if heard is not None:
                 heard(piece.text)
             if piece.finish_reason is not None and piece.stats is not None:
-                return Result("".join(texts), tuple(tokens), piece.finish_reason, piece.stats)
+                return Result("".join(texts), tuple(tokens), piece.finish_reason, piece.stats, tuple(logprobs))
     raise AssertionError("a stream ended without a finish reason")
 
 

@@ -7,32 +7,39 @@ models that do not share a vocabulary, are refused before anything is allocated.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from aspec.attention import temporary_bytes
+from aspec.drafting import Drafter, ModelDrafter
 from aspec.errors import BudgetError, UserError
+from aspec.exact import BLOCK_ROWS
 from aspec.hub import resolve
 from aspec.io.layout import Part, scratch_bytes
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.kv import KVCache
+from aspec.lookup import NgramDrafter
 from aspec.model import Model
 from aspec.options import EngineOptions
-from aspec.plan import Plan, PlannedPart, Tier
+from aspec.plan import Plan, PlannedPart, Speculation, Tier, draft_slots
 from aspec.planner import Needs, Wishes, make_plan
 from aspec.runner import ModelRunner, Weights
 from aspec.text import Tokenizer, check_tokenizer, check_vocabulary
 
 MIB = 1 << 20
+NGRAM = "ngram"  # the name of the draft that needs no model
 DEMO = Path(__file__).parent / "demo"
 DEMO_BUDGET_BYTES = 14 * MIB  # below the demo target's 16 MB, so that streaming really happens
-MAX_DRAFT_TOKENS = 24
+MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # proposals of a row in a pass, and tokens of a path, at most
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 SMALLEST_CONTEXT = 256
 PREFILL_TOKENS = 512  # tokens of one prefill item
 SMALLEST_PREFILL = 64
+SMALLEST_TREE = 16
+DRAW_BYTES = 64  # per token id of the vocabulary, while one row is drawn: scores, noise and their sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,10 @@ class Design:
     plan: Plan
     parts: tuple[Part, ...]
     draft_parts: tuple[Part, ...]
+    exact: bool = False
+    shared_noise: bool = True
+    ngram: bool = False  # the draft needs no model: it looks up what the text has said before
+    continuations: int | None = None  # of a lookup; None: as many as a tree is wide
 
 
 def assemble(options: EngineOptions) -> Assembly:
@@ -96,22 +107,23 @@ def design(options: EngineOptions) -> Design:
         budget_bytes=budget,
         num_rows=options.max_batch or DEFAULT_ROWS,
         capacity=capacity,
-        max_draft_tokens=_max_draft_tokens(options, draft),
-        fixed_draft_tokens=options.num_draft_tokens,
+        **_speculation(options, draft),
         resident_bytes=options.resident_memory,
+        exact=_exact(options),
     )
     plan = _plan(options, wishes, lambda wished: _needs(target, parts, draft, draft_parts, wished))
-    return Design(target, draft, tokenizer, plan, tuple(parts), tuple(draft_parts))
+    return Design(target, draft, tokenizer, plan, tuple(parts), tuple(draft_parts), **_method(options))
 
 
 def folders(options: EngineOptions) -> tuple[Path, Path | None]:
     """Where target and draft are; hub ids are fetched. Raises UserError where they cannot be found."""
+    off = _is_off(options) or options.draft == NGRAM
     if options.target is None:
-        if options.draft is not None:
+        if options.draft not in (None, NGRAM):
             raise UserError("--draft was given without --target: a draft serves one target; name both or neither.")
-        return DEMO / "target", None if options.num_draft_tokens == 0 else DEMO / "draft"
+        return DEMO / "target", None if off else DEMO / "draft"
     target = resolve(str(options.target), what="target")
-    if options.draft is None or options.num_draft_tokens == 0:
+    if options.draft is None or off:
         return target, None
     return target, resolve(str(options.draft), what="draft")
 
@@ -126,7 +138,7 @@ def _dtype(name: str, folder: Path) -> torch.dtype | None:
 
 
 def _plan(options: EngineOptions, wishes: Wishes, needs: Callable[[Wishes], Needs]) -> Plan:
-    """What was left open shrinks until the budget holds it: rows first, then context, then prefill items.
+    """What was left open shrinks until the budget holds it: rows first, then context, prefill items and drafts.
 
     Raises BudgetError if even the smallest does not fit.
     """
@@ -134,11 +146,14 @@ def _plan(options: EngineOptions, wishes: Wishes, needs: Callable[[Wishes], Need
         for capacity in _halved(wishes.capacity, options.max_context, SMALLEST_CONTEXT):
             longest = min(options.prefill_tokens or PREFILL_TOKENS, rows * capacity)
             for prefill in _halved(longest, options.prefill_tokens, SMALLEST_PREFILL):
-                wished = replace(wishes, num_rows=rows, capacity=capacity, prefill_tokens=prefill)
-                try:
-                    return make_plan(needs(wished), wished)
-                except BudgetError as error:
-                    refusal = error
+                for most in _halved(wishes.max_draft_tokens, options.num_draft_tokens, SMALLEST_TREE):
+                    wished = replace(
+                        wishes, num_rows=rows, capacity=capacity, prefill_tokens=prefill, max_draft_tokens=most
+                    )
+                    try:
+                        return make_plan(needs(wished), wished)
+                    except BudgetError as error:
+                        refusal = error
     raise refusal
 
 
@@ -164,10 +179,36 @@ def _capacity(options: EngineOptions, target: Model, draft: Model | None) -> int
     return min(options.max_context or DEFAULT_CONTEXT, most)
 
 
-def _max_draft_tokens(options: EngineOptions, draft: Model | None) -> int:
-    if draft is None:
-        return 0
-    return MAX_DRAFT_TOKENS if options.num_draft_tokens is None else options.num_draft_tokens
+def _method(options: EngineOptions) -> dict[str, Any]:
+    """How the draft proposes."""
+    ngram = options.draft == NGRAM and not _is_off(options)
+    one = 1 if options.speculation == "chain" else None
+    return {"exact": _exact(options), "shared_noise": options.shared_noise, "ngram": ngram, "continuations": one}
+
+
+def _exact(options: EngineOptions) -> bool:
+    """On a CPU unless refused: never by the machine at hand."""
+    return options.exact if options.exact is not None else options.device != "cuda"
+
+
+def _is_off(options: EngineOptions) -> bool:
+    return options.num_draft_tokens == 0 or options.speculation == "off"
+
+
+def _speculation(options: EngineOptions, draft: Model | None) -> dict[str, Any]:
+    """What of the wishes speaks of drafts."""
+    ngram = options.draft == NGRAM
+    if _is_off(options) or (draft is None and not ngram):
+        return {}
+    tree = ngram or options.speculation != "chain"  # a lookup's chain is a tree of one branch
+    most = MAX_TREE if tree else MAX_CHAIN
+    return {
+        "speculation": Speculation.TREE if tree else Speculation.CHAIN,
+        "max_draft_tokens": most if options.num_draft_tokens is None else options.num_draft_tokens,
+        "fixed_draft_tokens": options.num_draft_tokens,
+        "max_draft_depth": options.draft_depth or MAX_DEPTH,
+        "fixed_draft_depth": options.draft_depth,
+    }
 
 
 def _part_bytes(target: Model, budget: int) -> int:
@@ -188,29 +229,32 @@ def _needs(
         if part.layer >= 0
     )
     kv = KVCache.bytes_per_token(target.kv_shapes(), target.dtype)
-    if draft is not None:
-        kv += KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
+    draft_kv = 0 if draft is None else KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
+    spare = draft_slots(wishes.speculation, wishes.max_draft_tokens)
+    nodes = wishes.max_draft_tokens if spare else 0
     fixed = {
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
         "scratch": scratch_bytes(parts),
         "activations": _activation_bytes(target, wishes),
+        "draft trees": wishes.num_rows * (nodes * kv + spare * draft_kv),
     }
-    return Needs(layer_parts, target.num_layers, fixed, kv)
+    return Needs(layer_parts, target.num_layers, fixed, kv + draft_kv)
 
 
 def _activation_bytes(target: Model, wishes: Wishes) -> int:
-    """The widest moment of a layer, of its attention and of the head."""
-    tokens = wishes.prefill_tokens
+    """Hidden states, and the widest of what comes by turns: attention, the rest of a layer, the head."""
+    verified = wishes.num_rows * (1 + wishes.max_draft_tokens)
+    tokens = max(wishes.prefill_tokens, verified)
     text = target.config.get_text_config()
-    hidden = int(text.hidden_size)
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
     wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
-    item = torch.empty(0, dtype=target.dtype).element_size()
-    layer = tokens * (4 * hidden + 3 * wide) * item
-    attention = temporary_bytes(1, int(text.num_attention_heads), tokens, wishes.capacity)
-    head = wishes.num_rows * 2 * target.vocab_size * 8
-    return layer + attention + head
+    item = target.dtype.itemsize
+    attention = temporary_bytes(1, heads, tokens, wishes.capacity, exact=wishes.exact) + tokens * 4 * hidden * item
+    logits = -(-verified // BLOCK_ROWS) * BLOCK_ROWS if wishes.exact else verified
+    head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
+    return tokens * 2 * hidden * item + max(attention, tokens * 3 * wide * item, head)
 
 
 def _allocate(made: Design) -> Assembly:
@@ -225,13 +269,18 @@ def _allocate(made: Design) -> Assembly:
     scratch = torch.empty(scratch_bytes(made.parts), dtype=torch.uint8)
     layer_parts = {part.index: part for part in made.parts if part.layer >= 0}
     weights = Weights(layer_parts, [as_tensor(slot) for slot in slots], scratch)
-    runner = ModelRunner(target, _cache(target, plan), weights, draft, _cache(draft, plan) if draft else None)
+    drafter: Drafter | None = NgramDrafter(made.continuations) if made.ngram else None
+    if draft is not None:
+        drafter = ModelDrafter(
+            draft, _cache(draft, plan, plan.draft_slots), target.vocab_size, shared_noise=made.shared_noise
+        )
+    runner = ModelRunner(target, _cache(target, plan, plan.tree_slots, exact=made.exact), weights, drafter)
     loads = [Load(part, buffer, model) for (part, model), buffer in zip(once, buffers, strict=True)]
     return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, slots, loads, memory)
 
 
-def _cache(model: Model, plan: Plan) -> KVCache:
-    return KVCache(model.kv_shapes(), plan.num_rows, plan.capacity, model.dtype, "cpu")
+def _cache(model: Model, plan: Plan, slots: int, *, exact: bool = False) -> KVCache:
+    return KVCache(model.kv_shapes(), plan.num_rows, plan.capacity + slots, model.dtype, "cpu", exact=exact)
 
 
 def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:

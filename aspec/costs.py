@@ -40,6 +40,8 @@ class CostModel:
         self._op = {op: Average() for op in Op}
         self._link = Average()
         self._link_free_s = 0.0  # when the latest load landed
+        self._tokens_per_s = Average()  # over the rounds, all rows together
+        self._round, self._round_start_s, self._round_tokens = -1, 0.0, 0
         self._accepted, self._refused = 4.0, 1.0  # decayed counts; the prior says p = 0.8
 
     def observe(self, span: Span) -> None:
@@ -54,13 +56,42 @@ class CostModel:
             self._link_free_s = max(self._link_free_s, span.stop_s)
         else:
             self._op[task.op].add(seconds)
+        if task.op in (Op.DRAFT, Op.EMBED) and task.number != self._round:
+            self._round, self._round_start_s, self._round_tokens = task.number, span.start_s, 0
         for outcome in span.outcomes:
             self._learn_acceptance(outcome.num_proposed, outcome.num_accepted)
+            self._round_tokens += outcome.num_new
+        if span.outcomes and task.item is not None and not task.item.prefill and span.stop_s > self._round_start_s:
+            self._tokens_per_s.add(self._round_tokens / (span.stop_s - self._round_start_s))
 
     @property
     def acceptance(self) -> float:
         """The chance that one more proposal is accepted, given that those before it were."""
         return self._accepted / (self._accepted + self._refused)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The running speed of decoding; 0 before it is known."""
+        return self._tokens_per_s.value or 0.0
+
+    def pass_seconds(self, num_layers: int, streamed_bytes: int, most: int) -> list[tuple[int, float]]:
+        """(tokens, seconds) of passes up to ``most`` tokens by the present estimates; empty before any is known."""
+        if self._layer_seconds(1) is None:
+            return []
+        counts = [bucket for bucket in BUCKETS if bucket < most] + [most]
+        return [(n, self._round_seconds(num_layers, 1, n - 1, 0.0, streamed_bytes, 0)) for n in counts]
+
+    def level_seconds(self, elapsed_s: float, num_layers: int, num_tokens: int, plan_bytes: tuple[int, int]) -> float:
+        """What one more draft step costs a round that has drafted for ``elapsed_s``.
+
+        Nothing while the stream goes on beside it: ``plan_bytes`` are those of a pass, and those of them that can land
+        while no layer runs.
+        """
+        streamed_bytes, ahead_bytes = plan_bytes
+        step, rate = self._op[Op.DRAFT].value or 0.0, self._link.value
+        compute = num_layers * (self._layer_seconds(num_tokens) or 0.0)
+        hidden = rate is not None and compute < streamed_bytes / rate and elapsed_s + step <= ahead_bytes / rate
+        return 0.0 if hidden else step
 
     def best_draft_tokens(
         self, num_layers: int, num_rows: int, streamed_bytes: int, ahead_bytes: int, most: int
@@ -96,14 +127,17 @@ class CostModel:
         return max(compute + hidden, streamed_bytes / rate) + aside - hidden + 1e-6
 
     def _layer_seconds(self, num_tokens: int) -> float | None:
-        """Seconds of one layer for a token count, from the nearest counts that were measured."""
+        """Seconds of one layer for a token count, from the nearest counts that were measured.
+
+        Below all of them it is taken as proportional: hopeful, so that fewer tokens are tried and then measured.
+        """
         known = [(bucket, average.value) for bucket, average in self._layer.items() if average.value is not None]
         if not known:
             return None
         below = [pair for pair in known if pair[0] <= num_tokens]
         above = [pair for pair in known if pair[0] > num_tokens]
         if not below:
-            return above[0][1]
+            return above[0][1] * num_tokens / above[0][0]
         if not above:
             return below[-1][1] * max(1.0, num_tokens / (2 * below[-1][0]))
         (low, low_s), (high, high_s) = below[-1], above[0]

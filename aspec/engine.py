@@ -247,10 +247,10 @@ class Engine:
             if request is None or queue is None:
                 continue  # cancelled: nobody listens
             request.take(outcome, span.stop_s)
-            for text, tokens in sequence.take_pieces():
+            for text, tokens, logprobs in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self.plan, span.stop_s) if reason else None
-                queue.put_nowait(Piece(text, tokens, reason, final))
+                queue.put_nowait(Piece(text, tokens, reason, final, logprobs))
             if sequence.finish_reason is not None:
                 self._requests.pop(sequence.id)
 

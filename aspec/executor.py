@@ -128,7 +128,9 @@ class Executor:
     def _finish(self, task: Task, completion: Completion) -> None:
         cause = self._graph.complete(task)
         self._kick()
-        span = Span(task, completion.start_s, completion.stop_s, completion.outcomes, cause)
+        span = Span(
+            task, completion.start_s, completion.stop_s, completion.report.outcomes, completion.report.grown, cause
+        )
         self._recent = [*self._recent[-4:], span]
         for observe in self._observers:
             observe(span)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from aspec.options import EngineOptions
+from aspec.options import SPECULATION, EngineOptions
 from aspec.units import parse_bytes, parse_rate
 
 MODELS, SAMPLING, PLACE, OUTPUT = "Models", "Sampling", "Memory and speed", "Input and output"
@@ -57,7 +57,8 @@ class GenerateFlags:
         str | None,
         _option(
             MODELS,
-            "A small model with the same vocabulary that proposes tokens while the target's weights travel.",
+            "A small model with the same vocabulary that proposes tokens while the target's weights travel; or ngram: "
+            "look up what the text has said before.",
             "--draft",
             "--draft-model",
         ),
@@ -84,6 +85,18 @@ class GenerateFlags:
     top_p: Annotated[float | None, _option(SAMPLING, "Nucleus sampling, in (0, 1].")] = None
     top_k: Annotated[int | None, _option(SAMPLING, "Keep the k likeliest; 0 is off.", min=0)] = None
     min_p: Annotated[float | None, _option(SAMPLING, "Keep tokens this likely relative to the best.")] = None
+    repetition_penalty: Annotated[
+        float | None, _option(SAMPLING, "Of tokens in prompt and text, as in transformers; 1 is off.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, _option(SAMPLING, "Of tokens in the text, as in OpenAI's interface, -2 .. 2; 0 is off.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, _option(SAMPLING, "The same for every time a token has come, -2 .. 2; 0 is off.")
+    ] = None
+    logprobs: Annotated[
+        int | None, _option(SAMPLING, "With --json: logprobs of the tokens and of the K likeliest.", metavar="K")
+    ] = None
     seed: Annotated[int, _option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
     stop: Annotated[list[str] | None, _option(SAMPLING, "Stop before this text; repeat for several.")] = None
     ignore_eos: Annotated[bool, _option(SAMPLING, "Go on behind an end-of-sequence token.", "--ignore-eos")] = False
@@ -97,15 +110,32 @@ class GenerateFlags:
             metavar="SIZE",
         ),
     ] = None
+    speculation: Annotated[
+        str, _option(PLACE, "auto, chain, tree or off: what the draft proposes.", "--speculation")
+    ] = "auto"
     num_draft_tokens: Annotated[
         int,
         _option(
             PLACE,
-            "Proposals per pass; auto follows measured cost, 0 switches speculation off.",
+            "Proposals per pass, a chain's length or a tree's nodes; auto follows measured cost, 0 is off.",
+            "--draft-budget",
+            "--num-draft-tokens",
             parser=_count_or_auto,
             metavar="auto|N",
         ),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    draft_depth: Annotated[
+        int,
+        _option(PLACE, "Tokens of a tree's longest path.", "--draft-depth", parser=_count_or_auto, metavar="auto|N"),
+    ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    exact: Annotated[
+        bool | None,
+        _option(
+            PLACE,
+            "The same bits with any draft, batch and plan, at a fixed thread count. Default: on a CPU.",
+            "--exact/--no-exact",
+        ),
+    ] = None
     batch_size: Annotated[
         int, _option(PLACE, "Prompts that share a pass.", parser=_count_or_auto, metavar="auto|N")
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
@@ -126,6 +156,9 @@ class GenerateFlags:
 
     def check(self) -> None:
         """Refuse what cannot be meant. Raises typer.BadParameter, which ends with exit code 2."""
+        if self.speculation not in SPECULATION:
+            known = ", ".join(SPECULATION)
+            raise typer.BadParameter(f"expected one of {known}, found {self.speculation!r}", param_hint="--speculation")
         if self.device not in ("auto", "cpu", "cuda"):
             raise typer.BadParameter(f"expected auto, cpu or cuda, found {self.device!r}", param_hint="--device")
 
@@ -137,7 +170,10 @@ class GenerateFlags:
             dtype=self.dtype,
             device=self.device,
             device_memory=self.device_memory,
+            speculation=self.speculation,
             num_draft_tokens=None if self.num_draft_tokens < 0 else self.num_draft_tokens,
+            draft_depth=None if self.draft_depth < 0 else self.draft_depth,
+            exact=self.exact,
             max_batch=None if self.batch_size < 0 else self.batch_size,
             max_context=self.max_context,
             threads=self.threads,
@@ -152,6 +188,10 @@ class GenerateFlags:
             "top_p": self.top_p,
             "top_k": self.top_k,
             "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logprobs": self.logprobs,
             "seed": self.seed,
             "stop": tuple(self.stop or ()),
             "ignore_eos": self.ignore_eos,

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aspec.api import Result, collect, seeded
@@ -28,7 +28,7 @@ from aspec.units import format_rate
 MAX_AUTO_BATCH = 16
 PROBE_S = 0.5
 RECENT_SPANS = 100_000  # what the closing line looks back on
-TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p")
+TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def prepare(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> J
     options = flags.options()
     target, draft = folders(options)
     if options.target is not None:
-        options = replace(options, target=target, draft=draft)
+        options = replace(options, target=target, draft=draft or options.draft)
     tokenizer = Tokenizer.load(target)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
     params = sampling_params(generation_defaults(target), flags.sampling())
@@ -103,7 +103,8 @@ def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sa
     sampled = bool(defaults.get("do_sample"))
     for name in TAKEN_FROM_CHECKPOINT:
         if values[name] is None:
-            values[name] = defaults.get(name) if sampled else None
+            applies = sampled or name == "repetition_penalty"  # which transformers applies to greedy text as well
+            values[name] = defaults.get(name) if applies else None
     if values["temperature"] is None and sampled:
         values["temperature"] = 1.0
     return SamplingParams(**{name: value for name, value in values.items() if value is not None})
@@ -155,8 +156,10 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
     """The JSON object of one prompt; raw link rates in bytes per second."""
     stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
     before, after = outcome.link_rates
+    more = {"logprobs": [asdict(logprob) for logprob in result.logprobs]} if result.logprobs else {}
     return {
         "text": result.text,
+        **more,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
         "usage": {"prompt_tokens": result.stats.prompt_tokens, "completion_tokens": result.stats.completion_tokens},

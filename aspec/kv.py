@@ -3,12 +3,14 @@
 Rows are ragged: every row has its own length and positions, nothing is padded on the left. Committed slot ``j`` of
 a row holds position ``j``; what a pass writes behind the committed tokens is either committed or overwritten.
 New tokens form a chain unless ``parents`` makes them a tree: then slots follow the order of the nodes, positions
-their depth, and ``KVCache.gather`` moves an accepted path to where a chain would have put it.
+their depth, and ``KVCache.gather`` moves an accepted path to where a chain would have put it. A tree may be written
+in one step or grow over several; either way a node stands in the same slot.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -18,7 +20,7 @@ KVShape = tuple[int, int, int]
 
 KEY_TILE = 64
 """Attention runs over whole tiles of slots: on a CPU every new length costs a product its compiled kernel, which is
-kept, so lengths that recur save time and memory."""
+kept, so lengths that recur save time and memory. Exact attention adds up tile by tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,28 @@ class MaskKind:
         return self.narrow(query, key, key <= query)
 
 
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """What exact attention needs of one row: its keys in the order of their positions, as decoding would store them.
+
+    Positions below ``prefix`` are in slots of the same number, for every query. Behind them a query of a tree finds
+    its own path: ``tail`` [T, W] int64 is the slot of position ``prefix + w``. ``visible`` [T, P] bool is over
+    positions, P = prefix + W. All three lengths are whole tiles; a chain is all prefix, without a tail.
+    """
+
+    num_slots: int  # of the row, up to its last node
+    prefix: int
+    tail: torch.Tensor | None
+    visible: torch.Tensor
+
+
 class KVCache:
-    """Keys [R, H, C + 1, Dk] and values [R, H, C + 1, Dv] per layer; slot C takes the padding, never visible."""
+    """Keys [R, H, C + 1, Dk] and values [R, H, C + 1, Dv] per layer; slot C takes the padding, never visible.
+
+    ``exact``: a node's logits are bit for bit those of decoding its path token by token, at a price: attention as
+    ``aspec/attention.py`` says, all other products in blocks of rows of one size. Without it they are equal up to
+    rounding.
+    """
 
     def __init__(
         self,
@@ -51,7 +73,10 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        exact: bool = False,
     ) -> None:
+        self.exact = exact
         self.num_rows = num_rows
         self.capacity = capacity
         self.device = torch.device(device)
@@ -79,20 +104,29 @@ class KVCache:
         starts: Sequence[int],
         counts: Sequence[int],
         parents: Sequence[Sequence[int]] | None = None,
+        firsts: Sequence[int] | None = None,
     ) -> "StepCache":
-        """A work item's window: row ``rows[b]`` writes ``counts[b]`` tokens behind its ``starts[b]`` committed ones.
+        """A work item's window: row ``rows[b]`` writes ``counts[b]`` nodes behind its ``starts[b]`` committed tokens.
 
-        ``parents[b][t]`` is the node that node ``t`` of row ``b`` continues, -1 for the last committed token;
-        parents come before their children. Without it every token continues the one before.
-        Raises ValueError for rows that repeat or do not exist, and where a row would pass the capacity.
+        They are nodes ``firsts[b]`` (default 0) and following of the row's tree; earlier steps wrote the others.
+        ``parents[b][n]`` is the node that node ``n`` continues, -1 for the last committed token; it lists all nodes
+        so far, ``firsts[b] + counts[b]``, parents before their children. Node ``n`` stands in slot ``starts[b] + n``,
+        its position is ``starts[b]`` plus its depth. Without ``parents`` every node continues the one before.
+        Raises ValueError for rows that repeat or do not exist, a tree that is none, and beyond the capacity.
         """
-        if not len(rows) == len(starts) == len(counts) or min(counts, default=0) < 1 or min(starts) < 0:
+        firsts = [0] * len(rows) if firsts is None else firsts
+        if not len(rows) == len(starts) == len(counts) == len(firsts) or min(counts, default=0) < 1:
             raise ValueError(f"expected a start and at least one token per row, found {rows=} {starts=} {counts=}")
+        if min(*starts, *firsts) < 0:
+            raise ValueError(f"expected starts and first nodes from 0 on, found {starts=} {firsts=}")
         if len(set(rows)) != len(rows) or not 0 <= min(rows) <= max(rows) < self.num_rows:
             raise ValueError(f"expected distinct rows of {self.num_rows}, found {rows}")
-        if max(start + count for start, count in zip(starts, counts, strict=True)) > self.capacity:
-            raise ValueError(f"rows {rows} at {starts} with {counts} tokens pass the capacity of {self.capacity}")
-        return StepCache(self, rows, starts, counts, parents)
+        totals = [first + count for first, count in zip(firsts, counts, strict=True)]
+        if max(start + total for start, total in zip(starts, totals, strict=True)) > self.capacity:
+            raise ValueError(f"rows {rows} at {starts} with {totals} tokens pass the capacity of {self.capacity}")
+        if parents is not None and [len(links) for links in parents] != totals:
+            raise ValueError(f"expected the parents of {totals} nodes, found {[len(links) for links in parents]}")
+        return StepCache(self, rows, starts, counts, firsts, parents)
 
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
         """Keep of the nodes a row wrote from slot ``start`` on those in ``path``, in its order, from ``start`` on."""
@@ -119,28 +153,44 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         rows: Sequence[int],
         starts: Sequence[int],
         counts: Sequence[int],
+        firsts: Sequence[int],
         parents: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(layers=[])
         device = storage.device
         self.storage = storage
-        end = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.high = min(-(-end // KEY_TILE) * KEY_TILE, storage.capacity)
+        self.exact = storage.exact
+        width = max(counts)
+        self._starts = starts
+        self._totals = [first + count for first, count in zip(firsts, counts, strict=True)]
+        end = max(start + total for start, total in zip(starts, self._totals, strict=True))
+        self.high = min(_whole_tiles(end), storage.capacity)
         self._start = torch.tensor(starts, device=device)[:, None]  # [B, 1]
         last = torch.tensor(counts, device=device)[:, None] - 1
-        offsets = torch.arange(max(counts), device=device)[None]  # [1, T]
+        offsets = torch.arange(width, device=device)[None]  # [1, T]
         real = offsets <= last
-        self._node = torch.minimum(offsets, last)  # [B, T]: the token itself, for padding the row's last
-        self._ancestry = None if parents is None else _ancestry(parents, max(counts)).to(device)
-        depth = offsets.expand_as(real) if self._ancestry is None else self._ancestry.sum(-1) - 1
-        self.position_ids = self._start + depth.gather(1, self._node)
-        self.slots = torch.where(real, self._start + offsets, storage.capacity)  # [B, T]
+        # [B, T]: the node of a token, for padding the row's last
+        self._node = torch.minimum(offsets, last) + torch.tensor(firsts, device=device)[:, None]
+        self._tree = None if parents is None else _Tree.of(parents, device)
+        depth = self._node if self._tree is None else self._tree.depths.gather(1, self._node)
+        self.position_ids = self._start + depth
+        self.slots = torch.where(real, self._start + self._node, storage.capacity)  # [B, T]
         self._rows = torch.tensor(rows, device=device)
         consecutive = list(rows) == list(range(rows[0], rows[0] + len(rows)))
         self._row_slice = slice(rows[0], rows[0] + len(rows)) if consecutive else None
-        uniform = len(set(starts)) == 1 and len(set(counts)) == 1
-        self._slot_slice = slice(starts[0], starts[0] + counts[0]) if uniform else None
+        begins = {start + first for start, first in zip(starts, firsts, strict=True)}
+        uniform = len(begins) == 1 and set(counts) == {width}
+        self._slot_slice = slice(min(begins), min(begins) + width) if uniform else None
         self._masks: dict[MaskKind, torch.Tensor] = {}
+        self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
+
+    def layer_mask(self, kind: MaskKind) -> "torch.Tensor | tuple[Paths, ...]":
+        """What a layer gets as its mask: ``mask``, or in an exact step the paths of every row."""
+        if not self.exact:
+            return self.mask(kind)
+        if kind not in self._paths:
+            self._paths[kind] = self._make_paths(kind)
+        return self._paths[kind]
 
     def mask(self, kind: MaskKind | None = None) -> torch.Tensor:
         """Bool [B, 1, T, S] over the first S slots of every row: True where a query may look."""
@@ -152,17 +202,38 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def _make_mask(self, kind: MaskKind) -> torch.Tensor:
         query = self.position_ids[:, :, None]
         slot = torch.arange(self.high, device=query.device)[None, None]
-        if self._ancestry is None:
-            key, visible = slot, slot <= query
-        else:
-            offset = slot - self._start[:, :, None]  # [B, 1, S]: the node in a slot, negative where committed
-            node = offset.clamp(0, self._ancestry.shape[1] - 1)
-            depth = (self._ancestry.sum(-1) - 1)[:, None].gather(2, node)
-            key = torch.where(offset < 0, slot, self._start[:, :, None] + depth)
-            rows = self._ancestry.gather(1, self._node[:, :, None].expand_as(self._ancestry))
-            seen = rows.gather(2, node.expand(-1, rows.shape[1], -1)) & (offset < rows.shape[1])
-            visible = (offset < 0) | seen
-        return kind.narrow(query, key, visible)
+        if self._tree is None:
+            return kind.visible(query, slot)
+        start, depths = self._start[:, :, None], self._tree.depths
+        offset = slot - start  # [B, 1, S]: the node in a slot, negative where committed
+        node = offset.clamp(0, depths.shape[1] - 1)
+        key = torch.where(offset < 0, slot, start + depths[:, None].gather(2, node))
+        seen = torch.zeros(*self._node.shape, depths.shape[1], dtype=torch.bool, device=query.device)
+        seen.scatter_(2, self._node_paths(self._tree), True)
+        own = seen.gather(2, node.expand(-1, seen.shape[1], -1)) & (offset < depths.shape[1])
+        return kind.narrow(query, key, (offset < 0) | own)
+
+    def _node_paths(self, tree: "_Tree") -> torch.Tensor:
+        """[B, T, D] int64: the nodes from the root of a token's path down to itself, which fills the rest."""
+        return tree.paths.gather(1, self._node[:, :, None].expand(-1, -1, tree.paths.shape[2]))
+
+    def _make_paths(self, kind: MaskKind) -> tuple[Paths, ...]:
+        ends = (self.position_ids.amax(1) + 1).tolist()
+        nodes = None if self._tree is None else self._node_paths(self._tree)
+        made = []
+        for row, (start, end) in enumerate(zip(self._starts, ends, strict=True)):
+            length = _whole_tiles(end)
+            position = torch.arange(length, device=self.position_ids.device)
+            visible = kind.visible(self.position_ids[row, :, None], position)
+            if self._tree is None or nodes is None or self._tree.is_chain[row]:
+                made.append(Paths(length, length, None, visible))
+                continue
+            prefix = start // KEY_TILE * KEY_TILE
+            position = position[prefix:]
+            level = (position - start).clamp(0, nodes.shape[2] - 1)
+            tail = torch.where(position < start, position, start + nodes[row][:, level])
+            made.append(Paths(_whole_tiles(start + self._totals[row]), prefix, tail, visible))
+        return tuple(made)
 
     def update(
         self,
@@ -202,13 +273,42 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self.storage.capacity
 
 
-def _ancestry(parents: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Bool [B, N, N], N = ``width``: which nodes of a row a node sees, itself included. Raises ValueError."""
-    result = torch.eye(width, dtype=torch.bool).repeat(len(parents), 1, 1)
-    for row, links in zip(result, parents, strict=True):
-        for node, parent in enumerate(links):
-            if not -1 <= parent < node:
-                raise ValueError(f"node {node} continues node {parent}: expected an earlier node or -1")
-            if parent >= 0:
-                row[node] |= row[parent]
-    return result
+def _whole_tiles(length: int) -> int:
+    return -(-length // KEY_TILE) * KEY_TILE
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The nodes of every row: ``paths`` [B, N, D] int64 from the root down to a node, which fills the rest, and
+    ``depths`` [B, N] int64; N and D are the most nodes and levels of a row. Nodes beyond a row's own are roots."""
+
+    paths: torch.Tensor
+    depths: torch.Tensor
+    is_chain: tuple[bool, ...]  # per row: every node continues the one before
+
+    @staticmethod
+    def of(parents: Sequence[Sequence[int]], device: torch.device) -> "_Tree":
+        """Raises ValueError where a node does not continue an earlier one."""
+        size = max(len(links) for links in parents)
+        beyond = size  # stands for the last committed token, and is its own parent
+        above = np.full((len(parents), size + 1), beyond)
+        is_chain = []
+        for row, links in zip(above, parents, strict=True):
+            given, nodes = np.asarray(links), np.arange(len(links))
+            if (wrong := (given < -1) | (given >= nodes)).any():
+                bad = int(wrong.argmax())
+                raise ValueError(f"node {bad} continues node {links[bad]}: expected an earlier node or -1")
+            row[: len(links)] = np.where(given < 0, beyond, given)
+            is_chain.append(bool((given == nodes - 1).all()))
+        row_at = np.arange(len(parents))[:, None] * (size + 1)
+        flat = (above + row_at).ravel()
+        node = np.arange(size) + row_at
+        climbed = []  # the node itself, its parent, the parent's parent: one product per level, not per node
+        while (node - row_at != beyond).any():
+            climbed.append(node - row_at)
+            node = flat[node]
+        ancestors = np.stack(climbed, -1)  # [B, N, D]
+        depths = (ancestors != beyond).sum(-1) - 1
+        levels = np.maximum(depths[:, :, None] - np.arange(len(climbed)), 0)
+        paths = np.take_along_axis(ancestors, levels, -1)
+        return _Tree(torch.from_numpy(paths).to(device), torch.from_numpy(depths).to(device), tuple(is_chain))

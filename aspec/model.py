@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from aspec.binding import Binder
 from aspec.errors import CheckpointError, InternalError
+from aspec.exact import products
 from aspec.io.checkpoint import Checkpoint
 from aspec.io.layout import Part, plan_parts
 from aspec.io.mapping import map_tensors
@@ -123,14 +124,15 @@ class Model:
             self._run_frame(tape, input_ids, step.position_ids, step.mask(), step)
         hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
         for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
-            arguments[facts.mask_argument] = step.mask(facts.mask)
+            arguments[facts.mask_argument] = step.layer_mask(facts.mask)
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
 
     def layer(self, index: int, activation: Activation) -> None:
         """Run one layer on an item; its parameters must be bound."""
         self._binder.check(index)
-        output = self._layers[index](activation.hidden, **activation.arguments[index])
+        with products(activation.step):
+            output = self._layers[index](activation.hidden, **activation.arguments[index])
         activation.hidden = output[0] if isinstance(output, tuple) else output
 
     def head(self, activation: Activation, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,9 +158,10 @@ class Model:
         """The model's own forward around stubs that follow ``tape``."""
         self._local.tape = tape
         try:
-            return self._frame(
-                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=step, use_cache=True
-            )
+            with products(step):
+                return self._frame(
+                    input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=step, use_cache=True
+                )
         finally:
             del self._local.tape
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from aspec.errors import UserError
 
+SPECULATION = ("auto", "chain", "tree", "off")
+
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""
 
@@ -20,7 +22,11 @@ class EngineOptions:
     device_memory: int | None = None  # bytes
     resident_memory: int | None = None  # bytes of layers kept resident at most, even where more would fit
     dtype: str = "auto"
-    num_draft_tokens: int | None = None  # 0: no speculation
+    speculation: str = "auto"  # auto, chain, tree or off
+    num_draft_tokens: int | None = None  # proposals of a row in a pass: a chain's length, a tree's nodes; 0: off
+    draft_depth: int | None = None  # tokens of a tree's longest path
+    exact: bool | None = None  # the same bits whatever the draft, the batch and the plan; None: where it was proved
+    shared_noise: bool = True  # the draft ranks with the noise of the target's own draws; False: by likelihood alone
     max_batch: int | None = None  # sequences that share a pass
     max_context: int | None = None  # tokens of a sequence, prompt included
     prefill_tokens: int | None = None  # tokens of one prefill item at most
@@ -33,6 +39,7 @@ class EngineOptions:
             "device_memory": (self.device_memory, 1),
             "resident_memory": (self.resident_memory, 0),
             "num_draft_tokens": (self.num_draft_tokens, 0),
+            "draft_depth": (self.draft_depth, 1),
             "max_batch": (self.max_batch, 1),
             "max_context": (self.max_context, 2),
             "prefill_tokens": (self.prefill_tokens, 1),
@@ -43,5 +50,7 @@ class EngineOptions:
                 raise UserError(f"{name} must be at least {least}, found {value}.")
         if self.link_rate is not None and self.link_rate <= 0:
             raise UserError(f"link_rate must be a positive number of bytes per second, found {self.link_rate}.")
+        if self.speculation not in SPECULATION:
+            raise UserError(f"speculation must be one of {', '.join(SPECULATION)}, found {self.speculation!r}.")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device must be auto, cpu or cuda, found {self.device!r}.")

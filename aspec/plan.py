@@ -18,6 +18,13 @@ class Tier(StrEnum):
     DISK = "disk"  # the checkpoint's files: one read per pass (and a copy, where the device is not the host)
 
 
+class Speculation(StrEnum):
+    """What a draft proposes."""
+
+    CHAIN = "chain"  # one continuation
+    TREE = "tree"  # the likeliest continuations, which share their beginnings
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
     """One unit of weights: ``nbytes`` are read or copied, ``size`` bytes of buffer hold them.
@@ -49,8 +56,11 @@ class Plan:
     num_rows: int = 1
     capacity: int = 2048  # tokens of KV per row
     prefill_tokens: int = 512  # tokens of one prefill item at most
-    max_draft_tokens: int = 0  # 0: no speculation
+    max_draft_tokens: int = 0  # proposals of a row in a pass at most; 0: no speculation
     fixed_draft_tokens: int | None = None  # None: chosen by measured cost
+    speculation: Speculation = Speculation.CHAIN
+    max_draft_depth: int = 32  # tokens of a tree's longest path at most
+    fixed_draft_depth: int | None = None  # levels of a tree; None: chosen by measured cost
     num_staging: int = 0  # 0: reads fill slots directly (the device is the host)
     draft_resource: str = "compute"
     budget_bytes: int | None = None
@@ -84,6 +94,16 @@ class Plan:
         return (self.num_slots - most) * self.slot_bytes
 
     @property
+    def tree_slots(self) -> int:
+        """KV slots of a row behind its capacity, for the nodes of a tree that the target verifies."""
+        return self.max_draft_tokens if self.speculation is Speculation.TREE else 0
+
+    @property
+    def draft_slots(self) -> int:
+        """The same for the draft, which also sees nodes that are pruned, and those it grows ahead."""
+        return draft_slots(self.speculation, self.max_draft_tokens)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that the plan holds on the device at its peak."""
         return sum(self.arithmetic.values())
@@ -92,6 +112,11 @@ class Plan:
         """The arithmetic as one paragraph."""
         terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in self.arithmetic.items() if nbytes)
         return f"{terms} = {format_bytes(self.held_bytes)}"
+
+
+def draft_slots(speculation: Speculation, max_draft_tokens: int) -> int:
+    """KV slots of a row of the draft behind its capacity: for the nodes of two rounds, pruned ones included."""
+    return 2 * (max_draft_tokens + 8) if speculation is Speculation.TREE and max_draft_tokens else 0
 
 
 def format_bytes(nbytes: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from aspec.errors import BudgetError
-from aspec.plan import Plan, PlannedPart, Tier, format_bytes
+from aspec.plan import Plan, PlannedPart, Speculation, Tier, format_bytes
 
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
@@ -30,8 +30,12 @@ class Wishes:
     num_rows: int
     capacity: int
     prefill_tokens: int = 512
+    speculation: Speculation = Speculation.CHAIN
     max_draft_tokens: int = 0
     fixed_draft_tokens: int | None = None
+    max_draft_depth: int = 32
+    fixed_draft_depth: int | None = None
+    exact: bool = False  # products in blocks of rows: wider moments
     resident_bytes: int | None = None  # layers resident at most, even where more would fit
 
 
@@ -78,8 +82,11 @@ def _plan(
         num_rows=wishes.num_rows,
         capacity=wishes.capacity,
         prefill_tokens=wishes.prefill_tokens,
+        speculation=wishes.speculation,
         max_draft_tokens=wishes.max_draft_tokens,
         fixed_draft_tokens=wishes.fixed_draft_tokens,
+        max_draft_depth=wishes.max_draft_depth,
+        fixed_draft_depth=wishes.fixed_draft_depth,
         budget_bytes=wishes.budget_bytes,
         arithmetic=held,
     )

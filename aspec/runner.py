@@ -6,25 +6,18 @@ and a proposal is accepted while it is the very token drawn (Daliri et al., "Cou
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from aspec.drafting import Drafter, item_of, pad
 from aspec.io.layout import Part
 from aspec.kv import KVCache
 from aspec.model import Activation, Model
-from aspec.sampling import draw_rows
+from aspec.penalties import Context
+from aspec.sampling import draw_rows, token_logprobs
 from aspec.sequence import Sequence as TokenSequence
-from aspec.tasks.task import Op, RowOutcome, Seating, Task, WorkItem
-
-
-@dataclass(slots=True)
-class RowState:
-    """What the maths keeps of an occupied row; mutable, because tasks of one row are ordered by the graph."""
-
-    sequence: TokenSequence
-    proposals: list[int] = field(default_factory=list)
-    drafted: int = 0  # positions 0 .. drafted-1 of the draft's KV belong to committed tokens or live proposals
+from aspec.tasks.task import NOTHING, Op, Report, RowOutcome, Seating, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +37,23 @@ class ModelRunner:
         target: Model,
         target_kv: KVCache,
         weights: Weights,
-        draft: Model | None = None,
-        draft_kv: KVCache | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._target, self._target_kv, self._weights = target, target_kv, weights
-        self._draft, self._draft_kv = draft, draft_kv
+        self._drafter = drafter
         self._sequences: dict[int, TokenSequence] = {}  # those that wait for a row
-        self._rows: dict[int, RowState] = {}
+        self._rows: dict[int, TokenSequence] = {}
         self._activations: dict[int, Activation] = {}  # by item index, between EMBED and HEAD
+        self._depths: dict[int, list[list[int]]] = {}  # likewise: of every row's tokens, counted from its start
         self._bound: dict[int, int] = {}  # streamed part -> the pass it was last bound in
         self._draws: dict[int, list[list[int]]] = {}  # by item index, between HEAD and ACCEPT
-        self._ops: Mapping[Op, Callable[[Task], tuple[RowOutcome, ...]]] = {
+        self._logits: dict[int, torch.Tensor] = {}  # likewise, where logprobs are asked for
+        self._ops: Mapping[Op, Callable[[Task], Report]] = {
             Op.EMBED: self._embed,
             Op.LAYER: self._layer,
             Op.HEAD: self._head,
             Op.ACCEPT: self._accept,
-            Op.DRAFT: self._draft_step,
+            Op.DRAFT: self._draft,
             Op.DRAFT_PREFILL: self._draft_prefill,
         }
 
@@ -69,128 +63,122 @@ class ModelRunner:
 
     def sequence_in(self, row: int) -> TokenSequence:
         """The sequence that sits in a row."""
-        return self._rows[row].sequence
+        return self._rows[row]
 
     def seat(self, seatings: Sequence[Seating]) -> None:
         """Rows change hands between passes."""
         for seating in seatings:
-            if seating.sequence is None:
+            sequence = None if seating.sequence is None else self._sequences.pop(seating.sequence)
+            if sequence is None:
                 del self._rows[seating.row]
             else:
-                self._rows[seating.row] = RowState(self._sequences.pop(seating.sequence))
+                self._rows[seating.row] = sequence
+            if self._drafter is not None:
+                self._drafter.seat(seating.row, sequence)
 
     @torch.inference_mode()
-    def run(self, task: Task) -> tuple[RowOutcome, ...]:
-        """Compute one task. Raises NumericError where the target's logits are not numbers."""
+    def run(self, task: Task) -> Report:
+        """Compute one task. Raises NumericError where logits are not numbers."""
         return self._ops[task.op](task)
 
     # -- target ----------------------------------------------------------------------------------------------
 
-    def _embed(self, task: Task) -> tuple[RowOutcome, ...]:
-        item = _item(task)
-        step = self._target_kv.step(item.rows, item.starts, item.counts)
-        tokens = [self._tokens(*triple) for triple in zip(item.rows, item.starts, item.counts, strict=True)]
-        self._activations[item.index] = self._target.embed(_pad(tokens), step)
-        return ()
+    def _embed(self, task: Task) -> Report:
+        item = item_of(task)
+        tokens, parents = [], []
+        for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
+            own, links = self._tokens(row, start, count)
+            tokens.append(own)
+            parents.append(links)
+        tree = any(links is not None for links in parents)
+        nodes = [links or list(range(-1, count - 1)) for links, count in zip(parents, item.counts, strict=True)]
+        self._depths[item.index] = [depths_of(links) for links in nodes]
+        step = self._target_kv.step(item.rows, item.starts, item.counts, nodes if tree else None)
+        self._activations[item.index] = self._target.embed(pad(tokens), step)
+        return NOTHING
 
-    def _tokens(self, row: int, start: int, count: int) -> list[int]:
-        """The committed tokens from ``start`` on, then the row's proposals."""
-        state = self._rows[row]
-        committed = state.sequence.tokens[start : start + count]
-        return committed + state.proposals[: count - len(committed)]
+    def _tokens(self, row: int, start: int, count: int) -> tuple[list[int], list[int] | None]:
+        """The committed tokens from ``start`` on, then the row's proposal; its tree, the first token its root."""
+        committed = self._rows[row].tokens[start : start + count]
+        if len(committed) == count or self._drafter is None:
+            return committed, None
+        proposed, parents = self._drafter.propose(row, count - len(committed))
+        return committed + proposed, None if parents is None else [-1, *(parent + 1 for parent in parents)]
 
-    def _layer(self, task: Task) -> tuple[RowOutcome, ...]:
+    def _layer(self, task: Task) -> Report:
         weights = self._weights
         for part, slot in task.slots:
             if self._bound.get(part) != task.number:  # several items of a pass share what one bind converted
                 self._target.bind(weights.parts[part], weights.slots[slot], weights.scratch)
                 self._bound[part] = task.number
-        self._target.layer(task.layer, self._activations[_item(task).index])
-        return ()
+        self._target.layer(task.layer, self._activations[item_of(task).index])
+        return NOTHING
 
-    def _head(self, task: Task) -> tuple[RowOutcome, ...]:
-        item = _item(task)
-        activation = self._activations.pop(item.index)
+    def _head(self, task: Task) -> Report:
+        item = item_of(task)
+        activation, depths = self._activations.pop(item.index), self._depths.pop(item.index)
         keep = torch.tensor([[count - 1] for count in item.counts]) if item.prefill else None
         logits = self._target.head(activation, keep)
-        spans = [(s + c, 1) if item.prefill else (s + 1, c) for s, c in zip(item.starts, item.counts, strict=True)]
-        positions = [list(range(first, first + n)) for first, n in spans]
-        samplers = [self._rows[row].sequence.sampler for row in item.rows]
-        self._draws[item.index] = draw_rows(samplers, logits, positions)
-        return ()
+        drawn_at = [own[-1:] if item.prefill else own for own in depths]
+        positions = [[start + 1 + depth for depth in own] for start, own in zip(item.starts, drawn_at, strict=True)]
+        samplers = [self._rows[row].sampler for row in item.rows]
+        proposed = [0 if item.prefill else count - 1 for count in item.counts]
+        contexts = [self._context(row, count) for row, count in zip(item.rows, proposed, strict=True)]
+        self._draws[item.index] = draw_rows(samplers, logits, positions, contexts=contexts)
+        if any(self._rows[row].params.logprobs is not None for row in item.rows):
+            self._logits[item.index] = logits
+        return NOTHING
 
-    def _accept(self, task: Task) -> tuple[RowOutcome, ...]:
-        item = _item(task)
-        draws = self._draws.pop(item.index)
-        return tuple(
-            self._accept_row(row, drawn, 0 if item.prefill else count - 1)
-            for row, drawn, count in zip(item.rows, draws, item.counts, strict=True)
-        )
+    def _context(self, row: int, num_proposed: int) -> Context | None:
+        """What leads to the positions that are drawn for a row; None where no penalty asks."""
+        sequence, drafter = self._rows[row], self._drafter
+        if sequence.counts is None or drafter is None or not num_proposed:
+            return sequence.context()
+        return sequence.context(*drafter.propose(row, num_proposed))
 
-    def _accept_row(self, row: int, drawn: list[int], num_proposed: int) -> RowOutcome:
+    def _accept(self, task: Task) -> Report:
+        item = item_of(task)
+        draws, logits = self._draws.pop(item.index), self._logits.pop(item.index, None)
+        outcomes = []
+        for place, (row, drawn) in enumerate(zip(item.rows, draws, strict=True)):
+            start, count = item.starts[place], 1 if item.prefill else item.counts[place]
+            own = None if logits is None else logits[place]
+            outcomes.append(self._accept_row(row, start, drawn, count - 1, own))
+        return Report(tuple(outcomes))
+
+    def _accept_row(
+        self, row: int, start: int, drawn: list[int], num_proposed: int, logits: torch.Tensor | None
+    ) -> RowOutcome:
         """Commit the draws up to and including the first that no proposal foresaw."""
-        state = self._rows[row]
-        proposals = state.proposals[:num_proposed]
-        matches = [proposal == draw for proposal, draw in zip(proposals, drawn, strict=False)]
-        accepted = matches.index(False) if False in matches else num_proposed
-        num_new = state.sequence.commit(drawn[: accepted + 1])
-        state.drafted = min(state.drafted, len(state.sequence.tokens) - 1)
-        state.proposals = []
-        stopped = state.sequence.finish_reason is not None
-        return RowOutcome(row, num_proposed, accepted, num_new, stopped)
+        sequence, drafter = self._rows[row], self._drafter
+        path, emitted = drafter.follow(row, drawn, num_proposed) if drafter and num_proposed else ([], drawn[:1])
+        places = [0, *(place + 1 for place in path)]
+        wanted = sequence.params.logprobs
+        logprobs = [] if wanted is None or logits is None else token_logprobs(logits[places], emitted, wanted)
+        num_new = sequence.commit(emitted, logprobs)
+        if drafter is not None:
+            self._target_kv.gather(row, start, places)
+            drafter.settle(row, path)
+        return RowOutcome(row, num_proposed, len(path), num_new, sequence.finish_reason is not None)
 
     # -- draft -----------------------------------------------------------------------------------------------
 
-    def _draft_step(self, task: Task) -> tuple[RowOutcome, ...]:
-        """Propose one more token for every row: the draft catches up with what it has not seen, then draws."""
-        item = _item(task)
-        states = [self._rows[row] for row in item.rows]
-        fed = [(state.sequence.tokens + state.proposals)[state.drafted :] for state in states]
-        logits = self._run_draft(item.rows, [state.drafted for state in states], fed)
-        positions = [[state.drafted + len(tokens)] for state, tokens in zip(states, fed, strict=True)]
-        samplers = [state.sequence.sampler for state in states]
-        drawn = draw_rows(samplers, logits, positions, limit=self._target.vocab_size)
-        for state, tokens, row_draw in zip(states, fed, drawn, strict=True):
-            state.drafted += len(tokens)
-            state.proposals.append(row_draw[0])
-        return ()
+    def _draft(self, task: Task) -> Report:
+        assert self._drafter is not None
+        if task.growth is not None:
+            return Report(grown=self._drafter.grow_trees(item_of(task), task.growth))
+        self._drafter.extend_chains(item_of(task))
+        return NOTHING
 
-    def _draft_prefill(self, task: Task) -> tuple[RowOutcome, ...]:
-        """A chunk of prompts into the draft's KV; the last token waits for the first draft step."""
-        item = _item(task)
-        states = [self._rows[row] for row in item.rows]
-        fed = [
-            state.sequence.tokens[start : start + count]
-            for state, start, count in zip(states, item.starts, item.counts, strict=True)
-        ]
-        self._run_draft(item.rows, item.starts, fed, want_logits=False)
-        for state, tokens in zip(states, fed, strict=True):
-            state.drafted += len(tokens)
-        return ()
-
-    def _run_draft(
-        self, rows: Sequence[int], starts: Sequence[int], fed: list[list[int]], *, want_logits: bool = True
-    ) -> torch.Tensor:
-        """One forward of the draft; logits [B, 1, V] at every row's last token."""
-        assert self._draft is not None
-        assert self._draft_kv is not None
-        counts = [len(tokens) for tokens in fed]
-        ids = _pad(fed)
-        ids = ids.where(ids < self._draft.vocab_size, 0)  # padding may differ: what the draft cannot know costs a miss
-        activation = self._draft.embed(ids, self._draft_kv.step(rows, starts, counts))
-        for layer in range(self._draft.num_layers):
-            self._draft.layer(layer, activation)
-        if not want_logits:
-            return activation.hidden
-        return self._draft.head(activation, torch.tensor([[count - 1] for count in counts]))
+    def _draft_prefill(self, task: Task) -> Report:
+        assert self._drafter is not None
+        self._drafter.prefill(item_of(task))
+        return NOTHING
 
 
-def _item(task: Task) -> WorkItem:
-    assert task.item is not None, f"{task.label} carries no work item"
-    return task.item
-
-
-def _pad(rows: list[list[int]]) -> torch.Tensor:
-    """Token ids as [B, T] int64; shorter rows repeat their last token, whose results nobody reads."""
-    width = max(len(tokens) for tokens in rows)
-    return torch.tensor([tokens + [tokens[-1]] * (width - len(tokens)) for tokens in rows])
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """The depth of every node from its parents; the root's is 0."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    return depths

@@ -10,13 +10,15 @@ kept are those that ``transformers`` keeps.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log
 
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
-from aspec.errors import NumericError
+from aspec.errors import InternalError, NumericError
 from aspec.params import SamplingParams
+from aspec.penalties import Context, Penalties
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits cannot be divided by; vLLM draws the same line
 SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far below anything that costs time
@@ -122,23 +124,37 @@ def _signed(x: int) -> int:
 class Sampler:
     """One request's draws; serves the target and any draft alike.
 
-    Temperature, top-k, top-p and min-p keep what the warpers of ``transformers`` keep, in its order. A row is first
-    narrowed to the ids that can survive (which is all that top-k does), so nothing sorts a whole vocabulary.
+    Penalties come first. Temperature, top-k, top-p and min-p keep what the warpers of ``transformers`` keep, in its
+    order. A row is first narrowed to the ids that can survive (which is all that top-k does), so nothing sorts a whole
+    vocabulary.
     """
 
     def __init__(self, params: SamplingParams) -> None:
         self.greedy = params.temperature < GREEDY_BELOW
+        self.penalties = Penalties.of(params)
         self._seed = int(params.seed)
         self._top_k, self._top_p, self._min_p = int(params.top_k), float(params.top_p), float(params.min_p)
         temperature = float(params.temperature)
         self._temperature = None if self.greedy or temperature == 1 else TemperatureLogitsWarper(temperature)
+        self.temperature = 1.0 if self.greedy else temperature
 
-    def draw(self, logits: torch.Tensor, positions: Sequence[int], limit: int | None = None) -> list[int]:
+    def noise(self, positions: Sequence[int], vocab_size: int) -> torch.Tensor | None:
+        """The Gumbel noise [N, V] float32 that the draws at N absolute positions add; None where none is added."""
+        return None if self.greedy else gumbel(self._seed, positions, vocab_size)
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        positions: Sequence[int],
+        limit: int | None = None,
+        context: Context | None = None,
+    ) -> list[int]:
         """The tokens at absolute ``positions`` [N] from logits [N, V] of any float dtype; ties go to the lowest id.
 
-        Ids from ``limit`` on are never drawn. Raises NumericError where a row holds NaN or +inf, or only -inf.
+        Ids from ``limit`` on are never drawn. ``context`` has a path for each of the N positions; only penalties read
+        it, and they cannot do without. Raises NumericError where a row holds NaN or +inf, or only -inf.
         """
-        logits = logits[..., :limit]
+        logits = self.penalised(logits[..., :limit], context)
         if self.greedy:
             return _draw_greedy(logits, positions)
         scores = logits.float()
@@ -150,6 +166,20 @@ class Sampler:
             return [int(token) for token in torch.stack(drawn).tolist()] if drawn else []
         noise = gumbel(self._seed, positions, scores.shape[-1], scores.device)
         return [int(token) for token in noise.add_(scores).max(-1).indices.tolist()]
+
+    def penalised(self, logits: torch.Tensor, context: Context | None) -> torch.Tensor:
+        """A penalised copy [N, V] float32 of raw logits [N, V]; without penalties the very logits, whatever context.
+
+        What a draft ranks goes through here too: children as much as draws.
+        """
+        if self.penalties is None:
+            return logits
+        if context is None or len(context.paths) != len(logits):
+            found = "none" if context is None else len(context.paths)
+            raise InternalError(f"penalties need a path for each of {len(logits)} positions, found {found}.")
+        scores = logits.to(torch.float32, copy=True)
+        self.penalties.apply(scores, context)
+        return scores
 
     def _draw_row(self, scores: torch.Tensor, position: int) -> torch.Tensor:
         """One token id [] int64 from scores [V] float32, noise computed for the survivors only."""
@@ -182,15 +212,17 @@ def draw_rows(
     logits: torch.Tensor,
     positions: Sequence[Sequence[int]],
     limit: int | None = None,
+    contexts: Sequence[Context | None] | None = None,
 ) -> list[list[int]]:
     """Draw for every row of logits [B, T, V] at its own positions, which belong to the first columns of the row.
 
     Columns beyond a row's positions are padding: neither drawn nor checked. Ids from ``limit`` on are never drawn
-    (a draft's vocabulary may be padded further than the target's). All greedy rows share one argmax.
+    (a draft's vocabulary may be padded further than the target's). ``contexts[b]`` has a path for each of the row's
+    positions; rows without penalties need none. All greedy rows without penalties share one argmax.
     Raises NumericError as ``Sampler.draw`` does.
     """
     drawn: list[list[int]] = [[] for _ in samplers]
-    greedy = [index for index, sampler in enumerate(samplers) if sampler.greedy]
+    greedy = [index for index, sampler in enumerate(samplers) if sampler.greedy and sampler.penalties is None]
     if greedy:
         rows = logits if len(greedy) == len(samplers) else logits[greedy]
         best, tokens = rows[..., :limit].max(-1)
@@ -200,9 +232,10 @@ def draw_rows(
             _check_values(row_values[: len(wanted)], wanted)
             drawn[index] = row_ids[: len(wanted)]
     for index, sampler in enumerate(samplers):
-        if not sampler.greedy:
+        if not sampler.greedy or sampler.penalties is not None:
             wanted = positions[index]
-            drawn[index] = sampler.draw(logits[index, : len(wanted)], wanted, limit)
+            context = contexts[index] if contexts is not None else None
+            drawn[index] = sampler.draw(logits[index, : len(wanted)], wanted, limit, context)
     return drawn
 
 
@@ -225,3 +258,43 @@ def _check_values(best: Sequence[float], positions: Sequence[int]) -> None:
                 f"the model's largest logit for position {position} is {value}: expected a finite number. The weights "
                 f"are damaged, or they overflow in this dtype: verify the checkpoint's files, or try --dtype float32."
             )
+
+
+# -- logprobs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A drawn token, the log of its probability under the model, and the likeliest tokens at its position.
+
+    ``top``: (token, logprob) pairs, likeliest first, of equals the lowest id first; the drawn token may be among them.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], num_top: int = 0) -> list[TokenLogprob]:
+    """Natural logprobs of drawn ``tokens`` [N] and of the ``num_top`` likeliest, from logits [N, V] of any float dtype.
+
+    They are the model's own: log-softmax of the raw logits in float32, before penalties, temperature and filters
+    (what vLLM calls ``raw_logprobs``). ``top`` is shorter where fewer tokens are possible at all. Give it only what
+    is emitted: every row costs a log-softmax. A row's result does not depend on the others.
+    """
+    return [_token_logprob(row.float(), token, num_top) for row, token in zip(logits, tokens, strict=True)]
+
+
+def _token_logprob(row: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
+    """One position, from logits [V] float32; rows go one by one, so that none is summed in another's company."""
+    logprobs = row.log_softmax(-1)
+    num_top = min(num_top, len(row))
+    if num_top == 0:
+        return TokenLogprob(token, float(logprobs[token]))
+    least = row.topk(num_top).values[-1]
+    ids = ((row >= least) & (row > -torch.inf)).nonzero()[
+        :, 0
+    ]  # all that equal the last, which topk picks from at whim
+    ids = ids[row[ids].sort(descending=True, stable=True).indices[:num_top]]
+    drawn, *values = logprobs[torch.cat([ids.new_tensor([token]), ids])].tolist()
+    return TokenLogprob(token, drawn, tuple(zip(ids.tolist(), values, strict=True)))

@@ -1,16 +1,19 @@
-"""The policy: which sequences sit in which rows, how long the drafts are, and what every pass does.
+"""The policy: which sequences sit in which rows, how large the drafts are, and what every pass does.
 
 A round drafts for the rows that decode, verifies them in one pass of the target together with the prompts that
 join, and ends when every row's counts are back. The next round is emitted then; the weight stream did not wait.
+Chains are emitted with their pass. Trees grow level by level on what the last level found (SpecExec, arXiv
+2406.02532), as long as a level is worth its seconds; then the pass takes the nodes that are worth theirs.
 What may NOT go in: tensors, token values, asyncio, clocks, randomness. Counts, ids, bytes and seconds only.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from aspec.calibration import another_level, marginal_seconds, worthwhile
 from aspec.costs import CostModel
-from aspec.plan import Plan
+from aspec.plan import Plan, Speculation
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY, Numbering, WeightStream, emit_pass
 from aspec.tasks.task import (
     Access,
@@ -19,6 +22,8 @@ from aspec.tasks.task import (
     Closing,
     Decision,
     Event,
+    Grown,
+    Growth,
     Op,
     RowOutcome,
     Seating,
@@ -31,6 +36,9 @@ from aspec.tasks.task import (
     sequence_buffer,
 )
 
+BEAMS, WIDTH = 8, 8  # nodes of a row that a level expands, and children that each of them offers
+LEAST_GAIN = 0.02  # tokens; a level that promises less is not worth the loop's time
+TRY_AGAIN_EVERY = 32  # rounds without a draft, once proposals do not pay
 GROUP = 0  # one group of rows; rotation over several is a matter of the plan
 
 
@@ -45,6 +53,18 @@ class Row:
     cancelled: bool = False
 
 
+@dataclass(slots=True)
+class Draft:
+    """The trees of the round that is being drafted; mutable, because every level adds to them."""
+
+    rows: dict[int, Row]  # those that decode
+    budgets: dict[int, int]  # nodes that a row may propose
+    depths: dict[int, int]  # tokens that a path of a row may have
+    level: int = 0  # the one that is being grown
+    found: dict[int, Grown] = field(default_factory=dict)  # by row, the latest
+    seconds: float = 0.0  # of drafting so far
+
+
 class Scheduler:
     """Answers every event with the tasks that follow from it."""
 
@@ -57,10 +77,11 @@ class Scheduler:
         self._stream = WeightStream(plan, self._next_id)
         self._waiting: deque[Arrived] = deque()
         self._rows: dict[int, Row] = {}  # by row number; only occupied rows
-        self._open_accepts = 0  # ACCEPT tasks of the running pass that are not back
+        self._open = 0  # ACCEPT and DRAFT_PREFILL tasks of the running pass that are not back: they use its rows
         self._committed = ""  # present content of the sequence buffer
         self._closing = False
         self._quiet_rounds = 0  # decode rounds without a proposal since the last one with
+        self._draft: Draft | None = None  # trees that grow; their pass is not emitted yet
 
     def handle(self, event: Event) -> Decision:
         """The tasks and row changes that follow from ``event``; nothing while a pass is running."""
@@ -77,11 +98,12 @@ class Scheduler:
                 self._close(event.now)
             case Span():
                 self.costs.observe(event)
-                if event.task.op is Op.ACCEPT:
-                    self._open_accepts -= 1
-                    for outcome in event.outcomes:
-                        self._advance(outcome)
-        if self._open_accepts == 0:
+                self._open -= event.task.op in (Op.ACCEPT, Op.DRAFT_PREFILL)
+                for outcome in event.outcomes:
+                    self._advance(outcome)
+                if event.grown:
+                    tasks = self._grow_on(event)
+        if self.idle:
             seatings = self._reseat()
             if self._rows:
                 tasks += self._emit_round()
@@ -93,12 +115,12 @@ class Scheduler:
         """Check the invariants; tests call it after every event."""
         assert all(0 <= row < self.plan.num_rows for row in self._rows)
         assert all(row.length <= self.plan.capacity for row in self._rows.values())
-        assert self._open_accepts >= 0
+        assert self._open >= 0
 
     @property
     def idle(self) -> bool:
-        """Whether no pass is running: only an event from outside brings the next one."""
-        return self._open_accepts == 0
+        """Whether no round is running: only an event from outside brings the next one."""
+        return self._open == 0 and self._draft is None
 
     @property
     def num_active(self) -> int:
@@ -142,22 +164,118 @@ class Scheduler:
 
     def _emit_round(self) -> list[Task]:
         """Drafts for the decoding rows, then one pass that verifies them and prefills those that joined."""
+        decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
+        if self.plan.speculation is Speculation.TREE:
+            if (draft := self._plant(decoding)) is not None:
+                self._draft = draft
+                return [self._level(draft, tuple(draft.rows))]
+            return self._emit_pass(decoding, dict.fromkeys(decoding, 0), [], None)
+        lengths = self._draft_lengths(decoding)
+        tasks = self._emit_drafts(self.passes, decoding, lengths)
+        return self._emit_pass(decoding, lengths, tasks, f"round {self.passes}" if tasks else None)
+
+    def _emit_pass(
+        self, decoding: dict[int, Row], lengths: dict[int, int], tasks: list[Task], proposal: str | None
+    ) -> list[Task]:
+        """The pass behind ``tasks``; ``proposal``: the content of the proposal buffer, if there is one to verify."""
         number = self.passes
         self.passes += 1
-        decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
         joining = {n: row for n, row in sorted(self._rows.items()) if not row.decoding}
-        lengths = self._draft_lengths(decoding)
-        tasks = self._emit_drafts(number, decoding, lengths)
-        inputs = self._inputs(f"round {number}" if tasks else None)
         items = [_decode_item(decoding, lengths)] if decoding else []
         items += prefill_items(joining, len(items), self.plan.prefill_tokens)
-        tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, inputs, GROUP)
-        if self.plan.max_draft_tokens:
-            tasks += [self._draft_prefill(number, item) for item in items if item.prefill]
+        tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, self._inputs(proposal), GROUP)
+        prefills = [item for item in items if item.prefill] if self.plan.max_draft_tokens else []
+        tasks += [self._draft_prefill(number, item) for item in prefills]
         sampled = [item for item in items if item.samples]
-        self._open_accepts = len(sampled)
+        self._open = len(sampled) + len(prefills)
         self._committed = f"pass {number} item {sampled[-1].index}"
         return tasks
+
+    # -- trees -----------------------------------------------------------------------------------------------
+
+    def _plant(self, decoding: dict[int, Row]) -> Draft | None:
+        """What the trees of this round may become; None where no row has room or speculation loses."""
+        plan = self.plan
+        most = plan.max_draft_tokens if plan.fixed_draft_tokens is None else plan.fixed_draft_tokens
+        deepest = plan.max_draft_depth if plan.fixed_draft_depth is None else plan.fixed_draft_depth
+        rows = {n: row for n, row in decoding.items() if row.remaining > 1}
+        if not rows or not most or self._rests():
+            return None
+        depths = {n: min(deepest, row.remaining - 1, plan.capacity - row.length) for n, row in rows.items()}
+        return Draft(rows, dict.fromkeys(rows, most), depths)
+
+    def _rests(self) -> bool:
+        """Whether this round goes without a draft: the longer proposals have not paid, the rarer one is tried."""
+        quiet = self._quiet_rounds
+        self._quiet_rounds += quiet > 0
+        return quiet > 0 and quiet % TRY_AGAIN_EVERY != 0
+
+    def _level(self, draft: Draft, rows: tuple[int, ...]) -> Task:
+        """One more level of some rows' trees."""
+        shape = Growth(
+            draft.level,
+            BEAMS,
+            WIDTH,
+            tuple(draft.budgets[row] for row in rows),
+            tuple(draft.depths[row] for row in rows),
+        )
+        starts = tuple(draft.rows[row].length + draft.level - 1 for row in rows)
+        counts = (1,) * len(rows) if draft.level == 0 else (BEAMS,) * len(rows)
+        item = WorkItem(-1, rows, starts, counts)
+        content = _level_content(self.passes, draft.level)
+        reads = (Access(proposal_buffer(GROUP), _level_content(self.passes, draft.level - 1)),)
+        return Task(
+            self._next_id(),
+            Op.DRAFT,
+            self.plan.draft_resource,
+            VERIFY,
+            reads if draft.level else self._inputs(None),
+            (Access(proposal_buffer(GROUP), content), Access(draft_kv_buffer(GROUP), content)),
+            number=self.passes,
+            item=item,
+            step=draft.level,
+            growth=shape,
+        )
+
+    def _grow_on(self, span: Span) -> list[Task]:
+        """After a level: the next one while it pays, otherwise the pass over the nodes that pay."""
+        draft = self._draft
+        assert draft is not None
+        draft.found |= {grown.row: grown for grown in span.grown}
+        draft.seconds += span.stop_s - span.start_s
+        gains = {row: grown.promise for row, grown in draft.found.items() if grown.promise > 0.0}
+        if gains and self._level_pays(draft, sum(gains.values())):
+            draft.level += 1
+            return [self._level(draft, tuple(sorted(gains)))]
+        self._draft = None
+        decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
+        lengths = dict.fromkeys(decoding, 0) | self._choose_nodes(draft)
+        if self.plan.fixed_draft_tokens is None:
+            self._quiet_rounds = 0 if any(lengths.values()) else self._quiet_rounds + 1
+        proposal = _level_content(self.passes, draft.level) if any(lengths.values()) else None
+        return self._emit_pass(decoding, lengths, [], proposal)
+
+    def _level_pays(self, draft: Draft, gain: float) -> bool:
+        if self.plan.fixed_draft_tokens is not None or self.plan.fixed_draft_depth is not None:
+            return True
+        plan_bytes = (self.plan.streamed_bytes, self.plan.spare_bytes)
+        nodes = len(draft.rows) + sum(len(grown.probabilities) for grown in draft.found.values())
+        level_s = self.costs.level_seconds(draft.seconds, self.plan.num_layers, nodes, plan_bytes)
+        return gain > LEAST_GAIN and another_level(gain, self.costs.tokens_per_s, level_s)
+
+    def _choose_nodes(self, draft: Draft) -> dict[int, int]:
+        """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""
+        if self.plan.fixed_draft_tokens is not None:
+            return {row: len(grown.probabilities) for row, grown in draft.found.items()}
+        ranked = sorted(((p, row) for row, grown in draft.found.items() for p in grown.probabilities), reverse=True)
+        points = self.costs.pass_seconds(self.plan.num_layers, self.plan.streamed_bytes, len(draft.rows) + len(ranked))
+        chosen = len(ranked)
+        if points:
+            cost = marginal_seconds(points, len(draft.rows))
+            chosen = worthwhile([p for p, _ in ranked], self.costs.tokens_per_s, cost)
+        return {row: sum(owner == row for _, owner in ranked[:chosen]) for row in draft.found}
+
+    # -- chains ----------------------------------------------------------------------------------------------
 
     def _draft_lengths(self, rows: dict[int, Row]) -> dict[int, int]:
         """How many tokens to propose for every row: never beyond what it may still generate."""
@@ -261,3 +379,7 @@ def _chunks(number: int, length: int, index: int, most_tokens: int) -> list[Work
         )
         for i, start in enumerate(starts)
     ]
+
+
+def _level_content(number: int, level: int) -> str:
+    return f"round {number} level {level}"

@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from aspec.params import SamplingParams
-from aspec.sampling import Sampler
+from aspec.penalties import Context, TokenCounts, proposal_paths
+from aspec.sampling import Sampler, TokenLogprob
 from aspec.text import TextStream
+
+Committed = tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]]
+"""What a round brought: text, token ids, and their logprobs where they were asked for."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -27,15 +31,26 @@ class Sequence:
     end_ids: frozenset[int]
     max_new_tokens: int  # the request's, cut to what the context holds
     finish_reason: FinishReason | None = None
-    pieces: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # committed and not yet delivered
+    pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
+    counts: TokenCounts | None = None  # what penalties count; None where none is set
+
+    def __post_init__(self) -> None:
+        self.counts = TokenCounts.of(self.params, self.tokens)
+
+    def context(self, proposals: SequenceOf[int] = (), parents: SequenceOf[int] | None = None) -> Context | None:
+        """What leads to the position behind the committed tokens and behind every proposal; None without penalties."""
+        return None if self.counts is None else Context(self.counts, proposal_paths(proposals, parents))
 
     @property
     def num_new(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
 
-    def commit(self, drawn: SequenceOf[int]) -> int:
-        """Append accepted tokens up to an end token, a stop string or the limit; returns how many counted."""
+    def commit(self, drawn: SequenceOf[int], logprobs: SequenceOf[TokenLogprob] = ()) -> int:
+        """Append accepted tokens up to an end token, a stop string or the limit; returns how many counted.
+
+        ``logprobs`` are theirs, or nobody has asked for any.
+        """
         new: list[int] = []
         text: list[str] = []
         for token in drawn:
@@ -52,10 +67,12 @@ class Sequence:
             if self.finish_reason is not None:
                 text.append(self.text.finish())
                 break
-        self.pieces.append(("".join(text), tuple(new)))
+        if self.counts is not None:
+            self.counts.commit(new)
+        self.pieces.append(("".join(text), tuple(new), tuple(logprobs[: len(new)])))
         return len(new)
 
-    def take_pieces(self) -> list[tuple[str, tuple[int, ...]]]:
-        """What was committed since the last call: (text, token ids) per round."""
+    def take_pieces(self) -> list[Committed]:
+        """What was committed since the last call, round by round."""
         pieces, self.pieces = self.pieces, []
         return pieces

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from aspec.plan import Plan
+from aspec.sampling import TokenLogprob
 from aspec.tasks.task import RowOutcome
 
 
@@ -14,6 +15,7 @@ class Piece:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None  # "stop" | "length"
     stats: "RequestStats | None" = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, where they were asked for
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Tier
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
-from aspec.tasks.task import COMPUTE, DISK, H2D, Arrived, Closing, Op, RowOutcome, Task, WorkItem
+from aspec.tasks.task import COMPUTE, DISK, H2D, NOTHING, Arrived, Closing, Op, Report, RowOutcome, Task, WorkItem
 from tests.fake_device import FakeDevice
 from tests.simulate import Checked, make_plan
 
@@ -74,12 +74,12 @@ class CheckingRunner:
         steps = (lambda: self.check(task), lambda: self.end(task))
         if task.op is not Op.ACCEPT:
             self.launch(*steps)
-            return ()
+            return NOTHING
         for step in steps:
             step()
         item = task.item
         counts = [1 if item.prefill else count for count in item.counts]
-        return tuple(RowOutcome(r, n - 1, n - 1, n, False) for r, n in zip(item.rows, counts, strict=True))
+        return Report(tuple(RowOutcome(r, n - 1, n - 1, n, False) for r, n in zip(item.rows, counts, strict=True)))
 
     def check(self, task):
         for access in task.reads:

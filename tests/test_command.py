@@ -170,7 +170,15 @@ def test_usage_errors_exit_with_2(flags):
 
 def test_help_teaches():
     text = run("--help").stdout
-    for word in ("--target", "--draft", "--device-memory", "--num-draft-tokens", "--link-rate", "Examples"):
+    for word in (
+        "--target",
+        "--draft",
+        "--device-memory",
+        "--draft-budget",
+        "--speculation",
+        "--link-rate",
+        "Examples",
+    ):
         assert word in text
 
 

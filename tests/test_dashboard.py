@@ -20,7 +20,7 @@ from tests import tiny
 
 ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
-FLAGS = ["-p", "hello", "--ignore-eos", "--device-memory", "1500KiB", "--threads", "1"]
+FLAGS = ["-p", "hello", "--ignore-eos", "--device-memory", "1650KiB", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")

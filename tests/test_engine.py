@@ -245,3 +245,52 @@ def test_the_demo_is_what_its_readme_says():
     text = (DEMO / "README.md").read_text()
     assert "tokens per pass" in text
     assert len(json.loads((DEMO / "heldout.json").read_text())) == 20
+
+
+SHAPES = [("off", None), ("chain", 3), ("tree", 12)]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.1, "seed": 5}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 3.0}, {"presence_penalty": 1.5, "frequency_penalty": 0.7}], ids=str
+)
+async def test_penalties_follow_each_path_whatever_the_draft(pair, params, penalty):
+    texts = set()
+    for speculation, budget in SHAPES:
+        options = dict(target=pair[0], draft=pair[1], speculation=speculation, num_draft_tokens=budget, max_batch=1)
+        async with open_engine(**{**SMALL, **options, "dtype": "float32"}) as engine:
+            _, tokens, last = await collect(engine, [9, 10, 11, 9], max_new_tokens=20, **params, **penalty)
+            plain = (await collect(engine, [9, 10, 11, 9], max_new_tokens=20, **params))[1]
+        assert (last.stats.proposed > 0) == (speculation != "off")
+        assert tokens != plain
+        texts.add(tuple(tokens))
+    assert len(texts) == 1
+
+
+async def test_logprobs_are_the_models_own_whatever_the_draft(pair):
+    found = []
+    for speculation, budget in SHAPES:
+        options = dict(target=pair[0], draft=pair[1], speculation=speculation, num_draft_tokens=budget, max_batch=1)
+        async with open_engine(**{**SMALL, **options, "dtype": "float32"}) as engine:
+            params = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=3, temperature=0.9, seed=2)
+            pieces = [piece async for piece in engine.stream([9, 10, 11], params)]
+        logprobs = [one for piece in pieces for one in piece.logprobs]
+        assert [one.token for one in logprobs] == [token for piece in pieces for token in piece.token_ids]
+        assert all(len(one.top) == 3 and one.top[0][1] >= one.logprob for one in logprobs)
+        found.append([one.logprob for one in logprobs])
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+    assert found[2] == pytest.approx(found[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("speculation", ["auto", "chain"])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.1, "seed": 5}], ids=["greedy", "sampled"])
+async def test_a_lookup_proposes_what_the_text_has_said_and_changes_nothing(pair, params, speculation):
+    prompts = [[9, 10, 11, 12] * 6, [20, 21, 22] * 3, [7]]
+    found = []
+    for draft in (None, "ngram"):
+        options = dict(target=pair[0], draft=draft, speculation=speculation, num_draft_tokens=6)
+        async with open_engine(**{**SMALL, **options, "max_batch": 3, "dtype": "float32"}) as engine:
+            results = await asyncio.gather(*(collect(engine, p, max_new_tokens=24, **params) for p in prompts))
+        found.append([tokens for _, tokens, _ in results])
+    assert found[0] == found[1]
+    assert sum(last.stats.proposed for _, _, last in results) > 0

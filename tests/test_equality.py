@@ -15,8 +15,18 @@ from tests import tiny
 NEW = 16
 LENGTHS = (20, 37, 11)  # longer than every window (8) and than a prefill item (16)
 RESIDENT = {"none": 0.0, "some": 0.4, "all": None}  # share of the checkpoint that may stay resident
-EVERY_RUN = list(itertools.product((0, 1, 4, 8), (1, 3), RESIDENT))
-COVERING = [(0, 3, "all"), (0, 1, "none"), (1, 3, "some"), (4, 3, "none"), (4, 1, "some"), (8, 3, "all")]
+OFF, TREE_5, TREE_16 = ("off", None), ("tree", 5), ("tree", 16)
+CHAIN_1, CHAIN_4, CHAIN_8 = ("chain", 1), ("chain", 4), ("chain", 8)
+EVERY_RUN = list(itertools.product((OFF, CHAIN_1, CHAIN_4, CHAIN_8, TREE_5, TREE_16), (1, 3), RESIDENT))
+COVERING = [
+    (OFF, 3, "all"),
+    (OFF, 1, "none"),
+    (CHAIN_1, 3, "some"),
+    (CHAIN_4, 3, "none"),
+    (CHAIN_8, 1, "all"),
+    (TREE_16, 3, "all"),
+    (TREE_5, 1, "some"),
+]
 NAMED = [
     "llama",
     "mistral",
@@ -70,12 +80,12 @@ class Pair:
         """Noise such that acceptance lies strictly inside: a test of drafts needs hits and misses."""
         for sigma in SIGMAS:
             self.draft = tiny.noisy_copy(self.target, self.folder / f"draft{sigma}", sigma)
-            _, stats, _ = self.run(4, 3, "none")
+            _, stats, _ = self.run(CHAIN_4, 3, "none")
             if 0.35 <= sum(s.accepted for s in stats) / sum(s.proposed for s in stats) <= 0.9:
                 return
         raise AssertionError(f"{self.family}: no noise gives an acceptance between 0.35 and 0.9 for chains of 4")
 
-    def run(self, chain, batch, resident, params=None):
+    def run(self, shape, batch, resident, params=None):
         """One engine; returns (tokens per prompt, statistics, spans)."""
         spans = []
         share = RESIDENT[resident]
@@ -92,8 +102,9 @@ class Pair:
             async with open_engine(
                 observers=[spans.append],
                 target=self.target,
-                draft=self.draft if chain else None,
-                num_draft_tokens=chain,
+                draft=self.draft,
+                speculation=shape[0],
+                num_draft_tokens=shape[1],
                 max_batch=batch,
                 max_context=80,
                 prefill_tokens=16,
@@ -108,9 +119,9 @@ class Pair:
         return [tokens for tokens, _ in results], [stats for _, stats in results], spans
 
 
-def check(pair, chain, batch, resident):
-    tokens, stats, spans = pair.run(chain, batch, resident)
-    assert tokens == pair.wanted[:batch], f"{pair.family}: chain {chain}, batch {batch}, {resident} resident"
+def check(pair, shape, batch, resident):
+    tokens, stats, spans = pair.run(shape, batch, resident)
+    assert tokens == pair.wanted[:batch], f"{pair.family}: {shape}, batch {batch}, {resident} resident"
     assert find_races(spans) == []
     streams = bool(pair.plan.streamed)
     assert streams == (resident != "all")
@@ -133,9 +144,12 @@ def pair(request, tmp_path_factory):
 
 def check_covering(pair):
     accepted = proposed = 0
-    for chain, batch, resident in COVERING:
-        for stats in check(pair, chain, batch, resident):
-            accepted, proposed = accepted + stats.accepted, proposed + stats.proposed
+    for shape, batch, resident in COVERING:
+        for stats in check(pair, shape, batch, resident):
+            if shape[0] == "chain":
+                accepted, proposed = accepted + stats.accepted, proposed + stats.proposed
+            elif shape[0] == "tree":
+                assert stats.accepted > 0
     assert 0.2 <= accepted / proposed <= 0.95
 
 
@@ -162,9 +176,11 @@ def test_greedy_equals_transformers_in_every_combination(pair):
 def test_sampled_tokens_do_not_depend_on_draft_batch_or_plan(family, temperature, tmp_path_factory):
     pair = make_pair(family, tmp_path_factory)
     params = SamplingParams(max_new_tokens=NEW, ignore_eos=True, temperature=temperature, top_p=0.95, seed=3)
-    plain, _, _ = pair.run(0, 3, "all", params)
-    drafted, stats, _ = pair.run(4, 3, "none", params)
-    alone, _, _ = pair.run(8, 1, "some", params)
-    assert drafted == plain
+    plain, _, _ = pair.run(OFF, 3, "all", params)
+    drafted, stats, _ = pair.run(CHAIN_4, 3, "none", params)
+    alone, _, _ = pair.run(CHAIN_8, 1, "some", params)
+    grown, tree_stats, _ = pair.run(TREE_16, 3, "some", params)
+    assert drafted == grown == plain
     assert alone == plain[:1]
     assert sum(s.accepted for s in stats) > 0
+    assert sum(s.accepted for s in tree_stats) > 0

@@ -1,17 +1,19 @@
 """The slot cache: masks against a slow reference, ragged rows, trees, padding that nobody ever sees."""
 
+import random
+
 import pytest
 import torch
 
 from aspec.attention import MAX_SCORE_BYTES, attend, temporary_bytes
-from aspec.kv import KVCache, MaskKind
+from aspec.kv import KEY_TILE, KVCache, MaskKind
 
 KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
 SHAPES = [(2, 4, 4), None, (1, 6, 3)]
 
 
-def cache(num_rows=4, capacity=16):
-    return KVCache(SHAPES, num_rows, capacity, torch.float32)
+def cache(num_rows=4, capacity=16, exact=False):
+    return KVCache(SHAPES, num_rows, capacity, torch.float32, exact=exact)
 
 
 def slow_mask(kind, start, count, high, parents=None):
@@ -64,6 +66,112 @@ def test_masks_and_positions(kind, starts, counts, parents):
             assert step.position_ids[row, :count].tolist() == list(range(start, start + count))
     assert mask.any(-1).all(), "no query is blind"
     assert step.mask(kind) is mask, "computed once"
+
+
+def random_parents(count, generator, bushy=0.5):
+    """A tree of ``count`` nodes: the lower ``bushy``, the more a node continues the one before."""
+    return [-1, *(generator.randrange(-1, n) if generator.random() < bushy else n - 1 for n in range(1, count))]
+
+
+def permuted(parents, generator):
+    """The same tree with siblings (and cousins) in another order, and the new number of every old node."""
+    children = {}
+    for node, parent in enumerate(parents):
+        children.setdefault(parent, []).append(node)
+    order, open_nodes = [], children.get(-1, [])[:]
+    while open_nodes:
+        node = open_nodes.pop(generator.randrange(len(open_nodes)))
+        order.append(node)
+        open_nodes += children.get(node, [])
+    new = {node: at for at, node in enumerate(order)} | {-1: -1}
+    return [new[parents[node]] for node in order], new
+
+
+TREES = {
+    "single node": [-1],
+    "two equal tokens under different parents": [-1, -1, 0, 1],
+    "deep chain": list(range(-1, 39)),
+    "star": [-1] * 20,
+    "shared prefixes": [-1, 0, 1, 2, 2, 2, 3, 3, 4, 6, 6, 9],
+    "random": random_parents(30, random.Random(1)),
+    "siblings permuted": permuted(random_parents(30, random.Random(1)), random.Random(2))[0],
+}
+
+
+def grow(storage, rows, starts, trees, generator):
+    """The steps that write the trees in pieces of random length; a row whose tree is complete repeats nothing."""
+    firsts = [0] * len(rows)
+    while open_rows := [b for b, tree in enumerate(trees) if firsts[b] < len(tree)]:
+        counts = [generator.randint(1, len(trees[b]) - firsts[b]) for b in open_rows]
+        upto = [trees[b][: firsts[b] + count] for b, count in zip(open_rows, counts, strict=True)]
+        own = [[values[b] for b in open_rows] for values in (rows, starts, firsts)]
+        yield open_rows, own[2], counts, storage.step(own[0], own[1], counts, upto, own[2])
+        for b, count in zip(open_rows, counts, strict=True):
+            firsts[b] += count
+
+
+def slow_path(parents, node):
+    return [] if node < 0 else [*slow_path(parents, parents[node]), node]
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_growing_tree_equals_one_that_is_written_at_once(name, exact):
+    """Masks, positions, slots and what is stored; against a slow parent walk too."""
+    generator = random.Random(0)
+    starts, trees, rows = [70, 0, 61], [TREES[name], TREES["shared prefixes"], TREES[name][:7]], [2, 0, 3]
+    storage, other = (cache(capacity=128, exact=exact) for _ in range(2))
+    states = torch.randn(len(rows), 2, max(map(len, trees)), 4)
+    whole = storage.step(rows, starts, [len(tree) for tree in trees], trees)
+    padded = torch.nn.functional.pad(states, (0, 0, 0, whole.slots.shape[1] - states.shape[2]))
+    whole.update(padded, padded, 0)
+    for kind in KINDS:
+        for open_rows, firsts, counts, step in grow(other, rows, starts, trees, generator):
+            new = torch.zeros(len(open_rows), 2, step.slots.shape[1], 4)
+            for b, (row, first, count) in enumerate(zip(open_rows, firsts, counts, strict=True)):
+                nodes, tree = slice(first, first + count), trees[row][: first + count]
+                assert step.slots[b, :count].tolist() == list(range(starts[row] + first, starts[row] + first + count))
+                assert step.position_ids[b, :count].tolist() == whole.position_ids[row, nodes].tolist()
+                mask = step.mask(kind)[b, 0, :count]
+                assert torch.equal(mask, whole.mask(kind)[row, 0, nodes, : step.high])
+                slow = slow_mask(kind, starts[row], first + count, step.high, tree)
+                assert mask.tolist() == slow[first:]
+                if exact:
+                    check_paths(step.layer_mask(kind)[b], starts[row], tree, first, kind)
+                new[b, :, :count] = states[row, :, nodes]
+            step.update(new, new, 0)
+        assert torch.equal(storage.keys[0][:, :, :-1], other.keys[0][:, :, :-1])
+
+
+def check_paths(paths, start, tree, first, kind):
+    """What exact attention is given: every query's keys in the order of decoding its path alone."""
+    assert paths.prefix % KEY_TILE == 0
+    assert paths.num_slots % KEY_TILE == 0
+    assert paths.num_slots >= start + len(tree)
+    for at in range(len(tree) - first):
+        slots = list(range(start)) + [start + node for node in slow_path(tree, first + at)]
+        assert paths.visible.shape[1] % KEY_TILE == 0
+        expected = slow_mask(kind, len(slots) - 1, 1, paths.visible.shape[1])[0]
+        assert paths.visible[at].tolist() == expected
+        found = list(range(paths.prefix)) + ([] if paths.tail is None else paths.tail[at].tolist())
+        assert found[: len(slots)] == slots
+        assert max(found) < paths.num_slots
+
+
+def test_chains_need_no_tail():
+    storage = cache(capacity=200, exact=True)
+    for parents in (None, [[-1, 0, 1], [-1, 0]]):
+        assert all(paths.tail is None for paths in storage.step([0, 1], [62, 9], [3, 2], parents).layer_mask(KINDS[0]))
+    chain, tree = storage.step([0, 1], [62, 9], [3, 2], [[-1, 0, 1], [-1, -1]]).layer_mask(KINDS[0])
+    assert chain.tail is None
+    assert tree.tail is not None
+
+
+def test_a_chain_that_grows():
+    step = cache().step([1, 2], [4, 0], [2, 1], firsts=[3, 0])
+    assert step.slots.tolist() == [[7, 8], [0, 16]]
+    assert step.position_ids.tolist() == [[7, 8], [0, 0]]
+    assert torch.equal(step.mask(), cache().step([1, 2], [7, 0], [2, 1]).mask())
 
 
 @pytest.mark.parametrize(
@@ -139,6 +247,23 @@ def test_windows_that_cannot_be_are_refused(rows, starts, counts, parents):
         cache().step(rows, starts, counts, parents)
 
 
+@pytest.mark.parametrize(
+    ("counts", "parents", "firsts"),
+    [
+        ([2], [[-1, 0]], [1]),
+        ([1], [[-1, 1]], [1]),
+        ([1], [[-1, -2]], [1]),
+        ([1], None, [-1]),
+        ([1], [[-1]], [0, 0]),
+        ([1], None, [16]),
+        ([1], [[0]], [0]),
+    ],
+)
+def test_growth_that_cannot_be_is_refused(counts, parents, firsts):
+    with pytest.raises(ValueError):
+        cache().step([0], [0], counts, parents, firsts)
+
+
 def test_the_last_slot_can_be_used():
     step = cache(capacity=16).step([0], [15], [1])
     assert step.mask().shape[-1] == 16
@@ -186,4 +311,5 @@ def test_attention_equals_the_definition(softcap, sinks, block, monkeypatch):
 def test_attention_holds_a_bounded_block():
     assert temporary_bytes(1, 32, 16, 256) == 3 * 16 * 32 * 256 * 4
     assert temporary_bytes(4, 32, 512, 4096) <= 3 * MAX_SCORE_BYTES
+    assert temporary_bytes(4, 32, 512, 4096, exact=True) <= 6 * MAX_SCORE_BYTES
     assert temporary_bytes(64, 64, 1, 1 << 16) == 3 * 64 * 64 * (1 << 16) * 4, "one token's scores are never split"

@@ -21,5 +21,5 @@ def test_the_peak_stays_near_the_budget(tmp_path):
     command += ["--prompt", "import os\n", "-n", "48", "--ignore-eos", "--device-memory", "256MiB", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     stats = json.loads(done.stdout)["stats"]
-    assert stats["streamed_bytes"] > 10 * 500 * MIB, "most of the model streams in every pass"
+    assert stats["streamed_bytes"] > (stats["passes"] + 1) * 400 * MIB, "most of the model streams in every pass"
     assert stats["peak_rss_bytes"] < (256 + 500) * MIB

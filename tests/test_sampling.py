@@ -1,9 +1,11 @@
 """Draws are exact, keyed by (seed, position) alone, and the same whatever else is in the batch."""
 
 import dataclasses
+import functools
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,11 +57,21 @@ def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def deviation(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Pearson's chi-square of counts, in standard deviations from its mean."""
+    """Pearson's chi-square of counts, as a standard normal deviate (Wilson and Hilferty); rare cells count as one."""
     assert not counts[expected == 0].any()
-    counts, expected = counts[expected > 0].double(), expected[expected > 0].double()
-    freedom = len(counts) - 1
-    return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * max(freedom, 1)))
+    counts, expected = counts.flatten().double(), expected.flatten().double()
+    rare = expected < 8
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = max(len(counts) - 1, 1)
+    ratio, spread = float(((counts - expected) ** 2 / expected).sum()) / freedom, 2 / (9 * freedom)
+    return (ratio ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+
+
+def correlation(one: torch.Tensor, two: torch.Tensor) -> float:
+    """Of two arrays of the same shape, in standard deviations of what independent ones show."""
+    return float(torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]) * math.sqrt(one.numel())
 
 
 # -- parameters --------------------------------------------------------------------------------------------
@@ -82,6 +94,17 @@ def deviation(counts: torch.Tensor, expected: torch.Tensor) -> float:
         {"top_p": NAN},
         {"min_p": -0.1},
         {"min_p": 1.1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": INF},
+        {"presence_penalty": 2.1},
+        {"presence_penalty": None},
+        {"frequency_penalty": -2.01},
+        {"frequency_penalty": NAN},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"logprobs": True},
+        {"logprobs": 1.0},
         {"seed": 0.5},
         {"seed": None},
         {"stop": ("a", "")},
@@ -100,6 +123,8 @@ def test_parameters_are_taken_as_people_write_them():
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(temperature=1, top_p=1, max_new_tokens=0, seed=-(1 << 70)).temperature == 1
+    assert SamplingParams(presence_penalty=-2, frequency_penalty=2, logprobs=20).logprobs == 20
+    assert SamplingParams(seed=10**400).seed == 10**400
     sampler(temperature=2, top_p=1, min_p=0).draw(torch.zeros(1, 4), [0])  # ints where floats are meant
 
 
@@ -113,27 +138,29 @@ def test_noise_is_these_integers_on_every_machine():
     assert [derive_seed(0, 0), derive_seed(0, 1), derive_seed(1, 0), derive_seed(-1, 3)] == GOLDEN_SEEDS
 
 
+def mixed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 on uint64."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
+    x = (x ^ x >> 27) * 0x94D049BB133111EB
+    return x ^ x >> 31
+
+
+def words(seeds: np.ndarray, positions: list[int], tokens: list[int]) -> np.ndarray:
+    """triple32 of the token id with the halves of splitmix64's stream: seeds [S] uint64 -> [S, P, V] uint32."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    keys = mixed(mixed(seeds + golden)[:, None] + golden * (np.array(positions, np.uint64) + 1))[..., None]
+    x = np.array(tokens, np.uint32)
+    x = (x ^ x >> 17) * 0xED5AD4BB ^ (keys & 0xFFFFFFFF).astype(np.uint32)
+    x = (x ^ x >> 11) * 0xAC4C1B51 ^ (keys >> 32).astype(np.uint32)
+    x = (x ^ x >> 15) * 0x31848BAB
+    return x ^ x >> 14
+
+
 def test_noise_is_the_documented_hash():
-    """triple32 of the token id with the halves of splitmix64's stream, in plain integers."""
-    mask = (1 << 64) - 1
-
-    def mix(x):
-        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & mask
-        return x ^ x >> 31
-
-    def bits(seed, position, token):
-        golden = 0x9E3779B97F4A7C15
-        key = mix((mix((seed + golden) & mask) + golden * (position + 1)) & mask)
-        x = (token ^ token >> 17) * 0xED5AD4BB & 0xFFFFFFFF ^ key & 0xFFFFFFFF
-        x = (x ^ x >> 11) * 0xAC4C1B51 & 0xFFFFFFFF ^ key >> 32
-        x = (x ^ x >> 15) * 0x31848BAB & 0xFFFFFFFF
-        return x ^ x >> 14
-
     tokens = [*range(20), 32000, 151935, 2**31 - 1]
-    for seed, position in ((0, 0), (7, 3), (derive_seed(9, 9), 100_000)):
-        found = noise_bits(seed, [position], torch.tensor(tokens, dtype=torch.int32))[0].tolist()
-        assert [value % (1 << 32) for value in found] == [bits(seed, position, token) for token in tokens]
+    for seed, positions in ((0, [0]), (7, [3, 4]), (derive_seed(9, 9), [100_000, 1])):
+        found = noise_bits(seed, positions, torch.tensor(tokens, dtype=torch.int32)).numpy().view(np.uint32)
+        assert np.array_equal(found, words(np.array([seed], np.uint64), positions, tokens)[0])
 
 
 def test_noise_depends_on_seed_position_and_token_only():
@@ -206,25 +233,95 @@ def test_draws_follow_the_processed_distribution(temperature, filters):
     assert abs(deviation(torch.tensor(drawn).bincount(minlength=8), law * count)) < LIMIT
 
 
-@pytest.mark.parametrize("keyed_by", ["seed", "derived"])
-def test_three_tokens_in_a_row_follow_the_joint_law(keyed_by):
-    """A Markov chain over 4 tokens: neither positions nor the seeds of neighbouring requests may correlate."""
-    chain = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 1.5
-    law, runs = chain.softmax(-1), 4000
-    counts = torch.zeros(64)
-    for index in range(runs):
-        draws = sampler(temperature=1.0, seed=index if keyed_by == "seed" else derive_seed(1, index))
-        noise = gumbel(draws._seed, [5, 6, 7], 4)
-        token, code = 0, 0
-        for step in range(3):
-            token = int((chain[token] + noise[step]).argmax())
-            code = code * 4 + token
-        counts[code] += 1
-        if index % 500 == 0:
-            first = int((chain[0] + noise[0]).argmax())
-            assert draws.draw(chain[[0, first]], [5, 6]) == [first, int((chain[first] + noise[1]).argmax())]
-    joint = (law[0][:, None, None] * law[:, :, None] * law[None]).flatten()
-    assert abs(deviation(counts, joint * runs)) < LIMIT
+NUM_SEEDS, FIRST = 1 << 18, 5  # requests, and the position of their first token
+
+
+@functools.cache
+def request_seeds() -> np.ndarray:
+    """Half of them neighbours, half of them derived from one run's seed, as for the prompts of a batch."""
+    plain = np.arange(NUM_SEEDS // 2, dtype=np.uint64)
+    derived = mixed(mixed(np.array([1 + 0x9E3779B97F4A7C15], np.uint64)) ^ mixed(plain + 0xBF58476D1CE4E5B9)) >> 1
+    assert derived[[0, 77]].tolist() == [derive_seed(1, 0), derive_seed(1, 77)]
+    return np.concatenate([plain, derived])
+
+
+@functools.cache
+def request_noise() -> torch.Tensor:
+    """``gumbel(seed, [FIRST, FIRST + 1, FIRST + 2], 16)`` of every request: [S, 3, 16]."""
+    bits = torch.from_numpy(words(request_seeds(), [FIRST, FIRST + 1, FIRST + 2], [*range(16)]).view(np.int32))
+    noise = _to_gumbel(bits, torch.empty(bits.shape))
+    for index in (0, 1, NUM_SEEDS - 1):
+        assert torch.equal(noise[index], gumbel(int(request_seeds()[index]), range(FIRST, FIRST + 3), 16))
+    return noise
+
+
+def three_tokens(scores: list[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
+    """What scores [16], [16, 16] and [16, 16, 16], each given the tokens before, draw with noise [S, 3, 16]: [S, 3]."""
+    one = (scores[0] + noise[:, 0]).argmax(-1)
+    two = (scores[1][one] + noise[:, 1]).argmax(-1)
+    return torch.stack([one, two, (scores[2][one, two] + noise[:, 2]).argmax(-1)], -1)
+
+
+def joint_law(scores: list[torch.Tensor]) -> torch.Tensor:
+    """[16, 16, 16] float64: the product of the conditional laws."""
+    one, two, three = (table.double().softmax(-1) for table in scores)
+    return one[:, None, None] * two[:, :, None] * three
+
+
+def misfit(tokens: torch.Tensor, law: torch.Tensor) -> float:
+    """The largest deviation of tokens [S, 3] from a joint law [16, 16, 16], in standard deviations.
+
+    Of each token, of each pair, of all three, and of the mean log-likelihood, which a wrong temperature moves most.
+    """
+    logs = law.log().where(law > 0, 0.0)
+    mean = float((law * logs).sum())
+    spread = math.sqrt(float((law * (logs - mean) ** 2).sum()) / len(tokens))
+    found = [abs(float(logs[tuple(tokens.T)].mean()) - mean) / spread]
+    for places in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
+        codes = sum(tokens[:, place] * 16**at for at, place in enumerate(reversed(places)))
+        margin = law.sum([place for place in range(3) if place not in places]) if len(places) < 3 else law
+        found.append(abs(deviation(codes.bincount(minlength=margin.numel()), margin.flatten() * len(tokens))))
+    return max(found)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 6}, {"top_p": 0.85}, {"top_k": 8, "top_p": 0.9}], ids=str)
+def test_three_tokens_follow_the_joint_law(temperature, filters):
+    """All 4096 sequences of a model over 16 tokens. A temperature 3 % off, or noise used twice, would be found."""
+    params = SamplingParams(temperature=temperature, **filters)
+    generator = torch.Generator().manual_seed(4)
+    model = [torch.randn(*[16] * order, generator=generator) * 1.2 for order in (1, 2, 3)]
+    scores = [warped(table.reshape(-1, 16), params).reshape(table.shape) for table in model]
+    tokens, law = three_tokens(scores, request_noise()), joint_law(scores)
+    for index in range(0, NUM_SEEDS, NUM_SEEDS // 50):  # the sampler itself, alone, on the raw logits
+        draws = Sampler(dataclasses.replace(params, seed=int(request_seeds()[index])))
+        one, two, three = tokens[index].tolist()
+        rows = torch.stack([model[0], model[1][one], model[2][one, two]])
+        assert draws.draw(rows, range(FIRST, FIRST + 3)) == [one, two, three]
+    assert misfit(tokens, law) < LIMIT
+    assert misfit(tokens, joint_law([table / 1.03 for table in scores])) > 1.5 * LIMIT
+    assert misfit(three_tokens(scores, request_noise()[:, [0, 1, 1]]), law) > 10 * LIMIT
+
+
+def test_noise_does_not_correlate_across_positions_or_seeds():
+    run = gumbel(21, range(1 << 12), 64)
+    noise = request_noise()[: NUM_SEEDS // 2]
+    for lag in (*range(1, 17), 32, 64, 256, 1024):
+        assert abs(correlation(run[:-lag], run[lag:])) < LIMIT, f"positions {lag} apart"
+        assert abs(correlation(noise[:-lag], noise[lag:])) < LIMIT, f"seeds {lag} apart"
+        assert abs(correlation(noise[:-lag, 1:], noise[lag:, :-1])) < LIMIT, f"seeds {lag} up, a position down"
+    assert abs(correlation(request_noise()[: NUM_SEEDS // 2], request_noise()[NUM_SEEDS // 2 :])) < LIMIT
+    assert correlation(run[:-1], run[:-1] + 10 * run[1:]) > 10 * LIMIT  # a tenth of it shared would be found
+
+
+def test_draws_do_not_depend_on_earlier_draws():
+    """Tokens some steps apart in one long run, whose law is the same at every position."""
+    count = 1 << 15
+    drawn = torch.tensor(sampler(temperature=1.0, seed=6).draw(LOGITS.expand(count, -1), range(count)))
+    law = LOGITS.double().softmax(-1)
+    for lag in (1, 2, 3, 4, 5, 6, 7, 8, 16, 64):
+        pairs = (drawn[:-lag] * 8 + drawn[lag:]).bincount(minlength=64)
+        assert abs(deviation(pairs, (law[:, None] * law).flatten() * (count - lag))) < LIMIT, lag
 
 
 @settings(deadline=None, max_examples=120, derandomize=True)
@@ -327,11 +424,44 @@ def test_ids_from_the_limit_on_are_never_drawn(params):
     assert drawn == draw_rows([sampler(**params)], logits[..., :30], [range(64)], limit=99)[0]
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 3, "min_p": 0.1}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1e-5},
+        {"temperature": 0.5, "top_k": 3, "min_p": 0.1},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 19, "top_p": 0.999},
+    ],
+    ids=str,
+)
 def test_banned_tokens_are_never_drawn(params):
     logits = torch.full((50, 20), -INF)
     logits[:, 7] = -1e30
     assert set(sampler(**params).draw(logits, range(50))) == {7}
+    logits[:, [3, 11]] = -1e30
+    assert set(sampler(**params).draw(logits, range(50))) <= {3, 7, 11}
+
+
+def test_tiny_temperatures_and_filters_draw_the_likeliest():
+    """What the likeliest token leads by, 0.1 here, is worth more than any noise at these temperatures."""
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(5)) * 3
+    best = logits.argmax(-1)
+    logits[range(40), best] += 0.1
+    filters = [{}, {"top_p": 0.3}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}]
+    tiny = [{"temperature": value, **other} for value in (0, 5e-324, 9.9e-6, 1e-5, 1e-3) for other in filters]
+    alone = [{"top_p": 5e-324}, {"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}]
+    for params in (*tiny, *({"temperature": 1.5, **one} for one in alone)):
+        assert sampler(seed=3, **params).draw(logits, range(40)) == best.tolist(), params
+        assert sampler(seed=3, **params).draw(logits * 1e3, range(40)) == best.tolist(), params
+
+
+def test_filters_that_remove_nothing_change_nothing():
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(6))
+    plain = sampler(temperature=1.2, seed=3).draw(logits, range(40))
+    for off in ({"top_p": 1.0}, {"top_p": 1 - 2**-53}, {"top_k": 300}, {"top_k": 10**9}, {"min_p": 1e-12}):
+        assert sampler(temperature=1.2, seed=3, **off).draw(logits, range(40)) == plain, off
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])

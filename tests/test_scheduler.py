@@ -5,10 +5,10 @@ import itertools
 import pytest
 
 from aspec.io.sim import DEVICE_RESOURCES, Profile
-from aspec.plan import Tier
+from aspec.plan import Speculation, Tier
 from aspec.races import find_races
 from aspec.scheduler import Row, Scheduler, prefill_items
-from aspec.tasks.task import Arrived, Cancelled, Closing, Op, RowOutcome, Span, Started
+from aspec.tasks.task import Arrived, Cancelled, Closing, Grown, Op, RowOutcome, Span, Started, Task, WorkItem
 from tests.simulate import make_plan, simulate
 
 
@@ -17,7 +17,9 @@ def ops(decision, op):
 
 
 def accept(scheduler, decision, outcomes):
-    """Answer every ACCEPT of a decision; returns the last answer."""
+    """Answer every draft prefill and every ACCEPT of a decision; returns the last answer."""
+    for task in ops(decision, Op.DRAFT_PREFILL):
+        scheduler.handle(Span(task, 0.0, 1e-3))
     for task in ops(decision, Op.ACCEPT):
         found = tuple(o for o in outcomes if o.row in task.item.rows)
         answer = scheduler.handle(Span(task, 0.0, 1e-3, found))
@@ -92,6 +94,88 @@ def test_a_full_house_waits_and_a_cancelled_row_leaves():
     scheduler.handle(Cancelled(0))
     decision = accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
     assert [(s.row, s.sequence) for s in decision.seatings] == [(0, None), (0, 1)]
+
+
+def test_a_row_is_not_given_away_while_its_prompt_goes_through_the_draft():
+    scheduler = Scheduler(make_plan(num_rows=1))
+    scheduler.handle(Started())
+    first = scheduler.handle(Arrived(0, 10, 1))
+    scheduler.handle(Arrived(1, 5, 2))
+    (accepting,), (prefill,) = ops(first, Op.ACCEPT), ops(first, Op.DRAFT_PREFILL)
+    assert scheduler.handle(Span(accepting, 0.0, 1e-3, (RowOutcome(0, 0, 0, 1, False),))).seatings == ()
+    seatings = scheduler.handle(Span(prefill, 0.0, 1e-3)).seatings
+    assert [(s.row, s.sequence) for s in seatings] == [(0, None), (0, 1)]
+
+
+def grow(scheduler, decision, probabilities, promises):
+    """Answer level after level of one row's tree; returns the last answer and the number of levels."""
+    for level, promise in enumerate(promises):
+        (task,) = decision.tasks
+        assert (task.op, task.growth.level) == (Op.DRAFT, level)
+        decision = scheduler.handle(Span(task, 0.0, 1e-3, grown=(Grown(0, tuple(probabilities), promise),)))
+        scheduler.validate()
+        if len(decision.tasks) != 1:
+            return decision, level + 1
+    raise AssertionError("the tree never ended")
+
+
+def decoding(**changes):
+    """A scheduler whose only row has its prompt behind it, and its first tree level."""
+    scheduler = Scheduler(make_plan(speculation=Speculation.TREE, **changes))
+    scheduler.handle(Started())
+    first = scheduler.handle(Arrived(0, 10, 30))
+    return scheduler, accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
+
+
+def test_a_tree_grows_while_it_promises_and_the_pass_takes_what_grew():
+    scheduler, decision = decoding(fixed_draft_tokens=5)
+    decision, levels = grow(scheduler, decision, (0.9, 0.8, 0.5, 0.4, 0.1), (0.9, 0.5, 0.0))
+    assert levels == 3
+    (head,) = ops(decision, Op.HEAD)
+    assert head.item.counts == (6,)
+    decision = accept(scheduler, decision, [RowOutcome(0, 5, 2, 3, False)])
+    assert decision.tasks[0].growth.level == 0, "the next round drafts again"
+
+
+def test_a_tree_never_reaches_beyond_what_a_row_may_still_generate():
+    _, decision = decoding()
+    assert decision.tasks[0].growth.depths == (28,), "29 tokens remain: 28 proposals and the bonus"
+
+
+def test_a_node_that_costs_more_than_it_brings_is_left_out():
+    scheduler, decision = decoding(fixed_draft_tokens=None, max_draft_tokens=64)
+    for tokens, seconds in ((1, 0.1), (2, 0.1), (4, 0.1), (8, 30.0)):  # seconds of a layer: a steep knee behind 4
+        item = WorkItem(0, (0,), (5,), (tokens,))
+        scheduler.costs.observe(Span(Task(10**6 + tokens, Op.LAYER, "compute", 0, item=item, layer=0), 0.0, seconds))
+    embed = Task(10**6, Op.EMBED, "compute", 0, number=77)
+    scheduler.costs.observe(Span(embed, 0.0, 1e-3))
+    done = Task(10**6 + 1, Op.ACCEPT, "cpu", 0, number=77, item=WorkItem(0, (0,), (5,), (1,)))
+    scheduler.costs.observe(Span(done, 0.0, 1.0, (RowOutcome(0, 0, 0, 1, False),)))  # one token per second
+    decision, _ = grow(scheduler, decision, [0.9] * 20, (0.0,))
+    assert 1 <= ops(decision, Op.HEAD)[0].item.counts[0] <= 5
+
+
+def test_drafts_that_never_pay_are_tried_now_and_then(virtual):
+    bad = Profile(disk_bytes_per_s=1e12, layer_s=1e-3, layer_token_s=1e-2, acceptance=0.01, draft_s=1e-2)
+    plan = make_plan(speculation=Speculation.TREE, fixed_draft_tokens=None, num_rows=1)
+    spans, _, _ = virtual(lambda: simulate(plan, [(0, 20, 200)], profile=bad))
+    drafts = sum(span.task.op is Op.DRAFT for span in spans)
+    passes = sum(span.task.op is Op.HEAD for span in spans)
+    assert passes > 190
+    assert 1 <= drafts < passes / 8
+
+
+@pytest.mark.parametrize("slots", [2, 5])
+@pytest.mark.parametrize("budget", [None, 1, 8])
+def test_whole_runs_with_trees_serve_every_token_without_a_race(virtual, slots, budget):
+    arrivals = [(0, 20, 40), (1, 150, 30), (2, 5, 9), (3, 7, 33), (4, 1, 1)]
+    plan = make_plan(num_slots=slots, speculation=Speculation.TREE, fixed_draft_tokens=budget)
+    spans, scheduler, backend = virtual(lambda: simulate(plan, arrivals))
+    assert sum(o.num_new for span in spans for o in span.outcomes) == sum(new for _, _, new in arrivals)
+    assert max(o.num_proposed for span in spans for o in span.outcomes) > 0
+    assert find_races(spans) == []
+    assert backend.in_flight == 0
+    assert scheduler.done
 
 
 def test_closing_waits_for_rows_unless_told_not_to():

@@ -11,8 +11,9 @@ PACKAGE = ROOT / "aspec"
 
 BANDS = {
     0: "errors plan params options units tasks.task tasks",
-    1: "tasks.graph tasks.passes costs scheduler planner races",
-    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding model sampling text hub "
+    1: "tasks.graph tasks.passes calibration costs scheduler planner races",
+    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact model sampling "
+    "penalties text hub tasks.tree tasks.ngram drafting lookup "
     "sequence runner stats timeline recorder snapshot summary",
     3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate io.ticker executor "
     "virtual",

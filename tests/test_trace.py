@@ -15,7 +15,7 @@ from aspec.timeline import decode_stretch
 from tests import tiny
 from tests.trace_rules import check_trace, load
 
-SMALL = ["--device-memory", "1700KiB", "--threads", "1", "-p", "hello", "-n", "24", "--ignore-eos"]
+SMALL = ["--device-memory", "2250KiB", "--threads", "1", "-p", "hello", "-n", "24", "--ignore-eos"]
 PROFILE = {"disk_bytes_per_s": 1e9, "layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
 
 

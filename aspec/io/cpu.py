@@ -11,13 +11,13 @@ from typing import Protocol
 from aspec.io.disk import DiskLane
 from aspec.io.lane import ThreadLane
 from aspec.io.layout import Part
-from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Op, Resource, RowOutcome, Seating, Task
+from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Op, Report, Resource, Seating, Task
 
 
 class Runner(Protocol):
     """What computes: called on a lane's thread, never on the loop."""
 
-    def run(self, task: Task) -> tuple[RowOutcome, ...]:
+    def run(self, task: Task) -> Report:
         """Compute one task."""
         ...
 
@@ -76,5 +76,5 @@ class CpuBackend:
 
     def _compute(self, task: Task) -> Completion:
         start = time.perf_counter()
-        outcomes = self._runner.run(task)
-        return Completion(start, time.perf_counter(), outcomes)
+        report = self._runner.run(task)
+        return Completion(start, time.perf_counter(), report)

@@ -30,10 +30,11 @@ from aspec.tasks.task import (
     DISK,
     DRAFT_COMPUTE,
     H2D,
+    NOTHING,
     Completion,
     Op,
+    Report,
     Resource,
-    RowOutcome,
     Seating,
     Task,
 )
@@ -111,7 +112,7 @@ class _Launch(Generic[E]):
     stop: E
     after: tuple["_Launch[E]", ...]  # on other streams; emptied at the end, or the chain would keep every task
     future: asyncio.Future[Completion]
-    outcomes: tuple[RowOutcome, ...] = ()
+    report: Report = NOTHING
     recorded: bool = False  # whether ``stop`` is in the stream
     launched: threading.Event = field(default_factory=threading.Event)
     holds: int = 1  # itself and the unresolved tasks behind it; at 0 its events are free (loop's thread only)
@@ -197,8 +198,8 @@ class CudaBackend(Generic[S, E]):
 
     def _compute(self, task: Task) -> Completion:
         start = time.perf_counter()
-        outcomes = self._runner.run(task)
-        return Completion(start, time.perf_counter(), outcomes)
+        report = self._runner.run(task)
+        return Completion(start, time.perf_counter(), report)
 
     # -- device: on the loop's thread ------------------------------------------------------------------------
 
@@ -258,7 +259,7 @@ class CudaBackend(Generic[S, E]):
             if launch.task.op is Op.COPY:
                 self._copy(launch.task, stream)
             else:
-                launch.outcomes = self._runner.run(launch.task)
+                launch.report = self._runner.run(launch.task)
 
     def _copy(self, task: Task, stream: S) -> None:
         """From staging, or from the host part itself where it stays there."""
@@ -276,7 +277,7 @@ class CudaBackend(Generic[S, E]):
         if poison is not None:
             return poison
         start, stop = self._device.seconds_of(launch.start), self._device.seconds_of(launch.stop)
-        return Completion(start, max(start, stop), launch.outcomes)
+        return Completion(start, max(start, stop), launch.report)
 
     # -- errors: on any thread -------------------------------------------------------------------------------
 

@@ -15,8 +15,12 @@ from aspec.tasks.task import (
     DISK,
     DRAFT_COMPUTE,
     H2D,
+    NOTHING,
     Completion,
+    Grown,
+    Growth,
     Op,
+    Report,
     Resource,
     RowOutcome,
     Seating,
@@ -99,7 +103,7 @@ class SimBackend:
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
         faulty = self.fail == (task.op, self._issued[task.op])
-        loop.call_at(stop, self._finish, future, task, Completion(start, stop, self._outcomes(task)), faulty)
+        loop.call_at(stop, self._finish, future, task, Completion(start, stop, self._report(task)), faulty)
         return future
 
     async def close(self) -> None:
@@ -135,12 +139,22 @@ class SimBackend:
         else:
             future.set_result(completion)
 
-    def _outcomes(self, task: Task) -> tuple[RowOutcome, ...]:
-        if task.op is not Op.ACCEPT or task.item is None:
-            return ()
+    def _report(self, task: Task) -> Report:
         item = task.item
+        if item is not None and task.growth is not None:
+            limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
+            return Report(grown=tuple(self._grown(row, task.growth, *limit) for row, *limit in limits))
+        if item is None or task.op is not Op.ACCEPT:
+            return NOTHING
         triples = zip(item.rows, item.starts, item.counts, strict=True)
-        return tuple(self._outcome(row, start, 1 if item.prefill else count) for row, start, count in triples)
+        return Report(tuple(self._outcome(row, start, 1 if item.prefill else count) for row, start, count in triples))
+
+    def _grown(self, row: int, growth: Growth, budget: int, depth: int) -> Grown:
+        """A tree whose best path goes on with the profile's acceptance; it is all that the simulation verifies."""
+        chance = self.profile.acceptance
+        levels = min(growth.level + 1, budget, depth)
+        promise = chance**levels if levels == growth.level + 1 < min(budget, depth) else 0.0
+        return Grown(row, tuple(chance**level for level in range(1, levels + 1)), promise)
 
     def _outcome(self, row: int, start: int, count: int) -> RowOutcome:
         """Accept proposals while the hash of their position says so."""

@@ -75,6 +75,17 @@ class WorkItem:
 
 
 @dataclass(frozen=True, slots=True)
+class Growth:
+    """How a DRAFT task grows one level of its rows' trees (SpecExec, arXiv 2406.02532)."""
+
+    level: int  # 0 plants the tree
+    beams: int  # nodes of a row that go through the draft
+    width: int  # children that each of them offers
+    budgets: tuple[int, ...]  # nodes a row's tree may keep, in the order of the item's rows
+    depths: tuple[int, ...]  # tokens a path may have
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One unit of work for one resource, in program order by ``id``; smaller ``priority`` runs first."""
 
@@ -93,6 +104,7 @@ class Task:
     step: int = -1  # draft step
     nbytes: int = 0
     slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs that a LAYER task binds
+    growth: Growth | None = None  # of a DRAFT task that grows trees
 
     @property
     def num_tokens(self) -> int:
@@ -103,15 +115,6 @@ class Task:
     def label(self) -> str:
         """A short stable name: its colour in a trace, its name in an error."""
         return label(self.op, self.layer, self.part, self.step)
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What a backend reports of a finished task: seconds on the backend's clock, and counts."""
-
-    start_s: float
-    stop_s: float
-    outcomes: tuple["RowOutcome", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,35 @@ class RowOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Grown:
+    """A row's tree after a level: what its nodes are worth, and what another level could bring."""
+
+    row: int
+    probabilities: tuple[float, ...]  # calibrated, of the paths to its nodes, descending
+    promise: float  # expected tokens that one more level can gain at most; 0: it is grown
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The counts that a task leaves: of its rows after ACCEPT, of their trees after a level of growth."""
+
+    outcomes: tuple[RowOutcome, ...] = ()
+    grown: tuple[Grown, ...] = ()
+
+
+NOTHING = Report()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a backend tells of a finished task: seconds on the backend's clock, and counts."""
+
+    start_s: float
+    stop_s: float
+    report: Report = NOTHING
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """A finished task with its start and end, seconds on the backend's clock: what observers read."""
 
@@ -133,6 +165,7 @@ class Span:
     start_s: float
     stop_s: float
     outcomes: tuple[RowOutcome, ...] = ()
+    grown: tuple[Grown, ...] = ()
     cause: int = -1  # the task whose end let this one start; -1: something outside
 
 

@@ -1,0 +1,65 @@
+"""The draft that needs no model: what followed the last few tokens when they stood in this text before.
+
+Source: prompt lookup decoding (Saxena, 2023); the index is ``tasks/ngram.py``. Its confidences are calibrated online
+by what gets accepted, so text that never repeats itself soon costs next to nothing.
+"""
+
+from math import log
+
+from aspec.calibration import Calibration
+from aspec.drafting import Drafter, DraftState
+from aspec.errors import InternalError
+from aspec.sequence import Sequence as TokenSequence
+from aspec.tasks.ngram import NgramIndex, merge_into
+from aspec.tasks.task import Grown, Growth, WorkItem
+from aspec.tasks.tree import ROOT, Tree
+
+
+class NgramDrafter(Drafter):
+    """Proposes continuations of every row's own text, as a tree of one level of work."""
+
+    def __init__(self, most: int | None = None) -> None:
+        """At most ``most`` continuations for a row; None: as many as a level is wide."""
+        super().__init__()
+        self._most = most
+        self._indices: dict[int, NgramIndex] = {}
+        self._calibration = Calibration()
+
+    def seat(self, row: int, sequence: TokenSequence | None) -> None:
+        """A row changes hands; its index goes with it."""
+        super().seat(row, sequence)
+        self._indices.pop(row, None)
+        if sequence is not None:
+            self._indices[row] = NgramIndex()
+
+    def prefill(self, item: WorkItem) -> None:
+        """Prompts are indexed with the first proposal."""
+
+    def extend_chains(self, item: WorkItem) -> None:
+        """A lookup knows whole continuations, so even a chain is asked for as a tree."""
+        raise InternalError("an n-gram draft grows trees only")
+
+    def grow_trees(self, item: WorkItem, growth: Growth) -> tuple[Grown, ...]:
+        """Look up every row's last tokens; there is nothing further to grow."""
+        rows = zip(item.rows, growth.budgets, growth.depths, strict=True)
+        return tuple(self._grow(row, self._rows[row], budget, depth, growth.width) for row, budget, depth in rows)
+
+    def _grow(self, row: int, state: DraftState, budget: int, depth: int, width: int) -> Grown:
+        index = self._indices[row]
+        index.extend(state.sequence.tokens[index.length :])
+        tree = Tree(depth, state.sequence.end_ids, log_guess=self._calibration.log_probability)
+        tree.feed([ROOT])
+        for tokens, confidences in index.propose(depth, width if self._most is None else min(self._most, width)):
+            merge_into(tree, tokens, [log(confidence) for confidence in confidences])
+        tree.prune(budget)
+        state.tree = tree
+        return Grown(row, tuple(tree.probabilities()), promise=0.0)
+
+    def settle(self, row: int, path: list[int]) -> None:
+        """Learn from the accepted path, forget the proposal."""
+        state = self._rows[row]
+        proposal, state.tree, state.proposal = state.proposal, None, None
+        for place, accepted in proposal.verdicts(path) if proposal else ():
+            guessed = proposal.guessed[place] if proposal else None
+            if guessed is not None:
+                self._calibration.observe(guessed, accepted)

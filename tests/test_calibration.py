@@ -1,0 +1,248 @@
+"""Acceptance learnt from verdicts, and the size of a tree chosen by measured cost."""
+
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aspec.calibration import Calibration, another_level, marginal_seconds, worthwhile
+from aspec.costs import expected_tokens
+from aspec.tasks.tree import ROOT, Tree
+
+INF = math.inf
+GRID = [math.log(p) for p in (1e-6, 0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999)] + [0.0]
+
+
+def learn(calibration, truth, rounds, seed=0, scores=(0.03, 0.1, 0.3, 0.6, 0.9)):
+    """``rounds`` of one verdict per score, accepted with the chance ``truth`` gives."""
+    source = random.Random(seed)
+    for _ in range(rounds):
+        for p in scores:
+            calibration.observe(math.log(p), source.random() < truth(p))
+
+
+# -- calibration -------------------------------------------------------------------------------------------
+
+
+def test_without_observations_the_draft_is_believed():
+    calibration = Calibration()
+    for p in [i / 1000 for i in range(1, 1000)] + [1e-9, 1e-5, 1.0]:
+        assert calibration.probability(math.log(p)) == pytest.approx(p, rel=1e-6, abs=0.0015)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(-30.0, 0.0), st.booleans()), max_size=300))
+def test_estimates_ascend_and_stay_inside_whatever_is_observed(verdicts):
+    calibration = Calibration()
+    for log_score, accepted in verdicts:
+        calibration.observe(log_score, accepted)
+    grid = sorted({*GRID, *(log_score for log_score, _ in verdicts), -40.0, -300.0, *(-i / 7 for i in range(60))})
+    estimates = [calibration.probability(log_score) for log_score in grid]
+    assert all(0.0 < estimate <= 1.0 for estimate in estimates)
+    for (low, below), (high, above) in itertools.pairwise(zip(grid, estimates, strict=True)):
+        assert below < above or high - low < 1e-6, "pooled buckets keep the draft's order"
+    for log_score, estimate in zip(grid, estimates, strict=True):
+        assert calibration.log_probability(log_score) == math.log(estimate) <= 0.0
+
+
+def test_extreme_scores_do_not_overflow():
+    calibration = Calibration()
+    for log_score in (-INF, -1e9, -800.0, -1e-300, 0.0):
+        calibration.observe(log_score, True)
+    assert calibration.probability(-INF) == 0.0
+    assert calibration.log_probability(-INF) == -INF
+    assert calibration.log_probability(-1e9) == -1e9
+    assert -0.01 < calibration.log_probability(0.0) < 0.0
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [lambda p: p, lambda p: p**2, lambda p: math.sqrt(p), lambda p: 0.3 * p, lambda p: 0.5],
+    ids=["honest", "bold", "shy", "scaled", "constant"],
+)
+def test_it_converges_to_the_truth(truth):
+    mean = dict.fromkeys((0.03, 0.1, 0.3, 0.6, 0.9), 0.0)
+    for seed in range(10):
+        calibration = Calibration()
+        learn(calibration, truth, 400, seed)
+        for p in mean:
+            mean[p] += calibration.probability(math.log(p)) / 10
+    for p, found in mean.items():
+        assert found == pytest.approx(truth(p), abs=0.06)
+
+
+def test_ten_rounds_of_a_chain_teach_most_of_it():
+    """A draft that claims 0.9 and is right half the time: 4 proposals a round, judged to the first refusal."""
+    errors = []
+    for seed in range(20):
+        calibration, source = Calibration(), random.Random(seed)
+        for _ in range(10):
+            for _ in range(4):
+                accepted = source.random() < 0.5
+                calibration.observe(math.log(0.9), accepted)
+                if not accepted:
+                    break
+        errors.append(calibration.probability(math.log(0.9)) - 0.5)
+    assert abs(sum(errors) / len(errors)) < 0.05, "0.4 at the start"
+    assert max(errors) < 0.35
+
+
+def test_a_hostile_draft_is_soon_not_believed():
+    calibration = Calibration()
+    for _ in range(10):
+        for p in (0.9, 0.05):
+            calibration.observe(math.log(p), False)
+    assert calibration.probability(math.log(0.9)) < 0.2
+    for _ in range(200):
+        calibration.observe(math.log(0.9), False)
+    assert calibration.probability(math.log(0.9)) < 0.06
+
+
+def test_it_follows_a_drift():
+    calibration = Calibration()
+    learn(calibration, lambda p: p, 300)
+    learn(calibration, lambda p: 0.1, 60, seed=1)
+    assert calibration.probability(math.log(0.9)) < 0.5, "60 verdicts later the old ones weigh a third"
+    learn(calibration, lambda p: 0.1, 200, seed=2)
+    assert calibration.probability(math.log(0.9)) < 0.25
+    learn(calibration, lambda p: p, 260, seed=3)
+    assert calibration.probability(math.log(0.9)) == pytest.approx(0.9, abs=0.12)
+
+
+def test_the_same_verdicts_give_the_same_estimates():
+    first, second = Calibration(), Calibration()
+    for calibration in (first, second):
+        learn(calibration, lambda p: p, 50)
+        calibration.probability(-1.0)
+        learn(calibration, lambda p: p, 50, seed=9)
+    assert [first.probability(x) for x in GRID] == [second.probability(x) for x in GRID]
+
+
+def test_a_chain_is_priced_as_the_product():
+    calibration = Calibration()
+    for _ in range(500):
+        calibration.observe(math.log(0.6), True)
+        calibration.observe(math.log(0.6), True)
+        calibration.observe(math.log(0.6), True)
+        calibration.observe(math.log(0.6), False)
+    chance = calibration.probability(math.log(0.6))
+    tree = Tree(5, log_probability=calibration.log_probability)
+    while nodes := tree.frontier(1):
+        tree.feed(nodes)
+        tree.extend(nodes[0], [3], [math.log(0.6)])
+        tree.prune(5)
+    assert chance == pytest.approx(0.75, abs=0.03)
+    assert tree.expected_tokens() == pytest.approx(expected_tokens(chance, 5))
+
+
+def test_verdicts_of_real_rounds_calibrate_a_bold_draft():
+    """Trees grown with the estimates, a target that agrees less than the draft claims: expectation meets outcome."""
+    source, calibration, vocab = random.Random(5), Calibration(), 8
+    claimed, emitted = [], []
+    for step in range(400):
+        tree = Tree(5, log_probability=calibration.log_probability)
+        laws = {}
+        while nodes := tree.frontier(4):
+            tree.feed(nodes)
+            for node in nodes:
+                weights = [math.exp(2.0 * source.gauss(0, 1)) for _ in range(vocab)]
+                laws[node] = [weight / sum(weights) for weight in weights]
+                tree.extend(node, range(vocab), [math.log(p) for p in laws[node]])
+            tree.prune(24)
+        proposal = tree.proposal()
+        true = [[0.6 * p + 0.4 / vocab for p in laws.get(node, [1 / vocab] * vocab)] for node in (ROOT, *tree._kept)]
+        path, tokens = proposal.follow([source.choices(range(vocab), law)[0] for law in true])
+        for place, accepted in proposal.verdicts(path):
+            calibration.observe(proposal.offered[place], accepted)
+        if step >= 100:
+            claimed.append(tree.expected_tokens())
+            emitted.append(len(tokens))
+    assert sum(claimed) / len(claimed) == pytest.approx(sum(emitted) / len(emitted), rel=0.08)
+
+
+# -- size --------------------------------------------------------------------------------------------------
+
+
+def plainly(probabilities, rate, marginal):
+    count = 0
+    for number, p in enumerate(probabilities, 1):
+        if p <= rate * marginal(number):
+            break
+        count += 1
+    return count
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(0.0, 1.0), max_size=40),
+    st.floats(0.0, 50.0),
+    st.lists(st.floats(0.0, 0.05), min_size=40, max_size=40),
+)
+def test_rising_costs_are_the_plain_rule(probabilities, rate, steps):
+    probabilities = sorted(probabilities, reverse=True)
+    costs = sorted(steps)
+    gains = [p - rate * cost for p, cost in zip(probabilities, costs, strict=False)]
+    chosen = worthwhile(probabilities, rate, lambda n: costs[n - 1])
+    expected = plainly(probabilities, rate, lambda n: costs[n - 1])
+    assert chosen <= expected
+    assert sum(gains[chosen:expected]) < 1e-9, "nodes may be left out only where rounding hides their gain"
+
+
+def test_worthwhile_at_the_ends():
+    assert worthwhile([], 5.0, lambda n: 1.0) == 0
+    assert worthwhile([0.5, 0.1], 0.0, lambda n: 1.0) == 2, "no rate is known yet: everything pays"
+    assert worthwhile([0.5, 0.1], 1e9, lambda n: 1.0) == 0
+    assert worthwhile([0.5, 0.0], 0.0, lambda n: 0.0) == 1, "a node without hope is not worth its memory"
+    assert another_level(1.0, 2.0, 0.4)
+    assert not another_level(1.0, 2.0, 0.5)
+
+
+def test_nodes_beyond_a_jump_pay_for_it_together():
+    cost = [0.0] * 7 + [0.3] + [0.0] * 7
+    probabilities = [0.1] * 15
+    assert worthwhile(probabilities, 1.0, lambda n: cost[n - 1]) == 15
+    assert worthwhile(probabilities, 4.0, lambda n: cost[n - 1]) == 7
+
+
+def test_marginal_seconds_from_measured_passes():
+    marginal = marginal_seconds([(16, 0.191), (1, 0.136), (6, 0.148), (64, 0.448), (128, 0.778)])
+    assert marginal(1) == pytest.approx((0.148 - 0.136) / 5)
+    assert marginal(5) == pytest.approx((0.148 - 0.136) / 5)
+    assert marginal(6) == pytest.approx((0.191 - 0.148) / 10)
+    assert sum(marginal(n) for n in range(1, 128)) == pytest.approx(0.778 - 0.136)
+    assert marginal(1000) == pytest.approx((0.778 - 0.448) / 64), "the last line goes on"
+    beside = marginal_seconds([(1, 0.1), (10, 0.1), (20, 0.3)], other_tokens=10)
+    assert beside(1) == pytest.approx(0.02), "ten rows decode already"
+    assert marginal_seconds([])(3) == marginal_seconds([(5, 1.0)])(3) == 0.0
+    assert marginal_seconds([(1, 0.2), (8, 0.1), (16, 0.3)])(3) == 0.0, "a faster larger pass is noise"
+
+
+MODELS = {
+    "flat": lambda tokens: 1.0,
+    "linear": lambda tokens: 1.0 + 0.01 * tokens,
+    "knee": lambda tokens: 1.0 + 0.03 * max(0, tokens - 16),
+    "convex": lambda tokens: 1.0 + 0.0005 * tokens**2,
+    "steps": lambda tokens: 1.0 + 0.25 * (tokens // 16),
+    "two cores": lambda tokens: 0.61 + 0.0045 * tokens,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("decay", [0.5, 0.8, 0.95])
+def test_the_running_rate_leads_to_the_best_fixed_size(name, decay):
+    """Rounds choose by the rate of the rounds before; the rate settles where tokens per second are most."""
+    seconds, probabilities = MODELS[name], [decay ** (1 + n // 3) for n in range(200)]
+
+    def made(size):
+        return (1 + sum(probabilities[:size])) / seconds(size + 1)
+
+    rate, sizes = 0.0, []
+    for _ in range(30):
+        sizes.append(worthwhile(probabilities, rate, lambda n: seconds(n + 1) - seconds(n)))
+        rate += 0.3 * (made(sizes[-1]) - rate)
+    best = max(made(size) for size in range(201))
+    assert made(sizes[-1]) >= 0.99 * best
+    assert made(worthwhile(probabilities, rate, [(n, seconds(n)) for n in (1, 4, 16, 17, 64, 128)])) >= 0.8 * best

@@ -3,7 +3,8 @@
     python tools/expand.py aspec/demo/target BIG --size 2GB
     python tools/bench_peers.py BIG --draft aspec/demo/draft --rounds 3 --json peers.json
 
-aspec                 streams weights while the draft speculates, under --device-memory
+aspec                 streams weights while a chain is drafted, under --device-memory
+aspec, trees          the same as it comes: --speculation auto
 accelerate            transformers with accelerate's disk offload; layers beyond --offload-memory are on disk
 assistant, default    the same with the draft as assistant model, on transformers' default schedule
 assistant, 5 tokens   the same with always 5 draft tokens; the better of the two is "accelerate+assistant"
@@ -86,8 +87,8 @@ Peer = tuple[Callable[[list[int], int, Arrivals], Awaitable[None]], Callable[[],
 
 
 @contextlib.asynccontextmanager
-async def open_aspec(job: Job, max_context: int) -> AsyncIterator[Peer]:
-    """aspec for one sequence of at most this length; chain drafts."""
+async def open_aspec(job: Job, max_context: int, speculation: str = "chain") -> AsyncIterator[Peer]:
+    """aspec for one sequence of at most this length."""
     from aspec.engine import open_engine
     from aspec.params import SamplingParams
 
@@ -106,7 +107,7 @@ async def open_aspec(job: Job, max_context: int) -> AsyncIterator[Peer]:
 
     sizes = {"device_memory": job.memory, "resident_memory": job.resident, "max_context": max_context, "max_batch": 1}
     models = {"target": job.target, "draft": job.draft, "dtype": job.dtype}
-    async with open_engine(**models, **sizes, threads=job.threads) as engine:
+    async with open_engine(**models, **sizes, speculation=speculation, threads=job.threads) as engine:
         yield generate, facts
 
 
@@ -157,6 +158,7 @@ FIVE_TOKENS |= {"assistant_confidence_threshold": 0.0}  # else an unsure draft s
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 CONTENDERS = {
     "aspec": Contender(open_aspec, memory_option="device_memory"),
+    "aspec, trees": Contender(open_aspec, {"speculation": "auto"}, memory_option="device_memory"),
     "accelerate": Contender(open_transformers),
     "assistant, default": Contender(open_transformers, {"assistant": {}}),
     "assistant, 5 tokens": Contender(open_transformers, {"assistant": FIVE_TOKENS}),

@@ -208,6 +208,7 @@ def _speculation(options: EngineOptions, draft: Model | None) -> dict[str, Any]:
         "fixed_draft_tokens": options.num_draft_tokens,
         "max_draft_depth": options.draft_depth or MAX_DEPTH,
         "fixed_draft_depth": options.draft_depth,
+        "draft_ahead": options.draft_ahead and not ngram,
     }
 
 

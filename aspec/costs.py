@@ -40,6 +40,7 @@ class CostModel:
         self._op = {op: Average() for op in Op}
         self._link = Average()
         self._link_free_s = 0.0  # when the latest load landed
+        self._landed, self._landed_s = 0, 0.0  # loads in their slots, and when the latest got there
         self._tokens_per_s = Average()  # over the rounds, all rows together
         self._round, self._round_start_s, self._round_tokens = -1, 0.0, 0
         self._accepted, self._refused = 4.0, 1.0  # decayed counts; the prior says p = 0.8
@@ -47,6 +48,8 @@ class CostModel:
     def observe(self, span: Span) -> None:
         """Learn from one finished task."""
         seconds, task = span.stop_s - span.start_s, span.task
+        if task.slot >= 0:
+            self._landed, self._landed_s = self._landed + 1, span.stop_s
         if task.op is Op.LAYER:
             self._layer[_bucket(task.num_tokens)].add(seconds)
         elif task.op is Op.READ:
@@ -73,6 +76,18 @@ class CostModel:
     def tokens_per_s(self) -> float:
         """The running speed of decoding; 0 before it is known."""
         return self._tokens_per_s.value or 0.0
+
+    @property
+    def draft_step_s(self) -> float:
+        """Seconds of one draft step; 0 before it is known."""
+        return self._op[Op.DRAFT].value or 0.0
+
+    def seconds_until(self, loads: int, load_bytes: int, now_s: float) -> float:
+        """How long after ``now_s`` load number ``loads`` will have landed at the present rate; 0 if it has."""
+        rate, missing = self._link.value, loads - self._landed
+        if rate is None or missing <= 0:
+            return 0.0
+        return max(0.0, self._landed_s + missing * load_bytes / rate - now_s)
 
     def pass_seconds(self, num_layers: int, streamed_bytes: int, most: int) -> list[tuple[int, float]]:
         """(tokens, seconds) of passes up to ``most`` tokens by the present estimates; empty before any is known."""

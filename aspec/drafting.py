@@ -1,8 +1,9 @@
 """The draft of every row: chains and trees of proposals, the draft model's KV, and what acceptance teaches.
 
 Called on a lane's thread, never on the loop; the graph orders tasks that touch the same state. A chain grows by one
-token a step; a tree grows by one level a step, best-first by calibrated path probability. Wherever a draw of the
-target is chased, the draft ranks with the noise of that very draw.
+token a step; a tree grows by one level a step, best-first by calibrated path probability, and goes on growing while
+its best nodes are verified: what then stands below the target's draws is the next round's tree. Wherever a draw of
+the target is chased, the draft ranks with the noise of that very draw.
 """
 
 from abc import ABC, abstractmethod
@@ -34,12 +35,29 @@ class DraftState:
     sequence: TokenSequence
     drafted: int = 0  # positions of the draft's KV that hold committed tokens or the live chain
     chain: list[int] = field(default_factory=list)
-    tree: Tree | None = None
+    tree: Tree | None = None  # its root is the last committed token
     proposal: Proposal | None = None  # of the tree, once it is to be verified
+    budget: int = 0  # nodes that the tree may propose
+    room: tuple[int, int] = (0, 0)  # nodes and depth that its latest level had
+    beams: int = 0  # likewise
 
     def context(self, paths: Sequence[tuple[int, ...]]) -> Context | None:
         """What leads to the positions behind some paths; None where no penalty asks."""
         return None if self.sequence.counts is None else Context(self.sequence.counts, paths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """Nodes of a row's tree that go through the draft in one step, and what is fed for them."""
+
+    row: int
+    state: DraftState
+    tree: Tree
+    nodes: list[int]
+    start: int  # committed tokens that the draft had seen
+    tokens: list[int]  # of the nodes; of a new tree all that the draft has not seen, the root last
+    parents: list[int]  # of every token in a slot behind the committed ones
+    first: int = 0  # slots that earlier levels filled
 
 
 class Drafter(ABC):
@@ -64,11 +82,14 @@ class Drafter(ABC):
 
     @abstractmethod
     def grow_trees(self, item: WorkItem, growth: Growth) -> tuple[Grown, ...]:
-        """Grow one level of every row's tree."""
+        """Grow one level of every row's tree; plant those that are none."""
 
     @abstractmethod
-    def settle(self, row: int, path: list[int]) -> None:
-        """The target has spoken and the sequence has grown: learn from the accepted path, forget the proposal."""
+    def settle(self, row: int, path: list[int], emitted: list[int]) -> Grown | None:
+        """The target has drawn ``emitted``, the sequence has grown: learn from the accepted path, forget the proposal.
+
+        Returns what stands of a tree below the last token drawn, if the draft went on there.
+        """
 
     def propose(self, row: int, count: int) -> tuple[list[int], list[int] | None]:
         """The first ``count`` proposed tokens of a row, and their parents (-1: the last committed one); None: a chain.
@@ -79,6 +100,13 @@ class Drafter(ABC):
         if state.tree is None:
             return state.chain[:count], None
         state.proposal = state.tree.proposal().first(count)
+        return self.proposed(row, count)
+
+    def proposed(self, row: int, count: int) -> tuple[list[int], list[int] | None]:
+        """What ``propose`` returned, however the tree has grown since."""
+        state = self._rows[row]
+        if state.proposal is None:
+            return state.chain[:count], None
         return list(state.proposal.tokens), list(state.proposal.parents)
 
     def follow(self, row: int, drawn: list[int], count: int) -> tuple[list[int], list[int]]:
@@ -127,87 +155,102 @@ class ModelDrafter(Drafter):
             state.chain.append(row_draw[0])
 
     def grow_trees(self, item: WorkItem, growth: Growth) -> tuple[Grown, ...]:
-        """One level of every row's tree; the first level catches up with what the draft has not seen."""
-        states = [self._rows[row] for row in item.rows]
-        limits = list(zip(states, growth.budgets, growth.depths, strict=True))
-        first = growth.level == 0
-        nodes = self._plant(item.rows, limits) if first else self._feed(item.rows, states, growth.beams)
-        for (state, budget, _), (fed, logits) in zip(limits, nodes, strict=True):
-            assert state.tree is not None
-            self._offer(state, state.tree, fed, logits, growth.width)
-            state.tree.prune(budget)
-        return tuple(self._grown(row, state, growth.beams) for row, state in zip(item.rows, states, strict=True))
+        """One level of every row's tree; a new one first catches up with what the draft has not seen."""
+        limits = zip(item.rows, growth.budgets, growth.depths, strict=True)
+        levels = [self._next_level(row, budget, depth, growth) for row, budget, depth in limits]
+        logits = iter(self._run_levels([level for level in levels if level.nodes]))
+        grown = []
+        for level, budget in zip(levels, growth.budgets, strict=True):
+            if level.nodes:
+                self._offer(level, next(logits), growth.width)
+                level.tree.prune(budget + growth.ahead)
+            grown.append(self._grown(level.row, level.tree, growth.beams))
+        return tuple(grown)
 
-    def _plant(
-        self, rows: Sequence[int], limits: Sequence[tuple[DraftState, int, int]]
-    ) -> list[tuple[list[int], torch.Tensor]]:
-        """New trees, and the draft's logits at their roots."""
-        states = [state for state, _, _ in limits]
-        fed = [state.sequence.tokens[state.drafted :] for state in states]
-        logits = self._run(rows, [state.drafted for state in states], fed)
-        for (state, _, depth), tokens in zip(limits, fed, strict=True):
-            state.drafted += len(tokens)
+    def _next_level(self, row: int, budget: int, depth: int, growth: Growth) -> "_Level":
+        """What of a row's tree goes through the draft now: the committed tokens it has not seen, or the best nodes."""
+        state = self._rows[row]
+        room = budget + growth.ahead, depth
+        state.budget, state.beams = budget, growth.beams
+        if state.tree is None:
+            state.room = room
             calibration = self._calibration[state.sequence.sampler.greedy]
-            state.tree = Tree(depth, state.sequence.end_ids, calibration.log_probability)
-            state.tree.feed([ROOT])
-        return [([ROOT], own) for own in logits]
+            tree = state.tree = Tree(depth, state.sequence.end_ids, calibration.log_probability)
+            tree.feed([ROOT])
+            start, tokens = state.drafted, state.sequence.tokens[state.drafted :]
+            state.drafted += len(tokens)
+            return _Level(row, state, tree, [ROOT], start, tokens, list(range(-1, len(tokens) - 1)))
+        tree, first = state.tree, len(state.tree.slots)
+        if state.room != room:
+            tree.reopen(depth)
+            tree.prune(room[0])
+            state.room = room
+        nodes = tree.frontier(self._beams(row, tree, growth.beams))
+        tree.feed(nodes)
+        tokens = [tree.nodes[node].token for node in nodes]
+        return _Level(row, state, tree, nodes, state.drafted, tokens, tree.slot_parents(), first)
 
-    def _feed(
-        self, rows: Sequence[int], states: Sequence[DraftState], beams: int
-    ) -> list[tuple[list[int], torch.Tensor]]:
-        """The next level's nodes of every tree, and the draft's logits at them."""
-        nodes, firsts = [], []
-        for state in states:
-            assert state.tree is not None
-            firsts.append(len(state.tree.slots))
-            nodes.append(state.tree.frontier(self._beams(state, beams)))
-            state.tree.feed(nodes[-1])
-        trees = [state.tree for state in states if state.tree is not None]
-        tokens = [[tree.nodes[node].token for node in own] for tree, own in zip(trees, nodes, strict=True)]
-        parents = [tree.slot_parents() for tree in trees]
-        starts = [state.drafted for state in states]
-        logits = self._run(rows, starts, tokens, parents=parents, firsts=firsts)
-        return [(own, logits[row, : len(own)]) for row, own in enumerate(nodes)]
+    def _run_levels(self, levels: Sequence["_Level"]) -> list[torch.Tensor]:
+        """The draft's logits [N, V] at the nodes of every level."""
+        if not levels:
+            return []
+        logits = self._run(
+            [level.row for level in levels],
+            [level.start for level in levels],
+            [level.tokens for level in levels],
+            parents=[level.parents for level in levels],
+            firsts=[level.first for level in levels],
+        )
+        ends = [len(level.tokens) for level in levels]
+        return [own[end - len(level.nodes) : end] for own, end, level in zip(logits, ends, levels, strict=True)]
 
-    def _offer(self, state: DraftState, tree: Tree, nodes: list[int], logits: torch.Tensor, width: int) -> None:
-        """Children of some nodes, scored for the positions they would stand at."""
+    def _offer(self, level: "_Level", logits: torch.Tensor, width: int) -> None:
+        """Children of a level's nodes, scored for the positions they would stand at."""
+        state, tree = level.state, level.tree
         sampler = state.sequence.sampler
-        depths = [0 if node == ROOT else tree.nodes[node].depth for node in nodes]
+        depths = [0 if node == ROOT else tree.nodes[node].depth for node in level.nodes]
         positions = [state.drafted + depth for depth in depths]
         noise = sampler.noise(positions, logits.shape[-1]) if self._shared_noise else None
-        logits = sampler.penalised(logits[..., : self._limit], state.context([tree.path(node) for node in nodes]))
+        logits = sampler.penalised(logits[..., : self._limit], state.context([tree.path(node) for node in level.nodes]))
         temperature = GREEDY_TEMPERATURE if sampler.greedy else sampler.temperature
         tokens, scores = best_children(logits, width, noise, temperature=temperature, limit=self._limit)
-        for node, own_tokens, own_scores in zip(nodes, tokens.tolist(), scores.tolist(), strict=True):
+        for node, own_tokens, own_scores in zip(level.nodes, tokens.tolist(), scores.tolist(), strict=True):
             tree.extend(node, own_tokens, own_scores)
 
-    def _grown(self, row: int, state: DraftState, beams: int) -> Grown:
+    def _grown(self, row: int, tree: Tree, beams: int) -> Grown:
         """What the policy hears of a tree."""
-        assert state.tree is not None
-        return Grown(row, tuple(state.tree.probabilities()), state.tree.promise(self._beams(state, beams)))
+        return Grown(row, tuple(tree.probabilities()), tree.promise(self._beams(row, tree, beams)))
 
-    def _beams(self, state: DraftState, beams: int) -> int:
+    def _beams(self, row: int, tree: Tree, beams: int) -> int:
         """Forwards of a level: no more than the draft's KV has room for."""
-        assert state.tree is not None
-        return min(beams, self._kv.capacity - state.drafted - len(state.tree.slots))
+        return min(beams, self._kv.capacity - self._rows[row].drafted - len(tree.slots))
 
     # -- verification ----------------------------------------------------------------------------------------
 
-    def settle(self, row: int, path: list[int]) -> None:
-        """Keep the accepted path in the draft's KV, learn, forget."""
+    def settle(self, row: int, path: list[int], emitted: list[int]) -> Grown | None:
+        """Keep what the draft has seen of the draws in its KV, and the tree below them; learn; forget the proposal."""
         state = self._rows[row]
-        proposal = state.proposal
-        if proposal is not None:
-            calibration = self._calibration[state.sequence.sampler.greedy]
-            for place, accepted in proposal.verdicts(path):
-                offered = proposal.offered[place]
-                if offered is not None:
-                    calibration.observe(offered, accepted)
-            standing = proposal.standing(path)
-            self._kv.gather(row, state.drafted, standing)
-            state.drafted += len(standing)
-        state.drafted = min(state.drafted, len(state.sequence.tokens) - 1)
-        state.chain, state.tree, state.proposal = [], None, None
+        if state.proposal is not None:
+            self._learn(state, state.proposal, path)
+        tree, below = state.tree, None
+        if tree is not None:
+            slots, below = tree.descend(emitted)
+            self._kv.gather(row, state.drafted, slots)
+            state.drafted += len(emitted) if below is not None else len(slots)
+        if below is None:
+            state.drafted = min(state.drafted, len(state.sequence.tokens) - 1)
+        state.chain, state.tree, state.proposal = [], below, None
+        if below is None or state.sequence.finish_reason is not None:
+            return None
+        below.prune(state.budget)
+        return self._grown(row, below, state.beams)
+
+    def _learn(self, state: DraftState, proposal: Proposal, path: list[int]) -> None:
+        calibration = self._calibration[state.sequence.sampler.greedy]
+        for place, accepted in proposal.verdicts(path):
+            offered = proposal.offered[place]
+            if offered is not None:
+                calibration.observe(offered, accepted)
 
     # -- the model -------------------------------------------------------------------------------------------
 

@@ -128,6 +128,10 @@ class GenerateFlags:
         int,
         _option(PLACE, "Tokens of a tree's longest path.", "--draft-depth", parser=_count_or_auto, metavar="auto|N"),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    draft_ahead: Annotated[
+        bool,
+        _option(PLACE, "Trees grow on for the next round while they are verified.", "--draft-ahead/--no-draft-ahead"),
+    ] = True
     exact: Annotated[
         bool | None,
         _option(
@@ -173,6 +177,7 @@ class GenerateFlags:
             speculation=self.speculation,
             num_draft_tokens=None if self.num_draft_tokens < 0 else self.num_draft_tokens,
             draft_depth=None if self.draft_depth < 0 else self.draft_depth,
+            draft_ahead=self.draft_ahead,
             exact=self.exact,
             max_batch=None if self.batch_size < 0 else self.batch_size,
             max_context=self.max_context,

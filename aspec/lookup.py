@@ -55,7 +55,7 @@ class NgramDrafter(Drafter):
         state.tree = tree
         return Grown(row, tuple(tree.probabilities()), promise=0.0)
 
-    def settle(self, row: int, path: list[int]) -> None:
+    def settle(self, row: int, path: list[int], emitted: list[int]) -> None:
         """Learn from the accepted path, forget the proposal."""
         state = self._rows[row]
         proposal, state.tree, state.proposal = state.proposal, None, None

@@ -25,6 +25,7 @@ class EngineOptions:
     speculation: str = "auto"  # auto, chain, tree or off
     num_draft_tokens: int | None = None  # proposals of a row in a pass: a chain's length, a tree's nodes; 0: off
     draft_depth: int | None = None  # tokens of a tree's longest path
+    draft_ahead: bool = True  # trees grow on for the next round while they are verified
     exact: bool | None = None  # the same bits whatever the draft, the batch and the plan; None: where it was proved
     shared_noise: bool = True  # the draft ranks with the noise of the target's own draws; False: by likelihood alone
     max_batch: int | None = None  # sequences that share a pass

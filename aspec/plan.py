@@ -61,6 +61,7 @@ class Plan:
     speculation: Speculation = Speculation.CHAIN
     max_draft_depth: int = 32  # tokens of a tree's longest path at most
     fixed_draft_depth: int | None = None  # levels of a tree; None: chosen by measured cost
+    draft_ahead: bool = True  # trees grow on while they are verified
     num_staging: int = 0  # 0: reads fill slots directly (the device is the host)
     draft_resource: str = "compute"
     budget_bytes: int | None = None
@@ -115,8 +116,8 @@ class Plan:
 
 
 def draft_slots(speculation: Speculation, max_draft_tokens: int) -> int:
-    """KV slots of a row of the draft behind its capacity: for the nodes of two rounds, pruned ones included."""
-    return 2 * (max_draft_tokens + 8) if speculation is Speculation.TREE and max_draft_tokens else 0
+    """KV slots of a row of the draft behind its capacity: for the nodes of two rounds, and as many that are pruned."""
+    return 4 * (max_draft_tokens + 8) if speculation is Speculation.TREE and max_draft_tokens else 0
 
 
 def format_bytes(nbytes: float) -> str:

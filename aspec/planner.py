@@ -35,6 +35,7 @@ class Wishes:
     fixed_draft_tokens: int | None = None
     max_draft_depth: int = 32
     fixed_draft_depth: int | None = None
+    draft_ahead: bool = True
     exact: bool = False  # products in blocks of rows: wider moments
     resident_bytes: int | None = None  # layers resident at most, even where more would fit
 
@@ -87,6 +88,7 @@ def _plan(
         fixed_draft_tokens=wishes.fixed_draft_tokens,
         max_draft_depth=wishes.max_draft_depth,
         fixed_draft_depth=wishes.fixed_draft_depth,
+        draft_ahead=wishes.draft_ahead,
         budget_bytes=wishes.budget_bytes,
         arithmetic=held,
     )

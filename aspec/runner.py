@@ -17,7 +17,7 @@ from aspec.model import Activation, Model
 from aspec.penalties import Context
 from aspec.sampling import draw_rows, token_logprobs
 from aspec.sequence import Sequence as TokenSequence
-from aspec.tasks.task import NOTHING, Op, Report, RowOutcome, Seating, Task
+from aspec.tasks.task import NOTHING, Grown, Op, Report, RowOutcome, Seating, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,32 +134,35 @@ class ModelRunner:
         sequence, drafter = self._rows[row], self._drafter
         if sequence.counts is None or drafter is None or not num_proposed:
             return sequence.context()
-        return sequence.context(*drafter.propose(row, num_proposed))
+        return sequence.context(*drafter.proposed(row, num_proposed))
 
     def _accept(self, task: Task) -> Report:
         item = item_of(task)
         draws, logits = self._draws.pop(item.index), self._logits.pop(item.index, None)
-        outcomes = []
+        outcomes, standing = [], []
         for place, (row, drawn) in enumerate(zip(item.rows, draws, strict=True)):
             start, count = item.starts[place], 1 if item.prefill else item.counts[place]
             own = None if logits is None else logits[place]
-            outcomes.append(self._accept_row(row, start, drawn, count - 1, own))
-        return Report(tuple(outcomes))
+            outcome, grown = self._accept_row(row, start, drawn, count - 1, own)
+            outcomes.append(outcome)
+            standing += [] if grown is None else [grown]
+        return Report(tuple(outcomes), tuple(standing))
 
     def _accept_row(
         self, row: int, start: int, drawn: list[int], num_proposed: int, logits: torch.Tensor | None
-    ) -> RowOutcome:
-        """Commit the draws up to and including the first that no proposal foresaw."""
+    ) -> tuple[RowOutcome, Grown | None]:
+        """Commit the draws up to and including the first that no proposal foresaw; what the draft has below them."""
         sequence, drafter = self._rows[row], self._drafter
         path, emitted = drafter.follow(row, drawn, num_proposed) if drafter and num_proposed else ([], drawn[:1])
         places = [0, *(place + 1 for place in path)]
         wanted = sequence.params.logprobs
         logprobs = [] if wanted is None or logits is None else token_logprobs(logits[places], emitted, wanted)
         num_new = sequence.commit(emitted, logprobs)
+        grown = None
         if drafter is not None:
             self._target_kv.gather(row, start, places)
-            drafter.settle(row, path)
-        return RowOutcome(row, num_proposed, len(path), num_new, sequence.finish_reason is not None)
+            grown = drafter.settle(row, path, emitted)
+        return RowOutcome(row, num_proposed, len(path), num_new, sequence.finish_reason is not None), grown
 
     # -- draft -----------------------------------------------------------------------------------------------
 

@@ -3,19 +3,22 @@
 A round drafts for the rows that decode, verifies them in one pass of the target together with the prompts that
 join, and ends when every row's counts are back. The next round is emitted then; the weight stream did not wait.
 Chains are emitted with their pass. Trees grow level by level on what the last level found (SpecExec, arXiv
-2406.02532), as long as a level is worth its seconds; then the pass takes the nodes that are worth theirs.
+2406.02532), as long as a level is worth its seconds; then the pass takes the nodes that are worth theirs, and the
+trees grow on beside its layers, one level at a time: what stands below the target's draws is where the next round
+begins. So the end of a pass is emitted late, behind the last level that was drafted ahead.
 What may NOT go in: tensors, token values, asyncio, clocks, randomness. Counts, ids, bytes and seconds only.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from aspec.calibration import another_level, marginal_seconds, worthwhile
 from aspec.costs import CostModel
 from aspec.plan import Plan, Speculation
-from aspec.tasks.passes import DRAFT_AHEAD, VERIFY, Numbering, WeightStream, emit_pass
+from aspec.sizing import Sizing
+from aspec.tasks.passes import DRAFT_AHEAD, VERIFY, Numbering, WeightStream, emit_end, emit_pass
 from aspec.tasks.task import (
+    COMPUTE,
     Access,
     Arrived,
     Cancelled,
@@ -37,8 +40,8 @@ from aspec.tasks.task import (
 )
 
 BEAMS, WIDTH = 8, 8  # nodes of a row that a level expands, and children that each of them offers
-LEAST_GAIN = 0.02  # tokens; a level that promises less is not worth the loop's time
-TRY_AGAIN_EVERY = 32  # rounds without a draft, once proposals do not pay
+AHEAD_NODES = 256  # of a row's tree beyond those it proposes: among them what the target may draw instead
+AHEAD_BEAMS = 32  # nodes that a level expands ahead, on a compute lane of the draft's own
 GROUP = 0  # one group of rows; rotation over several is a matter of the plan
 
 
@@ -55,14 +58,32 @@ class Row:
 
 @dataclass(slots=True)
 class Draft:
-    """The trees of the round that is being drafted; mutable, because every level adds to them."""
+    """The trees of a round; mutable, because every level adds to them."""
 
     rows: dict[int, Row]  # those that decode
     budgets: dict[int, int]  # nodes that a row may propose
     depths: dict[int, int]  # tokens that a path of a row may have
-    level: int = 0  # the one that is being grown
-    found: dict[int, Grown] = field(default_factory=dict)  # by row, the latest
-    seconds: float = 0.0  # of drafting so far
+    found: dict[int, Grown]  # by row, the latest; a tree that is not planted promises one token
+    levels: int = 0  # that have been emitted
+    seconds: float = 0.0  # of drafting before the pass
+    growing: bool = False  # a level is under way
+
+    @property
+    def promises(self) -> dict[int, float]:
+        """Tokens that another level can gain, of the rows where it gains any."""
+        return {row: grown.promise for row, grown in sorted(self.found.items()) if grown.promise > 0.0}
+
+
+@dataclass(slots=True)
+class Pass:
+    """The pass that runs; mutable, because it ends in two steps."""
+
+    number: int
+    items: list[WorkItem]
+    draft: Draft | None  # whose trees may grow on
+    next_layer: int = 0  # that has not run for all items
+    open: int = 0  # tasks that use its rows and are not back: ACCEPT, DRAFT_PREFILL
+    ending: bool = False  # its end is emitted: nothing is drafted ahead any more
 
 
 class Scheduler:
@@ -71,17 +92,18 @@ class Scheduler:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.costs = CostModel()
+        self.sizing = Sizing(plan, self.costs)
         self.passes = 0  # passes emitted
         self.done = False
         self._next_id = Numbering()
         self._stream = WeightStream(plan, self._next_id)
         self._waiting: deque[Arrived] = deque()
         self._rows: dict[int, Row] = {}  # by row number; only occupied rows
-        self._open = 0  # ACCEPT and DRAFT_PREFILL tasks of the running pass that are not back: they use its rows
-        self._committed = ""  # present content of the sequence buffer
+        self._committed, self._proposed = "", ""  # present content of the sequence and the proposal buffer
         self._closing = False
-        self._quiet_rounds = 0  # decode rounds without a proposal since the last one with
         self._draft: Draft | None = None  # trees that grow; their pass is not emitted yet
+        self._pass: Pass | None = None  # the one that runs
+        self._standing: dict[int, Grown] = {}  # by row: what the draft has grown below the last draw
 
     def handle(self, event: Event) -> Decision:
         """The tasks and row changes that follow from ``event``; nothing while a pass is running."""
@@ -98,11 +120,7 @@ class Scheduler:
                 self._close(event.now)
             case Span():
                 self.costs.observe(event)
-                self._open -= event.task.op in (Op.ACCEPT, Op.DRAFT_PREFILL)
-                for outcome in event.outcomes:
-                    self._advance(outcome)
-                if event.grown:
-                    tasks = self._grow_on(event)
+                tasks = self._go_on(event)
         if self.idle:
             seatings = self._reseat()
             if self._rows:
@@ -115,12 +133,13 @@ class Scheduler:
         """Check the invariants; tests call it after every event."""
         assert all(0 <= row < self.plan.num_rows for row in self._rows)
         assert all(row.length <= self.plan.capacity for row in self._rows.values())
-        assert self._open >= 0
+        assert self._pass is None or self._pass.open > 0
+        assert self._pass is None or self._draft is None, "trees that are to be verified grow before their pass"
 
     @property
     def idle(self) -> bool:
         """Whether no round is running: only an event from outside brings the next one."""
-        return self._open == 0 and self._draft is None
+        return self._pass is None and self._draft is None
 
     @property
     def num_active(self) -> int:
@@ -166,145 +185,150 @@ class Scheduler:
         """Drafts for the decoding rows, then one pass that verifies them and prefills those that joined."""
         decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
         if self.plan.speculation is Speculation.TREE:
-            if (draft := self._plant(decoding)) is not None:
-                self._draft = draft
-                return [self._level(draft, tuple(draft.rows))]
-            return self._emit_pass(decoding, dict.fromkeys(decoding, 0), [], None)
-        lengths = self._draft_lengths(decoding)
-        tasks = self._emit_drafts(self.passes, decoding, lengths)
-        return self._emit_pass(decoding, lengths, tasks, f"round {self.passes}" if tasks else None)
+            self._draft = self._plant(decoding)
+            return self._draft_or_verify(self._draft) if self._draft else self._emit_pass(decoding, {}, [])
+        lengths = self.sizing.chains({n: self._most(row) for n, row in decoding.items()})
+        return self._emit_pass(decoding, lengths, self._emit_chains(decoding, lengths))
+
+    def _most(self, row: Row) -> int:
+        """Tokens that may be proposed on one path of a row: never beyond what it may still generate."""
+        return max(0, min(row.remaining - 1, self.plan.capacity - row.length))
 
     def _emit_pass(
-        self, decoding: dict[int, Row], lengths: dict[int, int], tasks: list[Task], proposal: str | None
+        self, decoding: dict[int, Row], lengths: dict[int, int], tasks: list[Task], draft: Draft | None = None
     ) -> list[Task]:
-        """The pass behind ``tasks``; ``proposal``: the content of the proposal buffer, if there is one to verify."""
+        """The pass behind ``tasks`` up to its end; ``lengths``: tokens to verify of a row, if any."""
         number = self.passes
         self.passes += 1
         joining = {n: row for n, row in sorted(self._rows.items()) if not row.decoding}
         items = [_decode_item(decoding, lengths)] if decoding else []
         items += prefill_items(joining, len(items), self.plan.prefill_tokens)
-        tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, self._inputs(proposal), GROUP)
+        inputs = self._inputs(with_proposal=any(lengths.values()))
+        tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, inputs, GROUP)
         prefills = [item for item in items if item.prefill] if self.plan.max_draft_tokens else []
         tasks += [self._draft_prefill(number, item) for item in prefills]
-        sampled = [item for item in items if item.samples]
-        self._open = len(sampled) + len(prefills)
-        self._committed = f"pass {number} item {sampled[-1].index}"
+        self._pass = Pass(number, items, draft, open=len(prefills) + sum(item.samples for item in items))
+        return tasks if self._may_draft_ahead else tasks + self._emit_end(self._pass)
+
+    def _emit_end(self, running: Pass) -> list[Task]:
+        running.ending = True
+        tasks = emit_end(running.number, running.items, self._next_id, self.plan, GROUP)
+        last = [item.index for item in running.items if item.samples][-1]
+        self._committed = self._proposed = f"pass {running.number} item {last}"
         return tasks
+
+    def _go_on(self, span: Span) -> list[Task]:
+        """What follows at once from a finished task, in the midst of a round."""
+        for outcome in span.outcomes:
+            self._advance(outcome)
+        running, task = self._pass, span.task
+        if task.op is Op.DRAFT and task.growth is not None:
+            draft = running.draft if running else self._draft
+            assert draft is not None
+            draft.growing = False
+            draft.found |= {grown.row: grown for grown in span.grown}
+            if running is None:
+                draft.seconds += span.stop_s - span.start_s
+                return self._draft_or_verify(draft)
+            return self._draft_ahead(running, span.stop_s)
+        if running is None:
+            return []
+        if task.op in (Op.ACCEPT, Op.DRAFT_PREFILL):
+            self._standing |= {grown.row: grown for grown in span.grown}
+            running.open -= 1
+            self._pass = running if running.open else None
+        elif task.op in (Op.EMBED, Op.LAYER) and task.item == running.items[-1]:
+            running.next_layer = task.layer + 1
+            if running.next_layer >= self.plan.num_layers - 1 and not running.ending:
+                return self._emit_end(running)
+            return self._draft_ahead(running, span.stop_s)
+        return []
 
     # -- trees -----------------------------------------------------------------------------------------------
 
     def _plant(self, decoding: dict[int, Row]) -> Draft | None:
         """What the trees of this round may become; None where no row has room or speculation loses."""
-        plan = self.plan
-        most = plan.max_draft_tokens if plan.fixed_draft_tokens is None else plan.fixed_draft_tokens
-        deepest = plan.max_draft_depth if plan.fixed_draft_depth is None else plan.fixed_draft_depth
-        rows = {n: row for n, row in decoding.items() if row.remaining > 1}
-        if not rows or not most or self._rests():
+        standing, self._standing = self._standing, {}
+        rows = {n: row for n, row in decoding.items() if self._most(row) > 0}
+        if not rows or self.sizing.rests():
             return None
-        depths = {n: min(deepest, row.remaining - 1, plan.capacity - row.length) for n, row in rows.items()}
-        return Draft(rows, dict.fromkeys(rows, most), depths)
+        depths = {n: min(self.sizing.deepest, self._most(row)) for n, row in rows.items()}
+        found = {n: standing.get(n, Grown(n, (), promise=1.0)) for n in rows}
+        return Draft(rows, dict.fromkeys(rows, self.sizing.most), depths, found)
 
-    def _rests(self) -> bool:
-        """Whether this round goes without a draft: the longer proposals have not paid, the rarer one is tried."""
-        quiet = self._quiet_rounds
-        self._quiet_rounds += quiet > 0
-        return quiet > 0 and quiet % TRY_AGAIN_EVERY != 0
+    def _draft_or_verify(self, draft: Draft) -> list[Task]:
+        """The next level while it pays, otherwise the pass over the nodes that pay."""
+        gain = sum(draft.promises.values())
+        unplanted = any(not grown.probabilities for grown in draft.found.values())
+        nodes = len(draft.rows) + sum(len(grown.probabilities) for grown in draft.found.values())
+        if gain and ((unplanted and not draft.levels) or self.sizing.level_pays(gain, draft.seconds, nodes)):
+            return [self._level(draft, draft.promises)]
+        self._draft = None
+        decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
+        chosen = self.sizing.nodes({n: grown.probabilities for n, grown in draft.found.items()})
+        draft.found = {n: replace(grown, promise=1.0) for n, grown in draft.found.items()}  # ahead there is more room
+        return self._emit_pass(decoding, chosen, [], draft if any(chosen.values()) else None)
 
-    def _level(self, draft: Draft, rows: tuple[int, ...]) -> Task:
+    def _draft_ahead(self, running: Pass, now_s: float) -> list[Task]:
+        """One more level below what is being verified, where it keeps no layer waiting."""
+        draft = running.draft
+        if draft is None or draft.growing or running.ending or not self._may_draft_ahead:
+            return []
+        gains = draft.promises
+        loads = self._stream.loads_before(running.next_layer)
+        if not self.sizing.ahead_pays(sum(gains.values()), loads, now_s):
+            return []
+        return [self._level(draft, gains, ahead=True)]
+
+    @property
+    def _may_draft_ahead(self) -> bool:
+        """Between the layers of a pass, of which the last one hides its end."""
+        return self.plan.draft_ahead and self.plan.speculation is Speculation.TREE and self.plan.num_layers > 1
+
+    def _level(self, draft: Draft, rows: Iterable[int], *, ahead: bool = False) -> Task:
         """One more level of some rows' trees."""
+        numbers = tuple(rows)
+        further = 2 if ahead else 1  # rounds that a path may span
+        beams = AHEAD_BEAMS if ahead and self.plan.draft_resource != COMPUTE else BEAMS
         shape = Growth(
-            draft.level,
-            BEAMS,
+            beams,
             WIDTH,
-            tuple(draft.budgets[row] for row in rows),
-            tuple(draft.depths[row] for row in rows),
+            tuple(draft.budgets[row] for row in numbers),
+            tuple(min(further * draft.depths[row], self._most(draft.rows[row])) for row in numbers),
+            AHEAD_NODES if ahead else 0,
         )
-        starts = tuple(draft.rows[row].length + draft.level - 1 for row in rows)
-        counts = (1,) * len(rows) if draft.level == 0 else (BEAMS,) * len(rows)
-        item = WorkItem(-1, rows, starts, counts)
-        content = _level_content(self.passes, draft.level)
-        reads = (Access(proposal_buffer(GROUP), _level_content(self.passes, draft.level - 1)),)
-        return Task(
+        number = self._pass.number if self._pass else self.passes
+        starts = tuple(draft.rows[row].length - 1 for row in numbers)
+        item = WorkItem(-1, numbers, starts, (beams if draft.levels else 1,) * len(numbers))
+        reads = self._inputs(with_proposal=draft.levels > 0)
+        self._proposed = f"round {number} level {draft.levels}"
+        writes = (Access(proposal_buffer(GROUP), self._proposed), Access(draft_kv_buffer(GROUP), self._proposed))
+        task = Task(
             self._next_id(),
             Op.DRAFT,
             self.plan.draft_resource,
-            VERIFY,
-            reads if draft.level else self._inputs(None),
-            (Access(proposal_buffer(GROUP), content), Access(draft_kv_buffer(GROUP), content)),
-            number=self.passes,
+            DRAFT_AHEAD if ahead else VERIFY,
+            reads,
+            writes,
+            number=number,
             item=item,
-            step=draft.level,
+            step=draft.levels,
             growth=shape,
         )
-
-    def _grow_on(self, span: Span) -> list[Task]:
-        """After a level: the next one while it pays, otherwise the pass over the nodes that pay."""
-        draft = self._draft
-        assert draft is not None
-        draft.found |= {grown.row: grown for grown in span.grown}
-        draft.seconds += span.stop_s - span.start_s
-        gains = {row: grown.promise for row, grown in draft.found.items() if grown.promise > 0.0}
-        if gains and self._level_pays(draft, sum(gains.values())):
-            draft.level += 1
-            return [self._level(draft, tuple(sorted(gains)))]
-        self._draft = None
-        decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
-        lengths = dict.fromkeys(decoding, 0) | self._choose_nodes(draft)
-        if self.plan.fixed_draft_tokens is None:
-            self._quiet_rounds = 0 if any(lengths.values()) else self._quiet_rounds + 1
-        proposal = _level_content(self.passes, draft.level) if any(lengths.values()) else None
-        return self._emit_pass(decoding, lengths, [], proposal)
-
-    def _level_pays(self, draft: Draft, gain: float) -> bool:
-        if self.plan.fixed_draft_tokens is not None or self.plan.fixed_draft_depth is not None:
-            return True
-        plan_bytes = (self.plan.streamed_bytes, self.plan.spare_bytes)
-        nodes = len(draft.rows) + sum(len(grown.probabilities) for grown in draft.found.values())
-        level_s = self.costs.level_seconds(draft.seconds, self.plan.num_layers, nodes, plan_bytes)
-        return gain > LEAST_GAIN and another_level(gain, self.costs.tokens_per_s, level_s)
-
-    def _choose_nodes(self, draft: Draft) -> dict[int, int]:
-        """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""
-        if self.plan.fixed_draft_tokens is not None:
-            return {row: len(grown.probabilities) for row, grown in draft.found.items()}
-        ranked = sorted(((p, row) for row, grown in draft.found.items() for p in grown.probabilities), reverse=True)
-        points = self.costs.pass_seconds(self.plan.num_layers, self.plan.streamed_bytes, len(draft.rows) + len(ranked))
-        chosen = len(ranked)
-        if points:
-            cost = marginal_seconds(points, len(draft.rows))
-            chosen = worthwhile([p for p, _ in ranked], self.costs.tokens_per_s, cost)
-        return {row: sum(owner == row for _, owner in ranked[:chosen]) for row in draft.found}
+        draft.levels, draft.growing = draft.levels + 1, True
+        return task
 
     # -- chains ----------------------------------------------------------------------------------------------
 
-    def _draft_lengths(self, rows: dict[int, Row]) -> dict[int, int]:
-        """How many tokens to propose for every row: never beyond what it may still generate."""
-        chosen = self.plan.fixed_draft_tokens
-        if chosen is None:
-            chosen = self._choose_draft_tokens(len(rows))
-        most = min(chosen, self.plan.max_draft_tokens)
-        return {n: max(0, min(most, row.remaining - 1, self.plan.capacity - row.length)) for n, row in rows.items()}
-
-    def _choose_draft_tokens(self, num_rows: int) -> int:
-        """By measured cost; where speculation loses, one proposal now and then keeps the estimate alive."""
-        if not num_rows or not self.plan.max_draft_tokens:
-            return 0
-        plan = self.plan
-        best = self.costs.best_draft_tokens(
-            plan.num_layers, num_rows, plan.streamed_bytes, plan.spare_bytes, plan.max_draft_tokens
-        )
-        self._quiet_rounds = 0 if best else self._quiet_rounds + 1
-        return best or int(self._quiet_rounds % 32 == 0)
-
-    def _emit_drafts(self, number: int, rows: dict[int, Row], lengths: dict[int, int]) -> list[Task]:
+    def _emit_chains(self, rows: dict[int, Row], lengths: dict[int, int]) -> list[Task]:
         """One task per draft step; a row leaves when its own proposal is long enough."""
         tasks = []
-        reads: tuple[Access, ...] = self._inputs(None)
         for step in range(max(lengths.values(), default=0)):
             active = [n for n in rows if lengths[n] > step]
             item = WorkItem(-1, tuple(active), tuple(rows[n].length + step - 1 for n in active), (1,) * len(active))
-            content = f"round {number}" if step == max(lengths.values()) - 1 else f"round {number} step {step}"
-            written = Access(proposal_buffer(GROUP), content)
+            reads = self._inputs(with_proposal=step > 0)
+            self._proposed = f"round {self.passes} step {step}"
+            writes = (Access(proposal_buffer(GROUP), self._proposed), Access(draft_kv_buffer(GROUP), self._proposed))
             tasks.append(
                 Task(
                     self._next_id(),
@@ -312,13 +336,12 @@ class Scheduler:
                     self.plan.draft_resource,
                     VERIFY,
                     reads,
-                    (written, Access(draft_kv_buffer(GROUP), content)),
-                    number=number,
+                    writes,
+                    number=self.passes,
                     item=item,
                     step=step,
                 )
             )
-            reads = (written,)
         return tasks
 
     def _draft_prefill(self, number: int, item: WorkItem) -> Task:
@@ -327,17 +350,17 @@ class Scheduler:
         resource = self.plan.draft_resource
         return Task(self._next_id(), Op.DRAFT_PREFILL, resource, DRAFT_AHEAD, writes=writes, number=number, item=item)
 
-    def _inputs(self, proposal: str | None) -> tuple[Access, ...]:
+    def _inputs(self, *, with_proposal: bool) -> tuple[Access, ...]:
         """What decoding reads: the committed tokens, and the proposal if there is one."""
         committed = (Access(sequence_buffer(GROUP), self._committed),)
-        return committed if proposal is None else (*committed, Access(proposal_buffer(GROUP), proposal))
+        return (*committed, Access(proposal_buffer(GROUP), self._proposed)) if with_proposal else committed
 
 
 def _decode_item(rows: dict[int, Row], lengths: dict[int, int]) -> WorkItem:
     """The last committed token of every row and its proposals."""
     numbers = tuple(rows)
     starts = tuple(rows[n].length - 1 for n in numbers)
-    return WorkItem(0, numbers, starts, tuple(1 + lengths[n] for n in numbers))
+    return WorkItem(0, numbers, starts, tuple(1 + lengths.get(n, 0) for n in numbers))
 
 
 def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int) -> list[WorkItem]:
@@ -379,7 +402,3 @@ def _chunks(number: int, length: int, index: int, most_tokens: int) -> list[Work
         )
         for i, start in enumerate(starts)
     ]
-
-
-def _level_content(number: int, level: int) -> str:
-    return f"round {number} level {level}"

@@ -1,13 +1,15 @@
 """The policy alone: lists of events in, lists of tasks out; and whole runs in virtual time."""
 
 import itertools
+from functools import partial
 
 import pytest
 
-from aspec.io.sim import DEVICE_RESOURCES, Profile
+from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.plan import Speculation, Tier
 from aspec.races import find_races
 from aspec.scheduler import Row, Scheduler, prefill_items
+from aspec.tasks.passes import DRAFT_AHEAD, VERIFY
 from aspec.tasks.task import Arrived, Cancelled, Closing, Grown, Op, RowOutcome, Span, Started, Task, WorkItem
 from tests.simulate import make_plan, simulate
 
@@ -111,7 +113,7 @@ def grow(scheduler, decision, probabilities, promises):
     """Answer level after level of one row's tree; returns the last answer and the number of levels."""
     for level, promise in enumerate(promises):
         (task,) = decision.tasks
-        assert (task.op, task.growth.level) == (Op.DRAFT, level)
+        assert (task.op, task.step, task.growth.ahead) == (Op.DRAFT, level, False)
         decision = scheduler.handle(Span(task, 0.0, 1e-3, grown=(Grown(0, tuple(probabilities), promise),)))
         scheduler.validate()
         if len(decision.tasks) != 1:
@@ -121,7 +123,7 @@ def grow(scheduler, decision, probabilities, promises):
 
 def decoding(**changes):
     """A scheduler whose only row has its prompt behind it, and its first tree level."""
-    scheduler = Scheduler(make_plan(speculation=Speculation.TREE, **changes))
+    scheduler = Scheduler(make_plan(speculation=Speculation.TREE, draft_ahead=False, **changes))
     scheduler.handle(Started())
     first = scheduler.handle(Arrived(0, 10, 30))
     return scheduler, accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
@@ -134,7 +136,7 @@ def test_a_tree_grows_while_it_promises_and_the_pass_takes_what_grew():
     (head,) = ops(decision, Op.HEAD)
     assert head.item.counts == (6,)
     decision = accept(scheduler, decision, [RowOutcome(0, 5, 2, 3, False)])
-    assert decision.tasks[0].growth.level == 0, "the next round drafts again"
+    assert decision.tasks[0].growth is not None, "the next round drafts again"
 
 
 def test_a_tree_never_reaches_beyond_what_a_row_may_still_generate():
@@ -176,6 +178,102 @@ def test_whole_runs_with_trees_serve_every_token_without_a_race(virtual, slots, 
     assert find_races(spans) == []
     assert backend.in_flight == 0
     assert scheduler.done
+
+
+def drafting_ahead(**changes):
+    """A scheduler in the midst of its first pass that verifies a tree, on a draft lane of its own."""
+    plan = make_plan(speculation=Speculation.TREE, fixed_draft_tokens=5, draft_resource="draft", **changes)
+    scheduler = Scheduler(plan)
+    scheduler.handle(Started())
+    decision = scheduler.handle(Arrived(0, 10, 60))
+    decision = run_pass(scheduler, decision, RowOutcome(0, 0, 0, 1, False))
+    return scheduler, *grow(scheduler, decision, (0.9, 0.8, 0.5, 0.4, 0.1), (0.9, 0.0))
+
+
+def run_pass(scheduler, decision, outcome, grown=()):
+    """Layer after layer, then the pass's end; returns the answer to ACCEPT."""
+    for task in ops(decision, Op.DRAFT_PREFILL):
+        scheduler.handle(Span(task, 0.0, 1e-3))
+    answers = [scheduler.handle(Span(task, 0.0, 1e-3)) for task in decision.tasks if task.op in (Op.EMBED, Op.LAYER)]
+    (accepting,) = [task for answer in answers for task in ops(answer, Op.ACCEPT)]
+    scheduler.validate()
+    return scheduler.handle(Span(accepting, 0.0, 1e-3, (outcome,), grown))
+
+
+def test_beside_the_layers_of_a_pass_the_tree_grows_on_one_level_at_a_time():
+    scheduler, decision, _ = drafting_ahead()
+    layers = ops(decision, Op.LAYER)
+    assert ops(decision, Op.ACCEPT) == [], "the end of the pass follows what is drafted ahead"
+    (ahead,) = scheduler.handle(Span(layers[0], 0.0, 1e-3)).tasks
+    assert (ahead.op, ahead.priority, ahead.growth.ahead > 0) == (Op.DRAFT, DRAFT_AHEAD, True)
+    assert scheduler.handle(Span(layers[1], 0.0, 1e-3)).tasks == (), "a level is under way"
+    (further,) = scheduler.handle(Span(ahead, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))).tasks
+    assert further.step == ahead.step + 1
+    ending = scheduler.handle(Span(layers[2], 0.0, 1e-3))
+    (accepting,) = ops(ending, Op.ACCEPT)
+    written = {access.buffer for access in accepting.writes}
+    assert {access.buffer for access in further.writes} <= written, "it waits for the level that is under way"
+    assert scheduler.handle(Span(further, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))).tasks == (), "the pass ends"
+
+
+def test_what_was_grown_ahead_is_where_the_next_round_begins():
+    scheduler, decision, levels = drafting_ahead()
+    standing = Grown(0, (0.9, 0.8, 0.5, 0.4, 0.2), 0.0)
+    decision = run_pass(scheduler, decision, RowOutcome(0, 5, 3, 4, False), (standing,))
+    assert ops(decision, Op.DRAFT) == [], "it is grown already"
+    assert ops(decision, Op.EMBED)[0].item.counts == (6,)
+    assert levels == 2
+
+
+def test_a_wrong_guess_is_planted_anew():
+    scheduler, decision, _ = drafting_ahead()
+    decision = run_pass(scheduler, decision, RowOutcome(0, 5, 3, 4, False))
+    (level,) = decision.tasks
+    assert (level.op, level.priority, level.growth.ahead) == (Op.DRAFT, VERIFY, 0)
+
+
+def test_on_the_target_s_own_lane_nothing_is_drafted_ahead_while_a_layer_could_run():
+    scheduler = Scheduler(make_plan(speculation=Speculation.TREE, fixed_draft_tokens=5))
+    loads = ops(scheduler.handle(Started()), Op.READ)
+    decision = run_pass(scheduler, scheduler.handle(Arrived(0, 10, 60)), RowOutcome(0, 0, 0, 1, False))
+    decision, _ = grow(scheduler, decision, (0.9, 0.8, 0.5, 0.4, 0.1), (0.9, 0.0))
+    for number, load in enumerate(loads):
+        scheduler.handle(Span(load, number * 1.0, number + 1.0))  # 10 MB in a second
+    (layer, *_) = ops(decision, Op.LAYER)
+    needed = scheduler._stream.loads_before(1)
+    missing = needed - len(loads)
+    landing_s = len(loads) + missing * 1.0
+    assert missing > 0
+    assert scheduler.handle(Span(layer, 0.0, landing_s - 5e-4)).tasks == (), "a step takes a millisecond"
+    assert [task.op for task in scheduler.handle(Span(layer, 0.0, landing_s - 0.5)).tasks] == [Op.DRAFT]
+
+
+@pytest.mark.parametrize("resources", [HOST_RESOURCES, DEVICE_RESOURCES])
+@pytest.mark.parametrize("slots", [2, 5])
+def test_drafting_ahead_changes_no_count_and_costs_no_time(virtual, resources, slots):
+    """A pass of 1.5 s beside 0.9 s of drafts; acceptance as the demo pair's, greedy."""
+    own = resources is DEVICE_RESOURCES
+    profile = Profile(disk_bytes_per_s=8e7 / 1.5, layer_s=5e-3, layer_token_s=1e-5, draft_s=0.9 / 16, acceptance=0.92)
+    runs = []
+    for ahead in (False, True):
+        plan = make_plan(
+            num_slots=slots,
+            num_staging=2 if own else 0,
+            draft_resource="draft" if own else "compute",
+            speculation=Speculation.TREE,
+            max_draft_tokens=64,
+            fixed_draft_tokens=None,
+            draft_ahead=ahead,
+            num_rows=2,
+        )
+        arrivals = [(0, 20, 90), (1, 60, 90)]
+        run = partial(simulate, plan, arrivals, profile=profile, resources=resources)
+        spans, _, _ = virtual(run)
+        assert find_races(spans) == []
+        assert sum(o.num_new for span in spans for o in span.outcomes) == 180
+        assert any(span.task.growth.ahead for span in spans if span.task.growth) == ahead
+        runs.append(max(span.stop_s for span in spans))
+    assert runs[1] < runs[0] * (0.98 if own else 1.01)
 
 
 def test_closing_waits_for_rows_unless_told_not_to():

@@ -70,6 +70,23 @@ def grow(draft, budget, *, beams=10**6, width=10**6, max_depth=4, shuffle=None, 
     return tree
 
 
+def draft_behind(draft, tokens):
+    return lambda path: draft((*tokens, *path))
+
+
+def children(path, vocab):
+    return [(*path, token) for token in range(vocab)]
+
+
+def path_score(draft, path, start):
+    """The log probability of what stands behind the first ``start`` tokens."""
+    return sum(draft(path[:end])[path[end]] for end in range(start, len(path)))
+
+
+def proposed_slots(tree):
+    return [tree.nodes[node].slot for node in tree._kept]
+
+
 def kept_paths(tree):
     return {path_of(tree, index) for index, node in enumerate(tree.nodes) if node.kept}
 
@@ -166,7 +183,7 @@ def test_width_and_beams_of_one_make_a_chain():
     proposal = tree.proposal()
     assert proposal.parents == (-1, 0, 1, 2, 3, 4)
     assert proposal.depths == (1, 2, 3, 4, 5, 6)
-    assert proposal.slots == (0, 1, 2, 3, 4, -1), "the leaf was never fed"
+    assert proposed_slots(tree) == [0, 1, 2, 3, 4, -1], "the leaf was never fed"
     greedy = []
     for _ in range(6):
         row = draft(tuple(greedy))
@@ -202,7 +219,7 @@ def test_an_older_node_is_expanded_after_deeper_ones():
     assert [path_of(tree, node) for node in tree.slots] == [(0,), (0, 0), (1,), (1, 0), (0, 1)]
     assert tree.slot_parents() == [-1, 0, -1, 2, 0]
     assert [place_path(tree.proposal(), place) for place in range(6)] == [(0,), (0, 0), (1,), (1, 0), (0, 1), (1, 1)]
-    assert tree.proposal().slots == (0, 1, 2, 3, 4, -1)
+    assert proposed_slots(tree) == [0, 1, 2, 3, 4, -1]
 
 
 def test_a_pruned_node_keeps_its_slot_and_loses_its_descendants():
@@ -218,7 +235,7 @@ def test_a_pruned_node_keeps_its_slot_and_loses_its_descendants():
     assert kept_paths(tree) == {(0,), (0, 5)}
     assert tree.slots == [0, 1]
     assert not tree.nodes[1].kept
-    assert tree.proposal().slots == (0, -1)
+    assert proposed_slots(tree) == [0, -1]
     assert tree.frontier(9) == [], "a child of the worst kept node cannot beat it"
 
 
@@ -244,7 +261,6 @@ def test_a_later_cut_keeps_the_best_part():
         cut = tree.proposal()
         assert cut.tokens == whole.tokens[:size]
         assert cut.parents == whole.parents[:size]
-        assert cut.slots == whole.slots[:size]
 
 
 def test_end_tokens_are_neither_offered_nor_expanded():
@@ -455,12 +471,65 @@ def test_follow_equals_a_slow_walk_and_knows_what_the_draft_has_seen(seed, vocab
         draws = [source.randrange(vocab) for _ in range(len(proposal.tokens) + 1)]
         path, emitted = proposal.follow(draws)
         assert (path, emitted) == slow_walk(proposal, draws)
-        standing = proposal.standing(path)
-        assert all(proposal.slots[place] == -1 for place in path[len(standing) :]), "always the path's beginning"
-        assert standing == sorted(standing)
+        slots, below = tree.descend(emitted)
+        standing = slots[: len(emitted)] if below is not None else slots
         assert [tree.nodes[tree.slots[slot]].token for slot in standing] == emitted[: len(standing)]
         above = [-1, *standing]
         assert [tree.slot_parents()[slot] for slot in standing] == above[: len(standing)]
+        assert slots == sorted(set(slots)), "gathering keeps their order"
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, 30), beams=st.integers(1, 5))
+def test_what_stands_below_the_draws_is_a_tree_of_its_own(seed, budget, beams):
+    """Once pruned it is what growing from there with the same forwards would have given; the KV moves with it."""
+    draft = random_draft(seed, 3)
+    tree = grow(draft, budget, beams=beams, max_depth=5)
+    fed = {path_of(tree, node): tree.nodes[node].slot for node in tree.slots}
+    source = random.Random(seed)
+    for _ in range(5):
+        emitted = tuple(source.randrange(3) for _ in range(source.randint(1, 3)))
+        slots, below = tree.descend(emitted)
+        assert (below is not None) == (emitted in fed)
+        if below is None:
+            continue
+        below.prune(budget)
+        below.validate()
+        assert slots == sorted(set(slots)), "gathering keeps their order"
+        behind = [fed[path] for path in sorted(fed, key=fed.get) if path[: len(emitted)] == emitted and path != emitted]
+        assert slots == [fed[emitted[:end]] for end in range(1, len(emitted) + 1)] + behind
+        assert [fed[emitted + path_of(below, node)] for node in below.slots] == behind
+        seen = [path for path in fed if path[: len(emitted)] == emitted]
+        scores = {path: path_score(draft, path, len(emitted)) for one in seen for path in children(one, 3)}
+        best = sorted(scores, key=lambda path: -scores[path])[:budget]
+        assert {emitted + path for path in kept_paths(below)} == set(best)
+        regrown = grow(draft_behind(draft, emitted), budget, beams=beams, max_depth=5, tree=below)
+        regrown.validate()
+
+
+def test_a_tree_reopened_has_all_that_was_ever_offered():
+    draft = random_draft(7, 5)
+    tree = grow(draft, 6, max_depth=4)
+    lean = tree.proposal()
+    assert tree.frontier(9) == []
+    tree.reopen(4)
+    tree.prune(12)
+    tree.validate()
+    assert len(tree) == 12
+    assert tree.proposal().tokens[:6] == lean.tokens
+    assert tree.frontier(9), "below what is new there is room to grow"
+
+
+def test_another_depth_cap_drops_what_is_deeper():
+    tree = grow(uniform_draft(2), 30, max_depth=4)
+    tree.reopen(2)
+    tree.prune(30)
+    tree.validate()
+    assert max(tree.proposal().depths) == 2
+    assert tree.frontier(9) == []
+    tree.reopen(3)
+    tree.prune(30)
+    assert max(tree.proposal().depths) == 3
 
 
 def test_verdicts_judge_each_child_of_what_was_accepted():

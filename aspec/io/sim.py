@@ -1,13 +1,16 @@
 """A simulated machine: every task is priced from a hardware profile and completes on the loop's clock.
 
 The same scheduler, graph and executor run on it as on the real machines; only prices and acceptance counts come
-from here. Acceptance is drawn from an integer hash of (seed, sequence, position), so it depends on no plan.
+from here. The draft's trees are real, their tokens are ranks: 0 is what the draft holds likeliest. Which rank the
+target draws comes from an integer hash of (seed, sequence, position), so it depends on no plan.
 """
 
 import asyncio
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from aspec.tasks.task import (
     COMPUTE,
@@ -26,6 +29,9 @@ from aspec.tasks.task import (
     Seating,
     Task,
 )
+from aspec.tasks.tree import Proposal, Tree
+
+MAX_RANKS = 8  # tokens that a simulated draft offers behind every node
 
 HOST_RESOURCES = (
     Resource(DISK, depth=3),
@@ -52,14 +58,27 @@ class Profile:
     copy_bytes_per_s: float | None = None  # None: the device is the host's own memory
     layer_s: float = 5e-3  # one layer, any number of tokens below the knee
     layer_token_s: float = 1e-4  # and per token
+    knee_tokens: int = 0  # tokens that a layer takes for nothing
     draft_s: float = 3e-3  # one draft step
     draft_token_s: float = 2e-5  # and per token (prompts)
     head_s: float = 2e-3
     embed_s: float = 2e-4
     accept_s: float = 1e-4
     acceptance: float = 0.8  # chance that a proposal is accepted
+    spread: float = 0.5  # chance that the next best is, once those before it were not; at most ``acceptance``
     end_probability: float = 0.0  # chance that a committed token ends its sequence
     seed: int = 0
+
+
+@dataclass(slots=True)
+class _Row:
+    """What a row's draft has grown; mutable, because it grows."""
+
+    sequence: int
+    tree: Tree | None = None
+    proposal: Proposal | None = None
+    budget: int = 0  # nodes that it may propose
+    room: tuple[int, int] = (0, 0)  # nodes and depth that its latest level had
 
 
 @dataclass(slots=True)
@@ -78,9 +97,18 @@ class SimBackend:
     closed: bool = False
     _lanes: dict[str, _Lane] = field(default_factory=dict)
     _stops: dict[int, float] = field(default_factory=dict)  # end of issued tasks, for those behind them
-    _seated: dict[int, int] = field(default_factory=dict)  # row -> sequence
+    _rows: dict[int, _Row] = field(default_factory=dict)
     _issued: dict[Op, int] = field(default_factory=dict)
     _poisoned: dict[str, BaseException] = field(default_factory=dict)  # by domain
+    _bounds: list[float] = field(init=False)  # of the ranks: below the first one the target draws rank 0
+    _log_scores: list[float] = field(init=False)  # of the ranks
+
+    def __post_init__(self) -> None:
+        spread = min(self.profile.spread, self.profile.acceptance)
+        rest = (1.0 - self.profile.acceptance) * spread
+        chances = [self.profile.acceptance, *(rest * (1.0 - spread) ** rank for rank in range(MAX_RANKS - 1))]
+        self._bounds = list(accumulate(chances))
+        self._log_scores = [math.log(chance) if chance > 0.0 else -math.inf for chance in chances]
 
     def now(self) -> float:
         """Virtual seconds."""
@@ -90,7 +118,7 @@ class SimBackend:
         """Remember which sequence a row serves: acceptance depends on it."""
         for seating in seatings:
             if seating.sequence is not None:
-                self._seated[seating.row] = seating.sequence
+                self._rows[seating.row] = _Row(seating.sequence)
 
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
         """Complete the task when its lane and the tasks it follows are done, plus its price."""
@@ -119,7 +147,7 @@ class SimBackend:
             Op.READ: task.nbytes / profile.disk_bytes_per_s,
             Op.COPY: task.nbytes / (profile.copy_bytes_per_s or math.inf),
             Op.EMBED: profile.embed_s,
-            Op.LAYER: profile.layer_s + profile.layer_token_s * task.num_tokens,
+            Op.LAYER: profile.layer_s + profile.layer_token_s * max(0, task.num_tokens - profile.knee_tokens),
             Op.HEAD: profile.head_s,
             Op.ACCEPT: profile.accept_s,
             Op.DRAFT: profile.draft_s,
@@ -143,29 +171,58 @@ class SimBackend:
         item = task.item
         if item is not None and task.growth is not None:
             limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
-            return Report(grown=tuple(self._grown(row, task.growth, *limit) for row, *limit in limits))
+            return Report(grown=tuple(self._grow(row, task.growth, *limit) for row, *limit in limits))
+        if item is not None and task.op is Op.EMBED and not item.prefill:
+            for row, count in zip(item.rows, item.counts, strict=True):
+                tree = self._rows[row].tree
+                self._rows[row].proposal = tree.proposal().first(count - 1) if tree else None
         if item is None or task.op is not Op.ACCEPT:
             return NOTHING
         triples = zip(item.rows, item.starts, item.counts, strict=True)
-        return Report(tuple(self._outcome(row, start, 1 if item.prefill else count) for row, start, count in triples))
+        accepted = [self._accept(row, start, 1 if item.prefill else count) for row, start, count in triples]
+        return Report(tuple(outcome for outcome, _ in accepted), tuple(grown for _, grown in accepted if grown))
 
-    def _grown(self, row: int, growth: Growth, budget: int, depth: int) -> Grown:
-        """A tree whose best path goes on with the profile's acceptance; it is all that the simulation verifies."""
-        chance = self.profile.acceptance
-        levels = min(growth.level + 1, budget, depth)
-        promise = chance**levels if levels == growth.level + 1 < min(budget, depth) else 0.0
-        return Grown(row, tuple(chance**level for level in range(1, levels + 1)), promise)
+    def _grow(self, row: int, growth: Growth, budget: int, depth: int) -> Grown:
+        """One level of a tree in which every node has the same children."""
+        state = self._rows[row]
+        room = budget + growth.ahead, depth
+        if state.tree is not None and room != state.room:
+            state.tree.reopen(depth)
+            state.tree.prune(room[0])
+        state.budget, state.room = budget, room
+        tree = state.tree = state.tree or Tree(depth)
+        nodes = tree.frontier(growth.beams)
+        tree.feed(nodes)
+        for node in nodes:
+            tree.extend(node, range(MAX_RANKS)[: growth.width], self._log_scores[: growth.width])
+        tree.prune(room[0])
+        return Grown(row, tuple(tree.probabilities()), tree.promise(growth.beams))
 
-    def _outcome(self, row: int, start: int, count: int) -> RowOutcome:
-        """Accept proposals while the hash of their position says so."""
-        accepted = 0
-        sequence = self._seated[row]
-        while accepted < count - 1 and self._chance(sequence, start + accepted, 0) < self.profile.acceptance:
-            accepted += 1
-        ends = (i for i in range(accepted + 1) if self._chance(sequence, start + i, 1) < self.profile.end_probability)
+    def _rank(self, sequence: int, position: int) -> int:
+        """What the target draws behind a position: a rank of the draft's, or one that it never offers."""
+        return bisect_right(self._bounds, self._chance(sequence, position, 0))
+
+    def _accept(self, row: int, start: int, count: int) -> tuple[RowOutcome, Grown | None]:
+        """Accept proposals while they hold what the target draws; what the draft has grown below."""
+        state = self._rows[row]
+        draws = [self._rank(state.sequence, start + i) for i in range(count)]
+        if state.proposal is None:
+            accepted = next((i for i, rank in enumerate(draws[:-1]) if rank != 0), count - 1)
+        else:
+            accepted = len(state.proposal.follow([draws[depth] for depth in (0, *state.proposal.depths)])[0])
+        emitted = draws[: accepted + 1]
+        below = state.tree.descend(emitted)[1] if state.tree else None
+        state.tree, state.proposal = below, None
+        ends = (
+            i for i in range(accepted + 1) if self._chance(state.sequence, start + i, 1) < self.profile.end_probability
+        )
         end = next(ends, None)
         new = accepted + 1 if end is None else end + 1
-        return RowOutcome(row, count - 1, accepted, new, stopped=end is not None)
+        outcome = RowOutcome(row, count - 1, accepted, new, stopped=end is not None)
+        if below is None:
+            return outcome, None
+        below.prune(state.budget)
+        return outcome, Grown(row, tuple(below.probabilities()), below.promise(MAX_RANKS))
 
     def _chance(self, sequence: int, position: int, stream: int) -> float:
         """A number in [0, 1) that depends on its arguments and the seed alone (splitmix64's finaliser)."""

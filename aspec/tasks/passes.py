@@ -20,9 +20,11 @@ from aspec.tasks.task import (
     Op,
     Task,
     WorkItem,
+    draft_kv_buffer,
     draws_buffer,
     hidden_buffer,
     kv_buffer,
+    proposal_buffer,
     sequence_buffer,
     slot_buffer,
     staging_buffer,
@@ -52,6 +54,7 @@ class WeightStream:
         self._loads = 0  # loads emitted so far
         self._uses = 0  # loads whose readers have been emitted; loads - uses <= num_slots
         self._staged = 0  # reads into staging emitted so far
+        self._last = [0] * plan.num_layers  # loads that have landed once a layer of the latest pass may run
 
     def fill(self) -> list[Task]:
         """Loads for every slot whose content has found its last reader."""
@@ -67,7 +70,12 @@ class WeightStream:
         numbers = range(self._uses, self._uses + len(parts))
         pairs = tuple((part.index, n % self._plan.num_slots) for part, n in zip(parts, numbers, strict=True))
         reads = tuple(Access(slot_buffer(n % self._plan.num_slots), f"load {n}") for n in numbers)
+        self._last[layer] = numbers.stop
         return pairs, reads
+
+    def loads_before(self, layer: int) -> int:
+        """Loads, since the first pass, without which a layer of the latest pass cannot run."""
+        return self._last[layer]
 
     def release(self, layer: int) -> None:
         """All readers of this layer's parts in the running pass have been emitted."""
@@ -102,7 +110,7 @@ def emit_pass(
     inputs: tuple[Access, ...],
     group: int = 0,
 ) -> list[Task]:
-    """The tasks of pass ``number`` over ``items``: embed, every layer for every item, head, accept.
+    """The tasks of pass ``number`` over ``items``: embed, every layer for every item; ``emit_end`` has the rest.
 
     ``inputs``: what the decode item's tokens come from (the committed tokens, and the proposal if there is
     one). One loaded part serves all items before its slot frees; the load that reuses the slot follows at once.
@@ -131,9 +139,6 @@ def emit_pass(
             )
         stream.release(layer)
         tasks.extend(stream.fill())
-    for item in items:
-        if item.samples:
-            tasks.extend(_finish(number, item, next_id, group, plan))
     return tasks
 
 
@@ -144,12 +149,23 @@ def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access
     return Task(next_id(), Op.EMBED, COMPUTE, priority, inputs, writes, number=number, item=item)
 
 
-def _finish(number: int, item: WorkItem, next_id: Numbering, group: int, plan: Plan) -> tuple[Task, Task]:
-    """The target's draws at an item's positions, then their comparison with the proposal."""
+def emit_end(number: int, items: Sequence[WorkItem], next_id: Numbering, plan: Plan, group: int = 0) -> list[Task]:
+    """The end of a pass for every item that draws: the target's draws, then their comparison with the proposal.
+
+    What the draft was told to do before comes first: its proposal and its KV are settled here.
+    """
+    return [task for item in items if item.samples for task in _end_item(number, item, next_id, plan, group)]
+
+
+def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan, group: int) -> tuple[Task, Task]:
     hidden, draws = hidden_buffer(item.index), draws_buffer(item.index)
     drawn = Access(draws, f"pass {number}")
     last = (Access(hidden, f"pass {number} L{plan.num_layers}"),)
     head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number=number, item=item)
-    committed = Access(sequence_buffer(group), f"pass {number} item {item.index}")
-    accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), (committed,), number=number, item=item)
+    content = f"pass {number} item {item.index}"
+    settled = [sequence_buffer(group)]
+    if plan.max_draft_tokens:
+        settled += [proposal_buffer(group), draft_kv_buffer(group)]
+    writes = tuple(Access(buffer, content) for buffer in settled)
+    accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), writes, number=number, item=item)
     return head, accept

@@ -76,13 +76,16 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How a DRAFT task grows one level of its rows' trees (SpecExec, arXiv 2406.02532)."""
+    """How a DRAFT task grows one level of its rows' trees (SpecExec, arXiv 2406.02532), planting those that are none.
 
-    level: int  # 0 plants the tree
+    With ``ahead`` it is for the round to come, while the target verifies what has grown: room for that many more nodes.
+    """
+
     beams: int  # nodes of a row that go through the draft
     width: int  # children that each of them offers
-    budgets: tuple[int, ...]  # nodes a row's tree may keep, in the order of the item's rows
+    budgets: tuple[int, ...]  # nodes a row may propose, in the order of the item's rows
     depths: tuple[int, ...]  # tokens a path may have
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ class Grown:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The counts that a task leaves: of its rows after ACCEPT, of their trees after a level of growth."""
+    """The counts that a task leaves: of its rows after ACCEPT, of their trees after a level or below what was drawn."""
 
     outcomes: tuple[RowOutcome, ...] = ()
     grown: tuple[Grown, ...] = ()

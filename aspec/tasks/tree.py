@@ -4,10 +4,11 @@ Source: SpecExec (Svirschevski et al., arXiv 2406.02532), batched best-first sea
 ``frontier`` names the nodes worth a draft forward, ``feed`` gives them their slots, ``extend`` takes the children
 the draft offers, ``prune`` keeps the best. Nodes have two numberings: the draft's KV keeps them in the order they
 were fed (slots; a pruned node still owns one), the target sees those that were kept, best first (``Proposal``).
+Once the target has drawn, ``descend`` leaves what stands below its draws: the next round's tree, grown ahead.
 May not go in: asyncio, clocks, randomness; tensors outside ``best_children``.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
@@ -50,7 +51,6 @@ class Proposal:
     scores: tuple[float, ...]  # log path probabilities, descending
     offered: tuple[float | None, ...]  # the draft's log score of each node given its parent, as the draft gave it
     guessed: tuple[float | None, ...]  # the same of branches that came without the draft
-    slots: tuple[int, ...]  # places in the draft's KV, -1 where the draft has not seen the node
 
     def first(self, num_nodes: int) -> "Proposal":
         """The best ``num_nodes`` of it: a tree as well, since parents come before their children."""
@@ -62,7 +62,6 @@ class Proposal:
             self.scores[cut],
             self.offered[cut],
             self.guessed[cut],
-            self.slots[cut],
         )
 
     def follow(self, draws: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -80,10 +79,6 @@ class Proposal:
             path.append(child)
             emitted.append(draws[child + 1])
         return path, emitted
-
-    def standing(self, path: Iterable[int]) -> list[int]:
-        """The draft's slots of an accepted path as far as the draft has seen it, which is always its beginning."""
-        return [self.slots[place] for place in path if self.slots[place] >= 0]
 
     def verdicts(self, path: Sequence[int]) -> list[tuple[int, bool]]:
         """(place, accepted) of each node whose parent was accepted: all that a verified path tells of the draft."""
@@ -118,6 +113,7 @@ class Tree:
         self._kept: list[int] = []  # the kept nodes, best first
         self._children: dict[tuple[int, int], int] = {}  # (parent, token) -> node, of all nodes
         self._offers: dict[tuple[int, int], tuple[float, float]] = {}  # (parent, token) -> (edge, offered), unpruned
+        self._offered: dict[int, list[tuple[int, float, float]]] = {}  # node -> (token, edge, offered), all ever
 
     def __len__(self) -> int:
         """Kept nodes."""
@@ -169,16 +165,16 @@ class Tree:
         if node != ROOT and (not self.nodes[node].kept or self.nodes[node].depth >= self._max_depth):
             return
         above, floor = self._score(node), -self._worst()[0]
-        hopeless = -inf  # the largest offer below the floor
+        offers = self._offered.setdefault(node, [])
         for token, score in zip(tokens, scores, strict=True):
             offered, place = _checked(score), (node, token)
-            new = place not in self._children
-            if offered == -inf or (new and offered <= hopeless) or token in self._end_ids:
+            if offered == -inf or token in self._end_ids:
                 continue
             edge = offered if self._log_probability is None else min(0.0, self._log_probability(offered))
-            if new and above + edge < floor:
-                hopeless = max(hopeless, offered)
-            elif place not in self._offers or offered > self._offers[place][1]:
+            offers.append((token, edge, offered))
+            if above + edge < floor and place not in self._children:
+                continue
+            if place not in self._offers or offered > self._offers[place][1]:
                 self._offers[place] = edge, offered
 
     def add_branch(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
@@ -229,6 +225,52 @@ class Tree:
         self._budget = budget
         return len(self.nodes) - before + sum(self.nodes[index].kept for index in revived)
 
+    # -- between rounds --------------------------------------------------------------------------------------
+
+    def reopen(self, max_depth: int) -> None:
+        """Take back all that pruning dropped, up to another depth cap: what the draft has seen, and its offers there.
+
+        For a larger budget than before; ``prune`` follows.
+        """
+        self._max_depth = max_depth
+        for node in self.nodes:
+            node.kept = (node.kept or node.slot >= 0) and node.depth <= max_depth  # ancestors of what is fed are fed
+        self._sort()
+        for parent, offers in self._offered.items():
+            if self._depth(parent) < max_depth:
+                kept = [self._children.get((parent, token)) for token, _, _ in offers]
+                self._offers |= {
+                    (parent, token): (edge, offered)
+                    for child, (token, edge, offered) in zip(kept, offers, strict=True)
+                    if child is None or not self.nodes[child].kept
+                }
+
+    def descend(self, tokens: Sequence[int]) -> tuple[list[int], "Tree | None"]:
+        """The target drew ``tokens`` behind the root: what of this tree outlives them.
+
+        Returns the draft's slots of those tokens, as far as it has seen them, and then the tree below the last one,
+        followed in the list by the slots of its nodes; None where the draft has not seen them all. Scores are as if
+        that token had been the root. Everything is there again that the draft ever offered: ``prune`` follows.
+        """
+        at, slots = ROOT, list[int]()
+        for token in tokens:
+            at = self._children.get((at, token), ROOT)
+            if at == ROOT or self.nodes[at].slot < 0:
+                return slots, None
+            slots.append(self.nodes[at].slot)
+        below = Tree(self._max_depth, self._end_ids, self._log_probability, self._log_guess)
+        below._root_fed = True
+        places = {at: ROOT}
+        for index, node in enumerate(self.nodes):
+            if node.parent in places and (node.kept or node.slot >= 0):
+                places[index] = below._add(places[node.parent], node.token, node.edge, node.offered)
+                below.nodes[-1].guessed = node.guessed
+        below._offered = {places[node]: offers for node, offers in self._offered.items() if node in places}
+        seen = [index for index in self.slots if places.get(index, ROOT) != ROOT]
+        below.feed([places[index] for index in seen])
+        below.reopen(self._max_depth)
+        return slots + [self.nodes[index].slot for index in seen], below
+
     # -- what has grown --------------------------------------------------------------------------------------
 
     def proposal(self) -> Proposal:
@@ -243,7 +285,6 @@ class Tree:
             scores=tuple(node.score for node in nodes),
             offered=tuple(node.offered for node in nodes),
             guessed=tuple(node.guessed for node in nodes),
-            slots=tuple(node.slot for node in nodes),
         )
 
     def path(self, node: int) -> tuple[int, ...]:
@@ -275,7 +316,8 @@ class Tree:
         for index, node in enumerate(self.nodes):
             assert ROOT <= node.parent < index, "parents come before their children"
             assert self._children[node.parent, node.token] == index, "no token stands twice under one parent"
-            assert node.depth == self._depth(node.parent) + 1 <= self._max_depth
+            assert node.depth == self._depth(node.parent) + 1
+            assert node.depth <= self._max_depth or not node.kept, "kept nodes are above the depth cap"
             assert node.edge <= 0.0
             assert node.score == self._score(node.parent) + node.edge
             assert node.token not in self._end_ids

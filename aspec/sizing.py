@@ -1,0 +1,98 @@
+"""How much to draft: a chain's tokens, a tree's levels and nodes, and when to draft ahead. From measured costs alone.
+
+A node is verified while its calibrated path probability exceeds (running tokens/s) x (its marginal seconds), a level
+is drafted while it brings more than the same engine would make in that time (``calibration.py`` names the sources).
+Pure policy: counts, bytes and seconds only.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from aspec.calibration import another_level, marginal_seconds, worthwhile
+from aspec.costs import CostModel
+from aspec.plan import Plan
+from aspec.tasks.task import COMPUTE
+
+LEAST_GAIN = 0.02  # tokens; a level that promises less is not worth the loop's time
+TRY_AGAIN_EVERY = 32  # rounds without a draft, once proposals do not pay
+
+
+class Sizing:
+    """Decides sizes for one plan; remembers only whether proposals have paid lately."""
+
+    def __init__(self, plan: Plan, costs: CostModel) -> None:
+        self._plan, self._costs = plan, costs
+        self._quiet_rounds = 0  # decode rounds without a proposal since the last one with
+
+    @property
+    def most(self) -> int:
+        """Proposals of a row in a pass."""
+        fixed = self._plan.fixed_draft_tokens
+        return self._plan.max_draft_tokens if fixed is None else fixed
+
+    @property
+    def deepest(self) -> int:
+        """Tokens of a tree's longest path."""
+        fixed = self._plan.fixed_draft_depth
+        return self._plan.max_draft_depth if fixed is None else fixed
+
+    # -- trees -----------------------------------------------------------------------------------------------
+
+    def rests(self) -> bool:
+        """Whether this round goes without a draft: the longer proposals have not paid, the rarer one is tried."""
+        quiet = self._quiet_rounds
+        self._quiet_rounds += quiet > 0
+        return not self.most or (quiet > 0 and quiet % TRY_AGAIN_EVERY != 0)
+
+    def level_pays(self, gain: float, elapsed_s: float, num_tokens: int) -> bool:
+        """Whether ``gain`` tokens are worth one more level, after drafting for ``elapsed_s`` of ``num_tokens``."""
+        plan = self._plan
+        if plan.fixed_draft_tokens is not None or plan.fixed_draft_depth is not None:
+            return True
+        plan_bytes = (plan.streamed_bytes, plan.spare_bytes)
+        level_s = self._costs.level_seconds(elapsed_s, plan.num_layers, num_tokens, plan_bytes)
+        return gain > LEAST_GAIN and another_level(gain, self._costs.tokens_per_s, level_s)
+
+    def nodes(self, probabilities: Mapping[int, Sequence[float]]) -> dict[int, int]:
+        """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""
+        plan, chosen = self._plan, {row: len(own) for row, own in probabilities.items()}
+        if plan.fixed_draft_tokens is not None:
+            return chosen
+        ranked = sorted(((p, row) for row, own in probabilities.items() for p in own), reverse=True)
+        points = self._costs.pass_seconds(plan.num_layers, plan.streamed_bytes, len(probabilities) + len(ranked))
+        if points:
+            cost = marginal_seconds(points, len(probabilities))
+            best = worthwhile([p for p, _ in ranked], self._costs.tokens_per_s, cost)
+            chosen = {row: sum(owner == row for _, owner in ranked[:best]) for row in probabilities}
+        self._quiet_rounds = 0 if any(chosen.values()) else self._quiet_rounds + 1
+        return chosen
+
+    def ahead_pays(self, gain: float, loads: int, now_s: float) -> bool:
+        """Whether to draft a level while a pass runs, whose next layer waits for ``loads`` loads in all.
+
+        On a compute lane of the draft's own always; on the target's where the level ends before they have landed.
+        """
+        if gain <= LEAST_GAIN:
+            return False
+        if self._plan.draft_resource != COMPUTE:
+            return True
+        return self._costs.draft_step_s <= self._costs.seconds_until(loads, self._plan.slot_bytes, now_s)
+
+    # -- chains ----------------------------------------------------------------------------------------------
+
+    def chains(self, limits: Mapping[int, int]) -> dict[int, int]:
+        """How many tokens to propose for every row, up to its limit."""
+        fixed = self._plan.fixed_draft_tokens
+        chosen = self._best_chain(len(limits)) if fixed is None else fixed
+        most = min(chosen, self._plan.max_draft_tokens)
+        return {row: min(most, limit) for row, limit in limits.items()}
+
+    def _best_chain(self, num_rows: int) -> int:
+        """By measured cost; where speculation loses, one proposal now and then keeps the estimate alive."""
+        plan = self._plan
+        if not num_rows or not plan.max_draft_tokens:
+            return 0
+        best = self._costs.best_draft_tokens(
+            plan.num_layers, num_rows, plan.streamed_bytes, plan.spare_bytes, plan.max_draft_tokens
+        )
+        self._quiet_rounds = 0 if best else self._quiet_rounds + 1
+        return best or int(self._quiet_rounds % TRY_AGAIN_EVERY == 0)

@@ -109,7 +109,7 @@ def design(options: EngineOptions) -> Design:
         capacity=capacity,
         **_speculation(options, draft),
         resident_bytes=options.resident_memory,
-        exact=_exact(options),
+        exact=is_exact(options),
     )
     plan = _plan(options, wishes, lambda wished: _needs(target, parts, draft, draft_parts, wished))
     return Design(target, draft, tokenizer, plan, tuple(parts), tuple(draft_parts), **_method(options))
@@ -183,11 +183,11 @@ def _method(options: EngineOptions) -> dict[str, Any]:
     """How the draft proposes."""
     ngram = options.draft == NGRAM and not _is_off(options)
     one = 1 if options.speculation == "chain" else None
-    return {"exact": _exact(options), "shared_noise": options.shared_noise, "ngram": ngram, "continuations": one}
+    return {"exact": is_exact(options), "shared_noise": options.shared_noise, "ngram": ngram, "continuations": one}
 
 
-def _exact(options: EngineOptions) -> bool:
-    """On a CPU unless refused: never by the machine at hand."""
+def is_exact(options: EngineOptions) -> bool:
+    """Whether steps are exact: on a CPU unless refused, never by the machine at hand."""
     return options.exact if options.exact is not None else options.device != "cuda"
 
 

@@ -12,7 +12,7 @@ import typer
 
 from aspec.console import Console
 from aspec.errors import AspecError
-from aspec.flags import BenchFlags, GenerateFlags, TraceFlags, takes
+from aspec.flags import BenchFlags, TraceFlags, VerifyFlags, takes
 
 app = typer.Typer(
     add_completion=False,
@@ -25,8 +25,8 @@ app = typer.Typer(
 
 
 @app.command()
-@takes(GenerateFlags)
-def generate(flags: GenerateFlags) -> None:
+@takes(VerifyFlags)
+def generate(flags: VerifyFlags) -> None:
     """Generate text. Several prompts share every pass of the target's weights.
 
     Examples:
@@ -36,13 +36,17 @@ def generate(flags: GenerateFlags) -> None:
       aspec generate --target org/big --draft org/small --device-memory 8GiB --prompt "..." --temperature 0.6
 
       cat question.txt | aspec generate --target ./model --json
+
+      aspec generate --target ./model --draft ./small --prompt "..." --verify
     """
     from aspec.api import run
     from aspec.generation import generate_to_console, prepare
 
     prompts = flags.prompts()
     console = Console(quiet=flags.quiet)
-    guarded(lambda: run(partial(generate_to_console, prepare(flags, prompts, console))), console, flags.debug)
+    guarded(
+        lambda: run(partial(generate_to_console, prepare(flags, prompts, console), flags.verify)), console, flags.debug
+    )
 
 
 @app.command()

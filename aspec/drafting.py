@@ -19,8 +19,9 @@ from aspec.params import SamplingParams
 from aspec.penalties import Context
 from aspec.sampling import Sampler, draw_rows
 from aspec.sequence import Sequence as TokenSequence
+from aspec.tasks.offers import best_children
 from aspec.tasks.task import Grown, Growth, Task, WorkItem
-from aspec.tasks.tree import ROOT, Proposal, Tree, best_children
+from aspec.tasks.tree import ROOT, Proposal, Tree
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))
 """Proposes the likeliest token, whatever the target will draw."""

@@ -110,13 +110,16 @@ class Engine:
         """Tokens that a sequence may have, prompt included."""
         return self._open.plan.capacity
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Piece, None]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, sampler: Sampler | None = None
+    ) -> AsyncGenerator[Piece, None]:
         """Generate; yields a piece per round, the last one with a finish reason and statistics.
 
-        Raises PromptError for a prompt that cannot be served, and the engine's failure if it has one.
+        ``sampler`` draws in place of the one that ``params`` ask for. Raises PromptError for a prompt that cannot be
+        served, and the engine's failure if it has one.
         """
         params = params or SamplingParams()
-        sequence = self._sequence(prompt, params)
+        sequence = self._sequence(prompt, params, sampler or Sampler(params))
         if params.max_new_tokens == 0:
             yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
             return
@@ -191,7 +194,7 @@ class Engine:
         if assembly is not None:
             release(assembly)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams) -> TokenSequence:
+    def _sequence(self, prompt: Prompt, params: SamplingParams, sampler: Sampler) -> TokenSequence:
         opened = self._open
         tokens = _encode(opened.tokenizer, prompt)
         room = opened.plan.capacity - len(tokens)
@@ -212,7 +215,7 @@ class Engine:
             tokens=tokens,
             num_prompt=len(tokens),
             params=params,
-            sampler=Sampler(params),
+            sampler=sampler,
             text=TextStream(opened.tokenizer, stop=params.stop),
             end_ids=frozenset() if params.ignore_eos else frozenset(opened.target.end_ids),
             max_new_tokens=min(params.max_new_tokens, room),

@@ -12,7 +12,8 @@ AspecError
 │   └── DeadlockError        nothing runs and nothing can become ready
 └── DeviceError          a device, disk or numeric failure while running
     ├── ReadError            the disk returned an error or too few bytes
-    └── NumericError         the target produced NaN logits
+    ├── NumericError         the target produced NaN logits
+    └── DivergenceError      with a draft the target drew other tokens than without
 """
 
 
@@ -66,6 +67,10 @@ class ReadError(DeviceError):
 
 class NumericError(DeviceError):
     """The target's logits are not numbers."""
+
+
+class DivergenceError(DeviceError):
+    """Speculation gave other tokens than decoding without it: passes of another size rounded otherwise."""
 
 
 def first_error(error: BaseException) -> BaseException:

@@ -24,6 +24,7 @@ from aspec.recorder import Recorder
 from aspec.text import Tokenizer
 from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate
+from aspec.verify import Claim, Verdict, conclude, verify
 
 MAX_AUTO_BATCH = 16
 PROBE_S = 0.5
@@ -68,16 +69,28 @@ def prepare(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> J
     return Job(flags, _fit(options, tokens, params), tokens, params, console)
 
 
-async def generate_to_console(job: Job) -> None:
-    """Serve every prompt. Raises AspecError where the input cannot be used or the machine fails."""
+async def generate_to_console(job: Job, verified: bool) -> None:
+    """Serve every prompt; ``verified``: and once more without speculation.
+
+    Raises AspecError where the input cannot be used, the machine fails or, the text printed, speculation changed it.
+    """
     console = job.console
     recorder = Recorder(RECENT_SPANS)
     outcome = await run_job(job, [recorder], probe=job.flags.as_json)
+    entries = [as_object(result, outcome) for result in outcome.results]
     for result in outcome.results:
-        if job.flags.as_json:
-            console.write(json.dumps(as_object(result, outcome)) + "\n")
         console.note(summarise(result, outcome.link_rate))
     console.note(summarise_lanes(recorder))
+    verdicts: list[Verdict] = []
+    try:
+        if verified:
+            verdicts = await _verify(job, outcome)
+            entries = [{**e, "verified": verdict.as_dict()} for e, verdict in zip(entries, verdicts, strict=True)]
+    finally:  # what was generated is kept, come what may
+        if job.flags.as_json:
+            console.write("".join(json.dumps(entry) + "\n" for entry in entries))
+    if verified:
+        console.note(conclude(verdicts, job.options))
 
 
 async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool = False) -> Outcome:
@@ -127,6 +140,13 @@ def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParam
         max_batch=options.max_batch or min(len(prompts), MAX_AUTO_BATCH),
         max_context=options.max_context or max(2, longest + params.max_new_tokens),
     )
+
+
+async def _verify(job: Job, outcome: Outcome) -> list[Verdict]:
+    params = seeded(job.params, len(job.prompts))
+    tokens = (result.token_ids for result in outcome.results)
+    claims = [Claim(*claim) for claim in zip(job.prompts, params, tokens, strict=True)]
+    return await verify(job.options, outcome.plan, claims, job.console)
 
 
 async def _serve(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:

@@ -137,6 +137,7 @@ class Sampler:
         temperature = float(params.temperature)
         self._temperature = None if self.greedy or temperature == 1 else TemperatureLogitsWarper(temperature)
         self.temperature = 1.0 if self.greedy else temperature
+        self.shares_argmax = self.greedy and self.penalties is None  # its draws are the likeliest ids, nothing else
 
     def noise(self, positions: Sequence[int], vocab_size: int) -> torch.Tensor | None:
         """The Gumbel noise [N, V] float32 that the draws at N absolute positions add; None where none is added."""
@@ -161,7 +162,7 @@ class Sampler:
         _check(scores.amax(-1), positions)
         if self._temperature is not None:
             scores = self._temperature(None, scores)
-        if self._top_p < 1 or self._min_p > 0 or 0 < self._top_k < scores.shape[-1]:
+        if self._filters(scores.shape[-1]):
             drawn = [self._draw_row(row, at) for row, at in zip(scores, positions, strict=True)]
             return [int(token) for token in torch.stack(drawn).tolist()] if drawn else []
         noise = gumbel(self._seed, positions, scores.shape[-1], scores.device)
@@ -180,6 +181,24 @@ class Sampler:
         scores = logits.to(torch.float32, copy=True)
         self.penalties.apply(scores, context)
         return scores
+
+    def scores(self, logits: torch.Tensor, position: int, context: Context | None = None) -> torch.Tensor:
+        """What a draw takes the largest of: scores [V] float32 of one absolute position, from its raw logits [V].
+
+        In nats: processed logits, plus the noise unless greedy; -inf where a filter has removed the token.
+        """
+        scores = self.penalised(logits[None], context)[0].float()
+        if self.greedy:
+            return scores
+        if self._temperature is not None:
+            scores = self._temperature(None, scores)
+        if self._filters(len(scores)):
+            ids, kept = self._survivors(scores)
+            scores = torch.full_like(scores, -torch.inf).scatter_(0, ids, kept)
+        return scores + gumbel(self._seed, [position], len(scores), scores.device)[0]
+
+    def _filters(self, num_ids: int) -> bool:
+        return self._top_p < 1 or self._min_p > 0 or 0 < self._top_k < num_ids
 
     def _draw_row(self, scores: torch.Tensor, position: int) -> torch.Tensor:
         """One token id [] int64 from scores [V] float32, noise computed for the survivors only."""
@@ -222,7 +241,7 @@ def draw_rows(
     Raises NumericError as ``Sampler.draw`` does.
     """
     drawn: list[list[int]] = [[] for _ in samplers]
-    greedy = [index for index, sampler in enumerate(samplers) if sampler.greedy and sampler.penalties is None]
+    greedy = [index for index, sampler in enumerate(samplers) if sampler.shares_argmax]
     if greedy:
         rows = logits if len(greedy) == len(samplers) else logits[greedy]
         best, tokens = rows[..., :limit].max(-1)
@@ -232,7 +251,7 @@ def draw_rows(
             _check_values(row_values[: len(wanted)], wanted)
             drawn[index] = row_ids[: len(wanted)]
     for index, sampler in enumerate(samplers):
-        if not sampler.greedy or sampler.penalties is not None:
+        if not sampler.shares_argmax:
             wanted = positions[index]
             context = contexts[index] if contexts is not None else None
             drawn[index] = sampler.draw(logits[index, : len(wanted)], wanted, limit, context)

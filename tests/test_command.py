@@ -176,6 +176,8 @@ def test_help_teaches():
         "--device-memory",
         "--draft-budget",
         "--speculation",
+        "--exact",
+        "--verify",
         "--link-rate",
         "Examples",
     ):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspec.errors import InternalError, NumericError
-from aspec.tasks.tree import ROOT, Tree, best_children
+from aspec.tasks.offers import best_children
+from aspec.tasks.tree import ROOT, Tree
 
 NAN, INF = math.nan, math.inf
 

@@ -7,7 +7,9 @@ simulated spans, so a plan is judged by the code that will run it.
 from aspec.tasks.task import Op, Span
 
 SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts at which a layer's seconds are kept
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts from which a layer's seconds are kept together
+
+STEPS = (*range(1, 32), *range(32, 128, 4), *range(128, 1025, 32))  # token counts between which a pass costs a line
 
 
 def expected_tokens(acceptance: float, num_draft: int) -> float:
@@ -36,7 +38,7 @@ class CostModel:
     """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
 
     def __init__(self) -> None:
-        self._layer = {bucket: Average() for bucket in BUCKETS}
+        self._layer = {bucket: (Average(), Average()) for bucket in BUCKETS}  # tokens and seconds
         self._op = {op: Average() for op in Op}
         self._link = Average()
         self._link_free_s = 0.0  # when the latest load landed
@@ -51,7 +53,9 @@ class CostModel:
         if task.slot >= 0:
             self._landed, self._landed_s = self._landed + 1, span.stop_s
         if task.op is Op.LAYER:
-            self._layer[_bucket(task.num_tokens)].add(seconds)
+            tokens, mean_s = self._layer[_bucket(task.num_tokens)]
+            tokens.add(task.num_tokens)
+            mean_s.add(seconds)
         elif task.op is Op.READ:
             busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
             if busy > 0:
@@ -89,12 +93,17 @@ class CostModel:
             return 0.0
         return max(0.0, self._landed_s + missing * load_bytes / rate - now_s)
 
-    def pass_seconds(self, num_layers: int, streamed_bytes: int, most: int) -> list[tuple[int, float]]:
-        """(tokens, seconds) of passes up to ``most`` tokens by the present estimates; empty before any is known."""
+    def round_seconds(
+        self, drafted_s: float, num_layers: int, most: int, plan_bytes: tuple[int, int]
+    ) -> list[tuple[int, float]]:
+        """(tokens, seconds) of rounds that verify up to ``most`` tokens after drafting for ``drafted_s``.
+
+        By the present estimates; empty before any is known. ``plan_bytes`` as in ``level_seconds``.
+        """
         if self._layer_seconds(1) is None:
             return []
-        counts = [bucket for bucket in BUCKETS if bucket < most] + [most]
-        return [(n, self._round_seconds(num_layers, 1, n - 1, 0.0, streamed_bytes, 0)) for n in counts]
+        counts = sorted({*(n for n in STEPS if n < most), most})
+        return [(n, self._round_seconds(num_layers, 1, n - 1, drafted_s, *plan_bytes)) for n in counts]
 
     def level_seconds(self, elapsed_s: float, num_layers: int, num_tokens: int, plan_bytes: tuple[int, int]) -> float:
         """What one more draft step costs a round that has drafted for ``elapsed_s``.
@@ -146,7 +155,7 @@ class CostModel:
 
         Below all of them it is taken as proportional: hopeful, so that fewer tokens are tried and then measured.
         """
-        known = [(bucket, average.value) for bucket, average in self._layer.items() if average.value is not None]
+        known = [(t.value, s.value) for t, s in self._layer.values() if t.value is not None and s.value is not None]
         if not known:
             return None
         below = [pair for pair in known if pair[0] <= num_tokens]

@@ -73,6 +73,11 @@ class Draft:
         """Tokens that another level can gain, of the rows where it gains any."""
         return {row: grown.promise for row, grown in sorted(self.found.items()) if grown.promise > 0.0}
 
+    @property
+    def probabilities(self) -> dict[int, tuple[float, ...]]:
+        """Of the paths to the nodes of every row, descending."""
+        return {row: grown.probabilities for row, grown in self.found.items()}
+
 
 @dataclass(slots=True)
 class Pass:
@@ -226,9 +231,11 @@ class Scheduler:
             draft = running.draft if running else self._draft
             assert draft is not None
             draft.growing = False
+            promise, before = sum(draft.promises.values()), draft.probabilities
             draft.found |= {grown.row: grown for grown in span.grown}
             if running is None:
                 draft.seconds += span.stop_s - span.start_s
+                self.sizing.learn(task.step, promise, before, draft.probabilities)
                 return self._draft_or_verify(draft)
             return self._draft_ahead(running, span.stop_s)
         if running is None:
@@ -258,14 +265,15 @@ class Scheduler:
 
     def _draft_or_verify(self, draft: Draft) -> list[Task]:
         """The next level while it pays, otherwise the pass over the nodes that pay."""
-        gain = sum(draft.promises.values())
-        unplanted = any(not grown.probabilities for grown in draft.found.values())
-        nodes = len(draft.rows) + sum(len(grown.probabilities) for grown in draft.found.values())
-        if gain and ((unplanted and not draft.levels) or self.sizing.level_pays(gain, draft.seconds, nodes)):
+        promise = sum(draft.promises.values())
+        unplanted = not all(draft.probabilities.values())
+        nodes = len(draft.rows) + sum(map(len, draft.probabilities.values()))
+        pays = self.sizing.level_pays(draft.levels, promise, draft.seconds, nodes)
+        if promise and (pays or (unplanted and not draft.levels)):
             return [self._level(draft, draft.promises)]
         self._draft = None
         decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
-        chosen = self.sizing.nodes({n: grown.probabilities for n, grown in draft.found.items()})
+        chosen = self.sizing.nodes(draft.probabilities, draft.seconds)
         draft.found = {n: replace(grown, promise=1.0) for n, grown in draft.found.items()}  # ahead there is more room
         return self._emit_pass(decoding, chosen, [], draft if any(chosen.values()) else None)
 

@@ -8,12 +8,17 @@ Pure policy: counts, bytes and seconds only.
 from collections.abc import Mapping, Sequence
 
 from aspec.calibration import another_level, marginal_seconds, worthwhile
-from aspec.costs import CostModel
+from aspec.costs import Average, CostModel
 from aspec.plan import Plan
 from aspec.tasks.task import COMPUTE
 
+LEAST_NODES = 16  # that a tree may grow to
+MAX_LEVELS = 16  # that are told apart; those beyond count as the last one
 LEAST_GAIN = 0.02  # tokens; a level that promises less is not worth the loop's time
 TRY_AGAIN_EVERY = 32  # rounds without a draft, once proposals do not pay
+
+Probabilities = Mapping[int, Sequence[float]]
+"""Path probabilities of the nodes of every row, descending."""
 
 
 class Sizing:
@@ -22,12 +27,17 @@ class Sizing:
     def __init__(self, plan: Plan, costs: CostModel) -> None:
         self._plan, self._costs = plan, costs
         self._quiet_rounds = 0  # decode rounds without a proposal since the last one with
+        self._chosen = Average()  # nodes of a row that were worth verifying
+        self._yields = [Average() for _ in range(MAX_LEVELS)]  # of what a level promised, the share that it brought
 
     @property
     def most(self) -> int:
-        """Proposals of a row in a pass."""
+        """Nodes that a row's tree may grow to: no more than could be worth verifying, by what lately was."""
         fixed = self._plan.fixed_draft_tokens
-        return self._plan.max_draft_tokens if fixed is None else fixed
+        if fixed is not None:
+            return fixed
+        chosen = self._chosen.value
+        return min(self._plan.max_draft_tokens, LEAST_NODES + int(2 * chosen) if chosen is not None else 1 << 30)
 
     @property
     def deepest(self) -> int:
@@ -43,26 +53,43 @@ class Sizing:
         self._quiet_rounds += quiet > 0
         return not self.most or (quiet > 0 and quiet % TRY_AGAIN_EVERY != 0)
 
-    def level_pays(self, gain: float, elapsed_s: float, num_tokens: int) -> bool:
-        """Whether ``gain`` tokens are worth one more level, after drafting for ``elapsed_s`` of ``num_tokens``."""
+    def learn(self, level: int, promise: float, before: Probabilities, after: Probabilities) -> None:
+        """A level promised ``promise`` tokens; these are the nodes before and after it."""
+        if promise > 0.0:
+            share = (self._worth(after) - self._worth(before)) / promise
+            self._yields[min(level, MAX_LEVELS - 1)].add(min(1.0, max(0.0, share)))
+
+    def _worth(self, probabilities: Probabilities) -> float:
+        """Tokens expected of the nodes of all rows, as many as lately were verified."""
+        chosen = self._chosen.value
+        most = None if chosen is None else max(1, round(chosen)) * len(probabilities)
+        return sum(sorted((p for own in probabilities.values() for p in own), reverse=True)[:most])
+
+    def level_pays(self, level: int, promise: float, elapsed_s: float, num_tokens: int) -> bool:
+        """Whether what a level promises is worth its seconds, after drafting for ``elapsed_s`` of ``num_tokens``."""
         plan = self._plan
         if plan.fixed_draft_tokens is not None or plan.fixed_draft_depth is not None:
             return True
         plan_bytes = (plan.streamed_bytes, plan.spare_bytes)
         level_s = self._costs.level_seconds(elapsed_s, plan.num_layers, num_tokens, plan_bytes)
+        share = self._yields[min(level, MAX_LEVELS - 1)].value
+        gain = promise if share is None else promise * share
         return gain > LEAST_GAIN and another_level(gain, self._costs.tokens_per_s, level_s)
 
-    def nodes(self, probabilities: Mapping[int, Sequence[float]]) -> dict[int, int]:
+    def nodes(self, probabilities: Probabilities, drafted_s: float) -> dict[int, int]:
         """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""
         plan, chosen = self._plan, {row: len(own) for row, own in probabilities.items()}
         if plan.fixed_draft_tokens is not None:
             return chosen
         ranked = sorted(((p, row) for row, own in probabilities.items() for p in own), reverse=True)
-        points = self._costs.pass_seconds(plan.num_layers, plan.streamed_bytes, len(probabilities) + len(ranked))
+        most, plan_bytes = len(probabilities) + len(ranked), (plan.streamed_bytes, plan.spare_bytes)
+        points = self._costs.round_seconds(drafted_s, plan.num_layers, most, plan_bytes)
         if points:
             cost = marginal_seconds(points, len(probabilities))
-            best = worthwhile([p for p, _ in ranked], self._costs.tokens_per_s, cost)
+            rate = self._costs.tokens_per_s or len(probabilities) / points[0][1]  # before any round: without drafts
+            best = worthwhile([p for p, _ in ranked], rate, cost)
             chosen = {row: sum(owner == row for _, owner in ranked[:best]) for row in probabilities}
+        self._chosen.add(sum(chosen.values()) / len(chosen))
         self._quiet_rounds = 0 if any(chosen.values()) else self._quiet_rounds + 1
         return chosen
 

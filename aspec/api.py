@@ -96,13 +96,14 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
         return await main()
 
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(body())
     except BaseExceptionGroup as group:
         raise first_error(group) from None
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop where it exists."""
     if sys.platform == "win32":
         return asyncio.new_event_loop
     import uvloop

@@ -86,7 +86,7 @@ def bench_to_console(flags: BenchFlags, console: Console) -> None:
 
 async def _measure(job: Job, rounds: int) -> Report:
     monitor, recorder = Monitor(), Recorder()
-    options = replace(job.options, progress=monitor.progress)
+    options = replace(job.options, progress=monitor.progress, reuse_prefix=False)  # every run prefills its prompt
     with watch(monitor, job.console, dashboard=not job.flags.no_dashboard):
         async with Engine(options, [monitor, recorder], [monitor.issued]) as engine:
             job.console.note(describe_plan(engine.plan))

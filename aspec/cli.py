@@ -12,7 +12,7 @@ import typer
 
 from aspec.console import Console
 from aspec.errors import AspecError
-from aspec.flags import BenchFlags, TraceFlags, VerifyFlags, takes
+from aspec.flags import BenchFlags, ChatFlags, TraceFlags, VerifyFlags, takes
 
 app = typer.Typer(
     add_completion=False,
@@ -47,6 +47,29 @@ def generate(flags: VerifyFlags) -> None:
     guarded(
         lambda: run(partial(generate_to_console, prepare(flags, prompts, console), flags.verify)), console, flags.debug
     )
+
+
+@app.command()
+@takes(ChatFlags)
+def chat(flags: ChatFlags) -> None:
+    """Talk with a model in the terminal. Every turn prefills its new tokens only.
+
+    A line of standard input is a turn. /new starts afresh, /help lists the
+    commands, /exit or Ctrl-D leaves; Ctrl-C stops an answer and keeps what was
+    said of it. Needs a chat template, as instruction-tuned checkpoints have.
+
+    Examples:
+
+      aspec chat --target org/big-instruct --draft org/small-instruct
+
+      aspec chat --target ./model --system "Be brief." --temperature 0.7
+
+      cat questions.txt | aspec chat --target ./model --quiet
+    """
+    from aspec.chat import chat_on_console
+
+    console = Console(quiet=flags.quiet)
+    guarded(lambda: chat_on_console(flags, console), console, flags.debug)
 
 
 @app.command()

@@ -68,10 +68,10 @@ class Drafter(ABC):
         self._rows: dict[int, DraftState] = {}
 
     def seat(self, row: int, sequence: TokenSequence | None) -> None:
-        """A row changes hands."""
-        self._rows.pop(row, None)
+        """A row changes hands; what the draft has seen of it stands until another sequence is seated."""
         if sequence is not None:
-            self._rows[row] = DraftState(sequence)
+            before = self._rows.get(row)
+            self._rows[row] = DraftState(sequence, min(sequence.kept, before.drafted if before else 0))
 
     @abstractmethod
     def prefill(self, item: WorkItem) -> None:
@@ -132,15 +132,14 @@ class ModelDrafter(Drafter):
     # -- growth ----------------------------------------------------------------------------------------------
 
     def prefill(self, item: WorkItem) -> None:
-        """A chunk of prompts into the draft's KV; the last token waits for the first draft step."""
+        """A chunk of prompts into the draft's KV, and before it what the draft has not seen of what was kept."""
         states = [self._rows[row] for row in item.rows]
-        fed = [
-            state.sequence.tokens[start : start + count]
-            for state, start, count in zip(states, item.starts, item.counts, strict=True)
-        ]
-        self._run(item.rows, item.starts, fed, want_logits=False)
-        for state, tokens in zip(states, fed, strict=True):
-            state.drafted += len(tokens)
+        begins = [state.drafted for state in states]
+        ends = [start + count for start, count in zip(item.starts, item.counts, strict=True)]
+        spans = zip(states, begins, ends, strict=True)
+        self._run(item.rows, begins, [state.sequence.tokens[a:b] for state, a, b in spans], want_logits=False)
+        for state, end in zip(states, ends, strict=True):
+            state.drafted = end
 
     def extend_chains(self, item: WorkItem) -> None:
         """Propose one more token for every row: the draft catches up with what it has not seen, then draws."""

@@ -229,8 +229,20 @@ class Engine:
         self._queues[sequence.id] = queue
         self._requests[sequence.id] = RequestStats(sequence.num_prompt, self._backend.now())
         self._open.runner.admit(sequence)
-        self._executor.post(Arrived(sequence.id, sequence.num_prompt, sequence.max_new_tokens))
+        follows, kept = self._shared(sequence.tokens) if self._options.reuse_prefix else (None, 0)
+        self._executor.post(Arrived(sequence.id, sequence.num_prompt, sequence.max_new_tokens, follows, kept))
         return queue
+
+    def _shared(self, prompt: list[int]) -> tuple[int | None, int]:
+        """The ended sequence that a prompt shares most leading tokens with, of those whose KV stands; how many.
+
+        One that was left may still be in its pass: its row is free only when that pass has committed, so its KV, too,
+        stands up to its last token. The prompt's last token never counts: it is fed, so that there is a draw.
+        """
+        ended = [one for one in self._open.runner.occupants() if one.id not in self._requests]
+        shared = [(common_prefix(one.tokens[:-1], prompt[:-1]), one.id) for one in ended]
+        kept, follows = max(shared, default=(0, None))
+        return (follows, kept) if kept else (None, 0)
 
     def _leave(self, sequence: int) -> None:
         """A stream has ended or nobody listens any more."""
@@ -250,6 +262,7 @@ class Engine:
             if request is None or queue is None:
                 continue  # cancelled: nobody listens
             request.take(outcome, span.stop_s)
+            request.reused_tokens = sequence.kept
             for text, tokens, logprobs in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self.plan, span.stop_s) if reason else None
@@ -271,6 +284,12 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         return tokenizer.encode(prompt)
     messages = [message for message in prompt if isinstance(message, dict)]
     return tokenizer.encode_chat(messages) if messages else [token for token in prompt if isinstance(token, int)]
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _tune_process(threads: int | None) -> None:

@@ -1,11 +1,11 @@
-"""The flags that ``generate``, ``trace`` and ``bench`` share: one record, and how a command takes it as its options."""
+"""The flags that the commands share: one record, and how a command takes it as its options."""
 
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
 
@@ -298,15 +298,45 @@ class BenchFlags(GenerateFlags):
     rounds: Annotated[int, _option(BENCH, "Runs; the table shows their median and spread.", "--rounds", min=1)] = 3
 
 
+@dataclass(frozen=True, slots=True)
+class ChatFlags(GenerateFlags):
+    """Those that make sense in a conversation; what is no option here is settled."""
+
+    target: Annotated[
+        str | None,
+        _option(MODELS, "The big model, with a chat template: a folder or a hub id.", "--target", "--model"),
+    ] = None
+    max_new_tokens: Annotated[
+        int, _option(SAMPLING, "Tokens of an answer at most.", "--max-new-tokens", "-n", min=1)
+    ] = 1024
+    max_context: Annotated[
+        int | None,
+        _option(PLACE, "Tokens of the whole conversation. Default: 4096, less where memory is short.", min=2),
+    ] = None
+    quiet: Annotated[bool, _option(OUTPUT, "Nothing but answers and errors.", "--quiet", "-q")] = False
+    prompt: list[str] | None = None
+    file: list[Path] | None = None
+    raw: bool = False
+    as_json: bool = False
+    no_dashboard: bool = True
+    logprobs: int | None = None
+    batch_size: int = 1
+
+
 Flags = TypeVar("Flags", bound=GenerateFlags)
 
 
 def takes(record: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:
-    """Give a command the options of a flags record as its own; it receives the record, checked."""
+    """Give a command the options of a flags record as its own; it receives the record, checked.
+
+    A field that is no option keeps its default.
+    """
     hints = get_type_hints(record, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
-        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in fields(record)
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name])
+        for f in fields(record)
+        if get_origin(hints[f.name]) is Annotated
     ]
 
     def wrap(command: Callable[[Flags], None]) -> Callable[..., None]:

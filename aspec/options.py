@@ -31,6 +31,7 @@ class EngineOptions:
     max_batch: int | None = None  # sequences that share a pass
     max_context: int | None = None  # tokens of a sequence, prompt included
     prefill_tokens: int | None = None  # tokens of one prefill item at most
+    reuse_prefix: bool = True  # a prompt that begins as an ended sequence did prefills the rest; False: to measure
     link_rate: float | None = None  # bytes per second; throttles the disk lane
     threads: int | None = None  # torch intra-op threads
     progress: Progress | None = None

@@ -42,7 +42,7 @@ class ModelRunner:
         self._target, self._target_kv, self._weights = target, target_kv, weights
         self._drafter = drafter
         self._sequences: dict[int, TokenSequence] = {}  # those that wait for a row
-        self._rows: dict[int, TokenSequence] = {}
+        self._rows: dict[int, TokenSequence] = {}  # who sits in a row, or sat there last
         self._activations: dict[int, Activation] = {}  # by item index, between EMBED and HEAD
         self._depths: dict[int, list[list[int]]] = {}  # likewise: of every row's tokens, counted from its start
         self._bound: dict[int, int] = {}  # streamed part -> the pass it was last bound in
@@ -65,13 +65,16 @@ class ModelRunner:
         """The sequence that sits in a row."""
         return self._rows[row]
 
+    def occupants(self) -> list[TokenSequence]:
+        """Who sits in a row, or sat there last: its KV, of all tokens but the last, stands until another is seated."""
+        return list(self._rows.values())
+
     def seat(self, seatings: Sequence[Seating]) -> None:
         """Rows change hands between passes."""
         for seating in seatings:
             sequence = None if seating.sequence is None else self._sequences.pop(seating.sequence)
-            if sequence is None:
-                del self._rows[seating.row]
-            else:
+            if sequence is not None:
+                sequence.kept = seating.kept
                 self._rows[seating.row] = sequence
             if self._drafter is not None:
                 self._drafter.seat(seating.row, sequence)

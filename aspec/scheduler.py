@@ -9,12 +9,12 @@ begins. So the end of a pass is emitted late, behind the last level that was dra
 What may NOT go in: tensors, token values, asyncio, clocks, randomness. Counts, ids, bytes and seconds only.
 """
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from aspec.costs import CostModel
 from aspec.plan import Plan, Speculation
+from aspec.seats import Row, Seats, decode_item, prefill_items
 from aspec.sizing import Sizing
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY, Numbering, WeightStream, emit_end, emit_pass
 from aspec.tasks.task import (
@@ -28,7 +28,6 @@ from aspec.tasks.task import (
     Grown,
     Growth,
     Op,
-    RowOutcome,
     Seating,
     Span,
     Started,
@@ -43,17 +42,6 @@ BEAMS, WIDTH = 8, 8  # nodes of a row that a level expands, and children that ea
 AHEAD_NODES = 256  # of a row's tree beyond those it proposes: among them what the target may draw instead
 AHEAD_BEAMS = 32  # nodes that a level expands ahead, on a compute lane of the draft's own
 GROUP = 0  # one group of rows; rotation over several is a matter of the plan
-
-
-@dataclass(slots=True)
-class Row:
-    """A sequence in a row; mutable, because every round moves it on."""
-
-    sequence: int
-    length: int  # committed tokens; the last one is not in the target's KV yet
-    remaining: int  # tokens that may still be generated; the row retires at 0
-    decoding: bool = False  # False until its prompt has gone through a pass
-    cancelled: bool = False
 
 
 @dataclass(slots=True)
@@ -102,8 +90,7 @@ class Scheduler:
         self.done = False
         self._next_id = Numbering()
         self._stream = WeightStream(plan, self._next_id)
-        self._waiting: deque[Arrived] = deque()
-        self._rows: dict[int, Row] = {}  # by row number; only occupied rows
+        self._seats = Seats(plan.num_rows)
         self._committed, self._proposed = "", ""  # present content of the sequence and the proposal buffer
         self._closing = False
         self._draft: Draft | None = None  # trees that grow; their pass is not emitted yet
@@ -118,17 +105,19 @@ class Scheduler:
             case Started():
                 tasks = self._stream.fill()
             case Arrived():
-                self._waiting.append(event)
+                self._seats.arrive(event)
             case Cancelled():
-                self._cancel(event.sequence)
+                self._seats.cancel(event.sequence)
             case Closing():
-                self._close(event.now)
+                self._closing = True
+                if event.now:
+                    self._seats.cancel()
             case Span():
                 self.costs.observe(event)
                 tasks = self._go_on(event)
         if self.idle:
-            seatings = self._reseat()
-            if self._rows:
+            seatings = self._seats.reseat()
+            if self._seats.rows:
                 tasks += self._emit_round()
             else:
                 self.done = self._closing
@@ -136,8 +125,7 @@ class Scheduler:
 
     def validate(self) -> None:
         """Check the invariants; tests call it after every event."""
-        assert all(0 <= row < self.plan.num_rows for row in self._rows)
-        assert all(row.length <= self.plan.capacity for row in self._rows.values())
+        self._seats.validate(self.plan.capacity)
         assert self._pass is None or self._pass.open > 0
         assert self._pass is None or self._draft is None, "trees that are to be verified grow before their pass"
 
@@ -149,46 +137,13 @@ class Scheduler:
     @property
     def num_active(self) -> int:
         """Sequences in rows."""
-        return len(self._rows)
-
-    # -- rows ------------------------------------------------------------------------------------------------
-
-    def _advance(self, outcome: RowOutcome) -> None:
-        row = self._rows[outcome.row]
-        row.decoding = True
-        row.length += outcome.num_new
-        row.remaining = 0 if outcome.stopped else row.remaining - outcome.num_new
-
-    def _cancel(self, sequence: int) -> None:
-        self._waiting = deque(arrived for arrived in self._waiting if arrived.sequence != sequence)
-        for row in self._rows.values():
-            row.cancelled |= row.sequence == sequence
-
-    def _close(self, now: bool) -> None:
-        self._closing = True
-        if now:
-            self._waiting.clear()
-            for row in self._rows.values():
-                row.cancelled = True
-
-    def _reseat(self) -> list[Seating]:
-        """Between passes: retire the rows that are done, seat those that wait in the lowest free rows."""
-        gone = [number for number, row in self._rows.items() if row.remaining <= 0 or row.cancelled]
-        for number in gone:
-            del self._rows[number]
-        seatings = [Seating(number, None) for number in gone]
-        for number in range(self.plan.num_rows):
-            if self._waiting and number not in self._rows:
-                arrived = self._waiting.popleft()
-                self._rows[number] = Row(arrived.sequence, arrived.prompt_tokens, arrived.max_new_tokens)
-                seatings.append(Seating(number, arrived.sequence))
-        return seatings
+        return len(self._seats.rows)
 
     # -- a round ---------------------------------------------------------------------------------------------
 
     def _emit_round(self) -> list[Task]:
         """Drafts for the decoding rows, then one pass that verifies them and prefills those that joined."""
-        decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
+        decoding = self._seats.decoding
         if self.plan.speculation is Speculation.TREE:
             self._draft = self._plant(decoding)
             return self._draft_or_verify(self._draft) if self._draft else self._emit_pass(decoding, {}, [])
@@ -205,9 +160,8 @@ class Scheduler:
         """The pass behind ``tasks`` up to its end; ``lengths``: tokens to verify of a row, if any."""
         number = self.passes
         self.passes += 1
-        joining = {n: row for n, row in sorted(self._rows.items()) if not row.decoding}
-        items = [_decode_item(decoding, lengths)] if decoding else []
-        items += prefill_items(joining, len(items), self.plan.prefill_tokens)
+        items = [decode_item(decoding, lengths)] if decoding else []
+        items += prefill_items(self._seats.joining, len(items), self.plan.prefill_tokens)
         inputs = self._inputs(with_proposal=any(lengths.values()))
         tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, inputs, GROUP)
         prefills = [item for item in items if item.prefill] if self.plan.max_draft_tokens else []
@@ -225,7 +179,7 @@ class Scheduler:
     def _go_on(self, span: Span) -> list[Task]:
         """What follows at once from a finished task, in the midst of a round."""
         for outcome in span.outcomes:
-            self._advance(outcome)
+            self._seats.advance(outcome)
         running, task = self._pass, span.task
         if task.op is Op.DRAFT and task.growth is not None:
             draft = running.draft if running else self._draft
@@ -272,7 +226,7 @@ class Scheduler:
         if promise and (pays or (unplanted and not draft.levels)):
             return [self._level(draft, draft.promises)]
         self._draft = None
-        decoding = {n: row for n, row in sorted(self._rows.items()) if row.decoding}
+        decoding = self._seats.decoding
         chosen = self.sizing.nodes(draft.probabilities, draft.seconds)
         draft.found = {n: replace(grown, promise=1.0) for n, grown in draft.found.items()}  # ahead there is more room
         return self._emit_pass(decoding, chosen, [], draft if any(chosen.values()) else None)
@@ -362,51 +316,3 @@ class Scheduler:
         """What decoding reads: the committed tokens, and the proposal if there is one."""
         committed = (Access(sequence_buffer(GROUP), self._committed),)
         return (*committed, Access(proposal_buffer(GROUP), self._proposed)) if with_proposal else committed
-
-
-def _decode_item(rows: dict[int, Row], lengths: dict[int, int]) -> WorkItem:
-    """The last committed token of every row and its proposals."""
-    numbers = tuple(rows)
-    starts = tuple(rows[n].length - 1 for n in numbers)
-    return WorkItem(0, numbers, starts, tuple(1 + lengths.get(n, 0) for n in numbers))
-
-
-def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int) -> list[WorkItem]:
-    """Prompts as work items of at most ``most_tokens`` padded tokens.
-
-    A longer prompt is cut into chunks, of which only the last one draws; shorter ones of like length share an item.
-    """
-    items: list[WorkItem] = []
-    short: list[int] = []
-    for number, row in sorted(rows.items(), key=lambda pair: pair[1].length):
-        if row.length <= most_tokens and (len(short) + 1) * row.length <= most_tokens:
-            short.append(number)  # lengths grow, so this row's length is the item's width
-            continue
-        items += _shared_item(rows, short, first_index + len(items))
-        short = [number] if row.length <= most_tokens else []
-        if row.length > most_tokens:
-            items += _chunks(number, row.length, first_index + len(items), most_tokens)
-    return items + _shared_item(rows, short, first_index + len(items))
-
-
-def _shared_item(rows: dict[int, Row], numbers: Sequence[int], index: int) -> list[WorkItem]:
-    if not numbers:
-        return []
-    ordered = tuple(sorted(numbers))
-    counts = tuple(rows[n].length for n in ordered)
-    return [WorkItem(index, ordered, (0,) * len(ordered), counts, prefill=True)]
-
-
-def _chunks(number: int, length: int, index: int, most_tokens: int) -> list[WorkItem]:
-    starts = range(0, length, most_tokens)
-    return [
-        WorkItem(
-            index + i,
-            (number,),
-            (start,),
-            (min(most_tokens, length - start),),
-            prefill=True,
-            samples=start == starts[-1],
-        )
-        for i, start in enumerate(starts)
-    ]

@@ -30,6 +30,7 @@ class Sequence:
     text: TextStream
     end_ids: frozenset[int]
     max_new_tokens: int  # the request's, cut to what the context holds
+    kept: int = 0  # leading tokens whose KV stood in the row when it was seated; only seating sets it
     finish_reason: FinishReason | None = None
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
     counts: TokenCounts | None = None  # what penalties count; None where none is set

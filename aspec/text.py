@@ -50,8 +50,12 @@ class Tokenizer:
         """Whether a conversation can be laid out as this model expects."""
         return bool(getattr(self._inner, "chat_template", None))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """A conversation, ready for the model's answer. Raises PromptError without a template or where it refuses."""
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = ()) -> list[int]:
+        """A conversation, ready for the model's answer. Raises PromptError without a template or where it refuses.
+
+        It begins with the tokens ``said``, or all but the last few, where its text begins with theirs: what a model
+        generated need not be what the tokenizer makes of the same text, and only the same tokens have their KV already.
+        """
         if not self.has_chat_template:
             raise PromptError(f"{self.folder} has no chat template: give plain text (--raw) or choose a chat model.")
         conversation = [dict(message) for message in messages]
@@ -62,7 +66,17 @@ class Tokenizer:
                 f"the chat template of {self.folder} refuses the conversation ({_reason(error)}). Change the messages' "
                 f"roles or order to what the model expects, or give plain text (--raw)."
             ) from error
+        for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # it may end in half a character
+            begun = self._spell(said[:count])
+            if text.startswith(begun):
+                tokens = [*said[:count], *self._encode(text[len(begun) :], add_special_tokens=False)]
+                if self._spell(tokens) == text:
+                    return tokens
         return self._encode(text, add_special_tokens=False)
+
+    def _spell(self, tokens: Sequence[int]) -> str:
+        """Text with special tokens."""
+        return str(self._inner.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens; spaces stay as they were generated."""

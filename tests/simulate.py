@@ -41,13 +41,13 @@ class Checked:
 
 
 async def simulate(plan, arrivals=((0, 20, 16),), backend=None, profile=None, resources=HOST_RESOURCES):
-    """Serve (sequence, prompt, new) arrivals to the end; returns (spans, scheduler, backend)."""
+    """Serve arrivals, the fields of ``Arrived``, to the end; returns (spans, scheduler, backend)."""
     backend = backend or SimBackend(profile or Profile(), resources)
     scheduler = Scheduler(plan)
     spans = []
     executor = Executor(Checked(scheduler), backend, [spans.append])
-    for sequence, prompt, new in arrivals:
-        executor.post(Arrived(sequence, prompt, new))
+    for arrival in arrivals:
+        executor.post(Arrived(*arrival))
     executor.post(Closing())
     try:
         await executor.run()

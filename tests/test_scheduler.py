@@ -8,7 +8,8 @@ import pytest
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.plan import Speculation, Tier
 from aspec.races import find_races
-from aspec.scheduler import Row, Scheduler, prefill_items
+from aspec.scheduler import Scheduler
+from aspec.seats import Row, prefill_items
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY
 from aspec.tasks.task import Arrived, Cancelled, Closing, Grown, Op, RowOutcome, Span, Started, Task, WorkItem
 from tests.simulate import make_plan, simulate

@@ -11,14 +11,14 @@ PACKAGE = ROOT / "aspec"
 
 BANDS = {
     0: "errors plan params options units tasks.task tasks",
-    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs sizing scheduler planner races",
+    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing scheduler planner races",
     2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact model sampling "
     "penalties text hub tasks.offers drafting lookup "
     "sequence runner stats timeline recorder snapshot summary",
     3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate io.ticker executor "
     "virtual",
     4: "assembly engine console monitor frame dashboard chrome simulation profile verify",
-    5: "api flags generation trace bench cli __main__ __init__",
+    5: "api flags generation chat trace bench cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}
 MAY_LOOK_UP = {"io.layout", "io.mapping", "binding"}  # the size of a page

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -242,6 +242,31 @@ def test_chat_templates(tmp_path):
     assert not bare.has_chat_template
     with pytest.raises(PromptError, match=r"has no chat template: .*--raw"):
         bare.encode_chat(messages)
+
+
+def test_a_conversation_keeps_the_tokens_that_were_said(tmp_path):
+    tokenizer = load(tmp_path, "the cat", chat_template=CHAT)
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "the cat sat"}
+    spelled = [tokenizer.encode(char)[0] for char in "the c"]  # as a model may say it, not as the tokenizer would
+    prompt = tokenizer.encode_chat([user])
+    whole = tokenizer.encode_chat([user, answer, user])
+    kept = tokenizer.encode_chat([user, answer, user], [*prompt, *spelled])
+    assert kept[: len(prompt) + 5] == [*prompt, *spelled] != whole[: len(prompt) + 5]
+    assert tokenizer.decode(kept) == tokenizer.decode(whole) == "[user]hi[assistant]the cat sat[user]hi[assistant]"
+    other = tokenizer.encode("dog")
+    assert tokenizer.encode_chat([user, answer, user], [*prompt, *other]) == whole, "that was not said"
+
+
+def test_tokens_that_do_not_spell_the_text_are_not_kept(tmp_path):
+    """Tokenizers that put a space before a text would put one in the middle."""
+    rust = byte_fallback()
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer.load(save(tmp_path, rust, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"))
+    said = tokenizer.encode_chat([{"role": "user", "content": "a"}])
+    whole = tokenizer.encode_chat([{"role": "user", "content": "ab"}])
+    assert tokenizer.decode(said) == "a"
+    assert tokenizer.encode_chat([{"role": "user", "content": "ab"}], said) == whole
+    assert tokenizer.decode(whole) == "ab"
 
 
 def test_text_that_is_not_unicode_is_refused(plain):

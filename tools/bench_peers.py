@@ -106,7 +106,7 @@ async def open_aspec(job: Job, max_context: int, speculation: str = "chain") -> 
         return known | {"link_bytes_per_s": max(rates), "plan": engine.plan.describe()}
 
     sizes = {"device_memory": job.memory, "resident_memory": job.resident, "max_context": max_context, "max_batch": 1}
-    models = {"target": job.target, "draft": job.draft, "dtype": job.dtype}
+    models = {"target": job.target, "draft": job.draft, "dtype": job.dtype, "reuse_prefix": False}
     async with open_engine(**models, **sizes, speculation=speculation, threads=job.threads) as engine:
         yield generate, facts
 

@@ -182,11 +182,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A sequence waits to be served."""
+    """A sequence waits to be served; of its prompt ``kept`` leading tokens are those of a sequence that has ended."""
 
     sequence: int
     prompt_tokens: int
     max_new_tokens: int
+    follows: int | None = None  # the one that has ended
+    kept: int = 0  # below both lengths: all of them are in its KV, and one token is left to draw from
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +213,11 @@ Event = Started | Arrived | Cancelled | Closing | Span
 
 @dataclass(frozen=True, slots=True)
 class Seating:
-    """Sequence ``sequence`` occupies row ``row`` from now on (None: the row is free again)."""
+    """Sequence ``sequence`` occupies row ``row`` from now on (None: the row is free again, its KV stands)."""
 
     row: int
     sequence: int | None
+    kept: int = 0  # leading tokens whose KV stands in the row
 
 
 @dataclass(frozen=True, slots=True)

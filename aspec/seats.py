@@ -1,0 +1,138 @@
+"""Who sits in which row, and what of a row goes into a pass.
+
+A row keeps the KV of the sequence that sat in it last, until another one is seated: a prompt that begins like it takes
+that row and prefills only the rest. Pure policy: counts and ids only.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aspec.tasks.task import Arrived, RowOutcome, Seating, WorkItem
+
+
+@dataclass(slots=True)
+class Row:
+    """A sequence in a row; mutable, because every round moves it on."""
+
+    sequence: int
+    length: int  # committed tokens; the last one is not in the target's KV yet
+    remaining: int  # tokens that may still be generated; the row retires at 0
+    decoding: bool = False  # False until its prompt has gone through a pass
+    cancelled: bool = False
+    kept: int = 0  # leading tokens whose KV stood in the row when it was taken: they are not prefilled
+
+
+class Seats:
+    """The rows of an engine, occupied, resting or never used, and the sequences that wait for one."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.rows: dict[int, Row] = {}  # by row number; only occupied rows
+        self._num_rows = num_rows
+        self._resting: dict[int, Row] = {}  # by row number; the last to sit in a free row, whose KV stands
+        self._waiting: deque[Arrived] = deque()
+
+    @property
+    def decoding(self) -> dict[int, Row]:
+        """The rows whose prompt has gone through a pass, by number."""
+        return {n: row for n, row in sorted(self.rows.items()) if row.decoding}
+
+    @property
+    def joining(self) -> dict[int, Row]:
+        """The rows whose prompt has not, by number."""
+        return {n: row for n, row in sorted(self.rows.items()) if not row.decoding}
+
+    def arrive(self, arrived: Arrived) -> None:
+        """A sequence waits."""
+        self._waiting.append(arrived)
+
+    def advance(self, outcome: RowOutcome) -> None:
+        """A row has got new tokens."""
+        row = self.rows[outcome.row]
+        row.decoding = True
+        row.length += outcome.num_new
+        row.remaining = 0 if outcome.stopped else row.remaining - outcome.num_new
+
+    def cancel(self, sequence: int | None = None) -> None:
+        """Nobody listens to a sequence any more; to none of them without a name."""
+        keep = [arrived for arrived in self._waiting if sequence is not None and arrived.sequence != sequence]
+        self._waiting = deque(keep)
+        for row in self.rows.values():
+            row.cancelled |= sequence is None or row.sequence == sequence
+
+    def reseat(self) -> list[Seating]:
+        """Between passes: retire the rows that are done, seat those that wait; who has most to keep chooses first."""
+        gone = [number for number, row in self.rows.items() if row.remaining <= 0 or row.cancelled]
+        self._resting |= {number: self.rows.pop(number) for number in gone}
+        seatings = [Seating(number, None) for number in gone]
+        num_free = self._num_rows - len(self.rows)
+        arriving = [self._waiting.popleft() for _ in range(min(num_free, len(self._waiting)))]
+        return seatings + [self._seat(arrived) for arrived in sorted(arriving, key=lambda arrived: -arrived.kept)]
+
+    def validate(self, capacity: int) -> None:
+        """Check the invariants; tests call it after every event."""
+        assert all(0 <= row < self._num_rows for row in self.rows)
+        assert all(row.kept < row.length <= capacity for row in self.rows.values())
+        assert not self.rows.keys() & self._resting.keys()
+        assert all(row.decoding for row in self._resting.values())  # their KV stands
+
+    def _seat(self, arrived: Arrived) -> Seating:
+        """Take the free row in which most tokens are kept, less those that are lost; the lowest of equals."""
+        kept = {n: arrived.kept for n, row in self._resting.items() if row.sequence == arrived.follows}
+        lost = {n: row.length - kept.get(n, 0) for n, row in self._resting.items()}
+        free = (n for n in range(self._num_rows) if n not in self.rows)
+        number = max(free, key=lambda n: (kept.get(n, 0) - lost.get(n, 0), -n))
+        self._resting.pop(number, None)
+        row = Row(arrived.sequence, arrived.prompt_tokens, arrived.max_new_tokens, kept=kept.get(number, 0))
+        self.rows[number] = row
+        return Seating(number, row.sequence, row.kept)
+
+
+def decode_item(rows: dict[int, Row], lengths: dict[int, int]) -> WorkItem:
+    """The last committed token of every row and its proposals."""
+    numbers = tuple(rows)
+    starts = tuple(rows[n].length - 1 for n in numbers)
+    return WorkItem(0, numbers, starts, tuple(1 + lengths.get(n, 0) for n in numbers))
+
+
+def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int) -> list[WorkItem]:
+    """Prompts, less what is kept of them, as work items of at most ``most_tokens`` padded tokens.
+
+    A longer prompt is cut into chunks, of which only the last one draws; shorter ones of like length share an item.
+    """
+    items: list[WorkItem] = []
+    short: list[int] = []
+    for number, row in sorted(rows.items(), key=lambda pair: pair[1].length - pair[1].kept):
+        length = row.length - row.kept
+        if length <= most_tokens and (len(short) + 1) * length <= most_tokens:
+            short.append(number)  # lengths grow, so this row's length is the item's width
+            continue
+        items += _shared_item(rows, short, first_index + len(items))
+        short = [number] if length <= most_tokens else []
+        if length > most_tokens:
+            items += _chunks(number, row, first_index + len(items), most_tokens)
+    return items + _shared_item(rows, short, first_index + len(items))
+
+
+def _shared_item(rows: dict[int, Row], numbers: Sequence[int], index: int) -> list[WorkItem]:
+    if not numbers:
+        return []
+    ordered = tuple(sorted(numbers))
+    starts = tuple(rows[n].kept for n in ordered)
+    counts = tuple(rows[n].length - rows[n].kept for n in ordered)
+    return [WorkItem(index, ordered, starts, counts, prefill=True)]
+
+
+def _chunks(number: int, row: Row, index: int, most_tokens: int) -> list[WorkItem]:
+    starts = range(row.kept, row.length, most_tokens)
+    return [
+        WorkItem(
+            index + i,
+            (number,),
+            (start,),
+            (min(most_tokens, row.length - start),),
+            prefill=True,
+            samples=start == starts[-1],
+        )
+        for i, start in enumerate(starts)
+    ]

@@ -78,17 +78,17 @@ class Sizing:
 
     def nodes(self, probabilities: Probabilities, drafted_s: float) -> dict[int, int]:
         """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""
-        plan, chosen = self._plan, {row: len(own) for row, own in probabilities.items()}
+        plan = self._plan
         if plan.fixed_draft_tokens is not None:
-            return chosen
+            return {row: len(own) for row, own in probabilities.items()}
         ranked = sorted(((p, row) for row, own in probabilities.items() for p in own), reverse=True)
         most, plan_bytes = len(probabilities) + len(ranked), (plan.streamed_bytes, plan.spare_bytes)
         points = self._costs.round_seconds(drafted_s, plan.num_layers, most, plan_bytes)
-        if points:
+        best = LEAST_NODES * len(probabilities)  # until a round has told what one costs
+        if points and self._costs.tokens_per_s:
             cost = marginal_seconds(points, len(probabilities))
-            rate = self._costs.tokens_per_s or len(probabilities) / points[0][1]  # before any round: without drafts
-            best = worthwhile([p for p, _ in ranked], rate, cost)
-            chosen = {row: sum(owner == row for _, owner in ranked[:best]) for row in probabilities}
+            best = worthwhile([p for p, _ in ranked], self._costs.tokens_per_s, cost)
+        chosen = {row: sum(owner == row for _, owner in ranked[:best]) for row in probabilities}
         self._chosen.add(sum(chosen.values()) / len(chosen))
         self._quiet_rounds = 0 if any(chosen.values()) else self._quiet_rounds + 1
         return chosen

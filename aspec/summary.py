@@ -11,6 +11,7 @@ from aspec.timeline import (
     bottleneck,
     critical_path,
     decode_stretch,
+    draft_wait_s,
     hidden_share,
     stalls,
     uses_of,
@@ -33,6 +34,7 @@ class Summary:
     ceiling_tokens_per_s: float | None  # tokens per pass x rate while the link was busy / bytes per pass
     lanes: tuple[LaneUse, ...]
     hidden: float | None  # share of target and draft compute that ran under the stream
+    draft_wait_s: float  # that the target stood behind running drafts, over all of the run
     bottleneck: str
     critical_path: dict[str, float]  # seconds by lane
     stalls: tuple[Stall, ...]
@@ -49,6 +51,7 @@ class Summary:
             "ceiling_tokens_per_s": self.ceiling_tokens_per_s,
             "lanes": {use.lane: {"share": use.share, "bytes_per_s": use.busy_bytes_per_s} for use in self.lanes},
             "hidden": self.hidden,
+            "draft_wait_s": self.draft_wait_s,
             "bottleneck": self.bottleneck,
             "critical_path_s": self.critical_path,
             "stalls": [{"lane": s.lane, "seconds": s.seconds, "cause": s.cause} for s in self.stalls],
@@ -71,6 +74,9 @@ class Summary:
             yield f"{use.lane:8} {100 * use.share:4.0f} %   {rate}".rstrip()
         if self.hidden is not None:
             yield f"overlap: {100 * self.hidden:.0f} % of target and draft compute ran under the stream"
+        if self.draft_wait_s > 0:
+            share = 100 * self.draft_wait_s / self.seconds
+            yield f"the target waited {self.draft_wait_s * 1e3:.1f} ms for running drafts, {share:.2f} % of the run"
         total = sum(self.critical_path.values())
         if total > 0:
             path = sorted(self.critical_path.items(), key=lambda pair: -pair[1])
@@ -104,6 +110,7 @@ def summarise(timeline: Timeline) -> Summary:
         ceiling_tokens_per_s=per_pass * rate / bytes_per_pass if per_pass and rate and bytes_per_pass else None,
         lanes=tuple(uses),
         hidden=hidden_share(timeline.work(start, stop)),
+        draft_wait_s=draft_wait_s(timeline),
         bottleneck=bottleneck(uses),
         critical_path=critical_path(timeline),
         stalls=tuple(_since(timeline.start_s, stall) for stall in stalls(timeline, start, stop)[:MOST_STALLS]),

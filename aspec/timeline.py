@@ -234,6 +234,20 @@ def _why(waiting: Slice, cause: Slice | None) -> str:
     return f"{waiting.name} waited for {cause.name}{when} on {cause.lane}"
 
 
+def draft_wait_s(timeline: Timeline) -> float:
+    """Seconds that the target's work, ready to run, stood behind a draft that was running already."""
+    ended = {s.id: s.stop_s for s in timeline.slices}
+    drafts = merge((s.start_s, s.stop_s) for s in timeline.lane(DRAFT))
+    waited = 0.0
+    for work in timeline.lane(TARGET):
+        ready_s = ended.get(work.cause, work.start_s)
+        at = bisect_left(drafts, (work.start_s,))
+        while at and drafts[at - 1][1] > ready_s:
+            at -= 1
+            waited += min(drafts[at][1], work.start_s) - max(drafts[at][0], ready_s)
+    return waited
+
+
 def critical_path(timeline: Timeline) -> dict[str, float]:
     """Seconds by lane along the chain of tasks that decided when the run ended; ``hand-off`` is time between tasks.
 

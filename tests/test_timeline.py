@@ -18,6 +18,7 @@ from aspec.timeline import (
     clip,
     critical_path,
     decode_stretch,
+    draft_wait_s,
     hidden_share,
     lane_use,
     length,
@@ -60,6 +61,17 @@ def test_the_bottleneck_in_words():
     assert bottleneck([target]) == "latency-bound: no lane is busy for more than 50 % of the time"
     assert bottleneck([lane_use("draft", [(0.0, 1.0, 0)], 0, 1)]) == "draft-bound: 100 % busy"
     assert bottleneck([]) == bottleneck([lane_use("cpu", [], 0, 1)]) == "idle"
+
+
+def test_the_target_waits_for_a_draft_that_runs_already():
+    def work(number, lane, start, stop, cause=-1):
+        return Slice(number, lane, "", start, stop, cause=cause)
+
+    slices = [work(0, "disk", 0.0, 2.0), work(1, "draft", 1.0, 4.0), work(2, "draft", 4.0, 5.0)]
+    assert draft_wait_s(Timeline((*slices, work(3, "target", 5.0, 6.0, cause=0)))) == 3.0, "ready at 2, begun at 5"
+    assert draft_wait_s(Timeline((*slices, work(3, "target", 5.0, 6.0, cause=2)))) == 0.0, "it needs that draft"
+    assert draft_wait_s(Timeline((*slices, work(3, "target", 2.0, 6.0, cause=0)))) == 0.0, "a lane of its own"
+    assert draft_wait_s(Timeline((*slices, work(3, "target", 4.5, 6.0)))) == 0.0, "nothing is known of it"
 
 
 def test_hidden_share():

@@ -275,7 +275,7 @@ def test_drafting_ahead_changes_no_count_and_costs_no_time(virtual, resources, s
         assert sum(o.num_new for span in spans for o in span.outcomes) == 180
         assert any(span.task.growth.ahead for span in spans if span.task.growth) == ahead
         runs.append(max(span.stop_s for span in spans))
-    assert runs[1] < runs[0] * (0.98 if own else 1.01)
+    assert runs[1] < runs[0] * (0.98 if own and slots == 2 else 1.01), "free slots hide drafts already"
 
 
 def test_closing_waits_for_rows_unless_told_not_to():

@@ -16,6 +16,7 @@ from aspec.tasks.task import (
     CPU,
     DISK,
     H2D,
+    SCRATCH,
     Access,
     Op,
     Task,
@@ -118,6 +119,8 @@ def emit_pass(
     tasks = [_embed(number, item, next_id, () if item.prefill else inputs) for item in items]
     for layer in range(plan.num_layers):
         slots, reads = stream.bind(layer)
+        converts = any(part.scratch_bytes for part in plan.streamed_of(layer))
+        scratch = (Access(SCRATCH, f"pass {number} L{layer}"),) if converts else ()  # the first item fills it
         for item in items:
             hidden = hidden_buffer(item.index)
             tasks.append(
@@ -126,8 +129,13 @@ def emit_pass(
                     Op.LAYER,
                     COMPUTE,
                     PREFILL if item.prefill else VERIFY,
-                    reads=(Access(hidden, f"pass {number} L{layer}"), *reads),
+                    reads=(
+                        Access(hidden, f"pass {number} L{layer}"),
+                        *reads,
+                        *(scratch if item is not items[0] else ()),
+                    ),
                     writes=(
+                        *(scratch if item is items[0] else ()),
                         Access(hidden, f"pass {number} L{layer + 1}"),
                         Access(kv_buffer(group, layer), f"pass {number} item {item.index}"),
                     ),

@@ -237,6 +237,10 @@ def label(op: Op, layer: int, part: int, step: int) -> str:
     return f"draft {step}" if op is Op.DRAFT else str(op)
 
 
+SCRATCH = "scratch"
+"""Where the weights of the layer that runs are, as far as they had to be converted."""
+
+
 def slot_buffer(slot: int) -> str:
     """A device buffer that holds one part."""
     return f"slot:{slot}"

@@ -88,10 +88,9 @@ def _grouped_mm(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, *
 
 def _by_vectors(func: Callable[..., torch.Tensor], values: torch.Tensor, **options: Any) -> torch.Tensor:
     """An elementwise function over whole vectors only."""
-    missing = -values.numel() % VECTORS if values.shape[-1] % VECTORS else 0
-    if not missing:
+    if values.shape[-1] % VECTORS == 0:
         return func(values, **options)
-    filled = functional.pad(values.flatten(), (0, missing))
+    filled = functional.pad(values.flatten(), (0, -values.numel() % VECTORS))  # a view with gaps goes row by row
     return func(filled, **options)[: values.numel()].view(values.shape)
 
 

@@ -165,7 +165,8 @@ class ModelRunner:
         if drafter is not None:
             self._target_kv.gather(row, start, places)
             grown = drafter.settle(row, path, emitted)
-        return RowOutcome(row, num_proposed, len(path), num_new, sequence.finish_reason is not None), grown
+        accepted = min(len(path), num_new)  # behind a stop nothing counts
+        return RowOutcome(row, num_proposed, accepted, num_new, sequence.finish_reason is not None), grown
 
     # -- draft -----------------------------------------------------------------------------------------------
 

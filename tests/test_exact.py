@@ -295,3 +295,15 @@ def test_activation_functions_do_not_depend_on_the_other_rows(width, dtype):
             expected = function(rows)
             for start, count in ((0, 1), (3, 1), (5, 2), (7, 33), (69, 1)):
                 assert torch.equal(function(rows[start : start + count]), expected[start : start + count])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [8, 40, 48, 136])
+def test_activation_functions_of_half_a_row_do_not_depend_on_the_other_rows(width, dtype):
+    rows = (torch.randn(72, 2 * width, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    half = rows.chunk(2, -1)[0]
+    with InBlocks():
+        for function in (torch.sigmoid, torch.nn.functional.silu, torch.nn.functional.gelu):
+            alone = torch.cat([function(half[row : row + 1]) for row in range(72)])
+            for count in (2, 7, 8, 16, 64, 72):
+                assert torch.equal(function(half[:count]), alone[:count]), (function, count)

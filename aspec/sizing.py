@@ -84,10 +84,13 @@ class Sizing:
         ranked = sorted(((p, row) for row, own in probabilities.items() for p in own), reverse=True)
         most, plan_bytes = len(probabilities) + len(ranked), (plan.streamed_bytes, plan.spare_bytes)
         points = self._costs.round_seconds(drafted_s, plan.num_layers, most, plan_bytes)
-        best = LEAST_NODES * len(probabilities)  # until a round has told what one costs
-        if points and self._costs.tokens_per_s:
-            cost = marginal_seconds(points, len(probabilities))
-            best = worthwhile([p for p, _ in ranked], self._costs.tokens_per_s, cost)
+        num_rows, rate = len(probabilities), self._costs.tokens_per_s
+        best = 0 if rate else LEAST_NODES * num_rows  # until a round has told what one costs
+        if points:
+            worth = worthwhile(
+                [p for p, _ in ranked], rate or num_rows / points[0][1], marginal_seconds(points, num_rows)
+            )
+            best = max(best, worth)
         chosen = {row: sum(owner == row for _, owner in ranked[:best]) for row in probabilities}
         self._chosen.add(sum(chosen.values()) / len(chosen))
         self._quiet_rounds = 0 if any(chosen.values()) else self._quiet_rounds + 1

@@ -72,9 +72,10 @@ class Sizing:
             return True
         plan_bytes = (plan.streamed_bytes, plan.spare_bytes)
         level_s = self._costs.level_seconds(elapsed_s, plan.num_layers, num_tokens, plan_bytes)
+        if promise <= LEAST_GAIN or level_s == 0.0:
+            return promise > LEAST_GAIN
         share = self._yields[min(level, MAX_LEVELS - 1)].value
-        gain = promise if share is None else promise * share
-        return gain > LEAST_GAIN and another_level(gain, self._costs.tokens_per_s, level_s)
+        return another_level(promise if share is None else promise * share, self._costs.tokens_per_s, level_s)
 
     def nodes(self, probabilities: Probabilities, drafted_s: float) -> dict[int, int]:
         """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""

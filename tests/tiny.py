@@ -198,21 +198,29 @@ def randomise(model, seed=0, varied=False):
     return model
 
 
-def build(folder: Path, family: str, *, dtype=torch.float32, seed=0, shards=3, varied=False) -> Path:
+def resized(config, **sizes):
+    """The same family in another size; which kind each layer is follows from their number again."""
+    stored = {name: value for name, value in config.to_dict().items() if not name.endswith("layer_types")}
+    return type(config)(**{**stored, **sizes})
+
+
+def build(folder: Path, family: str, *, dtype=torch.float32, seed=0, shards=3, varied=False, sizes=None) -> Path:
     """A checkpoint of a family in about ``shards`` shards, with a byte-level tokenizer."""
     torch.manual_seed(seed)
     config = FAMILIES[family]()
+    if sizes:
+        config = resized(config, **sizes)
     model = randomise(AutoModelForCausalLM.from_config(config), seed, varied).to(dtype).eval()
     model.generation_config.do_sample = False
     total = sum(tensor.nbytes for tensor in model.parameters())
     model.save_pretrained(folder, max_shard_size=-(-total // shards))
-    save_tokenizer(folder)
+    save_tokenizer(folder, config.vocab_size)
     return folder
 
 
-def save_tokenizer(folder: Path) -> None:
-    """256 byte tokens, no merges; token 2 ends a sequence in the models above but is a plain byte here."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def save_tokenizer(folder: Path, size: int = VOCAB) -> None:
+    """256 byte tokens at most, no merges; token 2 ends a sequence in the models above but is a plain byte here."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -229,7 +237,7 @@ def noisy_copy(source: Path, folder: Path, sigma: float, seed=1) -> Path:
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
                 parameter.add_(noise * (sigma * parameter.float().std()).to(parameter.dtype))
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, model.config.vocab_size)
     return folder
 
 

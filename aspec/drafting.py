@@ -9,6 +9,8 @@ the target is chased, the draft ranks with the noise of that very draw.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
+from math import log
 
 import torch
 
@@ -19,12 +21,15 @@ from aspec.params import SamplingParams
 from aspec.penalties import Context
 from aspec.sampling import Sampler, draw_rows
 from aspec.sequence import Sequence as TokenSequence
+from aspec.tasks.ngram import NgramIndex
 from aspec.tasks.offers import best_children
 from aspec.tasks.task import Grown, Growth, Task, WorkItem
 from aspec.tasks.tree import ROOT, Proposal, Tree
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))
 """Proposes the likeliest token, whatever the target will draw."""
+
+LOOKUPS, LIKELY = 2, log(0.25)  # branches of a tree that need no model, and how likely their paths are at least
 
 GREEDY_TEMPERATURE = 0.5  # of the scores where the target takes the likeliest token: 10.3 tokens per pass against 7.8
 
@@ -39,6 +44,7 @@ class DraftState:
     tree: Tree | None = None  # its root is the last committed token
     proposal: Proposal | None = None  # of the tree, once it is to be verified
     budget: int = 0  # nodes that the tree may propose
+    index: NgramIndex = field(default_factory=NgramIndex)  # of the row's own text
     room: tuple[int, int] = (0, 0)  # nodes and depth that its latest level had
     beams: int = 0  # likewise
 
@@ -128,6 +134,7 @@ class ModelDrafter(Drafter):
         self._model, self._kv, self._limit = model, kv, target_vocab_size
         self._shared_noise = shared_noise
         self._calibration = {greedy: Calibration() for greedy in (True, False)}
+        self._guesses = Calibration()  # of what the text itself suggests
 
     # -- growth ----------------------------------------------------------------------------------------------
 
@@ -175,8 +182,10 @@ class ModelDrafter(Drafter):
         if state.tree is None:
             state.room = room
             calibration = self._calibration[state.sequence.sampler.greedy]
-            tree = state.tree = Tree(depth, state.sequence.end_ids, calibration.log_probability)
+            guess = self._guesses.log_probability
+            tree = state.tree = Tree(depth, state.sequence.end_ids, calibration.log_probability, guess)
             tree.feed([ROOT])
+            self._look_up(state, tree, depth)
             start, tokens = state.drafted, state.sequence.tokens[state.drafted :]
             state.drafted += len(tokens)
             return _Level(row, state, tree, [ROOT], start, tokens, list(range(-1, len(tokens) - 1)))
@@ -189,6 +198,15 @@ class ModelDrafter(Drafter):
         tree.feed(nodes)
         tokens = [tree.nodes[node].token for node in nodes]
         return _Level(row, state, tree, nodes, state.drafted, tokens, tree.slot_parents(), first)
+
+    def _look_up(self, state: DraftState, tree: Tree, depth: int) -> None:
+        """Branches of a new tree that need no model: how this text went on before, as far as that is likely."""
+        state.index.extend(state.sequence.tokens[state.index.length :])
+        for tokens, confidences in state.index.propose(depth, LOOKUPS):
+            scores = [log(confidence) for confidence in confidences]
+            paths = accumulate(self._guesses.log_probability(score) for score in scores)
+            likely = sum(1 for _ in takewhile(lambda path: path > LIKELY, paths))
+            tree.add_branch(tokens[:likely], scores[:likely])
 
     def _run_levels(self, levels: Sequence["_Level"]) -> list[torch.Tensor]:
         """The draft's logits [N, V] at the nodes of every level."""
@@ -248,9 +266,11 @@ class ModelDrafter(Drafter):
     def _learn(self, state: DraftState, proposal: Proposal, path: list[int]) -> None:
         calibration = self._calibration[state.sequence.sampler.greedy]
         for place, accepted in proposal.verdicts(path):
-            offered = proposal.offered[place]
+            offered, guessed = proposal.offered[place], proposal.guessed[place]
             if offered is not None:
                 calibration.observe(offered, accepted)
+            if guessed is not None:
+                self._guesses.observe(guessed, accepted)
 
     # -- the model -------------------------------------------------------------------------------------------
 

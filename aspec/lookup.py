@@ -9,8 +9,7 @@ from math import log
 from aspec.calibration import Calibration
 from aspec.drafting import Drafter, DraftState
 from aspec.errors import InternalError
-from aspec.sequence import Sequence as TokenSequence
-from aspec.tasks.ngram import NgramIndex, merge_into
+from aspec.tasks.ngram import merge_into
 from aspec.tasks.task import Grown, Growth, WorkItem
 from aspec.tasks.tree import ROOT, Tree
 
@@ -22,15 +21,7 @@ class NgramDrafter(Drafter):
         """At most ``most`` continuations for a row; None: as many as a level is wide."""
         super().__init__()
         self._most = most
-        self._indices: dict[int, NgramIndex] = {}
         self._calibration = Calibration()
-
-    def seat(self, row: int, sequence: TokenSequence | None) -> None:
-        """A row changes hands; its index goes with it."""
-        super().seat(row, sequence)
-        self._indices.pop(row, None)
-        if sequence is not None:
-            self._indices[row] = NgramIndex()
 
     def prefill(self, item: WorkItem) -> None:
         """Prompts are indexed with the first proposal."""
@@ -45,7 +36,7 @@ class NgramDrafter(Drafter):
         return tuple(self._grow(row, self._rows[row], budget, depth, growth.width) for row, budget, depth in rows)
 
     def _grow(self, row: int, state: DraftState, budget: int, depth: int, width: int) -> Grown:
-        index = self._indices[row]
+        index = state.index
         index.extend(state.sequence.tokens[index.length :])
         tree = Tree(depth, state.sequence.end_ids, log_guess=self._calibration.log_probability)
         tree.feed([ROOT])

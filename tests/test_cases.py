@@ -88,6 +88,17 @@ async def test_bad_drafts_change_nothing(pair, tmp_path, edit, params, speculati
     assert stats.accepted < stats.proposed / 5
 
 
+async def test_what_the_text_has_said_before_helps_a_bad_draft(pair, tmp_path):
+    """A text that goes in circles: its own past is in the tree beside what the draft model offers."""
+    draft = edited(pair[0], tmp_path, random_other)
+    prompt, circles = [9, 10, 11, 12] * 4, {"repetition_penalty": 0.2, "max_new_tokens": 40}
+    plain, _ = await tokens_of(pair[0], prompts=[prompt], **circles)
+    found, with_tree = await tokens_of(pair[0], draft, [prompt], TREE, **circles)
+    _, with_chain = await tokens_of(pair[0], draft, [prompt], CHAIN, **circles)
+    assert found == plain
+    assert with_tree.tokens_per_pass > 1.5 * with_chain.tokens_per_pass
+
+
 @EITHER
 async def test_a_draft_that_is_the_target_accepts_its_whole_chain_every_time(pair, params):
     outcomes = []

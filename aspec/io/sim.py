@@ -174,8 +174,8 @@ class SimBackend:
             return Report(grown=tuple(self._grow(row, task.growth, *limit) for row, *limit in limits))
         if item is not None and task.op is Op.EMBED and not item.prefill:
             for row, count in zip(item.rows, item.counts, strict=True):
-                tree = self._rows[row].tree
-                self._rows[row].proposal = tree.proposal().first(count - 1) if tree else None
+                if (state := self._rows.get(row)) is not None:
+                    state.proposal = state.tree.proposal().first(count - 1) if state.tree else None
         if item is None or task.op is not Op.ACCEPT:
             return NOTHING
         triples = zip(item.rows, item.starts, item.counts, strict=True)

@@ -163,8 +163,8 @@ def test_steps_equal_decoding_with_two_threads(engine, family, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("family", [*QUICK, *OTHERS])
 def test_many_steps_equal_decoding(engine, family, dtype, threads):
-    check(engine(family, dtype, threads), range(4, 16))
-    check_trees(engine(family, dtype, threads), 16, num_rows=1, most=100)
+    check(engine(family, dtype, threads), [4])
+    check_trees(engine(family, dtype, threads), 16, num_rows=1, most=60)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)

@@ -158,10 +158,12 @@ def test_steps_equal_decoding_with_two_threads(engine, family, dtype):
     check(engine(family, dtype, 2), range(2, 4))
 
 
+EVERYWHERE = [(family, dtype, threads) for family in QUICK for dtype in DTYPES for threads in (1, 2)]
+EVERYWHERE += [(family, *how) for family in OTHERS for how in ((torch.float32, 1), (torch.bfloat16, 2))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-@pytest.mark.parametrize("family", [*QUICK, *OTHERS])
+@pytest.mark.parametrize(("family", "dtype", "threads"), EVERYWHERE)
 def test_many_steps_equal_decoding(engine, family, dtype, threads):
     check(engine(family, dtype, threads), [4])
     check_trees(engine(family, dtype, threads), 16, num_rows=1, most=60)

@@ -43,11 +43,11 @@ class ModelRunner:
         self._drafter = drafter
         self._sequences: dict[int, TokenSequence] = {}  # those that wait for a row
         self._rows: dict[int, TokenSequence] = {}  # who sits in a row, or sat there last
-        self._activations: dict[int, Activation] = {}  # by item index, between EMBED and HEAD
-        self._depths: dict[int, list[list[int]]] = {}  # likewise: of every row's tokens, counted from its start
+        self._activations: dict[str, Activation] = {}  # by item, between EMBED and HEAD
+        self._depths: dict[str, list[list[int]]] = {}  # likewise: of every row's tokens, counted from its start
         self._bound: dict[int, int] = {}  # streamed part -> the pass it was last bound in
-        self._draws: dict[int, list[list[int]]] = {}  # by item index, between HEAD and ACCEPT
-        self._logits: dict[int, torch.Tensor] = {}  # likewise, where logprobs are asked for
+        self._draws: dict[str, list[list[int]]] = {}  # by item, between HEAD and ACCEPT
+        self._logits: dict[str, torch.Tensor] = {}  # likewise, where logprobs are asked for
         self._ops: Mapping[Op, Callable[[Task], Report]] = {
             Op.EMBED: self._embed,
             Op.LAYER: self._layer,
@@ -95,9 +95,9 @@ class ModelRunner:
             parents.append(links)
         tree = any(links is not None for links in parents)
         nodes = [links or list(range(-1, count - 1)) for links, count in zip(parents, item.counts, strict=True)]
-        self._depths[item.index] = [depths_of(links) for links in nodes]
+        self._depths[item.name] = [depths_of(links) for links in nodes]
         step = self._target_kv.step(item.rows, item.starts, item.counts, nodes if tree else None)
-        self._activations[item.index] = self._target.embed(pad(tokens), step)
+        self._activations[item.name] = self._target.embed(pad(tokens), step)
         return NOTHING
 
     def _tokens(self, row: int, start: int, count: int) -> tuple[list[int], list[int] | None]:
@@ -114,12 +114,12 @@ class ModelRunner:
             if self._bound.get(part) != task.number:  # several items of a pass share what one bind converted
                 self._target.bind(weights.parts[part], weights.slots[slot], weights.scratch)
                 self._bound[part] = task.number
-        self._target.layer(task.layer, self._activations[item_of(task).index])
+        self._target.layer(task.layer, self._activations[item_of(task).name])
         return NOTHING
 
     def _head(self, task: Task) -> Report:
         item = item_of(task)
-        activation, depths = self._activations.pop(item.index), self._depths.pop(item.index)
+        activation, depths = self._activations.pop(item.name), self._depths.pop(item.name)
         keep = torch.tensor([[count - 1] for count in item.counts]) if item.prefill else None
         logits = self._target.head(activation, keep)
         drawn_at = [own[-1:] if item.prefill else own for own in depths]
@@ -127,9 +127,9 @@ class ModelRunner:
         samplers = [self._rows[row].sampler for row in item.rows]
         proposed = [0 if item.prefill else count - 1 for count in item.counts]
         contexts = [self._context(row, count) for row, count in zip(item.rows, proposed, strict=True)]
-        self._draws[item.index] = draw_rows(samplers, logits, positions, contexts=contexts)
+        self._draws[item.name] = draw_rows(samplers, logits, positions, contexts=contexts)
         if any(self._rows[row].params.logprobs is not None for row in item.rows):
-            self._logits[item.index] = logits
+            self._logits[item.name] = logits
         return NOTHING
 
     def _context(self, row: int, num_proposed: int) -> Context | None:
@@ -141,7 +141,7 @@ class ModelRunner:
 
     def _accept(self, task: Task) -> Report:
         item = item_of(task)
-        draws, logits = self._draws.pop(item.index), self._logits.pop(item.index, None)
+        draws, logits = self._draws.pop(item.name), self._logits.pop(item.name, None)
         outcomes, standing = [], []
         for place, (row, drawn) in enumerate(zip(item.rows, draws, strict=True)):
             start, count = item.starts[place], 1 if item.prefill else item.counts[place]

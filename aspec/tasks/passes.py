@@ -122,7 +122,7 @@ def emit_pass(
         converts = any(part.scratch_bytes for part in plan.streamed_of(layer))
         scratch = (Access(SCRATCH, f"pass {number} L{layer}"),) if converts else ()  # the first item fills it
         for item in items:
-            hidden = hidden_buffer(item.index)
+            hidden = hidden_buffer(item)
             tasks.append(
                 Task(
                     next_id(),
@@ -152,7 +152,7 @@ def emit_pass(
 
 def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access, ...]) -> Task:
     """Token ids to hidden state, with positions and masks."""
-    writes = (Access(hidden_buffer(item.index), f"pass {number} L0"),)
+    writes = (Access(hidden_buffer(item), f"pass {number} L0"),)
     priority = PREFILL if item.prefill else VERIFY
     return Task(next_id(), Op.EMBED, COMPUTE, priority, inputs, writes, number=number, item=item)
 
@@ -166,7 +166,7 @@ def emit_end(number: int, items: Sequence[WorkItem], next_id: Numbering, plan: P
 
 
 def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan, group: int) -> tuple[Task, Task]:
-    hidden, draws = hidden_buffer(item.index), draws_buffer(item.index)
+    hidden, draws = hidden_buffer(item), draws_buffer(item)
     drawn = Access(draws, f"pass {number}")
     last = (Access(hidden, f"pass {number} L{plan.num_layers}"),)
     head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number=number, item=item)

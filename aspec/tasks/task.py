@@ -16,6 +16,9 @@ class Op(StrEnum):
     COPY = "copy"  # staging or pinned host part -> slot
     EMBED = "embed"  # token ids -> hidden, positions and masks
     LAYER = "layer"  # one target layer for one work item
+    PROJECT = "project"  # of a layer that is split: up to the queries, keys and values
+    ATTEND = "attend"  # its attention
+    FFN = "ffn"  # and what follows
     HEAD = "head"  # hidden -> logits -> the target's draws
     ACCEPT = "accept"  # compare draws with the proposal, commit, detokenise
     DRAFT = "draft"  # one step of the draft for all rows of a group
@@ -54,7 +57,8 @@ class WorkItem:
 
     Row ``rows[i]`` runs the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1``. A decode item
     runs the last committed token and the row's proposals; a prefill item runs a chunk of prompts.
-    ``samples`` tells whether the item ends in a draw (all but the inner chunks of a long prompt do).
+    ``samples`` tells whether the item ends in a draw (all but the inner chunks of a long prompt do). Items of several
+    groups are in flight at once.
     """
 
     index: int
@@ -63,10 +67,16 @@ class WorkItem:
     counts: tuple[int, ...]
     prefill: bool = False
     samples: bool = True
+    group: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.rows) == len(self.starts) == len(self.counts) or min(self.counts, default=0) < 1:
             raise ValueError(f"a work item needs a start and at least one token per row, found {self}")
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others in flight."""
+        return f"{self.group}.{self.index}"
 
     @property
     def num_tokens(self) -> int:
@@ -251,14 +261,14 @@ def staging_buffer(index: int) -> str:
     return f"staging:{index}"
 
 
-def hidden_buffer(item: int) -> str:
+def hidden_buffer(item: WorkItem) -> str:
     """The hidden state of a work item between layers."""
-    return f"hidden:{item}"
+    return f"hidden:{item.name}"
 
 
-def draws_buffer(item: int) -> str:
+def draws_buffer(item: WorkItem) -> str:
     """The target's draws for a work item."""
-    return f"draws:{item}"
+    return f"draws:{item.name}"
 
 
 def kv_buffer(group: int, layer: int) -> str:

@@ -14,6 +14,7 @@ its own path only, not on what shares the pass. Three things make them so:
   (a head's width, a tile) that more rows change nothing, unlike in a layer's other products.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,10 +52,7 @@ def attend(
     batch, heads, tokens, width = query.shape
     scoring = _Scoring(width**-0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(attention_mask, tuple):
-        rows = [
-            _attend_row(query[row], key[row], value[row], paths, scoring) for row, paths in enumerate(attention_mask)
-        ]
-        return torch.stack(rows), None
+        return _attend_exactly(query, key, value, attention_mask, scoring), None
     output = query.new_empty(batch, tokens, heads, value.shape[-1])
     block = _block(batch * heads * key.shape[2])
     for start in range(0, tokens, block):
@@ -67,10 +65,11 @@ def attend(
 def temporary_bytes(batch: int, heads: int, tokens: int, length: int, *, exact: bool = False) -> int:
     """Bytes that ``attend`` holds for T = ``tokens`` and S = ``length``: scores, weights, and a cast of either.
 
-    An exact step, whose rows take turns, holds one more: scores in two orders, or what every tile yields.
+    An exact step, whose rows take turns, holds one more: scores in two orders, or what every tile yields. Rows that go
+    together bring copies of their keys and values.
     """
     if exact:
-        return temporary_bytes(1, heads, tokens, length) * 4 // 3
+        return max(temporary_bytes(1, heads, tokens, length), 3 * MAX_SCORE_BYTES) * 4 // 3 + MAX_SCORE_BYTES
     return 3 * min(tokens, _block(batch * heads * length)) * batch * heads * length * 4
 
 
@@ -78,6 +77,10 @@ def _block(scores_per_token: int) -> int:
     """Query tokens whose scores are held at a time."""
     return max(1, MAX_SCORE_BYTES // (scores_per_token * 4))
 
+
+SUM_WIDTH = 64
+"""Elements to whose multiples the tiles' results are filled up before they are summed: what is left over of a width is
+summed in another order, and what is left over depends on the number of tokens."""
 
 MIN_ROWS = 16
 """Of a product in exact attention. Measured on a Xeon with AMX: fp32 products over an inner length of 64, 128, 256
@@ -91,6 +94,10 @@ class _Scoring:
     scale: float
     softcap: float | None
     sinks: torch.Tensor | None  # [H]
+
+    def repeated(self, count: int) -> "_Scoring":
+        """For the heads of ``count`` rows."""
+        return replace(self, sinks=None if self.sinks is None else self.sinks.repeat(count))
 
     def logits(self, products: torch.Tensor) -> torch.Tensor:
         """fp32 logits of products of any shape."""
@@ -122,6 +129,49 @@ def _attend_block(
     return mixed.view(batch, heads, tokens, value.shape[-1]).transpose(1, 2)
 
 
+def _attend_exactly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paths: tuple[Paths, ...], scoring: _Scoring
+) -> torch.Tensor:
+    """An exact step; returns [B, T, H, Dv]. Chains of like length go together, as heads of one wide row."""
+    batch, heads, tokens, _ = query.shape
+    groups, width = key.shape[1], key.shape[-1] + value.shape[-1]
+    output = query.new_empty(batch, tokens, heads, value.shape[-1])
+    for rows in _alike(paths, heads * tokens * 4 + groups * width * key.element_size()):
+        if len(rows) == 1:
+            (row,) = rows
+            output[row] = _attend_row(query[row], key[row], value[row], paths[row], scoring)
+            continue
+        merged = _merged([paths[row] for row in rows], groups)
+        keys, values = (torch.cat([states[row, :, : merged.num_slots] for row in rows]) for states in (key, value))
+        mixed = _attend_row(query[rows].flatten(0, 1), keys, values, merged, scoring.repeated(len(rows)))
+        output[rows] = mixed.view(tokens, len(rows), heads, -1).transpose(0, 1)
+    return output
+
+
+def _alike(paths: tuple[Paths, ...], bytes_per_slot: int) -> Iterator[list[int]]:
+    """Rows to attend together: chains whose lengths differ by a half at most, while scores and copies stay small."""
+    together: list[int] = []
+    for row in sorted(range(len(paths)), key=lambda row: (paths[row].tail is None, paths[row].num_slots)):
+        length = paths[row].num_slots
+        fits = (len(together) + 1) * length * bytes_per_slot <= MAX_SCORE_BYTES
+        if together and not (fits and paths[row].tail is None and length <= 1.5 * paths[together[0]].num_slots):
+            yield together
+            together = []
+        together.append(row)
+        if paths[row].tail is not None:
+            yield together
+            together = []
+    if together:
+        yield together
+
+
+def _merged(paths: list[Paths], groups: int) -> Paths:
+    """Several chains as the ``groups`` key heads of each: ``visible`` [B * G, 1, T, P]."""
+    length = paths[-1].num_slots  # the longest
+    visible = torch.stack([pad(own.visible, (0, length - own.prefix)) for own in paths])
+    return Paths(length, length, None, visible.repeat_interleave(groups, 0)[:, None])
+
+
 def _attend_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paths: Paths, scoring: _Scoring
 ) -> torch.Tensor:
@@ -131,12 +181,12 @@ def _attend_row(
     if paths.num_slots > length:  # the last tile passes the end of the cache
         key, value = (pad(states, (0, 0, 0, paths.num_slots - length)) for states in (key, value))
     tail_bytes = 0 if paths.tail is None else paths.tail.shape[1] * groups * value_width * value.element_size()
-    block = max(1, MAX_SCORE_BYTES // (heads * paths.visible.shape[1] * 4 + tail_bytes))
+    block = max(1, MAX_SCORE_BYTES // (heads * paths.visible.shape[-1] * 4 + tail_bytes))
     output = query.new_empty(tokens, heads, value_width)
     for start in range(0, tokens, block):
         own = slice(start, start + block)
         tail = None if paths.tail is None else paths.tail[own]
-        part = replace(paths, tail=tail, visible=paths.visible[own])
+        part = replace(paths, tail=tail, visible=paths.visible[..., own, :])
         output[own] = _attend_paths(query[:, own], key, value, part, scoring)
     return output
 
@@ -157,12 +207,14 @@ def _attend_paths(
         products = torch.cat([products[..., :prefix], products.gather(-1, own)], -1)
     weights = scoring.weights(scoring.logits(products), paths.visible)
     tiles = weights.to(value.dtype).view(groups, shared, tokens, -1, KEY_TILE)  # [G, H / G, T, P / 64, 64]
-    mixed = value.new_empty(groups, tiles.shape[3], shared * tokens, value.shape[-1])
-    whole = prefix // KEY_TILE
+    wide, whole = value.shape[-1], prefix // KEY_TILE
+    filled = value.new_zeros(groups, tiles.shape[3], shared * tokens, -(-wide // SUM_WIDTH) * SUM_WIDTH)
+    mixed = filled[..., :wide]
     _mix_shared(tiles[..., :whole, :].flatten(1, 2), value[:, :prefix], mixed[:, :whole])
     if paths.tail is not None:
         mixed[:, whole:] = _mix_own(tiles[..., whole:, :], value, paths.tail)
-    return mixed.sum(1, dtype=torch.float32).to(value.dtype).view(heads, tokens, -1).transpose(0, 1)
+    summed = filled.sum(1, dtype=torch.float32)[..., :wide]
+    return summed.to(value.dtype).reshape(heads, tokens, wide).transpose(0, 1)
 
 
 def _at_least_min_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -250,15 +250,12 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self._store(keys, key_states), self._store(values, value_states)
 
     def _store(self, storage: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if self._row_slice is None:
-            storage[self._rows[:, None], :, self.slots] = new.transpose(1, 2)
-            return storage[self._rows, :, : self.high]
-        own = storage[self._row_slice]
-        if self._slot_slice is not None:
-            own[:, :, self._slot_slice] = new
+        if self._row_slice is not None and self._slot_slice is not None:
+            storage[self._row_slice, :, self._slot_slice] = new
         else:
-            own.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
-        return own[:, :, : self.high]
+            storage[self._rows[:, None], :, self.slots] = new.transpose(1, 2)
+        own = self._rows if self._row_slice is None else self._row_slice
+        return storage[own, :, : self.high]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this item's, for models that ask; positions are always given explicitly."""

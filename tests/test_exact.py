@@ -309,3 +309,31 @@ def test_activation_functions_of_half_a_row_do_not_depend_on_the_other_rows(widt
             alone = torch.cat([function(half[row : row + 1]) for row in range(72)])
             for count in (2, 7, 8, 16, 64, 72):
                 assert torch.equal(function(half[:count]), alone[:count]), (function, count)
+
+
+SHAPES = [(torch.float32, 8, 1, 80), (torch.bfloat16, 1, 4, 32), (torch.float32, 2, 2, 64), (torch.bfloat16, 4, 4, 128)]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("dtype", "groups", "shared", "width"), SHAPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_that_are_attended_together_do_not_touch_each_other(threads, dtype, groups, shared, width, sinks):
+    torch.set_num_threads(threads)
+    choice, generator = random.Random(width), torch.Generator().manual_seed(0)
+    kv = KVCache([(groups, width, width)], 24, 700, dtype, exact=True)
+    for storage in (kv.keys[0], kv.values[0]):
+        storage.normal_(generator=generator)
+    starts = [choice.randint(3, 90) for _ in range(12)] + [choice.randint(200, 600) for _ in range(12)]
+    counts = [choice.choice([1, 1, 2, 5]) for _ in starts]
+    query = torch.randn(24, groups * shared, max(counts), width, generator=generator).to(dtype)
+    extra = {"s_aux": torch.randn(groups * shared, generator=generator)} if sinks else {}
+
+    def attended(rows):
+        step = kv.step(rows, [starts[row] for row in rows], [counts[row] for row in rows])
+        tokens = max(counts[row] for row in rows)
+        states = (tensor[rows, :, : step.high] for tensor in (kv.keys[0], kv.values[0]))
+        return attend(None, query[rows, :, :tokens], *states, step.layer_mask(MaskKind()), **extra)[0]
+
+    together = attended(list(range(24)))
+    for row, count in enumerate(counts):
+        assert torch.equal(attended([row])[0], together[row, :count]), f"row {row} of {count} tokens at {starts[row]}"

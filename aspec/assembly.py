@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from aspec.attention import temporary_bytes
+from aspec.attention import temporary_bytes, temporary_bytes_exact
 from aspec.drafting import Drafter, ModelDrafter
 from aspec.errors import BudgetError, UserError
 from aspec.exact import BLOCK_ROWS
@@ -105,7 +105,8 @@ def design(options: EngineOptions) -> Design:
     draft_parts = draft.plan(1 << 40) if draft else ()
     wishes = Wishes(
         budget_bytes=budget,
-        num_rows=options.max_batch or DEFAULT_ROWS,
+        num_rows=options.max_batch or max(DEFAULT_ROWS, options.num_groups or 1),
+        num_groups=options.num_groups or 1,
         capacity=capacity,
         **_speculation(options, draft),
         resident_bytes=options.resident_memory,
@@ -142,7 +143,7 @@ def _plan(options: EngineOptions, wishes: Wishes, needs: Callable[[Wishes], Need
 
     Raises BudgetError if even the smallest does not fit.
     """
-    for rows in _halved(wishes.num_rows, options.max_batch, 1):
+    for rows in _halved(wishes.num_rows, options.max_batch, wishes.num_groups):
         for capacity in _halved(wishes.capacity, options.max_context, SMALLEST_CONTEXT):
             longest = min(options.prefill_tokens or PREFILL_TOKENS, rows * capacity)
             for prefill in _halved(longest, options.prefill_tokens, SMALLEST_PREFILL):
@@ -252,10 +253,17 @@ def _activation_bytes(target: Model, wishes: Wishes) -> int:
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
     wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
     item = target.dtype.itemsize
-    attention = temporary_bytes(1, heads, tokens, wishes.capacity, exact=wishes.exact) + tokens * 4 * hidden * item
+    attention = tokens * 4 * hidden * item
+    if wishes.exact:
+        slot = max(shape[0] * (shape[1] + shape[2]) * item for shape in target.kv_shapes() if shape)
+        attention += temporary_bytes_exact(wishes.num_rows, heads, tokens, wishes.capacity, slot)
+    else:
+        attention += temporary_bytes(1, heads, tokens, wishes.capacity)
     logits = -(-verified // BLOCK_ROWS) * BLOCK_ROWS if wishes.exact else verified
     head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
-    return tokens * 2 * hidden * item + max(attention, tokens * 3 * wide * item, head)
+    joining = min(wishes.prefill_pass_tokens, wishes.num_rows * wishes.capacity)
+    waiting = joining * (hidden * item + wishes.capacity)  # their hidden states, and what each may see
+    return waiting + tokens * 2 * hidden * item + max(attention, tokens * 3 * wide * item, head)
 
 
 def _allocate(made: Design) -> Assembly:

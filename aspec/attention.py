@@ -62,15 +62,19 @@ def attend(
     return output, None
 
 
-def temporary_bytes(batch: int, heads: int, tokens: int, length: int, *, exact: bool = False) -> int:
-    """Bytes that ``attend`` holds for T = ``tokens`` and S = ``length``: scores, weights, and a cast of either.
-
-    An exact step, whose rows take turns, holds one more: scores in two orders, or what every tile yields. Rows that go
-    together bring copies of their keys and values.
-    """
-    if exact:
-        return max(temporary_bytes(1, heads, tokens, length), 3 * MAX_SCORE_BYTES) * 4 // 3 + MAX_SCORE_BYTES
+def temporary_bytes(batch: int, heads: int, tokens: int, length: int) -> int:
+    """Bytes that ``attend`` holds for T = ``tokens`` and S = ``length``: scores, weights, and a cast of either."""
     return 3 * min(tokens, _block(batch * heads * length)) * batch * heads * length * 4
+
+
+def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot_bytes: int) -> int:
+    """The same of an exact step over caches with ``slot_bytes`` of keys and values in a row's slot.
+
+    It holds one thing more than scores, weights and a cast: scores in two orders, or what every tile yields. Rows take
+    turns, or a few of them go together, with copies of their keys and values.
+    """
+    together = min(MAX_SCORE_BYTES, batch * length * (heads * tokens * 4 + slot_bytes))
+    return max(temporary_bytes(1, heads, tokens, length), 3 * together) * 4 // 3
 
 
 def _block(scores_per_token: int) -> int:

@@ -4,7 +4,8 @@ Pure policy: it is handed seconds, it never reads a clock. In virtual time the s
 simulated spans, so a plan is judged by the code that will run it.
 """
 
-from aspec.tasks.task import Op, Span
+from aspec.plan import Plan
+from aspec.tasks.task import COMPUTE, Op, Span
 
 SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts from which a layer's seconds are kept together
@@ -44,7 +45,9 @@ class CostModel:
         self._link_free_s = 0.0  # when the latest load landed
         self._landed, self._landed_s = 0, 0.0  # loads in their slots, and when the latest got there
         self._tokens_per_s = Average()  # over the rounds, all rows together
-        self._round, self._round_start_s, self._round_tokens = -1, 0.0, 0
+        self._round_start_s: dict[int, float] = {}  # of those that have not ended
+        self._round_tokens: dict[int, int] = {}  # of rows that decode
+        self._round_end_s = 0.0  # of the latest; rounds of several groups overlap
         self._accepted, self._refused = 4.0, 1.0  # decayed counts; the prior says p = 0.8
 
     def observe(self, span: Span) -> None:
@@ -63,13 +66,21 @@ class CostModel:
             self._link_free_s = max(self._link_free_s, span.stop_s)
         else:
             self._op[task.op].add(seconds)
-        if task.op in (Op.DRAFT, Op.EMBED) and task.number != self._round:
-            self._round, self._round_start_s, self._round_tokens = task.number, span.start_s, 0
+        if task.op in (Op.DRAFT, Op.EMBED):
+            self._round_start_s.setdefault(task.number, span.start_s)
         for outcome in span.outcomes:
             self._learn_acceptance(outcome.num_proposed, outcome.num_accepted)
-            self._round_tokens += outcome.num_new
-        if span.outcomes and task.item is not None and not task.item.prefill and span.stop_s > self._round_start_s:
-            self._tokens_per_s.add(self._round_tokens / (span.stop_s - self._round_start_s))
+        if task.item is not None and not task.item.prefill and span.outcomes:
+            num_new = sum(outcome.num_new for outcome in span.outcomes)
+            self._round_tokens[task.number] = self._round_tokens.get(task.number, 0) + num_new
+
+    def end_round(self, number: int, stop_s: float) -> None:
+        """All rows of a pass are back: what it brought, since it began or since the round before it ended."""
+        start_s = max(self._round_start_s.pop(number, stop_s), self._round_end_s)
+        tokens = self._round_tokens.pop(number, 0)
+        self._round_end_s = stop_s
+        if tokens and stop_s > start_s:
+            self._tokens_per_s.add(tokens / (stop_s - start_s))
 
     @property
     def acceptance(self) -> float:
@@ -93,62 +104,51 @@ class CostModel:
             return 0.0
         return max(0.0, self._landed_s + missing * load_bytes / rate - now_s)
 
-    def round_seconds(
-        self, drafted_s: float, num_layers: int, most: int, plan_bytes: tuple[int, int]
-    ) -> list[tuple[int, float]]:
+    def round_seconds(self, plan: Plan, drafted_s: float, most: int) -> list[tuple[int, float]]:
         """(tokens, seconds) of rounds that verify up to ``most`` tokens after drafting for ``drafted_s``.
 
-        By the present estimates; empty before any is known. ``plan_bytes`` as in ``level_seconds``.
+        By the present estimates; empty before any is known.
         """
         if self._layer_seconds(1) is None:
             return []
         counts = sorted({*(n for n in STEPS if n < most), most})
-        return [(n, self._round_seconds(num_layers, 1, n - 1, drafted_s, *plan_bytes)) for n in counts]
+        return [(n, self._round_seconds(plan, n, drafted_s)) for n in counts]
 
-    def level_seconds(self, elapsed_s: float, num_layers: int, num_tokens: int, plan_bytes: tuple[int, int]) -> float:
+    def level_seconds(self, plan: Plan, elapsed_s: float, num_tokens: int) -> float:
         """What one more draft step costs a round that has drafted for ``elapsed_s``.
 
-        Nothing while the stream goes on beside it: ``plan_bytes`` are those of a pass, and those of them that can land
-        while no layer runs.
+        Nothing while the stream goes on beside it, into slots that are free while no layer runs.
         """
-        streamed_bytes, ahead_bytes = plan_bytes
         step, rate = self._op[Op.DRAFT].value or 0.0, self._link.value
-        compute = num_layers * (self._layer_seconds(num_tokens) or 0.0)
-        hidden = rate is not None and compute < streamed_bytes / rate and elapsed_s + step <= ahead_bytes / rate
-        return 0.0 if hidden else step
+        compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
+        streams = rate is not None and compute < plan.streamed_bytes / rate
+        return 0.0 if streams and rate and elapsed_s + step <= plan.spare_bytes / rate else step
 
-    def best_draft_tokens(
-        self, num_layers: int, num_rows: int, streamed_bytes: int, ahead_bytes: int, most: int
-    ) -> int:
-        """The chain length, 0 .. ``most``, that makes most tokens per second by the present estimates.
-
-        ``streamed_bytes`` travel in a pass; up to ``ahead_bytes`` of them land while no layer runs.
-        """
+    def best_draft_tokens(self, plan: Plan, num_rows: int) -> int:
+        """The chain length, 0 .. ``plan.max_draft_tokens``, that makes most tokens per second by the estimates."""
+        most = plan.max_draft_tokens
         draft = self._op[Op.DRAFT].value or 0.0
         if self._layer_seconds(num_rows) is None:
             return min(4, most)
         return max(
             range(most + 1),
             key=lambda n: (
-                expected_tokens(self.acceptance, n)
-                / self._round_seconds(num_layers, num_rows, n, n * draft, streamed_bytes, ahead_bytes)
+                expected_tokens(self.acceptance, n) / self._round_seconds(plan, num_rows * (n + 1), n * draft)
             ),
         )
 
-    def _round_seconds(
-        self,
-        num_layers: int,
-        num_rows: int,
-        num_draft: int,
-        draft_s: float,
-        streamed_bytes: int,
-        ahead_bytes: int,
-    ) -> float:
+    def _round_seconds(self, plan: Plan, num_tokens: int, draft_s: float) -> float:
+        """Of a pass over so many tokens, and of its drafts as far as nothing hides them."""
         rate = self._link.value or float("inf")
-        compute = num_layers * (self._layer_seconds(num_rows * (num_draft + 1)) or 0.0)
-        aside = draft_s + (self._op[Op.HEAD].value or 0.0) + (self._op[Op.EMBED].value or 0.0)
-        hidden = min(aside, ahead_bytes / rate)  # the stream fills free slots meanwhile
-        return max(compute + hidden, streamed_bytes / rate) + aside - hidden + 1e-6
+        compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
+        stream = plan.streamed_bytes / rate
+        aside = (self._op[Op.HEAD].value or 0.0) + (self._op[Op.EMBED].value or 0.0)
+        if plan.num_groups > 1:  # other groups' passes hide all that compute has room for
+            shared = plan.draft_resource == COMPUTE
+            return max(compute + aside + (draft_s if shared else 0.0), stream, draft_s) + 1e-6
+        aside += draft_s
+        hidden = min(aside, plan.spare_bytes / rate)  # the stream fills free slots meanwhile
+        return max(compute + hidden, stream) + aside - hidden + 1e-6
 
     def _layer_seconds(self, num_tokens: int) -> float | None:
         """Seconds of one layer for a token count, from the nearest counts that were measured.

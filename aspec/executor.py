@@ -31,8 +31,8 @@ class Policy(Protocol):
         """Whether it waits for nothing but the outside."""
         ...
 
-    def handle(self, event: Event) -> Decision:
-        """The tasks and row changes that follow from an event."""
+    def handle(self, event: Event, *, more: bool = False) -> Decision:
+        """The tasks and row changes that follow from an event; ``more``: others are here already."""
         ...
 
 
@@ -81,7 +81,7 @@ class Executor:
     async def _serve(self) -> None:
         event: Event = Started()
         while True:
-            decision = self._policy.handle(event)
+            decision = self._policy.handle(event, more=not self._events.empty())
             self._backend.seat(decision.seatings)
             cause = event.task.id if isinstance(event, Span) else -1
             for task in decision.tasks:

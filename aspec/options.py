@@ -28,7 +28,8 @@ class EngineOptions:
     draft_ahead: bool = True  # trees grow on for the next round while they are verified
     exact: bool | None = None  # the same bits whatever the draft, the batch and the plan; None: where it was proved
     shared_noise: bool = True  # the draft ranks with the noise of the target's own draws; False: by likelihood alone
-    max_batch: int | None = None  # sequences that share a pass
+    max_batch: int | None = None  # sequences that are served at once
+    num_groups: int | None = None  # of them: the draft works for one group while another is verified
     max_context: int | None = None  # tokens of a sequence, prompt included
     prefill_tokens: int | None = None  # tokens of one prefill item at most
     reuse_prefix: bool = True  # a prompt that begins as an ended sequence did prefills the rest; False: to measure
@@ -43,6 +44,7 @@ class EngineOptions:
             "num_draft_tokens": (self.num_draft_tokens, 0),
             "draft_depth": (self.draft_depth, 1),
             "max_batch": (self.max_batch, 1),
+            "num_groups": (self.num_groups, 1),
             "max_context": (self.max_context, 2),
             "prefill_tokens": (self.prefill_tokens, 1),
             "threads": (self.threads, 1),
@@ -50,6 +52,8 @@ class EngineOptions:
         for name, (value, least) in counts.items():
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, found {value}.")
+        if self.num_groups is not None and self.max_batch is not None and self.num_groups > self.max_batch:
+            raise UserError(f"num_groups must be at most the {self.max_batch} of max_batch, found {self.num_groups}.")
         if self.link_rate is not None and self.link_rate <= 0:
             raise UserError(f"link_rate must be a positive number of bytes per second, found {self.link_rate}.")
         if self.speculation not in SPECULATION:

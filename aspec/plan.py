@@ -54,8 +54,10 @@ class Plan:
     num_slots: int
     slot_bytes: int
     num_rows: int = 1
+    num_groups: int = 1  # of rows; the draft works for one while another is verified
     capacity: int = 2048  # tokens of KV per row
     prefill_tokens: int = 512  # tokens of one prefill item at most
+    prefill_pass_tokens: int | None = None  # prompt tokens that join a pass at most, but for one longer prompt
     max_draft_tokens: int = 0  # proposals of a row in a pass at most; 0: no speculation
     fixed_draft_tokens: int | None = None  # None: chosen by measured cost
     speculation: Speculation = Speculation.CHAIN
@@ -71,6 +73,8 @@ class Plan:
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
         if self.num_slots < most or (self.streamed and self.num_slots < 1):
             raise InternalError(f"a layer streams {most} parts, the plan has {self.num_slots} slots")
+        if not 1 <= self.num_groups <= self.num_rows:
+            raise InternalError(f"{self.num_rows} rows cannot form {self.num_groups} groups")
         if any(part.size > self.slot_bytes for part in self.streamed):
             raise InternalError(f"a streamed part is larger than a slot of {self.slot_bytes} bytes")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from aspec.errors import BudgetError
 from aspec.plan import Plan, PlannedPart, Speculation, Tier, format_bytes
 
+PREFILL_ITEMS = 8  # full prefill items that one stream of the weights serves
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
@@ -29,6 +30,7 @@ class Wishes:
     budget_bytes: int
     num_rows: int
     capacity: int
+    num_groups: int = 1
     prefill_tokens: int = 512
     speculation: Speculation = Speculation.CHAIN
     max_draft_tokens: int = 0
@@ -38,6 +40,11 @@ class Wishes:
     draft_ahead: bool = True
     exact: bool = False  # products in blocks of rows: wider moments
     resident_bytes: int | None = None  # layers resident at most, even where more would fit
+
+    @property
+    def prefill_pass_tokens(self) -> int:
+        """Prompt tokens that join a pass at most, whose hidden states are all held; a longer prompt joins alone."""
+        return max(PREFILL_ITEMS * self.prefill_tokens, self.capacity)
 
 
 def make_plan(needs: Needs, wishes: Wishes) -> Plan:
@@ -82,7 +89,9 @@ def _plan(
         slot_bytes=slot_bytes,
         num_rows=wishes.num_rows,
         capacity=wishes.capacity,
+        num_groups=min(wishes.num_groups, wishes.num_rows),
         prefill_tokens=wishes.prefill_tokens,
+        prefill_pass_tokens=wishes.prefill_pass_tokens,
         speculation=wishes.speculation,
         max_draft_tokens=wishes.max_draft_tokens,
         fixed_draft_tokens=wishes.fixed_draft_tokens,

@@ -1,7 +1,8 @@
 """Who sits in which row, and what of a row goes into a pass.
 
-A row keeps the KV of the sequence that sat in it last, until another one is seated: a prompt that begins like it takes
-that row and prefills only the rest. Pure policy: counts and ids only.
+Row ``n`` belongs to group ``n % num_groups``: its sequence is drafted for and verified with that group's. A row keeps
+the KV of the sequence that sat in it last, until another one is seated: a prompt that begins like it takes that row and
+prefills only the rest. Pure policy: counts and ids only.
 """
 
 from collections import deque
@@ -26,21 +27,24 @@ class Row:
 class Seats:
     """The rows of an engine, occupied, resting or never used, and the sequences that wait for one."""
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, num_groups: int = 1, most_prompt_tokens: int | None = None) -> None:
+        """``most_prompt_tokens`` may join a group at once; a longer prompt joins alone."""
         self.rows: dict[int, Row] = {}  # by row number; only occupied rows
-        self._num_rows = num_rows
+        self._num_rows, self._num_groups, self._most_prompt_tokens = num_rows, num_groups, most_prompt_tokens
         self._resting: dict[int, Row] = {}  # by row number; the last to sit in a free row, whose KV stands
         self._waiting: deque[Arrived] = deque()
 
-    @property
-    def decoding(self) -> dict[int, Row]:
-        """The rows whose prompt has gone through a pass, by number."""
-        return {n: row for n, row in sorted(self.rows.items()) if row.decoding}
+    def rows_of(self, group: int) -> dict[int, Row]:
+        """The occupied rows of a group, by number."""
+        return {n: row for n, row in sorted(self.rows.items()) if n % self._num_groups == group}
 
-    @property
-    def joining(self) -> dict[int, Row]:
-        """The rows whose prompt has not, by number."""
-        return {n: row for n, row in sorted(self.rows.items()) if not row.decoding}
+    def decoding(self, group: int = 0) -> dict[int, Row]:
+        """Those whose prompt has gone through a pass."""
+        return {n: row for n, row in self.rows_of(group).items() if row.decoding}
+
+    def joining(self, group: int = 0) -> dict[int, Row]:
+        """Those whose prompt has not."""
+        return {n: row for n, row in self.rows_of(group).items() if not row.decoding}
 
     def arrive(self, arrived: Arrived) -> None:
         """A sequence waits."""
@@ -60,14 +64,30 @@ class Seats:
         for row in self.rows.values():
             row.cancelled |= sequence is None or row.sequence == sequence
 
-    def reseat(self) -> list[Seating]:
-        """Between passes: retire the rows that are done, seat those that wait; who has most to keep chooses first."""
-        gone = [number for number, row in self.rows.items() if row.remaining <= 0 or row.cancelled]
+    def reseat(self, group: int = 0) -> list[Seating]:
+        """Between passes of a group: retire its rows that are done, seat those that wait.
+
+        Who has most to keep chooses first. Groups share what there is, so that none idles while another is full.
+        """
+        gone = [number for number, row in self.rows_of(group).items() if row.remaining <= 0 or row.cancelled]
         self._resting |= {number: self.rows.pop(number) for number in gone}
         seatings = [Seating(number, None) for number in gone]
-        num_free = self._num_rows - len(self.rows)
-        arriving = [self._waiting.popleft() for _ in range(min(num_free, len(self._waiting)))]
-        return seatings + [self._seat(arrived) for arrived in sorted(arriving, key=lambda arrived: -arrived.kept)]
+        arriving = sorted(self._next(group), key=lambda arrived: -arrived.kept)
+        return seatings + [self._seat(arrived, group) for arrived in arriving]
+
+    def _next(self, group: int) -> list[Arrived]:
+        """Of those that wait, who joins a group now."""
+        occupied = len(self.rows_of(group))
+        share = -(-(len(self.rows) + len(self._waiting)) // self._num_groups)
+        num_free = min(len(range(group, self._num_rows, self._num_groups)), share) - occupied
+        most = self._most_prompt_tokens
+        arriving: list[Arrived] = []
+        while self._waiting and len(arriving) < num_free:
+            tokens = sum(one.prompt_tokens - one.kept for one in (*arriving, self._waiting[0]))
+            if arriving and most is not None and tokens > most:
+                break
+            arriving.append(self._waiting.popleft())
+        return arriving
 
     def validate(self, capacity: int) -> None:
         """Check the invariants; tests call it after every event."""
@@ -76,11 +96,11 @@ class Seats:
         assert not self.rows.keys() & self._resting.keys()
         assert all(row.decoding for row in self._resting.values())  # their KV stands
 
-    def _seat(self, arrived: Arrived) -> Seating:
-        """Take the free row in which most tokens are kept, less those that are lost; the lowest of equals."""
+    def _seat(self, arrived: Arrived, group: int) -> Seating:
+        """Take the group's free row in which most tokens are kept, less those that are lost; the lowest of equals."""
         kept = {n: arrived.kept for n, row in self._resting.items() if row.sequence == arrived.follows}
         lost = {n: row.length - kept.get(n, 0) for n, row in self._resting.items()}
-        free = (n for n in range(self._num_rows) if n not in self.rows)
+        free = (n for n in range(group, self._num_rows, self._num_groups) if n not in self.rows)
         number = max(free, key=lambda n: (kept.get(n, 0) - lost.get(n, 0), -n))
         self._resting.pop(number, None)
         row = Row(arrived.sequence, arrived.prompt_tokens, arrived.max_new_tokens, kept=kept.get(number, 0))
@@ -88,15 +108,15 @@ class Seats:
         return Seating(number, row.sequence, row.kept)
 
 
-def decode_item(rows: dict[int, Row], lengths: dict[int, int]) -> WorkItem:
+def decode_item(rows: dict[int, Row], lengths: dict[int, int], group: int = 0) -> WorkItem:
     """The last committed token of every row and its proposals."""
     numbers = tuple(rows)
     starts = tuple(rows[n].length - 1 for n in numbers)
-    return WorkItem(0, numbers, starts, tuple(1 + lengths.get(n, 0) for n in numbers))
+    return WorkItem(0, numbers, starts, tuple(1 + lengths.get(n, 0) for n in numbers), group=group)
 
 
-def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int) -> list[WorkItem]:
-    """Prompts, less what is kept of them, as work items of at most ``most_tokens`` padded tokens.
+def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int, group: int = 0) -> list[WorkItem]:
+    """Prompts of a group, less what is kept of them, as work items of at most ``most_tokens`` padded tokens.
 
     A longer prompt is cut into chunks, of which only the last one draws; shorter ones of like length share an item.
     """
@@ -107,23 +127,23 @@ def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int) -> l
         if length <= most_tokens and (len(short) + 1) * length <= most_tokens:
             short.append(number)  # lengths grow, so this row's length is the item's width
             continue
-        items += _shared_item(rows, short, first_index + len(items))
+        items += _shared_item(rows, short, first_index + len(items), group)
         short = [number] if length <= most_tokens else []
         if length > most_tokens:
-            items += _chunks(number, row, first_index + len(items), most_tokens)
-    return items + _shared_item(rows, short, first_index + len(items))
+            items += _chunks(number, row, first_index + len(items), most_tokens, group)
+    return items + _shared_item(rows, short, first_index + len(items), group)
 
 
-def _shared_item(rows: dict[int, Row], numbers: Sequence[int], index: int) -> list[WorkItem]:
+def _shared_item(rows: dict[int, Row], numbers: Sequence[int], index: int, group: int) -> list[WorkItem]:
     if not numbers:
         return []
     ordered = tuple(sorted(numbers))
     starts = tuple(rows[n].kept for n in ordered)
     counts = tuple(rows[n].length - rows[n].kept for n in ordered)
-    return [WorkItem(index, ordered, starts, counts, prefill=True)]
+    return [WorkItem(index, ordered, starts, counts, prefill=True, group=group)]
 
 
-def _chunks(number: int, row: Row, index: int, most_tokens: int) -> list[WorkItem]:
+def _chunks(number: int, row: Row, index: int, most_tokens: int, group: int) -> list[WorkItem]:
     starts = range(row.kept, row.length, most_tokens)
     return [
         WorkItem(
@@ -133,6 +153,7 @@ def _chunks(number: int, row: Row, index: int, most_tokens: int) -> list[WorkIte
             (min(most_tokens, row.length - start),),
             prefill=True,
             samples=start == starts[-1],
+            group=group,
         )
         for i, start in enumerate(starts)
     ]

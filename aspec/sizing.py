@@ -70,8 +70,7 @@ class Sizing:
         plan = self._plan
         if plan.fixed_draft_tokens is not None or plan.fixed_draft_depth is not None:
             return True
-        plan_bytes = (plan.streamed_bytes, plan.spare_bytes)
-        level_s = self._costs.level_seconds(elapsed_s, plan.num_layers, num_tokens, plan_bytes)
+        level_s = self._costs.level_seconds(plan, elapsed_s, num_tokens)
         if promise <= LEAST_GAIN or level_s == 0.0:
             return promise > LEAST_GAIN
         share = self._yields[min(level, MAX_LEVELS - 1)].value
@@ -83,8 +82,7 @@ class Sizing:
         if plan.fixed_draft_tokens is not None:
             return {row: len(own) for row, own in probabilities.items()}
         ranked = sorted(((p, row) for row, own in probabilities.items() for p in own), reverse=True)
-        most, plan_bytes = len(probabilities) + len(ranked), (plan.streamed_bytes, plan.spare_bytes)
-        points = self._costs.round_seconds(drafted_s, plan.num_layers, most, plan_bytes)
+        points = self._costs.round_seconds(plan, drafted_s, len(probabilities) + len(ranked))
         num_rows, rate = len(probabilities), self._costs.tokens_per_s
         best = 0 if rate else LEAST_NODES * num_rows  # until a round has told what one costs
         if points:
@@ -122,8 +120,6 @@ class Sizing:
         plan = self._plan
         if not num_rows or not plan.max_draft_tokens:
             return 0
-        best = self._costs.best_draft_tokens(
-            plan.num_layers, num_rows, plan.streamed_bytes, plan.spare_bytes, plan.max_draft_tokens
-        )
+        best = self._costs.best_draft_tokens(plan, num_rows)
         self._quiet_rounds = 0 if best else self._quiet_rounds + 1
         return best or int(self._quiet_rounds % TRY_AGAIN_EVERY == 0)

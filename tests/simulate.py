@@ -33,8 +33,8 @@ class Checked:
     def idle(self):
         return self.scheduler.idle
 
-    def handle(self, event):
-        decision = self.scheduler.handle(event)
+    def handle(self, event, *, more=False):
+        decision = self.scheduler.handle(event, more=more)
         self.scheduler.validate()
         self.decisions.append(decision)
         return decision

@@ -420,11 +420,11 @@ def observed(costs, seconds_of, rounds):
 
 def test_a_shift_of_costs_in_the_middle_of_a_run_is_followed():
     """A pass that costs the same for any number of tokens, then one that costs its tokens, and back."""
-    best = {"num_layers": 4, "num_rows": 1, "streamed_bytes": 0, "ahead_bytes": 0, "most": 8}
+    plan = make_plan(num_layers=4, resident=range(8), num_slots=0, max_draft_tokens=8)
     costs = observed(CostModel(), lambda tokens: 0.1, 5)
-    assert costs.best_draft_tokens(**best) == 8
-    assert observed(costs, lambda tokens: 0.1 * tokens, 20).best_draft_tokens(**best) == 0
-    assert observed(costs, lambda tokens: 0.1, 20).best_draft_tokens(**best) == 8
+    assert costs.best_draft_tokens(plan, 1) == 8
+    assert observed(costs, lambda tokens: 0.1 * tokens, 20).best_draft_tokens(plan, 1) == 0
+    assert observed(costs, lambda tokens: 0.1, 20).best_draft_tokens(plan, 1) == 8
 
 
 def test_a_target_whose_passes_grow_with_their_tokens_gets_smaller_trees(virtual):

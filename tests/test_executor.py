@@ -14,7 +14,7 @@ from aspec.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Closing, Decision, Op
 from tests.simulate import make_plan, simulate, trace_hash
 
-ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3)]
+ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2)]
 
 
 @pytest.mark.parametrize("op", list(Op))
@@ -81,7 +81,7 @@ class _Stuck:
     done = False
     idle = False
 
-    def handle(self, event):
+    def handle(self, event, *, more=False):
         return Decision()
 
 

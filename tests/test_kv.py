@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from aspec.attention import MAX_SCORE_BYTES, attend, temporary_bytes
+from aspec.attention import MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
 from aspec.kv import KEY_TILE, KVCache, MaskKind
 
 KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
@@ -311,5 +311,6 @@ def test_attention_equals_the_definition(softcap, sinks, block, monkeypatch):
 def test_attention_holds_a_bounded_block():
     assert temporary_bytes(1, 32, 16, 256) == 3 * 16 * 32 * 256 * 4
     assert temporary_bytes(4, 32, 512, 4096) <= 3 * MAX_SCORE_BYTES
-    assert temporary_bytes(4, 32, 512, 4096, exact=True) <= 6 * MAX_SCORE_BYTES
+    assert temporary_bytes_exact(4, 32, 512, 4096, 4096) <= 6 * MAX_SCORE_BYTES
+    assert temporary_bytes_exact(1, 8, 1, 64, 1024) == 4 * 64 * (8 * 4 + 1024), "one row: its scores and its slots"
     assert temporary_bytes(64, 64, 1, 1 << 16) == 3 * 64 * 64 * (1 << 16) * 4, "one token's scores are never split"

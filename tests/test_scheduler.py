@@ -153,7 +153,8 @@ def test_a_node_that_costs_more_than_it_brings_is_left_out():
     embed = Task(10**6, Op.EMBED, "compute", 0, number=77)
     scheduler.costs.observe(Span(embed, 0.0, 1e-3))
     done = Task(10**6 + 1, Op.ACCEPT, "cpu", 0, number=77, item=WorkItem(0, (0,), (5,), (1,)))
-    scheduler.costs.observe(Span(done, 0.0, 1.0, (RowOutcome(0, 0, 0, 1, False),)))  # one token per second
+    scheduler.costs.observe(Span(done, 0.0, 1.0, (RowOutcome(0, 0, 0, 1, False),)))
+    scheduler.costs.end_round(77, 1.0)  # one token per second
     decision, _ = grow(scheduler, decision, [0.9] * 20, (0.0,))
     assert 1 <= ops(decision, Op.HEAD)[0].item.counts[0] <= 5
 
@@ -170,9 +171,10 @@ def test_drafts_that_never_pay_are_tried_now_and_then(virtual):
 
 @pytest.mark.parametrize("slots", [2, 5])
 @pytest.mark.parametrize("budget", [None, 1, 8])
-def test_whole_runs_with_trees_serve_every_token_without_a_race(virtual, slots, budget):
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_whole_runs_with_trees_serve_every_token_without_a_race(virtual, slots, budget, groups):
     arrivals = [(0, 20, 40), (1, 150, 30), (2, 5, 9), (3, 7, 33), (4, 1, 1)]
-    plan = make_plan(num_slots=slots, speculation=Speculation.TREE, fixed_draft_tokens=budget)
+    plan = make_plan(num_slots=slots, speculation=Speculation.TREE, fixed_draft_tokens=budget, num_groups=groups)
     spans, scheduler, backend = virtual(lambda: simulate(plan, arrivals))
     assert sum(o.num_new for span in spans for o in span.outcomes) == sum(new for _, _, new in arrivals)
     assert max(o.num_proposed for span in spans for o in span.outcomes) > 0
@@ -304,9 +306,10 @@ def test_prefill_items_cover_every_prompt_exactly_once(lengths):
 
 @pytest.mark.parametrize("slots", [2, 3, 5, 8])
 @pytest.mark.parametrize("draft", [None, 0, 1, 4])
-def test_whole_runs_serve_every_token_without_a_race(virtual, slots, draft):
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_whole_runs_serve_every_token_without_a_race(virtual, slots, draft, groups):
     arrivals = [(0, 20, 40), (1, 150, 30), (2, 5, 9), (3, 7, 33), (4, 1, 1)]
-    plan = make_plan(num_slots=slots, fixed_draft_tokens=draft)
+    plan = make_plan(num_slots=slots, fixed_draft_tokens=draft, num_groups=groups)
     spans, scheduler, backend = virtual(lambda: simulate(plan, arrivals))
     made = {}
     for span in spans:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "aspec"
 
 BANDS = {
     0: "errors plan params options units tasks.task tasks",
-    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing scheduler planner races",
+    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner races",
     2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact model sampling "
     "penalties text hub tasks.offers drafting lookup "
     "sequence runner stats timeline recorder snapshot summary",

@@ -109,7 +109,6 @@ def emit_pass(
     next_id: Numbering,
     plan: Plan,
     inputs: tuple[Access, ...],
-    group: int = 0,
 ) -> list[Task]:
     """The tasks of pass ``number`` over ``items``: embed, every layer for every item; ``emit_end`` has the rest.
 
@@ -137,7 +136,7 @@ def emit_pass(
                     writes=(
                         *(scratch if item is items[0] else ()),
                         Access(hidden, f"pass {number} L{layer + 1}"),
-                        Access(kv_buffer(group, layer), f"pass {number} item {item.index}"),
+                        Access(kv_buffer(item.group, layer), f"pass {number} item {item.index}"),
                     ),
                     number=number,
                     item=item,
@@ -157,23 +156,23 @@ def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access
     return Task(next_id(), Op.EMBED, COMPUTE, priority, inputs, writes, number=number, item=item)
 
 
-def emit_end(number: int, items: Sequence[WorkItem], next_id: Numbering, plan: Plan, group: int = 0) -> list[Task]:
+def emit_end(number: int, items: Sequence[WorkItem], next_id: Numbering, plan: Plan) -> list[Task]:
     """The end of a pass for every item that draws: the target's draws, then their comparison with the proposal.
 
     What the draft was told to do before comes first: its proposal and its KV are settled here.
     """
-    return [task for item in items if item.samples for task in _end_item(number, item, next_id, plan, group)]
+    return [task for item in items if item.samples for task in _end_item(number, item, next_id, plan)]
 
 
-def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan, group: int) -> tuple[Task, Task]:
+def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan) -> tuple[Task, Task]:
     hidden, draws = hidden_buffer(item), draws_buffer(item)
     drawn = Access(draws, f"pass {number}")
     last = (Access(hidden, f"pass {number} L{plan.num_layers}"),)
     head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number=number, item=item)
     content = f"pass {number} item {item.index}"
-    settled = [sequence_buffer(group)]
+    settled = [sequence_buffer(item.group)]
     if plan.max_draft_tokens:
-        settled += [proposal_buffer(group), draft_kv_buffer(group)]
+        settled += [proposal_buffer(item.group), draft_kv_buffer(item.group)]
     writes = tuple(Access(buffer, content) for buffer in settled)
     accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), writes, number=number, item=item)
     return head, accept

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
 
 from aspec.api import loop_factory
-from aspec.assembly import folders
+from aspec.needs import folders
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan

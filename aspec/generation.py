@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aspec.api import Result, collect, seeded
-from aspec.assembly import folders
+from aspec.needs import folders
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan

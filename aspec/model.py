@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from aspec.binding import Binder
 from aspec.errors import CheckpointError, InternalError
 from aspec.exact import products
-from aspec.io.checkpoint import Checkpoint
+from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.layout import Part, plan_parts
 from aspec.io.mapping import map_tensors
 from aspec.kv import KVShape, StepCache
@@ -54,18 +54,31 @@ class _Tape:
 class Model:
     """``folder``'s model. No weight is read here: ``plan`` tells the parts, ``bind`` points the model at them.
 
+    ``outlined``: where the folder has a configuration and no weights, sizes are those that a checkpoint would have.
     Raises CheckpointError where the folder is damaged or config.json and weights do not belong together, and
     UnsupportedModelError where the architecture cannot be run layer by layer; both before any allocation.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        outlined: bool = False,
+    ) -> None:
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
         self.dtype = dtype or _compute_dtype(self.config, self.device)
         self._facts = examine(self.config, self.dtype)
-        self.checkpoint = Checkpoint.open(self.folder)
+        missing = outlined and not has_weights(self.folder)
+        self.checkpoint = Checkpoint(self.folder, {}, 0, ()) if missing else Checkpoint.open(self.folder)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
+        if missing:
+            tied = getattr(self._layers_model, "all_tied_weights_keys", None) or {}
+            stored = {name: own for name, own in self._layers_model.state_dict().items() if name not in tied}
+            self.checkpoint = outline(self.folder, stored)
         self._layers_name, self._layers = find_layers(self._layers_model)
         self._tensors = map_tensors(self._layers_model, self.checkpoint)
         self._frame = build_skeleton(self.config, self.dtype, self.device)

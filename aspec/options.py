@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aspec.errors import UserError
+from aspec.plan import Workload
 
 SPECULATION = ("auto", "chain", "tree", "off")
 
@@ -35,6 +36,7 @@ class EngineOptions:
     reuse_prefix: bool = True  # a prompt that begins as an ended sequence did prefills the rest; False: to measure
     link_rate: float | None = None  # bytes per second; throttles the disk lane
     threads: int | None = None  # torch intra-op threads
+    workload: Workload | None = None  # what is to be done; given, what is left open is searched for
     progress: Progress | None = None
 
     def __post_init__(self) -> None:

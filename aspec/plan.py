@@ -46,6 +46,15 @@ class PlannedPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Workload:
+    """A job: so many prompts of so many tokens, and what is to follow each."""
+
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that is decided before the first byte is read."""
 
@@ -68,6 +77,7 @@ class Plan:
     draft_resource: str = "compute"
     budget_bytes: int | None = None
     arithmetic: Mapping[str, int] = field(default_factory=dict)  # what is held, label -> bytes
+    host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # the same behind a device's link
 
     def __post_init__(self) -> None:
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
@@ -104,7 +114,12 @@ class Plan:
         return self.max_draft_tokens if self.speculation is Speculation.TREE else 0
 
     @property
-    def draft_slots(self) -> int:
+    def _sum(arithmetic: Mapping[str, int]) -> str:
+    terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in arithmetic.items() if nbytes)
+    return f"{terms} = {format_bytes(sum(arithmetic.values()))}"
+
+
+def draft_slots(self) -> int:
         """The same for the draft, which also sees nodes that are pruned, and those it grows ahead."""
         return draft_slots(self.speculation, self.max_draft_tokens)
 
@@ -115,8 +130,16 @@ class Plan:
 
     def describe(self) -> str:
         """The arithmetic as one paragraph."""
-        terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in self.arithmetic.items() if nbytes)
-        return f"{terms} = {format_bytes(self.held_bytes)}"
+        return _sum(self.arithmetic)
+
+    def describe_host(self) -> str:
+        """The same of the host's memory behind a device's link; empty where there is none."""
+        return _sum(self.host_arithmetic) if any(self.host_arithmetic.values()) else ""
+
+
+def _sum(arithmetic: Mapping[str, int]) -> str:
+    terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in arithmetic.items() if nbytes)
+    return f"{terms} = {format_bytes(sum(arithmetic.values()))}"
 
 
 def draft_slots(speculation: Speculation, max_draft_tokens: int) -> int:

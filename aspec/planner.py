@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 from aspec.errors import BudgetError
 from aspec.plan import Plan, PlannedPart, Speculation, Tier, format_bytes
+from aspec.tasks.task import COMPUTE, CPU, DRAFT_COMPUTE
 
 PREFILL_ITEMS = 8  # full prefill items that one stream of the weights serves
+NUM_STAGING = 3  # buffers between files and a device's link
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
@@ -20,7 +22,8 @@ class Needs:
     parts: tuple[PlannedPart, ...]
     num_layers: int
     fixed: Mapping[str, int]  # label -> bytes that are held in any plan
-    kv_bytes_per_token: int  # target and draft together
+    kv_bytes_per_token: int  # of the target
+    draft_kv_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Wishes:
     draft_ahead: bool = True
     exact: bool = False  # products in blocks of rows: wider moments
     resident_bytes: int | None = None  # layers resident at most, even where more would fit
+    spare_slots: int = SPARE_SLOTS  # beyond one layer's parts
+    host_bytes: int | None = None  # of host memory behind a device's link; None: the device is the host's own memory
 
     @property
     def prefill_pass_tokens(self) -> int:
@@ -52,26 +57,47 @@ def make_plan(needs: Needs, wishes: Wishes) -> Plan:
 
     Raises BudgetError, with the arithmetic and the smallest budget that would do.
     """
-    held = {**needs.fixed, "KV cache": needs.kv_bytes_per_token * wishes.num_rows * (wishes.capacity + 1)}
+    slots = wishes.num_rows * (wishes.capacity + 1)
+    kv, draft_kv = slots * needs.kv_bytes_per_token, slots * needs.draft_kv_bytes_per_token
+    on_host = wishes.host_bytes is not None and wishes.attention_resource == CPU
+    held = {**needs.fixed, "KV cache": draft_kv + (0 if on_host else kv)}
     room = wishes.budget_bytes - sum(held.values())
     everything = sum(part.resident_bytes for part in needs.parts)
     allowed = room if wishes.resident_bytes is None else min(room, wishes.resident_bytes)
     if everything <= allowed:
         parts = tuple(replace(part, tier=Tier.DEVICE) for part in needs.parts)
-        return _plan(needs, wishes, parts, 0, 0, {**held, "resident layers": everything})
+        return _plan(needs, wishes, parts, 0, 0, {**held, "resident layers": everything}, kv if on_host else 0)
     per_layer = _most_parts_per_layer(needs)
     slot_bytes = max(part.size for part in needs.parts)
     if per_layer * slot_bytes > room:
         raise BudgetError(_too_small(held, per_layer, slot_bytes, wishes.budget_bytes))
-    num_slots = min(per_layer + SPARE_SLOTS, room // slot_bytes)
+    num_slots = min(per_layer + wishes.spare_slots, room // slot_bytes)
     resident = _spread(needs.parts, min(allowed, room - num_slots * slot_bytes))
-    parts = tuple(replace(p, tier=Tier.DEVICE if p.index in resident else Tier.DISK) for p in needs.parts)
-    slot_bytes = max(part.size for part in parts if part.tier is Tier.DISK)
+    hosted = _hosted(needs.parts, resident, wishes, kv if on_host else 0)
+    tiers = dict.fromkeys(hosted, Tier.HOST) | dict.fromkeys(resident, Tier.DEVICE)
+    parts = tuple(replace(part, tier=tiers.get(part.index, Tier.DISK)) for part in needs.parts)
+    slot_bytes = max(part.size for part in parts if part.tier is not Tier.DEVICE)
     held |= {
         "resident layers": sum(part.resident_bytes for part in parts if part.tier is Tier.DEVICE),
         f"{num_slots} slots": num_slots * slot_bytes,
     }
-    return _plan(needs, wishes, parts, num_slots, slot_bytes, held)
+    return _plan(needs, wishes, parts, num_slots, slot_bytes, held, kv if on_host else 0)
+
+
+def _hosted(parts: Sequence[PlannedPart], resident: set[int], wishes: Wishes, kv_bytes: int) -> set[int]:
+    """Of the parts that stream, those that host memory keeps, pinned, beside staging buffers and KV."""
+    streamed = [part for part in parts if part.index not in resident]
+    if wishes.host_bytes is None:
+        return set()
+    room = wishes.host_bytes - kv_bytes
+    if room < 0:
+        raise BudgetError(
+            f"host memory of {format_bytes(wishes.host_bytes)} does not hold the KV cache of {format_bytes(kv_bytes)} "
+            f"that attention on the CPU reads. Give --host-memory more, or lower --batch-size or --max-context."
+        )
+    if sum(part.size for part in streamed) <= room:
+        return {part.index for part in streamed}
+    return _spread(streamed, room - NUM_STAGING * max(part.size for part in streamed))
 
 
 def _plan(
@@ -81,7 +107,11 @@ def _plan(
     num_slots: int,
     slot_bytes: int,
     held: Mapping[str, int],
+    host_kv_bytes: int,
 ) -> Plan:
+    hosted = sum(part.size for part in parts if part.tier is Tier.HOST)
+    staged = any(part.tier is Tier.DISK for part in parts) and wishes.host_bytes is not None
+    staging = NUM_STAGING * slot_bytes if staged else 0
     return Plan(
         parts=parts,
         num_layers=needs.num_layers,
@@ -99,7 +129,10 @@ def _plan(
         fixed_draft_depth=wishes.fixed_draft_depth,
         draft_ahead=wishes.draft_ahead,
         budget_bytes=wishes.budget_bytes,
+        num_staging=0 if wishes.host_bytes is None else NUM_STAGING,
+        draft_resource=COMPUTE if wishes.host_bytes is None else DRAFT_COMPUTE,
         arithmetic=held,
+        host_arithmetic={"pinned layers": hosted, "staging": staging, "KV cache": host_kv_bytes},
     )
 
 

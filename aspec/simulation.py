@@ -14,12 +14,11 @@ from aspec.errors import UserError
 from aspec.executor import Executor, IssueObserver, Observer
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Plan
+from aspec.planner import NUM_STAGING
 from aspec.scheduler import Scheduler
 from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing
 from aspec.timeline import CPU, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 from aspec.virtual import VirtualTimeLoop
-
-NUM_STAGING = 3  # staging buffers of a simulated device
 
 Arrival = tuple[int, int]
 """Prompt tokens, new tokens at most."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from aspec.api import run
-from aspec.assembly import design
+from aspec.design import design
 from aspec.chrome import read_trace, write_trace
 from aspec.console import Console
 from aspec.errors import InternalError, UserError

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aspec.assembly import is_exact
+from aspec.needs import is_exact
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import aspec
-from aspec.assembly import DEMO
+from aspec.needs import DEMO
 from aspec.engine import open_engine
 from aspec.errors import BudgetError, NumericError, PromptError, ReadError, UserError, VocabularyError
 from aspec.params import SamplingParams

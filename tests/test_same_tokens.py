@@ -17,7 +17,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from aspec.assembly import design
+from aspec.design import design
 from aspec.engine import open_engine
 from aspec.errors import BudgetError
 from aspec.options import EngineOptions

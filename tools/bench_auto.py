@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from aspec.assembly import DEMO
+from aspec.needs import DEMO
 from aspec.engine import open_engine
 from aspec.params import SamplingParams
 from aspec.plan import Plan, PlannedPart, Speculation

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from aspec.assembly import DEMO
+from aspec.needs import DEMO
 from aspec.engine import open_engine
 from aspec.params import SamplingParams
 

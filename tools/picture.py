@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aspec.assembly import DEMO
+from aspec.needs import DEMO
 from aspec.chrome import TRACKS_PER_LANE, assign_tracks, read_trace
 from aspec.frame import Frame
 from aspec.io.sim import Profile

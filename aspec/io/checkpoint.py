@@ -89,6 +89,21 @@ class Checkpoint:
         return cls(folder, MappingProxyType(tensors), sum(ref.nbytes for ref in tensors.values()), files)
 
 
+def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
+    """A checkpoint that is not there, as it would be: for plans from a configuration alone. Nothing can be read."""
+    tensors: dict[str, TensorRef] = {}
+    end, file = 0, str(folder / SINGLE)
+    for name, tensor in shapes.items():
+        tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes)
+        end += tensor.nbytes
+    return Checkpoint(folder, MappingProxyType(tensors), end, (file,))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is anything that could be read, or should be: an index without shards counts."""
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+
+
 def _promised(folder: Path) -> dict[str, str]:
     """Tensor name -> shard as the index tells, empty for a single shard without an index."""
     if not folder.is_dir():

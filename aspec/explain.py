@@ -1,0 +1,186 @@
+"""What `aspec plan` does: searches a plan from headers alone, and explains it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from aspec.cache import Known
+from aspec.console import Console
+from aspec.flags import PlanFlags
+from aspec.hardware import read_hardware
+from aspec.io.checkpoint import has_weights
+from aspec.needs import Models, read_models, wishes_of
+from aspec.plan import Plan, Speculation, Tier, Workload, format_bytes
+from aspec.planning import Machine, on_machine, plan_workload, this_machine
+from aspec.search import Found, Search
+from aspec.units import format_rate
+
+RUNNERS_UP = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A search and what it was about."""
+
+    models: Models
+    machine: Machine
+    work: Workload
+    search: Search
+
+
+def plan_to_console(flags: PlanFlags, console: Console) -> None:
+    """Search and print. Raises AspecError."""
+    explained = explain(flags, lambda count: console.progress(f"{count} plans run"))
+    if flags.as_json:
+        print(json.dumps(as_object(explained)))
+        return
+    for line in lines(explained):
+        print(line)
+
+
+def explain(flags: PlanFlags, progress: Any = lambda _: None) -> Explained:
+    """The plans for what the flags describe. Raises AspecError."""
+    work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens)
+    context = flags.max_context or work.prompt_tokens + work.new_tokens
+    options = replace(flags.options(), workload=work, max_context=context)
+    hardware = None if flags.profile is None else read_hardware(flags.profile)
+    budget = None if hardware is None or options.device_memory is not None else hardware.device_memory or None
+    models = read_models(options, budget_bytes=budget, outlined=True)
+    machine = Machine(hardware, Known()) if hardware is not None else this_machine(options, models)
+    if flags.acceptance is not None:
+        machine = replace(machine, known=replace(machine.known, acceptance=flags.acceptance))
+    wishes = on_machine(wishes_of(options, models), machine.hardware, flags.host_memory)
+    return Explained(models, machine, work, plan_workload(options, models, wishes, machine, progress))
+
+
+# -- what is said --------------------------------------------------------------------------------------------
+
+
+def lines(explained: Explained) -> Iterator[str]:
+    """For people."""
+    models, work, best = explained.models, explained.work, explained.search.best
+    yield f"{explained.machine.hardware.name or 'this machine'}: {_machine(explained)}"
+    layers = models.target.num_layers
+    nbytes = sum(part.nbytes for part in models.parts)
+    source = "" if has_weights(models.target.folder) else ", from its configuration alone"
+    yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
+    yield f"work: {work.num_prompts} prompts of {work.prompt_tokens} tokens, {work.new_tokens} new tokens each"
+    yield ""
+    yield f"the plan: {shape(best.plan)}"
+    yield from (f"  {line}" for line in placement(best.plan))
+    yield f"  predicted: {outlook(best, work)}"
+    yield f"  bottleneck: {best.forecast.bottleneck}"
+    others = _distinct(explained.search)[1 : RUNNERS_UP + 1]
+    if others:
+        yield ""
+        yield "behind it"
+        width = max(len(shape(found.plan)) for found in others)
+        for found in others:
+            yield f"  {shape(found.plan):{width}}  {outlook(found, work)}; {found.forecast.bottleneck}"
+    yield ""
+    yield (
+        f"{len(explained.search.found)} plans ran in virtual time, {explained.search.num_pruned} could not have been "
+        f"better, {explained.search.num_too_large} do not fit"
+    )
+
+
+def _machine(explained: Explained) -> str:
+    hardware, known = explained.machine.hardware, explained.machine.known
+    link = hardware.h2d_bytes_per_s
+    words = [f"disk {format_rate(hardware.disk_bytes_per_s)}"]
+    words += [f"link {format_rate(link)}"] if link else []
+    words.append(f"budget {format_bytes(explained.models.budget_bytes)}")
+    if explained.models.draft is not None:
+        said = "measured" if known.proposals else "a guess, which aspec bench mends"
+        words.append(f"acceptance {known.acceptance:.2f} ({said})")
+    return ", ".join(words)
+
+
+def shape(plan: Plan) -> str:
+    """A plan in a few words."""
+    words = [f"{plan.num_rows} rows"]
+    words += [f"in {plan.num_groups} groups"] if plan.num_groups > 1 else []
+    if not plan.max_draft_tokens:
+        words.append("without speculation")
+    elif plan.speculation is Speculation.TREE:
+        words.append(f"with trees of up to {plan.max_draft_tokens}")
+    else:
+        words.append(f"with chains of up to {plan.max_draft_tokens}")
+    words += ["attention on the CPU"] if plan.attention_resource != "compute" else []
+    if plan.streamed:
+        words.append(f"{plan.num_slots} slots")
+    return ", ".join(words).replace(" rows, in", " rows in").replace(", with", " with", 1)
+
+
+def placement(plan: Plan) -> Iterator[str]:
+    """Where the weights are, and what is held."""
+    for tier, words in ((Tier.DEVICE, "stay resident"), (Tier.HOST, "stream from host memory"), (Tier.DISK, "stream from disk")):
+        own = [part for part in plan.parts if part.tier is tier]
+        if own:
+            layers = len({part.layer for part in own})
+            yield f"{format_bytes(sum(part.nbytes for part in own))} in {len(own)} parts of {layers} layers {words}"
+    yield f"device memory: {plan.describe()}"
+    if plan.describe_host():
+        yield f"host memory: {plan.describe_host()}"
+
+
+def outlook(found: Found, work: Workload) -> str:
+    """What is predicted."""
+    forecast = found.forecast
+    words = [f"{forecast.tokens_per_s:.4g} tokens/s", f"{forecast.tokens_per_pass:.2f} tokens of a row per pass"]
+    prompts = min(work.num_prompts, found.plan.num_rows)
+    words.append(f"{_time(forecast.prefill_s)} to prefill {prompts}")
+    return ", ".join([*words, f"{_time(forecast.job_s)} in all"])
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _distinct(found: Search) -> list[Found]:
+    """The best of every shape but for slots and caps."""
+    kept: dict[tuple[object, ...], Found] = {}
+    for one in found.found:
+        plan = one.plan
+        key = plan.num_rows, plan.num_groups, plan.speculation, plan.max_draft_tokens > 0, plan.attention_resource
+        kept.setdefault(key, one)
+    return list(kept.values())
+
+
+def as_object(explained: Explained) -> dict[str, Any]:
+    """The JSON object; bytes, seconds."""
+    search = explained.search
+    return {
+        "work": asdict(explained.work),
+        "hardware": explained.machine.hardware.as_object(),
+        "acceptance": explained.machine.known.acceptance,
+        "budget_bytes": explained.models.budget_bytes,
+        "target_bytes": sum(part.nbytes for part in explained.models.parts),
+        "plans": [_plan_object(found) for found in search.found],
+        "too_large": search.num_too_large,
+        "pruned": search.num_pruned,
+    }
+
+
+def _plan_object(found: Found) -> dict[str, Any]:
+    plan = found.plan
+    return {
+        "rows": plan.num_rows,
+        "groups": plan.num_groups,
+        "speculation": str(plan.speculation) if plan.max_draft_tokens else "off",
+        "most_draft_tokens": plan.max_draft_tokens,
+        "attention": plan.attention_resource,
+        "micro_batches": plan.micro_batches,
+        "slots": plan.num_slots,
+        "slot_bytes": plan.slot_bytes,
+        "streamed_bytes": plan.streamed_bytes,
+        "bytes_by_tier": {
+            str(tier): sum(part.nbytes for part in plan.parts if part.tier is tier) for tier in Tier
+        },
+        "device_bytes": dict(plan.arithmetic),
+        "host_bytes": dict(plan.host_arithmetic),
+        "forecast": asdict(found.forecast),
+    }

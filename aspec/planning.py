@@ -1,0 +1,99 @@
+"""The plan for a known amount of work: the search, fed with this machine's costs and the models' shapes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from aspec.cache import Known, known_acceptance, machine_profile
+from aspec.forecast import Forecaster
+from aspec.hardware import Hardware
+from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, NGRAM, Models, folders, is_off
+from aspec.options import EngineOptions
+from aspec.plan import Speculation, Workload
+from aspec.planner import Wishes
+from aspec.prices import prices
+from aspec.search import CAPS, GROUPS, SLOTS, Open, Search, rows_for, search
+from aspec.shapes import shape_of
+from aspec.tasks.task import COMPUTE, CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the work is to be done, and how often the pair's proposals are accepted."""
+
+    hardware: Hardware
+    known: Known
+
+
+def this_machine(options: EngineOptions, models: Models) -> Machine:
+    """The one at hand, from the cache or measured now, which takes some seconds."""
+    target, draft = folders(options)
+    hardware = machine_profile(target, models.target.dtype, options.threads, link_rate=options.link_rate)
+    return Machine(hardware, Known() if draft is None else known_acceptance(target, draft))
+
+
+def plan_workload(
+    options: EngineOptions,
+    models: Models,
+    wishes: Wishes,
+    machine: Machine | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Search:
+    """Search what the options leave open. Raises BudgetError where nothing fits."""
+    work = options.workload
+    assert work is not None, "without a workload there is nothing to search for"
+    machine = machine or this_machine(options, models)
+    forecaster = forecast_for(options, models, wishes, machine, work)
+    left_open = left_open_by(options, models, machine.hardware, work)
+    return search(wishes, left_open, models.needs, forecaster.least_s, forecaster, progress)
+
+
+def forecast_for(
+    options: EngineOptions, models: Models, wishes: Wishes, machine: Machine, work: Workload
+) -> Forecaster:
+    """What runs a plan in virtual time on these costs."""
+    draft = None if models.draft is None else shape_of(models.draft)
+    profile = prices(
+        shape_of(models.target),
+        draft,
+        machine.hardware,
+        exact=wishes.exact,
+        acceptance=machine.known.acceptance,
+        spread=machine.known.spread,
+    )
+    return Forecaster(profile, work)
+
+
+def left_open_by(options: EngineOptions, models: Models, hardware: Hardware, work: Workload) -> Open:
+    """What nobody has fixed."""
+    rows = rows_for(work.num_prompts) if options.max_batch is None else (min(options.max_batch, work.num_prompts),)
+    behind_link = hardware.h2d_bytes_per_s is not None
+    places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if behind_link else (COMPUTE,)}
+    return Open(
+        rows=rows,
+        groups=GROUPS if options.num_groups is None else (options.num_groups,),
+        speculations=_speculations(options, models),
+        attention=places[options.attention],
+        micro_batches=MICRO_BATCHES,
+        caps=CAPS if options.num_draft_tokens is None else (),
+        slots=SLOTS,
+    )
+
+
+def _speculations(options: EngineOptions, models: Models) -> tuple[tuple[Speculation | None, int], ...]:
+    fixed = options.num_draft_tokens
+    chain = Speculation.CHAIN, MAX_CHAIN if fixed is None else fixed
+    tree = Speculation.TREE, MAX_TREE if fixed is None else fixed
+    if is_off(options) or (models.draft is None and options.draft != NGRAM):
+        return ((None, 0),)
+    if options.draft == NGRAM:
+        return ((None, 0), tree)  # a lookup's chain is a tree of one branch
+    if options.speculation == "auto":
+        return ((None, 0), chain, tree)
+    return (chain,) if options.speculation == "chain" else (tree,)
+
+
+def on_machine(wishes: Wishes, hardware: Hardware, host_bytes: int | None) -> Wishes:
+    """The wishes for a device behind a link, where the machine is one."""
+    if hardware.h2d_bytes_per_s is None:
+        return wishes
+    return replace(wishes, host_bytes=hardware.host_memory if host_bytes is None else host_bytes)

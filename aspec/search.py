@@ -1,0 +1,171 @@
+"""The search for a plan: what is left open is varied, and every plan is scored by a run of the scheduler itself.
+
+A plan whose job cannot end sooner than the best one found, whatever the schedule, is not run: ``least_s`` bounds it from
+below. Pure policy: it is handed ``forecast``, which runs the scheduler in virtual time on measured costs, so there is
+no formula for a schedule that could drift from the schedule.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from aspec.errors import BudgetError
+from aspec.plan import Plan, Speculation
+from aspec.planner import SPARE_SLOTS, Needs, Wishes, make_plan
+
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+GROUPS = (1, 2, 3)
+SLOTS = (1, 10)  # spare ones, beside the usual
+CAPS = (4, 8, 32)  # proposals of a row at most, beside the usual
+MOST_FORECASTS = 40  # of one search
+MARGIN = 0.99  # a plan that can be better by less is not worth a run
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run of a plan in virtual time came to."""
+
+    tokens_per_s: float  # of decoding, all rows together
+    prefill_s: float  # until the first rows have their first token
+    job_s: float  # the whole workload
+    tokens_per_pass: float  # of a row
+    bottleneck: str
+
+    @property
+    def order(self) -> float:
+        """What the search makes small."""
+        return self.job_s
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plan, what it was asked for, and its forecast."""
+
+    wishes: Wishes
+    plan: Plan
+    forecast: Forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How the search went: plans from the best down, and what was not run."""
+
+    found: tuple[Found, ...]
+    num_too_large: int  # for the budget
+    num_pruned: int  # that could not have been better
+
+    @property
+    def best(self) -> Found:
+        """The plan to run."""
+        return self.found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """What of a plan is left open; a single entry is fixed."""
+
+    rows: tuple[int, ...]
+    groups: tuple[int, ...] = GROUPS
+    speculations: tuple[tuple[Speculation | None, int], ...] = ((None, 0),)  # and what is proposed of a row at most
+    attention: tuple[str, ...] = ("compute",)
+    micro_batches: int = 2  # where attention has a lane of its own
+    caps: tuple[int, ...] = ()
+    slots: tuple[int, ...] = SLOTS
+
+
+def rows_for(num_prompts: int) -> tuple[int, ...]:
+    """Row counts worth a look for so many prompts: all of them at once is one of them."""
+    return (*(rows for rows in ROWS if rows < num_prompts), min(num_prompts, ROWS[-1]))
+
+
+def search(
+    wishes: Wishes,
+    left_open: Open,
+    needs: Callable[[Wishes], Needs],
+    least_s: Callable[[Plan], float],
+    forecast: Callable[[Plan], Forecast],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Search:
+    """The plans that fit, best first. Raises BudgetError where none does.
+
+    Rows, groups, speculation and the place of attention come first; slots and the most that is proposed are then
+    varied around the best of those.
+    """
+    hunt = _Hunt(needs, least_s, forecast, progress)
+    hunt.run(_coarse(wishes, left_open))
+    if not hunt.found:
+        assert hunt.refusal is not None
+        raise hunt.refusal
+    hunt.run(_fine(hunt.ranked[0].wishes, left_open))
+    return Search(tuple(hunt.ranked), hunt.num_too_large, hunt.num_pruned)
+
+
+class _Hunt:
+    """Runs candidates, those of the smallest bound first, and remembers."""
+
+    def __init__(
+        self,
+        needs: Callable[[Wishes], Needs],
+        least_s: Callable[[Plan], float],
+        forecast: Callable[[Plan], Forecast],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._needs, self._least_s, self._forecast, self._progress = needs, least_s, forecast, progress
+        self.found: list[Found] = []
+        self.num_too_large = self.num_pruned = 0
+        self.refusal: BudgetError | None = None
+
+    @property
+    def ranked(self) -> Sequence[Found]:
+        """What was run, the best first."""
+        return sorted(self.found, key=lambda found: found.forecast.order)
+
+    def run(self, candidates: Iterable[Wishes]) -> None:
+        """Forecast every candidate that fits and could be better than what is known."""
+        for bound, wishes, plan in sorted(self._planned(candidates), key=lambda one: one[0]):
+            best = min((found.forecast.order for found in self.found), default=float("inf"))
+            if bound >= MARGIN * best or len(self.found) >= MOST_FORECASTS:
+                self.num_pruned += 1
+                continue
+            self.found.append(Found(wishes, plan, self._forecast(plan)))
+            self._progress(len(self.found))
+
+    def _planned(self, candidates: Iterable[Wishes]) -> Iterator[tuple[float, Wishes, Plan]]:
+        known = [found.plan for found in self.found]
+        for wishes in candidates:
+            try:
+                plan = make_plan(self._needs(wishes), wishes)
+            except BudgetError as error:
+                self.num_too_large += 1
+                self.refusal = self.refusal or error
+                continue
+            if plan not in known:
+                known.append(plan)
+                yield self._least_s(plan), wishes, plan
+
+
+def _coarse(wishes: Wishes, left_open: Open) -> Iterator[Wishes]:
+    for rows, groups, (kind, most), place in product(
+        left_open.rows, left_open.groups, left_open.speculations, left_open.attention
+    ):
+        if groups > rows or (kind is None and groups > 1 and 1 in left_open.groups):
+            continue  # without a draft there is nothing to hide beside another group
+        yield replace(
+            wishes,
+            speculation=kind or wishes.speculation,
+            max_draft_tokens=most,
+            num_rows=rows,
+            num_groups=groups,
+            attention_resource=place,
+            micro_batches=1 if place == "compute" else left_open.micro_batches,
+        )
+
+
+def _fine(best: Wishes, left_open: Open) -> Iterator[Wishes]:
+    """Around the best: other numbers of slots, less that may be proposed."""
+    for spare in left_open.slots:
+        if spare != SPARE_SLOTS:
+            yield replace(best, spare_slots=spare)
+    for cap in left_open.caps:
+        if cap < best.max_draft_tokens:
+            yield replace(best, max_draft_tokens=cap)

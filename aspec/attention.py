@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -47,8 +48,13 @@ def attend(
     ``attention_mask`` is bool [B, 1, T, S], True where visible, and every query sees at least one key; or the paths
     of every row of an exact step.
     ``s_aux`` [H]: a learned logit per head that takes part in the softmax and contributes nothing.
-    Besides the result it holds about ``temporary_bytes`` while it runs.
+    Besides the result it holds about ``temporary_bytes`` while it runs. A torch function mode meets it like torch's own
+    functions (``split.py``).
     """
+    if has_torch_function_unary(query):
+        given = (module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
+        result: tuple[torch.Tensor, None] = handle_torch_function(attend, (query,), *given)
+        return result
     batch, heads, tokens, width = query.shape
     scoring = _Scoring(width**-0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(attention_mask, tuple):

@@ -4,8 +4,10 @@ Pure policy: it is handed seconds, it never reads a clock. In virtual time the s
 simulated spans, so a plan is judged by the code that will run it.
 """
 
+from dataclasses import dataclass
+
 from aspec.plan import Plan
-from aspec.tasks.task import COMPUTE, Op, Span
+from aspec.tasks.task import COMPUTE, Op, Span, Task
 
 SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts from which a layer's seconds are kept together
@@ -35,6 +37,22 @@ class Average:
         self.value = sample if self.value is None else self.value + self._smoothing * (sample - self.value)
 
 
+@dataclass(slots=True)
+class _SplitLayer:
+    """A layer of a pass whose items go through it in three tasks each; mutable, because each one adds to it."""
+
+    key: tuple[int, int] = (-1, -1)  # pass and layer
+    items: int = 0  # that have finished it
+    tokens: int = 0
+    compute_s: float = 0.0
+    attend_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What it takes: several items attend beside each other's computing, one waits for its own attention."""
+        return max(self.compute_s, self.attend_s) if self.items > 1 else self.compute_s + self.attend_s
+
+
 class CostModel:
     """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
 
@@ -45,6 +63,8 @@ class CostModel:
         self._link_free_s = 0.0  # when the latest load landed
         self._landed, self._landed_s = 0, 0.0  # loads in their slots, and when the latest got there
         self._tokens_per_s = Average()  # over the rounds, all rows together
+        self._pieces: dict[tuple[str, Op], float] = {}  # by item: seconds of its projections, of its attention
+        self._split = _SplitLayer()  # the latest
         self._round_start_s: dict[int, float] = {}  # of those that have not ended
         self._round_tokens: dict[int, int] = {}  # of rows that decode
         self._round_end_s = 0.0  # of the latest; rounds of several groups overlap
@@ -56,9 +76,9 @@ class CostModel:
         if task.slot >= 0:
             self._landed, self._landed_s = self._landed + 1, span.stop_s
         if task.op is Op.LAYER:
-            tokens, mean_s = self._layer[_bucket(task.num_tokens)]
-            tokens.add(task.num_tokens)
-            mean_s.add(seconds)
+            self._learn_layer(task.num_tokens, seconds)
+        elif task.op in (Op.PROJECT, Op.ATTEND, Op.FFN):
+            self._learn_split(task, seconds)
         elif task.op is Op.READ:
             busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
             if busy > 0:
@@ -166,6 +186,27 @@ class CostModel:
             return below[-1][1] * max(1.0, num_tokens / (2 * below[-1][0]))
         (low, low_s), (high, high_s) = below[-1], above[0]
         return low_s + (high_s - low_s) * (num_tokens - low) / (high - low)
+
+    def _learn_layer(self, num_tokens: int, seconds: float) -> None:
+        tokens, mean_s = self._layer[_bucket(num_tokens)]
+        tokens.add(num_tokens)
+        mean_s.add(seconds)
+
+    def _learn_split(self, task: Task, seconds: float) -> None:
+        """A layer in pieces: it is learned as a whole, over the items of its pass, when the next one ends."""
+        assert task.item is not None
+        name = task.item.name
+        if task.op is not Op.FFN:
+            self._pieces[name, task.op] = seconds
+            return
+        if self._split.key != (task.number, task.layer):
+            if self._split.items:
+                self._learn_layer(self._split.tokens, self._split.seconds)
+            self._split = _SplitLayer((task.number, task.layer))
+        self._split.items += 1
+        self._split.tokens += task.num_tokens
+        self._split.compute_s += seconds + self._pieces.pop((name, Op.PROJECT), 0.0)
+        self._split.attend_s += self._pieces.pop((name, Op.ATTEND), 0.0)
 
     def _learn_acceptance(self, num_proposed: int, num_accepted: int) -> None:
         if num_proposed == 0:

@@ -104,3 +104,6 @@ _IN_BLOCKS: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(
         torch._grouped_mm: _grouped_mm,
     }
 )
+
+PRODUCTS = frozenset(_IN_BLOCKS)
+"""The functions in which activations meet weights."""

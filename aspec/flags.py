@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
 
-from aspec.options import SPECULATION, EngineOptions
+from aspec.options import ATTENTION, SPECULATION, EngineOptions
 from aspec.units import parse_bytes, parse_rate
 
 MODELS, SAMPLING, PLACE, OUTPUT = "Models", "Sampling", "Memory and speed", "Input and output"
@@ -132,6 +132,15 @@ class GenerateFlags:
         bool,
         _option(PLACE, "Trees grow on for the next round while they are verified.", "--draft-ahead/--no-draft-ahead"),
     ] = True
+    attention: Annotated[
+        str,
+        _option(
+            PLACE,
+            "Where attention runs: device, as part of its layer; cpu, on a lane of its own, so that half of the rows "
+            "attend while the other half goes through the rest of a layer. The same tokens either way. auto: device.",
+            "--attention",
+        ),
+    ] = "auto"
     exact: Annotated[
         bool | None,
         _option(
@@ -164,6 +173,9 @@ class GenerateFlags:
         if self.speculation not in SPECULATION:
             known = ", ".join(SPECULATION)
             raise typer.BadParameter(f"expected one of {known}, found {self.speculation!r}", param_hint="--speculation")
+        if self.attention not in ATTENTION:
+            known = ", ".join(ATTENTION)
+            raise typer.BadParameter(f"expected one of {known}, found {self.attention!r}", param_hint="--attention")
         if self.device not in ("auto", "cpu", "cuda"):
             raise typer.BadParameter(f"expected auto, cpu or cuda, found {self.device!r}", param_hint="--device")
 
@@ -179,6 +191,7 @@ class GenerateFlags:
             num_draft_tokens=None if self.num_draft_tokens < 0 else self.num_draft_tokens,
             draft_depth=None if self.draft_depth < 0 else self.draft_depth,
             draft_ahead=self.draft_ahead,
+            attention=self.attention,
             exact=self.exact,
             max_batch=None if self.batch_size < 0 else self.batch_size,
             max_context=self.max_context,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers.cache_utils import Cache
 
 KVShape = tuple[int, int, int]
@@ -243,7 +244,14 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         *args: object,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [B, H, T, D] of the new tokens; returns keys and values [B, H, S, D] of the rows so far."""
+        """Store [B, H, T, D] of the new tokens; returns keys and values [B, H, S, D] of the rows so far.
+
+        A torch function mode meets it like torch's own functions (``split.py``).
+        """
+        if has_torch_function_unary(key_states):
+            given = (self, key_states, value_states, layer_idx)
+            result: tuple[torch.Tensor, torch.Tensor] = handle_torch_function(StepCache.update, (key_states,), *given)
+            return result
         keys, values = self.storage.keys[layer_idx], self.storage.values[layer_idx]
         assert keys is not None
         assert values is not None
@@ -259,7 +267,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this item's, for models that ask; positions are always given explicitly."""
-        return int(self._start.max())
+        return max(self._starts)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key length and offset of a mask; masks are always given explicitly."""

@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.layout import Part, plan_parts
 from aspec.io.mapping import map_tensors
 from aspec.kv import KVShape, StepCache
-from aspec.probe import examine, same_memory
+from aspec.probe import examine, examine_split, same_memory
 from aspec.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
+from aspec.split import Split, attend_to, finish, project
 
 
 @dataclass(slots=True)
@@ -36,6 +38,7 @@ class Activation:
     input_ids: torch.Tensor  # [B, T] int64
     hidden: torch.Tensor
     arguments: list[dict[str, Any]]  # per layer, without the hidden state
+    split: Split | None = None  # of a layer that is split, between ``project`` and ``finish``
 
 
 class _Stop(Exception):
@@ -145,8 +148,43 @@ class Model:
         """Run one layer on an item; its parameters must be bound."""
         self._binder.check(index)
         with products(activation.step):
-            output = self._layers[index](activation.hidden, **activation.arguments[index])
-        activation.hidden = output[0] if isinstance(output, tuple) else output
+            activation.hidden = self._forward(index, activation)
+
+    @cached_property
+    def split_bytes(self) -> tuple[int, int]:
+        """Bytes that an item holds between ``project`` and ``finish``, per token and per slot of its rows.
+
+        Raises UnsupportedModelError where a layer's attention cannot run apart from the rest of it.
+        """
+        return examine_split(self.config, self.dtype, self._facts)
+
+    def project(self, index: int, activation: Activation) -> None:
+        """``layer`` in three steps, to the same bits: this one goes up to the attention; keys and values are stored.
+
+        The parameters must be bound from here to the end of ``finish``.
+        """
+        self._binder.check(index)
+        with products(activation.step):
+            activation.split = project(partial(self._forward, index, activation), activation.hidden)
+
+    @staticmethod
+    def attend(activation: Activation) -> None:
+        """The attention of the layer at which ``project`` left an item, on any thread."""
+        assert activation.split is not None
+        attend_to(activation.split)
+
+    def finish(self, index: int, activation: Activation) -> None:
+        """What follows the attention of a layer."""
+        assert activation.split is not None
+        with products(activation.step):
+            activation.hidden = finish(partial(self._forward, index, activation), activation.split)
+        activation.split = None
+
+    def _forward(self, index: int, activation: Activation) -> torch.Tensor:
+        """The hidden state that a layer makes of an item's."""
+        output = self._layers[index](activation.hidden, **activation.arguments[index])
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
     def head(self, activation: Activation, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, N, V] at the columns ``keep`` [B, N] int64 of every row; all columns without it."""

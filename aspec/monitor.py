@@ -8,7 +8,7 @@ from collections import deque
 
 from aspec.plan import Plan, Tier
 from aspec.snapshot import LaneView, SlotState, Snapshot
-from aspec.tasks.task import Op, Span, Task
+from aspec.tasks.task import ENDS_LAYER, Op, Span, Task
 from aspec.timeline import LANE_OF, LANES, LINKS
 
 WINDOW_S = 20.0  # work that ended earlier is forgotten
@@ -77,9 +77,9 @@ class Monitor:
             work.popleft()
         if task.op in (Op.READ, Op.COPY) and task.slot >= 0:
             self._slots[task.slot] = (SlotState.READY, task.layer)
-        for _, slot in task.slots:
+        for _, slot in task.slots if task.op in ENDS_LAYER else ():
             self._slots[slot] = (SlotState.FREE, -1)
-        if self._stage == "prefill" and task.op is Op.LAYER:
+        if self._stage == "prefill" and task.op in ENDS_LAYER:
             self._done = max(self._done, sum(self._layer_bytes[: task.layer + 1]))
         if span.outcomes:
             self._accept(span)

@@ -19,6 +19,7 @@ from aspec.model import Model
 from aspec.options import EngineOptions
 from aspec.plan import PlannedPart, Speculation, draft_slots
 from aspec.planner import Needs, Wishes
+from aspec.tasks.task import CPU
 
 MIB = 1 << 20
 NGRAM = "ngram"  # the name of the draft that needs no model
@@ -28,6 +29,7 @@ MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # proposals of a row in a pass, an
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 PREFILL_TOKENS = 512  # tokens of one prefill item
+MICRO_BATCHES = 2  # where attention has a lane of its own: one attends while the other computes
 DRAW_BYTES = 64  # per token id of the vocabulary, while one row is drawn: scores, noise and their sum
 
 
@@ -70,6 +72,7 @@ def wishes_of(options: EngineOptions, models: Models) -> Wishes:
         capacity=_capacity(options, models.target, models.draft),
         prefill_tokens=options.prefill_tokens or PREFILL_TOKENS,
         **_speculation(options, models.draft),
+        **_attention(options),
         resident_bytes=options.resident_memory,
         exact=is_exact(options),
     )
@@ -137,6 +140,11 @@ def _speculation(options: EngineOptions, draft: Model | None) -> dict[str, Any]:
     }
 
 
+def _attention(options: EngineOptions) -> dict[str, Any]:
+    """What of the wishes speaks of where attention runs."""
+    return {"attention_resource": CPU, "micro_batches": MICRO_BATCHES} if options.attention == "cpu" else {}
+
+
 def _part_bytes(budget: int) -> int:
     """Parts small enough that slots take little of the budget, large enough for the disk's full rate."""
     return max(PAGE, min(32 * MIB, budget // 24))
@@ -187,4 +195,14 @@ def _activation_bytes(target: Model, wishes: Wishes) -> int:
     head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
     joining = min(wishes.prefill_pass_tokens, wishes.num_rows * wishes.capacity)
     waiting = joining * (hidden * item + wishes.capacity)  # their hidden states, and what each may see
-    return waiting + tokens * 2 * hidden * item + max(attention, tokens * 3 * wide * item, head)
+    layer = tokens * 3 * wide * item
+    if wishes.attention_resource == CPU:
+        return waiting + tokens * 2 * hidden * item + _split_bytes(target, wishes, verified) + attention + max(layer, head)
+    return waiting + tokens * 2 * hidden * item + max(attention, layer, head)
+
+
+def _split_bytes(target: Model, wishes: Wishes, verified: int) -> int:
+    """What items hold between the projections and the end of a layer: all decoding rows, and two prompts or chunks."""
+    per_token, per_slot = target.split_bytes
+    slots = (wishes.num_rows + 1) * wishes.capacity  # two chunks of a prompt see the same row
+    return (verified + 2 * wishes.prefill_tokens) * per_token + slots * per_slot

@@ -8,6 +8,7 @@ from aspec.errors import UserError
 from aspec.plan import Workload
 
 SPECULATION = ("auto", "chain", "tree", "off")
+ATTENTION = ("auto", "device", "cpu")
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""
@@ -27,6 +28,7 @@ class EngineOptions:
     num_draft_tokens: int | None = None  # proposals of a row in a pass: a chain's length, a tree's nodes; 0: off
     draft_depth: int | None = None  # tokens of a tree's longest path
     draft_ahead: bool = True  # trees grow on for the next round while they are verified
+    attention: str = "auto"  # auto, device, or cpu: beside the rest of the layers, which take rows in two halves
     exact: bool | None = None  # the same bits whatever the draft, the batch and the plan; None: where it was proved
     shared_noise: bool = True  # the draft ranks with the noise of the target's own draws; False: by likelihood alone
     max_batch: int | None = None  # sequences that are served at once
@@ -60,5 +62,7 @@ class EngineOptions:
             raise UserError(f"link_rate must be a positive number of bytes per second, found {self.link_rate}.")
         if self.speculation not in SPECULATION:
             raise UserError(f"speculation must be one of {', '.join(SPECULATION)}, found {self.speculation!r}.")
+        if self.attention not in ATTENTION:
+            raise UserError(f"attention must be one of {', '.join(ATTENTION)}, found {self.attention!r}.")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device must be auto, cpu or cuda, found {self.device!r}.")

@@ -75,6 +75,8 @@ class Plan:
     draft_ahead: bool = True  # trees grow on while they are verified
     num_staging: int = 0  # 0: reads fill slots directly (the device is the host)
     draft_resource: str = "compute"
+    attention_resource: str = "compute"  # "cpu": every layer is split, its attention runs beside other items' work
+    micro_batches: int = 1  # work items at most that the decoding rows are divided into
     budget_bytes: int | None = None
     arithmetic: Mapping[str, int] = field(default_factory=dict)  # what is held, label -> bytes
     host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # the same behind a device's link
@@ -85,6 +87,8 @@ class Plan:
             raise InternalError(f"a layer streams {most} parts, the plan has {self.num_slots} slots")
         if not 1 <= self.num_groups <= self.num_rows:
             raise InternalError(f"{self.num_rows} rows cannot form {self.num_groups} groups")
+        if self.micro_batches < 1:
+            raise InternalError(f"a plan divides rows into 1 item or more, found {self.micro_batches}")
         if any(part.size > self.slot_bytes for part in self.streamed):
             raise InternalError(f"a streamed part is larger than a slot of {self.slot_bytes} bytes")
 

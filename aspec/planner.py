@@ -42,6 +42,8 @@ class Wishes:
     fixed_draft_depth: int | None = None
     draft_ahead: bool = True
     exact: bool = False  # products in blocks of rows: wider moments
+    attention_resource: str = "compute"  # "cpu": attention beside the rest, in ``micro_batches`` items
+    micro_batches: int = 1
     resident_bytes: int | None = None  # layers resident at most, even where more would fit
     spare_slots: int = SPARE_SLOTS  # beyond one layer's parts
     host_bytes: int | None = None  # of host memory behind a device's link; None: the device is the host's own memory
@@ -128,6 +130,8 @@ def _plan(
         max_draft_depth=wishes.max_draft_depth,
         fixed_draft_depth=wishes.fixed_draft_depth,
         draft_ahead=wishes.draft_ahead,
+        attention_resource=wishes.attention_resource,
+        micro_batches=wishes.micro_batches,
         budget_bytes=wishes.budget_bytes,
         num_staging=0 if wishes.host_bytes is None else NUM_STAGING,
         draft_resource=COMPUTE if wishes.host_bytes is None else DRAFT_COMPUTE,

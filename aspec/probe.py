@@ -15,11 +15,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from aspec.errors import UnsupportedModelError
-from aspec.kv import KVShape, MaskKind
+from aspec.attention import attend
+from aspec.errors import InternalError, UnsupportedModelError
+from aspec.kv import KVCache, KVShape, MaskKind
 from aspec.skeleton import build_on_meta, find_layers, first_line
+from aspec.split import finish, project
 
-NAME = "aspec-probe"
+NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 SAMPLES = 4096  # pairs of positions at which a family's mask is compared with ours
 UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
 """Arguments of other attention functions that change the result, and that ours does not know."""
@@ -184,6 +186,63 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) 
         for index, (argument, rule, parameters) in enumerate(visit.layers)
     ]
     return Facts(tuple(facts), in_tuples)
+
+
+AttentionInterface.register(SPLIT, attend)
+AttentionMaskInterface.register(SPLIT, _probe_mask)
+
+
+def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: Facts) -> tuple[int, int]:
+    """Bytes that a split layer holds at most, per token of an item and per slot of its rows.
+
+    Raises UnsupportedModelError where a layer cannot be taken apart at its attention, such as one that attends twice.
+    """
+    model = build_on_meta(config, dtype, SPLIT)
+    held: list[int] = []
+    for layer in find_layers(model)[1]:
+        layer.forward = _watch_split(layer, held, facts.in_tuples)
+
+    def measure(num_tokens: int, num_slots: int) -> int:
+        """For two rows that are apart, so that their slots are gathered."""
+        held.clear()
+        cache = KVCache([layer.kv for layer in facts.layers], 3, num_slots, dtype, "meta")
+        step = cache.step([0, 2], [num_slots - num_tokens] * 2, [num_tokens] * 2)
+        tokens = torch.zeros(2, num_tokens, dtype=torch.long, device="meta")
+        model(input_ids=tokens, position_ids=tokens, past_key_values=step, use_cache=True)
+        return max(held)
+
+    try:
+        least = measure(64, 128)
+        return -(-(measure(128, 128) - least) // 128), -(-(measure(64, 192) - least) // 128)
+    except InternalError as error:
+        raise UnsupportedModelError(
+            f"{config.model_type}: its attention cannot run apart from the rest of its layers: {error}. "
+            f"Run it with --attention device."
+        ) from error
+
+
+def _watch_split(layer: nn.Module, held: list[int], in_tuples: bool) -> Callable[..., object]:
+    """A forward that takes the layer's own apart, and tells what is held between the halves.
+
+    Behind its attention a layer may fail on meta, where it looks at numbers (experts); by then nothing is held.
+    """
+    original = layer.forward
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> object:
+        split = project(lambda: original(hidden, *args, **kwargs), hidden)
+        assert split.call is not None
+        _, query, _, value, *_ = split.call[0]
+        split.output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        held.append(split.nbytes)
+        try:
+            finish(lambda: original(hidden, *args, **kwargs), split)
+        except InternalError:
+            raise
+        except Exception:
+            assert split.output is None
+        return (hidden,) if in_tuples else hidden
+
+    return forward
 
 
 def _mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind:

@@ -51,6 +51,9 @@ class ModelRunner:
         self._ops: Mapping[Op, Callable[[Task], Report]] = {
             Op.EMBED: self._embed,
             Op.LAYER: self._layer,
+            Op.PROJECT: self._project,
+            Op.ATTEND: self._attend,
+            Op.FFN: self._finish,
             Op.HEAD: self._head,
             Op.ACCEPT: self._accept,
             Op.DRAFT: self._draft,
@@ -109,13 +112,30 @@ class ModelRunner:
         return committed + proposed, None if parents is None else [-1, *(parent + 1 for parent in parents)]
 
     def _layer(self, task: Task) -> Report:
+        self._bind(task)
+        self._target.layer(task.layer, self._activations[item_of(task).name])
+        return NOTHING
+
+    def _project(self, task: Task) -> Report:
+        self._bind(task)
+        self._target.project(task.layer, self._activations[item_of(task).name])
+        return NOTHING
+
+    def _attend(self, task: Task) -> Report:
+        torch.get_num_threads()  # a thread that has never asked takes every core for its first product: other bits
+        self._target.attend(self._activations[item_of(task).name])
+        return NOTHING
+
+    def _finish(self, task: Task) -> Report:
+        self._target.finish(task.layer, self._activations[item_of(task).name])
+        return NOTHING
+
+    def _bind(self, task: Task) -> None:
         weights = self._weights
         for part, slot in task.slots:
             if self._bound.get(part) != task.number:  # several items of a pass share what one bind converted
                 self._target.bind(weights.parts[part], weights.slots[slot], weights.scratch)
                 self._bound[part] = task.number
-        self._target.layer(task.layer, self._activations[item_of(task).name])
-        return NOTHING
 
     def _head(self, task: Task) -> Report:
         item = item_of(task)

@@ -17,10 +17,11 @@ from dataclasses import replace
 from aspec.costs import CostModel
 from aspec.plan import Plan, Speculation
 from aspec.rounds import Draft, Group, Pass
-from aspec.seats import Row, Seats, decode_item, prefill_items
+from aspec.seats import Row, Seats, decode_item, micro_batches, prefill_items
 from aspec.sizing import Sizing
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass
 from aspec.tasks.task import (
+    ENDS_LAYER,
     Arrived,
     Cancelled,
     Closing,
@@ -117,7 +118,8 @@ class Scheduler:
         """The pass behind ``tasks`` up to its end; ``lengths``: tokens to verify of a row, if any."""
         number = self.passes
         self.passes += 1
-        items = [decode_item(decoding, lengths, group.number)] if decoding else []
+        decode = [decode_item(decoding, lengths, group.number)] if decoding else []
+        items = [part for item in decode for part in micro_batches(item, self.plan.micro_batches)]
         joining = self._seats.joining(group.number)
         items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number)
         inputs = group.inputs(with_proposal=any(lengths.values()))
@@ -147,7 +149,7 @@ class Scheduler:
             if not running.open:
                 group.running = None
                 self.costs.end_round(running.number, span.stop_s)
-        elif task.op in (Op.EMBED, Op.LAYER) and task.item == running.items[-1]:
+        elif task.op in {Op.EMBED, *ENDS_LAYER} and task.item == running.items[-1]:
             running.next_layer = task.layer + 1
             if self._in_tail(running) and not running.ending:
                 return group.emit_end(running)

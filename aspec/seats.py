@@ -7,7 +7,7 @@ prefills only the rest. Pure policy: counts and ids only.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aspec.tasks.task import Arrived, RowOutcome, Seating, WorkItem
 
@@ -113,6 +113,23 @@ def decode_item(rows: dict[int, Row], lengths: dict[int, int], group: int = 0) -
     numbers = tuple(rows)
     starts = tuple(rows[n].length - 1 for n in numbers)
     return WorkItem(0, numbers, starts, tuple(1 + lengths.get(n, 0) for n in numbers), group=group)
+
+
+def micro_batches(item: WorkItem, most: int) -> list[WorkItem]:
+    """Its rows, in their order, as at most ``most`` items of about as many tokens each."""
+    items: list[WorkItem] = []
+    start = 0  # rows in the items so far
+    for stop in range(1, len(item.rows) + 1):
+        tokens, following = sum(item.counts[:stop]), sum(item.counts[: stop + 1])
+        share = (len(items) + 1) * item.num_tokens / most
+        if stop < len(item.rows) and share - tokens > following - share:
+            continue  # one more row brings it nearer to its share
+        own = slice(start, stop)
+        items.append(
+            replace(item, index=len(items), rows=item.rows[own], starts=item.starts[own], counts=item.counts[own])
+        )
+        start = stop
+    return items
 
 
 def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int, group: int = 0) -> list[WorkItem]:

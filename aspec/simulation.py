@@ -102,7 +102,7 @@ def measured_profile(timeline: Timeline) -> Profile:
         draft_token_s=median(per_token) if per_token else 0.0,
         head_s=_median([s for s in timeline.lane(TARGET) if s.name == "head"]),
         embed_s=_median([s for s in timeline.lane(TARGET) if s.name == "embed"]),
-        accept_s=_median(timeline.lane(CPU)),
+        accept_s=_median([s for s in timeline.lane(CPU) if s.name == "accept"]),
         acceptance=accepted / (accepted + refused) if accepted + refused else default.acceptance,
     )
 

@@ -24,7 +24,7 @@ from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Tier
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
-from aspec.tasks.task import COMPUTE, DISK, H2D, NOTHING, Arrived, Closing, Op, Report, RowOutcome, Task, WorkItem
+from aspec.tasks.task import COMPUTE, CPU, DISK, H2D, NOTHING, Arrived, Closing, Op, Report, RowOutcome, Task, WorkItem
 from tests.fake_device import FakeDevice
 from tests.simulate import Checked, make_plan
 
@@ -32,6 +32,7 @@ KINDS = ("sim-host", "sim-device", "cpu", "cuda")
 HAS_COPY = ("sim-device", "cuda")
 NUM_PARTS, PART_BYTES, SLOT_BYTES = 8, 40_000, 11 * PAGE
 ARRIVALS = ((0, 20, 9), (1, 100, 7), (2, 5, 6))
+SPLIT = (Op.PROJECT, Op.ATTEND, Op.FFN)
 FAULTS = [(kind, op) for kind in KINDS for op in Op if op is not Op.COPY or kind in HAS_COPY]
 
 
@@ -72,11 +73,13 @@ class CheckingRunner:
         if self.fail == (task.op, self.counts[task.op]):
             raise OSError(f"injected fault in {task.label}")
         steps = (lambda: self.check(task), lambda: self.end(task))
-        if task.op is not Op.ACCEPT:
+        if task.resource != CPU:
             self.launch(*steps)
             return NOTHING
         for step in steps:
             step()
+        if task.op is not Op.ACCEPT:
+            return NOTHING
         item = task.item
         counts = [1 if item.prefill else count for count in item.counts]
         return Report(tuple(RowOutcome(r, n - 1, n - 1, n, False) for r, n in zip(item.rows, counts, strict=True)))
@@ -124,12 +127,14 @@ class Watched:
 class Rig:
     """A backend with everything around it; made inside a running loop."""
 
-    def __init__(self, kind, folder, fail=None, device=None, wrap=CudaBackend):
+    def __init__(self, kind, folder, fail=None, device=None, wrap=CudaBackend, split=False):
         self.kind = kind
         self.device = self.disk = self.runner = None
         self.memory = []
         resident = (0, 5)
         self.plan = make_plan(resident=resident, nbytes=SLOT_BYTES, num_slots=3)
+        if split or (fail and fail[0] in SPLIT):
+            self.plan = replace(self.plan, attention_resource=CPU, micro_batches=2)
         if kind in HAS_COPY:
             parts = tuple(replace(p, tier=Tier.HOST) if p.index in (2, 7) else p for p in self.plan.parts)
             self.plan = replace(self.plan, parts=parts, num_staging=2, draft_resource="draft")
@@ -199,10 +204,11 @@ def embed(task_id, resource=COMPUTE):
     return Task(task_id, Op.EMBED, resource, 0, item=WorkItem(0, (0,), (0,), (1,)))
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, run, tmp_path):
+def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, split, run, tmp_path):
     async def main():
-        rig = Rig(kind, tmp_path)
+        rig = Rig(kind, tmp_path, split=split)
         try:
             return rig, await rig.serve()
         finally:
@@ -210,7 +216,9 @@ def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, run, tm
 
     rig, spans = run(kind, main)
     assert find_races(spans, tolerance_s=1e-6) == []
-    assert {span.task.op for span in spans} == {op for op in Op if op is not Op.COPY or kind in HAS_COPY}
+    absent = {Op.LAYER} if split else set(SPLIT)
+    absent |= set() if kind in HAS_COPY else {Op.COPY}
+    assert {span.task.op for span in spans} == set(Op) - absent
     assert not rig.watched.early
     if rig.runner is not None:
         assert rig.runner.wrong == []
@@ -228,7 +236,7 @@ def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, run, tm
 def test_streams_out_of_step_keep_every_order(seed, run, tmp_path):
     async def main():
         slow = {"pace_s" if seed % 2 else "copy_pace_s": 1e-3}  # either the copies lag behind, or the layers do
-        rig = Rig("cuda", tmp_path, device=FakeDevice(seed, **slow))
+        rig = Rig("cuda", tmp_path, device=FakeDevice(seed, **slow), split=seed > 3)
         try:
             return rig, await rig.serve()
         finally:

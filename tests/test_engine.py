@@ -130,7 +130,10 @@ async def test_closing_while_streams_run_leaves_nothing(pair):
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-@pytest.mark.parametrize("op", [Op.EMBED, Op.LAYER, Op.HEAD, Op.ACCEPT, Op.DRAFT, Op.DRAFT_PREFILL, Op.READ])
+SPLIT = [Op.PROJECT, Op.ATTEND, Op.FFN]
+
+
+@pytest.mark.parametrize("op", [Op.EMBED, Op.LAYER, *SPLIT, Op.HEAD, Op.ACCEPT, Op.DRAFT, Op.DRAFT_PREFILL, Op.READ])
 async def test_a_fault_reaches_every_stream_as_one_error(pair, op, monkeypatch):
     """On the real backend: the runner or the disk fails at the fourth task of a kind."""
     from aspec.io import disk
@@ -156,7 +159,8 @@ async def test_a_fault_reaches_every_stream_as_one_error(pair, op, monkeypatch):
             transfer(*args)
 
         monkeypatch.setattr(disk, "transfer", failing_read)
-    async with open_engine(target=pair[0], draft=pair[1], num_draft_tokens=4, max_batch=2, **SMALL) as engine:
+    options = {"num_draft_tokens": 4, "max_batch": 2, "attention": "cpu" if op in SPLIT else "device"}
+    async with open_engine(target=pair[0], draft=pair[1], **options, **SMALL) as engine:
         streams = [collect(engine, [i, 2, 3], max_new_tokens=60) for i in (7, 8)]
         for result in await asyncio.gather(*streams, return_exceptions=True):
             assert isinstance(result, OSError)

@@ -11,7 +11,7 @@ from aspec.errors import DeadlockError
 from aspec.executor import Executor
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Closing, Decision, Op
+from aspec.tasks.task import CPU, Arrived, Closing, Decision, Op
 from tests.simulate import make_plan, simulate, trace_hash
 
 ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2)]
@@ -21,7 +21,8 @@ ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2)]
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_a_fault_at_any_task_is_one_error_and_leaves_nothing(virtual, op, nth):
     resources = DEVICE_RESOURCES if op is Op.COPY else HOST_RESOURCES
-    plan = make_plan(num_staging=2 if op is Op.COPY else 0)
+    split = {"attention_resource": CPU, "micro_batches": 2} if op in (Op.PROJECT, Op.ATTEND, Op.FFN) else {}
+    plan = make_plan(num_staging=2 if op is Op.COPY else 0, **split)
     backend = SimBackend(Profile(), resources, fail=(op, nth))
 
     async def main():

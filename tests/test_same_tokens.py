@@ -84,6 +84,7 @@ class Example:
 
     def __init__(self, folder, seed, dtype):
         self.dice = dice = random.Random(f"{seed} {dtype}")
+        self.places = random.Random(f"where attention runs {seed} {dtype}")
         self.family, sizes = dice.choice(FAMILIES), random_sizes(dice)
         stored = {"dtype": dtype, "seed": dice.randrange(100), "varied": True, "sizes": sizes}
         self.target = tiny.build(folder / "target", self.family, **stored)
@@ -119,6 +120,7 @@ class Example:
             "num_draft_tokens": dice.choice((1, 3, 5, 8, None) if method == "chain" else (1, 4, 9, 30, None)),
             "draft_depth": dice.choice((None, None, 1, 3)),
             "shared_noise": dice.random() < 0.8,
+            "attention": self.places.choice(("device", "cpu")),
             "max_batch": dice.choice((1, 2, NUM_ROWS, NUM_ROWS)),
             "prefill_tokens": dice.choice((5, 16, 200)),
             "resident_memory": dice.choice((None, 0, 30_000)),
@@ -180,6 +182,7 @@ def check_example(example, seen):
         seen[method, "accepted"] += accepted
         seen["slots", plan.num_slots] += 1
         seen["batch", options["max_batch"]] += 1
+        seen["attention", options["attention"]] += 1
 
 
 def check_that_it_proves_something(seen):
@@ -189,6 +192,7 @@ def check_that_it_proves_something(seen):
     assert seen["stop"] > 0 < seen["length"]
     assert len([key for key in seen if key[0] == "slots"]) > 2
     assert len([key for key in seen if key[0] == "batch"]) > 1
+    assert seen["attention", "cpu"] > 0 < seen["attention", "device"]
 
 
 def check_examples(count, dtype, tmp_path):

@@ -11,8 +11,9 @@ PACKAGE = ROOT / "aspec"
 
 BANDS = {
     0: "errors plan params options units tasks.task tasks",
-    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner races",
-    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact model sampling "
+    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner races "
+    "tariff search",
+    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact split model sampling "
     "penalties text hub tasks.offers drafting lookup "
     "sequence runner stats timeline recorder snapshot summary",
     3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate io.ticker executor "

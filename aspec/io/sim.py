@@ -143,11 +143,15 @@ class SimBackend:
     def price(self, task: Task) -> float:
         """Seconds of a task by the profile."""
         profile = self.profile
+        layer_s = profile.layer_s + profile.layer_token_s * max(0, task.num_tokens - profile.knee_tokens)
         fixed: Mapping[Op, float] = {
             Op.READ: task.nbytes / profile.disk_bytes_per_s,
             Op.COPY: task.nbytes / (profile.copy_bytes_per_s or math.inf),
             Op.EMBED: profile.embed_s,
-            Op.LAYER: profile.layer_s + profile.layer_token_s * max(0, task.num_tokens - profile.knee_tokens),
+            Op.LAYER: layer_s,
+            Op.PROJECT: layer_s / 4,  # together the three take as long as the layer in one piece
+            Op.ATTEND: layer_s / 4,
+            Op.FFN: layer_s / 2,
             Op.HEAD: profile.head_s,
             Op.ACCEPT: profile.accept_s,
             Op.DRAFT: profile.draft_s,

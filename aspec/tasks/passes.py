@@ -8,7 +8,7 @@ Pure policy: no torch, no asyncio, no clock.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from aspec.plan import Plan, Tier
 from aspec.tasks.task import (
@@ -21,11 +21,13 @@ from aspec.tasks.task import (
     Op,
     Task,
     WorkItem,
+    attention_buffer,
     draft_kv_buffer,
     draws_buffer,
     hidden_buffer,
     kv_buffer,
     proposal_buffer,
+    rows_kv_buffer,
     sequence_buffer,
     slot_buffer,
     staging_buffer,
@@ -120,7 +122,11 @@ def emit_pass(
         slots, reads = stream.bind(layer)
         converts = any(part.scratch_bytes for part in plan.streamed_of(layer))
         scratch = (Access(SCRATCH, f"pass {number} L{layer}"),) if converts else ()  # the first item fills it
-        for item in items:
+        whole = items if plan.attention_resource == COMPUTE else ()
+        if not whole:
+            split = _SplitLayer(number, layer, plan.attention_resource, next_id, slots, reads, scratch)
+            tasks.extend(split.emit(items))
+        for item in whole:
             hidden = hidden_buffer(item)
             tasks.append(
                 Task(
@@ -147,6 +153,82 @@ def emit_pass(
         stream.release(layer)
         tasks.extend(stream.fill())
     return tasks
+
+
+@dataclass(frozen=True, slots=True)
+class _SplitLayer:
+    """A layer of a pass in three tasks per item, of which the attention has a resource of its own."""
+
+    number: int
+    layer: int
+    resource: str
+    next_id: Numbering
+    slots: tuple[tuple[int, int], ...]
+    weights: tuple[Access, ...]
+    scratch: tuple[Access, ...]
+
+    def emit(self, items: Sequence[WorkItem]) -> Iterator[Task]:
+        """All projections first, then all attention, then the rest, so that one item attends while others compute.
+
+        But a chunk projects behind the attention of the chunk before it, which reads the KV that it writes; and an
+        item that shares its attention's buffer with another one follows all of that.
+        """
+        projected: list[WorkItem] = []
+        unfinished: list[WorkItem] = []
+        for item in items:
+            shares = next((one for one in unfinished if attention_buffer(one) == attention_buffer(item)), None)
+            if shares is not None or any(one.rows == item.rows for one in projected):
+                yield from map(self._attend, projected)
+                projected.clear()
+            if shares is not None:
+                unfinished.remove(shares)
+                yield self._finish(shares)
+            yield self._project(item, fills_scratch=item is items[0])
+            projected.append(item)
+            unfinished.append(item)
+        yield from map(self._attend, projected)
+        yield from map(self._finish, unfinished)
+
+    def _project(self, item: WorkItem, *, fills_scratch: bool) -> Task:
+        scratch = self.scratch
+        reads = (self._hidden(item), *self.weights, *(() if fills_scratch else scratch))
+        writes = (*(scratch if fills_scratch else ()), self._attention(item, "queries"), self._kv(item))
+        return self._task(Op.PROJECT, COMPUTE, item, reads, writes)
+
+    def _attend(self, item: WorkItem) -> Task:
+        reads = (self._attention(item, "queries"), self._kv(item))
+        return self._task(Op.ATTEND, self.resource, item, reads, (self._attention(item, "result"),))
+
+    def _finish(self, item: WorkItem) -> Task:
+        reads = (self._hidden(item), self._attention(item, "result"), *self.weights, *self.scratch)
+        return self._task(Op.FFN, COMPUTE, item, reads, (self._hidden(item, further=1),))
+
+    def _hidden(self, item: WorkItem, further: int = 0) -> Access:
+        return Access(hidden_buffer(item), f"pass {self.number} L{self.layer + further}")
+
+    def _attention(self, item: WorkItem, what: str) -> Access:
+        return Access(attention_buffer(item), f"pass {self.number} L{self.layer} item {item.index} {what}")
+
+    def _kv(self, item: WorkItem) -> Access:
+        return Access(rows_kv_buffer(item, self.layer), f"pass {self.number} item {item.index}")
+
+    def _task(
+        self, op: Op, resource: str, item: WorkItem, reads: tuple[Access, ...], writes: tuple[Access, ...]
+    ) -> Task:
+        priority = PREFILL if item.prefill else VERIFY
+        slots = self.slots if resource == COMPUTE else ()
+        return Task(
+            self.next_id(),
+            op,
+            resource,
+            priority,
+            reads,
+            writes,
+            number=self.number,
+            item=item,
+            layer=self.layer,
+            slots=slots,
+        )
 
 
 def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access, ...]) -> Task:

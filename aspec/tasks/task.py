@@ -25,6 +25,9 @@ class Op(StrEnum):
     DRAFT_PREFILL = "draft_prefill"  # a chunk of prompts into the draft's KV
 
 
+ENDS_LAYER = frozenset({Op.LAYER, Op.FFN})
+"""What an item's layer ends with."""
+
 DISK, H2D, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "compute", "draft", "cpu"
 
 
@@ -116,7 +119,7 @@ class Task:
     staging: int = -1
     step: int = -1  # draft step
     nbytes: int = 0
-    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs that a LAYER task binds
+    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs that a task of a layer computes with
     growth: Growth | None = None  # of a DRAFT task that grows trees
 
     @property
@@ -238,12 +241,15 @@ class Decision:
     seatings: tuple[Seating, ...] = field(default=())
 
 
+_OF_LAYER = {Op.LAYER: "", Op.PROJECT: " projections", Op.ATTEND: " attention", Op.FFN: " rest"}
+
+
 def label(op: Op, layer: int, part: int, step: int) -> str:
     """The name of a task, from what tells it from others of its kind."""
     if op in (Op.READ, Op.COPY):
         return f"{op} {part}"
-    if op is Op.LAYER:
-        return f"L{layer}"
+    if op in _OF_LAYER:
+        return f"L{layer}{_OF_LAYER[op]}"
     return f"draft {step}" if op is Op.DRAFT else str(op)
 
 
@@ -266,6 +272,14 @@ def hidden_buffer(item: WorkItem) -> str:
     return f"hidden:{item.name}"
 
 
+def attention_buffer(item: WorkItem) -> str:
+    """What a split layer of a work item leaves for its attention, and what that makes of it.
+
+    Prompts take turns in two of them, so that what a pass holds does not grow with their number.
+    """
+    return f"attention:{item.group}.prefill {item.index % 2}" if item.prefill else f"attention:{item.name}"
+
+
 def draws_buffer(item: WorkItem) -> str:
     """The target's draws for a work item."""
     return f"draws:{item.name}"
@@ -274,6 +288,11 @@ def draws_buffer(item: WorkItem) -> str:
 def kv_buffer(group: int, layer: int) -> str:
     """The target's keys and values of one layer for one group of rows."""
     return f"kv:{group}:{layer}"
+
+
+def rows_kv_buffer(item: WorkItem, layer: int) -> str:
+    """The same, for the rows of one item: items of a pass share all their rows (chunks of a prompt) or none."""
+    return f"kv:{item.group}:{layer}:{item.rows[0]}"
 
 
 def draft_kv_buffer(group: int) -> str:

@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
 
 from aspec.api import loop_factory
-from aspec.needs import folders
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
@@ -22,6 +21,7 @@ from aspec.flags import ChatFlags
 from aspec.generation import sampling_params
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
+from aspec.needs import folders
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.stats import Piece, RequestStats

@@ -7,11 +7,12 @@ from typing import Any
 from aspec.errors import BudgetError
 from aspec.io.layout import Part
 from aspec.model import Model
-from aspec.needs import NGRAM, Models, folders, is_exact, is_off, read_models, wishes_of
+from aspec.needs import NGRAM, PREFILL_TOKENS, Models, folders, is_exact, is_off, read_models, wishes_of
 from aspec.options import EngineOptions
 from aspec.plan import Plan
 from aspec.planner import Needs, Wishes, make_plan
-from aspec.planning import plan_workload
+
+# PLANNING
 from aspec.text import Tokenizer, check_tokenizer, check_vocabulary
 
 SMALLEST_CONTEXT = 256
@@ -44,14 +45,10 @@ def design(options: EngineOptions) -> Design:
     tokenizer = Tokenizer.load(target_folder)
     check_tokenizer(tokenizer, models.target.vocab_size)
     if models.draft is not None and draft_folder is not None:
-        check_vocabulary(
-            tokenizer, Tokenizer.load(draft_folder), models.target.vocab_size, models.draft.vocab_size
-        )
+        check_vocabulary(tokenizer, Tokenizer.load(draft_folder), models.target.vocab_size, models.draft.vocab_size)
     tell("plan", 0, 0)
     plan = decide(options, models)
-    return Design(
-        models.target, models.draft, tokenizer, plan, models.parts, models.draft_parts, **_method(options)
-    )
+    return Design(models.target, models.draft, tokenizer, plan, models.parts, models.draft_parts, **_method(options))
 
 
 def decide(options: EngineOptions, models: Models) -> Plan:
@@ -62,6 +59,8 @@ def decide(options: EngineOptions, models: Models) -> Plan:
     wishes = wishes_of(options, models)
     if options.workload is None:
         return _plan(options, wishes, models.needs)
+    from aspec.planning import plan_workload
+
     return plan_workload(options, models, wishes).best.plan
 
 

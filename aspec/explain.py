@@ -115,7 +115,11 @@ def shape(plan: Plan) -> str:
 
 def placement(plan: Plan) -> Iterator[str]:
     """Where the weights are, and what is held."""
-    for tier, words in ((Tier.DEVICE, "stay resident"), (Tier.HOST, "stream from host memory"), (Tier.DISK, "stream from disk")):
+    for tier, words in (
+        (Tier.DEVICE, "stay resident"),
+        (Tier.HOST, "stream from host memory"),
+        (Tier.DISK, "stream from disk"),
+    ):
         own = [part for part in plan.parts if part.tier is tier]
         if own:
             layers = len({part.layer for part in own})
@@ -177,9 +181,7 @@ def _plan_object(found: Found) -> dict[str, Any]:
         "slots": plan.num_slots,
         "slot_bytes": plan.slot_bytes,
         "streamed_bytes": plan.streamed_bytes,
-        "bytes_by_tier": {
-            str(tier): sum(part.nbytes for part in plan.parts if part.tier is tier) for tier in Tier
-        },
+        "bytes_by_tier": {str(tier): sum(part.nbytes for part in plan.parts if part.tier is tier) for tier in Tier},
         "device_bytes": dict(plan.arithmetic),
         "host_bytes": dict(plan.host_arithmetic),
         "forecast": asdict(found.forecast),

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aspec.api import Result, collect, seeded
-from aspec.needs import folders
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
@@ -17,6 +16,7 @@ from aspec.flags import GenerateFlags
 from aspec.io.memory import peak_rss_bytes
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
+from aspec.needs import folders
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Plan

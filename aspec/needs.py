@@ -197,7 +197,9 @@ def _activation_bytes(target: Model, wishes: Wishes) -> int:
     waiting = joining * (hidden * item + wishes.capacity)  # their hidden states, and what each may see
     layer = tokens * 3 * wide * item
     if wishes.attention_resource == CPU:
-        return waiting + tokens * 2 * hidden * item + _split_bytes(target, wishes, verified) + attention + max(layer, head)
+        return (
+            waiting + tokens * 2 * hidden * item + _split_bytes(target, wishes, verified) + attention + max(layer, head)
+        )
     return waiting + tokens * 2 * hidden * item + max(attention, layer, head)
 
 

@@ -118,12 +118,7 @@ class Plan:
         return self.max_draft_tokens if self.speculation is Speculation.TREE else 0
 
     @property
-    def _sum(arithmetic: Mapping[str, int]) -> str:
-    terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in arithmetic.items() if nbytes)
-    return f"{terms} = {format_bytes(sum(arithmetic.values()))}"
-
-
-def draft_slots(self) -> int:
+    def draft_slots(self) -> int:
         """The same for the draft, which also sees nodes that are pruned, and those it grows ahead."""
         return draft_slots(self.speculation, self.max_draft_tokens)
 

@@ -75,7 +75,8 @@ class Open:
 
 def rows_for(num_prompts: int) -> tuple[int, ...]:
     """Row counts worth a look for so many prompts: all of them at once is one of them."""
-    return (*(rows for rows in ROWS if rows < num_prompts), min(num_prompts, ROWS[-1]))
+    most = min(num_prompts, ROWS[-1])
+    return (*(rows for rows in ROWS if rows < most), most)
 
 
 def search(

@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from aspec.api import run
-from aspec.design import design
 from aspec.chrome import read_trace, write_trace
 from aspec.console import Console
+from aspec.design import design
 from aspec.errors import InternalError, UserError
 from aspec.flags import TraceFlags
 from aspec.generation import Job, as_object, prepare, run_job

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from aspec.needs import is_exact
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.errors import DivergenceError
 from aspec.monitor import Monitor
+from aspec.needs import is_exact
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.penalties import Context

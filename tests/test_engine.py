@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import aspec
-from aspec.needs import DEMO
 from aspec.engine import open_engine
 from aspec.errors import BudgetError, NumericError, PromptError, ReadError, UserError, VocabularyError
+from aspec.needs import DEMO
 from aspec.params import SamplingParams
 from aspec.races import find_races
 from aspec.tasks.task import Op

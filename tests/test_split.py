@@ -441,7 +441,8 @@ def test_a_split_layer_is_learned_as_a_whole(num_items, attention, expected):
             learn(costs, Op.ATTEND, item, layer, 0.0, attention)
         for item in items:
             learn(costs, Op.FFN, item, layer, 0.0, 2.0)
-    rounds = dict(costs.round_seconds(0.0, 1, 4 * num_items, (0, 0)))
+    plan = make_plan(num_layers=1, resident=(0, 1), num_slots=0)
+    rounds = dict(costs.round_seconds(plan, 0.0, 4 * num_items))
     assert rounds[4 * num_items] == pytest.approx(expected, rel=1e-3)
 
 
@@ -454,4 +455,5 @@ def test_a_round_of_several_items_is_one_sample_of_speed():
         for item, stop in zip(items, (start + 8, start + 10), strict=True):
             task = Task(0, Op.ACCEPT, CPU, 0, (Access("a", "b"),), item=item, number=number)
             costs.observe(Span(task, stop - 1, stop, (RowOutcome(item.index, 0, 0, 5, False),)))
+        costs.end_round(number, start + 10)
         assert costs.tokens_per_s == pytest.approx(1.0)

@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from aspec.needs import DEMO
 from aspec.engine import open_engine
+from aspec.needs import DEMO
 from aspec.params import SamplingParams
 from aspec.plan import Plan, PlannedPart, Speculation
 from aspec.simulation import Profile, simulate

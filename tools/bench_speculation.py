@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from aspec.needs import DEMO
 from aspec.engine import open_engine
+from aspec.needs import DEMO
 from aspec.params import SamplingParams
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aspec.needs import DEMO
 from aspec.chrome import TRACKS_PER_LANE, assign_tracks, read_trace
 from aspec.frame import Frame
 from aspec.io.sim import Profile
 from aspec.monitor import Monitor
+from aspec.needs import DEMO
 from aspec.plan import Plan, PlannedPart, Tier
 from aspec.simulation import simulate
 from aspec.snapshot import Snapshot

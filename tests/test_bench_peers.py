@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import bench_peers
+from tools import bench_peers, contest
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "aspec" / "demo"
@@ -64,8 +64,10 @@ def test_tokens_are_compared_with_the_reference_in_memory(tokens, same):
 
 
 def test_a_child_that_dies_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_peers, "DROP_CACHES", tmp_path / "no" / "such")  # spare the machine's cache
-    job = bench_peers.Job("in memory", str(tmp_path / "nothing"), str(tmp_path), ["a"], tokens=1)
+    monkeypatch.setattr(contest, "DROP_CACHES", tmp_path / "no" / "such")  # spare the machine's cache
+    job = bench_peers.Job(
+        contender="in memory", target=str(tmp_path / "nothing"), draft=str(tmp_path), prompts=["a"], tokens=1
+    )
     record = bench_peers.run_child(job, limit=None)
     assert record["contender"] == "in memory"
     assert record["failure"].startswith("exit code 1\n")

@@ -1,16 +1,22 @@
 """Expansion keeps the function: same logits and greedy tokens, in many shards, the same bytes for the same seed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from aspec.assembly import DEMO
+from aspec.engine import open_engine
+from aspec.params import SamplingParams
 from tools import expand
 
 PROMPT = torch.tensor([[3, 17, 40, 8, 91, 22]])
 LARGER = ["--hidden", "128", "--intermediate", "150", "--layers", "7", "--heads", "8", "--kv-heads", "4"]
+SPARSE = [*LARGER, "--intermediate", "160", "--experts", "4"]
 EXACT = ["--dtype", "fp32", "--noise", "0"]
 
 
@@ -57,6 +63,62 @@ def test_same_function(source, tmp_path, head_dim, layers):
     assert new_tokens.tolist() == old_tokens.tolist()
     assert len(set(old_tokens[0].tolist())) > 8
     torch.testing.assert_close(new_logits, old_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ["3", "4", "9"], ids=["same depth", "one split", "idle layers"])
+def test_experts_compute_the_same_function(source, tmp_path, layers):
+    arguments = [*SPARSE, "--layers", layers, *EXACT]
+    expand.main([str(source), str(tmp_path / "large"), *arguments])
+    old_logits, old_tokens = logits_and_tokens(source)
+    new_logits, new_tokens = logits_and_tokens(tmp_path / "large")
+    assert new_tokens.tolist() == old_tokens.tolist()
+    torch.testing.assert_close(new_logits, old_logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_experts_differ_and_so_do_the_routes(source, tmp_path):
+    expand.main([str(source), str(tmp_path / "large"), *SPARSE])
+    model = load(tmp_path / "large")
+    config = model.config
+    assert (config.model_type, config.num_experts_per_tok, config.sliding_window) == ("mixtral", 2, None)
+    up_and_gate, down = (model.model.layers[0].mlp.experts.get_parameter(n) for n in ("gate_up_proj", "down_proj"))
+    assert len({tensor.numpy().tobytes() for fused in (up_and_gate, down) for tensor in fused}) == 2 * 4
+    _, tokens = logits_and_tokens(tmp_path / "large")
+    for scores in model(tokens, output_router_logits=True).router_logits:
+        best = scores.softmax(-1).topk(2)
+        assert len({tuple(sorted(pair)) for pair in best.indices.tolist()}) > 2
+        assert best.indices.unique().tolist() == [0, 1, 2, 3]
+        assert (best.values / best.values.sum(-1, keepdim=True)).std(0).min() > 0.01
+
+
+def test_experts_have_the_names_that_mixtral_was_published_with(source, tmp_path):
+    expand.main([str(source), str(tmp_path / "ours"), *SPARSE])
+    load(tmp_path / "ours").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    with (
+        safe_open(tmp_path / "ours" / "model.safetensors", "pt") as ours,
+        safe_open(tmp_path / "theirs" / "model.safetensors", "pt") as theirs,
+    ):
+        assert set(ours.keys()) == set(theirs.keys())
+        assert "model.layers.6.block_sparse_moe.experts.3.w2.weight" in set(ours.keys())
+        assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in set(ours.keys()))
+
+
+async def test_aspec_streams_experts_to_the_tokens_of_the_demo_target(tmp_path):
+    expand.main([str(DEMO / "target"), str(tmp_path / "large"), "--experts", "4", "--layers", "10"])
+    models = {"draft": DEMO / "draft", "dtype": "float32", "speculation": "chain", "num_draft_tokens": 8}
+    models |= {"max_batch": 1, "max_context": 128}
+    last = []
+    for target, budget in ((tmp_path / "large", 96 << 20), (DEMO / "target", 1 << 30)):
+        async with open_engine(target=target, device_memory=budget, **models) as engine:
+            assert bool(engine.plan.streamed) == (target != DEMO / "target")
+            prompt = engine.tokenizer.encode("def main(argv):")
+            pieces = [piece async for piece in engine.stream(prompt, SamplingParams(24, ignore_eos=True))]
+        last.append(([token for piece in pieces for token in piece.token_ids], pieces[-1].stats.passes))
+    with torch.inference_mode():
+        expected = load(DEMO / "target").generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+    assert last[0][0] == expected[0, len(prompt) :].tolist()
+    assert last[0] == last[1]  # the draft is accepted as it is for the demo target
+    assert last[0][1] < 8
 
 
 def test_factor_of_three_keeps_bf16_weights_exact(tmp_path):
@@ -106,6 +168,25 @@ def test_chosen_shape_has_the_asked_size(nbytes):
     assert 30 < shape.hidden / shape.layers < 220
 
 
+@pytest.mark.parametrize("nbytes", [200e6, 500e6, 2e9, 8e9, 140e9])
+def test_chosen_shape_of_experts_has_the_asked_size(nbytes):
+    source = expand.Shape(256, 704, 8, 8, 4, 32, 4096, experts=8)
+    shape = expand.choose_shape(source, int(nbytes / 2))
+    expand.check_shape(replace(source, experts=0), shape)
+    assert shape.num_params() * 2 == pytest.approx(nbytes, rel=0.03)
+    assert 20 < shape.hidden / shape.layers < 100
+
+
+def test_written_experts_have_the_asked_size(source, tmp_path):
+    expand.main([str(source), str(tmp_path / "large"), "--size", "1MB", "--experts", "4"])
+    config = json.loads((tmp_path / "large" / "config.json").read_text())
+    shape = expand.Shape.of_config(config)
+    assert shape == replace(shape, experts=4)
+    written = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+    assert written == pytest.approx(2 * shape.num_params(), rel=0.03)
+    assert written == pytest.approx(1e6, rel=0.1)
+
+
 def test_refuses_what_it_cannot_expand(source, tmp_path):
     tied = write_source(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(ValueError, match="tie_word_embeddings"):
@@ -114,6 +195,10 @@ def test_refuses_what_it_cannot_expand(source, tmp_path):
         expand.main([str(source), str(tmp_path / "large"), "--hidden", "80"])
     with pytest.raises(ValueError, match="layers must not shrink"):
         expand.main([str(source), str(tmp_path / "large"), "--layers", "2"])
+    with pytest.raises(ValueError, match="experts must be 0 or at least 2"):
+        expand.main([str(source), str(tmp_path / "large"), "--experts", "1"])
+    with pytest.raises(ValueError, match="whole 16s"):
+        expand.main([str(source), str(tmp_path / "large"), *LARGER, "--experts", "4"])
     with pytest.raises(ValueError, match="not empty"):
         expand.main([str(source), str(source)])
     assert not (tmp_path / "large").exists()

@@ -26,36 +26,30 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspec.io.memory import peak_rss_bytes
 from aspec.units import parse_bytes
+from tools import contest
+from tools.contest import Record, drop_page_cache, same_tokens
 
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"
 WARMUP_TOKENS = 2
 PROBE_S = 0.5  # one probe of the raw disk rate
-DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-Record = dict[str, Any]  # what is known of one run; goes to --json as it is
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class Job(contest.Task):
     """What a child is asked to do; travels as JSON."""
 
-    contender: str
-    target: str
     draft: str
     prompts: list[str]
     tokens: int
@@ -63,7 +57,6 @@ class Job:
     resident: int | None = None  # bytes of weights that aspec keeps resident at most
     dtype: str = "auto"  # the checkpoint's
     threads: int | None = None
-    cgroup: str | None = None  # the folder of the cgroup to join before anything is loaded
 
 
 @dataclass
@@ -127,15 +120,7 @@ async def open_transformers(
     async def facts() -> Record:
         return {"device_map": getattr(model, "hf_device_map", None)}
 
-    with tempfile.TemporaryDirectory(prefix="aspec-offload-") as folder:
-        offload = {"device_map": "auto", "max_memory": {"cpu": job.memory}, "offload_folder": folder}
-        model = AutoModelForCausalLM.from_pretrained(job.target, dtype=job.dtype, **(offload if job.memory else {}))
-        if job.memory and "disk" not in getattr(model, "hf_device_map", {}).values():
-            raise SystemExit(f"nothing is on disk with {job.memory} bytes in memory: give a smaller --offload-memory")
-        for parameter in model.parameters() if copied else ():
-            if parameter.device.type == "cpu":  # not on disk: copy it out of the mapped file
-                parameter.data = parameter.data.clone()
-        model.generation_config.eos_token_id = None  # go on past end tokens
+    with contest.load_transformers(job.target, job.dtype, job.memory, copied) as model:
         draft = None
         if assistant is not None:
             draft = AutoModelForCausalLM.from_pretrained(job.draft, dtype=job.dtype)
@@ -172,8 +157,7 @@ BEST_ASSISTED = "accelerate+assistant"
 
 async def measure(job: Job) -> Record:
     """A child's whole life; with several prompts their counts and seconds add up."""
-    if job.cgroup:
-        (Path(job.cgroup) / "cgroup.procs").write_text(str(os.getpid()))
+    job.join_cgroup()
     import torch
     from transformers import AutoTokenizer
 
@@ -214,116 +198,35 @@ def summed(runs: Sequence[tuple[float, Arrivals]]) -> Record:
     }
 
 
-def drop_page_cache(folder: str) -> str:
-    """Forget the checkpoint's cached pages, those that nobody maps; returns how."""
-    with contextlib.suppress(OSError):
-        DROP_CACHES.write_text("1")
-        return str(DROP_CACHES)
-    for file in Path(folder).glob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return "posix_fadvise"
-
-
-MEMORY_FILES = "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control"
-CGROUP_FILES = {  # versions 1 and 2: what limits memory, what limits swap, the peak, the count of kills
-    Path("/sys/fs/cgroup/memory"): MEMORY_FILES,
-    Path("/sys/fs/cgroup"): ("memory.max", "memory.swap.max", "memory.peak", "memory.events"),
-}
-
-
-@contextlib.contextmanager
-def memory_cgroup(limit: int | None) -> Iterator[Path | None]:
-    """A fresh cgroup for one child, without swap; None without a limit or where none can be made."""
-    root = next((root for root in CGROUP_FILES if (root / "cgroup.procs").exists()), None)
-    if limit is None or root is None:
-        yield None
-        return
-    memory, swap, *_ = CGROUP_FILES[root]
-    folder, limited = root / f"aspec-bench-{os.getpid()}", False
-    with contextlib.suppress(OSError):
-        if (control := root / "cgroup.subtree_control").exists():
-            control.write_text("+memory")
-        folder.mkdir()
-        (folder / memory).write_text(str(limit))
-        limited = True
-        (folder / swap).write_text("0" if swap == "memory.swap.max" else str(limit))
-    try:
-        yield folder if limited else None
-    finally:
-        if folder.is_dir():
-            folder.rmdir()
-
-
-def cgroup_facts(folder: Path) -> Record:
-    """The most that was charged, page cache included, and how often the limit killed."""
-    *_, peak, events = CGROUP_FILES[folder.parent]
-    peak_bytes = int((folder / peak).read_text()) if (folder / peak).exists() else None
-    kills = [line.split()[1] for line in (folder / events).read_text().splitlines() if line.startswith("oom_kill ")]
-    return {"cgroup_peak_bytes": peak_bytes, "limit_kills": sum(map(int, kills))}
-
-
 def run_child(job: Job, limit: int | None) -> Record:
     """Run a job in a process of its own; the record has ``failure`` where there is no result."""
-    drop_page_cache(job.target)
-    with memory_cgroup(limit) as folder, tempfile.TemporaryDirectory() as scratch:
-        job = replace(job, cgroup=str(folder) if folder else None)
-        command = [sys.executable, __file__, "--child", json.dumps(asdict(job))]
-        environment = {**os.environ, **CONTENDERS[job.contender].environment, "TMPDIR": scratch}
-        child = subprocess.run(command, capture_output=True, text=True, start_new_session=True, env=environment)
-        record: Record = {"contender": job.contender, **(cgroup_facts(folder) if folder else {})}
-    if child.returncode == 0:
-        return record | json.loads(child.stdout.splitlines()[-1])
-    why = "killed by the memory limit, " if record.get("limit_kills") else ""
-    last = [line for line in child.stderr.splitlines() if line.strip()][-4:]
-    return record | {"failure": "\n    ".join([f"{why}exit code {child.returncode}", *last])}
+    return contest.run_child(__file__, job, limit, CONTENDERS[job.contender].environment)
 
 
 def plan_runs(options: argparse.Namespace) -> Iterator[tuple[str, Job, int | None]]:
     """Stage, job and memory limit of every run: the rounds, then the checks in fp32."""
     common = {"draft": options.draft, "prompts": options.prompt or [PROMPT], "threads": options.threads}
-    for index in range(options.rounds):
-        turn = index % len(options.only)
-        for name in options.only[turn:] + options.only[:turn]:
-            option = CONTENDERS[name].memory_option
-            job = Job(name, options.target, tokens=options.tokens, memory=vars(options).get(option), **common)
-            yield f"round {index}", job, options.memory_limit if option else None
+    for stage, name in contest.in_turns(options.only, options.rounds):
+        option = CONTENDERS[name].memory_option
+        memory = vars(options).get(option)
+        job = Job(contender=name, target=options.target, tokens=options.tokens, memory=memory, **common)
+        yield stage, job, options.memory_limit if option else None
     target, tokens = options.check_target or options.target, options.check_tokens
     half = sum(file.stat().st_size for file in Path(target).glob("*.safetensors"))  # bf16 on disk, fp32 in memory
     for name in options.only if tokens else ():
         memory = {"memory": half if CONTENDERS[name].memory_option == "offload_memory" else None, "resident": half}
-        yield "fp32", Job(name, target, tokens=tokens, dtype="float32", **memory, **common), None
-
-
-def same_tokens(records: Sequence[Record]) -> dict[str, bool]:
-    """Whether each one's fp32 tokens are those of the last that has any: the reference in memory, unless it died."""
-    checks = [record for record in records if record["stage"] == "fp32"]
-    reference = next((check["tokens"] for check in reversed(checks) if "tokens" in check), None)
-    return {check["contender"]: reference is not None and check.get("tokens") == reference for check in checks}
-
-
-def spread(values: Sequence[float | None]) -> Record | None:
-    """Median, least and most of what is known."""
-    known = [value for value in values if value is not None]
-    return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
+        job = Job(contender=name, target=target, tokens=tokens, dtype="float32", **memory, **common)
+        yield "fp32", job, None
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Record]:
-    """A row per contender; ``ratio`` is aspec's speed over its own in the same round."""
-    runs = {name: [r for r in records if r["contender"] == name and r["stage"] != "fp32"] for name in CONTENDERS}
-    done = {name: [run for run in own if "failure" not in run] for name, own in runs.items()}
-    speeds = {name: {run["stage"]: run["whole_tokens_per_s"] for run in own} for name, own in done.items()}
+    """A row per contender, and one for the better assistant; ``ratio`` is aspec's speed over its own."""
+    runs = contest.timed_runs(records, CONTENDERS)
+    speeds = {name: [run["whole_tokens_per_s"] for run in runs[name] if "failure" not in run] for name in ASSISTED}
     assisted = [name for name in ASSISTED if speeds[name]]
     if assisted:
-        best = max(assisted, key=lambda name: statistics.median(speeds[name].values()))
-        runs[BEST_ASSISTED], speeds[BEST_ASSISTED] = runs[best], speeds[best]
-    rows: dict[str, Record] = {}
-    for name in filter(runs.get, runs):
-        shared = speeds["aspec"].keys() & speeds[name].keys()
-        rows[name] = {key: spread([run.get(key) for run in runs[name]]) for key, *_ in COLUMNS}
-        rows[name]["ratio"] = spread([speeds["aspec"][stage] / speeds[name][stage] for stage in shared])
-        rows[name] |= {"runs": len(speeds[name]), "failed": len(runs[name]) - len(speeds[name])}
-    return rows
+        runs[BEST_ASSISTED] = runs[max(assisted, key=lambda name: statistics.median(speeds[name]))]
+    return contest.summarise(runs, COLUMNS, speed="whole_tokens_per_s", base="aspec")
 
 
 COLUMNS = (  # key, title, unit, decimals
@@ -338,33 +241,7 @@ COLUMNS = (  # key, title, unit, decimals
 
 def table(rows: dict[str, Record]) -> str:
     """For people: medians and, in brackets, the range over the rounds; a markdown table."""
-    lines = ["| | " + " | ".join(title for _, title, _, _ in COLUMNS) + " | runs |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, row in rows.items():
-        cells = []
-        for key, _, unit, decimals in COLUMNS:
-            values = [f"{value / unit:.{decimals}f}" for value in (row[key] or {}).values()]
-            cells.append(f"{values[0]} ({values[1]}-{values[2]})" if values else "-")
-        failed = f", {row['failed']} failed" if row["failed"] else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['runs']}{failed} |")
-    return "\n".join(lines)
-
-
-def machine_facts(options: argparse.Namespace) -> Record:
-    """What the figures hold for."""
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    with memory_cgroup(options.memory_limit) as folder:
-        limit = f"{options.memory_limit} bytes, {folder.parent}" if folder else "none (not wanted or not possible)"
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "memory_limit": limit,
-        "page_cache_dropped_by": drop_page_cache(options.target),
-        "commit": commit.stdout.strip(),
-    }
+    return contest.table(rows, COLUMNS)
 
 
 def main() -> int:
@@ -384,7 +261,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
-    machine, records = machine_facts(options), []
+    machine, records = contest.machine_facts(options.target, options.memory_limit), []
     print(json.dumps(machine), file=sys.stderr)
     said = "{whole_tokens_per_s:.2f} tokens/s in {seconds:.1f} s, loaded in {load_s:.1f} s, {threads} threads"
     with contextlib.suppress(KeyboardInterrupt):

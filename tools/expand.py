@@ -1,6 +1,7 @@
 """Grow a small trained Llama checkpoint into a larger shape that computes the same function.
 
     python tools/expand.py aspec/demo/target /tmp/target-2gb --size 2GB
+    python tools/expand.py aspec/demo/target /tmp/experts-2gb --size 2GB --experts 8
 
 Gigabytes of real bytes, with the small model's text and hence its draft's real acceptance. How each dimension grows:
 
@@ -12,11 +13,13 @@ head size     Integer factor k: old rotary frequency i is new frequency i * k, t
 intermediate  Every new unit copies an old one; down_proj is split.
 layers        A source layer becomes an attention-only and an MLP-only layer while there is room; further layers are
               copies that write nothing.
+experts       Each is the grown MLP with a shuffle of its own, so any mixture whose weights sum to 1 is that MLP. The
+              router is random: every token has its own two. The checkpoint is a Mixtral's, in its published names.
 
 Splits are powers of two that sum to 1. So, with a head size factor of 1, 4 or 16, bf16 weights stay exact and logits
 differ from the source's only by the order of summation. Channels, heads and units are shuffled: real weights lie in
 every part of every tensor. Weights that ought to be zero get `--noise` times the source tensor's spread.
-The file holds shapes, axes, tensors, files, entry, in this order; no model code.
+The file holds shapes, tensors, files, entry, in this order, axes.py what one dimension does; no model code.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import math
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +37,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.axes import Axis, all_dims, copies, grow_heads, identity, nothing, rotary_dims, value_dims
 
 DTYPES = {"bf16": (torch.bfloat16, "BF16", "bfloat16"), "fp32": (torch.float32, "F32", "float32")}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -42,14 +49,20 @@ CONFIG_KEYS = {"hidden": "hidden_size", "intermediate": "intermediate_size", "la
 CONFIG_KEYS |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 BLOCK_ELEMENTS = 2**24  # weights that are built and written at a time
 HIDDEN_PER_LAYER = 96  # usual width / depth: Llama-2-7B 4096 / 32 = 128, TinyLlama 2048 / 22 = 93
+HIDDEN_PER_SPARSE_LAYER = 40  # Qwen3-30B-A3B 2048 / 48 = 43; one tensor holds half of all experts: many thin layers
 HIDDEN_FACTORS = sorted([2**i for i in range(8)] + [3 * 2**i for i in range(6)])
 INTERMEDIATE_STEP = 64  # keeps GEMM shapes even
+SPARSE_STEP = 16  # the same for experts, of which a layer has several; grouped products take no odd widths
 FREE = 0.5  # spread of weights whose value cannot matter, relative to the source tensor's
+EXPERTS_PER_TOKEN = 2
+SPARSE_CONFIG = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+SPARSE_CONFIG |= {"num_experts_per_tok": EXPERTS_PER_TOKEN, "router_jitter_noise": 0.0}
+LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama checkpoint; field names are the command line's."""
+    """The sizes of a checkpoint; field names are the command line's."""
 
     hidden: int
     intermediate: int
@@ -58,23 +71,26 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+    experts: int = 0  # of a layer, `intermediate` is of each; 0: the MLP is dense
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> "Shape":
         """Read the sizes from a `config.json`."""
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         sizes = {name: config[key] for name, key in CONFIG_KEYS.items() if name != "head_dim"}
-        return cls(**sizes, head_dim=head_dim, vocab=config["vocab_size"])
+        sizes |= {"head_dim": head_dim, "vocab": config["vocab_size"], "experts": config.get("num_local_experts", 0)}
+        return cls(**sizes)
 
     def num_params(self) -> int:
         """Weights of the whole checkpoint, embedding and head untied."""
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim
-        layers = self.layers * (attention + 3 * self.intermediate + 2)
+        layers = self.layers * (attention + 3 * self.intermediate * max(1, self.experts) + self.experts + 2)
         return self.hidden * (2 * self.vocab + layers + 1)
 
 
 def choose_shape(source: Shape, num_params: int) -> Shape:
     """The expansion of `source` nearest the usual width per depth at `num_params` weights; ValueError if none is."""
+    step, usual = (SPARSE_STEP, HIDDEN_PER_SPARSE_LAYER) if source.experts else (INTERMEDIATE_STEP, HIDDEN_PER_LAYER)
     candidates = []
     for factor in HIDDEN_FACTORS:
         wide = _widen(source, factor)
@@ -83,18 +99,26 @@ def choose_shape(source: Shape, num_params: int) -> Shape:
         if layers >= source.layers:
             candidates.append(replace(wide, layers=layers))
     if not candidates:
-        raise ValueError(f"{num_params} weights are too few: the source itself has {source.num_params()}")
-    best = min(candidates, key=lambda shape: abs(math.log(shape.hidden / shape.layers / HIDDEN_PER_LAYER)))
-    missing = round((num_params - best.num_params()) / (3 * best.hidden * best.layers * INTERMEDIATE_STEP))
-    return replace(best, intermediate=max(source.intermediate, best.intermediate + missing * INTERMEDIATE_STEP))
+        raise ValueError(f"{num_params} weights are too few: the smallest expansion has {source.num_params()}")
+    best = min(candidates, key=lambda shape: abs(math.log(shape.hidden / shape.layers / usual)))
+    units_of_a_step = best.layers * max(1, best.experts) * step
+    missing = round((num_params - best.num_params()) / (3 * best.hidden * units_of_a_step))
+    return replace(best, intermediate=max(source.intermediate, best.intermediate + missing * step))
 
 
 def _widen(source: Shape, factor: int) -> Shape:
-    """`source` with its widths times `factor`, and heads of up to 128 dimensions."""
+    """`source` with its widths times `factor`, and heads of up to 128 dimensions.
+
+    The experts that one token uses have as many units together as a dense MLP.
+    """
     head_dim = source.head_dim * (4 if factor >= 4 and source.head_dim <= 32 else 1)
     heads = factor * source.heads * source.head_dim // head_dim
     kv_heads = source.kv_heads * (2 if factor >= 16 else 1)
-    wide = replace(source, hidden=source.hidden * factor, intermediate=source.intermediate * factor)
+    intermediate = source.intermediate * factor
+    if source.experts:
+        intermediate = max(source.intermediate, intermediate // EXPERTS_PER_TOKEN)
+        intermediate += -intermediate % SPARSE_STEP
+    wide = replace(source, hidden=source.hidden * factor, intermediate=intermediate)
     return replace(wide, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
@@ -106,78 +130,12 @@ def check_shape(source: Shape, target: Shape) -> None:
             raise ValueError(f"{name} must not shrink: the source has {old}, asked for {new}")
         if name in ("hidden", "kv_heads", "head_dim") and new % old:
             raise ValueError(f"{name} must be a multiple of the source's {old}, asked for {new}")
+    if target.experts and target.experts < EXPERTS_PER_TOKEN:
+        raise ValueError(f"experts must be 0 or at least {EXPERTS_PER_TOKEN}, asked for {target.experts}")
+    if target.experts and target.intermediate % SPARSE_STEP:
+        raise ValueError(f"experts need an intermediate of whole {SPARSE_STEP}s, asked for {target.intermediate}")
     if target.heads % target.kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads {target.kv_heads}, asked for {target.heads}")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """How a dimension grows: new position i takes source position `index[i]` times `scale[i]`; -1 takes nothing."""
-
-    index: torch.Tensor  # [new size] int64
-    scale: torch.Tensor  # [new size] fp32
-
-    def unscaled(self) -> "Axis":
-        """The same positions, repeated instead of split."""
-        return Axis(self.index, torch.ones_like(self.scale))
-
-
-def identity(size: int) -> Axis:
-    """An axis that does not grow."""
-    return Axis(torch.arange(size), torch.ones(size))
-
-
-def nothing(size: int) -> Axis:
-    """An axis of `size` positions without a source."""
-    return Axis(torch.full((size,), -1), torch.zeros(size))
-
-
-def split_one(parts: int) -> torch.Tensor:
-    """`parts` powers of two that sum to 1, as even as possible, [parts] fp32."""
-    whole = 2 ** (parts.bit_length() - 1)
-    halved = parts - whole
-    return torch.tensor([1 / whole] * (whole - halved) + [0.5 / whole] * (2 * halved))
-
-
-def copies(old: int, new: int, generator: torch.Generator) -> Axis:
-    """`new` shuffled positions that share out copies of `old` sources; the scales of a source's copies sum to 1."""
-    axis = nothing(new)
-    places = torch.randperm(new, generator=generator)
-    for source in range(old):
-        own = places[source::old]
-        axis.index[own], axis.scale[own] = source, split_one(len(own))
-    return axis
-
-
-def grow_heads(source: Shape, target: Shape, generator: torch.Generator) -> tuple[Axis, Axis]:
-    """(query heads, kv heads): each new kv head copies an old one, its query heads copy heads of the old group."""
-    kv = torch.randperm(target.kv_heads, generator=generator) % source.kv_heads
-    old_group, group = source.heads // source.kv_heads, target.heads // target.kv_heads
-    queries = nothing(target.heads)
-    for old in range(source.kv_heads):
-        places = (torch.nonzero(kv == old) * group + torch.arange(group)).flatten()
-        part = copies(old_group, len(places), generator)
-        queries.index[places], queries.scale[places] = part.index + old * old_group, part.scale
-    return queries, Axis(kv, torch.ones(len(kv)))
-
-
-def rotary_dims(old: int, new: int, scale: float) -> Axis:
-    """Query or key dimensions of one head: rotary pair i (dimensions i and i + half) moves to pair i * factor."""
-    axis, source = nothing(new), torch.arange(old)
-    place = source % (old // 2) * (new // old) + source // (old // 2) * (new // 2)
-    axis.index[place], axis.scale[place] = source, scale
-    return axis
-
-
-def value_dims(old: int, new: int) -> Axis:
-    """Value dimensions of one head: each repeated, with scales that sum to 1."""
-    return Axis(torch.arange(old).repeat_interleave(new // old), split_one(new // old).repeat(old))
-
-
-def all_dims(heads: Axis, dims: Axis, old_head_dim: int) -> Axis:
-    """The axis of all dimensions of all heads, head-major."""
-    index = torch.where(dims.index < 0, -1, heads.index[:, None] * old_head_dim + dims.index)
-    return Axis(index.flatten(), (heads.scale[:, None] * dims.scale).flatten())
 
 
 @dataclass(frozen=True)
@@ -254,32 +212,44 @@ class Expansion:
         yield Growth("model.embed_tokens.weight", "model.embed_tokens.weight", words, self.writes, self.noise)
         for number, plan in enumerate(plan_layers(self.source.layers, self.target.layers)):
             new, old = f"model.layers.{number}.", f"model.layers.{plan.source}."
-            for name, rows, columns, fill in [*self._attention(new, plan), *self._mlp(new, plan)]:
-                yield Growth(f"{new}{name}.weight", f"{old}{name}.weight", rows, columns, fill)
+            for part in [*self._attention(new, plan), *self._mlp(new, plan)]:
+                yield replace(part, name=f"{new}{part.name}.weight", source=f"{old}{part.source}.weight")
         yield Growth("model.norm.weight", "model.norm.weight", identity(1), self.writes, self.noise)
         yield Growth("lm_head.weight", "lm_head.weight", words, self.reads, self.noise)
 
-    def _attention(self, layer: str, plan: LayerPlan) -> Iterator[tuple[str, Axis, Axis, float]]:
-        """Name, rows, columns and fill of the attention half's tensors."""
+    def _attention(self, layer: str, plan: LayerPlan) -> Iterator[Growth]:
+        """The attention half's tensors, with names as within a layer."""
         old, new = self.source.head_dim, self.target.head_dim
         queries, kv = grow_heads(self.source, self.target, self.generator(f"{layer}heads"))
         values = value_dims(old, new)
         query_rows = all_dims(queries.unscaled(), rotary_dims(old, new, math.sqrt(new / old)), old)
+        key_rows = all_dims(kv, rotary_dims(old, new, 1.0), old)
         output = all_dims(queries, values, old) if plan.attention else nothing(self.target.heads * new)
-        yield "input_layernorm", identity(1), self.writes, FREE
-        yield "self_attn.q_proj", query_rows, self.reads, self.noise
-        yield "self_attn.k_proj", all_dims(kv, rotary_dims(old, new, 1.0), old), self.reads, FREE
-        yield "self_attn.v_proj", all_dims(kv, values.unscaled(), old), self.reads, FREE
-        yield "self_attn.o_proj", self.writes, output, self.noise
+        yield Growth("input_layernorm", "input_layernorm", identity(1), self.writes, FREE)
+        yield Growth("self_attn.q_proj", "self_attn.q_proj", query_rows, self.reads, self.noise)
+        yield Growth("self_attn.k_proj", "self_attn.k_proj", key_rows, self.reads, FREE)
+        yield Growth("self_attn.v_proj", "self_attn.v_proj", all_dims(kv, values.unscaled(), old), self.reads, FREE)
+        yield Growth("self_attn.o_proj", "self_attn.o_proj", self.writes, output, self.noise)
 
-    def _mlp(self, layer: str, plan: LayerPlan) -> Iterator[tuple[str, Axis, Axis, float]]:
-        """Name, rows, columns and fill of the MLP half's tensors."""
+    def _mlp(self, layer: str, plan: LayerPlan) -> Iterator[Growth]:
+        """The MLP half's tensors, with names as within a layer."""
+        yield Growth("post_attention_layernorm", "post_attention_layernorm", identity(1), self.writes, FREE)
+        if not self.target.experts:
+            yield from self._units(layer, plan, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+            return
+        router = nothing(self.target.experts), nothing(self.target.hidden)
+        yield Growth("block_sparse_moe.gate", "mlp.gate_proj", *router, FREE)
+        for number in range(self.target.experts):
+            expert = f"block_sparse_moe.experts.{number}."
+            yield from self._units(f"{layer}{expert}", plan, f"{expert}w1", f"{expert}w3", f"{expert}w2")
+
+    def _units(self, place: str, plan: LayerPlan, gate: str, up: str, down: str) -> Iterator[Growth]:
+        """An MLP's three tensors, whose names are given; `place` seeds the shuffle of its units."""
         size = self.target.intermediate
-        units = copies(self.source.intermediate, size, self.generator(f"{layer}units"))
-        yield "post_attention_layernorm", identity(1), self.writes, FREE
-        yield "mlp.gate_proj", units.unscaled(), self.reads, FREE
-        yield "mlp.up_proj", units.unscaled(), self.reads, FREE
-        yield "mlp.down_proj", self.writes, units if plan.mlp else nothing(size), self.noise
+        units = copies(self.source.intermediate, size, self.generator(f"{place}units"))
+        yield Growth(gate, "mlp.gate_proj", units.unscaled(), self.reads, FREE)
+        yield Growth(up, "mlp.up_proj", units.unscaled(), self.reads, FREE)
+        yield Growth(down, "mlp.down_proj", self.writes, units if plan.mlp else nothing(size), self.noise)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -345,6 +315,15 @@ def write_weights(source: Path, target: Path, expansion: Expansion, dtype: str, 
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def grown_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """The source's `config.json` with the sizes of `shape`, a Mixtral's where that has experts."""
+    config = config | {key: getattr(shape, name) for name, key in CONFIG_KEYS.items()}
+    if not shape.experts:
+        return config
+    kept = {key: value for key, value in config.items() if key not in LLAMA_ONLY}
+    return kept | SPARSE_CONFIG | {"num_local_experts": shape.experts}
+
+
 def expand(source: Path, target: Path, shape: Shape, options: argparse.Namespace) -> None:
     """Write the expansion of the checkpoint in `source` to the folder `target`; ValueError if it holds anything."""
     if target.exists() and any(target.iterdir()):
@@ -353,8 +332,8 @@ def expand(source: Path, target: Path, shape: Shape, options: argparse.Namespace
     expansion = Expansion(Shape.of_config(config), shape, options.seed, options.noise)
     target.mkdir(parents=True, exist_ok=True)
     write_weights(source, target, expansion, options.dtype, options.shard_size)
-    config |= {key: getattr(shape, name) for name, key in CONFIG_KEYS.items()}
-    (target / "config.json").write_text(json.dumps(config | {"dtype": DTYPES[options.dtype][2]}, indent=2))
+    config = grown_config(config, shape) | {"dtype": DTYPES[options.dtype][2]}
+    (target / "config.json").write_text(json.dumps(config, indent=2))
     for path in (path for pattern in COPIED_FILES for path in source.glob(pattern)):
         shutil.copyfile(path, target / path.name)
 
@@ -376,6 +355,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--size", type=parse_size, help="bytes of weights, such as 2GB: picks a shape")
     for name in CONFIG_KEYS:
         add("--" + name.replace("_", "-"), type=int, help="overrides --size's shape, or the source's")
+    add("--experts", type=int, default=0, help="experts per layer, two of them for each token (default: none)")
     add("--dtype", choices=DTYPES, default="bf16", help="dtype of the weights (default: %(default)s)")
     add("--shard-size", type=parse_size, default=500 * 10**6, help="largest file (default: 500MB)")
     add("--seed", type=int, default=0, help="of shuffles and noise (default: %(default)s)")
@@ -387,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Pick the shape, write the checkpoint, say what was written."""
     options = parse_options(arguments)
     itemsize = DTYPES[options.dtype][0].itemsize
-    shape = Shape.of_config(read_config(options.source))
+    shape = replace(Shape.of_config(read_config(options.source)), experts=options.experts)
     if options.size is not None:
         shape = choose_shape(shape, options.size // itemsize)
     shape = replace(shape, **{name: size for name in CONFIG_KEYS if (size := getattr(options, name)) is not None})

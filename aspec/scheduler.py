@@ -153,7 +153,7 @@ class Scheduler:
             running.next_layer = task.layer + 1
             if self._in_tail(running) and not running.ending:
                 return group.emit_end(running)
-            return self._draft_ahead(group, running, span.stop_s) + self._draft_beside(running, span.stop_s)
+            return self._draft_ahead(group, running, span.stop_s) + self._draft_beside(span.stop_s)
         return []
 
     def _in_tail(self, running: Pass) -> bool:
@@ -183,8 +183,8 @@ class Scheduler:
         if running is not None:
             return self._draft_ahead(group, running, span.stop_s)
         self.sizing.learn(span.task.step, promise, before, draft.probabilities)
-        if (beside := self._passing) is not None:
-            return self._draft_beside(beside, span.stop_s)
+        if self._passing is not None:
+            return self._draft_beside(span.stop_s)
         draft.seconds += span.stop_s - span.start_s
         return self._draft_or_verify(group, draft)
 
@@ -210,17 +210,18 @@ class Scheduler:
         passes = (group.running for group in self._groups if group.running)
         return next((one for one in passes if not self._in_tail(one)), None)
 
-    def _draft_beside(self, running: Pass, now_s: float) -> list[Task]:
-        """Levels of other groups' trees beside a pass; in its tail whoever waits longest is verified next."""
+    def _draft_beside(self, now_s: float) -> list[Task]:
+        """Levels of groups' trees beside another group's pass; in its tail whoever waits longest is verified next."""
         tasks: list[Task] = []
         waiting = [group for group in self._groups if group.draft is not None and not group.draft.growing]
         for group in sorted(waiting, key=lambda group: (group.last_pass, group.number)):
             draft = group.draft
             assert draft is not None
-            if self._passing is None:
+            passing = self._passing
+            if passing is None:
                 tasks += self._draft_or_verify(group, draft)
             elif gains := draft.promises:
-                loads = self._stream.loads_before(running.next_layer)
+                loads = self._stream.loads_before(passing.next_layer)
                 if self.sizing.ahead_pays(sum(gains.values()), loads, now_s):
                     tasks.append(group.emit_level(self.passes, draft, gains))
         return tasks

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from aspec.assembly import DEMO
+from aspec.needs import DEMO
 from aspec.engine import open_engine
 from aspec.params import SamplingParams
 from tools import expand

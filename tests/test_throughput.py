@@ -1,0 +1,83 @@
+"""Many prompts at once: every row gets the tokens it would get alone, whatever shares its passes and refills its row."""
+
+import asyncio
+import random
+
+import pytest
+
+from aspec.engine import open_engine
+from aspec.params import SamplingParams
+from aspec.races import find_races
+from aspec.tasks.task import Op
+from tests import tiny
+
+SMALL = dict(device_memory=64 << 20, resident_memory=100_000, threads=1, dtype="float32", prefill_tokens=128)
+LENGTHS = (1, 600, 3, 17, 64, 65, 128, 2, 300, 1, 40, 129, 7, 33, 5, 90, 450, 11)
+NEW = (40, 12, 25, 1, 30, 8)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    sizes = dict(max_position_embeddings=1024)
+    target = tiny.build(tmp_path_factory.mktemp("throughput") / "target", "llama", sizes=sizes)
+    return target, tiny.noisy_copy(target, target.parent / "draft", 0.1)
+
+
+@pytest.fixture(scope="module")
+def job():
+    choice = random.Random(5)
+    prompts = [[choice.randrange(5, 60) for _ in range(length)] for length in LENGTHS]
+    return [(prompt, NEW[index % len(NEW)]) for index, prompt in enumerate(prompts)]
+
+
+async def serve(engine, job, temperature=0.0):
+    """Tokens of every prompt, all of them sent at once; a prompt's seed is its place in the job."""
+
+    async def one(index, prompt, new):
+        params = SamplingParams(max_new_tokens=new, ignore_eos=True, temperature=temperature, seed=index)
+        return [token async for piece in engine.stream(prompt, params) for token in piece.token_ids]
+
+    return await asyncio.gather(*(one(index, *own) for index, own in enumerate(job)))
+
+
+@pytest.fixture(scope="module")
+def alone(pair, job):
+    """What each prompt gets in an engine with one row and no draft."""
+
+    async def main():
+        async with open_engine(target=pair[0], max_batch=1, max_context=640, **SMALL) as engine:
+            return {t: [(await serve(engine, job, t))[i] for i in range(len(job))] for t in (0.0, 1.0)}
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("speculation", ["off", "chain", "tree"])
+async def test_every_row_gets_what_it_gets_alone(pair, job, alone, groups, speculation):
+    spans = []
+    options = dict(speculation=speculation, max_batch=6, num_groups=groups, max_context=640, **SMALL)
+    async with open_engine(observers=[spans.append], target=pair[0], draft=pair[1], **options) as engine:
+        for temperature in (0.0, 1.0):
+            assert await serve(engine, job, temperature) == alone[temperature]
+    assert find_races(spans) == []
+    decoding = [s for s in spans if s.task.op is Op.HEAD and not s.task.item.prefill]
+    assert max(len(s.task.item.rows) for s in decoding) == -(-6 // groups)
+    joining = {s.task.number for s in spans if s.task.op is Op.HEAD and s.task.item.prefill}
+    assert joining & {s.task.number for s in decoding}, "prompts join while others decode"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+async def test_many_rounds_on_a_short_prompt(pair, groups):
+    """Where SpecOffload's mask, shifted by one, parts from plain decoding."""
+    async with open_engine(target=pair[0], max_batch=1, max_context=320, **SMALL) as engine:
+        plain = [(await serve(engine, [([7], 300)]))[0], (await serve(engine, [([9, 11], 300)]))[0]]
+    options = dict(speculation="chain", num_draft_tokens=3, max_batch=2, num_groups=groups, max_context=320, **SMALL)
+    async with open_engine(target=pair[0], draft=pair[1], **options) as engine:
+        assert await serve(engine, [([7], 300), ([9, 11], 300)]) == plain
+
+
+async def test_only_requested_tokens_count(pair, job):
+    options = dict(speculation="chain", num_draft_tokens=5, max_batch=6, num_groups=2, max_context=640, **SMALL)
+    async with open_engine(target=pair[0], draft=pair[1], **options) as engine:
+        for (_, new), tokens in zip(job, await serve(engine, job), strict=True):
+            assert len(tokens) == new

@@ -7,7 +7,7 @@ import torch
 
 from aspec.design import Design, design
 from aspec.drafting import Drafter, ModelDrafter
-from aspec.io.layout import Part, scratch_bytes
+from aspec.io.layout import Part, as_tensor, scratch_bytes
 from aspec.io.memory import SlotMemory, allocate
 from aspec.kv import KVCache
 from aspec.lookup import NgramDrafter
@@ -84,11 +84,6 @@ def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
         views.append(arena.view[at : at + size])
         at += size
     return views
-
-
-def as_tensor(buffer: memoryview) -> torch.Tensor:
-    """A uint8 tensor over the same bytes."""
-    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def bind_load(load: Load) -> None:

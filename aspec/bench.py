@@ -13,17 +13,20 @@ from statistics import median
 from typing import Any
 
 from aspec.api import Result, collect, run, seeded
+from aspec.cache import remember_acceptance
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.flags import BenchFlags
 from aspec.generation import PROBE_S, Job, prepare
 from aspec.io.memory import peak_rss_bytes
+from aspec.io.sim import Profile
 from aspec.monitor import Monitor
+from aspec.needs import folders
 from aspec.plan import Plan, format_bytes
 from aspec.profile import Ceilings, Machine, measure_ceilings, this_machine
 from aspec.recorder import Recorder
-from aspec.simulation import measured_profile
+from aspec.simulation import fitted_acceptance, flat_fields, measured_profile
 from aspec.summary import Summary, summarise
 from aspec.timeline import DRAFT
 
@@ -103,8 +106,22 @@ async def _measure(job: Job, rounds: int) -> Report:
                 runs.append(_run(recorder, results, [rate for rate in (before, after) if rate], engine.plan))
                 speed = runs[-1].summary.tokens_per_s or 0.0
                 job.console.note(f"run {index + 1} of {rounds}: {speed:.2f} tokens/s")
-            profile = asdict(measured_profile(recorder.timeline()))
+            measured = measured_profile(recorder.timeline())
+            profile = {name: getattr(measured, name) for name in flat_fields()}
+            await asyncio.to_thread(_remember, job, engine.plan, measured, runs)
             return Report(this_machine(), ceilings, engine.plan, tuple(runs), profile, peak_rss_bytes())
+
+
+def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
+    """Keep how often the pair's proposals were accepted, for plans to come."""
+    target, draft = folders(job.options)
+    per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
+    if draft is None or not plan.max_draft_tokens or not per_pass:
+        return
+    acceptance = fitted_acceptance(plan, measured, median(per_pass))
+    rounds = sum(run.summary.rounds for run in runs)
+    sampled = bool(job.params.temperature)
+    remember_acceptance(target, draft, acceptance, measured.spread, proposals=rounds, sampled=sampled)
 
 
 async def _warm_up(engine: Engine, job: Job, recorder: Recorder) -> float | None:

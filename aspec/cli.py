@@ -13,6 +13,7 @@ import typer
 from aspec.console import Console
 from aspec.errors import AspecError
 from aspec.flags import BenchFlags, ChatFlags, TraceFlags, VerifyFlags, takes
+from aspec.jobflags import PlanFlags, ProfileFlags
 
 app = typer.Typer(
     add_completion=False,
@@ -113,6 +114,48 @@ def bench(flags: BenchFlags) -> None:
 
     console = Console(quiet=flags.quiet)
     guarded(lambda: bench_to_console(flags, console), console, flags.debug)
+
+
+@app.command()
+@takes(ProfileFlags)
+def profile(flags: ProfileFlags) -> None:
+    """Measure this machine once, and say what a pair of models costs on it.
+
+    Examples:
+
+      aspec profile
+
+      aspec profile --target ./model --draft ./small --json
+
+      aspec profile --refresh -o machine.json
+    """
+    from aspec.profiling import profile_to_console
+
+    console = Console(quiet=flags.quiet)
+    guarded(lambda: profile_to_console(flags, console), console, flags.debug)
+
+
+@app.command()
+@takes(PlanFlags)
+def plan(flags: PlanFlags) -> None:
+    """Say what would run best, and why: placement, memory, speed, bottleneck.
+
+    Reads headers only, or nothing but a config.json. Every plan is judged by a
+    run of the real scheduler in virtual time, on this machine's costs or on
+    those of a machine that is not here.
+
+    Examples:
+
+      aspec plan --target ./model --draft ./small --device-memory 8GiB
+
+      aspec plan --target ./model --prompts 512 --prompt-tokens 400 --new-tokens 128
+
+      aspec plan --target org/big --profile rtx4090.json --json
+    """
+    from aspec.explain import plan_to_console
+
+    console = Console(quiet=flags.quiet)
+    guarded(lambda: plan_to_console(flags, console), console, flags.debug)
 
 
 def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:

@@ -11,6 +11,7 @@ from aspec.needs import NGRAM, PREFILL_TOKENS, Models, folders, is_exact, is_off
 from aspec.options import EngineOptions
 from aspec.plan import Plan
 from aspec.planner import Needs, Wishes, make_plan
+from aspec.planning import plan_workload
 
 # PLANNING
 from aspec.text import Tokenizer, check_tokenizer, check_vocabulary
@@ -59,8 +60,6 @@ def decide(options: EngineOptions, models: Models) -> Plan:
     wishes = wishes_of(options, models)
     if options.workload is None:
         return _plan(options, wishes, models.needs)
-    from aspec.planning import plan_workload
-
     return plan_workload(options, models, wishes).best.plan
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from aspec.cache import Known
 from aspec.console import Console
-from aspec.flags import PlanFlags
 from aspec.hardware import read_hardware
 from aspec.io.checkpoint import has_weights
+from aspec.jobflags import PlanFlags
 from aspec.needs import Models, read_models, wishes_of
 from aspec.plan import Plan, Speculation, Tier, Workload, format_bytes
 from aspec.planning import Machine, on_machine, plan_workload, this_machine
@@ -31,7 +31,7 @@ class Explained:
 
 def plan_to_console(flags: PlanFlags, console: Console) -> None:
     """Search and print. Raises AspecError."""
-    explained = explain(flags, lambda count: console.progress(f"{count} plans run"))
+    explained = explain(flags)
     if flags.as_json:
         print(json.dumps(as_object(explained)))
         return
@@ -39,7 +39,7 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         print(line)
 
 
-def explain(flags: PlanFlags, progress: Any = lambda _: None) -> Explained:
+def explain(flags: PlanFlags) -> Explained:
     """The plans for what the flags describe. Raises AspecError."""
     work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens)
     context = flags.max_context or work.prompt_tokens + work.new_tokens
@@ -51,7 +51,7 @@ def explain(flags: PlanFlags, progress: Any = lambda _: None) -> Explained:
     if flags.acceptance is not None:
         machine = replace(machine, known=replace(machine.known, acceptance=flags.acceptance))
     wishes = on_machine(wishes_of(options, models), machine.hardware, flags.host_memory)
-    return Explained(models, machine, work, plan_workload(options, models, wishes, machine, progress))
+    return Explained(models, machine, work, plan_workload(options, models, wishes, machine))
 
 
 # -- what is said --------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_origin, get_type_hints
 
 import typer
 
@@ -16,21 +16,23 @@ MODELS, SAMPLING, PLACE, OUTPUT = "Models", "Sampling", "Memory and speed", "Inp
 TRACE, BENCH = "Trace", "Benchmark"
 
 
-def _bytes(text: str) -> int:
+def size(text: str) -> int:
+    """Bytes as people write them. Raises typer.BadParameter."""
     try:
         return parse_bytes(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
+    """Bytes per second as people write them. Raises typer.BadParameter."""
     try:
         return parse_rate(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _count_or_auto(text: str) -> int:
+def count_or_auto(text: str) -> int:
     """A count, or -1 for auto."""
     if text == "auto":
         return -1
@@ -39,7 +41,8 @@ def _count_or_auto(text: str) -> int:
     raise typer.BadParameter(f"expected auto or a number from 0 up, found {text!r}")
 
 
-def _option(panel: str, help: str, *names: str, **rest: Any) -> Any:
+def option(panel: str, help: str, *names: str, **rest: Any) -> Any:
+    """An option of a command, under a heading of its help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
 
 
@@ -49,13 +52,13 @@ class GenerateFlags:
 
     target: Annotated[
         str | None,
-        _option(
+        option(
             MODELS, "The big model: a folder or a hub id. Without it: the embedded demo pair.", "--target", "--model"
         ),
     ] = None
     draft: Annotated[
         str | None,
-        _option(
+        option(
             MODELS,
             "A small model with the same vocabulary that proposes tokens while the target's weights travel; or ngram: "
             "look up what the text has said before.",
@@ -63,78 +66,78 @@ class GenerateFlags:
             "--draft-model",
         ),
     ] = None
-    dtype: Annotated[str, _option(MODELS, "auto, bfloat16 or float32. auto: the checkpoint's own.")] = "auto"
-    prompt: Annotated[list[str] | None, _option(OUTPUT, "A prompt; repeat for several.", "--prompt", "-p")] = None
+    dtype: Annotated[str, option(MODELS, "auto, bfloat16 or float32. auto: the checkpoint's own.")] = "auto"
+    prompt: Annotated[list[str] | None, option(OUTPUT, "A prompt; repeat for several.", "--prompt", "-p")] = None
     file: Annotated[
-        list[Path] | None, _option(OUTPUT, "A file that holds a prompt; repeat for several.", "--file", "-f")
+        list[Path] | None, option(OUTPUT, "A file that holds a prompt; repeat for several.", "--file", "-f")
     ] = None
-    raw: Annotated[bool, _option(OUTPUT, "Give the prompt as it is: no chat template.", "--raw")] = False
-    system: Annotated[str | None, _option(OUTPUT, "A system message, for models with a chat template.")] = None
-    as_json: Annotated[bool, _option(OUTPUT, "JSON on stdout instead of text.", "--json")] = False
-    quiet: Annotated[bool, _option(OUTPUT, "No dashboard, no progress, no summary.", "--quiet", "-q")] = False
+    raw: Annotated[bool, option(OUTPUT, "Give the prompt as it is: no chat template.", "--raw")] = False
+    system: Annotated[str | None, option(OUTPUT, "A system message, for models with a chat template.")] = None
+    as_json: Annotated[bool, option(OUTPUT, "JSON on stdout instead of text.", "--json")] = False
+    quiet: Annotated[bool, option(OUTPUT, "No dashboard, no progress, no summary.", "--quiet", "-q")] = False
     no_dashboard: Annotated[
-        bool, _option(OUTPUT, "Plain progress lines even where stderr is a terminal.", "--no-dashboard")
+        bool, option(OUTPUT, "Plain progress lines even where stderr is a terminal.", "--no-dashboard")
     ] = False
-    debug: Annotated[bool, _option(OUTPUT, "Show tracebacks.", "--debug")] = False
-    max_new_tokens: Annotated[
-        int, _option(SAMPLING, "Tokens to generate at most.", "--max-new-tokens", "-n", min=0)
-    ] = 128
+    debug: Annotated[bool, option(OUTPUT, "Show tracebacks.", "--debug")] = False
+    max_new_tokens: Annotated[int, option(SAMPLING, "Tokens to generate at most.", "--max-new-tokens", "-n", min=0)] = (
+        128
+    )
     temperature: Annotated[
-        float | None, _option(SAMPLING, "0 is greedy. Default: the checkpoint's generation_config.json.", min=0.0)
+        float | None, option(SAMPLING, "0 is greedy. Default: the checkpoint's generation_config.json.", min=0.0)
     ] = None
-    top_p: Annotated[float | None, _option(SAMPLING, "Nucleus sampling, in (0, 1].")] = None
-    top_k: Annotated[int | None, _option(SAMPLING, "Keep the k likeliest; 0 is off.", min=0)] = None
-    min_p: Annotated[float | None, _option(SAMPLING, "Keep tokens this likely relative to the best.")] = None
+    top_p: Annotated[float | None, option(SAMPLING, "Nucleus sampling, in (0, 1].")] = None
+    top_k: Annotated[int | None, option(SAMPLING, "Keep the k likeliest; 0 is off.", min=0)] = None
+    min_p: Annotated[float | None, option(SAMPLING, "Keep tokens this likely relative to the best.")] = None
     repetition_penalty: Annotated[
-        float | None, _option(SAMPLING, "Of tokens in prompt and text, as in transformers; 1 is off.")
+        float | None, option(SAMPLING, "Of tokens in prompt and text, as in transformers; 1 is off.")
     ] = None
     presence_penalty: Annotated[
-        float | None, _option(SAMPLING, "Of tokens in the text, as in OpenAI's interface, -2 .. 2; 0 is off.")
+        float | None, option(SAMPLING, "Of tokens in the text, as in OpenAI's interface, -2 .. 2; 0 is off.")
     ] = None
     frequency_penalty: Annotated[
-        float | None, _option(SAMPLING, "The same for every time a token has come, -2 .. 2; 0 is off.")
+        float | None, option(SAMPLING, "The same for every time a token has come, -2 .. 2; 0 is off.")
     ] = None
     logprobs: Annotated[
-        int | None, _option(SAMPLING, "With --json: logprobs of the tokens and of the K likeliest.", metavar="K")
+        int | None, option(SAMPLING, "With --json: logprobs of the tokens and of the K likeliest.", metavar="K")
     ] = None
-    seed: Annotated[int, _option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
-    stop: Annotated[list[str] | None, _option(SAMPLING, "Stop before this text; repeat for several.")] = None
-    ignore_eos: Annotated[bool, _option(SAMPLING, "Go on behind an end-of-sequence token.", "--ignore-eos")] = False
-    device: Annotated[str, _option(PLACE, "auto, cpu or cuda.")] = "auto"
+    seed: Annotated[int, option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
+    stop: Annotated[list[str] | None, option(SAMPLING, "Stop before this text; repeat for several.")] = None
+    ignore_eos: Annotated[bool, option(SAMPLING, "Go on behind an end-of-sequence token.", "--ignore-eos")] = False
+    device: Annotated[str, option(PLACE, "auto, cpu or cuda.")] = "auto"
     device_memory: Annotated[
         int | None,
-        _option(
+        option(
             PLACE,
             "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of what is free.",
-            parser=_bytes,
+            parser=size,
             metavar="SIZE",
         ),
     ] = None
     speculation: Annotated[
-        str, _option(PLACE, "auto, chain, tree or off: what the draft proposes.", "--speculation")
+        str, option(PLACE, "auto, chain, tree or off: what the draft proposes.", "--speculation")
     ] = "auto"
     num_draft_tokens: Annotated[
         int,
-        _option(
+        option(
             PLACE,
             "Proposals per pass, a chain's length or a tree's nodes; auto follows measured cost, 0 is off.",
             "--draft-budget",
             "--num-draft-tokens",
-            parser=_count_or_auto,
+            parser=count_or_auto,
             metavar="auto|N",
         ),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     draft_depth: Annotated[
         int,
-        _option(PLACE, "Tokens of a tree's longest path.", "--draft-depth", parser=_count_or_auto, metavar="auto|N"),
+        option(PLACE, "Tokens of a tree's longest path.", "--draft-depth", parser=count_or_auto, metavar="auto|N"),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     draft_ahead: Annotated[
         bool,
-        _option(PLACE, "Trees grow on for the next round while they are verified.", "--draft-ahead/--no-draft-ahead"),
+        option(PLACE, "Trees grow on for the next round while they are verified.", "--draft-ahead/--no-draft-ahead"),
     ] = True
     attention: Annotated[
         str,
-        _option(
+        option(
             PLACE,
             "Where attention runs: device, as part of its layer; cpu, on a lane of its own, so that half of the rows "
             "attend while the other half goes through the rest of a layer. The same tokens either way. auto: device.",
@@ -143,27 +146,27 @@ class GenerateFlags:
     ] = "auto"
     exact: Annotated[
         bool | None,
-        _option(
+        option(
             PLACE,
             "Speculation changes no bit: tokens equal decoding without it, in bf16 too, at a fixed thread count; takes "
             "1.3 to 1.8 times the compute. Default: on a CPU.",
             "--exact/--no-exact",
         ),
     ] = None
-    batch_size: Annotated[
-        int, _option(PLACE, "Prompts that share a pass.", parser=_count_or_auto, metavar="auto|N")
-    ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    batch_size: Annotated[int, option(PLACE, "Prompts that share a pass.", parser=count_or_auto, metavar="auto|N")] = (
+        "auto"  # type: ignore[assignment]  # typer parses the default too
+    )
     max_context: Annotated[
         int | None,
-        _option(PLACE, "Tokens of a sequence, prompt included. Default: what the prompts need.", min=2),
+        option(PLACE, "Tokens of a sequence, prompt included. Default: what the prompts need.", min=2),
     ] = None
-    threads: Annotated[int | None, _option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
+    threads: Annotated[int | None, option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
     link_rate: Annotated[
         float | None,
-        _option(
+        option(
             PLACE,
             "Throttle the disk lane, such as 1.0GB/s: comparisons on a shared disk need a fixed rate.",
-            parser=_rate,
+            parser=rate,
             metavar="RATE",
         ),
     ] = None
@@ -239,7 +242,7 @@ class VerifyFlags(GenerateFlags):
 
     verify: Annotated[
         bool,
-        _option(
+        option(
             OUTPUT,
             "Decode once more without speculation; say that the tokens are equal, or where they part and by how much "
             "(exit code 1).",
@@ -265,18 +268,18 @@ class TraceFlags(GenerateFlags):
     )
     summary: Annotated[
         bool,
-        _option(
+        option(
             TRACE,
             "Print utilisation by lane, overlap, the critical path and the longest stalls: of FILE, or of the run.",
             "--summary",
         ),
     ] = False
     output: Annotated[
-        Path | None, _option(TRACE, "The file to write; gzipped when it ends in .gz.", "--output", "-o")
+        Path | None, option(TRACE, "The file to write; gzipped when it ends in .gz.", "--output", "-o")
     ] = None
     simulate: Annotated[
         Path | None,
-        _option(
+        option(
             TRACE,
             "Run in virtual time on the machine of this JSON file, without reading a weight.",
             "--simulate",
@@ -285,14 +288,14 @@ class TraceFlags(GenerateFlags):
     ] = None
     compare: Annotated[
         bool,
-        _option(
+        option(
             TRACE,
             "Write the run and its simulation side by side; without --simulate from the costs that were measured.",
             "--compare",
         ),
     ] = False
     max_spans: Annotated[
-        int, _option(TRACE, "Keep the last so many tasks; a million take 150 MB.", "--max-spans", min=1)
+        int, option(TRACE, "Keep the last so many tasks; a million take 150 MB.", "--max-spans", min=1)
     ] = 1_000_000
 
     def check(self) -> None:
@@ -308,7 +311,7 @@ class TraceFlags(GenerateFlags):
 class BenchFlags(GenerateFlags):
     """How often to measure."""
 
-    rounds: Annotated[int, _option(BENCH, "Runs; the table shows their median and spread.", "--rounds", min=1)] = 3
+    rounds: Annotated[int, option(BENCH, "Runs; the table shows their median and spread.", "--rounds", min=1)] = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,16 +320,16 @@ class ChatFlags(GenerateFlags):
 
     target: Annotated[
         str | None,
-        _option(MODELS, "The big model, with a chat template: a folder or a hub id.", "--target", "--model"),
+        option(MODELS, "The big model, with a chat template: a folder or a hub id.", "--target", "--model"),
     ] = None
     max_new_tokens: Annotated[
-        int, _option(SAMPLING, "Tokens of an answer at most.", "--max-new-tokens", "-n", min=1)
+        int, option(SAMPLING, "Tokens of an answer at most.", "--max-new-tokens", "-n", min=1)
     ] = 1024
     max_context: Annotated[
         int | None,
-        _option(PLACE, "Tokens of the whole conversation. Default: 4096, less where memory is short.", min=2),
+        option(PLACE, "Tokens of the whole conversation. Default: 4096, less where memory is short.", min=2),
     ] = None
-    quiet: Annotated[bool, _option(OUTPUT, "Nothing but answers and errors.", "--quiet", "-q")] = False
+    quiet: Annotated[bool, option(OUTPUT, "Nothing but answers and errors.", "--quiet", "-q")] = False
     prompt: list[str] | None = None
     file: list[Path] | None = None
     raw: bool = False
@@ -336,7 +339,17 @@ class ChatFlags(GenerateFlags):
     batch_size: int = 1
 
 
-Flags = TypeVar("Flags", bound=GenerateFlags)
+class Checked(Protocol):
+    """A record of flags, a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def check(self) -> None:
+        """Refuse what cannot be meant. Raises typer.BadParameter."""
+        ...
+
+
+Flags = TypeVar("Flags", bound=Checked)
 
 
 def takes(record: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:

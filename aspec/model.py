@@ -108,6 +108,11 @@ class Model:
         """Per layer (heads, key width, value width); None where a layer uses what another one stored."""
         return [layer.kv for layer in self._facts.layers]
 
+    @property
+    def layer_modules(self) -> tuple[torch.nn.Module, ...]:
+        """The decoder layers, parameters on meta where no part is bound: what their shapes are."""
+        return tuple(self._layers)
+
     # -- weights ---------------------------------------------------------------------------------------------
 
     def bind(self, part: Part, buffer: torch.Tensor, scratch: torch.Tensor | None = None) -> None:

@@ -120,6 +120,7 @@ def is_exact(options: EngineOptions) -> bool:
 
 
 def is_off(options: EngineOptions) -> bool:
+    """Whether nothing is to be proposed."""
     return options.num_draft_tokens == 0 or options.speculation == "off"
 
 

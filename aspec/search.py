@@ -1,8 +1,8 @@
 """The search for a plan: what is left open is varied, and every plan is scored by a run of the scheduler itself.
 
-A plan whose job cannot end sooner than the best one found, whatever the schedule, is not run: ``least_s`` bounds it from
-below. Pure policy: it is handed ``forecast``, which runs the scheduler in virtual time on measured costs, so there is
-no formula for a schedule that could drift from the schedule.
+A plan whose job cannot end sooner than the best one found, whatever the schedule, is not run: ``least_s`` bounds it
+from below. Pure policy: it is handed ``forecast``, which runs the scheduler in virtual time on measured costs, so no
+formula for a schedule can drift from the schedule.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -16,9 +16,11 @@ from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Plan
 from aspec.planner import NUM_STAGING
 from aspec.scheduler import Scheduler
-from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing
+from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing, RowOutcome
 from aspec.timeline import CPU, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 from aspec.virtual import VirtualTimeLoop
+
+FIT_TOKENS, FIT_STEPS = 300, 7  # tokens of a simulation that is held against a run, and halvings of the range
 
 Arrival = tuple[int, int]
 """Prompt tokens, new tokens at most."""
@@ -61,7 +63,7 @@ def plan_for(plan: Plan, profile: Profile) -> Plan:
 
 def read_profile(path: Path) -> Profile:
     """A profile from a JSON object; fields left out keep their defaults. Raises UserError for anything else."""
-    known = [field.name for field in fields(Profile)]
+    known = flat_fields()
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -81,6 +83,29 @@ def read_profile(path: Path) -> Profile:
         if value == 0 and name.endswith("bytes_per_s"):
             raise UserError(f"{path}: {name} must be above 0: nothing would ever arrive.")
     return Profile(**values)
+
+
+def flat_fields() -> list[str]:
+    """The fields of a profile that a file may set: numbers, without the tariff of a machine profile."""
+    return [field.name for field in fields(Profile) if field.name != "tariff"]
+
+
+def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> float:
+    """The acceptance with which the simulation of a plan makes so many tokens per pass as a run did.
+
+    Chains and trees alike: what of a tree is accepted depends on how it grew.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(FIT_STEPS):
+        middle = (low + high) / 2
+        outcomes: list[RowOutcome] = []
+        guess = replace(profile, acceptance=middle, end_probability=0.0)
+        new = min(FIT_TOKENS, plan.capacity - 2)
+        simulate(plan, guess, [(2, new)], [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
+        decoded = outcomes[1:]  # the first is the prompt's
+        found = sum(o.num_new for o in decoded) / max(1, len(decoded))
+        low, high = (middle, high) if found < tokens_per_pass else (low, middle)
+    return (low + high) / 2
 
 
 def measured_profile(timeline: Timeline) -> Profile:

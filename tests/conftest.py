@@ -28,3 +28,14 @@ def virtual():
             loop.close()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, cache_home):
+    """What commands keep from run to run goes nowhere near the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home)

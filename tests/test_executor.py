@@ -17,7 +17,7 @@ from tests.simulate import make_plan, simulate, trace_hash
 ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2)]
 
 
-@pytest.mark.parametrize("op", list(Op))
+@pytest.mark.parametrize("op", [op for op in Op if op not in (Op.PROJECT, Op.ATTEND, Op.FFN)])  # of split layers
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_a_fault_at_any_task_is_one_error_and_leaves_nothing(virtual, op, nth):
     resources = DEVICE_RESOURCES if op is Op.COPY else HOST_RESOURCES

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from aspec.needs import DEMO
 from aspec.engine import open_engine
+from aspec.needs import DEMO
 from aspec.params import SamplingParams
 from tools import expand
 

@@ -11,15 +11,15 @@ PACKAGE = ROOT / "aspec"
 
 BANDS = {
     0: "errors plan params options units tasks.task tasks",
-    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner races "
-    "tariff search",
-    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact split model sampling "
-    "penalties text hub tasks.offers drafting lookup "
-    "sequence runner stats timeline recorder snapshot summary",
+    1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner search "
+    "tariff hardware races",
+    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact split model shapes "
+    "sampling penalties text hub tasks.offers drafting lookup sequence runner stats timeline recorder snapshot summary",
     3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate io.ticker executor "
     "virtual",
-    4: "assembly engine console monitor frame dashboard chrome simulation profile verify",
-    5: "api flags generation chat trace bench cli __main__ __init__",
+    4: "needs simulation prices profile measuring cache forecast planning design assembly engine console monitor frame "
+    "dashboard chrome verify",
+    5: "api flags jobflags generation chat trace bench profiling explain cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}
 MAY_LOOK_UP = {"io.layout", "io.mapping", "binding"}  # the size of a page

@@ -1,4 +1,4 @@
-"""Many prompts at once: every row gets the tokens it would get alone, whatever shares its passes and refills its row."""
+"""Many prompts at once: every row gets the tokens it would get alone, whatever shares its passes."""
 
 import asyncio
 import random
@@ -46,7 +46,7 @@ def alone(pair, job):
 
     async def main():
         async with open_engine(target=pair[0], max_batch=1, max_context=640, **SMALL) as engine:
-            return {t: [(await serve(engine, job, t))[i] for i in range(len(job))] for t in (0.0, 1.0)}
+            return {temperature: await serve(engine, job, temperature) for temperature in (0.0, 1.0)}
 
     return asyncio.run(main())
 

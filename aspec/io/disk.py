@@ -319,8 +319,9 @@ def probe_rate(
     *,
     num_threads: int = NUM_THREADS,
     rate_bytes_per_s: float | None = None,
+    beside: Callable[[], object] = lambda: None,
 ) -> float:
-    """Raw bytes per second of these very ranges, read as the lane reads them, beside nothing else.
+    """Raw bytes per second of these very ranges, read as the lane reads them, beside nothing but ``beside``.
 
     Blocks for about ``seconds``. Raises ReadError where a file cannot be read.
     """
@@ -351,6 +352,7 @@ def probe_rate(
     threads = [threading.Thread(target=work, args=(memory,), name="aspec-probe") for memory in memories]
     for thread in threads:
         thread.start()
+    beside()
     for thread in threads:
         thread.join()
     elapsed = time.perf_counter() - started

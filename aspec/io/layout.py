@@ -114,6 +114,11 @@ def view(buffer: torch.Tensor, binding: Binding) -> torch.Tensor:
     return stored.view(binding.dtype).view(binding.shape)
 
 
+def as_tensor(buffer: memoryview) -> torch.Tensor:
+    """A uint8 tensor over the same bytes."""
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
 def _layer_of(name: str, layers: str) -> int:
     match = re.match(re.escape(layers) + r"\.(\d+)\.", name)
     return int(match[1]) if match else REST

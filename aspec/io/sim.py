@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from aspec.tariff import Tariff
 from aspec.tasks.task import (
     COMPUTE,
     CPU,
@@ -52,7 +53,10 @@ DEVICE_RESOURCES = (
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a machine costs: rates in bytes per second, everything else in seconds."""
+    """What a machine costs: rates in bytes per second, everything else in seconds.
+
+    With a ``tariff`` what computes costs what it says, and the flat seconds here count for nothing.
+    """
 
     disk_bytes_per_s: float = 2e9
     copy_bytes_per_s: float | None = None  # None: the device is the host's own memory
@@ -68,6 +72,7 @@ class Profile:
     spread: float = 0.5  # chance that the next best is, once those before it were not; at most ``acceptance``
     end_probability: float = 0.0  # chance that a committed token ends its sequence
     seed: int = 0
+    tariff: Tariff | None = None
 
 
 @dataclass(slots=True)
@@ -126,7 +131,8 @@ class SimBackend:
         future: asyncio.Future[Completion] = loop.create_future()
         lane = self._lanes.setdefault(task.resource, _Lane())
         start = max(loop.time(), lane.free_s, *(self._stops.get(task_id, 0.0) for task_id in after))
-        stop = round((start + self.price(task)) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
+        seconds = self._beside_reads(task, start, self.price(task))
+        stop = round((start + seconds) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
         lane.free_s = self._stops[task.id] = stop
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
@@ -141,8 +147,10 @@ class SimBackend:
         self.closed = True
 
     def price(self, task: Task) -> float:
-        """Seconds of a task by the profile."""
+        """Seconds of a task by the profile, beside nothing else."""
         profile = self.profile
+        if profile.tariff is not None and task.op not in (Op.READ, Op.COPY):
+            return profile.tariff.seconds(task)
         layer_s = profile.layer_s + profile.layer_token_s * max(0, task.num_tokens - profile.knee_tokens)
         fixed: Mapping[Op, float] = {
             Op.READ: task.nbytes / profile.disk_bytes_per_s,
@@ -158,6 +166,14 @@ class SimBackend:
             Op.DRAFT_PREFILL: profile.draft_s + profile.draft_token_s * task.num_tokens,
         }
         return fixed[task.op]
+
+    def _beside_reads(self, task: Task, start_s: float, seconds: float) -> float:
+        """Reads take memory bandwidth: what computes is slower for as long as those that are issued go on."""
+        tariff = self.profile.tariff
+        if tariff is None or tariff.beside_reads <= 1.0 or task.resource not in (COMPUTE, CPU) or not seconds:
+            return seconds
+        reading_s = max(0.0, self._lanes.get(DISK, _Lane()).free_s - start_s)
+        return seconds + min(seconds, reading_s / tariff.beside_reads) * (tariff.beside_reads - 1.0)
 
     def _finish(self, future: asyncio.Future[Completion], task: Task, completion: Completion, faulty: bool) -> None:
         self.in_flight -= 1

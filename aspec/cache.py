@@ -1,0 +1,183 @@
+"""What was once measured, kept from run to run: machines, disks, how often a draft's proposals are accepted.
+
+One small JSON file per machine, disk or pair, each replaced as a whole: whoever reads meanwhile reads the old one or
+the new one. A file that cannot be read is as good as none; one that cannot be written is measured again next time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aspec.errors import UserError
+from aspec.hardware import Hardware, hardware_from
+from aspec.measuring import measure_beside_reads, measure_disk, measure_processor, memory_bytes
+from aspec.prices import ACCEPTANCE, SPREAD
+from aspec.profile import Machine, this_machine
+
+VERSION = 1  # of what the files say
+DISK_AGE_S = 3600.0  # after which a disk is measured again: shared ones drift
+MAX_EVIDENCE = 2000.0  # proposals that earlier runs count for at most, beside the latest
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """How often proposals of one pair of models were accepted; ``proposals`` that say so, 0: nobody has tried."""
+
+    acceptance: float = ACCEPTANCE
+    spread: float = SPREAD
+    proposals: float = 0.0
+
+
+def cache_folder() -> Path:
+    """Where the files are: the user's cache, as the XDG base directories say."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "aspec"
+
+
+def default_threads() -> int:
+    """Compute threads of an engine that is not told: all cores but one."""
+    return max(1, this_machine().cores - 1)
+
+
+def machine_profile(
+    folder: Path,
+    dtype: torch.dtype,
+    threads: int | None = None,
+    *,
+    link_rate: float | None = None,
+    refresh: bool = False,
+    cache: Path | None = None,
+) -> Hardware:
+    """This machine as a model in ``folder`` finds it: from the cache, or measured now, which takes some seconds.
+
+    ``link_rate``: bytes per second at which the disk lane is throttled. Blocking: call it in a thread.
+    """
+    cache = cache or cache_folder()
+    machine = replace(this_machine(), threads=threads or default_threads())
+    hardware = None if refresh else _known_machine(cache, machine, dtype)
+    if hardware is None:
+        hardware = _measure(machine, dtype, folder)
+        _write(_machine_file(cache, machine, dtype), {"hardware": hardware.as_object()})
+    rate = disk_rate(folder, refresh=refresh, cache=cache)
+    rate = hardware.disk_bytes_per_s if rate is None else rate
+    return replace(hardware, disk_bytes_per_s=rate if link_rate is None else min(rate, link_rate))
+
+
+def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None) -> float | None:
+    """Bytes per second of the disk that holds a model, measured in the last hour; None where its files say nothing."""
+    file = (cache or cache_folder()) / f"disk-{folder.stat().st_dev:x}.json"
+    if not refresh:
+        found = _read(file)
+        age_s = time.time() - _number(found, "measured_at", 0.0)
+        if 0.0 <= age_s < DISK_AGE_S and (rate := _number(found, "bytes_per_s", 0.0)) > 0.0:
+            return rate
+    measured = measure_disk(folder)
+    if measured is not None:
+        _write(file, {"bytes_per_s": measured, "measured_at": time.time()})
+    return measured
+
+
+def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> Known:
+    """What earlier runs of a pair have shown; the usual guess where there were none."""
+    found = _read(_pair_file(cache or cache_folder(), target, draft, sampled))
+    values = [_number(found, name, -1.0) for name in ("acceptance", "spread", "proposals")]
+    if min(values) < 0.0 or max(values[:2]) > 1.0:
+        return Known()
+    return Known(*values)
+
+
+def remember_acceptance(
+    target: Path,
+    draft: Path,
+    acceptance: float,
+    spread: float = SPREAD,
+    *,
+    proposals: float,
+    sampled: bool = False,
+    cache: Path | None = None,
+) -> Known:
+    """Take what a run has shown, weighed by its verdicts on ``proposals``, into what is known; returns that."""
+    cache = cache or cache_folder()
+    before = known_acceptance(target, draft, sampled=sampled, cache=cache)
+    if proposals <= 0:
+        return before
+    kept = min(before.proposals, MAX_EVIDENCE)
+    share = proposals / (kept + proposals)
+    known = Known(
+        acceptance=before.acceptance + share * (acceptance - before.acceptance),
+        spread=before.spread + share * (spread - before.spread),
+        proposals=kept + proposals,
+    )
+    names = {"target": str(target.resolve()), "draft": str(draft.resolve()), "sampled": sampled}
+    _write(_pair_file(cache, target, draft, sampled), {**asdict(known), **names})
+    return known
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def _measure(machine: Machine, dtype: torch.dtype, folder: Path) -> Hardware:
+    measured = Hardware(
+        name=machine.cpu,
+        host_memory=memory_bytes(),
+        threads=machine.threads,
+        cpu=measure_processor(dtype, machine.threads),
+    )
+    beside = measure_beside_reads(folder, dtype, machine.threads)
+    return measured if beside is None else replace(measured, beside_reads=beside)
+
+
+def _known_machine(cache: Path, machine: Machine, dtype: torch.dtype) -> Hardware | None:
+    file = _machine_file(cache, machine, dtype)
+    with contextlib.suppress(UserError):
+        return hardware_from(_read(file).get("hardware"), str(file))
+    return None
+
+
+def _machine_file(cache: Path, machine: Machine, dtype: torch.dtype) -> Path:
+    return cache / f"machine-{_digest(*asdict(machine).values(), dtype, VERSION)}.json"
+
+
+def _pair_file(cache: Path, target: Path, draft: Path, sampled: bool) -> Path:
+    return cache / f"pair-{_digest(target.resolve(), draft.resolve(), sampled)}.json"
+
+
+def _digest(*words: object) -> str:
+    return hashlib.sha256("\n".join(map(str, words)).encode()).hexdigest()[:16]
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """A file's object; nothing where there is none, or no JSON object in it."""
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+    return {}
+
+
+def _number(values: Mapping[str, Any], name: str, missing: float) -> float:
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else missing
+
+
+def _write(file: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file as a whole."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                json.dump(values, stream, indent=1)
+            os.replace(temporary, file)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

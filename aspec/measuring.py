@@ -1,0 +1,408 @@
+"""Measures this machine for ``prices.py``: products, attention and small operations, with the code that will run.
+
+Every figure is the best of a few short stretches: whoever else works here only makes them longer. Blocking.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from aspec.attention import NAME, attend
+from aspec.drafting import GREEDY
+from aspec.exact import BLOCK_ROWS, InBlocks, products
+from aspec.hardware import AttentionRates, Hardware, Processor, Table
+from aspec.io.disk import probe_rate
+from aspec.io.layout import Segment, as_tensor
+from aspec.io.memory import allocate
+from aspec.kv import KVCache, MaskKind
+from aspec.model import Model
+from aspec.needs import DEMO
+from aspec.params import SamplingParams
+from aspec.prices import model_cost
+from aspec.sampling import Sampler, draw_rows
+from aspec.shapes import ModelShape, layer_shape
+from aspec.tasks.task import WorkItem
+from aspec.tasks.tree import ROOT, Tree
+
+REPEATS, STRETCH_S = 5, 2e-3
+ROWS = (1, 4, 16, 32, 64, 100, 200, 300)  # of products; numbers as drafts and prompts have them, even ones are faster
+NUM_BLOCKS = (1, 2, 5)  # of exact ones
+ARENA_BYTES = 128 << 20  # of weights that are met in turn, so that hardly a cache holds them
+NUM_MATRICES, COLUMNS = 16, 2048
+CACHED_BYTES = 1 << 20  # of weights that any cache holds
+VOCAB = 32768  # entries of a draw
+MANY = 300  # tokens of a long item
+SMALL = 64  # hidden size of a layer that is nothing but overhead
+COLD_BYTES, COLD_CALLS = 16 << 20, 8  # read before each of so many calls, so that it finds cold caches
+READ_S = 0.25  # of reading, alone and beside products
+SMALLEST_FILE = 1 << 20  # bytes; reading less says nothing of a disk
+
+Work = Callable[[], object]
+
+
+def seconds_of(work: Work, repeats: int = REPEATS, stretch_s: float = STRETCH_S) -> float:
+    """Seconds of one call, the best of a few stretches; the first call does not count."""
+    clock = clock_of_calls()
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        calls, start = 0, clock()
+        elapsed = 0.0
+        while elapsed < stretch_s:
+            work()
+            calls += 1
+            elapsed = clock() - start
+        best = min(best, elapsed / calls)
+    return best
+
+
+def cold_seconds_of(work: Work) -> float:
+    """Seconds of one call that finds other things in the caches, the best of a few."""
+    clock, elsewhere, best = clock_of_calls(), torch.ones(COLD_BYTES, dtype=torch.uint8), float("inf")
+    for _ in range(COLD_CALLS):
+        elsewhere.sum(dtype=torch.uint8)
+        start = clock()
+        work()
+        best = min(best, clock() - start)
+    return best
+
+
+def clock_of_calls() -> Callable[[], float]:
+    """With one compute thread its own time, without that in which others had the core; otherwise the wall's."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+@torch.inference_mode()
+def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
+    """The CPU with so many compute threads. Takes about two seconds."""
+    with _threads(threads):
+        name = str(dtype).removeprefix("torch.")
+        table, blocks = _products(dtype)
+        cached = _cached_products(dtype)
+        copy = torch.empty(ARENA_BYTES // 4, dtype=torch.uint8)
+        made = Processor(
+            flop_per_s={name: 2 * ROWS[-1] / dtype.itemsize / table[-1][1]},
+            memory_bytes_per_s=1 / table[0][1],
+            copy_bytes_per_s=len(copy) / 2 / seconds_of(lambda: copy[: len(copy) // 2].copy_(copy[len(copy) // 2 :])),
+            cache_bytes=_cache_bytes(),
+            product_s=_smallest_product(dtype),
+            weight_s={name: table},
+            block_weight_s={name: blocks},
+            cached_weight_s={name: cached},
+            attention=_attention(dtype, exact=False),
+            exact_attention=_attention(dtype, exact=True),
+            node_s=_node(),
+            **_draws(dtype),
+        )
+        return _with_overheads(made, dtype)
+
+
+def measure_disk(folder: Path) -> float | None:
+    """Bytes per second of a model's own files, read as the lane reads them; None where there is too little to read."""
+    segments = files_of(folder)
+    return probe_rate(segments, READ_S) if segments else None
+
+
+@torch.inference_mode()
+def measure_beside_reads(folder: Path, dtype: torch.dtype, threads: int) -> float | None:
+    """The factor by which products take longer while the files are read; None where there is too little to read."""
+    segments = files_of(folder)
+    if not segments:
+        return None
+    with _threads(threads), _weights(dtype) as weights:
+        turn, hidden = cycle(weights), torch.ones(4, COLUMNS, dtype=dtype)
+        alone = seconds_of(lambda: linear(hidden, next(turn)))
+        found: list[float] = []
+        probe_rate(
+            segments, READ_S, beside=lambda: found.append(seconds_of(lambda: linear(hidden, next(turn)), repeats=8))
+        )
+    return max(1.0, found[0] / alone)
+
+
+def files_of(folder: Path) -> list[Segment]:
+    """A model's files from a random place on: what was read the last time may stand in a cache below."""
+    sizes = {str(file): file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    total = sum(sizes.values())
+    if total < SMALLEST_FILE:
+        return []
+    start = int(random.random() * 0.5 * total)
+    later, earlier = [], []
+    for file, size in sizes.items():
+        cut = min(max(start, 0), size) // 4096 * 4096
+        start -= size
+        later.append(Segment(file, cut, size - cut, 0))
+        earlier.append(Segment(file, 0, cut, 0))
+    return [segment for segment in (*later, *earlier) if segment.nbytes]
+
+
+def memory_bytes() -> int:
+    """Of this machine."""
+    return int(psutil.virtual_memory().total)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _weights(dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+    """Matrices in memory of the kind that slots are made of."""
+    arena = allocate(ARENA_BYTES)
+    whole = as_tensor(arena.view).view(dtype).view(NUM_MATRICES, -1, COLUMNS)
+    whole.copy_(torch.randn(COLUMNS).to(dtype))  # products of zeros are faster
+    weights = list(whole)
+    yield weights
+    weights.clear()
+    del whole
+    arena.close()
+
+
+def _products(dtype: torch.dtype) -> tuple[Table, Table]:
+    """Seconds per weight byte by rows, and those of exact steps by rows in whole blocks."""
+    with _weights(dtype) as weights:
+        turn, nbytes = cycle(weights), weights[0].nbytes
+
+        def one(rows: int) -> float:
+            hidden = torch.randn(rows, COLUMNS).to(dtype)
+            return seconds_of(lambda: linear(hidden, next(turn))) / nbytes
+
+        plain = tuple((rows, one(rows)) for rows in ROWS)
+        with InBlocks():
+            blocks = tuple((count * BLOCK_ROWS, one(count * BLOCK_ROWS)) for count in NUM_BLOCKS)
+    return plain, blocks
+
+
+def _cached_products(dtype: torch.dtype) -> Table:
+    side = 512
+    weights = [torch.ones(side, side, dtype=dtype) for _ in range(CACHED_BYTES // (side * side * dtype.itemsize))]
+    turn = cycle(weights)
+
+    def one(rows: int) -> float:
+        hidden = torch.ones(rows, side, dtype=dtype)
+        return seconds_of(lambda: linear(hidden, next(turn)), stretch_s=STRETCH_S / 2) / weights[0].nbytes
+
+    return tuple((rows, one(rows)) for rows in (1, 16, 64, 256))
+
+
+def _smallest_product(dtype: torch.dtype) -> float:
+    hidden, weight = torch.ones(1, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
+    return seconds_of(lambda: linear(hidden, weight))
+
+
+def _cache_bytes() -> int:
+    """What the processor's own second-level cache holds; 1 MiB where the system does not tell."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="utf-8").strip()
+        return int(text.removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return CACHED_BYTES
+
+
+# -- what is not a product -----------------------------------------------------------------------------------
+
+
+def _draws(dtype: torch.dtype) -> dict[str, float]:
+    logits = torch.rand(1, 4, VOCAB).to(dtype)
+    sampled = Sampler(SamplingParams(temperature=1.0))
+
+    def per_entry(sampler: Sampler) -> float:
+        return seconds_of(lambda: draw_rows([sampler], logits, [[1, 2, 3, 4]])) / logits.numel()
+
+    return {"greedy_s": per_entry(GREEDY), "sampled_s": per_entry(sampled)}
+
+
+def _node() -> float:
+    """A node of a tree in one level: choosing it, its children, and what the policy hears of it."""
+    nodes, width = 8, 8
+    scores = [-0.5 - 0.3 * rank for rank in range(width)]
+
+    def levels() -> None:
+        tree = Tree(32)
+        tree.feed([ROOT])
+        tree.extend(ROOT, range(width), scores)
+        tree.prune(128)
+        for _ in range(4):
+            chosen = tree.frontier(nodes)
+            tree.feed(chosen)
+            for node in chosen:
+                tree.extend(node, range(width), scores)
+            tree.prune(128)
+            tree.probabilities()
+            tree.promise(nodes)
+
+    return seconds_of(levels) / (4 * nodes + 1)
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+HEADS, KV_HEADS, WIDTHS = 16, 4, (64, 128)
+CONTEXT, NUM_ROWS = 512, 16
+
+
+def _attention(dtype: torch.dtype, *, exact: bool) -> AttentionRates:
+    """Rates that explain a few calls: short and long contexts, one token and many, one row and several."""
+    t = {width: _Calls(width, dtype, exact) for width in WIDTHS}
+    narrow, wide = (t[width] for width in WIDTHS)
+    long, many = CONTEXT, 64
+    pairs = (many - 1) * long * HEADS
+    pair_s = [max(0.0, call.seconds(many, long) - call.seconds(1, long)) / pairs for call in (narrow, wide)]
+    width_s = max(0.0, pair_s[1] - pair_s[0]) / (WIDTHS[1] - WIDTHS[0])
+    one, eight = wide.seconds(1, 64), wide.seconds(1, 64, rows=NUM_ROWS)
+    far = wide.seconds(1, CONTEXT, rows=NUM_ROWS)  # more keys than caches hold, as when a layer's turn comes
+    key_s = max(0.0, (far - eight) / (NUM_ROWS * (CONTEXT - 64)) - HEADS * pair_s[1])
+    keys_s = 64 * (key_s + HEADS * pair_s[1])
+    row_s = max(0.0, (eight - one) / (NUM_ROWS - 1) - keys_s)
+    own_s = max(0.0, wide.seconds(many, 128, star=True) - wide.seconds(many, 128)) if exact else 0.0
+    return AttentionRates(
+        call_s=max(0.0, one - row_s - keys_s),
+        row_s=row_s,
+        kv_byte_s=key_s / (KV_HEADS * 2 * WIDTHS[1] * dtype.itemsize),
+        score_s=max(0.0, pair_s[0] - width_s * WIDTHS[0]),
+        width_s=width_s,
+        own_score_s=own_s / (many * 64 * HEADS),
+    )
+
+
+class _Calls:
+    """Attention of one shape."""
+
+    def __init__(self, width: int, dtype: torch.dtype, exact: bool) -> None:
+        self._cache = KVCache([(KV_HEADS, width, width)], NUM_ROWS, CONTEXT, dtype, exact=exact)
+        self._width, self._dtype = width, dtype
+
+    def seconds(self, tokens: int, keys: int, *, rows: int = 1, star: bool = False) -> float:
+        """Of so many new tokens in every row, which then has so many keys; ``star``: they are leaves of one root."""
+        parents = [[-1, *(0,) * (tokens - 1)]] * rows if star else None
+        step = self._cache.step(list(range(rows)), [keys - tokens] * rows, [tokens] * rows, parents)
+        query = torch.ones(rows, HEADS, tokens, self._width, dtype=self._dtype)
+        key, value = self._cache.keys[0], self._cache.values[0]
+        assert key is not None
+        assert value is not None
+        key, value = key[:rows, :, : step.high], value[:rows, :, : step.high]
+        mask, module = step.layer_mask(MaskKind()), nn.Module()
+        return seconds_of(lambda: attend(module, query, key, value, mask))
+
+
+# -- what the driver itself takes ----------------------------------------------------------------------------
+
+
+def _with_overheads(made: Processor, dtype: torch.dtype) -> Processor:
+    """What is left of real code's seconds when all that is known of them is taken away."""
+    small, large = (_Driver(DEMO / name, dtype) for name in ("draft", "target"))
+    hot_s, cold_s = small.embed_seconds(1), small.embed_seconds(1, timed=cold_seconds_of)
+    layers, more_layers = small.model.num_layers, large.model.num_layers
+    frame_layer_s = max(0.0, (large.embed_seconds(1) - hot_s) / (more_layers - layers)) * cold_s / hot_s
+    tiny = {exact: _Layer(made, dtype, exact=exact) for exact in (False, True)}
+    fixed_s = {exact: layer.left_over(1) for exact, layer in tiny.items()}
+    wide = _Layer(made, dtype, exact=False, multiplies=False)
+    return replace(
+        made,
+        layer_s=fixed_s[False],
+        exact_layer_s=fixed_s[True],
+        element_s=max(0.0, wide.left_over(MANY) - wide.left_over(1)) / (MANY - 1) / wide.outputs,
+        hot_share=min(1.0, tiny[False].left_over(1, cold=False) / max(1e-9, fixed_s[False])),
+        frame_s=max(0.0, cold_s - layers * frame_layer_s),
+        frame_layer_s=frame_layer_s,
+        mask_pair_s=max(0.0, small.embed_seconds(MANY) - hot_s) / (MANY * (MANY + small.context)),
+        gather_s=small.gather_seconds() / layers,
+    )
+
+
+class _Layer:
+    """A decoder layer, whose turn comes when other weights have gone through the caches.
+
+    A small one, all of whose seconds are overhead; or, if it does not multiply, a wide one whose products are there
+    already: what is left is elementwise.
+    """
+
+    def __init__(self, known: Processor, dtype: torch.dtype, *, exact: bool, multiplies: bool = True) -> None:
+        heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": WIDTHS[1]}
+        size = SMALL if multiplies else COLUMNS
+        config = LlamaConfig(hidden_size=size, intermediate_size=3 * size, num_hidden_layers=1, vocab_size=8, **heads)
+        config._attn_implementation = NAME
+        with torch.device("meta"):
+            self._layer = LlamaDecoderLayer(config, 0).to(dtype).eval()
+        facts = layer_shape(self._layer, config)
+        for module in self._layer.modules():
+            if multiplies or not isinstance(module, nn.Linear):
+                for name, parameter in module.named_parameters(recurse=False):
+                    values = torch.randn(parameter.shape).to(dtype) / 32
+                    setattr(module, name, nn.Parameter(values, requires_grad=False))
+            else:
+                module.forward = partial(  # type: ignore[method-assign]
+                    _given, torch.randn(1, MANY, module.out_features).to(dtype)
+                )
+        self._size, self._dtype, self.outputs = size, dtype, facts.wide
+        self._cache = KVCache([(KV_HEADS, WIDTHS[1], WIDTHS[1])], 1, CONTEXT, dtype, exact=exact)
+        name = str(dtype).removeprefix("torch.")
+        shape = ModelShape((facts,), size, 8, HEADS, KV_HEADS, WIDTHS[1], WIDTHS[1], head_bytes=0, dtype=name)
+        bare = replace(known, layer_s=0.0, exact_layer_s=0.0, element_s=0.0)
+        cost = model_cost(shape, Hardware(cpu=bare), exact=exact).layers[0]
+        self._known = cost.seconds if multiplies else cost.attention.seconds
+
+    def left_over(self, tokens: int, *, cold: bool = True) -> float:
+        """Seconds of so many tokens that neither products nor attention explain."""
+        return max(0.0, self._seconds(tokens, cold=cold) - self._known(WorkItem(0, (0,), (0,), (tokens,))))
+
+    def _seconds(self, tokens: int, *, cold: bool) -> float:
+        step = self._cache.step([0], [0], [tokens])
+        hidden = torch.randn(1, tokens, self._size).to(self._dtype)
+        angles = torch.ones(1, tokens, WIDTHS[1], dtype=self._dtype)
+        mask = step.layer_mask(MaskKind())
+
+        def once() -> None:
+            with products(step):
+                self._layer(hidden, attention_mask=mask, past_key_values=step, position_embeddings=(angles, angles))
+
+        return cold_seconds_of(once) if cold else seconds_of(once)
+
+
+def _given(made: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A product that nobody computes."""
+    return made[:, : rows.shape[-2]]
+
+
+class _Driver:
+    """A small model on weights that are all zero: the same seconds, nothing to read."""
+
+    context = 64  # keys of the row before its new tokens
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.model = Model(folder, dtype=dtype)
+        for part in self.model.plan(1 << 30):
+            buffer, scratch = (torch.zeros(n, dtype=torch.uint8) for n in (part.size, part.scratch_bytes))
+            self.model.bind(replace(part, scratch_at=0), buffer, scratch)
+
+    def _cache(self, *, exact: bool) -> KVCache:
+        return KVCache(self.model.kv_shapes(), 1, CONTEXT, self.model.dtype, exact=exact)
+
+    def embed_seconds(self, tokens: int, timed: Callable[[Work], float] = seconds_of) -> float:
+        """Token ids to a hidden state, positions and masks, in a step that is not exact."""
+        cache, ids = self._cache(exact=False), torch.zeros(1, tokens, dtype=torch.long)
+        return timed(lambda: self.model.embed(ids, cache.step([0], [self.context], [tokens])))
+
+    def gather_seconds(self) -> float:
+        """Moving an accepted path of eight tokens in all layers."""
+        cache = self._cache(exact=True)
+        return seconds_of(lambda: cache.gather(0, self.context, range(0, 16, 2)))

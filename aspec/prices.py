@@ -1,0 +1,207 @@
+"""From a machine and the shapes of two models to what every task costs there: the profile that a simulation runs on.
+
+Products are read off the machine's table of seconds per weight byte by rows; without one they cost whichever is
+longer, reading the weights or multiplying. Nothing here is measured or read.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from aspec.exact import BLOCK_ROWS
+from aspec.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
+from aspec.io.sim import Profile
+from aspec.shapes import LayerShape, ModelShape, touched_experts
+from aspec.tariff import Attention, LayerCost, Line, ModelCost, Tariff
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Token counts at which a line of products has a point of its own."""
+
+ACCEPTANCE, SPREAD = 0.8, 0.5  # of a pair of models that nobody has run yet
+ELEMENT_PASSES = 6  # over a layer's outputs in memory, of elementwise work
+DRAW_PASSES = {False: 1, True: 12}  # over the vocabulary in fp32: the largest entry; noise, its sum and the largest
+
+
+def prices(
+    target: ModelShape,
+    draft: ModelShape | None,
+    hardware: Hardware,
+    *,
+    exact: bool = False,
+    sampled: bool = False,
+    tree: bool = False,
+    cpu_attention: bool = False,
+    acceptance: float = ACCEPTANCE,
+    spread: float = SPREAD,
+) -> Profile:
+    """What tasks cost on a machine.
+
+    ``exact``: in blocks of rows, as exact steps compute; ``sampled``: draws with noise; ``tree``: the draft proposes
+    trees; ``cpu_attention``: attention runs beside the host's KV, on a machine with a device.
+    """
+    device = hardware.processor
+    target_cost = model_cost(target, hardware, exact=exact, sampled=sampled, cpu_attention=cpu_attention)
+    draft_cost = None if draft is None else model_cost(draft, hardware, sampled=sampled)
+    tariff = Tariff(
+        target_cost,
+        draft_cost,
+        accept_s=device.task_s,
+        accept_row_s=hardware.cpu.accept_row_s + tree * device.gather_s * len(target.layers),
+        node_s=hardware.cpu.node_s,
+        task_s=device.task_s,
+        tree=tree,
+        beside_reads=1.0 if hardware.h2d_bytes_per_s is not None else hardware.beside_reads,
+    )
+    return Profile(
+        disk_bytes_per_s=hardware.disk_bytes_per_s,
+        copy_bytes_per_s=hardware.h2d_bytes_per_s,
+        acceptance=acceptance,
+        spread=spread,
+        tariff=tariff,
+    )
+
+
+def model_cost(
+    shape: ModelShape, hardware: Hardware, *, exact: bool = False, sampled: bool = False, cpu_attention: bool = False
+) -> ModelCost:
+    """What a model costs where the layers run."""
+    device = hardware.processor
+    attends = hardware.cpu if cpu_attention else device
+    attention = _attention(shape, attends, exact=exact)
+    if cpu_attention and hardware.h2d_bytes_per_s is not None:
+        attention = replace(attention, token_s=_crossing_s(shape, hardware))
+    made: dict[LayerShape, LayerCost] = {}
+    for layer in shape.layers:
+        if layer not in made:
+            made[layer] = _layer(layer, shape, device, attention, exact=exact)
+    cached = shape.nbytes <= device.cache_bytes
+    frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * (device.hot_share if cached else 1.0)
+    head = _line([(shape.head_bytes, 1, 1)], shape.dtype, device, frame_s, shape.vocab, exact=exact, cached=cached)
+    per_entry = device.sampled_s if sampled else device.greedy_s
+    per_entry = device.passes_s(DRAW_PASSES[sampled]) if per_entry is None else per_entry
+    return ModelCost(
+        layers=tuple(made[layer] for layer in shape.layers),
+        embed=Line(((1, frame_s), (1024, frame_s + 1024 * shape.hidden * shape.itemsize / device.copy_rate))),
+        head=head,
+        draw_s=per_entry * shape.vocab,
+        mask_pair_s=device.mask_pair_s,
+    )
+
+
+Weights = tuple[float, int, int]
+"""Bytes of weights, how many experts they are, and how many of them a token goes through."""
+
+
+def _layer(layer: LayerShape, shape: ModelShape, device: Processor, attention: Attention, *, exact: bool) -> LayerCost:
+    overhead_s = device.layer_s if not exact or device.exact_layer_s is None else device.exact_layer_s
+    share = layer.project_bytes / max(1, layer.dense_bytes)
+    cached = shape.nbytes <= device.cache_bytes
+    overhead_s *= device.hot_share if cached else 1.0
+    routed: list[Weights] = [(layer.expert_bytes, layer.experts, layer.active)] if layer.experts else []
+    products_s = device.product_s * layer.products
+    project = _line(
+        [(layer.project_bytes, 1, 1)],
+        shape.dtype,
+        device,
+        overhead_s / 2 + products_s * share,
+        layer.wide * share,
+        exact=exact,
+        cached=cached,
+    )
+    rest = _line(
+        [(layer.rest_bytes, 1, 1), *routed],
+        shape.dtype,
+        device,
+        overhead_s / 2 + products_s * (1 - share),
+        layer.wide * (1 - share),
+        exact=exact,
+        cached=cached,
+    )
+    return LayerCost(project, rest, attention, bind_s=layer.convert_bytes / device.copy_rate)
+
+
+def _line(
+    weights: Sequence[Weights],
+    dtype: str,
+    device: Processor,
+    fixed_s: float,
+    elements: float,
+    *,
+    exact: bool,
+    cached: bool,
+) -> Line:
+    """Seconds by tokens: what is fixed, the products, and elementwise work per output."""
+    per_element = device.passes_s(ELEMENT_PASSES, 2) if device.element_s is None else device.element_s
+    in_blocks = exact and len(weights) == 1  # experts have blocks of their own: no stairs in tokens
+    counts = [BLOCK_ROWS * count for count in (1, *ROWS[1:6])] if in_blocks else list(ROWS)
+    if exact and not in_blocks:
+        counts = sorted({*counts, *(count + 1 for count in ROWS[6:])})
+    points = []
+    for count in counts:
+        products_s = sum(_product_s(w, count, dtype, device, exact=exact, cached=cached) for w in weights)
+        points.append((count, fixed_s + products_s))
+    return Line(tuple(points), BLOCK_ROWS if in_blocks else 1, per_element * elements)
+
+
+def _product_s(weights: Weights, tokens: float, dtype: str, device: Processor, *, exact: bool, cached: bool) -> float:
+    """Seconds of a pass of so many tokens through weights, or through those experts that it meets."""
+    nbytes, experts, active = weights
+    touched = touched_experts(experts, active, tokens) if experts > 1 else 1.0
+    rows = tokens * active / touched if experts > 1 else tokens
+    own_s = device.product_s * 2 * touched if experts > 1 else 0.0
+    return own_s + touched * nbytes * weight_seconds(device, dtype, rows, exact=exact, cached=cached)
+
+
+def weight_seconds(device: Processor, dtype: str, rows: float, *, exact: bool = False, cached: bool = False) -> float:
+    """Seconds per byte of weights for a product of so many rows."""
+    if exact:
+        rows = -(-rows // BLOCK_ROWS) * BLOCK_ROWS
+    tables = device.cached_weight_s if cached else device.weight_s
+    if exact and not cached and dtype in device.block_weight_s:
+        tables = device.block_weight_s
+    table = tables.get(dtype)
+    if table is not None:
+        return _read_off(table, rows)
+    itemsize = 4 if dtype == "float32" else 2
+    multiply_s = 2 * rows / itemsize / device.flops(dtype)
+    return multiply_s if cached else max(1 / device.memory_bytes_per_s, multiply_s)
+
+
+def _read_off(table: Table, rows: float) -> float:
+    """Between two counts on the straight line; beyond the last one in proportion to its slope, never below it."""
+    counts = [count for count, _ in table]
+    above = bisect_right(counts, rows)
+    if above == 0:
+        return table[0][1]
+    if above < len(table):
+        (x, y), (x2, y2) = table[above - 1], table[above]
+        return y + (y2 - y) * (rows - x) / (x2 - x)
+    slopes = [(y2 - y) / (x2 - x) for (x, y), (x2, y2) in pairwise(table)]
+    last, last_s = table[-1]
+    return last_s + (rows - last) * (max(slopes[-1], 0.0) if slopes else last_s / last)
+
+
+def _attention(shape: ModelShape, device: Processor, *, exact: bool) -> Attention:
+    rates = (device.exact_attention or device.attention) if exact else device.attention
+    if rates is None:
+        multiply_s = 4 / device.flops(shape.dtype)  # a product and a sum, with keys and with values
+        rates = AttentionRates(
+            kv_byte_s=1 / device.memory_bytes_per_s, score_s=device.passes_s(SOFTMAX_PASSES), width_s=multiply_s
+        )
+    width = (shape.width + shape.value_width) / 2
+    return Attention(
+        call_s=rates.call_s,
+        row_s=rates.row_s,
+        key_s=rates.kv_byte_s * shape.kv_bytes,
+        pair_s=shape.heads * (rates.score_s + rates.width_s * width),
+        own_pair_s=shape.heads * rates.own_score_s,
+        exact=exact,
+    )
+
+
+def _crossing_s(shape: ModelShape, hardware: Hardware) -> float:
+    """Seconds per token of bringing queries, keys and values to the host and what they make back."""
+    h2d = hardware.h2d_bytes_per_s or float("inf")
+    queries, made = shape.heads * shape.width * shape.itemsize, shape.heads * shape.value_width * shape.itemsize
+    return (queries + shape.kv_bytes) / (hardware.d2h_bytes_per_s or h2d) + made / h2d

@@ -1,0 +1,221 @@
+"""What every task costs on one machine for one pair of models: lines through points, and how an item is counted.
+
+Pure policy: counts in, seconds out. ``prices.py`` makes a tariff from a machine and the shapes of the models; the
+simulated machine charges by it.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf
+
+from aspec.tasks.task import Op, Task, WorkItem
+
+KEY_TILE = 64  # attention runs over whole tiles of keys, see ``kv.py``
+TREE_DEPTH = 16  # tokens of a tree's longest path, for want of knowing: what lies deeper is paid as that deep
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds by a count: straight between the points, level below the first, the last piece prolonged beyond.
+
+    ``block``: counts are rounded up to whole blocks first. ``each_s``: per count, on top of that and never rounded.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    block: int = 1
+    each_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.points or any(a >= b for (a, _), (b, _) in pairwise(self.points)) or self.block < 1:
+            raise ValueError(f"a line needs points by ascending count and blocks from 1 on, found {self}")
+
+    def times(self, factor: float) -> "Line":
+        """The same, so many times as long."""
+        return replace(self, points=tuple((x, factor * y) for x, y in self.points))
+
+    def at(self, count: float) -> float:
+        """Seconds of a count; those of the points themselves are exact."""
+        return self._between(-(-count // self.block) * self.block) + self.each_s * count
+
+    def _between(self, count: float) -> float:
+        above = bisect_right(self.points, (count, inf))
+        if above == 0 or len(self.points) == 1:
+            return self.points[0][1]
+        last = min(above, len(self.points) - 1)
+        (x, y), (x2, y2) = self.points[last - 1 : last + 1]
+        return y + (y2 - y) * (count - x) / (x2 - x) if count != x2 else y2
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Seconds of a layer's attention for one item.
+
+    ``exact``: rows take turns, each over its own keys, and a query of a tree looks up its own path. Otherwise all rows
+    together, over the keys of the longest.
+    """
+
+    call_s: float = 0.0
+    row_s: float = 0.0
+    key_s: float = 0.0  # per key of a row
+    pair_s: float = 0.0  # per query token and key
+    own_pair_s: float = 0.0  # per query token of a tree and key of its own path, on top
+    token_s: float = 0.0  # per query token
+    exact: bool = False
+
+    def times(self, factor: float) -> "Attention":
+        """The same, so many times as long."""
+        names = ("call_s", "row_s", "key_s", "pair_s", "own_pair_s", "token_s")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
+
+    def seconds(self, item: WorkItem, *, tree: bool = False) -> float:
+        """What an item costs; ``tree``: its proposals are one."""
+        width = max(item.counts)
+        ends = [start + count for start, count in zip(item.starts, item.counts, strict=True)]
+        lengths = [_whole_tiles(end if self.exact else max(ends)) for end in ends]
+        total = self.call_s + sum(
+            self.row_s + self.token_s * width + length * (self.key_s + self.pair_s * width) for length in lengths
+        )
+        if not (self.exact and tree and width > 1 and not item.prefill):
+            return total
+        own = (_whole_tiles(start % KEY_TILE + min(width, TREE_DEPTH)) for start in item.starts)
+        return total + self.own_pair_s * width * sum(own)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """One layer; the lines are over tokens, padded ones included."""
+
+    project: Line  # its norm and the projections to queries, keys and values
+    rest: Line  # the output projection and all that follows
+    attention: Attention
+    bind_s: float = 0.0  # stored weights that must be converted, once per pass
+
+    def times(self, factor: float) -> "LayerCost":
+        """So many of these as one."""
+        lines = self.project.times(factor), self.rest.times(factor)
+        return LayerCost(*lines, self.attention.times(factor), factor * self.bind_s)
+
+    def seconds(self, item: WorkItem, *, tree: bool = False) -> float:
+        """The whole layer for one item."""
+        tokens = padded_tokens(item)
+        return self.project.at(tokens) + self.attention.seconds(item, tree=tree) + self.rest.at(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """One model: its layers, and what is before and behind them."""
+
+    layers: tuple[LayerCost, ...]
+    embed: Line  # by padded tokens
+    head: Line  # by rows of logits
+    draw_s: float  # per drawn token
+    mask_pair_s: float = 0.0  # per query token and key, once for all layers
+
+    def embed_seconds(self, item: WorkItem) -> float:
+        """Token ids to hidden states, positions and masks."""
+        length = max(start + count for start, count in zip(item.starts, item.counts, strict=True))
+        return self.embed.at(padded_tokens(item)) + self.mask_pair_s * padded_tokens(item) * length
+
+    def layer_seconds(self, item: WorkItem) -> float:
+        """All layers one after another; those of one kind are priced once."""
+        kinds = {id(layer): layer for layer in self.layers}
+        seconds = {key: layer.seconds(item) for key, layer in kinds.items()}
+        return sum(seconds[id(layer)] for layer in self.layers)
+
+    def head_seconds(self, rows: int, draws: int) -> float:
+        """So many rows of logits, and of them so many draws."""
+        return self.head.at(rows) + self.draw_s * draws
+
+
+@dataclass(frozen=True, slots=True)
+class Tariff:
+    """Seconds of every task that computes; what travels is priced by the rates of its link."""
+
+    target: ModelCost
+    draft: ModelCost | None = None
+    accept_s: float = 1e-4
+    accept_row_s: float = 0.0
+    node_s: float = 0.0  # a node of a tree, per level that it goes through the draft in
+    task_s: float = 0.0  # of any task, what the lane itself takes
+    tree: bool = False  # proposals are trees
+    beside_reads: float = 1.0  # factor of what computes while the disk lane reads
+
+    def seconds(self, task: Task) -> float:
+        """Seconds of a task that has an item. Raises KeyError for one that loads."""
+        item = task.item
+        assert item is not None, f"{task.label} carries no work item"
+        return self.task_s + _PRICES[task.op](self, task, item)
+
+
+def padded_tokens(item: WorkItem) -> int:
+    """Tokens that an item's products really work on: every row as wide as the widest."""
+    return len(item.rows) * max(item.counts)
+
+
+def _whole_tiles(length: int) -> int:
+    return -(-length // KEY_TILE) * KEY_TILE
+
+
+def _layer(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    layer = tariff.target.layers[task.layer]
+    return layer.seconds(item, tree=tariff.tree) + _bind(layer, task, item)
+
+
+def _project(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    layer = tariff.target.layers[task.layer]
+    return layer.project.at(padded_tokens(item)) + _bind(layer, task, item)
+
+
+def _bind(layer: LayerCost, task: Task, item: WorkItem) -> float:
+    """The first item of a pass converts what streams in."""
+    return layer.bind_s if task.slots and item.index == 0 else 0.0
+
+
+def _attend(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    return tariff.target.layers[task.layer].attention.seconds(item, tree=tariff.tree)
+
+
+def _ffn(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    return tariff.target.layers[task.layer].rest.at(padded_tokens(item))
+
+
+def _embed(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    return tariff.target.embed_seconds(item)
+
+
+def _head(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    if item.prefill:
+        return tariff.target.head_seconds(len(item.rows), len(item.rows))
+    return tariff.target.head_seconds(padded_tokens(item), item.num_tokens)
+
+
+def _accept(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    return tariff.accept_s + tariff.accept_row_s * len(item.rows)
+
+
+def _draft(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    draft = tariff.draft
+    if draft is None:  # a lookup
+        return tariff.node_s * item.num_tokens
+    nodes = item.num_tokens if task.growth is not None else 0
+    drawn = item.num_tokens if task.growth is not None else len(item.rows)
+    model_s = draft.embed_seconds(item) + draft.layer_seconds(item) + draft.head_seconds(drawn, drawn)
+    return model_s + tariff.node_s * nodes
+
+
+def _draft_prefill(tariff: Tariff, task: Task, item: WorkItem) -> float:
+    return 0.0 if tariff.draft is None else tariff.draft.embed_seconds(item) + tariff.draft.layer_seconds(item)
+
+
+_PRICES = {
+    Op.EMBED: _embed,
+    Op.LAYER: _layer,
+    Op.PROJECT: _project,
+    Op.ATTEND: _attend,
+    Op.FFN: _ffn,
+    Op.HEAD: _head,
+    Op.ACCEPT: _accept,
+    Op.DRAFT: _draft,
+    Op.DRAFT_PREFILL: _draft_prefill,
+}

@@ -1,0 +1,205 @@
+"""Predicted against measured seconds: a real engine's tasks, each beside what the machine's profile says it costs.
+
+    python tools/bench_prices.py ./model --draft ./small --device-memory 512MiB --rows 1 4 16 --chains 0 4
+
+Every line is one kind of task: an operation on items of one size. Measured are the median and the least; the error is
+that of the prediction against either. The last lines hold whole runs against their simulation.
+"""
+
+import argparse
+import asyncio
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from aspec.cache import machine_profile
+from aspec.engine import Engine
+from aspec.io.sim import Profile
+from aspec.model import Model
+from aspec.options import EngineOptions
+from aspec.params import SamplingParams
+from aspec.plan import Plan
+from aspec.prices import prices
+from aspec.shapes import ModelShape, shape_of
+from aspec.simulation import simulate
+from aspec.tasks.task import Op, Span
+from aspec.units import parse_bytes
+
+LOADS = (Op.READ, Op.COPY)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an engine is asked to do."""
+
+    exact: bool
+    rows: int
+    chain: int
+    prompt: int  # tokens
+
+
+@dataclass(frozen=True)
+class Line:
+    """One kind of task of one scene."""
+
+    scene: Scene
+    op: str
+    tokens: int
+    count: int
+    predicted_s: float
+    median_s: float
+    least_s: float
+
+    def text(self) -> str:
+        """For people."""
+        scene = self.scene
+        name = f"{'exact' if scene.exact else 'plain'} {scene.rows:2} rows chain {scene.chain} prompt {scene.prompt:3}"
+        errors = [100 * (self.predicted_s / measured - 1) for measured in (self.median_s, self.least_s)]
+        return (
+            f"{name}  {self.op:13} {self.tokens:4} tokens x{self.count:<4} predicted {1e3 * self.predicted_s:8.3f} ms, "
+            f"median {1e3 * self.median_s:8.3f} ({errors[0]:+4.0f} %), least {1e3 * self.least_s:8.3f} "
+            f"({errors[1]:+4.0f} %)"
+        )
+
+
+async def run_scene(options: argparse.Namespace, scene: Scene) -> tuple[Plan, list[Span]]:
+    """Serve random prompts; every task of it."""
+    spans: list[Span] = []
+    engine_options = EngineOptions(
+        target=options.target,
+        draft=options.draft if scene.chain else None,
+        device_memory=options.device_memory,
+        speculation="chain" if scene.chain else "off",
+        num_draft_tokens=scene.chain or None,
+        exact=scene.exact,
+        max_batch=scene.rows,
+        max_context=scene.prompt + options.tokens + 32,
+        threads=options.threads,
+        reuse_prefix=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    async with Engine(engine_options, [spans.append]) as engine:
+
+        async def serve(index: int) -> None:
+            prompt = torch.randint(options.vocab, (scene.prompt,), generator=generator).tolist()
+            params = SamplingParams(max_new_tokens=options.tokens, temperature=0.0, ignore_eos=True, seed=index)
+            async for _ in engine.stream(prompt, params):
+                pass
+
+        await asyncio.gather(*(serve(index) for index in range(scene.rows)))
+        return engine.plan, spans
+
+
+def against_simulation(
+    options: argparse.Namespace, scene: Scene, profile: Profile, plan: Plan, spans: list[Span]
+) -> Line:
+    """A pass of the run beside one of its simulation, at the run's own acceptance and rate of reading."""
+    accepted, refused = (sum(f(o) for s in spans for o in s.outcomes) for f in (lambda o: o.num_accepted, _refused))
+    acceptance = accepted / (accepted + refused) if accepted + refused else profile.acceptance
+    simulated: list[Span] = []
+    reads = [s for s in spans if s.task.op is Op.READ]
+    rate = sum(s.task.nbytes for s in reads) / busy(reads) if reads else profile.disk_bytes_per_s
+    profile = replace(profile, acceptance=acceptance, disk_bytes_per_s=rate)
+    simulate(plan, profile, [(scene.prompt, options.tokens)] * scene.rows, [simulated.append])
+    real_s, simulated_s = pass_seconds(spans), pass_seconds(simulated)
+    return Line(scene, "pass", 0, passes(spans), simulated_s, real_s, real_s)
+
+
+def _refused(outcome: object) -> int:
+    return int(outcome.num_accepted < outcome.num_proposed)  # type: ignore[attr-defined]
+
+
+def compare(scene: Scene, profile: Profile, spans: list[Span]) -> list[Line]:
+    """The lines of one scene, by operation and tokens; where weights stream, as beside reads that never rest."""
+    tariff = profile.tariff
+    assert tariff is not None
+    factor = tariff.beside_reads if any(span.task.op is Op.READ for span in spans) else 1.0
+    groups: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for span in spans:
+        if span.task.op not in LOADS:
+            key = (str(span.task.op), span.task.num_tokens)
+            groups[key].append((factor * tariff.seconds(span.task), span.stop_s - span.start_s))
+    return [
+        Line(
+            scene,
+            op,
+            tokens,
+            len(pairs),
+            median(p for p, _ in pairs),
+            median(m for _, m in pairs),
+            min(m for _, m in pairs),
+        )
+        for (op, tokens), pairs in sorted(groups.items())
+    ]
+
+
+def busy(spans: list[Span]) -> float:
+    """Seconds in which at least one of them ran."""
+    total, end = 0.0, 0.0
+    for span in sorted(spans, key=lambda span: span.start_s):
+        total += max(0.0, span.stop_s - max(span.start_s, end))
+        end = max(end, span.stop_s)
+    return total
+
+
+def passes(spans: list[Span]) -> int:
+    """Decoding passes."""
+    return len({span.task.number for span in spans if span.task.op is Op.ACCEPT}) - 1
+
+
+def pass_seconds(spans: list[Span]) -> float:
+    """Seconds of a decoding pass, the prompts' own left out."""
+    ends = sorted(max(s.stop_s for s in spans if s.outcomes and s.task.number == number) for number in numbers(spans))
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def numbers(spans: list[Span]) -> set[int]:
+    """Of the passes."""
+    return {span.task.number for span in spans if span.outcomes}
+
+
+def shapes(options: argparse.Namespace) -> tuple[ModelShape, ModelShape | None, torch.dtype]:
+    target = Model(options.target)
+    return shape_of(target), shape_of(Model(options.draft)) if options.draft else None, target.dtype
+
+
+def main() -> None:
+    """Run all scenes and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--draft", type=Path)
+    parser.add_argument("--device-memory", type=parse_bytes, default=512 << 20)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--chains", type=int, nargs="+", default=[0, 2, 4])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 300], help="tokens")
+    parser.add_argument("--tokens", type=int, default=6, help="new ones of every row")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--exact", type=int, nargs="+", default=[0, 1], help="1: exact steps")
+    parser.add_argument("--refresh", action="store_true", help="measure the machine again before every scene")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    target, draft, dtype = shapes(options)
+    options.vocab = target.vocab
+    lines: list[Line] = []
+    for exact in map(bool, options.exact):
+        for rows in options.rows:
+            for chain in options.chains if options.draft else [0]:
+                for prompt in options.prompts:
+                    hardware = machine_profile(options.target, dtype, options.threads, refresh=options.refresh)
+                    profile = prices(target, draft, hardware, exact=exact)
+                    scene = Scene(exact, rows, chain, prompt)
+                    plan, spans = asyncio.run(run_scene(options, scene))
+                    found = [*compare(scene, profile, spans)]
+                    found.append(against_simulation(options, scene, profile, plan, spans))
+                    print(*(line.text() for line in found), sep="\n", flush=True)
+                    lines += found
+    if options.json:
+        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,14 +19,14 @@ from aspec.monitor import Monitor
 from aspec.needs import folders
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
-from aspec.plan import Plan
+from aspec.plan import Plan, Workload
 from aspec.recorder import Recorder
 from aspec.text import Tokenizer
 from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate
 from aspec.verify import Claim, Verdict, conclude, verify
 
-MAX_AUTO_BATCH = 16
+SEARCHED_FROM = 8  # prompts; for more, the plan is searched for
 PROBE_S = 0.5
 RECENT_SPANS = 100_000  # what the closing line looks back on
 TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -135,11 +135,11 @@ def _encode(tokenizer: Tokenizer, text: str, flags: GenerateFlags) -> list[int]:
 def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParams) -> EngineOptions:
     """Rows and context that these prompts need, and no more."""
     longest = max(len(tokens) for tokens in prompts)
-    return replace(
-        options,
-        max_batch=options.max_batch or min(len(prompts), MAX_AUTO_BATCH),
-        max_context=options.max_context or max(2, longest + params.max_new_tokens),
-    )
+    fitted = replace(options, max_context=options.max_context or max(2, longest + params.max_new_tokens))
+    if len(prompts) > SEARCHED_FROM and params.max_new_tokens > 1:
+        mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
+        return replace(fitted, workload=Workload(len(prompts), mean, params.max_new_tokens))
+    return replace(fitted, max_batch=options.max_batch or len(prompts))
 
 
 async def _verify(job: Job, outcome: Outcome) -> list[Verdict]:

@@ -26,6 +26,7 @@ NGRAM = "ngram"  # the name of the draft that needs no model
 DEMO = Path(__file__).parent / "demo"
 DEMO_BUDGET_BYTES = 14 * MIB  # below the demo target's 16 MB, so that streaming really happens
 MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # proposals of a row in a pass, and tokens of a path, at most
+MOST_TREES = 8  # rows for which trees are grown where nobody has said what is to be done: beyond, compute binds
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 PREFILL_TOKENS = 512  # tokens of one prefill item
@@ -129,7 +130,8 @@ def _speculation(options: EngineOptions, draft: Model | None) -> dict[str, Any]:
     ngram = options.draft == NGRAM
     if is_off(options) or (draft is None and not ngram):
         return {}
-    tree = ngram or options.speculation != "chain"  # a lookup's chain is a tree of one branch
+    many = options.speculation == "auto" and (options.max_batch or 1) > MOST_TREES
+    tree = ngram or not (many or options.speculation == "chain")  # a lookup's chain is a tree of one branch
     most = MAX_TREE if tree else MAX_CHAIN
     return {
         "speculation": Speculation.TREE if tree else Speculation.CHAIN,

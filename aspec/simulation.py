@@ -20,7 +20,8 @@ from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing, RowOutcome
 from aspec.timeline import CPU, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 from aspec.virtual import VirtualTimeLoop
 
-FIT_TOKENS, FIT_STEPS = 300, 7  # tokens of a simulation that is held against a run, and halvings of the range
+FIT_ROWS, FIT_TOKENS = 4, 300  # of a simulation that is held against a run
+FIT_STEPS = 7  # halvings of the range
 
 Arrival = tuple[int, int]
 """Prompt tokens, new tokens at most."""
@@ -96,13 +97,14 @@ def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> f
     Chains and trees alike: what of a tree is accepted depends on how it grew.
     """
     low, high = 0.0, 1.0
+    roomy = replace(plan, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []
         guess = replace(profile, acceptance=middle, end_probability=0.0)
-        new = min(FIT_TOKENS, plan.capacity - 2)
-        simulate(plan, guess, [(2, new)], [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
-        decoded = outcomes[1:]  # the first is the prompt's
+        job = [(2, FIT_TOKENS)] * FIT_ROWS
+        simulate(roomy, guess, job, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
+        decoded = outcomes[FIT_ROWS:]  # the first ones are the prompts'
         found = sum(o.num_new for o in decoded) / max(1, len(decoded))
         low, high = (middle, high) if found < tokens_per_pass else (low, middle)
     return (low + high) / 2

@@ -9,7 +9,7 @@ import torch
 
 from aspec.costs import expected_tokens
 from aspec.hardware import AttentionRates, Hardware, Processor
-from aspec.io.sim import PROJECT_SHARE, Profile, SimBackend
+from aspec.io.sim import Profile, SimBackend
 from aspec.model import Model
 from aspec.plan import Speculation
 from aspec.prices import ACCEPTANCE, model_cost, prices, weight_seconds
@@ -111,10 +111,10 @@ def test_a_layer_is_the_sum_of_its_three():
             )
             assert whole == pytest.approx(sum(thirds))
     flat = SimBackend(Profile(layer_s=5e-3, layer_token_s=1e-4))
-    halves = flat.price(task(Op.PROJECT, item())) + flat.price(task(Op.FFN, item()))
-    assert halves == pytest.approx(flat.price(task(Op.LAYER, item())))
-    assert flat.price(task(Op.PROJECT, item())) == pytest.approx(PROJECT_SHARE * 5.1e-3)
-    assert flat.price(task(Op.ATTEND, item())) == Profile().attend_s
+    pieces = sum(flat.price(task(op, item())) for op in (Op.PROJECT, Op.ATTEND, Op.FFN))
+    assert pieces == pytest.approx(flat.price(task(Op.LAYER, item())))
+    assert flat.price(task(Op.PROJECT, item())) == pytest.approx(5.1e-3 / 4)
+    assert flat.price(task(Op.ATTEND, item())) == pytest.approx(5.1e-3 / 4)
 
 
 def test_attention_on_the_host_pays_the_way_there():

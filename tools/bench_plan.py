@@ -2,9 +2,8 @@
 
     python tools/bench_plan.py BIG --draft aspec/demo/draft --link-rate 1.0GB/s
 
-Every plan serves the same prompts. Its forecast comes first, from this machine's profile and the acceptance that earlier
-runs of the pair have shown; then it runs for real, and the decode rate is taken the same way from its spans. A pilot,
-one run that counts for nothing, tells the acceptance on these prompts.
+Every plan serves the same prompts. Its forecast comes first, from this machine's profile and the acceptance that a
+pilot run on these prompts shows; then it runs for real, and the decode rate is taken the same way from its spans.
 """
 
 import argparse

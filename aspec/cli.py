@@ -13,7 +13,7 @@ import typer
 from aspec.console import Console
 from aspec.errors import AspecError
 from aspec.flags import BenchFlags, ChatFlags, TraceFlags, VerifyFlags, takes
-from aspec.jobflags import PlanFlags, ProfileFlags
+from aspec.jobflags import BatchFlags, PlanFlags, ProfileFlags
 
 app = typer.Typer(
     add_completion=False,
@@ -114,6 +114,42 @@ def bench(flags: BenchFlags) -> None:
 
     console = Console(quiet=flags.quiet)
     guarded(lambda: bench_to_console(flags, console), console, flags.debug)
+
+
+@app.command()
+@takes(BatchFlags)
+def batch(flags: BatchFlags) -> None:
+    """Serve a file of requests, overnight if need be: no finished row is lost, whatever ends the job.
+
+    Rows are in OpenAI's batch format, one JSON object per line:
+
+      {"custom_id": "a", "method": "POST", "url": "/v1/completions",
+       "body": {"prompt": "def main():", "max_tokens": 64}}
+
+      {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions",
+       "body": {"messages": [{"role": "user", "content": "Why?"}]}}
+
+    All rows are checked before anything is done. Each answer is synced to the
+    disk as it comes, in any order; custom_id tells whose it is. The same
+    command again goes on where a job was stopped, with the journal beside the
+    output (OUT.journal); the rows it makes are those of a job that nothing
+    stopped. Draft, memory, batch size and threads may change in between; the
+    input, the model and the sampling may not.
+
+    Ctrl-C takes no new rows and finishes those under way; again stops at once.
+
+    Examples:
+
+      aspec batch -i in.jsonl -o out.jsonl
+
+      aspec batch -i in.jsonl -o out.jsonl --target org/big --draft org/small --device-memory 8GiB -n 512
+
+      aspec batch -i in.jsonl -o out.jsonl --target ./model --temperature 0.7 --seed 1 --overwrite
+    """
+    from aspec.batch import batch_to_console
+
+    console = Console(quiet=flags.quiet)
+    guarded(lambda: batch_to_console(flags, console), console, flags.debug)
 
 
 @app.command()

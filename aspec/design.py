@@ -1,6 +1,7 @@
 """From folders and options to what an engine will be: the models agree, a plan is decided, nothing is allocated."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,9 +59,10 @@ def decide(options: EngineOptions, models: Models) -> Plan:
     Raises BudgetError if even the smallest does not fit.
     """
     wishes = wishes_of(options, models)
-    if options.workload is None:
-        return _plan(options, wishes, models.needs)
-    return plan_workload(options, models, wishes).best.plan
+    if options.workload is not None:
+        with suppress(BudgetError):  # of the usual sizes none fits
+            return plan_workload(options, models, wishes).best.plan
+    return _plan(options, wishes, models.needs)
 
 
 def _plan(options: EngineOptions, wishes: Wishes, needs: Callable[[Wishes], Needs]) -> Plan:

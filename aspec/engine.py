@@ -15,6 +15,7 @@ import gc
 import itertools
 import os
 import sys
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Self
 
@@ -54,6 +55,9 @@ class Engine:
         self._ids = itertools.count()
         self._queues: dict[int, asyncio.Queue[Piece | BaseException]] = {}
         self._requests: dict[int, RequestStats] = {}
+        self._waiting: deque[TokenSequence] = deque()  # those that the scheduler has not heard of: no row is free
+        self._admitted: set[int] = set()  # those that have a row, or will take one between this pass and the next
+        self._followed: dict[int, int] = {}  # ended sequences whose row is to be taken, and by whom
         self._assembly: Assembly | None = None
         self._running: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -228,27 +232,51 @@ class Engine:
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._queues[sequence.id] = queue
         self._requests[sequence.id] = RequestStats(sequence.num_prompt, self._backend.now())
-        self._open.runner.admit(sequence)
-        follows, kept = self._shared(sequence.tokens) if self._options.reuse_prefix else (None, 0)
-        self._executor.post(Arrived(sequence.id, sequence.num_prompt, sequence.max_new_tokens, follows, kept))
+        self._waiting.append(sequence)
+        self._admit()
         return queue
 
-    def _shared(self, prompt: list[int]) -> tuple[int | None, int]:
-        """The ended sequence that a prompt shares most leading tokens with, of those whose KV stands; how many.
+    def _admit(self) -> None:
+        """Tell the scheduler of as many sequences as rows are free.
+
+        Whose KV a prompt can take over shows only then; and whoever ends is followed in the same pass's seating,
+        because the scheduler hears of the follower before it hears of the end.
+        """
+        while self._waiting and len(self._admitted) < self.plan.num_rows:
+            sequence = self._waiting.popleft()
+            self._admitted.add(sequence.id)
+            self._open.runner.admit(sequence)
+            follows, kept = self._shared(sequence) if self._options.reuse_prefix else (None, 0)
+            self._executor.post(Arrived(sequence.id, sequence.num_prompt, sequence.max_new_tokens, follows, kept))
+
+    def _shared(self, new: TokenSequence) -> tuple[int | None, int]:
+        """The ended sequence that a new one shares most leading tokens with, of those whose KV stands; how many.
 
         One that was left may still be in its pass: its row is free only when that pass has committed, so its KV, too,
         stands up to its last token. The prompt's last token never counts: it is fed, so that there is a draw.
         """
-        ended = [one for one in self._open.runner.occupants() if one.id not in self._requests]
-        shared = [(common_prefix(one.tokens[:-1], prompt[:-1]), one.id) for one in ended]
-        kept, follows = max(shared, default=(0, None))
-        return (follows, kept) if kept else (None, 0)
+        sitting = {one.id: one for one in self._open.runner.occupants()}
+        self._followed = {ended: by for ended, by in self._followed.items() if ended in sitting}
+        ended = [one for one in sitting.values() if one.id not in self._requests and one.id not in self._followed]
+        shared = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one.id) for one in ended]
+        kept, follows = max(shared, default=(0, -1))
+        if not kept:
+            return None, 0
+        self._followed[follows] = new.id
+        return follows, kept
 
     def _leave(self, sequence: int) -> None:
         """A stream has ended or nobody listens any more."""
         self._queues.pop(sequence, None)
-        if self._requests.pop(sequence, None) is not None and self._assembly is not None:
+        if self._requests.pop(sequence, None) is None or self._assembly is None:
+            return
+        if sequence in self._admitted:
+            self._admitted.remove(sequence)
+            self._followed = {ended: by for ended, by in self._followed.items() if by != sequence}
             self._executor.post(Cancelled(sequence))
+            self._admit()
+        else:
+            self._waiting = deque(one for one in self._waiting if one.id != sequence)
 
     def _observe(self, span: Span) -> None:
         """Turn committed tokens into pieces, and spans into statistics; runs on the loop after every task."""
@@ -269,6 +297,9 @@ class Engine:
                 queue.put_nowait(Piece(text, tokens, reason, final, logprobs))
             if sequence.finish_reason is not None:
                 self._requests.pop(sequence.id)
+                self._admitted.discard(sequence.id)
+        if span.outcomes:
+            self._admit()
 
 
 def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:

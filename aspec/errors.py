@@ -12,6 +12,7 @@ AspecError
 │   └── DeadlockError        nothing runs and nothing can become ready
 └── DeviceError          a device, disk or numeric failure while running
     ├── ReadError            the disk returned an error or too few bytes
+    ├── WriteError           the output cannot be written: the disk is full, may not be written or fails
     ├── NumericError         the target produced NaN logits
     └── DivergenceError      with a draft the target drew other tokens than without
 """
@@ -63,6 +64,10 @@ class DeviceError(AspecError):
 
 class ReadError(DeviceError):
     """The disk returned an error or fewer bytes than the index promises."""
+
+
+class WriteError(DeviceError):
+    """What is to be kept cannot be written: the disk is full, may not be written, or fails."""
 
 
 class NumericError(DeviceError):

@@ -7,12 +7,14 @@ emitted and never issued simply drop. What may NOT go in: policy (ask the schedu
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from aspec.errors import DeadlockError, first_error
 from aspec.io.backend import Backend
 from aspec.tasks.graph import Graph
 from aspec.tasks.task import Completion, Decision, Event, Resource, Span, Started, Task
+
+T = TypeVar("T")
 
 Observer = Callable[[Span], None]
 """Called on the loop with every finished task; must not block."""
@@ -146,7 +148,7 @@ class Executor:
         error.add_note(f"buffers: {buffers}; last spans: {last}")
 
 
-async def settle(future: asyncio.Future[Completion]) -> Completion:
+async def settle(future: asyncio.Future[T]) -> T:
     """Wait for issued work to its very end, even when cancelled: its buffers are not ours before."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():

@@ -11,7 +11,7 @@ from aspec.hardware import read_hardware
 from aspec.io.checkpoint import has_weights
 from aspec.jobflags import PlanFlags
 from aspec.needs import Models, read_models, wishes_of
-from aspec.plan import Plan, Speculation, Tier, Workload, format_bytes
+from aspec.plan import Plan, Tier, Workload, format_bytes
 from aspec.planning import Machine, on_machine, plan_workload, this_machine
 from aspec.search import Found, Search
 from aspec.units import format_rate
@@ -67,7 +67,7 @@ def lines(explained: Explained) -> Iterator[str]:
     yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
     yield f"work: {work.num_prompts} prompts of {work.prompt_tokens} tokens, {work.new_tokens} new tokens each"
     yield ""
-    yield f"the plan: {shape(best.plan)}"
+    yield f"the plan: {best.plan.shape}"
     yield from (f"  {line}" for line in placement(best.plan))
     yield f"  predicted: {outlook(best, work)}"
     yield f"  bottleneck: {best.forecast.bottleneck}"
@@ -75,9 +75,9 @@ def lines(explained: Explained) -> Iterator[str]:
     if others:
         yield ""
         yield "behind it"
-        width = max(len(shape(found.plan)) for found in others)
+        width = max(len(found.plan.shape) for found in others)
         for found in others:
-            yield f"  {shape(found.plan):{width}}  {outlook(found, work)}; {found.forecast.bottleneck}"
+            yield f"  {found.plan.shape:{width}}  {outlook(found, work)}; {found.forecast.bottleneck}"
     yield ""
     yield (
         f"{len(explained.search.found)} plans ran in virtual time, {explained.search.num_pruned} could not have been "
@@ -95,22 +95,6 @@ def _machine(explained: Explained) -> str:
         said = "measured" if known.proposals else "a guess, which aspec bench mends"
         words.append(f"acceptance {known.acceptance:.2f} ({said})")
     return ", ".join(words)
-
-
-def shape(plan: Plan) -> str:
-    """A plan in a few words."""
-    words = [f"{plan.num_rows} rows"]
-    words += [f"in {plan.num_groups} groups"] if plan.num_groups > 1 else []
-    if not plan.max_draft_tokens:
-        words.append("without speculation")
-    elif plan.speculation is Speculation.TREE:
-        words.append(f"with trees of up to {plan.max_draft_tokens}")
-    else:
-        words.append(f"with chains of up to {plan.max_draft_tokens}")
-    words += ["attention on the CPU"] if plan.attention_resource != "compute" else []
-    if plan.streamed:
-        words.append(f"{plan.num_slots} slots")
-    return ", ".join(words).replace(" rows, in", " rows in").replace(", with", " with", 1)
 
 
 def placement(plan: Plan) -> Iterator[str]:

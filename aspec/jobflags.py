@@ -1,4 +1,4 @@
-"""The flags of the commands around a job: what a machine can do, what a plan would come to."""
+"""The flags of the commands around a job: the job itself, what a machine can do, what a plan would come to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,61 @@ from typing import Annotated
 
 import typer
 
-from aspec.flags import MODELS, OUTPUT, PLACE, GenerateFlags, option, rate, size
+from aspec.flags import MODELS, OUTPUT, PLACE, SAMPLING, GenerateFlags, count_or_auto, option, rate, size
 
 WORK = "The work"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFlags(GenerateFlags):
+    """Which rows to serve, and where their answers go."""
+
+    input: Annotated[
+        Path | None, option(OUTPUT, "The requests: a file in OpenAI's batch format, one per line.", "--input", "-i")
+    ] = None
+    output: Annotated[
+        Path | None,
+        option(OUTPUT, "The answers, one per line; a journal beside it lets a job go on.", "--output", "-o"),
+    ] = None
+    overwrite: Annotated[
+        bool, option(OUTPUT, "Start afresh where the output exists: what it holds is lost.", "--overwrite")
+    ] = False
+    quiet: Annotated[bool, option(OUTPUT, "No progress, no summary.", "--quiet", "-q")] = False
+    max_new_tokens: Annotated[
+        int, option(SAMPLING, "Tokens at most of a row that gives no max_tokens.", "--max-new-tokens", "-n", min=0)
+    ] = 128
+    seed: Annotated[
+        int, option(SAMPLING, "Rows that give no seed derive theirs from it and their custom_id.", "--seed")
+    ] = 0
+    batch_size: Annotated[
+        int,
+        option(
+            PLACE,
+            "Rows that are served at once. auto: as the plan says that is found for this job.",
+            parser=count_or_auto,
+            metavar="auto|N",
+        ),
+    ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    max_context: Annotated[
+        int | None,
+        option(
+            PLACE, "Tokens of a row, prompt included; longer ones become error rows. Default: what rows need.", min=2
+        ),
+    ] = None
+    prompt: list[str] | None = None
+    file: list[Path] | None = None
+    raw: bool = False
+    system: str | None = None
+    as_json: bool = False
+    logprobs: int | None = None
+
+    def check(self) -> None:
+        """Both files must be named. Raises typer.BadParameter."""
+        GenerateFlags.check(self)
+        if self.input is None:
+            raise typer.BadParameter("give the file of requests: -i in.jsonl", param_hint="--input")
+        if self.output is None:
+            raise typer.BadParameter("give the file to write: -o out.jsonl", param_hint="--output")
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,16 @@ class Plan:
         """Bytes that the plan holds on the device at its peak."""
         return sum(self.arithmetic.values())
 
+    @property
+    def shape(self) -> str:
+        """In a few words, such as ``64 rows in 2 groups with chains of up to 24, 9 slots``."""
+        words = f"{self.num_rows} rows" + (f" in {self.num_groups} groups" if self.num_groups > 1 else "")
+        kind = "trees" if self.speculation is Speculation.TREE else "chains"
+        most = self.max_draft_tokens
+        words += f" with {kind} of up to {most}" if most else " without speculation"
+        words += ", attention on the CPU" if self.attention_resource != "compute" else ""
+        return words + (f", {self.num_slots} slots" if self.streamed else "")
+
     def describe(self) -> str:
         """The arithmetic as one paragraph."""
         return _sum(self.arithmetic)

@@ -67,15 +67,15 @@ class Tokenizer:
                 f"roles or order to what the model expects, or give plain text (--raw)."
             ) from error
         for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # it may end in half a character
-            begun = self._spell(said[:count])
+            begun = self.spell(said[:count])
             if text.startswith(begun):
                 tokens = [*said[:count], *self._encode(text[len(begun) :], add_special_tokens=False)]
-                if self._spell(tokens) == text:
+                if self.spell(tokens) == text:
                     return tokens
         return self._encode(text, add_special_tokens=False)
 
-    def _spell(self, tokens: Sequence[int]) -> str:
-        """Text with special tokens."""
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Text with special tokens, which are written by their names."""
         return str(self._inner.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -298,3 +298,22 @@ async def test_a_lookup_proposes_what_the_text_has_said_and_changes_nothing(pair
         found.append([tokens for _, tokens, _ in results])
     assert found[0] == found[1]
     assert sum(last.stats.proposed for _, _, last in results) > 0
+
+
+async def test_streams_that_are_left_while_they_wait_leave_nothing(pair):
+    async with open_engine(target=pair[0], max_batch=1, **SMALL) as engine:
+        first = asyncio.create_task(collect(engine, [10, 11, 12], max_new_tokens=30))
+        left = [asyncio.create_task(collect(engine, [20 + i, 11, 12], max_new_tokens=30)) for i in range(3)]
+        last = asyncio.create_task(collect(engine, [10, 11, 13], max_new_tokens=5))
+        await asyncio.sleep(0.01)
+        for task in left:
+            task.cancel()
+        _, tokens, _ = await first
+        _, _, end = await last
+        assert (len(tokens), end.stats.completion_tokens) == (30, 5)
+        assert end.stats.reused_tokens == 2, "it was chosen which row to follow when that row was free"
+        assert not engine._waiting
+        assert not engine._admitted
+        assert not engine._requests
+        assert not engine._queues
+        assert not engine._open.runner._sequences

@@ -10,16 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "aspec"
 
 BANDS = {
-    0: "errors plan params options units tasks.task tasks",
+    0: "errors requests plan params options units tasks.task tasks",
     1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner search "
     "tariff hardware races",
     2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact split model shapes "
-    "sampling penalties text hub tasks.offers drafting lookup sequence runner stats timeline recorder snapshot summary",
+    "sampling penalties text hub tasks.offers drafting lookup sequence runner stats timeline recorder snapshot summary "
+    "responses intake journal",
     3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate io.ticker executor "
     "virtual",
     4: "needs simulation prices profile measuring cache forecast planning design assembly engine console monitor frame "
     "dashboard chrome verify",
-    5: "api flags jobflags generation chat trace bench profiling explain cli __main__ __init__",
+    5: "api flags jobflags generation batch progress serving chat trace bench profiling explain cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}
 MAY_LOOK_UP = {"io.layout", "io.mapping", "binding"}  # the size of a page

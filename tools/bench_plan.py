@@ -19,7 +19,6 @@ import bench_batch
 from aspec.cache import Known
 from aspec.design import decide
 from aspec.engine import Engine, open_engine
-from aspec.explain import shape
 from aspec.forecast import Tally
 from aspec.needs import read_models, wishes_of
 from aspec.options import EngineOptions
@@ -105,7 +104,7 @@ def measure(options: EngineOptions, machine: Machine, prompts: list[list[int]], 
     )
     tally, ran = asyncio.run(run_plan(options, prompts, new_tokens))
     assert ran == plan, "the plan that ran is the one that was forecast"
-    outcome = Outcome(shape(plan), forecast, tally.tokens_per_s, tally.tokens_per_pass, tally.prefill_s)
+    outcome = Outcome(plan.shape, forecast, tally.tokens_per_s, tally.tokens_per_pass, tally.prefill_s)
     print(line(outcome), flush=True)
     return outcome
 
@@ -147,7 +146,7 @@ def main() -> int:
     work = replace(engine, workload=Workload(len(prompts), mean, options.new_tokens))
     chosen = plan_workload(work, models, wishes_of(work, models), machine).best
     print(
-        f"chosen: {shape(chosen.plan)}, {chosen.forecast.tokens_per_s:.2f} tokens/s, job {chosen.forecast.job_s:.1f} s"
+        f"chosen: {chosen.plan.shape}, {chosen.forecast.tokens_per_s:.2f} tokens/s, job {chosen.forecast.job_s:.1f} s"
     )
     print(f"{'plan':56} {'forecast':>8} {'measured':>8} {'off':>9} {'per pass':>13} {'prefill s':>15}")
     numbers = range(len(PLANS)) if options.only is None else options.only
@@ -156,7 +155,7 @@ def main() -> int:
     print(f"{within} of {len(outcomes)} forecasts within 15 %")
     if options.json is not None:
         found = [{**asdict(outcome), "off": outcome.off} for outcome in outcomes]
-        options.json.write_text(json.dumps({"chosen": shape(chosen.plan), "outcomes": found}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"chosen": chosen.plan.shape, "outcomes": found}, indent=1) + "\n")
     return 0
 
 

@@ -84,7 +84,8 @@ def main() -> int:
             runs = [run(options.rows, groups, speculation, most, options.tokens) for _ in range(options.repeats)]
             own, whole, tasks = min(runs)
             print(
-                f"{name:16} {groups} groups: scheduler {1e6 * own:6.1f}, with graph and executor {1e6 * whole:6.1f}, {tasks} tasks"
+                f"{name:16} {groups} groups: scheduler {1e6 * own:6.1f}, with graph and executor {1e6 * whole:6.1f}, "
+                f"{tasks} tasks"
             )
     return 0
 

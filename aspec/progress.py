@@ -1,0 +1,135 @@
+"""How far a batch job is: one live line on a terminal, plain lines elsewhere, nothing when quiet."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.live import Live
+from rich.text import Text
+
+from aspec.console import RECENT_S, Console, progress_line
+from aspec.dashboard import ANSWER_S, FRAME_S, LINE_S
+from aspec.io.ticker import OnLoop, Ticker
+from aspec.monitor import Monitor
+from aspec.snapshot import Snapshot
+from aspec.tasks.task import Op, Span
+from aspec.timeline import bottleneck, lane_use
+
+OPENING = ("index", "plan", "load")  # stages before the first pass
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of a job; mutable, because it grows."""
+
+    total: int  # rows of the input
+    done: int = 0  # rows in the output, those of earlier runs included
+    failed: int = 0  # of them, those that are errors
+    made: int = 0  # rows of this run
+    tokens: int = 0  # that this run's rows generated
+    prompt_tokens: int = 0  # of this run's rows
+    reused_tokens: int = 0  # of those, the ones whose KV stood
+    prefill_s: float = 0.0  # of the target's compute, on prompts
+    compute_s: float = 0.0  # of the target's compute
+    begun_s: float = 0.0  # when this run's first row was taken, on the clock of time.perf_counter
+    ended_s: float = 0.0
+
+    def __call__(self, span: Span) -> None:
+        """A task has ended."""
+        task = span.task
+        if task.op in (Op.EMBED, Op.LAYER, Op.HEAD) and task.item is not None:
+            seconds = span.stop_s - span.start_s
+            self.compute_s += seconds
+            self.prefill_s += seconds if task.item.prefill else 0.0
+
+    def count(self, tokens: int, prompt_tokens: int, reused_tokens: int) -> None:
+        """A row has been generated."""
+        self.tokens += tokens
+        self.prompt_tokens += prompt_tokens
+        self.reused_tokens += reused_tokens
+
+    def keep(self, rows: int, failed: int) -> None:
+        """Rows are in the output; whoever writes calls it."""
+        self.done, self.made, self.failed = self.done + rows, self.made + rows, self.failed + failed
+
+    def left_s(self, now_s: float) -> float | None:
+        """Seconds to the end, if the rows to come are like those of this run; None before any."""
+        return (self.total - self.done) * (now_s - self.begun_s) / self.made if self.made else None
+
+    def summary(self) -> str:
+        """One line on this run."""
+        seconds = self.ended_s - self.begun_s
+        words = [f"{self.made} rows, {self.tokens} tokens in {duration(seconds)}"]
+        if seconds > 0:
+            words.append(f"{self.tokens / seconds:.2f} tokens/s")
+        words.append(f"{self.prompt_tokens} prompt tokens")
+        if self.reused_tokens:
+            words.append(f"{self.reused_tokens} of them reused")
+        if self.compute_s > 0:
+            words.append(f"prefill {100 * self.prefill_s / self.compute_s:.0f} % of the target's compute")
+        return ", ".join(words)
+
+
+def batch_line(tally: Tally, snapshot: Snapshot) -> str | None:
+    """The state of a job in one line; None where there is nothing to say yet."""
+    if snapshot.stage in OPENING:
+        return progress_line(snapshot)
+    errors = f" ({tally.failed} errors)" if tally.failed else ""
+    words = [f"{tally.done} of {tally.total} rows{errors}", f"{snapshot.tokens} tokens"]
+    if snapshot.tokens_per_s:
+        words.append(f"{snapshot.tokens_per_s:.2f} tokens/s")
+    left_s = tally.left_s(snapshot.now_s)
+    words.append("time left not known yet" if left_s is None else f"{duration(left_s)} left")
+    since = snapshot.now_s - RECENT_S
+    words.append(bottleneck([lane_use(lane.name, lane.work, since, snapshot.now_s) for lane in snapshot.lanes]))
+    return ", ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``42 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+@contextlib.contextmanager
+def follow(tally: Tally, monitor: Monitor, console: Console, *, live: bool = True) -> Iterator[None]:
+    """Tell how far the job is until the block ends; on the loop's thread."""
+    if console.quiet:
+        yield
+        return
+    latest = OnLoop(asyncio.get_running_loop(), lambda: monitor.snapshot(time.perf_counter()))
+    if live and console.stderr.is_terminal and not console.stderr.is_dumb_terminal:
+        with _live_line(tally, latest, console):
+            yield
+        return
+
+    def say() -> None:
+        if line := batch_line(tally, latest.get(ANSWER_S)):
+            console.note(line)
+
+    ticker = Ticker(LINE_S, say, "progress")
+    try:
+        yield
+    finally:
+        ticker.close()
+
+
+@contextlib.contextmanager
+def _live_line(tally: Tally, latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
+    with Live(
+        console=console.stderr, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as live:
+
+        def draw() -> None:
+            text = Text(batch_line(tally, latest.get(ANSWER_S)) or "", no_wrap=True, overflow="ellipsis")
+            live.update(text, refresh=True)
+
+        ticker = Ticker(FRAME_S, draw, "progress")
+        try:
+            yield
+        finally:
+            ticker.close()

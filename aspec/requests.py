@@ -1,0 +1,209 @@
+"""What is asked for in OpenAI's form: bodies of chat and text completions, read strictly.
+
+A field that is not known, or that means what aspec does not do, is refused by its name and never ignored; null is as
+good as absent. vLLM's extensions (top_k, min_p, repetition_penalty, ignore_eos) are known. Standard library only.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from aspec.errors import PromptError
+from aspec.params import MAX_LOGPROBS, SamplingParams
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+ROLES = ("system", "developer", "user", "assistant")
+MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the old and the new name
+AS_GIVEN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+)  # fields that SamplingParams knows by the same name
+KNOWN = frozenset((*AS_GIVEN, *MAX_TOKENS, "model", "n", "stream", "logprobs"))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request: what to continue, and what was said of how."""
+
+    url: str  # CHAT or COMPLETION
+    prompt: str | tuple[int, ...] | tuple[Mapping[str, str], ...]  # a text, token ids, or messages
+    sampling: Mapping[str, Any]  # fields of SamplingParams that were given
+    model: str | None = None  # as it was given
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a conversation."""
+        return self.url == CHAT
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The tokens asked for; None: not said."""
+        return self.sampling.get("max_new_tokens")
+
+    def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
+        """How to draw: as asked for, otherwise as the defaults say; ``seed`` where none was given."""
+        return replace(defaults, **{"seed": seed, **self.sampling})
+
+
+def parse_json(text: bytes) -> Any:
+    """A JSON value. Raises PromptError for anything that is none, names twice in an object or numbers that are none."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except PromptError:
+        raise
+    except UnicodeDecodeError as error:
+        raise PromptError(f"expected UTF-8, found byte 0x{text[error.start]:02x} at {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"expected JSON ({error})") from error
+
+
+def parse_request(url: str, body: object) -> Request:
+    """A request from its body. Raises PromptError, which names the field."""
+    if url not in (CHAT, COMPLETION):
+        _refuse("url", f"{CHAT} or {COMPLETION}", url)
+    if not isinstance(body, dict):
+        _refuse("body", "an object", body)
+    source = "messages" if url == CHAT else "prompt"
+    own = {source, "top_logprobs"} if url == CHAT else {source}
+    for name in body:
+        if name not in KNOWN | own:
+            raise PromptError(f"{name} is not supported in the body of a request to {url}: remove it")
+    given = {name: value for name, value in body.items() if value is not None}
+    if source not in given:
+        raise PromptError(f"{source} is missing: {url} needs it")
+    _check(given, "model", "a text", lambda value: isinstance(value, str))
+    _check(given, "n", "1: one choice per request", lambda value: value == 1 and not isinstance(value, bool))
+    _check(given, "stream", "false: the whole answer comes at once", lambda value: value is False)
+    prompt = _messages(given[source]) if url == CHAT else _prompt(given[source])
+    sampling = {name: given[name] for name in AS_GIVEN if name in given}
+    sampling |= _max_tokens(given) | (_chat_logprobs(given) if url == CHAT else _completion_logprobs(given))
+    if "stop" in sampling:
+        sampling["stop"] = _stop(sampling["stop"])
+    try:
+        SamplingParams(**sampling)
+    except PromptError as error:
+        raise PromptError(str(error).partition(". Change it")[0]) from error  # the default may be another here
+    except OverflowError as error:
+        raise PromptError("a number of the body is too large for a floating-point value") from error
+    return Request(url, prompt, sampling, given.get("model"))
+
+
+# -- fields ----------------------------------------------------------------------------------------------------
+
+
+def _messages(value: object) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        _refuse("messages", "a list of messages, at least one", value)
+    return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(value))
+
+
+def _message(name: str, value: object) -> Mapping[str, str]:
+    if not isinstance(value, dict):
+        _refuse(name, "an object with role and content", value)
+    for key in value:
+        if key not in ("role", "content", "name"):
+            raise PromptError(f"{name}.{key} is not supported: remove it")
+    role, speaker = value.get("role"), value.get("name")
+    if role not in ROLES:
+        _refuse(f"{name}.role", f"one of {', '.join(ROLES)}", role)
+    content = _content(f"{name}.content", value.get("content"))
+    if speaker is None:
+        return {"role": role, "content": content}
+    if not isinstance(speaker, str):
+        _refuse(f"{name}.name", "a text", speaker)
+    return {"role": role, "content": content, "name": speaker}
+
+
+def _content(name: str, value: object) -> str:
+    """A text, or parts of type text, which are lines of one."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        _refuse(name, "a text, or a list of parts of type text", value)
+    for index, part in enumerate(value):
+        fine = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+        if not fine or not isinstance(part["text"], str):
+            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}; nothing else is supported', part)
+    return "\n".join(part["text"] for part in value)
+
+
+def _prompt(value: object) -> str | tuple[int, ...]:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value or not all(_is_whole(token) and token >= 0 for token in value):
+        _refuse("prompt", "a text or a list of token ids, not empty; one prompt per request", value)
+    return tuple(value)
+
+
+def _max_tokens(given: Mapping[str, Any]) -> dict[str, int]:
+    values = {name: given[name] for name in MAX_TOKENS if name in given}
+    for name, value in values.items():
+        if not _is_whole(value) or value < 0:
+            _refuse(name, "a whole number, at least 0", value)
+    if len(set(values.values())) > 1:
+        raise PromptError("max_tokens and max_completion_tokens differ: give one of them")
+    return {"max_new_tokens": next(iter(values.values()))} if values else {}
+
+
+def _chat_logprobs(given: Mapping[str, Any]) -> dict[str, int]:
+    wanted, top = given.get("logprobs", False), given.get("top_logprobs")
+    if not isinstance(wanted, bool):
+        _refuse("logprobs", "true or false", wanted)
+    if top is None:
+        return {"logprobs": 0} if wanted else {}
+    if not _is_whole(top) or not 0 <= top <= MAX_LOGPROBS:
+        _refuse("top_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", top)
+    if not wanted:
+        raise PromptError("top_logprobs needs logprobs: true")
+    return {"logprobs": top}
+
+
+def _completion_logprobs(given: Mapping[str, Any]) -> dict[str, int]:
+    wanted = given.get("logprobs")
+    if wanted is None:
+        return {}
+    if not _is_whole(wanted) or not 0 <= wanted <= MAX_LOGPROBS:
+        _refuse("logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", wanted)
+    return {"logprobs": wanted}
+
+
+def _stop(value: object) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        _refuse("stop", "a text or a list of texts, none of them empty", value)
+    return tuple(texts)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(given: Mapping[str, Any], name: str, expected: str, fine: Callable[[Any], bool]) -> None:
+    if name in given and not fine(given[name]):
+        _refuse(name, expected, given[name])
+
+
+def _refuse(name: str, expected: str, found: object) -> NoReturn:
+    text = json.dumps(found)
+    raise PromptError(f"{name} must be {expected}; found {text if len(text) <= 60 else text[:56] + ' ...'}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise PromptError(f"{next(name for name in names if names.count(name) > 1)} is there twice in one object")
+    return made
+
+
+def _constant(name: str) -> NoReturn:
+    raise PromptError(f"expected JSON, which has no {name}")

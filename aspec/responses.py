@@ -1,0 +1,95 @@
+"""What is answered in OpenAI's form: bodies of chat and text completions from what was generated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from aspec.requests import Request
+from aspec.sampling import TokenLogprob
+from aspec.text import REPLACEMENT, Tokenizer
+
+UNREACHABLE = -9999.0  # a logprob
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a request brought; ``logprobs`` of its tokens, where they were asked for."""
+
+    text: str
+    num_prompt: int
+    num_tokens: int
+    finish_reason: str  # "stop" | "length"
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What tells one answer from another."""
+
+    id: str
+    created: int  # seconds since the epoch
+    model: str
+
+
+def answer_body(request: Request, made: Generated, label: Label, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The body of a ``chat.completion`` or a ``text_completion`` object."""
+    asked = request.sampling.get("logprobs") is not None
+    form = _chat_logprobs if request.is_chat else _completion_logprobs
+    choice: dict[str, Any] = {"index": 0}
+    if request.is_chat:
+        choice["message"] = {"role": "assistant", "content": made.text}
+    else:
+        choice["text"] = made.text
+    choice["logprobs"] = form(made.logprobs, tokenizer) if asked else None
+    choice["finish_reason"] = made.finish_reason
+    return {
+        "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{label.id}",
+        "object": "chat.completion" if request.is_chat else "text_completion",
+        "created": label.created,
+        "model": label.model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": made.num_prompt,
+            "completion_tokens": made.num_tokens,
+            "total_tokens": made.num_prompt + made.num_tokens,
+        },
+    }
+
+
+def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.spell([token])
+        # part of a character has no text of its own; OpenAI's interface allows null there
+        return {
+            "token": text,
+            "logprob": _finite(logprob),
+            "bytes": None if REPLACEMENT in text else list(text.encode()),
+        }
+
+    return {
+        "content": [
+            {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in logprobs
+        ]
+    }
+
+
+def _completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+    tokens = [tokenizer.spell([one.token]) for one in logprobs]
+    tops: list[dict[str, float]] = []
+    for text, one in zip(tokens, logprobs, strict=True):
+        top: dict[str, float] = {}
+        for token, logprob in one.top:
+            top.setdefault(tokenizer.spell([token]), _finite(logprob))  # of tokens that read alike the likeliest
+        tops.append(top if text in top else {**top, text: _finite(one.logprob)})
+    return {
+        "tokens": tokens,
+        "token_logprobs": [_finite(one.logprob) for one in logprobs],
+        "top_logprobs": tops,
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
+    }
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's interface writes this number for what is out of reach."""
+    return max(logprob, UNREACHABLE)

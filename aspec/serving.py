@@ -1,0 +1,91 @@
+"""Requests over an engine: a bounded window of them at a time, each answered on its own."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from aspec.api import Result, collect
+from aspec.engine import Engine
+from aspec.errors import PromptError
+from aspec.params import SamplingParams
+from aspec.requests import Request
+from aspec.text import Tokenizer
+
+WINDOW = 2  # requests in the engine's hands, per row of its plan: a row that ends is followed at once
+
+
+class ContextExceeded(PromptError):
+    """A request needs more tokens than the context holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, ready for an engine."""
+
+    id: str
+    request: Request
+    tokens: list[int]
+    params: SamplingParams
+
+
+Answered = Callable[[Asked, Result | PromptError], Awaitable[None]]
+"""Called with every answer, or with why there can be none; the next row is taken when it returns."""
+
+
+async def serve(engine: Engine, asked: Iterable[Asked], answered: Answered, drain: asyncio.Event) -> None:
+    """Serve requests, a bounded window of them at a time, and in no order; ``asked`` is advanced in a thread.
+
+    When ``drain`` is set no more are taken, those that have generated anything are finished, the others are left.
+    """
+    rows, turn = iter(asked), asyncio.Lock()
+    drained = asyncio.ensure_future(drain.wait())
+
+    async def work() -> None:
+        while True:
+            async with turn:
+                one = None if drain.is_set() else await asyncio.to_thread(next, rows, None)
+            outcome = None if one is None else await answer(engine, one, drained)
+            if one is None or outcome is None:
+                return
+            await answered(one, outcome)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WINDOW * engine.plan.num_rows):
+                group.create_task(work())
+    finally:
+        drained.cancel()
+
+
+async def answer(engine: Engine, one: Asked, leave: asyncio.Future[Any]) -> Result | PromptError | None:
+    """The answer to a request, or why there can be none; None if it had generated nothing when ``leave`` was done."""
+    room, wanted = engine.max_context - len(one.tokens), one.request.max_new_tokens
+    if room < max(1, wanted or 0):
+        return ContextExceeded(
+            f"the row needs {len(one.tokens)} prompt tokens and {wanted if wanted is not None else 'at least 1'} to "
+            f"generate; the context holds {engine.max_context}. Shorten the prompt, lower max_tokens or raise "
+            f"--max-context."
+        )
+    begun = asyncio.Event()
+    result = asyncio.ensure_future(collect(engine, one.tokens, one.params, lambda _: begun.set()))
+    try:
+        await asyncio.wait([result, leave], return_when=asyncio.FIRST_COMPLETED)
+        return await result if result.done() or begun.is_set() else None
+    except PromptError as error:
+        return error
+    finally:
+        if not result.done():
+            result.cancel()
+            with suppress(asyncio.CancelledError):
+                await result
+
+
+def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
+    """A request's prompt as tokens. Raises PromptError where it cannot be."""
+    if request.is_chat:
+        return tokenizer.encode_chat([message for message in request.prompt if isinstance(message, dict)])
+    if isinstance(request.prompt, str):
+        return tokenizer.encode(request.prompt)
+    return [token for token in request.prompt if isinstance(token, int)]

@@ -1,0 +1,498 @@
+"""Batch jobs: every row's answer is its own whatever runs beside it, and none is lost whatever ends the job."""
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from aspec.api import collect, run
+from aspec.batch import digest_of
+from aspec.cli import app
+from aspec.engine import open_engine
+from aspec.intake import parse_row
+from aspec.journal import journal_of
+from aspec.params import SamplingParams
+from aspec.progress import Tally, batch_line, duration
+from aspec.requests import CHAT, COMPLETION, Request
+from aspec.sampling import derive_seed
+from aspec.serving import WINDOW, Asked, serve
+from aspec.snapshot import Snapshot
+from tests import tiny
+from tests.fork_server import ForkServer, wait_until
+
+SMALL = ["--device-memory", "4MiB", "--threads", "1", "-n", "12"]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    target = tiny.build(tmp_path_factory.mktemp("batch") / "target", "llama", varied=True)
+    (target / "chat_template.jinja").write_text(TEMPLATE)
+    return target, tiny.noisy_copy(target, target.parent / "draft", 0.1)
+
+
+@pytest.fixture(scope="module")
+def server():
+    forks = ForkServer()
+    yield forks
+    forks.close()
+
+
+def make_rows(count, longest=16):
+    """Rows of every kind, as JSON objects."""
+    noise = random.Random(5)
+    rows = []
+    for i in range(count):
+        body = {"max_tokens": noise.randint(1, longest)}
+        body |= noise.choice([{}, {"temperature": 0.9}, {"temperature": 0.7, "top_p": 0.9, "seed": i}, {"top_k": 5}])
+        body |= noise.choice([{}, {}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}, {"ignore_eos": True}])
+        body |= noise.choice([{}, {}, {"stop": ["e", "aa"]}, {"model": f"model {i}"}])
+        text = "shared words " + "".join(noise.choice("abcdef \n") for _ in range(noise.randint(1, 20)))
+        if i % 3:
+            body |= {"prompt": text if i % 6 else list(text.encode())}
+            body |= noise.choice([{}, {"logprobs": 2}])
+        else:
+            body |= {"messages": [{"role": "user", "content": text}]}
+            body |= noise.choice([{}, {"logprobs": True, "top_logprobs": 1}])
+        url = COMPLETION if i % 3 else CHAT
+        rows.append({"custom_id": f"row-{i}", "method": "POST", "url": url, "body": body})
+    return rows
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(pair, source, output, *flags):
+    models = ["--target", str(pair[0])] + (["--draft", str(pair[1])] if len(pair) > 1 else [])
+    return ["batch", "-i", str(source), "-o", str(output), *models, *SMALL, *map(str, flags)]
+
+
+def batch(pair, source, output, *flags):
+    return CliRunner().invoke(app, command(pair, source, output, *flags))
+
+
+def answers(output):
+    lines = output.read_bytes().splitlines()
+    found = {json.loads(line)["custom_id"]: json.loads(line) for line in lines}
+    assert len(found) == len(lines), "no row is there twice"
+    return found
+
+
+def timeless(output):
+    """The answers of a job, whenever it began."""
+    found = answers(output)
+    for answer in found.values():
+        assert answer["response"]["body"].pop("created") > 1_700_000_000
+    return found
+
+
+def begun_like(undisturbed, output):
+    """Begin a job at the very moment another one began: only then can their rows be the same, byte for byte."""
+    header = journal_of(undisturbed).read_bytes().splitlines(keepends=True)[0]
+    journal_of(output).write_bytes(header)
+
+
+def same_rows(undisturbed, output):
+    return sorted(undisturbed.read_bytes().splitlines()) == sorted(output.read_bytes().splitlines())
+
+
+# -- what is answered ------------------------------------------------------------------------------------------
+
+
+def test_every_answer_is_that_of_its_request_alone(pair, tmp_path):
+    rows = make_rows(24)
+    result = batch(pair, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", "--seed", 3, "--top-k", 40)
+    assert result.exit_code == 0, result.output
+    found = answers(tmp_path / "out.jsonl")
+    assert found.keys() == {row["custom_id"] for row in rows}
+
+    async def alone():
+        async with open_engine(target=pair[0], device_memory=4 << 20, max_batch=1, threads=1) as engine:
+            for row in rows:
+                request = parse_row(json.dumps(row).encode()).request
+                seed = derive_seed(3, int(digest_of(row["custom_id"]), 16))
+                params = request.params(SamplingParams(top_k=40, max_new_tokens=12), seed)
+                prompt = [dict(message) for message in request.prompt] if request.is_chat else request.prompt
+                yield row, request, await collect(engine, prompt, params)
+
+    async def check():
+        async for row, request, expected in alone():
+            answer = found[row["custom_id"]]
+            assert answer["error"] is None
+            assert answer["response"]["status_code"] == 200
+            body = answer["response"]["body"]
+            (choice,) = body["choices"]
+            text = choice["message"]["content"] if request.is_chat else choice["text"]
+            assert (text, choice["finish_reason"]) == (expected.text, expected.finish_reason)
+            assert body["usage"]["completion_tokens"] == len(expected.token_ids)
+            assert body["model"] == row["body"].get("model", str(pair[0]))
+            if request.sampling.get("logprobs") is None:
+                assert choice["logprobs"] is None
+            elif request.is_chat:
+                got = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+                assert got == [one.logprob for one in expected.logprobs]
+            else:
+                assert choice["logprobs"]["token_logprobs"] == [one.logprob for one in expected.logprobs]
+
+    run(check)
+
+
+def test_neither_order_nor_company_nor_draft_changes_a_row(pair, tmp_path):
+    rows = make_rows(20)
+    write(tmp_path / "in.jsonl", rows)
+    write(tmp_path / "turned.jsonl", rows[::-1])
+    assert batch(pair, tmp_path / "in.jsonl", tmp_path / "out.jsonl").exit_code == 0
+    found = timeless(tmp_path / "out.jsonl")
+    for flags in (["--batch-size", 3], ["--speculation", "off", "--batch-size", 1], ["--num-draft-tokens", 3]):
+        assert batch(pair, tmp_path / "turned.jsonl", tmp_path / "other.jsonl", "--overwrite", *flags).exit_code == 0
+        assert timeless(tmp_path / "other.jsonl") == found
+
+
+def test_rows_that_do_not_fit_are_error_rows(pair, tmp_path):
+    rows = [
+        {"custom_id": "fits", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 20, "max_tokens": 12}},
+        {"custom_id": "cut", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 25, "ignore_eos": True}},
+        {"custom_id": "long", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 40, "max_tokens": 1}},
+        {"custom_id": "many", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 20, "max_tokens": 13}},
+        {"custom_id": "token", "method": "POST", "url": COMPLETION, "body": {"prompt": [999], "max_tokens": 1}},
+    ]
+    result = batch(pair, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", "--max-context", 32)
+    assert result.exit_code == 0, result.output
+    assert "5 of 5 rows are in" in result.stderr
+    assert "3 of them errors" in result.stderr
+    found = answers(tmp_path / "out.jsonl")
+    assert found["fits"]["error"] is None
+    cut = found["cut"]["response"]["body"]
+    assert (cut["usage"]["completion_tokens"], cut["choices"][0]["finish_reason"]) == (7, "length")
+    for name, code in (("long", "context_length_exceeded"), ("many", "context_length_exceeded")):
+        assert found[name]["response"] is None
+        assert found[name]["error"]["code"] == code
+        assert "holds 32" in found[name]["error"]["message"]
+    assert found["token"]["error"]["code"] == "invalid_prompt"
+    again = batch(pair, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--max-context", 32)
+    assert "3 of them errors" in again.stderr
+
+
+def test_a_budget_for_few_rows_takes_few_at_once(pair, tmp_path):
+    write(tmp_path / "in.jsonl", make_rows(40))
+    result = batch(pair, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--device-memory", "2300KiB")
+    assert result.exit_code == 0, result.output
+    shared = int(result.stderr.split(" rows share a pass")[0].split()[-1])
+    assert 1 <= shared < 40
+    fixed = batch(pair, tmp_path / "in.jsonl", tmp_path / "o.jsonl", "--device-memory", "2300KiB", "--batch-size", 40)
+    assert fixed.exit_code == 1
+    assert "budget" in fixed.stderr
+
+
+def test_prompts_that_begin_alike_are_prefilled_once_per_row(pair):
+    """A window that is larger than the rows leaves the choice of the row to follow until one is free."""
+
+    async def main():
+        async with open_engine(target=pair[0], device_memory=4 << 20, max_batch=3, max_context=96) as engine:
+            reused, most, now = [], 0, 0
+
+            def ask():
+                nonlocal most, now
+                for i in range(30):
+                    now += 1
+                    most = max(most, now)
+                    text = "the same long beginning of every prompt " + str(i)
+                    tokens = engine.tokenizer.encode(text)
+                    params = SamplingParams(max_new_tokens=2 + i % 5, ignore_eos=True)
+                    yield Asked(str(i), Request(COMPLETION, text, {}), tokens, params)
+
+            async def hear(_, result):
+                nonlocal now
+                now -= 1
+                reused.append(result.stats.reused_tokens)
+
+            await serve(engine, ask(), hear, asyncio.Event())
+            assert most <= WINDOW * engine.plan.num_rows
+            return reused
+
+    reused = run(main)
+    assert len(reused) == 30
+    assert sum(count >= 39 for count in reused) >= 24
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+def refused(pair, tmp_path, output="out.jsonl", *flags, source="in.jsonl"):
+    before = sorted(os.listdir(tmp_path))
+    result = batch(pair, tmp_path / source, tmp_path / output, *flags)
+    assert result.exit_code == 1, result.output
+    assert "rows share a pass" not in result.stderr
+    assert sorted(os.listdir(tmp_path)) == before, "nothing was made"
+    return result.stderr
+
+
+def test_the_input_is_never_the_output(pair, tmp_path):
+    source = write(tmp_path / "in.jsonl", make_rows(2))
+    content = source.read_bytes()
+    (tmp_path / "soft.jsonl").symlink_to(source)
+    os.link(source, tmp_path / "hard.jsonl")
+    for name in ("in.jsonl", "soft.jsonl", "hard.jsonl"):
+        assert "is the input" in refused(pair, tmp_path, name, "--overwrite")
+    write(tmp_path / "out.jsonl.journal", make_rows(2))
+    assert "is the input" in refused(pair, tmp_path, source="out.jsonl.journal")
+    assert source.read_bytes() == content
+
+
+def test_what_cannot_be_read_or_written_is_refused_before_anything_else(pair, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert "is empty" in refused(pair, tmp_path, source="empty.jsonl")
+    assert "cannot be read" in refused(pair, tmp_path, source="nowhere.jsonl")
+    write(tmp_path / "in.jsonl", make_rows(2))
+    assert "does not exist" in refused(pair, tmp_path, "no/folder/out.jsonl")
+    assert "is a folder" in refused(pair, tmp_path, "")
+    (tmp_path / "mine.jsonl").write_text("mine")
+    assert "has no journal" in refused(pair, tmp_path, "mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_refused(pair, tmp_path):
+    write(tmp_path / "in.jsonl", make_rows(2))
+    (tmp_path / "folder").mkdir(mode=0o500)
+    assert "may not be written" in refused(pair, tmp_path, "folder/out.jsonl")
+
+
+def test_all_rows_are_checked_before_any_is_served(pair, tmp_path):
+    rows = make_rows(9)
+    rows[2]["body"]["n"] = 2
+    rows[4]["custom_id"] = "row-1"
+    rows[6] = {**rows[1], "custom_id": "long", "body": {"prompt": "a" * 300}}
+    rows[8] = {**rows[1], "custom_id": "surrogate", "body": {"prompt": "\ud800"}}
+    write(tmp_path / "in.jsonl", rows)
+    told = refused(pair, tmp_path)
+    assert "4 problems; nothing was done" in told
+    for number, words in ((3, "n must be 1"), (5, "'row-1'"), (7, "context holds 256"), (9, "not valid Unicode")):
+        assert any(line.startswith(f"  line {number}: ") and words in line for line in told.splitlines())
+
+
+def test_chats_need_a_template(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    write(tmp_path / "in.jsonl", make_rows(3))
+    assert "line 1: " in refused((tmp_path / "plain",), tmp_path)
+    assert "has no chat template" in refused((tmp_path / "plain",), tmp_path)
+
+
+def test_usage_errors_exit_with_2(pair, tmp_path):
+    for args in (["-i", "in"], ["-o", "out"], ["-i", "in", "-o", "out", "--prompt", "x"], ["-i", "i", "--bogus"]):
+        assert CliRunner().invoke(app, ["batch", *args]).exit_code == 2
+
+
+def test_help_teaches():
+    text = CliRunner().invoke(app, ["batch", "--help"]).stdout
+    for word in ("--input", "--output", "--overwrite", "custom_id", "journal", "Ctrl-C", "Examples"):
+        assert word in text
+    assert "--prompt" not in text
+
+
+def test_another_job_is_refused_but_not_another_draft(pair, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", make_rows(6)), tmp_path / "out.jsonl"
+    assert batch(pair, source, output).exit_code == 0
+    content = output.read_bytes()
+    other = shutil.copytree(pair[0], tmp_path / "other")
+    tiny.edit_config(other, rms_norm_eps=1e-3)
+    for flags, told in ((["--seed", 1], "seed was 0, is 1"), (["--temperature", 1], "temperature was 0.0, is 1.0")):
+        assert told in refused(pair, tmp_path, "out.jsonl", *flags)
+    assert "target was" in refused((other,), tmp_path)
+    write(source, make_rows(5))
+    assert "input was" in refused(pair, tmp_path)
+    assert output.read_bytes() == content
+    write(source, make_rows(6))
+    again = batch(pair[:1], source, output, "--batch-size", 1)
+    assert again.exit_code == 0
+    assert "holds 6 of 6 rows" in again.stderr
+    assert "rows share a pass" not in again.stderr, "nothing is loaded where nothing is left"
+    assert batch(pair, source, output, "--seed", 1, "--overwrite").exit_code == 0
+    assert output.read_bytes() != content
+
+
+# -- what ends a job -------------------------------------------------------------------------------------------
+
+
+def num_rows_in(output):
+    return output.read_bytes().count(b"\n") if output.exists() else 0
+
+
+def kill_again_and_again(server, args, output, total, kills):
+    """Kill a job at random moments of its work, begin it again each time; how often it had made headway."""
+    noise, fruitful = random.Random(11), 0
+    for left in range(kills, 0, -1):
+        before = num_rows_in(output)
+        wanted = before + noise.randint(0, (total - before) // (left + 1))
+        pid = server.start(args, output.with_suffix(".log"))
+        wait_until(lambda wanted=wanted: num_rows_in(output) >= wanted)
+        time.sleep(noise.uniform(0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait(pid) == -signal.SIGKILL, output.with_suffix(".log").read_text()
+        fruitful += num_rows_in(output) > before
+    return fruitful
+
+
+def crash(server, pair, tmp_path, count, kills):
+    source, quiet, output = (
+        write(tmp_path / "in.jsonl", make_rows(count)),
+        tmp_path / "quiet.jsonl",
+        tmp_path / "o.jsonl",
+    )
+    flags = ["--batch-size", 6]
+    assert server.wait(server.start(command(pair, source, quiet, *flags), tmp_path / "quiet.log")) == 0
+    begun_like(quiet, output)
+    args = command(pair, source, output, *flags, "--link-rate", "8MB/s")
+    fruitful = kill_again_and_again(server, args, output, count, kills)
+    assert server.wait(server.start(args, tmp_path / "last.log")) == 0, (tmp_path / "last.log").read_text()
+    assert same_rows(quiet, output)
+    assert len(answers(output)) == count
+    assert fruitful >= kills // 2, "the kills fell into the work"
+
+
+def test_a_job_that_is_killed_loses_doubles_and_halves_no_row(server, pair, tmp_path):
+    crash(server, pair, tmp_path, 40, 4)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_25_times_ends_with_the_rows_of_one_that_nothing_disturbed(server, pair, tmp_path):
+    crash(server, pair, tmp_path, 200, 25)
+
+
+def test_ctrl_c_finishes_what_is_under_way_and_the_rest_comes_later(pair, tmp_path):
+    source, quiet, output = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "quiet.jsonl", tmp_path / "o.jsonl"
+    assert batch(pair, source, quiet).exit_code == 0
+    begun_like(quiet, output)
+    args = command(pair, source, output, "--batch-size", 3, "--link-rate", "6MB/s")
+    process = subprocess.Popen([sys.executable, "-m", "aspec", *args], stderr=subprocess.PIPE)
+    wait_until(lambda: num_rows_in(output) > 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    assert b"no new rows" in errors
+    assert b"run the same command again" in errors
+    assert b"Traceback" not in errors
+    assert 3 < num_rows_in(output) < 30
+    assert batch(pair, source, output).exit_code == 0
+    assert same_rows(quiet, output)
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["SIGTERM", "twice"])
+def test_a_job_that_is_stopped_at_once_loses_no_row(server, pair, tmp_path, signals):
+    rows = make_rows(30)
+    for row in rows[8:]:
+        row["body"] |= {"max_tokens": 100, "ignore_eos": True}
+        row["body"].pop("stop", None)
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    args = command(pair, source, output, "--batch-size", 3, "--link-rate", "4MB/s", "--speculation", "off")
+    pid = server.start(args, tmp_path / "log")
+    wait_until(lambda: num_rows_in(output) >= 6)
+    for number in signals:
+        os.kill(pid, number)
+        wait_until(lambda number=number: number != signal.SIGINT or "no new rows" in (tmp_path / "log").read_text())
+    assert server.wait(pid) == 130, (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert 6 <= num_rows_in(output) < 12, "those under way, of 100 tokens each, were not waited for"
+    assert batch(pair, source, output).exit_code == 0
+    assert answers(output).keys() == {row["custom_id"] for row in rows}
+
+
+def test_a_full_disk_is_one_error_and_a_resume_completes(server, pair, tmp_path):
+    source, quiet, output = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "quiet.jsonl", tmp_path / "o.jsonl"
+    assert batch(pair, source, quiet).exit_code == 0
+    begun_like(quiet, output)
+    args = command(pair, source, output)
+    for limit in (3000, 9000):
+        log = tmp_path / f"{limit}.log"
+        assert server.wait(server.start(args, log, largest_file=limit)) == 1
+        assert log.read_text().count("error:") == 1
+        assert "cannot grow" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        assert 0 < output.stat().st_size <= limit
+        assert output.read_bytes().endswith(b"\n")
+    assert server.wait(server.start(args, tmp_path / "log")) == 0
+    assert same_rows(quiet, output)
+
+
+def test_a_second_process_on_the_same_output_is_refused(server, pair, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "out.jsonl"
+    pid = server.start(command(pair, source, output, "--link-rate", "1MB/s"), tmp_path / "log")
+    wait_until(output.exists)
+    for flags in ([], ["--overwrite"]):
+        result = batch(pair, source, output, *flags)
+        assert result.exit_code == 1
+        assert "in use by another process" in result.stderr
+    os.kill(pid, signal.SIGKILL)
+    assert server.wait(pid) == -signal.SIGKILL
+
+
+def test_a_failing_target_ends_the_job_and_keeps_its_rows(pair, tmp_path):
+    """A shard that is cut while it is read is the machine's failure, not a row's."""
+    broken = shutil.copytree(pair[0], tmp_path / "broken")
+    source, output = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "out.jsonl"
+    args = command((broken,), source, output, "--batch-size", 2, "--link-rate", "4MB/s", "--device-memory", "1MiB")
+    process = subprocess.Popen([sys.executable, "-m", "aspec", *args], stderr=subprocess.PIPE)
+    wait_until(lambda: num_rows_in(output) > 3)
+    shards = {shard: shard.read_bytes() for shard in broken.glob("*.safetensors")}
+    for shard in shards:
+        os.truncate(shard, 4096)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors.decode()
+    assert errors.count(b"error:") == 1
+    kept = answers(output)
+    for shard, content in shards.items():
+        shard.write_bytes(content)
+    assert batch((broken,), source, output).exit_code == 0
+    assert len(answers(output)) == 30
+    assert {name: answers(output)[name] for name in kept} == kept
+
+
+# -- how it goes -----------------------------------------------------------------------------------------------
+
+
+def test_a_line_tells_how_far_it_is_and_how_long_it_takes():
+    tally = Tally(100, done=20, begun_s=10.0)
+    snapshot = Snapshot(now_s=20.0, stage="decode", tokens=300, tokens_per_s=31.5)
+    assert "20 of 100 rows, 300 tokens, 31.50 tokens/s, time left not known yet" in batch_line(tally, snapshot)
+    tally.keep(10, 2)
+    assert "30 of 100 rows (2 errors)" in batch_line(tally, snapshot)
+    assert " 70 s left" in batch_line(tally, snapshot)
+    assert batch_line(tally, Snapshot(now_s=1.0, stage="load", done=1 << 20, total=2 << 20)).startswith(
+        "load: 1.00 MiB"
+    )
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 99, 100, 5900, 11_100)] == ["0 s", "99 s", "2 min", "98 min", "3 h 05 min"]
+
+
+def test_quiet_is_quiet(pair, tmp_path):
+    result = batch(pair, write(tmp_path / "in.jsonl", make_rows(3)), tmp_path / "out.jsonl", "-q")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_thousands_of_rows(server, pair, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", make_rows(2000, longest=8)), tmp_path / "out.jsonl"
+    args = command(pair, source, output, "--batch-size", 16, "--max-context", 64, "--device-memory", "12MiB")
+    pid = server.start(args, tmp_path / "log")
+    process, sizes = psutil.Process(pid), {}
+    for wanted in (500, 1000, 1500, 1950):
+        wait_until(lambda wanted=wanted: num_rows_in(output) >= wanted or not process.memory_info().rss, 600)
+        sizes[wanted] = process.memory_info().rss
+    assert server.wait(pid) == 0
+    print("resident bytes after so many rows:", sizes)
+    assert num_rows_in(output) == 2000
+    assert max(sizes.values()) < 1.02 * sizes[500], sizes

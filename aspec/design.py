@@ -60,7 +60,7 @@ def decide(options: EngineOptions, models: Models) -> Plan:
     """
     wishes = wishes_of(options, models)
     if options.workload is not None:
-        with suppress(BudgetError):  # of the usual sizes none fits
+        with suppress(BudgetError):  # what is open but not searched for, such as the context, may have to shrink
             return plan_workload(options, models, wishes).best.plan
     return _plan(options, wishes, models.needs)
 

@@ -16,6 +16,9 @@ from aspec.shapes import shape_of
 from aspec.tasks.task import COMPUTE, CPU
 
 
+PREFILLS = (256, 128, 64)  # smaller prefill items, where memory is short
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Where the work is to be done, and how often the pair's proposals are accepted."""
@@ -76,6 +79,7 @@ def left_open_by(options: EngineOptions, models: Models, hardware: Hardware, wor
         micro_batches=MICRO_BATCHES,
         caps=CAPS if options.num_draft_tokens is None else (),
         slots=SLOTS,
+        prefills=PREFILLS if options.prefill_tokens is None else (),
     )
 
 

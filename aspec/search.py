@@ -71,6 +71,7 @@ class Open:
     micro_batches: int = 2  # where attention has a lane of its own
     caps: tuple[int, ...] = ()
     slots: tuple[int, ...] = SLOTS
+    prefills: tuple[int, ...] = ()  # smaller prefill items, for plans that do not fit otherwise
 
 
 def rows_for(num_prompts: int) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ def search(
     Rows, groups, speculation and the place of attention come first; slots and the most that is proposed are then
     varied around the best of those.
     """
-    hunt = _Hunt(needs, least_s, forecast, progress)
+    hunt = _Hunt(needs, least_s, forecast, left_open.prefills, progress)
     hunt.run(_coarse(wishes, left_open))
     if not hunt.found:
         assert hunt.refusal is not None
@@ -109,9 +110,11 @@ class _Hunt:
         needs: Callable[[Wishes], Needs],
         least_s: Callable[[Plan], float],
         forecast: Callable[[Plan], Forecast],
+        prefills: tuple[int, ...],
         progress: Callable[[int], None],
     ) -> None:
         self._needs, self._least_s, self._forecast, self._progress = needs, least_s, forecast, progress
+        self._prefills = prefills
         self.found: list[Found] = []
         self.num_too_large = self.num_pruned = 0
         self.refusal: BudgetError | None = None
@@ -134,15 +137,22 @@ class _Hunt:
     def _planned(self, candidates: Iterable[Wishes]) -> Iterator[tuple[float, Wishes, Plan]]:
         known = [found.plan for found in self.found]
         for wishes in candidates:
-            try:
-                plan = make_plan(self._needs(wishes), wishes)
-            except BudgetError as error:
+            found = self._fitting(wishes)
+            if found is None:
                 self.num_too_large += 1
-                self.refusal = self.refusal or error
-                continue
-            if plan not in known:
-                known.append(plan)
-                yield self._least_s(plan), wishes, plan
+            elif found[1] not in known:
+                known.append(found[1])
+                yield self._least_s(found[1]), *found
+
+    def _fitting(self, wishes: Wishes) -> tuple[Wishes, Plan] | None:
+        """The plan, with prefill items as large as fit."""
+        for tokens in (wishes.prefill_tokens, *self._prefills):
+            fitted = replace(wishes, prefill_tokens=tokens)
+            try:
+                return fitted, make_plan(self._needs(fitted), fitted)
+            except BudgetError as error:
+                self.refusal = error
+        return None
 
 
 def _coarse(wishes: Wishes, left_open: Open) -> Iterator[Wishes]:

@@ -41,7 +41,7 @@ class ForkServer:
         assert self.process.returncode == 0
 
 
-def wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=120.0):
     """Poll, every millisecond."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -74,12 +74,12 @@ def temporary_bytes(batch: int, heads: int, tokens: int, length: int) -> int:
 
 
 def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot_bytes: int) -> int:
-    """The same of an exact step over caches with ``slot_bytes`` of keys and values in a row's slot.
+    """The same of an exact step of ``batch`` rows with ``tokens`` in all; ``slot_bytes``: keys and values in a slot.
 
     It holds one thing more than scores, weights and a cast: scores in two orders, or what every tile yields. Rows take
     turns, or a few of them go together, with copies of their keys and values.
     """
-    together = min(MAX_SCORE_BYTES, batch * length * (heads * tokens * 4 + slot_bytes)) if batch > 1 else 0
+    together = min(MAX_SCORE_BYTES, length * (heads * tokens * 4 + batch * slot_bytes)) if batch > 1 else 0
     return max(temporary_bytes(1, heads, tokens, length), 3 * together) * 4 // 3
 
 

@@ -15,7 +15,6 @@ from aspec.search import CAPS, GROUPS, SLOTS, Open, Search, rows_for, search
 from aspec.shapes import shape_of
 from aspec.tasks.task import COMPUTE, CPU
 
-
 PREFILLS = (256, 128, 64)  # smaller prefill items, where memory is short
 
 

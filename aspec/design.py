@@ -50,7 +50,8 @@ def design(options: EngineOptions) -> Design:
         check_vocabulary(tokenizer, Tokenizer.load(draft_folder), models.target.vocab_size, models.draft.vocab_size)
     tell("plan", 0, 0)
     plan = decide(options, models)
-    return Design(models.target, models.draft, tokenizer, plan, models.parts, models.draft_parts, **_method(options))
+    draft, draft_parts = (models.draft, models.draft_parts) if plan.max_draft_tokens else (None, ())
+    return Design(models.target, draft, tokenizer, plan, models.parts, draft_parts, **_method(options))
 
 
 def decide(options: EngineOptions, models: Models) -> Plan:

@@ -65,23 +65,24 @@ def lines(explained: Explained) -> Iterator[str]:
     nbytes = sum(part.nbytes for part in models.parts)
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
     yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
-    yield f"work: {work.num_prompts} prompts of {work.prompt_tokens} tokens, {work.new_tokens} new tokens each"
+    prompts = _count(work.num_prompts, "prompt")
+    yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each"
     yield ""
     yield f"the plan: {best.plan.shape}"
     yield from (f"  {line}" for line in placement(best.plan))
     yield f"  predicted: {outlook(best, work)}"
     yield f"  bottleneck: {best.forecast.bottleneck}"
-    others = _distinct(explained.search)[1 : RUNNERS_UP + 1]
+    others = list(runners_up(explained))[:RUNNERS_UP]
     if others:
         yield ""
         yield "behind it"
-        width = max(len(found.plan.shape) for found in others)
-        for found in others:
-            yield f"  {found.plan.shape:{width}}  {outlook(found, work)}; {found.forecast.bottleneck}"
+        width = max(len(words) for words, _ in others)
+        yield from (f"  {words:{width}}  {said}" for words, said in others)
     yield ""
+    search = explained.search
     yield (
-        f"{len(explained.search.found)} plans ran in virtual time, {explained.search.num_pruned} could not have been "
-        f"better, {explained.search.num_too_large} do not fit"
+        f"{_count(len(search.found), 'plan')} ran in virtual time, {search.num_pruned} could not have been better, "
+        f"{search.num_too_large} do not fit"
     )
 
 
@@ -106,8 +107,9 @@ def placement(plan: Plan) -> Iterator[str]:
     ):
         own = [part for part in plan.parts if part.tier is tier]
         if own:
-            layers = len({part.layer for part in own})
-            yield f"{format_bytes(sum(part.nbytes for part in own))} in {len(own)} parts of {layers} layers {words}"
+            layers = _count(len({part.layer for part in own}), "layer")
+            nbytes = format_bytes(sum(part.nbytes for part in own))
+            yield f"{nbytes} in {_count(len(own), 'part')} of {layers} {words}"
     yield f"device memory: {plan.describe()}"
     if plan.describe_host():
         yield f"host memory: {plan.describe_host()}"
@@ -122,20 +124,33 @@ def outlook(found: Found, work: Workload) -> str:
     return ", ".join([*words, f"{_time(forecast.job_s)} in all"])
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + "s" * (number != 1)
+
+
 def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _distinct(found: Search) -> list[Found]:
-    """The best of every shape but for slots and caps."""
-    kept: dict[tuple[object, ...], Found] = {}
-    for one in found.found:
-        plan = one.plan
-        key = plan.num_rows, plan.num_groups, plan.speculation, plan.max_draft_tokens > 0, plan.attention_resource
-        kept.setdefault(key, one)
-    return list(kept.values())
+def runners_up(explained: Explained) -> Iterator[tuple[str, str]]:
+    """Plans of other shapes, and what is said of them: those that ran, then those that could not have been better."""
+    search = explained.search
+    seen = {_kind(search.best.plan)}
+    for found in search.found:
+        if _kind(found.plan) not in seen:
+            seen.add(_kind(found.plan))
+            yield found.plan.shape, f"{outlook(found, explained.work)}; {found.forecast.bottleneck}"
+    for least_s, plan in search.pruned:
+        if _kind(plan) not in seen:
+            seen.add(_kind(plan))
+            yield plan.shape, f"at least {_time(least_s)} in all, not run"
+
+
+def _kind(plan: Plan) -> tuple[object, ...]:
+    """What tells plans apart but for slots and caps."""
+    return plan.num_rows, plan.num_groups, plan.speculation, plan.max_draft_tokens > 0, plan.attention_resource
 
 
 def as_object(explained: Explained) -> dict[str, Any]:
@@ -147,14 +162,14 @@ def as_object(explained: Explained) -> dict[str, Any]:
         "acceptance": explained.machine.known.acceptance,
         "budget_bytes": explained.models.budget_bytes,
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
-        "plans": [_plan_object(found) for found in search.found],
+        "plans": [_plan_object(found.plan) | {"forecast": asdict(found.forecast)} for found in search.found],
+        "not_run": [_plan_object(plan) | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,
         "pruned": search.num_pruned,
     }
 
 
-def _plan_object(found: Found) -> dict[str, Any]:
-    plan = found.plan
+def _plan_object(plan: Plan) -> dict[str, Any]:
     return {
         "rows": plan.num_rows,
         "groups": plan.num_groups,
@@ -168,5 +183,4 @@ def _plan_object(found: Found) -> dict[str, Any]:
         "bytes_by_tier": {str(tier): sum(part.nbytes for part in plan.parts if part.tier is tier) for tier in Tier},
         "device_bytes": dict(plan.arithmetic),
         "host_bytes": dict(plan.host_arithmetic),
-        "forecast": asdict(found.forecast),
     }

@@ -10,14 +10,15 @@ from math import ceil
 
 from aspec.costs import expected_tokens
 from aspec.io.sim import Profile
-from aspec.plan import Plan, PlannedPart, Speculation, Workload
+from aspec.plan import Plan, PlannedPart, Speculation, Tier, Workload
 from aspec.search import Forecast
 from aspec.simulation import simulate
 from aspec.tariff import LayerCost
 from aspec.tasks.task import Span, WorkItem
 from aspec.timeline import LANE_OF, bottleneck, lane_use
 
-MOST_TASKS = 20_000  # of one run
+MOST_TASKS = 20_000  # of one run whose drafts adapt
+MOST_PLAIN_TASKS = 5_000  # of one without drafts, where a pass is like the other
 LEAST_PASSES = 8  # of decoding, however many tasks they take
 MOST_TASKS_PER_PASS = 400  # beyond this, parts and layers are merged
 COUNTED = 0.9  # of the tokens: those behind come from passes that are no longer full
@@ -25,12 +26,17 @@ LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # proposals at which a
 
 
 class Tally:
-    """An observer of a run, simulated or real: how fast it decodes while its rows are full."""
+    """An observer of a run, simulated or real: how fast it decodes while its rows are full.
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
+    Until COUNTED of the tokens are there or, where every row gets ``new_tokens``, until the first has them all.
+    """
+
+    def __init__(self, num_rows: int, new_tokens: int | None = None) -> None:
+        self._num_rows, self._new_tokens = num_rows, new_tokens
+        self._had: dict[int, int] = {}  # tokens of a row
+        self._last_pass: int | None = None  # the first one in which a row got its last token
         self._begun_s: list[float] = []  # when rows got their first token
-        self._new: list[tuple[float, int, int]] = []  # of rows that decode: when, tokens, rows
+        self._new: list[tuple[float, int, int]] = []  # of rows that decode: when, tokens, rows; up to that pass
         self._work: dict[str, list[tuple[float, float, int]]] = {}  # by lane
         self._start_s: float | None = None
 
@@ -45,8 +51,12 @@ class Tally:
         tokens = sum(outcome.num_new for outcome in span.outcomes)
         if task.item.prefill:
             self._begun_s += [span.stop_s] * len(span.outcomes)
-        else:
+        elif self._last_pass in (None, task.number):
             self._new.append((span.stop_s, tokens, len(span.outcomes)))
+        for outcome in span.outcomes:
+            self._had[outcome.row] = self._had.get(outcome.row, 0) + outcome.num_new
+            if self._new_tokens is not None and self._had[outcome.row] >= self._new_tokens:
+                self._last_pass = task.number if self._last_pass is None else self._last_pass
 
     @property
     def prefill_s(self) -> float:
@@ -55,7 +65,7 @@ class Tally:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of decoding, all rows together, until COUNTED of the tokens are there; 0 where nothing decodes."""
+        """Of decoding, all rows together; 0 where nothing decodes."""
         new, stop_s = self._counted
         return sum(tokens for _, tokens, _ in new) / (stop_s - self._full_s) if stop_s > self._full_s else 0.0
 
@@ -79,8 +89,10 @@ class Tally:
 
     @property
     def _counted(self) -> tuple[list[tuple[float, int, int]], float]:
-        """What decoding brought from then on, up to COUNTED of all, and when that was reached."""
+        """What decoding brought from then on, up to COUNTED of all or all there is, and when that was reached."""
         new = [one for one in self._new if one[0] > self._full_s]
+        if self._last_pass is not None and new:
+            return new, new[-1][0]
         wanted, got = COUNTED * sum(tokens for _, tokens, _ in new), 0
         for place, (stop_s, tokens, _) in enumerate(new):
             got += tokens
@@ -101,10 +113,10 @@ class Forecaster:
         plan, profile = coarse(plan, self.profile)
         prompt, new = self._sample(plan)
         rows = min(plan.num_rows, self.workload.num_prompts)
-        tally = Tally(rows)
+        tally = Tally(rows, new)
         simulate(plan, profile, [(prompt, new)] * rows, [tally])
-        rate, prefill_s = tally.tokens_per_s, tally.prefill_s * self.workload.prompt_tokens / prompt
-        decode_s = self.workload.num_prompts * (self.workload.new_tokens - 1) / rate if rate else 0.0
+        rate, prefill_s = tally.tokens_per_s, self._prefill_s(plan, tally.prefill_s, prompt)
+        decode_s = self._decode_s(plan, rows, rate, tally.tokens_per_pass)
         return Forecast(
             tokens_per_s=rate,
             prefill_s=prefill_s,
@@ -117,7 +129,7 @@ class Forecaster:
         """Seconds that the job takes at least: no schedule beats its stream, nor its compute."""
         work, rows = self.workload, min(plan.num_rows, self.workload.num_prompts)
         per_group = ceil(rows / plan.num_groups)
-        stream_s = plan.streamed_bytes / self._link_rate
+        stream_s = self._stream_s(plan)
         best = 0.0  # tokens per second
         for proposed in LENGTHS:
             if proposed and proposed > plan.max_draft_tokens:
@@ -130,9 +142,11 @@ class Forecaster:
     def _sample(self, plan: Plan) -> tuple[int, int]:
         """Prompt and new tokens of the run; with fewer new tokens it decodes in the middle of the context."""
         work = self.workload
-        passes = max(LEAST_PASSES, MOST_TASKS // (tasks_per_pass(plan) * plan.num_groups))
+        most = MOST_TASKS if plan.max_draft_tokens else MOST_PLAIN_TASKS
+        passes = max(LEAST_PASSES, most // (tasks_per_pass(plan) * plan.num_groups))
         each = self._most_tokens(plan, min(8, plan.max_draft_tokens))
-        new = min(work.new_tokens, 1 + int(passes * each))
+        joining = ceil(plan.num_rows * work.prompt_tokens / (plan.prefill_pass_tokens or work.prompt_tokens))
+        new = min(work.new_tokens, 1 + int((passes + joining) * each))  # rows that join first are done first
         return work.prompt_tokens + (work.new_tokens - new) // 2, new
 
     def _most_tokens(self, plan: Plan, proposed: int) -> float:
@@ -152,21 +166,43 @@ class Forecaster:
             return plan.num_layers * (self.profile.layer_s + self.profile.layer_token_s * excess)
         return tariff.target.layer_seconds(item)
 
+    def _decode_s(self, plan: Plan, rows: int, rate: float, tokens_per_pass: float) -> float:
+        """Of all prompts: waves that fill the rows, and a last one, in whose passes fewer compute."""
+        if not rate:
+            return 0.0
+        new = self.workload.new_tokens - 1
+        waves, last = divmod(self.workload.num_prompts, rows)
+        full_s = rows * tokens_per_pass / rate  # of a pass of every group
+        decoded_s = waves * rows * new / rate
+        if not last:
+            return decoded_s
+        proposed = min(8, plan.max_draft_tokens)
+        share = self._compute_s(last, proposed, plan) / max(1e-12, self._compute_s(rows, proposed, plan))
+        last_s = min(full_s, max(plan.num_groups * self._stream_s(plan), share * full_s))
+        return decoded_s + last_s * new / tokens_per_pass
+
     def _refill_s(self, plan: Plan, rows: int, decode_s: float) -> float:
         """What the prompts behind the first ones cost: as far as the stream does not hide it."""
         later = self.workload.num_prompts - rows
         if later <= 0 or not decode_s:
             return 0.0
         each_s = self._compute_s(1, 0, plan, self.workload.prompt_tokens)
-        stream_s = plan.streamed_bytes / self._link_rate
+        stream_s = self._stream_s(plan)
         slack = max(0.0, 1.0 - self._compute_s(rows, 0, plan) / stream_s) if stream_s else 0.0
         return max(0.0, later * each_s - slack * decode_s)
 
-    @property
-    def _link_rate(self) -> float:
-        """Bytes per second of the slowest link that a plan may use."""
+    def _prefill_s(self, plan: Plan, found_s: float, prompt: int) -> float:
+        """What a run with prompts of another length says of these: as much where the stream takes longest."""
+        together = min(plan.num_rows, (plan.prefill_pass_tokens or prompt * plan.num_rows) // prompt)
+        if together * self._compute_s(1, 0, plan, prompt) < self._stream_s(plan):
+            return found_s
+        return found_s * self.workload.prompt_tokens / prompt
+
+    def _stream_s(self, plan: Plan) -> float:
+        """Of one pass, over the slowest link: what comes from the disk passes a device's link as well."""
         copy = self.profile.copy_bytes_per_s
-        return self.profile.disk_bytes_per_s if copy is None else copy
+        disk_s = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK) / self.profile.disk_bytes_per_s
+        return disk_s if copy is None else max(disk_s, plan.streamed_bytes / copy)
 
 
 def tasks_per_pass(plan: Plan) -> int:

@@ -53,6 +53,7 @@ class Search:
     found: tuple[Found, ...]
     num_too_large: int  # for the budget
     num_pruned: int  # that could not have been better
+    pruned: tuple[tuple[float, Plan], ...] = ()  # those, and the seconds that the job takes with each at least
 
     @property
     def best(self) -> Found:
@@ -99,7 +100,8 @@ def search(
         assert hunt.refusal is not None
         raise hunt.refusal
     hunt.run(_fine(hunt.ranked[0].wishes, left_open))
-    return Search(tuple(hunt.ranked), hunt.num_too_large, hunt.num_pruned)
+    pruned = sorted(hunt.pruned, key=lambda one: one[0])
+    return Search(tuple(hunt.ranked), hunt.num_too_large, len(pruned), tuple(pruned))
 
 
 class _Hunt:
@@ -116,7 +118,8 @@ class _Hunt:
         self._needs, self._least_s, self._forecast, self._progress = needs, least_s, forecast, progress
         self._prefills = prefills
         self.found: list[Found] = []
-        self.num_too_large = self.num_pruned = 0
+        self.pruned: list[tuple[float, Plan]] = []
+        self.num_too_large = 0
         self.refusal: BudgetError | None = None
 
     @property
@@ -129,7 +132,7 @@ class _Hunt:
         for bound, wishes, plan in sorted(self._planned(candidates), key=lambda one: one[0]):
             best = min((found.forecast.order for found in self.found), default=float("inf"))
             if bound >= MARGIN * best or len(self.found) >= MOST_FORECASTS:
-                self.num_pruned += 1
+                self.pruned.append((bound, plan))
                 continue
             self.found.append(Found(wishes, plan, self._forecast(plan)))
             self._progress(len(self.found))

@@ -8,7 +8,7 @@ import torch
 from aspec.design import Design, design
 from aspec.drafting import Drafter, ModelDrafter
 from aspec.io.layout import Part, as_tensor, scratch_bytes
-from aspec.io.memory import SlotMemory, allocate
+from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.kv import KVCache
 from aspec.lookup import NgramDrafter
 from aspec.model import Model
@@ -44,7 +44,9 @@ class Assembly:
 
 def assemble(options: EngineOptions) -> Assembly:
     """Design and allocate. Raises UserError where the input cannot be used."""
-    return _allocate(design(options))
+    made = design(options)
+    give_back()  # what the search for a plan has left
+    return _allocate(made)
 
 
 def _allocate(made: Design) -> Assembly:

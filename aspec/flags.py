@@ -156,6 +156,16 @@ class GenerateFlags:
     batch_size: Annotated[int, option(PLACE, "Prompts that share a pass.", parser=count_or_auto, metavar="auto|N")] = (
         "auto"  # type: ignore[assignment]  # typer parses the default too
     )
+    num_groups: Annotated[
+        int,
+        option(
+            PLACE,
+            "Groups that prompts form: the draft works for one while another is verified.",
+            "--groups",
+            parser=count_or_auto,
+            metavar="auto|N",
+        ),
+    ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     max_context: Annotated[
         int | None,
         option(PLACE, "Tokens of a sequence, prompt included. Default: what the prompts need.", min=2),
@@ -197,6 +207,7 @@ class GenerateFlags:
             attention=self.attention,
             exact=self.exact,
             max_batch=None if self.batch_size < 0 else self.batch_size,
+            num_groups=None if self.num_groups < 0 else self.num_groups,
             max_context=self.max_context,
             threads=self.threads,
             link_rate=self.link_rate,
@@ -337,6 +348,7 @@ class ChatFlags(GenerateFlags):
     no_dashboard: bool = True
     logprobs: int | None = None
     batch_size: int = 1
+    num_groups: int = 1
 
 
 class Checked(Protocol):

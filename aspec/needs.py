@@ -45,8 +45,10 @@ class Models:
     budget_bytes: int
 
     def needs(self, wishes: Wishes) -> Needs:
-        """What any plan for these wishes holds, and the parts among which it chooses; a draft that proposes nothing
-        is not loaded."""
+        """What any plan for these wishes holds, and the parts among which it chooses.
+
+        A draft that proposes nothing is not loaded.
+        """
         draft, draft_parts = (self.draft, self.draft_parts) if wishes.max_draft_tokens else (None, ())
         return _needs(self.target, self.parts, draft, draft_parts, wishes)
 

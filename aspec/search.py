@@ -14,6 +14,7 @@ from aspec.plan import Plan, Speculation
 from aspec.planner import SPARE_SLOTS, Needs, Wishes, make_plan
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+TREE_ROWS = 16  # with more, the host grows trees for longer than a pass takes, and chains fill the pass as well
 GROUPS = (1, 2, 3)
 SLOTS = (1, 10)  # spare ones, beside the usual
 CAPS = (4, 8, 32)  # proposals of a row at most, beside the usual
@@ -162,6 +163,8 @@ def _coarse(wishes: Wishes, left_open: Open) -> Iterator[Wishes]:
     for rows, groups, (kind, most), place in product(
         left_open.rows, left_open.groups, left_open.speculations, left_open.attention
     ):
+        if kind is Speculation.TREE and rows > TREE_ROWS and len(left_open.rows) > 1:
+            continue
         if groups > rows or (kind is None and groups > 1 and 1 in left_open.groups):
             continue  # without a draft there is nothing to hide beside another group
         yield replace(

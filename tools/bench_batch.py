@@ -5,7 +5,7 @@
     python tools/bench_batch.py BIG --draft aspec/demo/draft --only aspec chain4 --engine chain4 num_draft_tokens=4
 
 aspec               all prompts in one engine, as it comes
-aspec, chain, off   the same with --speculation chain, and without a draft
+aspec, chains ...   64 rows with chains, all in one group or in two; off: without a draft
 accelerate          transformers with accelerate's disk offload, one left-padded batch, greedy
 accelerate, tuned   the same with weights copied out of the mapped files and passive threads, as in bench_peers.py
 in memory           transformers with every weight in memory and no limit: the upper reference
@@ -40,6 +40,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspec.io.memory import peak_rss_bytes
 from aspec.options import EngineOptions
+from aspec.plan import Workload
 from aspec.units import parse_bytes, parse_rate
 from tools import contest
 from tools.contest import Record
@@ -68,8 +69,9 @@ class Contender:
 IN_MEMORY = "in memory"
 CONTENDERS = {
     "aspec": Contender({}),
-    "aspec, chain": Contender({"speculation": "chain"}),
-    "aspec, off": Contender({"speculation": "off"}),
+    "aspec, chains, 1 group": Contender({"speculation": "chain", "max_batch": 64, "num_groups": 1}),
+    "aspec, chains, 2 groups": Contender({"speculation": "chain", "max_batch": 64, "num_groups": 2}),
+    "aspec, off": Contender({"speculation": "off", "max_batch": 64}),
     "accelerate": Contender(),
     "accelerate, tuned": Contender(copied=True, environment={"OMP_WAIT_POLICY": "passive"}),
     IN_MEMORY: Contender(limited=False),
@@ -103,7 +105,7 @@ def make_prompts(target: str, rows: int) -> list[list[int]]:
 
 @contextlib.asynccontextmanager
 async def open_aspec(job: Job) -> AsyncIterator[Peer]:
-    """aspec with a row for each prompt."""
+    """aspec with the plan that is found for these prompts, as far as the engine's options leave it open."""
     from aspec.engine import open_engine
     from aspec.params import SamplingParams
 
@@ -129,7 +131,9 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
         return known | {"tokens_per_row_and_pass": decoded / sum(passes) if sum(passes) else None}
 
     context = max(map(len, job.prompts)) + max(job.tokens, WARMUP_TOKENS)
-    sizes = {"max_batch": len(job.prompts), "max_context": context, "reuse_prefix": False, "threads": job.threads}
+    mean = round(sum(map(len, job.prompts)) / len(job.prompts))
+    sizes = {"max_context": context, "reuse_prefix": False, "threads": job.threads}
+    sizes["workload"] = Workload(len(job.prompts), mean, max(job.tokens, WARMUP_TOKENS))
     models = {"target": job.target, "draft": job.draft, "dtype": job.dtype}
     async with open_engine(**{**models, **sizes, **(job.engine or {})}) as engine:
         yield generate, facts
@@ -310,7 +314,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="engine options of every row of aspec")
     add("--link-rate", type=parse_rate, help="throttles aspec's disk lane, and nobody else's")
     add("--weight-memory", type=parse_bytes, default="512MiB", help="of aspec's device memory (%(default)s)")
-    add("--process-memory", type=parse_bytes, default="530MB", help="of the limit, beside a plan (%(default)s)")
+    add("--process-memory", type=parse_bytes, default="650MB", help="of the limit, beside a plan (%(default)s)")
     add("--device-memory", type=parse_bytes, help="aspec's whole budget; default: see above, as for the next two")
     add("--memory-limit", type=parse_bytes, help="of the cgroup")
     add("--offload-memory", type=parse_bytes, help="what accelerate keeps in memory")

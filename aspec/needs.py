@@ -201,7 +201,8 @@ def _activation_bytes(target: Model, wishes: Wishes) -> int:
     logits = -(-verified // BLOCK_ROWS) * BLOCK_ROWS if wishes.exact else verified
     head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
     joining = min(wishes.prefill_pass_tokens, wishes.num_rows * wishes.capacity)
-    waiting = joining * (hidden * item + wishes.capacity)  # their hidden states, and what each may see
+    others = max(0, joining - wishes.prefill_tokens)  # that wait while one item is in a layer
+    waiting = others * (hidden * item + wishes.capacity)  # their hidden states, and what each may see
     layer = tokens * 3 * wide * item
     if wishes.attention_resource == CPU:
         return (

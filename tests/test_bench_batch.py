@@ -47,7 +47,7 @@ def test_rows_of_aspec_take_engine_options():
     rows = {name: options.contenders[name].engine for name in options.only}
     assert rows == {
         "two": {"exact": False, "threads": 1, "speculation": "chain", "num_draft_tokens": 2},
-        "aspec, off": {"exact": False, "threads": 1, "speculation": "off"},
+        "aspec, off": {"exact": False, "threads": 1, "speculation": "off", "max_batch": 64},
         "accelerate": None,
     }
 

@@ -193,7 +193,7 @@ def test_debug_shows_where(copy):
 def test_ctrl_c_ends_with_130_and_keeps_the_text(pair):
     args = ["--target", pair[0], "-p", "hello", "-n", "200", "--ignore-eos", "--link-rate", "3MB/s"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "aspec", "generate", *map(str, args), "--device-memory", "2400KiB"],
+        [sys.executable, "-m", "aspec", "generate", *map(str, args), "--device-memory", "2MiB"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

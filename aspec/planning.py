@@ -88,10 +88,11 @@ def _speculations(options: EngineOptions, models: Models) -> tuple[tuple[Specula
     tree = Speculation.TREE, MAX_TREE if fixed is None else fixed
     if is_off(options) or (models.draft is None and options.draft != NGRAM):
         return ((None, 0),)
+    off: tuple[tuple[Speculation | None, int], ...] = ((None, 0),) if fixed is None else ()  # a number is a wish
     if options.draft == NGRAM:
-        return ((None, 0), tree)  # a lookup's chain is a tree of one branch
+        return (*off, tree)  # a lookup's chain is a tree of one branch
     if options.speculation == "auto":
-        return ((None, 0), chain, tree)
+        return (*off, chain, tree)
     return (chain,) if options.speculation == "chain" else (tree,)
 
 

@@ -169,8 +169,10 @@ def _coarse(wishes: Wishes, left_open: Open) -> Iterator[Wishes]:
             continue  # without a draft there is nothing to hide beside another group
         yield replace(
             wishes,
-            speculation=kind or wishes.speculation,
+            speculation=kind or Speculation.CHAIN,
             max_draft_tokens=most,
+            fixed_draft_tokens=wishes.fixed_draft_tokens if kind else None,
+            fixed_draft_depth=wishes.fixed_draft_depth if kind else None,
             num_rows=rows,
             num_groups=groups,
             attention_resource=place,

@@ -41,7 +41,7 @@ def simulated_snapshot() -> Snapshot:
     parts = tuple(PlannedPart(i, i // 4, part, part, Tier.DEVICE if i // 4 % 8 == 5 else Tier.DISK) for i in range(160))
     held = {"resident layers": 20 * part, "12 slots": 12 * part, "draft weights": 1 << 30, "KV cache": 512 << 20}
     rest = {"num_staging": 3, "draft_resource": "draft", "fixed_draft_tokens": 12, "arithmetic": held}
-    plan = Plan(parts, 40, 12, part, 1, 4096, 512, 16, **rest)
+    plan = Plan(parts, 40, 12, part, capacity=4096, prefill_tokens=512, max_draft_tokens=16, **rest)
     profile = Profile(
         disk_bytes_per_s=14e9, copy_bytes_per_s=25e9, layer_s=3e-3, layer_token_s=2e-4, draft_s=9e-3, acceptance=0.85
     )

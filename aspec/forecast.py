@@ -6,7 +6,7 @@ that a round stays a few hundred tasks.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, sqrt
 
 from aspec.costs import expected_tokens
 from aspec.io.sim import Profile
@@ -14,8 +14,8 @@ from aspec.plan import Plan, PlannedPart, Speculation, Tier, Workload
 from aspec.search import Forecast
 from aspec.simulation import simulate
 from aspec.tariff import LayerCost
-from aspec.tasks.task import Span, WorkItem
-from aspec.timeline import LANE_OF, bottleneck, lane_use
+from aspec.tasks.task import COMPUTE, Span, WorkItem
+from aspec.timeline import DRAFT, LANE_OF, TARGET, bottleneck, lane_use
 
 MOST_TASKS = 20_000  # of one run whose drafts adapt
 MOST_PLAIN_TASKS = 5_000  # of one without drafts, where a pass is like the other
@@ -39,6 +39,7 @@ class Tally:
         self._new: list[tuple[float, int, int]] = []  # of rows that decode: when, tokens, rows; up to that pass
         self._work: dict[str, list[tuple[float, float, int]]] = {}  # by lane
         self._start_s: float | None = None
+        self._stop_s = 0.0  # of the last tokens
 
     def __call__(self, span: Span) -> None:
         """Take one finished task."""
@@ -48,6 +49,7 @@ class Tally:
         self._work.setdefault(LANE_OF[task.op], []).append((span.start_s, span.stop_s, task.nbytes))
         if task.item is None or not span.outcomes:
             return
+        self._stop_s = span.stop_s
         tokens = sum(outcome.num_new for outcome in span.outcomes)
         if task.item.prefill:
             self._begun_s += [span.stop_s] * len(span.outcomes)
@@ -62,6 +64,14 @@ class Tally:
     def prefill_s(self) -> float:
         """From the first task until every row has its first token."""
         return self._full_s - (self._start_s or 0.0)
+
+    @property
+    def tail_s(self) -> float:
+        """By how much decoding to the end takes longer than at the rate of full rows: some rows are done late."""
+        if not self.tokens_per_s:
+            return 0.0
+        decoded = sum(self._had.values()) - len(self._begun_s)
+        return max(0.0, self._stop_s - self._full_s - decoded / self.tokens_per_s)
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,6 +90,11 @@ class Tally:
         """In words."""
         stop_s = self._counted[1]
         return bottleneck([lane_use(lane, work, self._full_s, stop_s) for lane, work in self._work.items()])
+
+    def share(self, *lanes: str) -> float:
+        """Of the same time that any of these lanes was busy."""
+        work = [one for lane in lanes for one in self._work.get(lane, ())]
+        return lane_use(lanes[0], work, self._full_s, self._counted[1]).share
 
     @property
     def _full_s(self) -> float:
@@ -117,10 +132,12 @@ class Forecaster:
         simulate(plan, profile, [(prompt, new)] * rows, [tally])
         rate, prefill_s = tally.tokens_per_s, self._prefill_s(plan, tally.prefill_s, prompt)
         decode_s = self._decode_s(plan, rows, rate, tally.tokens_per_pass)
+        computing = tally.share(TARGET, DRAFT) if plan.draft_resource == COMPUTE else tally.share(TARGET)
+        tail_s = tally.tail_s * sqrt(self.workload.new_tokens / new) if self.workload.num_prompts % rows == 0 else 0.0
         return Forecast(
             tokens_per_s=rate,
             prefill_s=prefill_s,
-            job_s=prefill_s + decode_s + self._refill_s(plan, rows, decode_s),
+            job_s=prefill_s + decode_s + self._refill_s(plan, rows, (1.0 - computing) * decode_s) + tail_s,
             tokens_per_pass=tally.tokens_per_pass,
             bottleneck=tally.bottleneck,
         )
@@ -181,15 +198,13 @@ class Forecaster:
         last_s = min(full_s, max(plan.num_groups * self._stream_s(plan), share * full_s))
         return decoded_s + last_s * new / tokens_per_pass
 
-    def _refill_s(self, plan: Plan, rows: int, decode_s: float) -> float:
-        """What the prompts behind the first ones cost: as far as the stream does not hide it."""
-        later = self.workload.num_prompts - rows
-        if later <= 0 or not decode_s:
-            return 0.0
-        each_s = self._compute_s(1, 0, plan, self.workload.prompt_tokens)
-        stream_s = self._stream_s(plan)
-        slack = max(0.0, 1.0 - self._compute_s(rows, 0, plan) / stream_s) if stream_s else 0.0
-        return max(0.0, later * each_s - slack * decode_s)
+    def _refill_s(self, plan: Plan, rows: int, idle_s: float) -> float:
+        """What the prompts behind the first ones cost beyond the time in which nothing computes.
+
+        They join one by one, as rows fall free: each is an item of its own.
+        """
+        later = max(0, self.workload.num_prompts - rows)
+        return max(0.0, later * self._compute_s(1, 0, plan, self.workload.prompt_tokens) - idle_s)
 
     def _prefill_s(self, plan: Plan, found_s: float, prompt: int) -> float:
         """What a run with prompts of another length says of these: as much where the stream takes longest."""

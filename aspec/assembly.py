@@ -1,30 +1,39 @@
-"""From a design to memory: two arenas, the caches, and what is to be read into them before the engine runs."""
+"""From a design to memory: arenas, caches, streams of a device, and what is to be read before the engine runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from aspec.design import Design, design
+from aspec.devices import ALIGNMENT, kind_of
 from aspec.drafting import Drafter, ModelDrafter
+from aspec.errors import DeviceError
+from aspec.io.backend import Backend
+from aspec.io.cpu import CpuBackend
+from aspec.io.device import Buffers, DeviceLayer
+from aspec.io.disk import DiskLane
 from aspec.io.layout import Part, as_tensor, scratch_bytes
 from aspec.io.memory import SlotMemory, allocate, give_back
+from aspec.io.streams import StreamBackend
 from aspec.kv import KVCache
 from aspec.lookup import NgramDrafter
 from aspec.model import Model
 from aspec.options import EngineOptions
-from aspec.plan import Plan, Tier
+from aspec.plan import Plan, Tier, format_bytes
 from aspec.runner import ModelRunner, Weights
 from aspec.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A part that is read once, when the engine opens."""
+    """A part that is read once, when the engine opens, into host memory or through it into a device's."""
 
     part: Part
-    buffer: memoryview
-    model: Model
+    view: memoryview | None = None  # host memory that the disk fills
+    buffer: torch.Tensor | None = None  # the device's, where the part lives there
+    model: Model | None = None  # to bind; None: it streams from the host
 
 
 @dataclass(slots=True)
@@ -37,42 +46,124 @@ class Assembly:
     plan: Plan
     parts: dict[int, Part]  # streamed and resident layer parts of the target
     runner: ModelRunner
-    slots: list[memoryview]
+    slots: list[memoryview]  # of the host's own memory
     loads: list[Load]
     memory: list[SlotMemory]
+    device: DeviceLayer[Any, Any] | None = None
+    buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind the device's link
+
+    def open_backend(self, disk: DiskLane) -> Backend:
+        """What runs the tasks; on the loop's thread."""
+        if self.device is None:
+            return CpuBackend(self.runner, self.parts, self.slots, disk)
+        return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
 
 
 def assemble(options: EngineOptions) -> Assembly:
-    """Design and allocate. Raises UserError where the input cannot be used."""
+    """Design and allocate. Raises UserError where the input cannot be used, DeviceError where memory is refused."""
     made = design(options)
     give_back()  # what the search for a plan has left
-    return _allocate(made)
+    kind = kind_of(options.device)
+    if kind is None:
+        return _on_host(made)
+    device = kind.open()
+    try:
+        return _on_device(made, device)
+    except torch.OutOfMemoryError as error:
+        device.free()
+        raise DeviceError(too_little(made.plan)) from error
+    except BaseException:
+        device.free()
+        raise
 
 
-def _allocate(made: Design) -> Assembly:
+def too_little(plan: Plan) -> str:
+    """What is said when a device refuses memory that the plan counts on."""
+    smaller = max(plan.num_rows // 2, 1) if plan.num_rows > 1 else None
+    fewer = f"--batch-size {smaller}" if smaller else f"--max-context {plan.capacity // 2}"
+    budget = plan.budget_bytes or plan.held_bytes
+    return (
+        f"the device ran out of memory: the plan holds {plan.describe()} of a budget of {format_bytes(budget)}, and "
+        f"others, or what the device keeps for itself, take the rest. Plan smaller: --device-memory "
+        f"{int(budget * 0.9) >> 20}MiB, or {fewer}."
+    )
+
+
+def _on_host(made: Design) -> Assembly:
     """Two arenas (resident, slots) and the caches; no weight is read yet."""
-    target, draft, plan = made.target, made.draft, made.plan
-    resident = {part.index for part in plan.parts if part.tier is Tier.DEVICE}
-    once = [(part, target) for part in made.parts if part.layer < 0 or part.index in resident]
-    once += [(part, draft) for part in made.draft_parts if draft is not None]
     memory: list[SlotMemory] = []
-    buffers = _carve(memory, [part.size for part, _ in once])
-    slots = _carve(memory, [plan.slot_bytes] * plan.num_slots)
-    scratch = torch.empty(scratch_bytes(made.parts), dtype=torch.uint8)
+    once = _residents(made)
+    views = _carve(memory, [part.size for part, _ in once])
+    slots = _carve(memory, [made.plan.slot_bytes] * made.plan.num_slots)
+    loads = [Load(part, view, None, model) for (part, model), view in zip(once, views, strict=True)]
+    return _assembly(made, [as_tensor(slot) for slot in slots], slots, loads, memory)
+
+
+def _on_device(made: Design, device: DeviceLayer[Any, Any]) -> Assembly:
+    """The same on a device, and on the host what is pinned: parts that stay there, and staging."""
+    plan = made.plan
+    once = _residents(made)
+    arena = device.allocate(sum(_aligned(part.size) for part, _ in once))
+    places = _offsets([part.size for part, _ in once])
+    loads = [
+        Load(part, buffer=arena[at : at + part.size], model=model)
+        for (part, model), at in zip(once, places, strict=True)
+    ]
+    by_index = {part.index: part for part in made.parts}
+    hosted = [by_index[planned.index] for planned in plan.parts if planned.tier is Tier.HOST]
+    host_parts = {part.index: device.allocate_host(part.size) for part in hosted}
+    loads += [Load(part, view=host_parts[part.index].view) for part in hosted]
+    slot_bytes = _aligned(plan.slot_bytes)
+    whole = device.allocate(slot_bytes * plan.num_slots)
+    slots = [whole[index * slot_bytes : (index + 1) * slot_bytes] for index in range(plan.num_slots)]
+    reads = any(planned.tier is Tier.DISK for planned in plan.parts)
+    staging = [device.allocate_host(plan.slot_bytes) for _ in range(plan.num_staging if reads else 0)]
+    assembly = _assembly(made, slots, [], loads, [], device.torch_device)
+    assembly.device, assembly.buffers = device, Buffers(slots, staging, host_parts)
+    device.settle()
+    return assembly
+
+
+def _assembly(
+    made: Design,
+    slots: Sequence[torch.Tensor],
+    views: list[memoryview],
+    loads: list[Load],
+    memory: list[SlotMemory],
+    place: torch.device | None = None,
+) -> Assembly:
+    """The caches and what computes, around memory for weights."""
+    target, draft, plan = made.target, made.draft, made.plan
+    place = place or torch.device("cpu")
+    scratch = torch.empty(scratch_bytes(made.parts), dtype=torch.uint8, device=place)
     layer_parts = {part.index: part for part in made.parts if part.layer >= 0}
-    weights = Weights(layer_parts, [as_tensor(slot) for slot in slots], scratch)
     drafter: Drafter | None = NgramDrafter(made.continuations) if made.ngram else None
     if draft is not None:
-        drafter = ModelDrafter(
-            draft, _cache(draft, plan, plan.draft_slots), target.vocab_size, shared_noise=made.shared_noise
-        )
-    runner = ModelRunner(target, _cache(target, plan, plan.tree_slots, exact=made.exact), weights, drafter)
-    loads = [Load(part, buffer, model) for (part, model), buffer in zip(once, buffers, strict=True)]
-    return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, slots, loads, memory)
+        cache = _cache(draft, plan, plan.draft_slots, place)
+        drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=made.shared_noise)
+    cache = _cache(target, plan, plan.tree_slots, place, exact=made.exact)
+    runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
+    return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory)
 
 
-def _cache(model: Model, plan: Plan, slots: int, *, exact: bool = False) -> KVCache:
-    return KVCache(model.kv_shapes(), plan.num_rows, plan.capacity + slots, model.dtype, "cpu", exact=exact)
+def _residents(made: Design) -> list[tuple[Part, Model]]:
+    """What is read once: the target's rest, its resident layers, and the whole draft."""
+    resident = {part.index for part in made.plan.parts if part.tier is Tier.DEVICE}
+    once = [(part, made.target) for part in made.parts if part.layer < 0 or part.index in resident]
+    return once + [(part, made.draft) for part in made.draft_parts if made.draft is not None]
+
+
+def _cache(model: Model, plan: Plan, slots: int, place: torch.device, *, exact: bool = False) -> KVCache:
+    return KVCache(model.kv_shapes(), plan.num_rows, plan.capacity + slots, model.dtype, place, exact=exact)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    """Where each of several aligned buffers begins."""
+    return [sum(map(_aligned, sizes[:index])) for index in range(len(sizes))]
 
 
 def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
@@ -90,8 +181,14 @@ def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
 
 def bind_load(load: Load) -> None:
     """Point resident parameters at their buffer, for good; what must be converted gets memory of its own."""
-    scratch = torch.empty(load.part.scratch_bytes, dtype=torch.uint8)
-    load.model.bind(replace(load.part, scratch_at=0), as_tensor(load.buffer), scratch)
+    if load.model is None:
+        return
+    buffer = load.buffer
+    if buffer is None:
+        assert load.view is not None, "a part is read into host memory or into a device's"
+        buffer = as_tensor(load.view)
+    scratch = torch.empty(load.part.scratch_bytes, dtype=torch.uint8, device=buffer.device)
+    load.model.bind(replace(load.part, scratch_at=0), buffer, scratch)
 
 
 def release(assembly: Assembly) -> None:
@@ -101,6 +198,9 @@ def release(assembly: Assembly) -> None:
             model.forget(tuple(load.part for load in assembly.loads if load.model is model))
     assembly.loads.clear()
     assembly.slots.clear()
+    assembly.buffers = Buffers((), ())
     memory, assembly.memory = assembly.memory, []
     for arena in memory:
         arena.close()
+    if assembly.device is not None:
+        assembly.device.free()

@@ -44,7 +44,7 @@ class Binder:
         bound = self._bound.get(key)
         if bound is None:
             _check_size(part, "buffer", buffer, part.size)
-            made = tuple(self._place(part, binding, buffer) for binding in part.bindings)
+            made = tuple(self._place(part, binding, buffer[part.shift :]) for binding in part.bindings)
             bound = self._bound[key] = _Bound(part, made)
         for table, name, tensor in bound.assignments:
             table[name] = tensor
@@ -54,7 +54,7 @@ class Binder:
             _check_size(part, "scratch", scratch, part.scratch_at + part.scratch_bytes)
             own = scratch[part.scratch_at : part.scratch_at + part.scratch_bytes]
             for conversion in part.conversions:
-                self._convert(part, conversion, buffer, own)
+                self._convert(part, conversion, buffer[part.shift :], own)
 
     def unbind(self, part: Part) -> None:
         """Put the part's parameters back on meta."""

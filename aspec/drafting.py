@@ -25,6 +25,7 @@ from aspec.tasks.ngram import NgramIndex
 from aspec.tasks.offers import best_children
 from aspec.tasks.task import Grown, Growth, Task, WorkItem
 from aspec.tasks.tree import ROOT, Proposal, Tree
+from aspec.transfer import upload
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))
 """Proposes the likeliest token, whatever the target will draw."""
@@ -228,7 +229,7 @@ class ModelDrafter(Drafter):
         sampler = state.sequence.sampler
         depths = [0 if node == ROOT else tree.nodes[node].depth for node in level.nodes]
         positions = [state.drafted + depth for depth in depths]
-        noise = sampler.noise(positions, logits.shape[-1]) if self._shared_noise else None
+        noise = sampler.noise(positions, logits.shape[-1], logits.device) if self._shared_noise else None
         logits = sampler.penalised(logits[..., : self._limit], state.context([tree.path(node) for node in level.nodes]))
         temperature = GREEDY_TEMPERATURE if sampler.greedy else sampler.temperature
         tokens, scores = best_children(logits, width, noise, temperature=temperature, limit=self._limit)
@@ -288,13 +289,14 @@ class ModelDrafter(Drafter):
         counts = [len(tokens) for tokens in fed]
         ids = pad(fed)
         ids = ids.where(ids < self._model.vocab_size, 0)  # padding may differ: what the draft cannot know costs a miss
+        ids = upload(ids, self._kv.device)
         activation = self._model.embed(ids, self._kv.step(rows, starts, counts, parents, firsts))
         for layer in range(self._model.num_layers):
             self._model.layer(layer, activation)
         if not want_logits:
             return activation.hidden
-        keep = None if parents is not None else torch.tensor([[count - 1] for count in counts])
-        return self._model.head(activation, keep)
+        last = torch.tensor([[count - 1] for count in counts])
+        return self._model.head(activation, None if parents is not None else upload(last, self._kv.device))
 
 
 def pad(rows: list[list[int]]) -> torch.Tensor:

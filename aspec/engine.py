@@ -15,17 +15,18 @@ import gc
 import itertools
 import os
 import sys
+import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Self
 
 import torch
 
-from aspec.assembly import Assembly, Load, assemble, bind_load, release
-from aspec.errors import InternalError, PromptError, UserError
+from aspec.assembly import Assembly, assemble, release, too_little
+from aspec.errors import DeviceError, InternalError, PromptError, first_error
 from aspec.executor import Executor, IssueObserver, Observer
-from aspec.io.cpu import CpuBackend
 from aspec.io.disk import DiskLane, probe_rate
+from aspec.loading import load_all
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Plan, format_bytes
@@ -65,8 +66,6 @@ class Engine:
 
     async def __aenter__(self) -> Self:
         _tune_process(self._options.threads)
-        if self._options.device == "cuda":
-            raise UserError("--device cuda: this build runs on the CPU only; use --device cpu or auto.")
         assembly = await asyncio.to_thread(assemble, self._options)
         self._assembly = assembly
         self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
@@ -75,7 +74,7 @@ class Engine:
         except BaseException:
             self._release()
             raise
-        self._backend = CpuBackend(assembly.runner, assembly.parts, assembly.slots, self._disk)
+        self._backend = assembly.open_backend(self._disk)
         scheduler = Scheduler(assembly.plan)
         self._executor = Executor(scheduler, self._backend, self._observers, self._issue_observers)
         self._running = asyncio.create_task(self._run(), name="aspec engine")
@@ -89,7 +88,10 @@ class Engine:
             self._running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._running
+        peak_bytes = self.device_peak_bytes
         await self._backend.close()
+        if peak_bytes is not None and peak_bytes > (self.plan.budget_bytes or peak_bytes):
+            warnings.warn(_beyond(self.plan, peak_bytes), RuntimeWarning, stacklevel=2)
         self._release()
         if self._failure is not None and not self._heard and kind is None:
             raise self._failure
@@ -98,6 +100,11 @@ class Engine:
     def plan(self) -> Plan:
         """What is resident, what streams, and the arithmetic behind it."""
         return self._open.plan
+
+    @property
+    def device_peak_bytes(self) -> int | None:
+        """The most that was held on the device so far, as its allocator counts; None on the host's own memory."""
+        return None if self._open.device is None else self._open.device.peak_bytes
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -160,7 +167,7 @@ class Engine:
         return self._assembly
 
     async def _load(self, assembly: Assembly) -> None:
-        """Read the resident parts, several in flight; report bytes as they land."""
+        """Read what is read once, several parts in flight; report bytes as they land."""
         total, done = sum(load.part.nbytes for load in assembly.loads), 0
 
         def report(nbytes: int) -> None:
@@ -169,15 +176,7 @@ class Engine:
             if self._options.progress is not None:
                 self._options.progress("load", done, total)
 
-        async def read(load: Load) -> None:
-            await self._disk.read(load.part.segments, load.buffer)
-            bind_load(load)
-            report(load.part.nbytes)
-
-        results = await asyncio.gather(*(read(load) for load in assembly.loads), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        await load_all(assembly.loads, self._disk, assembly.device, report)
 
     async def _run(self) -> None:
         """The executor's whole life; whatever ends it, every stream hears."""
@@ -186,9 +185,9 @@ class Engine:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            self._failure = error
+            self._failure = _told(error, self.plan)
             for queue in self._queues.values():
-                queue.put_nowait(error)
+                queue.put_nowait(self._failure)
 
     def _release(self) -> None:
         """Join the readers and give the memory back; the models die with the assembly."""
@@ -321,6 +320,28 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many leading tokens two sequences share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _told(error: Exception, plan: Plan) -> Exception:
+    """A device's own errors in our words; any other as it is."""
+    first = first_error(error)
+    told: Exception | None = None
+    if isinstance(first, torch.OutOfMemoryError):
+        told = DeviceError(too_little(plan))
+    elif isinstance(first, torch.AcceleratorError):
+        said = str(first).partition("\n")[0]
+        told = DeviceError(f"the device failed while it ran: {said}. Nothing more can be run on it in this process.")
+    if told is None:
+        return error
+    told.__cause__ = error
+    return told
+
+
+def _beyond(plan: Plan, peak_bytes: int) -> str:
+    return (
+        f"the device held {format_bytes(peak_bytes)} at its peak, more than the budget of "
+        f"{format_bytes(plan.budget_bytes or 0)}; the plan counted {plan.describe()}. Please report this."
+    )
 
 
 def _tune_process(threads: int | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from aspec.cache import Known
 from aspec.console import Console
+from aspec.devices import HOST
 from aspec.hardware import read_hardware
 from aspec.io.checkpoint import has_weights
 from aspec.jobflags import PlanFlags
@@ -45,6 +46,9 @@ def explain(flags: PlanFlags) -> Explained:
     context = flags.max_context or work.prompt_tokens + work.new_tokens
     options = replace(flags.options(), workload=work, max_context=context)
     hardware = None if flags.profile is None else read_hardware(flags.profile)
+    if hardware is not None:  # whatever device is here
+        exact = hardware.h2d_bytes_per_s is None if options.exact is None else options.exact
+        options = replace(options, device=HOST, exact=exact)
     budget = None if hardware is None or options.device_memory is not None else hardware.device_memory or None
     models = read_models(options, budget_bytes=budget, outlined=True)
     machine = Machine(hardware, Known()) if hardware is not None else this_machine(options, models)

@@ -66,7 +66,7 @@ class GenerateFlags:
             "--draft-model",
         ),
     ] = None
-    dtype: Annotated[str, option(MODELS, "auto, bfloat16 or float32. auto: the checkpoint's own.")] = "auto"
+    dtype: Annotated[str, option(MODELS, "auto, bfloat16, float16 or float32. auto: the checkpoint's own.")] = "auto"
     prompt: Annotated[list[str] | None, option(OUTPUT, "A prompt; repeat for several.", "--prompt", "-p")] = None
     file: Annotated[
         list[Path] | None, option(OUTPUT, "A file that holds a prompt; repeat for several.", "--file", "-f")
@@ -103,12 +103,23 @@ class GenerateFlags:
     seed: Annotated[int, option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
     stop: Annotated[list[str] | None, option(SAMPLING, "Stop before this text; repeat for several.")] = None
     ignore_eos: Annotated[bool, option(SAMPLING, "Go on behind an end-of-sequence token.", "--ignore-eos")] = False
-    device: Annotated[str, option(PLACE, "auto, cpu or cuda.")] = "auto"
+    device: Annotated[str, option(PLACE, "auto, cpu or cuda. auto: a GPU where there is one.")] = "auto"
     device_memory: Annotated[
         int | None,
         option(
             PLACE,
-            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of what is free.",
+            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of what is free, 90 % of a GPU.",
+            parser=size,
+            metavar="SIZE",
+        ),
+    ] = None
+    host_memory: Annotated[
+        int | None,
+        option(
+            PLACE,
+            "Host memory for layers and KV behind a device's link, such as 64GiB; what does not fit streams from disk. "
+            "Default: 70 % of what is free.",
+            "--host-memory",
             parser=size,
             metavar="SIZE",
         ),
@@ -200,6 +211,7 @@ class GenerateFlags:
             dtype=self.dtype,
             device=self.device,
             device_memory=self.device_memory,
+            host_memory=self.host_memory,
             speculation=self.speculation,
             num_draft_tokens=None if self.num_draft_tokens < 0 else self.num_draft_tokens,
             draft_depth=None if self.draft_depth < 0 else self.draft_depth,

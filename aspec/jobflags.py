@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aspec.flags import MODELS, OUTPUT, PLACE, SAMPLING, GenerateFlags, count_or_auto, option, rate, size
+from aspec.flags import MODELS, OUTPUT, PLACE, SAMPLING, GenerateFlags, count_or_auto, option, rate
 
 WORK = "The work"
 
@@ -106,16 +106,6 @@ class PlanFlags(GenerateFlags):
             "machine, measured once.",
             "--profile",
             metavar="FILE",
-        ),
-    ] = None
-    host_memory: Annotated[
-        int | None,
-        option(
-            PLACE,
-            "Host memory behind a device's link, such as 64GiB. Default: the profile's.",
-            "--host-memory",
-            parser=size,
-            metavar="SIZE",
         ),
     ] = None
     num_prompts: Annotated[int, option(WORK, "Prompts to serve.", "--prompts", min=1)] = 1

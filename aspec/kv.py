@@ -15,6 +15,8 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers.cache_utils import Cache
 
+from aspec.transfer import upload
+
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""
 
@@ -133,7 +135,7 @@ class KVCache:
         """Keep of the nodes a row wrote from slot ``start`` on those in ``path``, in its order, from ``start`` on."""
         if list(path) == list(range(len(path))):
             return
-        source = start + torch.tensor(path, device=self.device)
+        source = upload(start + torch.tensor(path), self.device)
         for storage in (*self.keys, *self.values):
             if storage is not None:  # indexing copies before it writes, so overlap is safe
                 storage[row, :, start : start + len(path)] = storage[row][:, source]
@@ -166,17 +168,16 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._totals = [first + count for first, count in zip(firsts, counts, strict=True)]
         end = max(start + total for start, total in zip(starts, self._totals, strict=True))
         self.high = min(_whole_tiles(end), storage.capacity)
-        self._start = torch.tensor(starts, device=device)[:, None]  # [B, 1]
-        last = torch.tensor(counts, device=device)[:, None] - 1
+        told = upload(torch.tensor([list(starts), list(counts), list(firsts), list(rows)]), device)
+        self._start, last, first = told[0][:, None], told[1][:, None] - 1, told[2][:, None]  # [B, 1]
         offsets = torch.arange(width, device=device)[None]  # [1, T]
         real = offsets <= last
-        # [B, T]: the node of a token, for padding the row's last
-        self._node = torch.minimum(offsets, last) + torch.tensor(firsts, device=device)[:, None]
+        self._node = torch.minimum(offsets, last) + first  # [B, T]: the node of a token, for padding the row's last
         self._tree = None if parents is None else _Tree.of(parents, device)
         depth = self._node if self._tree is None else self._tree.depths.gather(1, self._node)
         self.position_ids = self._start + depth
         self.slots = torch.where(real, self._start + self._node, storage.capacity)  # [B, T]
-        self._rows = torch.tensor(rows, device=device)
+        self._rows = told[3]
         consecutive = list(rows) == list(range(rows[0], rows[0] + len(rows)))
         self._row_slice = slice(rows[0], rows[0] + len(rows)) if consecutive else None
         begins = {start + first for start, first in zip(starts, firsts, strict=True)}
@@ -316,4 +317,4 @@ class _Tree:
         depths = (ancestors != beyond).sum(-1) - 1
         levels = np.maximum(depths[:, :, None] - np.arange(len(climbed)), 0)
         paths = np.take_along_axis(ancestors, levels, -1)
-        return _Tree(torch.from_numpy(paths).to(device), torch.from_numpy(depths).to(device), tuple(is_chain))
+        return _Tree(upload(torch.from_numpy(paths), device), upload(torch.from_numpy(depths), device), tuple(is_chain))

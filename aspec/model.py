@@ -73,7 +73,7 @@ class Model:
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
-        self.dtype = dtype or _compute_dtype(self.config, self.device)
+        self.dtype = _compute_dtype(dtype, self.config, self.device)
         self._facts = examine(self.config, self.dtype)
         missing = outlined and not has_weights(self.folder)
         self.checkpoint = Checkpoint(self.folder, {}, 0, ()) if missing else Checkpoint.open(self.folder)
@@ -100,9 +100,9 @@ class Model:
         """Stored tensors that the model has no use for: worth a warning."""
         return self._tensors.unexpected
 
-    def plan(self, max_part_bytes: int) -> tuple[Part, ...]:
+    def plan(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident rest (layer -1) first; see ``plan_parts``."""
-        return plan_parts(self._tensors, self._layers_name, max_part_bytes)
+        return plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
 
     def kv_shapes(self) -> list[KVShape | None]:
         """Per layer (heads, key width, value width); None where a layer uses what another one stored."""
@@ -263,7 +263,7 @@ def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
     return frozenset(int(token) for token in ids if token is not None)
 
 
-def _compute_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """The checkpoint's own dtype; half precision becomes bfloat16 on a CPU, where fp16 products are slow."""
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+def _compute_dtype(wished: torch.dtype | None, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """What was asked for, or the checkpoint's own; half precision becomes bfloat16 on a CPU, which is slow at it."""
+    dtype = wished or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype

@@ -1,7 +1,7 @@
 """What a plan is made from: the models a user names, what was asked of them, and the bytes that any plan must hold."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from aspec.attention import temporary_bytes, temporary_bytes_exact
+from aspec.devices import ALIGNMENT, kind_of
 from aspec.errors import UserError
 from aspec.exact import BLOCK_ROWS
 from aspec.hub import resolve
@@ -31,6 +32,7 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 PREFILL_TOKENS = 512  # tokens of one prefill item
 MICRO_BATCHES = 2  # where attention has a lane of its own: one attends while the other computes
+HOST_SHARE, DEVICE_SHARE = 0.7, 0.9  # of the memory that is free: what is taken where nobody has said
 DRAW_BYTES = 64  # per token id of the vocabulary, while one row is drawn: scores, noise and their sum
 
 
@@ -43,6 +45,7 @@ class Models:
     parts: tuple[Part, ...]
     draft_parts: tuple[Part, ...]
     budget_bytes: int
+    workspace_bytes: int = 0  # of a device's libraries
 
     def needs(self, wishes: Wishes) -> Needs:
         """What any plan for these wishes holds, and the parts among which it chooses.
@@ -50,7 +53,8 @@ class Models:
         A draft that proposes nothing is not loaded.
         """
         draft, draft_parts = (self.draft, self.draft_parts) if wishes.max_draft_tokens else (None, ())
-        return _needs(self.target, self.parts, draft, draft_parts, wishes)
+        made = _needs(self.target, self.parts, draft, draft_parts, wishes)
+        return replace(made, fixed={**made.fixed, "workspaces": self.workspace_bytes}) if self.workspace_bytes else made
 
 
 def read_models(options: EngineOptions, *, budget_bytes: int | None = None, outlined: bool = False) -> Models:
@@ -59,13 +63,15 @@ def read_models(options: EngineOptions, *, budget_bytes: int | None = None, outl
     ``budget_bytes`` goes before the options'; ``outlined``: folders with nothing but a configuration will do.
     """
     target_folder, draft_folder = folders(options)
-    target = Model(target_folder, dtype=compute_dtype(options.dtype), outlined=outlined)
-    draft = None
-    if draft_folder is not None:
-        draft = Model(draft_folder, dtype=compute_dtype(options.dtype), outlined=outlined)
+    kind = kind_of(options.device)
+    place, alignment = (torch.device("cpu"), 1) if kind is None else (kind.place, ALIGNMENT)
+    how: dict[str, Any] = {"dtype": compute_dtype(options.dtype), "device": place, "outlined": outlined}
+    target = Model(target_folder, **how)
+    draft = None if draft_folder is None else Model(draft_folder, **how)
     budget = budget_bytes or options.device_memory or _default_budget(options)
-    parts = target.plan(_part_bytes(budget))
-    return Models(target, draft, parts, draft.plan(1 << 40) if draft else (), budget)
+    parts = target.plan(_part_bytes(budget), alignment)
+    draft_parts = draft.plan(1 << 40, alignment) if draft else ()
+    return Models(target, draft, parts, draft_parts, budget, 0 if kind is None else kind.workspace_bytes)
 
 
 def wishes_of(options: EngineOptions, models: Models) -> Wishes:
@@ -80,6 +86,7 @@ def wishes_of(options: EngineOptions, models: Models) -> Wishes:
         **_attention(options),
         resident_bytes=options.resident_memory,
         exact=is_exact(options),
+        host_bytes=host_bytes(options),
     )
 
 
@@ -97,7 +104,7 @@ def folders(options: EngineOptions) -> tuple[Path, Path | None]:
 
 
 def compute_dtype(name: str) -> torch.dtype | None:
-    """The compute dtype; half precision runs as bfloat16 on a CPU, where fp16 products are very slow."""
+    """The compute dtype; None: the checkpoint's own."""
     known = {"auto": None, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
     known |= {"fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16}
     if name not in known:
@@ -107,9 +114,19 @@ def compute_dtype(name: str) -> torch.dtype | None:
 
 def _default_budget(options: EngineOptions) -> int:
     """Most of the memory that is free now; for the embedded demo less than its target, to show the streaming."""
+    kind = kind_of(options.device)
     if options.target is None:
-        return DEMO_BUDGET_BYTES
-    return int(psutil.virtual_memory().available * 0.7)
+        return DEMO_BUDGET_BYTES + (0 if kind is None else kind.workspace_bytes)
+    if kind is not None:
+        return int(kind.free_bytes() * DEVICE_SHARE)
+    return int(psutil.virtual_memory().available * HOST_SHARE)
+
+
+def host_bytes(options: EngineOptions) -> int | None:
+    """Host memory for pinned layers and KV behind a device's link; None where the device is the host's own memory."""
+    if kind_of(options.device) is None:
+        return None
+    return options.host_memory or int(psutil.virtual_memory().available * HOST_SHARE)
 
 
 def _capacity(options: EngineOptions, target: Model, draft: Model | None) -> int:
@@ -120,8 +137,8 @@ def _capacity(options: EngineOptions, target: Model, draft: Model | None) -> int
 
 
 def is_exact(options: EngineOptions) -> bool:
-    """Whether steps are exact: on a CPU unless refused, never by the machine at hand."""
-    return options.exact if options.exact is not None else options.device != "cuda"
+    """Whether steps are exact: on a CPU, where it was proved, unless refused; elsewhere if asked for."""
+    return options.exact if options.exact is not None else kind_of(options.device) is None
 
 
 def is_off(options: EngineOptions) -> bool:

@@ -22,6 +22,7 @@ class EngineOptions:
     draft: str | Path | None = None
     device: str = "auto"
     device_memory: int | None = None  # bytes
+    host_memory: int | None = None  # bytes for pinned layers and KV, behind a device's link
     resident_memory: int | None = None  # bytes of layers kept resident at most, even where more would fit
     dtype: str = "auto"
     speculation: str = "auto"  # auto, chain, tree or off
@@ -44,6 +45,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         counts = {
             "device_memory": (self.device_memory, 1),
+            "host_memory": (self.host_memory, 1),
             "resident_memory": (self.resident_memory, 0),
             "num_draft_tokens": (self.num_draft_tokens, 0),
             "draft_depth": (self.draft_depth, 1),

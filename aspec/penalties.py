@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from aspec.params import SamplingParams
+from aspec.transfer import upload
 
 FARTHEST = 1e30  # from 1: beyond it float32 may lose a penalised logit to infinity, and no penalty could be stronger
 
@@ -60,7 +61,7 @@ class TokenCounts:
         ids, generated = np.array(self._ids), np.array(self._generated)  # copies: arrays in use cannot grow
         if self._largest >= limit:  # a draft may know fewer tokens than its target
             ids, generated = ids[ids < limit], generated[ids < limit]
-        return torch.from_numpy(ids).to(device), torch.from_numpy(generated).to(device)
+        return upload(torch.from_numpy(ids), device), upload(torch.from_numpy(generated), device)
 
     def _slot(self, token: int) -> int:
         slot = self._slots.setdefault(token, len(self._ids))
@@ -121,7 +122,8 @@ class Penalties:
             for token, times in Counter(path).items()
             if token < scores.shape[-1]
         ]
-        rows, tokens, totals = torch.tensor(on_paths, dtype=torch.int64, device=device).reshape(-1, 3).unbind(1)
+        told = upload(torch.tensor(on_paths, dtype=torch.int64), device)
+        rows, tokens, totals = told.reshape(-1, 3).unbind(1)
         raw = scores[rows, tokens]
         scores[:, ids] = self._penalised(scores[:, ids], generated)
         scores[rows, tokens] = self._penalised(raw, totals.float())

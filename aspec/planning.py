@@ -99,5 +99,5 @@ def _speculations(options: EngineOptions, models: Models) -> tuple[tuple[Specula
 def on_machine(wishes: Wishes, hardware: Hardware, host_bytes: int | None) -> Wishes:
     """The wishes for a device behind a link, where the machine is one."""
     if hardware.h2d_bytes_per_s is None:
-        return wishes
+        return replace(wishes, host_bytes=None)
     return replace(wishes, host_bytes=hardware.host_memory if host_bytes is None else host_bytes)

@@ -18,6 +18,7 @@ from aspec.penalties import Context
 from aspec.sampling import draw_rows, token_logprobs
 from aspec.sequence import Sequence as TokenSequence
 from aspec.tasks.task import NOTHING, Grown, Op, Report, RowOutcome, Seating, Task
+from aspec.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class ModelRunner:
         nodes = [links or list(range(-1, count - 1)) for links, count in zip(parents, item.counts, strict=True)]
         self._depths[item.name] = [depths_of(links) for links in nodes]
         step = self._target_kv.step(item.rows, item.starts, item.counts, nodes if tree else None)
-        self._activations[item.name] = self._target.embed(pad(tokens), step)
+        self._activations[item.name] = self._target.embed(upload(pad(tokens), self._target_kv.device), step)
         return NOTHING
 
     def _tokens(self, row: int, start: int, count: int) -> tuple[list[int], list[int] | None]:
@@ -140,8 +141,8 @@ class ModelRunner:
     def _head(self, task: Task) -> Report:
         item = item_of(task)
         activation, depths = self._activations.pop(item.name), self._depths.pop(item.name)
-        keep = torch.tensor([[count - 1] for count in item.counts]) if item.prefill else None
-        logits = self._target.head(activation, keep)
+        last = torch.tensor([[count - 1] for count in item.counts])
+        logits = self._target.head(activation, upload(last, self._target_kv.device) if item.prefill else None)
         drawn_at = [own[-1:] if item.prefill else own for own in depths]
         positions = [[start + 1 + depth for depth in own] for start, own in zip(item.starts, drawn_at, strict=True)]
         samplers = [self._rows[row].sampler for row in item.rows]

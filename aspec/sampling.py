@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from math import log
 
 import torch
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from aspec.errors import InternalError, NumericError
 from aspec.params import SamplingParams
 from aspec.penalties import Context, Penalties
+from aspec.transfer import upload
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits cannot be divided by; vLLM draws the same line
 SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far below anything that costs time
 BLOCK = 1 << 17  # noise values computed at once on a CPU: three buffers of 512 KiB stay in its L2 cache
+DEVICE_BLOCK = 1 << 22  # scores drawn from at once on a device: few launches, and 16 MiB for each of their buffers
 
 # splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
 GOLDEN = 0x9E3779B97F4A7C15
@@ -54,7 +56,7 @@ def gumbel(
     whole = [int(position) for position in (positions.tolist() if isinstance(positions, torch.Tensor) else positions)]
     spread = _spread(torch.arange(vocab_size, dtype=torch.int32, device=device))
     out = torch.empty(len(whole), vocab_size, dtype=torch.float32, device=device)
-    together = max(1, len(whole) if out.device.type != "cpu" else BLOCK // max(1, vocab_size))
+    together = max(1, (BLOCK if out.device.type == "cpu" else DEVICE_BLOCK) // max(1, vocab_size))
     for start in range(0, len(whole), together):
         stop = start + together
         _to_gumbel(_keyed(spread, seed, whole[start:stop]), out[start:stop])
@@ -80,7 +82,7 @@ def _keyed(spread: torch.Tensor, seed: int, positions: Sequence[int]) -> torch.T
     base = _mix(seed + GOLDEN)
     keys = [_mix(base + GOLDEN * (position + 1)) for position in positions]
     halves = [[_signed(key & 0xFFFFFFFF) for key in keys], [_signed(key >> 32) for key in keys]]
-    low, high = torch.tensor(halves, dtype=torch.int32, device=spread.device)[:, :, None]
+    low, high = upload(torch.tensor(halves, dtype=torch.int32), spread.device)[:, :, None]
     bits = spread ^ low
     scratch = torch.empty_like(bits)
     _xor_shift(bits, ROUNDS[1][0], scratch).mul_(_signed(ROUNDS[1][1])).bitwise_xor_(high)
@@ -136,12 +138,19 @@ class Sampler:
         self._top_k, self._top_p, self._min_p = int(params.top_k), float(params.top_p), float(params.min_p)
         temperature = float(params.temperature)
         self._temperature = None if self.greedy or temperature == 1 else TemperatureLogitsWarper(temperature)
+        self._warpers = [  # of transformers, in its order, for whole rows; a row on the host is narrowed first
+            *([TopKLogitsWarper(self._top_k)] if self._top_k > 0 else []),
+            *([TopPLogitsWarper(self._top_p)] if self._top_p < 1 else []),
+            *([MinPLogitsWarper(self._min_p)] if self._min_p > 0 else []),
+        ]
         self.temperature = 1.0 if self.greedy else temperature
         self.shares_argmax = self.greedy and self.penalties is None  # its draws are the likeliest ids, nothing else
 
-    def noise(self, positions: Sequence[int], vocab_size: int) -> torch.Tensor | None:
+    def noise(
+        self, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor | None:
         """The Gumbel noise [N, V] float32 that the draws at N absolute positions add; None where none is added."""
-        return None if self.greedy else gumbel(self._seed, positions, vocab_size)
+        return None if self.greedy else gumbel(self._seed, positions, vocab_size, device)
 
     def draw(
         self,
@@ -158,15 +167,35 @@ class Sampler:
         logits = self.penalised(logits[..., :limit], context)
         if self.greedy:
             return _draw_greedy(logits, positions)
-        scores = logits.float()
-        _check(scores.amax(-1), positions)
-        if self._temperature is not None:
-            scores = self._temperature(None, scores)
+        if logits.device.type != "cpu":
+            return self._draw_in_blocks(logits, positions)
+        scores = self._scores(logits, positions)
         if self._filters(scores.shape[-1]):
             drawn = [self._draw_row(row, at) for row, at in zip(scores, positions, strict=True)]
             return [int(token) for token in torch.stack(drawn).tolist()] if drawn else []
+        return [int(token) for token in self._draw_all(scores, positions).tolist()]
+
+    def _scores(self, logits: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """Scores [N, V] float32 at the request's temperature."""
+        scores = logits.float()
+        _check(scores.amax(-1), positions)
+        return scores if self._temperature is None else self._temperature(None, scores)
+
+    def _draw_in_blocks(self, logits: torch.Tensor, positions: Sequence[int]) -> list[int]:
+        """What ``draw`` draws, as a device likes it: many rows in few launches, a few buffers of DEVICE_BLOCK."""
+        rows, drawn = max(1, DEVICE_BLOCK // logits.shape[-1]), []
+        for start in range(0, len(logits), rows):
+            own = positions[start : start + rows]
+            scores = self._scores(logits[start : start + rows], own)
+            for warper in self._warpers:
+                scores = warper(None, scores)
+            drawn.append(self._draw_all(scores, own))
+        return [int(token) for token in torch.cat(drawn).tolist()] if drawn else []
+
+    def _draw_all(self, scores: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """Token ids [N] int64 from processed scores [N, V]."""
         noise = gumbel(self._seed, positions, scores.shape[-1], scores.device)
-        return [int(token) for token in noise.add_(scores).max(-1).indices.tolist()]
+        return noise.add_(scores).max(-1).indices
 
     def penalised(self, logits: torch.Tensor, context: Context | None) -> torch.Tensor:
         """A penalised copy [N, V] float32 of raw logits [N, V]; without penalties the very logits, whatever context.

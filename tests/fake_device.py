@@ -62,6 +62,11 @@ class FakeDevice:
         self.host = PinnedMemory(lambda address, nbytes: pinnable, lambda address: None)
         self.error = None  # sticky, as on the device
 
+    torch_device, peak_bytes = torch.device("cpu"), None
+
+    def settle(self):
+        pass
+
     def create_stream(self, priority):
         stream = FakeStream(len(self.streams))
         stream.random = random.Random(f"{self.seed} {len(self.streams)}")
@@ -135,6 +140,9 @@ class FakeDevice:
     def allocate_host(self, nbytes):
         return self.host.allocate(nbytes)
 
+    def free_host(self, buffer):
+        self.host.free(buffer)
+
     def free(self):
         for stream in self.streams:
             stream.queue.put(None)
@@ -142,3 +150,18 @@ class FakeDevice:
             stream.thread.join(30)
         self.streams, self.buffers = [], []
         self.host.close()
+
+
+class EagerDevice(FakeDevice):
+    """One on which torch's own operations run, at once: what was put into a stream before has then ended.
+
+    Copies stay out of step with everything on other streams.
+    """
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        reached = threading.Event()
+        stream.queue.put(reached.set)
+        assert reached.wait(30), "a stream never came to what is launched on it"
+        with super().on(stream):
+            yield

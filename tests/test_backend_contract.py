@@ -16,11 +16,12 @@ import torch
 from aspec.errors import ReadError
 from aspec.executor import Executor
 from aspec.io.cpu import CpuBackend
-from aspec.io.cuda import Buffers, CudaBackend
+from aspec.io.device import Buffers
 from aspec.io.disk import DiskLane
 from aspec.io.layout import Part, Segment
 from aspec.io.memory import PAGE, allocate
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
+from aspec.io.streams import StreamBackend
 from aspec.plan import Tier
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
@@ -127,7 +128,7 @@ class Watched:
 class Rig:
     """A backend with everything around it; made inside a running loop."""
 
-    def __init__(self, kind, folder, fail=None, device=None, wrap=CudaBackend, split=False):
+    def __init__(self, kind, folder, fail=None, device=None, wrap=StreamBackend, split=False):
         self.kind = kind
         self.device = self.disk = self.runner = None
         self.memory = []
@@ -249,7 +250,7 @@ def test_streams_out_of_step_keep_every_order(seed, run, tmp_path):
 
 @pytest.mark.parametrize("pace", ["pace_s", "copy_pace_s"])
 def test_a_missing_wait_between_streams_is_caught(pace, run, tmp_path):
-    class Careless(CudaBackend):
+    class Careless(StreamBackend):
         def _fill(self, launch, stream):
             launch.after, kept = (), launch.after
             super()._fill(launch, stream)

@@ -13,13 +13,13 @@ BANDS = {
     0: "errors requests plan params options units tasks.task tasks",
     1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner search "
     "tariff hardware races",
-    2: "io io.checkpoint io.mapping io.layout attention kv families probe skeleton binding exact split model shapes "
-    "sampling penalties text hub tasks.offers drafting lookup sequence runner stats timeline recorder snapshot summary "
-    "responses intake journal",
-    3: "io.backend io.sim io.cpu io.cuda io.events io.pinned io.lane io.disk io.memory io.rate io.ticker executor "
-    "virtual",
-    4: "needs simulation prices profile measuring cache forecast planning design assembly engine console monitor frame "
-    "dashboard chrome verify",
+    2: "io io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact split model "
+    "shapes sampling penalties text hub tasks.offers drafting lookup sequence runner stats timeline recorder snapshot "
+    "summary responses intake journal",
+    3: "io.backend io.sim io.cpu io.device io.streams io.cuda io.events io.pinned io.lane io.disk io.memory io.rate "
+    "io.ticker executor virtual",
+    4: "devices needs simulation prices profile measuring cache forecast planning design assembly loading engine "
+    "console monitor frame dashboard chrome verify",
     5: "api flags jobflags generation batch progress serving chat trace bench profiling explain cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}

@@ -19,7 +19,7 @@ from aspec.io.mapping import Entry, TensorMap
 
 PAGE = 4096  # bytes; offsets, addresses and lengths of direct reads are multiples of it
 MAX_GAP = 1 << 20  # bytes that are cheaper to read over than to seek across, see IO notes: 3 MiB reads at full rate
-ALIGNMENT = 64  # bytes, of converted tensors: the kernels' results depend on alignment
+ALIGNMENT = 256  # bytes, of converted tensors: the kernels' results and speed depend on alignment
 REST = -1  # the layer number of what belongs to no layer
 
 
@@ -75,17 +75,19 @@ class Part:
     size: int  # bytes of buffer, whole pages
     scratch_bytes: int
     scratch_at: int
+    shift: int = 0  # from where on a device's buffer holds the bytes, so that its tensors are aligned
 
     def targets(self) -> tuple[Binding, ...]:
         """Everything the part binds; ``at`` counts in the buffer or, for what is converted, in the scratch."""
         return self.bindings + tuple(target for conversion in self.conversions for target in conversion.targets)
 
 
-def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int) -> tuple[Part, ...]:
+def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
     """All parts in the order of use: the rest first, then layer by layer, about ``max_part_bytes`` each at most.
 
     ``layers`` is the name of the module list that holds the decoder layers. A tensor is never cut, so a part is
-    larger where a single tensor is.
+    larger where a single tensor is. Tensors are at multiples of ``alignment`` in a device's buffer, to which a part is
+    copied as it was read, ``shift`` bytes further on; those that this does not align are converted, to themselves.
     """
     by_layer: dict[int, list[Entry]] = defaultdict(list)
     for entry in tensors.entries:
@@ -95,7 +97,7 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int) -> tuple[Pa
     for layer in sorted(by_layer):
         scratch_at = 0
         for group in _groups(by_layer[layer], max_part_bytes if layer != REST else None):
-            part = _lay_out(group, tensors, gap)
+            part = _lay_out(group, tensors, gap, alignment)
             parts.append(replace(part, index=len(parts), layer=layer, scratch_at=scratch_at))
             scratch_at += part.scratch_bytes
     return tuple(parts)
@@ -211,7 +213,7 @@ def _runs(refs: Iterable[TensorRef], gap: int) -> Iterator[list[TensorRef]]:
         yield run
 
 
-def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int) -> Part:
+def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
     """Segments, bindings and conversions of one part; its number, layer and scratch_at are the caller's."""
     builder = _Builder(gap)
     fused = {entry.name: places for entry in entries if (places := _fused_places(entry)) is not None}
@@ -219,9 +221,11 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int) -> Part:
     plain = builder.place(ref for entry in entries if entry.name not in fused for ref, _ in entry.sources)
     bindings: list[Binding] = []
     conversions: list[Conversion] = []
-    for entry in entries:
-        stored = _stored(entry, bases.get(entry.name), plain)
-        if stored is not None and _usable(stored, tensors.wanted):
+    found = [_stored(entry, bases.get(entry.name), plain) for entry in entries]
+    shift = _shift([stored for stored in found if stored is not None], alignment)
+    for entry, stored in zip(entries, found, strict=True):
+        aligned = stored is not None and (stored.at + shift) % alignment == 0
+        if stored is not None and aligned and _usable(stored, tensors.wanted):
             bindings += _shared(stored, tensors.aliases)
         else:
             conversions.append(_conversion(entry, stored, plain, builder, tensors))
@@ -232,10 +236,19 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int) -> Part:
         bindings=tuple(bindings),
         conversions=tuple(conversions),
         nbytes=sum(segment.nbytes for segment in builder.segments),
-        size=_page_up(builder.size),
+        size=_page_up(builder.size + shift),
         scratch_bytes=builder.scratch,
         scratch_at=0,
+        shift=shift,
     )
+
+
+def _shift(stored: Sequence[Binding], alignment: int) -> int:
+    """By how much a part moves on so that most of its bytes are aligned."""
+    skews: Counter[int] = Counter()
+    for binding in stored:
+        skews[-binding.at % alignment] += binding.nbytes
+    return max(skews, key=lambda shift: (skews[shift], -shift), default=0)
 
 
 def _stored(entry: Entry, base: int | None, plain: Mapping[str, int]) -> Binding | None:

@@ -58,10 +58,19 @@ class PinnedMemory:
         self._buffers.append((memory, pinned))
         return HostBuffer(memory.view, torch.frombuffer(memory.view, dtype=torch.uint8), pinned)
 
+    def free(self, buffer: HostBuffer) -> None:
+        """Unpin one buffer and give it back; nobody may use it any more."""
+        for place, (memory, _) in enumerate(self._buffers):
+            if memory.view is buffer.view:
+                self._let_go(*self._buffers.pop(place))
+                return
+
     def close(self) -> None:
         """Unpin and free every buffer; may be called twice. Nobody may use one any more."""
         while self._buffers:
-            memory, pinned = self._buffers.pop()
-            if pinned:
-                self._unregister(memory.address)
-            memory.close()
+            self._let_go(*self._buffers.pop())
+
+    def _let_go(self, memory: SlotMemory, pinned: bool) -> None:
+        if pinned:
+            self._unregister(memory.address)
+        memory.close()

@@ -1,0 +1,49 @@
+"""The devices that layers may run on: each is a row of the table, and a file that offers what ``io/device.py`` asks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aspec.errors import UserError
+from aspec.io.cuda import TorchDevice, free_bytes
+from aspec.io.device import DeviceLayer
+
+ALIGNMENT = 256  # bytes, of tensors on a device: what its allocator grants, and its fastest kernels expect
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of device behind a link."""
+
+    place: torch.device  # of its tensors
+    available: Callable[[], bool]
+    free_bytes: Callable[[], int]  # that nobody uses at present
+    open: Callable[[], DeviceLayer[Any, Any]]  # raises DeviceError
+    workspace_bytes: int = 0  # that its libraries hold beside what the plan knows of
+
+
+KINDS = {
+    "cuda": Kind(torch.device("cuda"), torch.cuda.is_available, free_bytes, TorchDevice, workspace_bytes=192 << 20),
+}
+"""By the name that a user gives."""
+
+HOST = "cpu"
+
+
+def kind_of(name: str) -> Kind | None:
+    """The device that a user means, None for the host's own memory; ``auto``: whichever is there.
+
+    Raises UserError where it is not.
+    """
+    if name == "auto":
+        return next((kind for kind in KINDS.values() if kind.available()), None)
+    if name == HOST:
+        return None
+    kind = KINDS[name]
+    if not kind.available():
+        raise UserError(
+            f"--device {name}: torch finds none here. Install a build of torch for it, or run with --device cpu."
+        )
+    return kind

@@ -1,0 +1,88 @@
+"""What is asked of a device behind a link: streams, events, memory. A new device is a file that offers this.
+
+``io/streams.py`` runs tasks over it; ``io/cuda.py`` is CUDA's, by way of torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+
+from aspec.io.events import DeviceEvent
+from aspec.io.pinned import HostBuffer
+
+S = TypeVar("S")
+E = TypeVar("E", bound=DeviceEvent)
+
+
+class DeviceLayer(Protocol[S, E]):
+    """The little that is asked of a device; streams run in order, and beside each other."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where its tensors live."""
+        ...
+
+    def create_stream(self, priority: int) -> S:
+        """A new stream; smaller priorities go first."""
+        ...
+
+    def create_event(self) -> E:
+        """A new event that can be timed and waited for without spinning."""
+        ...
+
+    def record(self, event: E, stream: S) -> None:
+        """Put the event behind everything launched on the stream so far."""
+        ...
+
+    def wait_event(self, stream: S, event: E) -> None:
+        """Hold what is launched on the stream from now on until the last recording of the event has completed."""
+        ...
+
+    def copy_async(self, target: torch.Tensor, source: torch.Tensor, stream: S) -> None:
+        """Copy host bytes to a device buffer of the same size, on the stream."""
+        ...
+
+    def on(self, stream: S) -> AbstractContextManager[object]:
+        """What this thread launches inside goes to the stream."""
+        ...
+
+    def seconds_of(self, event: E) -> float:
+        """When a completed event completed, seconds of ``time.perf_counter``."""
+        ...
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A device buffer [nbytes] uint8. Raises DeviceError if it does not fit."""
+        ...
+
+    def allocate_host(self, nbytes: int) -> HostBuffer:
+        """A host buffer, pinned where possible. Raises DeviceError if there is no memory at all."""
+        ...
+
+    def free_host(self, buffer: HostBuffer) -> None:
+        """Unpin a buffer and give it back; nobody may use it any more."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the device has done what this thread has launched outside of ``on``; blocks."""
+        ...
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most that tensors have held on the device since it was opened; None where nobody counts."""
+        ...
+
+    def free(self) -> None:
+        """Let go of every buffer and stream; may be called twice."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Where parts are: device slots, host buffers between disk and device, and parts that stay on the host."""
+
+    slots: Sequence[torch.Tensor]
+    staging: Sequence[HostBuffer]
+    host_parts: Mapping[int, HostBuffer] = field(default_factory=dict)

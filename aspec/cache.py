@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from aspec.devices import Kind
 from aspec.errors import UserError
+from aspec.gauging import gauge
 from aspec.hardware import Hardware, hardware_from
 from aspec.measuring import measure_beside_reads, measure_disk, measure_processor, memory_bytes
 from aspec.prices import ACCEPTANCE, SPREAD
@@ -53,19 +55,25 @@ def machine_profile(
     dtype: torch.dtype,
     threads: int | None = None,
     *,
+    kind: Kind | None = None,
     link_rate: float | None = None,
     refresh: bool = False,
     cache: Path | None = None,
 ) -> Hardware:
     """This machine as a model in ``folder`` finds it: from the cache, or measured now, which takes some seconds.
 
-    ``link_rate``: bytes per second at which the disk lane is throttled. Blocking: call it in a thread.
+    ``kind``: the device that its layers run on; ``link_rate``: bytes per second at which the disk lane is throttled.
+    Blocking: call it in a thread.
     """
     cache = cache or cache_folder()
     machine = replace(this_machine(), threads=threads or default_threads())
+    if kind is not None:
+        machine = replace(machine, cpu=f"{kind.name()} beside {machine.cpu}")
     hardware = None if refresh else _known_machine(cache, machine, dtype)
     if hardware is None:
         hardware = _measure(machine, dtype, folder)
+        if kind is not None:
+            hardware = _gauged(kind, dtype, hardware)
         _write(_machine_file(cache, machine, dtype), {"hardware": hardware.as_object()})
     rate = disk_rate(folder, refresh=refresh, cache=cache)
     rate = hardware.disk_bytes_per_s if rate is None else rate
@@ -134,6 +142,14 @@ def _measure(machine: Machine, dtype: torch.dtype, folder: Path) -> Hardware:
     )
     beside = measure_beside_reads(folder, dtype, machine.threads)
     return measured if beside is None else replace(measured, beside_reads=beside)
+
+
+def _gauged(kind: Kind, dtype: torch.dtype, host: Hardware) -> Hardware:
+    device = kind.open()
+    try:
+        return gauge(device, dtype, host, kind.free_bytes())
+    finally:
+        device.free()
 
 
 def _known_machine(cache: Path, machine: Machine, dtype: torch.dtype) -> Hardware | None:

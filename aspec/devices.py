@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from aspec.errors import UserError
-from aspec.io.cuda import TorchDevice, free_bytes
+from aspec.io.cuda import WORKSPACES, TorchDevice, free_bytes, name
 from aspec.io.device import DeviceLayer
 
 ALIGNMENT = 256  # bytes, of tensors on a device: what its allocator grants, and its fastest kernels expect
@@ -21,11 +21,12 @@ class Kind:
     available: Callable[[], bool]
     free_bytes: Callable[[], int]  # that nobody uses at present
     open: Callable[[], DeviceLayer[Any, Any]]  # raises DeviceError
-    workspace_bytes: int = 0  # that its libraries hold beside what the plan knows of
+    name: Callable[[], str]  # of the one that is here
+    workspace_bytes: int = 0  # that its libraries hold beside what a plan knows of
 
 
 KINDS = {
-    "cuda": Kind(torch.device("cuda"), torch.cuda.is_available, free_bytes, TorchDevice, workspace_bytes=192 << 20),
+    "cuda": Kind(torch.device("cuda"), torch.cuda.is_available, free_bytes, TorchDevice, name, WORKSPACES),
 }
 """By the name that a user gives."""
 

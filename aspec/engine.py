@@ -25,7 +25,8 @@ import torch
 from aspec.assembly import Assembly, assemble, release, too_little
 from aspec.errors import DeviceError, InternalError, PromptError, first_error
 from aspec.executor import Executor, IssueObserver, Observer
-from aspec.io.disk import DiskLane, probe_rate
+from aspec.io.disk import DiskLane
+from aspec.links import raw_link_rate
 from aspec.loading import load_all
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
@@ -148,15 +149,11 @@ class Engine:
             self._leave(sequence.id)
 
     def probe_link_rate(self, seconds: float = 0.5) -> float | None:
-        """Raw bytes per second of the checkpoint's own files, read as the lane reads; None if nothing streams.
+        """Raw bytes per second at which what streams could come; None if nothing streams. See ``raw_link_rate``.
 
         Blocks: call it in a thread, while nothing is generated.
         """
-        streamed = [self._open.parts[part.index] for part in self.plan.streamed]
-        segments = [segment for part in streamed for segment in part.segments]
-        if not segments:
-            return None
-        return probe_rate(segments, seconds, rate_bytes_per_s=self._options.link_rate)
+        return raw_link_rate(self._open, seconds, self._options.link_rate)
 
     # -- inside ----------------------------------------------------------------------------------------------
 

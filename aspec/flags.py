@@ -108,7 +108,7 @@ class GenerateFlags:
         int | None,
         option(
             PLACE,
-            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of what is free, 90 % of a GPU.",
+            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of what is free, of a GPU 90.",
             parser=size,
             metavar="SIZE",
         ),

@@ -72,7 +72,8 @@ class ProfileFlags:
         option(MODELS, "The big model: its files are read. Without it: the embedded demo's.", "--target", "--model"),
     ] = None
     draft: Annotated[str | None, option(MODELS, "The small model.", "--draft", "--draft-model")] = None
-    dtype: Annotated[str, option(MODELS, "auto, bfloat16 or float32. auto: the checkpoint's own.")] = "auto"
+    dtype: Annotated[str, option(MODELS, "auto, bfloat16, float16 or float32. auto: the checkpoint's own.")] = "auto"
+    device: Annotated[str, option(PLACE, "auto, cpu or cuda. auto: a GPU where there is one.")] = "auto"
     threads: Annotated[int | None, option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
     link_rate: Annotated[
         float | None,

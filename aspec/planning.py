@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from aspec.cache import Known, known_acceptance, machine_profile
+from aspec.devices import kind_of
 from aspec.forecast import Forecaster
 from aspec.hardware import Hardware
 from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, NGRAM, Models, folders, is_off
@@ -29,7 +30,9 @@ class Machine:
 def this_machine(options: EngineOptions, models: Models) -> Machine:
     """The one at hand, from the cache or measured now, which takes some seconds."""
     target, draft = folders(options)
-    hardware = machine_profile(target, models.target.dtype, options.threads, link_rate=options.link_rate)
+    hardware = machine_profile(
+        target, models.target.dtype, options.threads, kind=kind_of(options.device), link_rate=options.link_rate
+    )
     return Machine(hardware, Known() if draft is None else known_acceptance(target, draft))
 
 

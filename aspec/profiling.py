@@ -10,6 +10,7 @@ from typing import Any
 from aspec.api import run
 from aspec.cache import Known, known_acceptance, machine_profile
 from aspec.console import Console
+from aspec.devices import kind_of
 from aspec.errors import UserError
 from aspec.hardware import Hardware, Processor
 from aspec.jobflags import ProfileFlags
@@ -56,7 +57,9 @@ def profile_to_console(flags: ProfileFlags, console: Console) -> None:
 def _find(flags: ProfileFlags, target: Path, draft: Path | None) -> Found:
     big = Model(target, dtype=compute_dtype(flags.dtype))
     small = None if draft is None else Model(draft, dtype=compute_dtype(flags.dtype))
-    hardware = machine_profile(target, big.dtype, flags.threads, link_rate=flags.link_rate, refresh=flags.refresh)
+    kind = kind_of(flags.device)
+    how: dict[str, Any] = {"kind": kind, "link_rate": flags.link_rate, "refresh": flags.refresh}
+    hardware = machine_profile(target, big.dtype, flags.threads, **how)
     known = Known() if draft is None else known_acceptance(target, draft)
     shape = shape_of(big)
     return Found(hardware, shape.dtype, shape, None if small is None else shape_of(small), known)
@@ -74,10 +77,12 @@ def _write(path: Path, hardware: Hardware) -> None:
 
 def table(found: Found) -> Iterator[str]:
     """For people."""
-    hardware, cpu, dtype = found.hardware, found.hardware.cpu, found.dtype
+    hardware, cpu, dtype = found.hardware, found.hardware.processor, found.dtype
     yield f"{hardware.name}, {hardware.threads} compute threads, {dtype}"
+    links = {"host to device": hardware.h2d_bytes_per_s, "device to host": hardware.d2h_bytes_per_s}
     yield from _rows(
         ("disk, direct reads", format_rate(hardware.disk_bytes_per_s)),
+        *((label, format_rate(rate)) for label, rate in links.items() if rate is not None),
         ("memory copy", format_rate(cpu.copy_rate)),
         ("memory read, matrix x vector", format_rate(cpu.memory_bytes_per_s)),
         ("products slower beside reads", f"{100 * (hardware.beside_reads - 1):.0f} %"),

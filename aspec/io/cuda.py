@@ -15,7 +15,14 @@ from aspec.io.pinned import HostBuffer, PinnedMemory
 
 EPOCH_S = 30.0  # CUDA counts elapsed time in fp32 milliseconds: within 30 s the step is 2 us, and clocks drift little
 
+WORKSPACES = 192 << 20  # bytes: cuBLAS keeps up to 33 MiB per thread and stream, of which three multiply
+
 _cuda: Any = torch.cuda  # torch leaves the signatures of its streams and events untyped
+
+
+def name() -> str:
+    """What the device calls itself."""
+    return str(_cuda.get_device_name())
 
 
 def free_bytes() -> int:

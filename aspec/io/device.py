@@ -3,15 +3,18 @@
 ``io/streams.py`` runs tasks over it; ``io/cuda.py`` is CUDA's, by way of torch.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from aspec.io.events import DeviceEvent
 from aspec.io.pinned import HostBuffer
+
+COPIES = 8  # launched at once, to measure a link
 
 S = TypeVar("S")
 E = TypeVar("E", bound=DeviceEvent)
@@ -86,3 +89,22 @@ class Buffers:
     slots: Sequence[torch.Tensor]
     staging: Sequence[HostBuffer]
     host_parts: Mapping[int, HostBuffer] = field(default_factory=dict)
+
+
+def copy_rate(device: DeviceLayer[Any, Any], buffers: Buffers, seconds: float) -> float:
+    """Bytes per second from the host's buffers to the slots, by the device's own clock."""
+    sources = [*buffers.host_parts.values(), *buffers.staging][:COPIES]
+    stream = device.create_stream(0)
+    copied, busy_s, begun = 0, 0.0, time.perf_counter()
+    while not copied or time.perf_counter() - begun < seconds:
+        start, stop = device.create_event(), device.create_event()
+        device.record(start, stream)
+        for index in range(COPIES):
+            source, slot = sources[index % len(sources)].tensor, buffers.slots[index % len(buffers.slots)]
+            nbytes = min(len(source), len(slot))
+            device.copy_async(slot[:nbytes], source[:nbytes], stream)
+            copied += nbytes
+        device.record(stop, stream)
+        stop.synchronize()
+        busy_s += device.seconds_of(stop) - device.seconds_of(start)
+    return copied / busy_s

@@ -1,0 +1,26 @@
+"""What the links of an engine's plan can do at best, at this moment: what its stream is held against."""
+
+from aspec.assembly import Assembly
+from aspec.io.device import copy_rate
+from aspec.io.disk import probe_rate
+from aspec.plan import Tier
+
+
+def raw_link_rate(assembly: Assembly, seconds: float, limit_bytes_per_s: float | None = None) -> float | None:
+    """Bytes per second at which what streams could come, over the slower of disk and link; None if nothing streams.
+
+    Reads the very parts as the lane reads, and copies what the lane copies. Blocks for ``seconds`` per link; nothing
+    may run meanwhile.
+    """
+    plan = assembly.plan
+    if not plan.streamed:
+        return None
+    read = [planned for planned in plan.streamed if assembly.device is None or planned.tier is Tier.DISK]
+    segments = [segment for planned in read for segment in assembly.parts[planned.index].segments]
+    pass_s = 0.0
+    if segments:
+        rate = probe_rate(segments, seconds, rate_bytes_per_s=limit_bytes_per_s)
+        pass_s = sum(planned.nbytes for planned in read) / rate
+    if assembly.device is not None:
+        pass_s = max(pass_s, plan.streamed_bytes / copy_rate(assembly.device, assembly.buffers, seconds))
+    return plan.streamed_bytes / pass_s

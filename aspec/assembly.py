@@ -85,7 +85,7 @@ def too_little(plan: Plan) -> str:
     return (
         f"the device ran out of memory: the plan holds {plan.describe()} of a budget of {format_bytes(budget)}, and "
         f"others, or what the device keeps for itself, take the rest. Plan smaller: --device-memory "
-        f"{int(budget * 0.9) >> 20}MiB, or {fewer}."
+        f"{int(plan.held_bytes * 0.9) >> 20}MiB, or {fewer}."
     )
 
 

@@ -27,8 +27,9 @@ from transformers.masking_utils import sdpa_mask
 from aspec.kv import KEY_TILE, Paths
 
 NAME = "aspec"
-MAX_SCORE_BYTES = 4 << 20
-"""Of one block of fp32 scores; more query tokens are worked off in blocks. 1 to 512 MiB are equally fast."""
+MAX_SCORE_BYTES, DEVICE_SCORE_BYTES = 4 << 20, 64 << 20
+"""Of one block of fp32 scores; more query tokens are worked off in blocks. On a CPU 1 to 512 MiB are equally fast; a
+device likes few launches."""
 
 
 def attend(
@@ -60,7 +61,7 @@ def attend(
     if isinstance(attention_mask, tuple):
         return _attend_exactly(query, key, value, attention_mask, scoring), None
     output = query.new_empty(batch, tokens, heads, value.shape[-1])
-    block = _block(batch * heads * key.shape[2])
+    block = _block(batch * heads * key.shape[2], MAX_SCORE_BYTES if query.is_cpu else DEVICE_SCORE_BYTES)
     for start in range(0, tokens, block):
         stop = min(tokens, start + block)
         mask = attention_mask[:, :, start:stop]
@@ -68,9 +69,12 @@ def attend(
     return output, None
 
 
-def temporary_bytes(batch: int, heads: int, tokens: int, length: int) -> int:
-    """Bytes that ``attend`` holds for T = ``tokens`` and S = ``length``: scores, weights, and a cast of either."""
-    return 3 * min(tokens, _block(batch * heads * length)) * batch * heads * length * 4
+def temporary_bytes(batch: int, heads: int, tokens: int, length: int, most: int = MAX_SCORE_BYTES) -> int:
+    """Bytes that ``attend`` holds for T = ``tokens`` and S = ``length``: scores, weights, and a cast of either.
+
+    ``most``: of scores at a time.
+    """
+    return 3 * min(tokens, _block(batch * heads * length, most)) * batch * heads * length * 4
 
 
 def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot_bytes: int) -> int:
@@ -83,9 +87,9 @@ def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot
     return max(temporary_bytes(1, heads, tokens, length), 3 * together) * 4 // 3
 
 
-def _block(scores_per_token: int) -> int:
+def _block(scores_per_token: int, most: int) -> int:
     """Query tokens whose scores are held at a time."""
-    return max(1, MAX_SCORE_BYTES // (scores_per_token * 4))
+    return max(1, most // (scores_per_token * 4))
 
 
 SUM_WIDTH = 64

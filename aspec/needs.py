@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from aspec.attention import temporary_bytes, temporary_bytes_exact
+from aspec.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.devices import ALIGNMENT, kind_of
 from aspec.errors import UserError
 from aspec.exact import BLOCK_ROWS
@@ -197,6 +197,8 @@ def _needs(
         "activations": _activation_bytes(target, wishes),
         "draft trees": wishes.num_rows * (nodes * kv + spare * draft_kv),
     }
+    if draft is not None and wishes.host_bytes is not None:
+        fixed["draft activations"] = _activation_bytes(draft, wishes)  # it has a stream of its own there
     return Needs(layer_parts, target.num_layers, fixed, kv, draft_kv)
 
 
@@ -214,7 +216,8 @@ def _activation_bytes(target: Model, wishes: Wishes) -> int:
         slot = max(shape[0] * (shape[1] + shape[2]) * item for shape in target.kv_shapes() if shape)
         attention += temporary_bytes_exact(wishes.num_rows, heads, tokens, wishes.capacity, slot)
     else:
-        attention += temporary_bytes(1, heads, tokens, wishes.capacity)
+        most = MAX_SCORE_BYTES if wishes.host_bytes is None else DEVICE_SCORE_BYTES
+        attention += temporary_bytes(1, heads, tokens, wishes.capacity, most)
     logits = -(-verified // BLOCK_ROWS) * BLOCK_ROWS if wishes.exact else verified
     head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
     joining = min(wishes.prefill_pass_tokens, wishes.num_rows * wishes.capacity)

@@ -1,20 +1,31 @@
 """The whole engine behind a link: streams, staging, pinned parts, device memory; on a device without a GPU."""
 
 import asyncio
+import itertools
+import shutil
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from aspec import devices, gauging
+from aspec import devices, gauging, sampling
 from aspec.cache import machine_profile
+from aspec.cli import app
 from aspec.design import design
-from aspec.devices import Kind
+from aspec.devices import ALIGNMENT, Kind
 from aspec.engine import open_engine
+from aspec.errors import DeviceError
+from aspec.io.layout import PAGE
+from aspec.loading import windows
+from aspec.model import Model
 from aspec.needs import DEMO
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Tier, Workload
 from aspec.races import find_races
+from aspec.sampling import Sampler
 from aspec.tasks.task import Op
 from tests.fake_device import EagerDevice
 
@@ -36,15 +47,15 @@ def card(monkeypatch):
     return opened
 
 
+async def collect(engine, prompt, params=SamplingParams(max_new_tokens=24, ignore_eos=True)):
+    return [token async for piece in engine.stream(prompt, params) for token in piece.token_ids]
+
+
 async def generate(spans=None, temperature=0.0, **options):
     """Tokens of every prompt, and the plan."""
     params = SamplingParams(max_new_tokens=24, temperature=temperature, ignore_eos=True)
     async with open_engine(observers=[] if spans is None else [spans.append], max_context=128, **options) as engine:
-
-        async def one(prompt):
-            return [token async for piece in engine.stream(prompt, params) for token in piece.token_ids]
-
-        return await asyncio.gather(*map(one, PROMPTS)), engine.plan
+        return await asyncio.gather(*(collect(engine, prompt, params) for prompt in PROMPTS)), engine.plan
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -104,3 +115,160 @@ def test_a_device_is_measured_and_planned_for(card, tmp_path, monkeypatch):
     plan = design(EngineOptions(device="cuda", device_memory=24 * MIB, workload=Workload(16, 20, 40))).plan
     assert plan.num_staging
     assert plan.num_rows > 4
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    """Counts how often it looks for something to do."""
+
+    turns = 0
+
+    def _run_once(self):
+        self.turns += 1
+        super()._run_once()
+
+
+def test_nothing_polls_and_no_stream_waits_for_all_others(card, monkeypatch):
+    """The loop wakes for tasks that end, however long they take; copies go on while layers compute."""
+    turns = []
+    for pace_s in (1e-3, 8e-3):
+        spans, loop = [], CountingLoop()
+        kind = devices.KINDS["cuda"]
+        slow = replace(kind, open=lambda pace_s=pace_s: EagerDevice(copy_pace_s=pace_s))
+        monkeypatch.setitem(devices.KINDS, "cuda", slow)
+        with asyncio.Runner(loop_factory=lambda loop=loop: loop) as runner:
+            runner.run(generate(spans, device="cuda", device_memory=24 * MIB, speculation="off"))
+        turns.append(loop.turns / len(spans))
+        copies = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.COPY]
+        layers = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.LAYER]
+        beside = sum(any(a < d and c < b for c, d in copies) for a, b in layers)
+        assert beside > len(layers) / 2
+    assert max(turns) < 6
+    assert turns[1] < 1.5 * turns[0], "the longer tasks take, the more often a loop that polls looks"
+
+
+# -- faults --------------------------------------------------------------------------------------------------
+
+
+def failing(method, at, error):
+    """The same method, which fails at the n-th call."""
+    calls = itertools.count(1)
+
+    def called(*args, **kwargs):
+        if next(calls) == at:
+            raise error
+        return method(*args, **kwargs)
+
+    return called
+
+
+@pytest.mark.parametrize("speculation", ["off", "tree"])
+async def test_memory_that_runs_out_names_the_plan_and_a_smaller_one(card, monkeypatch, speculation):
+    monkeypatch.setattr(Model, "layer", failing(Model.layer, 40, torch.OutOfMemoryError("CUDA out of memory.")))
+    told = r"KV cache .* of a budget of 31\.00 MiB.*--device-memory 2\dMiB, or --batch-size 2"
+    with pytest.raises(DeviceError, match=told):
+        await generate(device="cuda", device_memory=31 * MIB, speculation=speculation)
+    assert not card[0].streams
+
+
+async def test_memory_that_is_refused_at_the_start_says_the_same(card, monkeypatch):
+    monkeypatch.setattr(EagerDevice, "allocate", failing(EagerDevice.allocate, 2, torch.OutOfMemoryError("none")))
+    with pytest.raises(DeviceError, match="--device-memory 2"):
+        await generate(device="cuda", device_memory=31 * MIB)
+    assert not card[0].streams
+
+
+async def test_a_fault_of_the_device_reaches_every_stream_once_and_nothing_runs_behind_it(card):
+    async with open_engine(device="cuda", device_memory=31 * MIB, max_context=128) as engine:
+        streams = [asyncio.create_task(collect(engine, prompt)) for prompt in PROMPTS]
+        await asyncio.sleep(0.2)
+        copies = card[0].num_copies
+        assert copies
+        card[0].error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nMore follows.")
+        found = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 30)
+        assert all(isinstance(one, DeviceError) and "illegal memory access" in str(one) for one in found)
+        assert "More follows" not in str(found[0])
+        with pytest.raises(DeviceError):
+            await collect(engine, "again")
+
+
+async def test_leaving_settles_what_is_under_way(card):
+    for wait_s in (0.0, 0.05, 0.3):
+        async with open_engine(device="cuda", device_memory=31 * MIB, max_context=128) as engine:
+            stream = asyncio.create_task(collect(engine, PROMPTS[0]))
+            await asyncio.sleep(wait_s)
+            stream.cancel()
+        assert not card[-1].streams
+        assert card[-1].error is None
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_peak_beyond_the_budget_is_told(card, monkeypatch):
+    monkeypatch.setattr(EagerDevice, "peak_bytes", 32 * MIB)
+    with pytest.warns(RuntimeWarning, match=r"held 32\.00 MiB at its peak, more than the budget of 31\.00 MiB"):
+        await generate(device="cuda", device_memory=31 * MIB)
+    monkeypatch.setattr(EagerDevice, "peak_bytes", 31 * MIB)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        await generate(device="cuda", device_memory=31 * MIB)
+
+
+def test_a_device_that_is_not_here_is_one_paragraph():
+    found = CliRunner().invoke(app, ["generate", "--device", "cuda", "--prompt", "x"])
+    if not torch.cuda.is_available():
+        assert found.exit_code == 1
+        assert "--device cpu" in found.stderr
+
+
+# -- maths ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9}])
+def test_many_rows_at_once_draw_what_each_draws_alone(filters, monkeypatch):
+    monkeypatch.setattr(sampling, "DEVICE_BLOCK", 3000)  # three rows
+    sampler = Sampler(SamplingParams(temperature=0.7, seed=3, **filters))
+    logits = torch.randn(20, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    positions = list(range(7, 27))
+    assert sampler._draw_in_blocks(logits, positions) == sampler.draw(logits, positions)
+
+
+def test_windows_bring_every_byte_of_a_part_once():
+    """Of parts larger than a window; pages of file and buffer keep agreeing."""
+    for part in Model(DEMO / "target").plan(1 << 40):
+        brought = []
+        for begin, segments in windows(part, 16 * PAGE):
+            for cut in segments:
+                assert 0 <= cut.at < cut.at + cut.nbytes <= 16 * PAGE
+                brought.append(replace(cut, at=cut.at + begin))
+        for segment in part.segments:
+            own = [cut for cut in brought if segment.at <= cut.at < segment.at + segment.nbytes]
+            assert sum(cut.nbytes for cut in own) == segment.nbytes
+            assert {cut.at - cut.offset for cut in own} == {segment.at - segment.offset}
+        assert sum(cut.nbytes for cut in brought) == part.nbytes
+
+
+def test_tensors_on_a_device_are_aligned(tmp_path):
+    """Whatever the header's length: most by a shift of the whole part, others by a copy of their own."""
+    for header in (8, 72, 4096):
+        folder = shifted_copy(DEMO / "target", tmp_path / str(header), header)
+        model = Model(folder)
+        slot = torch.empty(64 * MIB, dtype=torch.uint8)
+        for part in model.plan(1 << 20, ALIGNMENT):
+            for binding in part.bindings:
+                assert (binding.at + part.shift) % ALIGNMENT == 0
+            assert all(target.at % ALIGNMENT == 0 for one in part.conversions for target in one.targets)
+            assert max(b.at + b.nbytes for b in part.bindings) + part.shift <= part.size <= len(slot)
+            assert not part.conversions, "sizes of the demo's tensors are multiples: a shift does for all"
+
+
+def shifted_copy(source, folder, padding):
+    """The same checkpoint with a header that is longer by so many bytes."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder / file.name)
+            continue
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + length] + b" " * padding
+        (folder / file.name).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    return folder

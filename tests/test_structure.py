@@ -18,8 +18,8 @@ BANDS = {
     "summary responses intake journal",
     3: "io.backend io.sim io.cpu io.device io.streams io.cuda io.events io.pinned io.lane io.disk io.memory io.rate "
     "io.ticker executor virtual",
-    4: "devices needs simulation prices profile measuring cache forecast planning design assembly loading links gauging "
-    "engine console monitor frame dashboard chrome verify",
+    4: "devices needs simulation prices profile measuring cache forecast planning design assembly loading links "
+    "gauging engine console monitor frame dashboard chrome verify",
     5: "api flags jobflags generation batch progress serving chat trace bench profiling explain cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}
@@ -114,3 +114,30 @@ def test_the_readme_tree_names_every_module():
         leaf = name.rpartition(".")[2]
         if leaf not in ("__init__", "__main__", "aspec", "io", "tasks"):
             assert f"{leaf}.py" in readme, f"README's tree lacks {leaf}.py"
+
+
+FORBIDDEN = {
+    "cuda.synchronize": "waits for every stream of the device",
+    "empty_cache": "flushes the allocator, and waits for the device",
+    "ipc_collect": "likewise",
+    "memory_summary": "stops the allocator",
+    ".query()": "polls, and holds the interpreter's lock",
+    "launch_host_func": "calls Python inside the driver",
+    "cudaLaunchHostFunc": "likewise",
+    "cudaStreamAddCallback": "likewise",
+    "torch.cuda.graph(": "synchronises and flushes before it captures",
+}
+
+
+def test_no_module_waits_for_a_whole_device_flushes_polls_or_calls_back():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8").replace("_cuda.", "cuda.")
+        found = [f"{call}: {why}" for call, why in FORBIDDEN.items() if call in text]
+        assert not found, f"{path.name}: {found}"
+
+
+def test_only_the_files_of_devices_ask_torch_for_one():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.name not in ("cuda.py", "capture.py", "devices.py"):
+            assert "torch.cuda" not in text, path.name

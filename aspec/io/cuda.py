@@ -96,11 +96,8 @@ class TorchDevice:
         return at_s + distance_s
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """A device buffer [nbytes] uint8. Raises DeviceError if it does not fit."""
-        try:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(f"{self._device} has no room for {nbytes} bytes: lower --device-memory.") from error
+        """A device buffer [nbytes] uint8. Raises torch.OutOfMemoryError if it does not fit."""
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         self._buffers.append(buffer)
         return buffer
 

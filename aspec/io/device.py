@@ -57,7 +57,7 @@ class DeviceLayer(Protocol[S, E]):
         ...
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """A device buffer [nbytes] uint8. Raises DeviceError if it does not fit."""
+        """A device buffer [nbytes] uint8. Raises torch.OutOfMemoryError if it does not fit."""
         ...
 
     def allocate_host(self, nbytes: int) -> HostBuffer:

@@ -276,7 +276,7 @@ class Engine:
 
     def _observe(self, span: Span) -> None:
         """Turn committed tokens into pieces, and spans into statistics; runs on the loop after every task."""
-        if span.task.op is Op.READ:
+        if span.task.op is (Op.COPY if self.plan.num_staging else Op.READ):  # into a slot
             for stats in self._requests.values():
                 stats.streamed_bytes += span.task.nbytes
         for outcome in span.outcomes:

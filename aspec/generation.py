@@ -50,6 +50,7 @@ class Outcome:
     results: list[Result]
     plan: Plan
     link_rates: tuple[float | None, float | None]
+    device_peak_bytes: int | None = None  # by its allocator's count; None where the device is the host's own memory
 
     @property
     def link_rate(self) -> float | None:
@@ -107,7 +108,7 @@ async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool =
             before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
             results = await _serve(engine, job, monitor)
             after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
-            return Outcome(results, engine.plan, (before, after))
+            return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
 
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
@@ -177,13 +178,14 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
     stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
     before, after = outcome.link_rates
     more = {"logprobs": [asdict(logprob) for logprob in result.logprobs]} if result.logprobs else {}
+    links = {"link_bytes_per_s_before": before, "link_bytes_per_s_after": after}
     return {
         "text": result.text,
         **more,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
         "usage": {"prompt_tokens": result.stats.prompt_tokens, "completion_tokens": result.stats.completion_tokens},
-        "stats": {**stats, "link_bytes_per_s_before": before, "link_bytes_per_s_after": after},
+        "stats": {**stats, **links, "device_peak_bytes": outcome.device_peak_bytes},
     }
 
 

@@ -128,7 +128,7 @@ BAD = {
     "budget": (lambda d: None, ["--device-memory", "300KiB"], "at least"),
     "context": (lambda d: None, ["--max-context", "4"], "--max-context"),
     "nan": (poison, [], "finite"),
-    "cuda": (lambda d: None, ["--device", "cuda"], "CPU only"),
+    "cuda": (lambda d: None, ["--device", "cuda"], "--device cpu"),
     "top_p": (lambda d: None, ["--top-p", "3"], "top_p"),
 }
 

@@ -82,8 +82,9 @@ async def test_tokens_are_those_of_the_host(card, speculation, temperature):
 )
 async def test_parts_come_from_the_host_and_beyond_it_from_the_disk(card, host_memory, tiers):
     spans = []
-    expected, _ = await generate(device="cpu", device_memory=31 * MIB)
-    found, plan = await generate(spans, device="auto", exact=True, device_memory=31 * MIB, host_memory=host_memory)
+    common = {"device_memory": 44 * MIB, "resident_memory": 2 * MIB}
+    expected, _ = await generate(device="cpu", **common)
+    found, plan = await generate(spans, device="auto", exact=True, host_memory=host_memory, **common)
     assert found == expected
     assert {part.tier for part in plan.parts} == tiers
     assert (Op.READ in {span.task.op for span in spans}) == (Tier.DISK in tiers)
@@ -272,3 +273,15 @@ def shifted_copy(source, folder, padding):
         header = data[8 : 8 + length] + b" " * padding
         (folder / file.name).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
     return folder
+
+
+async def test_what_travelled_is_counted_once(card):
+    """Bytes that reach a slot, from the host or through it from the disk."""
+    common = {"device": "cuda", "device_memory": 24 * MIB, "max_context": 128}
+    for host_memory in (1 << 30, 1):
+        spans = []
+        async with open_engine(observers=[spans.append], host_memory=host_memory, **common) as engine:
+            stream = engine.stream(PROMPTS[0], SamplingParams(max_new_tokens=12, ignore_eos=True))
+            stats = [piece async for piece in stream][-1].stats
+        copied = sum(span.task.nbytes for span in spans if span.task.op is Op.COPY)
+        assert 0 < stats.streamed_bytes <= copied < stats.streamed_bytes + 2 * stats.bytes_per_pass

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from aspec.virtual import VirtualTimeLoop
 
@@ -13,6 +14,15 @@ def no_thread_left():
     yield
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("aspec")]
     assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture
+def one_thread():
+    """One compute thread, whatever was set before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

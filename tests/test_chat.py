@@ -1,12 +1,7 @@
 """A conversation in the terminal: turns from a pipe and from a real terminal, what is kept of them, how it ends."""
 
 import os
-import pty
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 
 import pytest
@@ -18,6 +13,7 @@ from aspec.cli import app
 from aspec.errors import PromptError
 from aspec.text import Tokenizer
 from tests import tiny
+from tests.terminal import Terminal
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
 SMALL = ["--device-memory", "4MiB", "--threads", "1", "--ignore-eos"]
@@ -145,57 +141,16 @@ def test_a_turn_that_was_refused_leaves_no_trace(pair):
 # -- a process of its own ------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """A chat whose stderr is a terminal of our own, and its standard input and output if they are wanted there."""
-
-    def __init__(self, target, *flags, asked=False, whole=False):
-        self.master, slave = pty.openpty()
-        self.drawn = b""
-        args = [sys.executable, "-m", "aspec", "chat", "--target", str(target), *SMALL, *map(str, flags)]
-        ends = dict(stdin=slave if asked or whole else subprocess.PIPE, stdout=slave if whole else subprocess.PIPE)
-        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-        self.process = subprocess.Popen(args, stderr=slave, env=environment, start_new_session=True, **ends)
-        os.close(slave)
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
-
-    def read(self):
-        try:
-            while data := os.read(self.master, 65536):
-                self.drawn += data
-        except OSError:
-            pass  # the other end has closed
-
-    def type(self, text):
-        if self.process.stdin is not None:
-            self.process.stdin.write(text)
-            self.process.stdin.flush()
-        else:
-            os.write(self.master, text)
-
-    def wait_for(self, wanted, times=1):
-        deadline = time.monotonic() + 60
-        while self.drawn.count(wanted) < times:
-            assert time.monotonic() < deadline, self.drawn[-2000:]
-            assert self.process.poll() is None, self.drawn[-2000:]
-            time.sleep(0.02)
-
-    def interrupt(self):
-        self.process.send_signal(signal.SIGINT)
-
-    def end(self):
-        out, _ = self.process.communicate(timeout=60)
-        self.reader.join(10)
-        os.close(self.master)
-        assert b"Traceback" not in self.drawn, self.drawn
-        return self.process.returncode, out
+def on_terminal(target, *flags, **ends):
+    ends = {"typed": True, "COLUMNS": "200", **ends}
+    return Terminal("chat", "--target", target, *SMALL, *flags, **ends)
 
 
 SLOW = ["-n", "30", "--link-rate", "3MB/s", "--device-memory", "1800KiB"]  # 0.15 s a pass
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(pair):
-    terminal = Terminal(pair[0], *SLOW)
+    terminal = on_terminal(pair[0], *SLOW)
     terminal.type(b"hello\n")
     first = os.read(terminal.process.stdout.fileno(), 4096)
     time.sleep(0.5)
@@ -208,7 +163,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(pair):
     code, rest = terminal.end()
     assert code == 0, terminal.drawn
     assert first
-    assert rest.count(b"\n") >= 2, "a line ends the first answer, too"
+    assert rest.count("\n") >= 2, "a line ends the first answer, too"
     ((_, new, reused),) = FOOTER.findall(COLOUR.sub("", terminal.drawn.decode()))
     spoken = rendered(("user", "hello"))
     assert spoken < int(reused) < spoken + 50, "more than the first prompt: what was said of the answer"
@@ -216,7 +171,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(pair):
 
 
 def test_a_terminal_is_asked_and_ctrl_d_leaves(pair):
-    terminal = Terminal(pair[0], "-n", "6", whole=True)
+    terminal = on_terminal(pair[0], "-n", "6", whole=True)
     terminal.wait_for(b"> ")
     terminal.type(b"hello\n")
     terminal.wait_for(b"tokens (length)")
@@ -227,7 +182,7 @@ def test_a_terminal_is_asked_and_ctrl_d_leaves(pair):
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_leaves_with_130_where_it_is_empty(pair):
-    terminal = Terminal(pair[0], "-n", "6", whole=True)
+    terminal = on_terminal(pair[0], "-n", "6", whole=True)
     terminal.wait_for(b"> ")
     terminal.type(b"/new\n")
     terminal.wait_for(b"a new conversation")
@@ -243,7 +198,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_leaves_with_130_where_it_is_emp
 
 
 def test_answers_that_go_elsewhere_hold_no_prompt(pair):
-    terminal = Terminal(pair[0], "-n", "6", asked=True)
+    terminal = on_terminal(pair[0], "-n", "6", asked=True)
     terminal.wait_for(b"> ")
     terminal.type(b"hello\n")
     terminal.wait_for(b"> ", times=2)

@@ -32,12 +32,7 @@ GOLDEN_BITS = [
 GOLDEN_SEEDS = [3725210598701212161, 1908093422684998445, 5675370592208760370, 5346642176467364641]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sampler(**params) -> Sampler:

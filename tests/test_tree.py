@@ -16,12 +16,7 @@ from aspec.tasks.tree import ROOT, Tree
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_draft(seed, vocab, sharpness=1.0):

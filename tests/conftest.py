@@ -1,11 +1,29 @@
-"""Fixtures shared by all tests: leaks are failures."""
+"""Fixtures shared by all tests: leaks are failures. Coroutine tests run without pytest-asyncio too."""
 
+import asyncio
+import inspect
 import threading
 
 import pytest
 import torch
 
 from aspec.virtual import VirtualTimeLoop
+
+
+def pytest_addoption(parser, pluginmanager):
+    """Without the plugin its settings in pyproject.toml would be unknown ones."""
+    if not pluginmanager.hasplugin("asyncio"):
+        for setting in ("asyncio_mode", "asyncio_default_fixture_loop_scope"):
+            parser.addini(setting, "of pytest-asyncio, which is not here")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A coroutine test in a loop of its own, where no plugin does that; coroutine fixtures still need the plugin."""
+    if pyfuncitem.config.pluginmanager.hasplugin("asyncio") or not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}))
+    return True
 
 
 @pytest.fixture(autouse=True)

@@ -206,4 +206,4 @@ def test_answers_that_go_elsewhere_hold_no_prompt(pair):
     code, out = terminal.end()
     assert code == 0, terminal.drawn
     assert out
-    assert b"> " not in out
+    assert "> " not in out

@@ -164,16 +164,18 @@ async def open_transformers(job: Job) -> AsyncIterator[Peer]:
 
     async def generate(prompts: list[list[int]], num_tokens: int) -> Arrivals:
         longest, streamer = max(map(len, prompts)), RowStreamer(len(prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        inputs = {"input_ids": torch.tensor(ids, device=job.device)}
+        inputs["attention_mask"] = torch.tensor(mask, device=job.device)
         how = {"max_new_tokens": num_tokens, "do_sample": False, "streamer": streamer, "pad_token_id": 0}
-        model.generate(input_ids=ids, attention_mask=mask, **how)
+        model.generate(**inputs, **how)
         return streamer.arrivals
 
     async def facts() -> Record:
         return {"device_map": getattr(model, "hf_device_map", None)}
 
-    with contest.load_transformers(job.target, job.dtype, job.memory, job.copied) as model:
+    with contest.load_transformers(job.target, job.dtype, job.memory, job.copied, job.card) as model:
         yield generate, facts
 
 
@@ -189,7 +191,8 @@ async def measure(job: Job) -> Record:
         load_s = time.perf_counter() - started
         await generate(job.prompts[:1], WARMUP_TOKENS)
         await facts()  # aspec probes the disk, before and after
-        contest.drop_page_cache(job.target)
+        if job.cold:
+            contest.drop_page_cache(job.target)
         called_s = time.perf_counter()
         arrivals = await generate(job.prompts, job.tokens)
         record = rates_of(called_s, arrivals, sum(map(len, job.prompts)))
@@ -265,7 +268,8 @@ def run_fitting(options: argparse.Namespace, job: Job, limit: int | None, rows: 
         most = rows.get(job.contender, len(job.prompts))
         fitting = replace(job, prompts=job.prompts[:most])
         record = contest.run_child(__file__, fitting, limit, environment, options.timeout)
-        too_large = "failure" in record and record.get("limit_kills") and job.engine is None and most > 1
+        killed = record.get("limit_kills") or "OutOfMemoryError" in record.get("failure", "")
+        too_large = killed and job.engine is None and most > 1
         yield record | {"rows": len(fitting.prompts), "new_tokens": job.tokens, "tried": bool(too_large)}
         if not too_large:
             return

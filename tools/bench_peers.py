@@ -113,17 +113,17 @@ async def open_transformers(
     from transformers import AutoModelForCausalLM
 
     async def generate(prompt: list[int], num_tokens: int, arrivals: Arrivals) -> None:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=job.device)
         how = {"max_new_tokens": num_tokens, "do_sample": False, "assistant_model": draft, "streamer": arrivals}
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
 
     async def facts() -> Record:
         return {"device_map": getattr(model, "hf_device_map", None)}
 
-    with contest.load_transformers(job.target, job.dtype, job.memory, copied) as model:
+    with contest.load_transformers(job.target, job.dtype, job.memory, copied, job.card) as model:
         draft = None
         if assistant is not None:
-            draft = AutoModelForCausalLM.from_pretrained(job.draft, dtype=job.dtype)
+            draft = AutoModelForCausalLM.from_pretrained(job.draft, dtype=job.dtype).to(job.device)
             draft.generation_config.update(**assistant)
         yield generate, facts
 
@@ -173,7 +173,8 @@ async def measure(job: Job) -> Record:
         runs = []
         for prompt in prompts:
             await facts()  # aspec probes the disk, before and after
-            drop_page_cache(job.target)
+            if job.cold:
+                drop_page_cache(job.target)
             arrivals, called_s = Arrivals(), time.perf_counter()
             await generate(prompt, job.tokens, arrivals)
             runs.append((time.perf_counter() - called_s, arrivals))

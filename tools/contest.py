@@ -1,6 +1,7 @@
 """What benchmarks beside the alternatives share: child processes under one memory limit, page cache dropped, tables.
 
-A child is the benchmark's own script with ``--child`` and a job as JSON; its last line of output is its record.
+A child is the benchmark's own script with ``--child`` and a job as JSON; its last line of output is its record. What
+it printed before it failed is kept beside the failure.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ class Task:
     contender: str
     target: str
     cgroup: str | None = None  # the folder of the cgroup to join before anything is loaded
+    cold: bool = True  # the checkpoint's page cache is dropped first
+    card: int | None = None  # bytes that all of it may take of a CUDA device; None: it runs on the CPU
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return "cpu" if self.card is None else "cuda"
 
     def join_cgroup(self) -> None:
         """Put this process under the job's memory limit."""
@@ -50,7 +58,8 @@ def run_child(
     timeout_s: float | None = None,
 ) -> Record:
     """Run a job in a process of its own; the record has ``failure`` where there is no result."""
-    drop_page_cache(job.target)
+    if job.cold:
+        drop_page_cache(job.target)
     with memory_cgroup(limit) as folder, tempfile.TemporaryDirectory() as scratch:
         job = replace(job, cgroup=str(folder) if folder else None)
         command = [sys.executable, script, "--child", json.dumps(asdict(job))]
@@ -58,36 +67,60 @@ def run_child(
         how: Record = {"capture_output": True, "text": True, "start_new_session": True, "env": settings}
         try:
             child = subprocess.run(command, **how, timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            child = None
+        except subprocess.TimeoutExpired as late:
+            child, printed = None, late.stdout
         record: Record = {"contender": job.contender, **(cgroup_facts(folder) if folder else {})}
     if child is None:
-        return record | {"failure": f"not done after {timeout_s:g} s"}
+        return record | last_record(printed) | {"failure": f"not done after {timeout_s:g} s"}
     if child.returncode == 0:
         return record | json.loads(child.stdout.splitlines()[-1])
     why = "killed by the memory limit, " if record.get("limit_kills") else ""
     last = [line for line in child.stderr.splitlines() if line.strip()][-4:]
-    return record | {"failure": "\n    ".join([f"{why}exit code {child.returncode}", *last])}
+    failure = "\n    ".join([f"{why}exit code {child.returncode}", *last])
+    return record | last_record(child.stdout) | {"failure": failure}
+
+
+def last_record(printed: str | bytes | None) -> Record:
+    """The last line that is a whole record; empty where none is."""
+    text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed or ""
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+    return {}
 
 
 @contextlib.contextmanager
-def load_transformers(target: str, dtype: str, memory: int | None, copied: bool = False) -> Iterator[Any]:
+def load_transformers(
+    target: str, dtype: str, memory: int | None, copied: bool = False, card: int | None = None
+) -> Iterator[Any]:
     """A model of transformers that goes on past end tokens, on disk beyond ``memory`` bytes if that is given.
 
-    Refuses where nothing is on disk. ``copied`` copies what is in memory out of the mapped files.
+    With ``card`` those bytes are of a CUDA device, of which torch may take ``card`` in all, and the rest is in the
+    host's memory. Refuses where nothing is offloaded. ``copied`` copies what is in memory out of the mapped files.
     """
     from transformers import AutoModelForCausalLM
 
+    if card is not None:
+        hold_card(card)
+    beyond, room = ("disk", {"cpu": memory}) if card is None else ("cpu", {0: memory, "cpu": 1 << 50})
     with tempfile.TemporaryDirectory(prefix="aspec-offload-") as folder:
-        offload = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": folder}
+        offload = {"device_map": "auto", "max_memory": room, "offload_folder": folder}
         model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, **(offload if memory else {}))
-        if memory and "disk" not in getattr(model, "hf_device_map", {}).values():
-            raise SystemExit(f"nothing is on disk with {memory} bytes in memory: give a smaller --offload-memory")
+        if memory and beyond not in getattr(model, "hf_device_map", {}).values():
+            raise SystemExit(f"nothing is offloaded with {memory} bytes in memory: give a smaller --offload-memory")
         for parameter in model.parameters() if copied else ():
             if parameter.device.type == "cpu":  # not on disk
                 parameter.data = parameter.data.clone()
         model.generation_config.eos_token_id = None
         yield model
+
+
+def hold_card(nbytes: int) -> None:
+    """More than these bytes of the CUDA device are out of memory for torch's allocator in this process."""
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / torch.cuda.get_device_properties(0).total_memory))
 
 
 def drop_page_cache(folder: str) -> str:
@@ -137,17 +170,33 @@ def machine_facts(target: str, memory_limit: int | None) -> Record:
     cpu = platform.processor()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     with memory_cgroup(memory_limit) as folder:
         limit = f"{memory_limit} bytes, {folder.parent}" if folder else "none (not wanted or not possible)"
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+        **versions("torch", "transformers", "accelerate"),
         "memory_limit": limit,
         "page_cache_dropped_by": drop_page_cache(target),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Of packages; None for one that is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def commit() -> str:
+    """The commit that this tree is at; empty where git cannot tell."""
+    command = ["git", "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return ""
 
 
 def in_turns(names: Sequence[str], rounds: int) -> Iterator[tuple[str, str]]:

@@ -118,8 +118,8 @@ def _on_device(made: Design, device: DeviceLayer[Any, Any]) -> Assembly:
     slots = [whole[index * slot_bytes : (index + 1) * slot_bytes] for index in range(plan.num_slots)]
     reads = any(planned.tier is Tier.DISK for planned in plan.parts)
     staging = [device.allocate_host(plan.slot_bytes) for _ in range(plan.num_staging if reads else 0)]
-    assembly = _assembly(made, slots, [], loads, [], device.torch_device)
-    assembly.device, assembly.buffers = device, Buffers(slots, staging, host_parts)
+    assembly = _assembly(made, slots, [], loads, [], device)
+    assembly.buffers = Buffers(slots, staging, host_parts)
     device.settle()
     return assembly
 
@@ -130,20 +130,21 @@ def _assembly(
     views: list[memoryview],
     loads: list[Load],
     memory: list[SlotMemory],
-    place: torch.device | None = None,
+    device: DeviceLayer[Any, Any] | None = None,
 ) -> Assembly:
     """The caches and what computes, around memory for weights."""
     target, draft, plan = made.target, made.draft, made.plan
-    place = place or torch.device("cpu")
+    place = torch.device("cpu") if device is None else device.torch_device
     scratch = torch.empty(scratch_bytes(made.parts), dtype=torch.uint8, device=place)
     layer_parts = {part.index: part for part in made.parts if part.layer >= 0}
     drafter: Drafter | None = NgramDrafter(made.continuations) if made.ngram else None
     if draft is not None:
         cache = _cache(draft, plan, plan.draft_slots, place)
-        drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=made.shared_noise)
+        capture = None if device is None else device.create_capture()
+        drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=made.shared_noise, capture=capture)
     cache = _cache(target, plan, plan.tree_slots, place, exact=made.exact)
     runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
-    return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory)
+    return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
 
 def _residents(made: Design) -> list[tuple[Part, Model]]:

@@ -23,10 +23,13 @@ class Kind:
     open: Callable[[], DeviceLayer[Any, Any]]  # raises DeviceError
     name: Callable[[], str]  # of the one that is here
     workspace_bytes: int = 0  # that its libraries hold beside what a plan knows of
+    captures: bool = False  # whether draft steps are captured, which holds memory
 
 
 KINDS = {
-    "cuda": Kind(torch.device("cuda"), torch.cuda.is_available, free_bytes, TorchDevice, name, WORKSPACES),
+    "cuda": Kind(
+        torch.device("cuda"), torch.cuda.is_available, free_bytes, TorchDevice, name, WORKSPACES, captures=True
+    ),
 }
 """By the name that a user gives."""
 

@@ -15,6 +15,7 @@ from math import log
 import torch
 
 from aspec.calibration import Calibration
+from aspec.graphs import Capture, DraftGraphs
 from aspec.kv import KVCache
 from aspec.model import Model
 from aspec.params import SamplingParams
@@ -128,11 +129,20 @@ class Drafter(ABC):
 
 
 class ModelDrafter(Drafter):
-    """A small model with the target's vocabulary."""
+    """A small model with the target's vocabulary; its steps are captured where there is a ``capture``."""
 
-    def __init__(self, model: Model, kv: KVCache, target_vocab_size: int, *, shared_noise: bool = True) -> None:
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        target_vocab_size: int,
+        *,
+        shared_noise: bool = True,
+        capture: Capture | None = None,
+    ) -> None:
         super().__init__()
         self._model, self._kv, self._limit = model, kv, target_vocab_size
+        self._graphs = None if capture is None else DraftGraphs(model, kv, capture)
         self._shared_noise = shared_noise
         self._calibration = {greedy: Calibration() for greedy in (True, False)}
         self._guesses = Calibration()  # of what the text itself suggests
@@ -289,6 +299,10 @@ class ModelDrafter(Drafter):
         counts = [len(tokens) for tokens in fed]
         ids = pad(fed)
         ids = ids.where(ids < self._model.vocab_size, 0)  # padding may differ: what the draft cannot know costs a miss
+        if self._graphs is not None and want_logits:
+            logits = self._graphs.run(ids, rows, starts, counts, parents, firsts)
+            if logits is not None:
+                return logits
         ids = upload(ids, self._kv.device)
         activation = self._model.embed(ids, self._kv.step(rows, starts, counts, parents, firsts))
         for layer in range(self._model.num_layers):

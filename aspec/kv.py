@@ -108,6 +108,9 @@ class KVCache:
         counts: Sequence[int],
         parents: Sequence[Sequence[int]] | None = None,
         firsts: Sequence[int] | None = None,
+        *,
+        width: int = 0,
+        device: torch.device | None = None,
     ) -> "StepCache":
         """A work item's window: row ``rows[b]`` writes ``counts[b]`` nodes behind its ``starts[b]`` committed tokens.
 
@@ -115,6 +118,7 @@ class KVCache:
         ``parents[b][n]`` is the node that node ``n`` continues, -1 for the last committed token; it lists all nodes
         so far, ``firsts[b] + counts[b]``, parents before their children. Node ``n`` stands in slot ``starts[b] + n``,
         its position is ``starts[b]`` plus its depth. Without ``parents`` every node continues the one before.
+        Rows are padded to ``width`` tokens at least; ``device``: where the step's tensors are, if not the storage's.
         Raises ValueError for rows that repeat or do not exist, a tree that is none, and beyond the capacity.
         """
         firsts = [0] * len(rows) if firsts is None else firsts
@@ -129,7 +133,7 @@ class KVCache:
             raise ValueError(f"rows {rows} at {starts} with {totals} tokens pass the capacity of {self.capacity}")
         if parents is not None and [len(links) for links in parents] != totals:
             raise ValueError(f"expected the parents of {totals} nodes, found {[len(links) for links in parents]}")
-        return StepCache(self, rows, starts, counts, firsts, parents)
+        return StepCache(self, rows, starts, counts, firsts, parents, width=width, device=device)
 
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
         """Keep of the nodes a row wrote from slot ``start`` on those in ``path``, in its order, from ``start`` on."""
@@ -144,8 +148,8 @@ class KVCache:
 class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """What transformers' layers see as their cache while one work item goes through them.
 
-    ``position_ids`` [B, T] int64; T is the largest count, shorter rows are padded at their end. A padded token
-    writes to the trash slot and sees what the row's last real token sees.
+    ``position_ids`` [B, T] int64; T is the largest count or ``width``, shorter rows are padded at their end. A padded
+    token writes to the trash slot and sees what the row's last real token sees.
     """
 
     is_compileable = False
@@ -158,12 +162,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         counts: Sequence[int],
         firsts: Sequence[int],
         parents: Sequence[Sequence[int]] | None = None,
+        *,
+        width: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(layers=[])
-        device = storage.device
+        device = device or storage.device
         self.storage = storage
         self.exact = storage.exact
-        width = max(counts)
+        width = max(width, *counts)
         self._starts = starts
         self._totals = [first + count for first, count in zip(firsts, counts, strict=True)]
         end = max(start + total for start, total in zip(starts, self._totals, strict=True))
@@ -202,18 +209,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self._masks[kind]
 
     def _make_mask(self, kind: MaskKind) -> torch.Tensor:
-        query = self.position_ids[:, :, None]
-        slot = torch.arange(self.high, device=query.device)[None, None]
+        return visible_slots(kind, self.position_ids, self.high, self.tree_nodes())
+
+    def tree_nodes(self) -> "TreeNodes | None":
+        """What a mask needs of the step's trees; None: chains."""
         if self._tree is None:
-            return kind.visible(query, slot)
-        start, depths = self._start[:, :, None], self._tree.depths
-        offset = slot - start  # [B, 1, S]: the node in a slot, negative where committed
-        node = offset.clamp(0, depths.shape[1] - 1)
-        key = torch.where(offset < 0, slot, start + depths[:, None].gather(2, node))
-        seen = torch.zeros(*self._node.shape, depths.shape[1], dtype=torch.bool, device=query.device)
-        seen.scatter_(2, self._node_paths(self._tree), True)
-        own = seen.gather(2, node.expand(-1, seen.shape[1], -1)) & (offset < depths.shape[1])
-        return kind.narrow(query, key, (offset < 0) | own)
+            return None
+        depths = self._tree.depths
+        seen = torch.zeros(*self._node.shape, depths.shape[1], dtype=torch.bool, device=depths.device)
+        return TreeNodes(self._start, depths, seen.scatter_(2, self._node_paths(self._tree), True))
 
     def _node_paths(self, tree: "_Tree") -> torch.Tensor:
         """[B, T, D] int64: the nodes from the root of a token's path down to itself, which fills the rest."""
@@ -277,6 +281,29 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Slots per row."""
         return self.storage.capacity
+
+
+@dataclass(frozen=True, slots=True)
+class TreeNodes:
+    """The trees of a step: where each begins, how deep its nodes are, and which of them a token has above it."""
+
+    starts: torch.Tensor  # [B, 1] int64: committed tokens
+    depths: torch.Tensor  # [B, N] int64
+    seen: torch.Tensor  # [B, T, N] bool: on the token's path, itself included
+
+
+def visible_slots(kind: MaskKind, positions: torch.Tensor, length: int, tree: TreeNodes | None) -> torch.Tensor:
+    """Bool [B, T, S] over the first S = ``length`` slots: where tokens at ``positions`` [B, T] may look."""
+    query = positions[:, :, None]
+    slot = torch.arange(length, device=query.device)[None, None]
+    if tree is None:
+        return kind.visible(query, slot)
+    start, depths, seen = tree.starts[:, :, None], tree.depths, tree.seen
+    offset = slot - start  # [B, 1, S]: the node in a slot, negative where committed
+    node = offset.clamp(0, depths.shape[1] - 1)
+    key = torch.where(offset < 0, slot, start + depths[:, None].gather(2, node))
+    own = seen.gather(2, node.expand(-1, seen.shape[1], -1)) & (offset < depths.shape[1])
+    return kind.narrow(query, key, (offset < 0) | own)
 
 
 def _whole_tiles(length: int) -> int:

@@ -9,9 +9,10 @@ import psutil
 import torch
 
 from aspec.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
-from aspec.devices import ALIGNMENT, kind_of
+from aspec.devices import ALIGNMENT, Kind, kind_of
 from aspec.errors import UserError
 from aspec.exact import BLOCK_ROWS
+from aspec.graphs import graph_bytes
 from aspec.hub import resolve
 from aspec.io.layout import Part, scratch_bytes
 from aspec.io.memory import PAGE
@@ -45,7 +46,7 @@ class Models:
     parts: tuple[Part, ...]
     draft_parts: tuple[Part, ...]
     budget_bytes: int
-    workspace_bytes: int = 0  # of a device's libraries
+    kind: Kind | None = None  # of device; None: the host's own memory
 
     def needs(self, wishes: Wishes) -> Needs:
         """What any plan for these wishes holds, and the parts among which it chooses.
@@ -54,7 +55,16 @@ class Models:
         """
         draft, draft_parts = (self.draft, self.draft_parts) if wishes.max_draft_tokens else (None, ())
         made = _needs(self.target, self.parts, draft, draft_parts, wishes)
-        return replace(made, fixed={**made.fixed, "workspaces": self.workspace_bytes}) if self.workspace_bytes else made
+        return made if self.kind is None else replace(made, fixed={**made.fixed, **_beside(self.kind, draft, wishes)})
+
+
+def _beside(kind: Kind, draft: Model | None, wishes: Wishes) -> dict[str, int]:
+    """What a device holds for itself."""
+    held = {"workspaces": kind.workspace_bytes}
+    if kind.captures and draft is not None:
+        spare = draft_slots(wishes.speculation, wishes.max_draft_tokens)
+        held["draft graphs"] = graph_bytes(draft, wishes.num_rows, wishes.capacity + spare, spare)
+    return held
 
 
 def read_models(options: EngineOptions, *, budget_bytes: int | None = None, outlined: bool = False) -> Models:
@@ -71,7 +81,7 @@ def read_models(options: EngineOptions, *, budget_bytes: int | None = None, outl
     budget = budget_bytes or options.device_memory or _default_budget(options)
     parts = target.plan(_part_bytes(budget), alignment)
     draft_parts = draft.plan(1 << 40, alignment) if draft else ()
-    return Models(target, draft, parts, draft_parts, budget, 0 if kind is None else kind.workspace_bytes)
+    return Models(target, draft, parts, draft_parts, budget, kind)
 
 
 def wishes_of(options: EngineOptions, models: Models) -> Wishes:

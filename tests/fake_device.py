@@ -62,7 +62,10 @@ class FakeDevice:
         self.host = PinnedMemory(lambda address, nbytes: pinnable, lambda address: None)
         self.error = None  # sticky, as on the device
 
-    torch_device, peak_bytes = torch.device("cpu"), None
+    torch_device, peak_bytes, capture = torch.device("cpu"), None, None
+
+    def create_capture(self):
+        return self.capture() if self.capture else None
 
     def settle(self):
         pass

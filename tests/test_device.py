@@ -27,6 +27,7 @@ from aspec.plan import Tier, Workload
 from aspec.races import find_races
 from aspec.sampling import Sampler
 from aspec.tasks.task import Op
+from tests.fake_capture import FakeCapture
 from tests.fake_device import EagerDevice
 
 MIB = 1 << 20
@@ -70,6 +71,22 @@ async def test_tokens_are_those_of_the_host(card, speculation, temperature):
     assert {span.task.op for span in spans} >= {Op.COPY, Op.LAYER, Op.HEAD}
     assert not find_races(spans)
     assert not card[0].streams  # closed
+
+
+@pytest.mark.parametrize("speculation", ["chain", "tree"])
+async def test_captured_draft_steps_propose_the_same(card, monkeypatch, speculation):
+    """And are counted: graphs hold memory that a plan must leave them."""
+    common = {"speculation": speculation, "device": "cuda", "exact": True, "device_memory": 96 * MIB}
+    common["resident_memory"] = 0
+    expected, plain = await generate(**common)
+    captures = []
+    monkeypatch.setattr(EagerDevice, "capture", lambda self: captures.append(FakeCapture()) or captures[-1])
+    monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], captures=True))
+    found, plan = await generate(**common)
+    assert found == expected
+    assert captures[0].replays > captures[0].captures > 0
+    assert plan.arithmetic["draft graphs"] > 0
+    assert "draft graphs" not in plain.arithmetic
 
 
 @pytest.mark.parametrize(

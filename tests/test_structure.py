@@ -15,9 +15,9 @@ BANDS = {
     "tariff hardware races",
     2: "io io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact split model "
     "shapes sampling penalties text hub tasks.offers drafting lookup sequence runner stats timeline recorder snapshot "
-    "summary responses intake journal",
+    "summary responses intake journal screen graphs",
     3: "io.backend io.sim io.cpu io.device io.streams io.cuda io.events io.pinned io.lane io.disk io.memory io.rate "
-    "io.ticker executor virtual",
+    "io.ticker io.capture executor virtual",
     4: "devices needs simulation prices profile measuring cache forecast planning design assembly loading links "
     "gauging engine console monitor frame dashboard chrome verify",
     5: "api flags jobflags generation batch progress serving chat trace bench profiling explain cli __main__ __init__",

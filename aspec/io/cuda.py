@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from aspec.errors import DeviceError
+from aspec.io.capture import TorchCapture
 from aspec.io.pinned import HostBuffer, PinnedMemory
 
 EPOCH_S = 30.0  # CUDA counts elapsed time in fp32 milliseconds: within 30 s the step is 2 us, and clocks drift little
@@ -53,6 +54,10 @@ class TorchDevice:
     def peak_bytes(self) -> int:
         """The most that torch's tensors have held at once since this was opened."""
         return int(_cuda.max_memory_allocated(self._device))
+
+    def create_capture(self) -> TorchCapture:
+        """CUDA graphs."""
+        return TorchCapture()
 
     def settle(self) -> None:
         """Wait for this thread's current stream."""

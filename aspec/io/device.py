@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from aspec.graphs import Capture
 from aspec.io.events import DeviceEvent
 from aspec.io.pinned import HostBuffer
 
@@ -66,6 +67,10 @@ class DeviceLayer(Protocol[S, E]):
 
     def free_host(self, buffer: HostBuffer) -> None:
         """Unpin a buffer and give it back; nobody may use it any more."""
+        ...
+
+    def create_capture(self) -> Capture | None:
+        """What captures work that recurs in a stream; None where there is no such thing."""
         ...
 
     def settle(self) -> None:

@@ -158,7 +158,10 @@ def table(report: Report) -> Iterator[str]:
     yield ""
     yield "ceilings of this machine"
     yield from _rows(
-        ("disk, direct reads of these weights", _scaled(ceilings.disk_bytes_per_s, 1e9, "GB/s")),
+        (
+            "links, raw" if report.plan.num_staging else "disk, direct reads of these weights",
+            _scaled(ceilings.disk_bytes_per_s, 1e9, "GB/s"),
+        ),
         ("memory copy", _scaled(ceilings.copy_bytes_per_s, 1e9, "GB/s")),
         ("memory read, matrix x vector", _scaled(ceilings.memory_bytes_per_s, 1e9, "GB/s")),
         ("matrix products, 64 rows", _scaled(ceilings.matmul_flop_per_s, 1e9, "GFLOP/s")),

@@ -156,10 +156,10 @@ def test_nothing_polls_and_no_stream_waits_for_all_others(card, monkeypatch):
         with asyncio.Runner(loop_factory=lambda loop=loop: loop) as runner:
             runner.run(generate(spans, device="cuda", device_memory=24 * MIB, speculation="off"))
         turns.append(loop.turns / len(spans))
-        copies = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.COPY]
-        layers = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.LAYER]
-        beside = sum(any(a < d and c < b for c, d in copies) for a, b in layers)
-        assert beside > len(layers) / 2
+    copies = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.COPY]
+    layers = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.LAYER]
+    beside = sum(any(a < d and c < b for c, d in copies) for a, b in layers)
+    assert beside > len(layers) / 2
     assert max(turns) < 6
     assert turns[1] < 1.5 * turns[0], "the longer tasks take, the more often a loop that polls looks"
 

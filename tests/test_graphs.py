@@ -190,7 +190,7 @@ async def demo(monkeypatch, capture, *, temperature, requests, **options):
 
     class Drafter(Noted):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, capture=capture, **kwargs)
+            super().__init__(*args, **{**kwargs, "capture": capture})
             self.proposals = proposals
 
     monkeypatch.setattr(assembly, "ModelDrafter", Drafter)

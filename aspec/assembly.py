@@ -142,7 +142,7 @@ def _assembly(
         cache = _cache(draft, plan, plan.draft_slots, place)
         capture = None if device is None else device.create_capture()
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=made.shared_noise, capture=capture)
-    cache = _cache(target, plan, plan.tree_slots, place, exact=made.exact)
+    cache = _cache(target, plan, plan.tree_slots, place, exact=made.exact, offloaded=plan.kv_on_host)
     runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
     return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
@@ -154,8 +154,12 @@ def _residents(made: Design) -> list[tuple[Part, Model]]:
     return once + [(part, made.draft) for part in made.draft_parts if made.draft is not None]
 
 
-def _cache(model: Model, plan: Plan, slots: int, place: torch.device, *, exact: bool = False) -> KVCache:
-    return KVCache(model.kv_shapes(), plan.num_rows, plan.capacity + slots, model.dtype, place, exact=exact)
+def _cache(
+    model: Model, plan: Plan, slots: int, place: torch.device, *, exact: bool = False, offloaded: bool = False
+) -> KVCache:
+    shapes, capacity = model.kv_shapes(offloaded=offloaded), plan.capacity + slots
+    where = "cpu" if offloaded else place
+    return KVCache(shapes, plan.num_rows, capacity, model.dtype, where, exact=exact, offloaded=offloaded)
 
 
 def _aligned(nbytes: int) -> int:

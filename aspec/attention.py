@@ -42,6 +42,8 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [B, H, T, D] over key [B, G, S, D] and value [B, G, S, Dv]; returns [B, T, H, Dv].
@@ -49,6 +51,7 @@ def attend(
     ``attention_mask`` is bool [B, 1, T, S], True where visible, and every query sees at least one key; or the paths
     of every row of an exact step.
     ``s_aux`` [H]: a learned logit per head that takes part in the softmax and contributes nothing.
+    ``out`` is where the result goes, if not to memory of its own.
     Besides the result it holds about ``temporary_bytes`` while it runs. A torch function mode meets it like torch's own
     functions (``split.py``).
     """
@@ -58,9 +61,10 @@ def attend(
         return result
     batch, heads, tokens, width = query.shape
     scoring = _Scoring(width**-0.5 if scaling is None else scaling, softcap, s_aux)
+    output = query.new_empty(batch, tokens, heads, value.shape[-1]) if out is None else out
     if isinstance(attention_mask, tuple):
-        return _attend_exactly(query, key, value, attention_mask, scoring), None
-    output = query.new_empty(batch, tokens, heads, value.shape[-1])
+        _attend_exactly(output, query, key, value, attention_mask, scoring)
+        return output, None
     block = _block(batch * heads * key.shape[2], MAX_SCORE_BYTES if query.is_cpu else DEVICE_SCORE_BYTES)
     for start in range(0, tokens, block):
         stop = min(tokens, start + block)
@@ -144,12 +148,16 @@ def _attend_block(
 
 
 def _attend_exactly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paths: tuple[Paths, ...], scoring: _Scoring
-) -> torch.Tensor:
-    """An exact step; returns [B, T, H, Dv]. Chains of like length go together, as heads of one wide row."""
-    batch, heads, tokens, _ = query.shape
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    paths: tuple[Paths, ...],
+    scoring: _Scoring,
+) -> None:
+    """An exact step, into ``output`` [B, T, H, Dv]. Chains of like length go together, as heads of one wide row."""
+    _, heads, tokens, _ = query.shape
     groups, width = key.shape[1], key.shape[-1] + value.shape[-1]
-    output = query.new_empty(batch, tokens, heads, value.shape[-1])
     for rows in _alike(paths, heads * tokens * 4 + groups * width * key.element_size()):
         if len(rows) == 1:
             (row,) = rows
@@ -159,7 +167,6 @@ def _attend_exactly(
         keys, values = (torch.cat([states[row, :, : merged.num_slots] for row in rows]) for states in (key, value))
         mixed = _attend_row(query[rows].flatten(0, 1), keys, values, merged, scoring.repeated(len(rows)))
         output[rows] = mixed.view(tokens, len(rows), heads, -1).transpose(0, 1)
-    return output
 
 
 def _alike(paths: tuple[Paths, ...], bytes_per_slot: int) -> Iterator[list[int]]:

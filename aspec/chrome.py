@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from aspec.errors import UserError
-from aspec.timeline import DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
+from aspec.tasks.task import Op
+from aspec.timeline import D2H, DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
 
 ROUNDS = "rounds"
 ROUNDS_TRACK = 1
@@ -149,6 +150,7 @@ def _slices(timeline: Timeline, tracks: Mapping[int, int], flows: Mapping[int, s
         if s.nbytes:
             rate = s.nbytes / max(s.stop_s - s.start_s, 1e-9) / 1e9
             what = f'"MB":{s.nbytes / 1e6:.6g},"GB/s":{rate:.2f}'
+            what += f',"round":{s.round},"tokens":{s.tokens}' if s.round >= 0 else ""
         else:
             what = f'"round":{s.round},"tokens":{s.tokens}'
         flow = flows.get(s.id, "")
@@ -180,13 +182,12 @@ class _Served:
 
 def _served_loads(timeline: Timeline) -> Iterator[_Served]:
     """Which loads served which layer: those of its parts that landed since its last pass."""
-    last_link = H2D if H2D in timeline.lanes else DISK
     landed: dict[int, list[Slice]] = defaultdict(list)
     layers: dict[tuple[int, int], list[Slice]] = defaultdict(list)
     for s in timeline.slices:
         if s.lane == TARGET and s.layer >= 0:
             layers[s.round, s.layer].append(s)
-    loads = iter(sorted(timeline.lane(last_link), key=lambda s: s.stop_s))
+    loads = iter(sorted(_loads(timeline), key=lambda s: s.stop_s))
     waiting = next(loads, None)
     for (_, layer), slices in sorted(layers.items(), key=lambda pair: pair[1][0].start_s):
         while waiting is not None and waiting.stop_s <= slices[0].start_s:
@@ -194,6 +195,11 @@ def _served_loads(timeline: Timeline) -> Iterator[_Served]:
             waiting = next(loads, None)
         if mine := landed.pop(layer, None):
             yield _Served(tuple(mine), slices[0], max(s.stop_s for s in slices))
+
+
+def _loads(timeline: Timeline) -> list[Slice]:
+    """What brings parts into slots."""
+    return [s for s in timeline.lane(H2D if H2D in timeline.lanes else DISK) if s.part >= 0]
 
 
 def _flows(timeline: Timeline, served: Iterable[_Served]) -> dict[int, str]:
@@ -220,14 +226,14 @@ def _counters(timeline: Timeline, served: Iterable[_Served]) -> Iterator[tuple[f
     step = max(SHORTEST_STEP_S, (stop - start) / COUNTER_STEPS)
     steps = int((stop - start) / step) + 1
     at = [start + i * step for i in range(steps)]
-    for lane in (name for name in LINKS if name in timeline.lanes):
+    for lane in (name for name in (*LINKS, D2H) if name in timeline.lanes):
         yield from _counter(f"{lane} GB/s", at, _rates(timeline.lane(lane), start, step, steps))
     reads = [change for s in timeline.lane(DISK) for change in ((s.start_s, 1), (s.stop_s, -1))]
     if reads:
         yield from _counter("disk queue depth", at, _sampled(reads, at))
     if slots := int(timeline.facts.get("slots", 0)):
         changes = [change for use in served for change in ((use.stop_s, len(use.loads)),)]
-        changes += [(s.start_s, -1) for s in timeline.lane(H2D if H2D in timeline.lanes else DISK)]
+        changes += [(s.start_s, -1) for s in _loads(timeline)]
         yield from _counter("free slots", at, [slots + value for value in _sampled(changes, at)])
     total = 0
     for r in timeline.rounds:
@@ -318,7 +324,7 @@ def _slice(event: Mapping[str, Any], lane: str, unnamed: int) -> Slice:
         stop_s=start + event["dur"] / 1e6,
         round=args.get("round", -1),
         layer=args.get("layer", -1),
-        part=int(name.split()[-1]) if lane in LINKS else -1,
+        part=int(name.split()[-1]) if name.startswith((Op.READ, Op.COPY)) else -1,
         tokens=args.get("tokens", 0),
         nbytes=round(args.get("MB", 0) * 1e6),
         cause=args.get("after", -1),

@@ -4,13 +4,15 @@ Pure policy: it is handed seconds, it never reads a clock. In virtual time the s
 simulated spans, so a plan is judged by the code that will run it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aspec.plan import Plan
 from aspec.tasks.task import COMPUTE, Op, Span, Task
 
 SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts from which a layer's seconds are kept together
+
+ASIDE = (Op.SEND, Op.ATTEND, Op.RETURN)  # of a split layer, on lanes of their own
 
 STEPS = (*range(1, 32), *range(32, 128, 4), *range(128, 1025, 32))  # token counts between which a pass costs a line
 
@@ -45,12 +47,13 @@ class _SplitLayer:
     items: int = 0  # that have finished it
     tokens: int = 0
     compute_s: float = 0.0
-    attend_s: float = 0.0
+    aside_s: dict[Op, float] = field(default_factory=dict)  # by what has a lane of its own
 
     @property
     def seconds(self) -> float:
         """What it takes: several items attend beside each other's computing, one waits for its own attention."""
-        return max(self.compute_s, self.attend_s) if self.items > 1 else self.compute_s + self.attend_s
+        asides = self.aside_s.values()
+        return max([self.compute_s, *asides]) if self.items > 1 else self.compute_s + sum(asides)
 
 
 class CostModel:
@@ -63,7 +66,7 @@ class CostModel:
         self._link_free_s = 0.0  # when the latest load landed
         self._landed, self._landed_s = 0, 0.0  # loads in their slots, and when the latest got there
         self._tokens_per_s = Average()  # over the rounds, all rows together
-        self._pieces: dict[tuple[str, Op], float] = {}  # by item: seconds of its projections, of its attention
+        self._pieces: dict[tuple[str, Op], float] = {}  # by item: seconds of its projections, its attention, the way
         self._split = _SplitLayer()  # the latest
         self._round_start_s: dict[int, float] = {}  # of those that have not ended
         self._round_tokens: dict[int, int] = {}  # of rows that decode
@@ -77,7 +80,7 @@ class CostModel:
             self._landed, self._landed_s = self._landed + 1, span.stop_s
         if task.op is Op.LAYER:
             self._learn_layer(task.num_tokens, seconds)
-        elif task.op in (Op.PROJECT, Op.ATTEND, Op.FFN):
+        elif task.op in (Op.PROJECT, *ASIDE, Op.FFN):
             self._learn_split(task, seconds)
         elif task.op is Op.READ:
             busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
@@ -206,7 +209,9 @@ class CostModel:
         self._split.items += 1
         self._split.tokens += task.num_tokens
         self._split.compute_s += seconds + self._pieces.pop((name, Op.PROJECT), 0.0)
-        self._split.attend_s += self._pieces.pop((name, Op.ATTEND), 0.0)
+        for op in ASIDE:
+            aside_s = self._split.aside_s.get(op, 0.0)
+            self._split.aside_s[op] = aside_s + self._pieces.pop((name, op), 0.0)
 
     def _learn_acceptance(self, num_proposed: int, num_accepted: int) -> None:
         if num_proposed == 0:

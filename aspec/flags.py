@@ -150,8 +150,8 @@ class GenerateFlags:
         str,
         option(
             PLACE,
-            "Where attention runs: device, as part of its layer; cpu, on a lane of its own, so that half of the rows "
-            "attend while the other half goes through the rest of a layer. The same tokens either way. auto: device.",
+            "Where attention runs: device, in its layer; cpu, on a lane of its own, behind a link beside KV in host "
+            "memory: half of the rows attend while the others compute. The same tokens either way. auto: device.",
             "--attention",
         ),
     ] = "auto"

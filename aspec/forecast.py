@@ -6,6 +6,7 @@ that a round stays a few hundred tasks.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, sqrt
 
 from aspec.costs import expected_tokens
@@ -222,7 +223,7 @@ class Forecaster:
 
 def tasks_per_pass(plan: Plan) -> int:
     """About how many tasks a pass of a group is."""
-    per_layer = 1 if plan.attention_resource == "compute" else 3 * plan.micro_batches
+    per_layer = 1 if plan.attention_resource == "compute" else (5 if plan.kv_on_host else 3) * plan.micro_batches
     return plan.num_layers * per_layer + len(plan.streamed) * (1 + bool(plan.num_staging)) + 8
 
 
@@ -253,13 +254,16 @@ def _merge_parts(plan: Plan, layers: int) -> Plan:
         replace(part, index=index, layer=layer, nbytes=nbytes, size=size)
         for index, ((layer, _), (nbytes, size, part)) in enumerate(sorted(sizes.items(), key=lambda one: one[0]))
     )
+    groups = (plan.crossing[start : start + layers] for start in range(0, len(plan.crossing), layers))
+    crossing = tuple((sum(out for out, _ in own), sum(back for _, back in own)) for own in groups)
+    merged = partial(replace, plan, parts=parts, num_layers=ceil(plan.num_layers / layers), crossing=crossing)
     streamed = [part for part in parts if part.tier != "device"]
     if not streamed:
-        return replace(plan, parts=parts, num_layers=ceil(plan.num_layers / layers))
+        return merged()
     slot = max(part.size for part in streamed)
     least = max(sum(part.layer == layer for part in streamed) for layer in {part.layer for part in streamed})
     slots = max(least, round(plan.num_slots * plan.slot_bytes / slot))
-    return replace(plan, parts=parts, num_layers=ceil(plan.num_layers / layers), num_slots=slots, slot_bytes=slot)
+    return merged(num_slots=slots, slot_bytes=slot)
 
 
 def _together(layers: tuple[LayerCost, ...], count: int) -> Iterable[LayerCost]:

@@ -32,7 +32,14 @@ LEAST_BUSY = 1e-4  # of a cell: less than this is the rounding of a clock
 PLAIN, BOLD, DIM = Style(), Style(bold=True), Style(color="bright_black")
 TITLE = Style(color="color(110)", bold=True)
 ALARM, WARNING = Style(color="bright_red", bold=True), Style(color="color(179)", bold=True)
-_COLORS = {timeline.DISK: 67, timeline.H2D: 73, timeline.TARGET: 108, timeline.DRAFT: 139, timeline.CPU: 144}
+_COLORS = {
+    timeline.DISK: 67,
+    timeline.H2D: 73,
+    timeline.D2H: 79,
+    timeline.TARGET: 108,
+    timeline.DRAFT: 139,
+    timeline.CPU: 144,
+}
 LANE_STYLES = {lane: Style(color=f"color({color})") for lane, color in _COLORS.items()}
 SLOT_STYLES = {
     SlotState.LOADING: LANE_STYLES[timeline.DISK],

@@ -9,6 +9,7 @@ in one step or grow over several; either way a node stands in the same slot.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 import numpy as np
 import torch
@@ -67,6 +68,8 @@ class KVCache:
     ``exact``: a node's logits are bit for bit those of decoding its path token by token, at a price: attention as
     ``aspec/attention.py`` says, all other products in blocks of rows of one size. Without it they are equal up to
     rounding.
+    ``offloaded``: the layers are on the other side of a link. What they would store is handed through, and whoever
+    attends (``offload.py``) stores it; positions and masks are made here, beside the cache.
     """
 
     def __init__(
@@ -78,10 +81,13 @@ class KVCache:
         device: torch.device | str = "cpu",
         *,
         exact: bool = False,
+        offloaded: bool = False,
     ) -> None:
         self.exact = exact
+        self.offloaded = offloaded
         self.num_rows = num_rows
         self.capacity = capacity
+        self.dtype = dtype
         self.device = torch.device(device)
         self.keys: list[torch.Tensor | None] = []
         self.values: list[torch.Tensor | None] = []
@@ -192,6 +198,12 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._slot_slice = slice(min(begins), min(begins) + width) if uniform else None
         self._masks: dict[MaskKind, torch.Tensor] = {}
         self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
+        self.attended: dict[int, ref[torch.Tensor]] = {}  # offloaded: by layer, the new keys that it attended to
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the layers are on the other side of a link."""
+        return self.storage.offloaded
 
     def layer_mask(self, kind: MaskKind) -> "torch.Tensor | tuple[Paths, ...]":
         """What a layer gets as its mask: ``mask``, or in an exact step the paths of every row."""
@@ -251,24 +263,36 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store [B, H, T, D] of the new tokens; returns keys and values [B, H, S, D] of the rows so far.
 
-        A torch function mode meets it like torch's own functions (``split.py``).
+        Offloaded, it hands the new ones back. A torch function mode meets it like torch's own functions (``split.py``).
         """
         if has_torch_function_unary(key_states):
             given = (self, key_states, value_states, layer_idx)
             result: tuple[torch.Tensor, torch.Tensor] = handle_torch_function(StepCache.update, (key_states,), *given)
             return result
-        keys, values = self.storage.keys[layer_idx], self.storage.values[layer_idx]
+        if self.offloaded:
+            return key_states, value_states
+        self.store(layer_idx, key_states, value_states)
+        return self.stored(layer_idx)
+
+    def store(self, layer: int, *states: torch.Tensor) -> None:
+        """Keys and values [B, H, T, D] of the new tokens."""
+        for storage, new in zip(self._storages(layer), states, strict=True):
+            if self._row_slice is not None and self._slot_slice is not None:
+                storage[self._row_slice, :, self._slot_slice] = new
+            else:
+                storage[self._rows[:, None], :, self.slots] = new.transpose(1, 2)
+
+    def stored(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, S, D] of the rows so far."""
+        own = self._rows if self._row_slice is None else self._row_slice
+        keys, values = (storage[own, :, : self.high] for storage in self._storages(layer))
+        return keys, values
+
+    def _storages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.storage.keys[layer], self.storage.values[layer]
         assert keys is not None
         assert values is not None
-        return self._store(keys, key_states), self._store(values, value_states)
-
-    def _store(self, storage: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if self._row_slice is not None and self._slot_slice is not None:
-            storage[self._row_slice, :, self._slot_slice] = new
-        else:
-            storage[self._rows[:, None], :, self.slots] = new.transpose(1, 2)
-        own = self._rows if self._row_slice is None else self._row_slice
-        return storage[own, :, : self.high]
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this item's, for models that ask; positions are always given explicitly."""

@@ -25,9 +25,11 @@ from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.layout import Part, plan_parts
 from aspec.io.mapping import map_tensors
 from aspec.kv import KVShape, StepCache
-from aspec.probe import examine, examine_split, same_memory
+from aspec.offload import Crossing
+from aspec.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
-from aspec.split import Split, attend_to, finish, project
+from aspec.split import Split, attend_to, depart, finish, project
+from aspec.transfer import upload
 
 
 @dataclass(slots=True)
@@ -104,9 +106,12 @@ class Model:
         """The parts in the order of use, the resident rest (layer -1) first; see ``plan_parts``."""
         return plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
 
-    def kv_shapes(self) -> list[KVShape | None]:
-        """Per layer (heads, key width, value width); None where a layer uses what another one stored."""
-        return [layer.kv for layer in self._facts.layers]
+    def kv_shapes(self, *, offloaded: bool = False) -> list[KVShape | None]:
+        """Per layer (heads, key width, value width); None where a layer uses what another one stored.
+
+        ``offloaded``: of a cache on the other side of a link, which keeps what is attended to (``offload.py``).
+        """
+        return list(self.offload.kept) if offloaded else [layer.kv for layer in self._facts.layers]
 
     @property
     def layer_modules(self) -> tuple[torch.nn.Module, ...]:
@@ -142,15 +147,20 @@ class Model:
             raise InternalError(f"tokens {list(input_ids.shape)} do not fit positions {list(step.position_ids.shape)}")
         tape = _Tape()
         with contextlib.suppress(_Stop):
-            self._run_frame(tape, input_ids, step.position_ids, step.mask(), step)
+            self._run_frame(
+                tape, input_ids, self._beside(step, step.position_ids), self._beside(step, step.mask()), step
+            )
         hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
         for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
-            arguments[facts.mask_argument] = step.layer_mask(facts.mask)
+            # offloaded: the mask is where the attention is, and what stands for it here is looked at by nobody
+            arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
 
     def layer(self, index: int, activation: Activation) -> None:
         """Run one layer on an item; its parameters must be bound."""
+        if activation.step.offloaded:
+            raise InternalError("a layer whose KV is in host memory runs in one piece")
         self._binder.check(index)
         with products(activation.step):
             activation.hidden = self._forward(index, activation)
@@ -163,20 +173,40 @@ class Model:
         """
         return examine_split(self.config, self.dtype, self._facts)
 
+    @cached_property
+    def offload(self) -> OffloadFacts:
+        """What its split layers are beside KV in host memory. Raises UnsupportedModelError as ``split_bytes`` does."""
+        return examine_offload(self.config, self.dtype, self._facts)
+
     def project(self, index: int, activation: Activation) -> None:
         """``layer`` in three steps, to the same bits: this one goes up to the attention; keys and values are stored.
 
-        The parameters must be bound from here to the end of ``finish``.
+        The parameters must be bound from here to the end of ``finish``. Beside KV in host memory there are five:
+        ``send`` and ``bring_back`` are around the attention, which stores.
         """
         self._binder.check(index)
         with products(activation.step):
             activation.split = project(partial(self._forward, index, activation), activation.hidden)
+        if activation.step.offloaded:
+            facts = self._facts.layers[index]
+            depart(activation.split, activation.step, index, facts.mask, stores=facts.kv is not None)
+
+    @staticmethod
+    def send(activation: Activation) -> None:
+        """To the host: what ``project`` has left for an attention there."""
+        _crossing(activation).send()
 
     @staticmethod
     def attend(activation: Activation) -> None:
         """The attention of the layer at which ``project`` left an item, on any thread."""
         assert activation.split is not None
         attend_to(activation.split)
+
+    @staticmethod
+    def bring_back(activation: Activation) -> None:
+        """From the host: what an attention there has made."""
+        assert activation.split is not None
+        activation.split.output = _crossing(activation).bring_back()
 
     def finish(self, index: int, activation: Activation) -> None:
         """What follows the attention of a layer."""
@@ -194,7 +224,7 @@ class Model:
     def head(self, activation: Activation, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, N, V] at the columns ``keep`` [B, N] int64 of every row; all columns without it."""
         step, hidden, ids = activation.step, activation.hidden, activation.input_ids
-        positions, mask = step.position_ids, step.mask()
+        positions, mask = self._beside(step, step.position_ids), step.mask()
         if keep is not None:
             rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
             hidden, ids, positions = (
@@ -203,10 +233,16 @@ class Model:
                 positions.gather(1, keep),
             )
             mask = mask[:, :, : keep.shape[1]]  # nothing attends any more
-        logits: torch.Tensor = self._run_frame(_Tape(final=hidden), ids, positions, mask, step).logits
+        logits: torch.Tensor = self._run_frame(
+            _Tape(final=hidden), ids, positions, self._beside(step, mask), step
+        ).logits
         if logits.is_meta:
             raise InternalError("the head runs while the resident rest of the model is not bound")
         return logits
+
+    def _beside(self, step: StepCache, tensor: torch.Tensor) -> torch.Tensor:
+        """What a step tells, on the device of the layers: a cache in host memory tells it there."""
+        return upload(tensor, self.device) if step.offloaded else tensor
 
     def _run_frame(
         self, tape: _Tape, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: StepCache
@@ -241,6 +277,13 @@ class Model:
             return (hidden,) if in_tuples else hidden
 
         return forward
+
+
+def _crossing(activation: Activation) -> Crossing:
+    split = activation.split
+    if split is None or split.crossing is None:
+        raise InternalError("nothing crosses to the host: the KV cache is beside the layers")
+    return split.crossing
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from aspec.io.layout import Part, scratch_bytes
 from aspec.io.memory import PAGE
 from aspec.kv import KVCache
 from aspec.model import Model
+from aspec.offload import pinned_bytes
 from aspec.options import EngineOptions
 from aspec.plan import PlannedPart, Speculation, draft_slots
 from aspec.planner import Needs, Wishes
-from aspec.tasks.task import CPU
+from aspec.tasks.task import COMPUTE, CPU
 
 MIB = 1 << 20
 NGRAM = "ngram"  # the name of the draft that needs no model
@@ -196,20 +197,24 @@ def _needs(
         for part in parts
         if part.layer >= 0
     )
-    kv = KVCache.bytes_per_token(target.kv_shapes(), target.dtype)
+    kv = KVCache.bytes_per_token(target.kv_shapes(offloaded=wishes.kv_on_host), target.dtype)
     draft_kv = 0 if draft is None else KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
     spare = draft_slots(wishes.speculation, wishes.max_draft_tokens)
-    nodes = wishes.max_draft_tokens if spare else 0
+    nodes = wishes.num_rows * wishes.max_draft_tokens * kv if spare else 0  # that the target verifies
     fixed = {
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
         "scratch": scratch_bytes(parts),
         "activations": _activation_bytes(target, wishes),
-        "draft trees": wishes.num_rows * (nodes * kv + spare * draft_kv),
+        "draft trees": wishes.num_rows * spare * draft_kv + (0 if wishes.kv_on_host else nodes),
     }
     if draft is not None and wishes.host_bytes is not None:
-        fixed["draft activations"] = _activation_bytes(draft, wishes)  # it has a stream of its own there
-    return Needs(layer_parts, target.num_layers, fixed, kv, draft_kv)
+        beside = replace(wishes, attention_resource=COMPUTE)  # whatever the target's layers do
+        fixed["draft activations"] = _activation_bytes(draft, beside)  # it has a stream of its own there
+    if not wishes.kv_on_host:
+        return Needs(layer_parts, target.num_layers, fixed, kv, draft_kv)
+    on_host = {"draft trees": nodes, **_host_bytes(target, wishes)}
+    return Needs(layer_parts, target.num_layers, fixed, kv, draft_kv, on_host, target.offload.crossing)
 
 
 def _activation_bytes(target: Model, wishes: Wishes) -> int:
@@ -217,28 +222,56 @@ def _activation_bytes(target: Model, wishes: Wishes) -> int:
     verified = wishes.num_rows * (1 + wishes.max_draft_tokens)
     tokens = max(wishes.prefill_tokens, verified)
     text = target.config.get_text_config()
-    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    hidden = int(text.hidden_size)
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
     wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
     item = target.dtype.itemsize
-    attention = tokens * 4 * hidden * item
-    if wishes.exact:
-        slot = max(shape[0] * (shape[1] + shape[2]) * item for shape in target.kv_shapes() if shape)
-        attention += temporary_bytes_exact(wishes.num_rows, heads, tokens, wishes.capacity, slot)
-    else:
-        most = MAX_SCORE_BYTES if wishes.host_bytes is None else DEVICE_SCORE_BYTES
-        attention += temporary_bytes(1, heads, tokens, wishes.capacity, most)
+    projected = tokens * 4 * hidden * item
+    attention = projected + _attention_bytes(target, wishes, tokens)
     logits = -(-verified // BLOCK_ROWS) * BLOCK_ROWS if wishes.exact else verified
     head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
     joining = min(wishes.prefill_pass_tokens, wishes.num_rows * wishes.capacity)
     others = max(0, joining - wishes.prefill_tokens)  # that wait while one item is in a layer
     waiting = others * (hidden * item + wishes.capacity)  # their hidden states, and what each may see
     layer = tokens * 3 * wide * item
+    if wishes.kv_on_host:
+        held = (verified + 2 * wishes.prefill_tokens) * target.offload.per_token
+        return waiting + tokens * 2 * hidden * item + held + max(projected, layer, head)
     if wishes.attention_resource == CPU:
         return (
             waiting + tokens * 2 * hidden * item + _split_bytes(target, wishes, verified) + attention + max(layer, head)
         )
     return waiting + tokens * 2 * hidden * item + max(attention, layer, head)
+
+
+def _attention_bytes(target: Model, wishes: Wishes, tokens: int) -> int:
+    """Scores and weights of one item of so many tokens."""
+    heads = int(target.config.get_text_config().num_attention_heads)
+    if not wishes.exact:
+        on_device = wishes.host_bytes is not None and not wishes.kv_on_host
+        most = DEVICE_SCORE_BYTES if on_device else MAX_SCORE_BYTES
+        return temporary_bytes(1, heads, tokens, wishes.capacity, most)
+    slot = _slot_bytes(target, wishes)
+    return temporary_bytes_exact(wishes.num_rows, heads, tokens, wishes.capacity, slot)
+
+
+def _slot_bytes(target: Model, wishes: Wishes) -> int:
+    """Keys and values of one token in the layer that keeps most of it."""
+    shapes = target.kv_shapes(offloaded=wishes.kv_on_host)
+    return max(shape[0] * (shape[1] + shape[2]) * target.dtype.itemsize for shape in shapes if shape)
+
+
+def _host_bytes(target: Model, wishes: Wishes) -> dict[str, int]:
+    """What attention beside KV in host memory takes there: buffers for what crosses, and one item's attention."""
+    verified = wishes.num_rows * (1 + wishes.max_draft_tokens)
+    joining = min(wishes.prefill_pass_tokens, wishes.num_rows * wishes.capacity)
+    rows = wishes.num_rows * wishes.capacity * _slot_bytes(target, wishes)  # gathered, where they are apart
+    masks = (verified + joining) * wishes.capacity
+    largest = max(map(sum, target.offload.crossing))
+    return {
+        "crossing": pinned_bytes(verified + 2 * wishes.prefill_tokens, largest),
+        "attention": _attention_bytes(target, wishes, max(wishes.prefill_tokens, verified)) + rows + masks,
+    }
 
 
 def _split_bytes(target: Model, wishes: Wishes, verified: int) -> int:

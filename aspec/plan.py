@@ -77,6 +77,7 @@ class Plan:
     draft_resource: str = "compute"
     attention_resource: str = "compute"  # "cpu": every layer is split, its attention runs beside other items' work
     micro_batches: int = 1  # work items at most that the decoding rows are divided into
+    crossing: tuple[tuple[int, int], ...] = ()  # by layer, of split ones: bytes of a token to host KV and back
     budget_bytes: int | None = None
     arithmetic: Mapping[str, int] = field(default_factory=dict)  # what is held, label -> bytes
     host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # the same behind a device's link
@@ -89,6 +90,8 @@ class Plan:
             raise InternalError(f"{self.num_rows} rows cannot form {self.num_groups} groups")
         if self.micro_batches < 1:
             raise InternalError(f"a plan divides rows into 1 item or more, found {self.micro_batches}")
+        if len(self.crossing) not in (0, self.num_layers):
+            raise InternalError(f"what crosses is told for {len(self.crossing)} of {self.num_layers} layers")
         if any(part.size > self.slot_bytes for part in self.streamed):
             raise InternalError(f"a streamed part is larger than a slot of {self.slot_bytes} bytes")
 
@@ -121,6 +124,17 @@ class Plan:
     def draft_slots(self) -> int:
         """The same for the draft, which also sees nodes that are pruned, and those it grows ahead."""
         return draft_slots(self.speculation, self.max_draft_tokens)
+
+    @property
+    def kv_on_host(self) -> bool:
+        """Whether the target's KV stays behind a device's link, where the attention goes to it."""
+        return self.attention_resource == "cpu" and self.num_staging > 0
+
+    def crossing_of(self, layer: int) -> tuple[int, int] | None:
+        """Bytes of a token that go to host KV and back; None where the KV is beside the layer."""
+        if not self.kv_on_host:
+            return None
+        return self.crossing[layer] if self.crossing else (0, 0)
 
     @property
     def held_bytes(self) -> int:

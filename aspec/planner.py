@@ -4,7 +4,7 @@ Pure policy: byte sizes in, a ``Plan`` out, with the arithmetic that an error or
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from aspec.errors import BudgetError
 from aspec.plan import Plan, PlannedPart, Speculation, Tier, format_bytes
@@ -24,6 +24,8 @@ class Needs:
     fixed: Mapping[str, int]  # label -> bytes that are held in any plan
     kv_bytes_per_token: int  # of the target
     draft_kv_bytes_per_token: int = 0
+    host_fixed: Mapping[str, int] = field(default_factory=dict)  # in host memory, where attention runs beside its KV
+    crossing: tuple[tuple[int, int], ...] = ()  # see ``Plan``
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,11 @@ class Wishes:
     host_bytes: int | None = None  # of host memory behind a device's link; None: the device is the host's own memory
 
     @property
+    def kv_on_host(self) -> bool:
+        """Whether attention, and the target's KV with it, is on the other side of a device's link."""
+        return self.host_bytes is not None and self.attention_resource == CPU
+
+    @property
     def prefill_pass_tokens(self) -> int:
         """Prompt tokens that join a pass at most, whose hidden states are all held; a longer prompt joins alone."""
         return max(PREFILL_ITEMS * self.prefill_tokens, self.capacity)
@@ -61,21 +68,22 @@ def make_plan(needs: Needs, wishes: Wishes) -> Plan:
     """
     slots = wishes.num_rows * (wishes.capacity + 1)
     kv, draft_kv = slots * needs.kv_bytes_per_token, slots * needs.draft_kv_bytes_per_token
-    on_host = wishes.host_bytes is not None and wishes.attention_resource == CPU
+    on_host = {"KV cache": kv, **needs.host_fixed} if wishes.kv_on_host else {}
+    _check_host(on_host, wishes)
     held = {**needs.fixed, "KV cache": draft_kv + (0 if on_host else kv)}
     room = wishes.budget_bytes - sum(held.values())
     everything = sum(part.resident_bytes for part in needs.parts)
     allowed = room if wishes.resident_bytes is None else min(room, wishes.resident_bytes)
     if everything <= allowed:
         parts = tuple(replace(part, tier=Tier.DEVICE) for part in needs.parts)
-        return _plan(needs, wishes, parts, 0, 0, {**held, "resident layers": everything}, kv if on_host else 0)
+        return _plan(needs, wishes, parts, 0, 0, {**held, "resident layers": everything}, on_host)
     per_layer = _most_parts_per_layer(needs)
     slot_bytes = max(part.size for part in needs.parts)
     if per_layer * slot_bytes > room:
         raise BudgetError(_too_small(held, per_layer, slot_bytes, wishes.budget_bytes))
     num_slots = min(per_layer + wishes.spare_slots, room // slot_bytes)
     resident = _spread(needs.parts, min(allowed, room - num_slots * slot_bytes))
-    hosted = _hosted(needs.parts, resident, wishes, kv if on_host else 0)
+    hosted = _hosted(needs.parts, resident, wishes, sum(on_host.values()))
     tiers = dict.fromkeys(hosted, Tier.HOST) | dict.fromkeys(resident, Tier.DEVICE)
     parts = tuple(replace(part, tier=tiers.get(part.index, Tier.DISK)) for part in needs.parts)
     slot_bytes = max(part.size for part in parts if part.tier is not Tier.DEVICE)
@@ -83,20 +91,26 @@ def make_plan(needs: Needs, wishes: Wishes) -> Plan:
         "resident layers": sum(part.resident_bytes for part in parts if part.tier is Tier.DEVICE),
         f"{num_slots} slots": num_slots * slot_bytes,
     }
-    return _plan(needs, wishes, parts, num_slots, slot_bytes, held, kv if on_host else 0)
+    return _plan(needs, wishes, parts, num_slots, slot_bytes, held, on_host)
 
 
-def _hosted(parts: Sequence[PlannedPart], resident: set[int], wishes: Wishes, kv_bytes: int) -> set[int]:
-    """Of the parts that stream, those that host memory keeps, pinned, beside staging buffers and KV."""
+def _check_host(on_host: Mapping[str, int], wishes: Wishes) -> None:
+    """Raises BudgetError where host memory does not hold what attention on the CPU takes there."""
+    if wishes.host_bytes is not None and sum(on_host.values()) > wishes.host_bytes:
+        terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in on_host.items() if nbytes)
+        raise BudgetError(
+            f"host memory of {format_bytes(wishes.host_bytes)} does not hold what attention on the CPU takes there: "
+            f"{terms} = {format_bytes(sum(on_host.values()))}. Give --host-memory more, lower --batch-size or "
+            f"--max-context, or run with --attention device."
+        )
+
+
+def _hosted(parts: Sequence[PlannedPart], resident: set[int], wishes: Wishes, taken_bytes: int) -> set[int]:
+    """Of the parts that stream, those that host memory keeps, pinned, beside staging buffers and what is taken."""
     streamed = [part for part in parts if part.index not in resident]
     if wishes.host_bytes is None:
         return set()
-    room = wishes.host_bytes - kv_bytes
-    if room < 0:
-        raise BudgetError(
-            f"host memory of {format_bytes(wishes.host_bytes)} does not hold the KV cache of {format_bytes(kv_bytes)} "
-            f"that attention on the CPU reads. Give --host-memory more, or lower --batch-size or --max-context."
-        )
+    room = wishes.host_bytes - taken_bytes
     if sum(part.size for part in streamed) <= room:
         return {part.index for part in streamed}
     return _spread(streamed, room - NUM_STAGING * max(part.size for part in streamed))
@@ -109,7 +123,7 @@ def _plan(
     num_slots: int,
     slot_bytes: int,
     held: Mapping[str, int],
-    host_kv_bytes: int,
+    on_host: Mapping[str, int],
 ) -> Plan:
     hosted = sum(part.size for part in parts if part.tier is Tier.HOST)
     staged = any(part.tier is Tier.DISK for part in parts) and wishes.host_bytes is not None
@@ -132,11 +146,12 @@ def _plan(
         draft_ahead=wishes.draft_ahead,
         attention_resource=wishes.attention_resource,
         micro_batches=wishes.micro_batches,
+        crossing=needs.crossing,
         budget_bytes=wishes.budget_bytes,
         num_staging=0 if wishes.host_bytes is None else NUM_STAGING,
         draft_resource=COMPUTE if wishes.host_bytes is None else DRAFT_COMPUTE,
         arithmetic=held,
-        host_arithmetic={"pinned layers": hosted, "staging": staging, "KV cache": host_kv_bytes},
+        host_arithmetic={"pinned layers": hosted, "staging": staging, **on_host},
     )
 
 

@@ -1,12 +1,15 @@
 """The plan for a known amount of work: the search, fed with this machine's costs and the models' shapes."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from aspec.cache import Known, known_acceptance, machine_profile
 from aspec.devices import kind_of
+from aspec.errors import UnsupportedModelError
 from aspec.forecast import Forecaster
 from aspec.hardware import Hardware
+from aspec.model import Model
 from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, NGRAM, Models, folders, is_off
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Workload
@@ -71,8 +74,8 @@ def forecast_for(
 def left_open_by(options: EngineOptions, models: Models, hardware: Hardware, work: Workload) -> Open:
     """What nobody has fixed."""
     rows = rows_for(work.num_prompts) if options.max_batch is None else (min(options.max_batch, work.num_prompts),)
-    behind_link = hardware.h2d_bytes_per_s is not None
-    places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if behind_link else (COMPUTE,)}
+    both = hardware.h2d_bytes_per_s is not None and _attends_apart(models.target)
+    places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if both else (COMPUTE,)}
     return Open(
         rows=rows,
         groups=GROUPS if options.num_groups is None else (options.num_groups,),
@@ -83,6 +86,13 @@ def left_open_by(options: EngineOptions, models: Models, hardware: Hardware, wor
         slots=SLOTS,
         prefills=PREFILLS if options.prefill_tokens is None else (),
     )
+
+
+def _attends_apart(model: Model) -> bool:
+    """Whether its layers can attend beside KV in host memory."""
+    with suppress(UnsupportedModelError):
+        return bool(model.offload.kept)
+    return False
 
 
 def _speculations(options: EngineOptions, models: Models) -> tuple[tuple[Speculation | None, int], ...]:

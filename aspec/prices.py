@@ -6,7 +6,6 @@ longer, reading the weights or multiplying. Nothing here is measured or read.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 from aspec.exact import BLOCK_ROWS
@@ -56,6 +55,7 @@ def prices(
     return Profile(
         disk_bytes_per_s=hardware.disk_bytes_per_s,
         copy_bytes_per_s=hardware.h2d_bytes_per_s,
+        d2h_bytes_per_s=hardware.d2h_bytes_per_s,
         acceptance=acceptance,
         spread=spread,
         tariff=tariff,
@@ -69,8 +69,6 @@ def model_cost(
     device = hardware.processor
     attends = hardware.cpu if cpu_attention else device
     attention = _attention(shape, attends, exact=exact)
-    if cpu_attention and hardware.h2d_bytes_per_s is not None:
-        attention = replace(attention, token_s=_crossing_s(shape, hardware))
     made: dict[LayerShape, LayerCost] = {}
     for layer in shape.layers:
         if layer not in made:
@@ -198,10 +196,3 @@ def _attention(shape: ModelShape, device: Processor, *, exact: bool) -> Attentio
         own_pair_s=shape.heads * rates.own_score_s,
         exact=exact,
     )
-
-
-def _crossing_s(shape: ModelShape, hardware: Hardware) -> float:
-    """Seconds per token of bringing queries, keys and values to the host and what they make back."""
-    h2d = hardware.h2d_bytes_per_s or float("inf")
-    queries, made = shape.heads * shape.width * shape.itemsize, shape.heads * shape.value_width * shape.itemsize
-    return (queries + shape.kv_bytes) / (hardware.d2h_bytes_per_s or h2d) + made / h2d

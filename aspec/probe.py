@@ -17,9 +17,10 @@ from transformers.cache_utils import Cache
 
 from aspec.attention import attend
 from aspec.errors import InternalError, UnsupportedModelError
-from aspec.kv import KVCache, KVShape, MaskKind
+from aspec.kv import KVCache, KVShape, MaskKind, StepCache
+from aspec.offload import Crossing
 from aspec.skeleton import build_on_meta, find_layers, first_line
-from aspec.split import finish, project
+from aspec.split import depart, finish, project
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 SAMPLES = 4096  # pairs of positions at which a family's mask is compared with ours
@@ -197,50 +198,95 @@ def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: Facts) ->
 
     Raises UnsupportedModelError where a layer cannot be taken apart at its attention, such as one that attends twice.
     """
-    model = build_on_meta(config, dtype, SPLIT)
-    held: list[int] = []
-    for layer in find_layers(model)[1]:
-        layer.forward = _watch_split(layer, held, facts.in_tuples)
+    run = _run_split(config, dtype, facts, offloaded=False)
 
     def measure(num_tokens: int, num_slots: int) -> int:
-        """For two rows that are apart, so that their slots are gathered."""
+        return max(nbytes for nbytes, _ in run(num_tokens, num_slots))
+
+    least = measure(64, 128)
+    return -(-(measure(128, 128) - least) // 128), -(-(measure(64, 192) - least) // 128)
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadFacts:
+    """What a model's split layers are beside KV in host memory."""
+
+    per_token: int  # bytes that an item holds on the device between its projections and the end of a layer
+    kept: tuple[KVShape | None, ...]  # by layer: what the host keeps; None where it is another layer's
+    crossing: tuple[tuple[int, int], ...]  # by layer: bytes of a token that go to the host, and that come back
+
+
+def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: Facts) -> OffloadFacts:
+    """Probe a model whose layers attend beside KV in host memory.
+
+    Raises UnsupportedModelError where one cannot be taken apart, or attends to what the host cannot keep.
+    """
+    run = _run_split(config, dtype, facts, offloaded=True)
+    few, many = (run(num_tokens, 128) for num_tokens in (64, 128))
+    more = max(nbytes for nbytes, _ in many) - max(nbytes for nbytes, _ in few)
+    crossings = [crossing for _, crossing in few if crossing is not None]
+    return OffloadFacts(
+        -(-more // 128),
+        tuple(crossing.kept for crossing in crossings),
+        tuple(crossing.token_bytes for crossing in crossings),
+    )
+
+
+_Held = tuple[int, Crossing | None]
+"""Bytes behind a split layer before its second half, and its attention on the way to the host."""
+
+
+def _run_split(
+    config: PreTrainedConfig, dtype: torch.dtype, facts: Facts, *, offloaded: bool
+) -> Callable[[int, int], list[_Held]]:
+    """A model on meta, its layers in halves: what each holds, for two rows of so many tokens and slots."""
+    model = build_on_meta(config, dtype, SPLIT)
+    held: list[_Held] = []
+    for index, layer in enumerate(find_layers(model)[1]):
+        layer.forward = _watch_split(layer, index, facts, held)
+
+    def run(num_tokens: int, num_slots: int) -> list[_Held]:
+        """The rows are apart, so that their slots are gathered."""
         held.clear()
-        cache = KVCache([layer.kv for layer in facts.layers], 3, num_slots, dtype, "meta")
+        cache = KVCache([layer.kv for layer in facts.layers], 3, num_slots, dtype, "meta", offloaded=offloaded)
         step = cache.step([0, 2], [num_slots - num_tokens] * 2, [num_tokens] * 2)
         tokens = torch.zeros(2, num_tokens, dtype=torch.long, device="meta")
-        model(input_ids=tokens, position_ids=tokens, past_key_values=step, use_cache=True)
-        return max(held)
+        try:
+            model(input_ids=tokens, position_ids=tokens, past_key_values=step, use_cache=True)
+        except InternalError as error:
+            raise UnsupportedModelError(
+                f"{config.model_type}: its attention cannot run apart from the rest of its layers: {error}. "
+                f"Run it with --attention device."
+            ) from error
+        return list(held)
 
-    try:
-        least = measure(64, 128)
-        return -(-(measure(128, 128) - least) // 128), -(-(measure(64, 192) - least) // 128)
-    except InternalError as error:
-        raise UnsupportedModelError(
-            f"{config.model_type}: its attention cannot run apart from the rest of its layers: {error}. "
-            f"Run it with --attention device."
-        ) from error
+    return run
 
 
-def _watch_split(layer: nn.Module, held: list[int], in_tuples: bool) -> Callable[..., object]:
+def _watch_split(layer: nn.Module, index: int, facts: Facts, held: list[_Held]) -> Callable[..., object]:
     """A forward that takes the layer's own apart, and tells what is held between the halves.
 
     Behind its attention a layer may fail on meta, where it looks at numbers (experts); by then nothing is held.
     """
-    original = layer.forward
+    original, own = layer.forward, facts.layers[index]
 
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> object:
         split = project(lambda: original(hidden, *args, **kwargs), hidden)
         assert split.call is not None
         _, query, _, value, *_ = split.call[0]
-        split.output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        held.append(split.nbytes)
+        step = next(given for given in (*args, *kwargs.values()) if isinstance(given, StepCache))
+        if step.offloaded:
+            depart(split, step, index, own.mask, stores=own.kv is not None)
+        back = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        split.output = split.crossing.back if split.crossing is not None else back
+        held.append((split.nbytes, split.crossing))
         try:
             finish(lambda: original(hidden, *args, **kwargs), split)
         except InternalError:
             raise
         except Exception:
             assert split.output is None
-        return (hidden,) if in_tuples else hidden
+        return (hidden,) if facts.in_tuples else hidden
 
     return forward
 

@@ -53,7 +53,9 @@ class ModelRunner:
             Op.EMBED: self._embed,
             Op.LAYER: self._layer,
             Op.PROJECT: self._project,
+            Op.SEND: self._send,
             Op.ATTEND: self._attend,
+            Op.RETURN: self._return,
             Op.FFN: self._finish,
             Op.HEAD: self._head,
             Op.ACCEPT: self._accept,
@@ -101,7 +103,7 @@ class ModelRunner:
         nodes = [links or list(range(-1, count - 1)) for links, count in zip(parents, item.counts, strict=True)]
         self._depths[item.name] = [depths_of(links) for links in nodes]
         step = self._target_kv.step(item.rows, item.starts, item.counts, nodes if tree else None)
-        self._activations[item.name] = self._target.embed(upload(pad(tokens), self._target_kv.device), step)
+        self._activations[item.name] = self._target.embed(upload(pad(tokens), self._target.device), step)
         return NOTHING
 
     def _tokens(self, row: int, start: int, count: int) -> tuple[list[int], list[int] | None]:
@@ -127,6 +129,14 @@ class ModelRunner:
         self._target.attend(self._activations[item_of(task).name])
         return NOTHING
 
+    def _send(self, task: Task) -> Report:
+        self._target.send(self._activations[item_of(task).name])
+        return NOTHING
+
+    def _return(self, task: Task) -> Report:
+        self._target.bring_back(self._activations[item_of(task).name])
+        return NOTHING
+
     def _finish(self, task: Task) -> Report:
         self._target.finish(task.layer, self._activations[item_of(task).name])
         return NOTHING
@@ -142,7 +152,7 @@ class ModelRunner:
         item = item_of(task)
         activation, depths = self._activations.pop(item.name), self._depths.pop(item.name)
         last = torch.tensor([[count - 1] for count in item.counts])
-        logits = self._target.head(activation, upload(last, self._target_kv.device) if item.prefill else None)
+        logits = self._target.head(activation, upload(last, self._target.device) if item.prefill else None)
         drawn_at = [own[-1:] if item.prefill else own for own in depths]
         positions = [[start + 1 + depth for depth in own] for start, own in zip(item.starts, drawn_at, strict=True)]
         samplers = [self._rows[row].sampler for row in item.rows]

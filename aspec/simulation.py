@@ -17,7 +17,7 @@ from aspec.plan import Plan
 from aspec.planner import NUM_STAGING
 from aspec.scheduler import Scheduler
 from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing, RowOutcome
-from aspec.timeline import CPU, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
+from aspec.timeline import CPU, D2H, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 from aspec.virtual import VirtualTimeLoop
 
 FIT_ROWS, FIT_TOKENS = 4, 300  # of a simulation that is held against a run
@@ -77,7 +77,7 @@ def read_profile(path: Path) -> Profile:
     for name, value in values.items():
         if name not in known:
             raise UserError(f"{path}: unknown field {name!r}; expected some of {', '.join(known)}.")
-        if value is None and name == "copy_bytes_per_s":
+        if value is None and name in ("copy_bytes_per_s", "d2h_bytes_per_s"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise UserError(f"{path}: {name} must be a number from 0 up, found {value!r}.")
@@ -123,6 +123,7 @@ def measured_profile(timeline: Timeline) -> Profile:
     return Profile(
         disk_bytes_per_s=_rate(timeline, DISK) or default.disk_bytes_per_s,
         copy_bytes_per_s=_rate(timeline, H2D),
+        d2h_bytes_per_s=_rate(timeline, D2H),
         layer_s=layer_s,
         layer_token_s=layer_token_s,
         draft_s=draft_s,
@@ -135,7 +136,8 @@ def measured_profile(timeline: Timeline) -> Profile:
 
 
 def _rate(timeline: Timeline, lane: str) -> float | None:
-    work = [(s.start_s, s.stop_s, s.nbytes) for s in timeline.lane(lane)]
+    """Of what fills slots; on the way from the device, of all that goes there."""
+    work = [(s.start_s, s.stop_s, s.nbytes) for s in timeline.lane(lane) if s.part >= 0 or lane == D2H]
     return lane_use(lane, work, timeline.start_s, timeline.stop_s).busy_bytes_per_s
 
 

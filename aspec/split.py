@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from aspec.attention import attend
 from aspec.errors import InternalError
 from aspec.exact import PRODUCTS
-from aspec.kv import StepCache
+from aspec.kv import MaskKind, StepCache
+from aspec.offload import Crossing
 
 KEPT = PRODUCTS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
 """Functions that run in the first half only: the dear ones, those whose bits may depend on where their operands are in
@@ -38,13 +39,15 @@ class Split:
     memory: set[int]  # of what was kept and of the hidden state: what alters it must run in the first half only
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the attention's arguments, until it has run
     output: torch.Tensor | None = None  # what it returned
+    crossing: Crossing | None = None  # of an attention beside KV in host memory, in place of ``call``
 
     @property
     def nbytes(self) -> int:
         """Bytes behind what is held: what was kept, what the attention is called with, what it returned."""
         kept = [one for _, result in self.kept for one in (result if isinstance(result, tuple) else (result,))]
         call = [] if self.call is None else self.call[0][1:4]  # query, key, value
-        tensors = [*kept, *call, *([] if self.output is None else [self.output])]
+        crossing = [] if self.crossing is None else self.crossing.tensors
+        tensors = [*kept, *call, *crossing, *([] if self.output is None else [self.output])]
         return sum({_memory(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
     def keeps(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
@@ -123,8 +126,18 @@ def project(forward: Forward, hidden: torch.Tensor) -> Split:
     raise InternalError("a split layer has ended without its attention")
 
 
+def depart(split: Split, step: StepCache, layer: int, mask: MaskKind, *, stores: bool) -> None:
+    """Make ready the way to KV in host memory; ``stores``: the layer has keys and values of its own."""
+    assert split.call is not None, "what is attended to comes from the projections"
+    args, _ = split.call
+    split.call, split.crossing = None, Crossing.of(args, step, layer, mask, stores=stores)
+
+
 def attend_to(split: Split) -> None:
     """Run the attention. Needs none of the layer's weights but its sinks; any thread will do, once at a time."""
+    if split.crossing is not None:
+        split.crossing.attend()
+        return
     assert split.call is not None, "a layer attends once, behind its projections"
     args, kwargs = split.call
     split.output, split.call = attend(*args, **kwargs)[0], None

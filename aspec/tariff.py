@@ -60,12 +60,11 @@ class Attention:
     key_s: float = 0.0  # per key of a row
     pair_s: float = 0.0  # per query token and key
     own_pair_s: float = 0.0  # per query token of a tree and key of its own path, on top
-    token_s: float = 0.0  # per query token
     exact: bool = False
 
     def times(self, factor: float) -> "Attention":
         """The same, so many times as long."""
-        names = ("call_s", "row_s", "key_s", "pair_s", "own_pair_s", "token_s")
+        names = ("call_s", "row_s", "key_s", "pair_s", "own_pair_s")
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
     def seconds(self, item: WorkItem, *, tree: bool = False) -> float:
@@ -73,9 +72,7 @@ class Attention:
         width = max(item.counts)
         ends = [start + count for start, count in zip(item.starts, item.counts, strict=True)]
         lengths = [_whole_tiles(end if self.exact else max(ends)) for end in ends]
-        total = self.call_s + sum(
-            self.row_s + self.token_s * width + length * (self.key_s + self.pair_s * width) for length in lengths
-        )
+        total = self.call_s + sum(self.row_s + length * (self.key_s + self.pair_s * width) for length in lengths)
         if not (self.exact and tree and width > 1 and not item.prefill):
             return total
         own = (_whole_tiles(start % KEY_TILE + min(width, TREE_DEPTH)) for start in item.starts)
@@ -98,7 +95,7 @@ class LayerCost:
 
     def seconds(self, item: WorkItem, *, tree: bool = False) -> float:
         """The whole layer for one item."""
-        tokens = padded_tokens(item)
+        tokens = item.padded_tokens
         return self.project.at(tokens) + self.attention.seconds(item, tree=tree) + self.rest.at(tokens)
 
 
@@ -115,7 +112,7 @@ class ModelCost:
     def embed_seconds(self, item: WorkItem) -> float:
         """Token ids to hidden states, positions and masks."""
         length = max(start + count for start, count in zip(item.starts, item.counts, strict=True))
-        return self.embed.at(padded_tokens(item)) + self.mask_pair_s * padded_tokens(item) * length
+        return self.embed.at(item.padded_tokens) + self.mask_pair_s * item.padded_tokens * length
 
     def layer_seconds(self, item: WorkItem) -> float:
         """All layers one after another; those of one kind are priced once."""
@@ -148,11 +145,6 @@ class Tariff:
         return self.task_s + _PRICES[task.op](self, task, item)
 
 
-def padded_tokens(item: WorkItem) -> int:
-    """Tokens that an item's products really work on: every row as wide as the widest."""
-    return len(item.rows) * max(item.counts)
-
-
 def _whole_tiles(length: int) -> int:
     return -(-length // KEY_TILE) * KEY_TILE
 
@@ -164,7 +156,7 @@ def _layer(tariff: Tariff, task: Task, item: WorkItem) -> float:
 
 def _project(tariff: Tariff, task: Task, item: WorkItem) -> float:
     layer = tariff.target.layers[task.layer]
-    return layer.project.at(padded_tokens(item)) + _bind(layer, task, item)
+    return layer.project.at(item.padded_tokens) + _bind(layer, task, item)
 
 
 def _bind(layer: LayerCost, task: Task, item: WorkItem) -> float:
@@ -177,7 +169,7 @@ def _attend(tariff: Tariff, task: Task, item: WorkItem) -> float:
 
 
 def _ffn(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return tariff.target.layers[task.layer].rest.at(padded_tokens(item))
+    return tariff.target.layers[task.layer].rest.at(item.padded_tokens)
 
 
 def _embed(tariff: Tariff, task: Task, item: WorkItem) -> float:
@@ -187,7 +179,7 @@ def _embed(tariff: Tariff, task: Task, item: WorkItem) -> float:
 def _head(tariff: Tariff, task: Task, item: WorkItem) -> float:
     if item.prefill:
         return tariff.target.head_seconds(len(item.rows), len(item.rows))
-    return tariff.target.head_seconds(padded_tokens(item), item.num_tokens)
+    return tariff.target.head_seconds(item.padded_tokens, item.num_tokens)
 
 
 def _accept(tariff: Tariff, task: Task, item: WorkItem) -> float:

@@ -13,8 +13,8 @@ from itertools import pairwise
 from aspec.tasks.task import Op
 from aspec.units import format_rate
 
-DISK, H2D, TARGET, DRAFT, CPU = "disk", "h2d", "target", "draft", "cpu"
-LANES = (DISK, H2D, TARGET, DRAFT, CPU)
+DISK, H2D, D2H, TARGET, DRAFT, CPU = "disk", "h2d", "d2h", "target", "draft", "cpu"
+LANES = (DISK, H2D, D2H, TARGET, DRAFT, CPU)
 """The lanes that a run can have, from the files to the host's small work."""
 
 LINKS = (DISK, H2D)
@@ -26,14 +26,23 @@ LANE_OF = {
     Op.EMBED: TARGET,
     Op.LAYER: TARGET,
     Op.PROJECT: TARGET,
+    Op.SEND: D2H,
     Op.ATTEND: CPU,
+    Op.RETURN: H2D,
     Op.FFN: TARGET,
     Op.HEAD: TARGET,
     Op.DRAFT: DRAFT,
     Op.DRAFT_PREFILL: DRAFT,
     Op.ACCEPT: CPU,
 }
-BOUND = {DISK: "disk-bound", H2D: "link-bound", TARGET: "compute-bound", DRAFT: "draft-bound", CPU: "host-bound"}
+BOUND = {
+    DISK: "disk-bound",
+    H2D: "link-bound",
+    D2H: "bound by the link back",
+    TARGET: "compute-bound",
+    DRAFT: "draft-bound",
+    CPU: "host-bound",
+}
 SHORTEST_STALL_S = 1e-5  # less is the time between two tasks
 UNBOUND_BELOW = 0.6  # a lane that is busy for less of the time does not bind the run
 

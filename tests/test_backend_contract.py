@@ -33,8 +33,9 @@ KINDS = ("sim-host", "sim-device", "cpu", "cuda")
 HAS_COPY = ("sim-device", "cuda")
 NUM_PARTS, PART_BYTES, SLOT_BYTES = 8, 40_000, 11 * PAGE
 ARRIVALS = ((0, 20, 9), (1, 100, 7), (2, 5, 6))
-SPLIT = (Op.PROJECT, Op.ATTEND, Op.FFN)
-FAULTS = [(kind, op) for kind in KINDS for op in Op if op is not Op.COPY or kind in HAS_COPY]
+CROSSING = (Op.SEND, Op.RETURN)
+SPLIT = (Op.PROJECT, Op.ATTEND, Op.FFN, *CROSSING)
+FAULTS = [(kind, op) for kind in KINDS for op in Op if op not in (Op.COPY, *CROSSING) or kind in HAS_COPY]
 
 
 def make_parts(folder, broken=None):
@@ -218,7 +219,7 @@ def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, split, 
     rig, spans = run(kind, main)
     assert find_races(spans, tolerance_s=1e-6) == []
     absent = {Op.LAYER} if split else set(SPLIT)
-    absent |= set() if kind in HAS_COPY else {Op.COPY}
+    absent |= set() if kind in HAS_COPY else {Op.COPY, *CROSSING}
     assert {span.task.op for span in spans} == set(Op) - absent
     assert not rig.watched.early
     if rig.runner is not None:

@@ -17,12 +17,16 @@ from tests.simulate import make_plan, simulate, trace_hash
 ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2)]
 
 
-@pytest.mark.parametrize("op", [op for op in Op if op not in (Op.PROJECT, Op.ATTEND, Op.FFN)])  # of split layers
+SPLIT = (Op.PROJECT, Op.SEND, Op.ATTEND, Op.RETURN, Op.FFN)
+ON_DEVICES = (Op.COPY, Op.SEND, Op.RETURN)
+
+
+@pytest.mark.parametrize("op", Op)
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_a_fault_at_any_task_is_one_error_and_leaves_nothing(virtual, op, nth):
-    resources = DEVICE_RESOURCES if op is Op.COPY else HOST_RESOURCES
-    split = {"attention_resource": CPU, "micro_batches": 2} if op in (Op.PROJECT, Op.ATTEND, Op.FFN) else {}
-    plan = make_plan(num_staging=2 if op is Op.COPY else 0, **split)
+    resources = DEVICE_RESOURCES if op in ON_DEVICES else HOST_RESOURCES
+    split = {"attention_resource": CPU, "micro_batches": 2} if op in SPLIT else {}
+    plan = make_plan(num_staging=2 if op in ON_DEVICES else 0, **split)
     backend = SimBackend(Profile(), resources, fail=(op, nth))
 
     async def main():

@@ -9,14 +9,14 @@ import torch
 
 from aspec.costs import expected_tokens
 from aspec.hardware import AttentionRates, Hardware, Processor
-from aspec.io.sim import Profile, SimBackend
+from aspec.io.sim import DEVICE_RESOURCES, Profile, SimBackend
 from aspec.model import Model
 from aspec.plan import Speculation
 from aspec.prices import ACCEPTANCE, model_cost, prices, weight_seconds
 from aspec.shapes import LayerShape, ModelShape, shape_of, touched_experts
 from aspec.simulation import fitted_acceptance, flat_fields
 from aspec.simulation import simulate as run_simulation
-from aspec.tariff import Attention, Line, Tariff, padded_tokens
+from aspec.tariff import Attention, Line, Tariff
 from aspec.tasks.task import COMPUTE, CPU, Growth, Op, Seating, Task, WorkItem
 from tests import tiny
 from tests.simulate import make_plan, simulate
@@ -117,12 +117,17 @@ def test_a_layer_is_the_sum_of_its_three():
     assert flat.price(task(Op.ATTEND, item())) == pytest.approx(5.1e-3 / 4)
 
 
-def test_attention_on_the_host_pays_the_way_there():
-    on_device, on_host = (prices(model(), None, CARD, cpu_attention=c).tariff for c in (False, True))
+def test_attention_on_the_host_is_the_cpus_and_the_way_there_is_the_links():
+    card = replace(CARD, d2h_bytes_per_s=20e9)
+    on_device, on_host = (prices(model(), None, card, cpu_attention=c) for c in (False, True))
     work = task(Op.ATTEND, item(4, 2000, 8))
-    assert on_host.seconds(work) > on_device.seconds(work)
-    crossing = on_host.target.layers[0].attention.token_s
-    assert crossing == pytest.approx((16 * 128 * 2 + 4 * 256 * 2 + 16 * 128 * 2) / 25e9)
+    assert on_host.tariff.seconds(work) > on_device.tariff.seconds(work)
+    assert on_host.tariff.seconds(work) == prices(model(), None, HERE).tariff.seconds(work)
+    machine = SimBackend(on_host, DEVICE_RESOURCES)
+    out, back = (task(op, item(4, 2000, 8), nbytes=10_000_000) for op in (Op.SEND, Op.RETURN))
+    assert machine.price(out) == pytest.approx(on_host.tariff.task_s + 1e7 / 20e9)
+    assert machine.price(back) == pytest.approx(on_host.tariff.task_s + 1e7 / 25e9)
+    assert SimBackend(replace(on_host, d2h_bytes_per_s=None)).price(out) == machine.price(back), "one way as the other"
 
 
 def test_exact_rows_attend_over_their_own_keys_and_the_others_over_the_longest():
@@ -139,7 +144,7 @@ def test_exact_rows_attend_over_their_own_keys_and_the_others_over_the_longest()
 
 def test_products_count_padding():
     ragged = WorkItem(0, (0, 1, 2), (5, 5, 5), (1, 9, 2))
-    assert padded_tokens(ragged) == 27
+    assert ragged.padded_tokens == 27
     layer = prices(model(), None, HERE).tariff.target.layers[0]
     assert layer.rest.at(27) > layer.rest.at(ragged.num_tokens)
 

@@ -87,9 +87,10 @@ def run_attention(model, activation):
 
 
 @torch.inference_mode()
-def run(model, how, exact):
+def run(model, how, exact, offloaded=False):
     """Ragged prompts, a later chunk, trees; rows apart and side by side. Logits of all, and what the cache holds."""
-    streamed, cache = tiny.Streamed(model), KVCache(model.kv_shapes(), 4, 96, model.dtype, exact=exact)
+    shapes = model.kv_shapes(offloaded=offloaded)
+    streamed, cache = tiny.Streamed(model), KVCache(shapes, 4, 96, model.dtype, exact=exact, offloaded=offloaded)
     generator = torch.Generator().manual_seed(1)
     passes = [
         [([0, 2], [0, 0], [20, 9], None), ([1], [0], [13], None)],

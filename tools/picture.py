@@ -31,7 +31,14 @@ from aspec.timeline import Slice, Timeline
 SHOWN_S = 42.0  # the moment of the simulated run that is drawn
 COLUMNS, LINES = 120, 28
 WIDTH, LEFT, TRACK, GAP, TOP = 1200, 90, 26, 8, 20
-COLOURS = {"disk": "#6c8ebf", "h2d": "#5fb3b3", "target": "#82b074", "draft": "#b48ead", "cpu": "#bdb76b"}
+COLOURS = {
+    "disk": "#6c8ebf",
+    "h2d": "#5fb3b3",
+    "d2h": "#5fd7af",
+    "target": "#82b074",
+    "draft": "#b48ead",
+    "cpu": "#bdb76b",
+}
 INK, PAPER, QUIET, RULE = "#d8d8d8", "#292929", "#9a9a9a", "#4a4a4a"
 
 

@@ -14,8 +14,10 @@ from itertools import accumulate
 
 from aspec.tariff import Tariff
 from aspec.tasks.task import (
+    BACK,
     COMPUTE,
     CPU,
+    D2H,
     DISK,
     DRAFT_COMPUTE,
     H2D,
@@ -44,6 +46,8 @@ HOST_RESOURCES = (
 DEVICE_RESOURCES = (
     Resource(DISK, depth=3),
     Resource(H2D, depth=2, domain="device"),
+    Resource(D2H, depth=2, domain="device"),
+    Resource(BACK, depth=2, domain="device"),
     Resource(COMPUTE, depth=2, domain="device"),
     Resource(DRAFT_COMPUTE, depth=2, domain="device"),
     Resource(CPU, depth=1),
@@ -60,6 +64,7 @@ class Profile:
 
     disk_bytes_per_s: float = 2e9
     copy_bytes_per_s: float | None = None  # None: the device is the host's own memory
+    d2h_bytes_per_s: float | None = None  # None: the link is as fast the other way
     layer_s: float = 5e-3  # one layer, any number of tokens below the knee
     layer_token_s: float = 1e-4  # and per token
     knee_tokens: int = 0  # tokens that a layer takes for nothing
@@ -134,6 +139,8 @@ class SimBackend:
         seconds = self._beside_reads(task, start, self.price(task))
         stop = round((start + seconds) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
         lane.free_s = self._stops[task.id] = stop
+        if task.op is Op.RETURN and (loads := self._lanes.get(H2D, lane)).free_s > start:
+            loads.free_s += seconds  # it passes the loads and takes its time from them: there is one link
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
         faulty = self.fail == (task.op, self._issued[task.op])
@@ -149,12 +156,16 @@ class SimBackend:
     def price(self, task: Task) -> float:
         """Seconds of a task by the profile, beside nothing else."""
         profile = self.profile
-        if profile.tariff is not None and task.op not in (Op.READ, Op.COPY):
+        copy_rate = profile.copy_bytes_per_s or math.inf
+        if profile.tariff is not None and task.op not in (Op.READ, Op.COPY, Op.SEND, Op.RETURN):
             return profile.tariff.seconds(task)
+        task_s = profile.tariff.task_s if profile.tariff else 0.0  # a load is so long that it does not count
         layer_s = profile.layer_s + profile.layer_token_s * max(0, task.num_tokens - profile.knee_tokens)
         fixed: Mapping[Op, float] = {
             Op.READ: task.nbytes / profile.disk_bytes_per_s,
-            Op.COPY: task.nbytes / (profile.copy_bytes_per_s or math.inf),
+            Op.COPY: task.nbytes / copy_rate,
+            Op.SEND: task_s + task.nbytes / (profile.d2h_bytes_per_s or copy_rate),
+            Op.RETURN: task_s + task.nbytes / copy_rate,
             Op.EMBED: profile.embed_s,
             Op.LAYER: layer_s,
             Op.PROJECT: layer_s / 4,  # together the three take as long as the layer in one piece

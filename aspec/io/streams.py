@@ -23,8 +23,10 @@ from aspec.io.events import EventLane, Outcome
 from aspec.io.lane import ThreadLane
 from aspec.io.layout import Part
 from aspec.tasks.task import (
+    BACK,
     COMPUTE,
     CPU,
+    D2H,
     DISK,
     DRAFT_COMPUTE,
     H2D,
@@ -38,7 +40,8 @@ from aspec.tasks.task import (
 )
 
 CLOSE_TIMEOUT_S = 60.0  # far longer than any task; beyond it the device counts as lost
-STREAM_PRIORITIES = {H2D: 0, COMPUTE: -1, DRAFT_COMPUTE: 0}  # smaller goes first: the target before the draft
+STREAM_PRIORITIES = {H2D: 0, D2H: 0, BACK: -1, COMPUTE: -1, DRAFT_COMPUTE: 0}
+"""Smaller goes first: the target before the draft, and before weights what its layers wait for."""
 LAUNCHED_AHEAD = 4  # tasks in a stream: the host's next launch is never what the device waits for
 
 
@@ -64,6 +67,8 @@ class StreamBackend(Generic[S, E]):
     resources = (
         Resource(DISK, depth=3, in_order=False),
         Resource(H2D, depth=LAUNCHED_AHEAD, domain="device"),
+        Resource(D2H, depth=2, domain="device"),
+        Resource(BACK, depth=2, domain="device"),
         Resource(COMPUTE, depth=LAUNCHED_AHEAD, domain="device"),
         Resource(DRAFT_COMPUTE, depth=2, domain="device"),
         Resource(CPU, depth=1),

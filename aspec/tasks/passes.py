@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 from aspec.plan import Plan, Tier
 from aspec.tasks.task import (
+    BACK,
     COMPUTE,
     CPU,
+    D2H,
     DISK,
     H2D,
     SCRATCH,
@@ -22,6 +24,7 @@ from aspec.tasks.task import (
     Task,
     WorkItem,
     attention_buffer,
+    crossing_buffer,
     draft_kv_buffer,
     draws_buffer,
     hidden_buffer,
@@ -124,7 +127,8 @@ def emit_pass(
         scratch = (Access(SCRATCH, f"pass {number} L{layer}"),) if converts else ()  # the first item fills it
         whole = items if plan.attention_resource == COMPUTE else ()
         if not whole:
-            split = _SplitLayer(number, layer, plan.attention_resource, next_id, slots, reads, scratch)
+            crossing = plan.crossing_of(layer)
+            split = _SplitLayer(number, layer, plan.attention_resource, next_id, slots, reads, scratch, crossing)
             tasks.extend(split.emit(items))
         for item in whole:
             hidden = hidden_buffer(item)
@@ -157,7 +161,11 @@ def emit_pass(
 
 @dataclass(frozen=True, slots=True)
 class _SplitLayer:
-    """A layer of a pass in three tasks per item, of which the attention has a resource of its own."""
+    """A layer of a pass in three tasks per item, of which the attention has a resource of its own.
+
+    With ``crossing`` it is on the other side of a device's link, as is the KV that it stores to and reads: two more
+    tasks bring so many bytes of a token there and back.
+    """
 
     number: int
     layer: int
@@ -166,6 +174,7 @@ class _SplitLayer:
     slots: tuple[tuple[int, int], ...]
     weights: tuple[Access, ...]
     scratch: tuple[Access, ...]
+    crossing: tuple[int, int] | None
 
     def emit(self, items: Sequence[WorkItem]) -> Iterator[Task]:
         """All projections first, then all attention, then the rest, so that one item attends while others compute.
@@ -178,26 +187,42 @@ class _SplitLayer:
         for item in items:
             shares = next((one for one in unfinished if attention_buffer(one) == attention_buffer(item)), None)
             if shares is not None or any(one.rows == item.rows for one in projected):
-                yield from map(self._attend, projected)
+                yield from self._attend(projected)
                 projected.clear()
             if shares is not None:
                 unfinished.remove(shares)
                 yield self._finish(shares)
             yield self._project(item, fills_scratch=item is items[0])
+            if self.crossing is not None:
+                yield self._send(item, self.crossing[0])
             projected.append(item)
             unfinished.append(item)
-        yield from map(self._attend, projected)
+        yield from self._attend(projected)
         yield from map(self._finish, unfinished)
 
     def _project(self, item: WorkItem, *, fills_scratch: bool) -> Task:
         scratch = self.scratch
         reads = (self._hidden(item), *self.weights, *(() if fills_scratch else scratch))
-        writes = (*(scratch if fills_scratch else ()), self._attention(item, "queries"), self._kv(item))
+        stored = () if self.crossing is not None else (self._kv(item),)
+        writes = (*(scratch if fills_scratch else ()), self._attention(item, "queries"), *stored)
         return self._task(Op.PROJECT, COMPUTE, item, reads, writes)
 
-    def _attend(self, item: WorkItem) -> Task:
-        reads = (self._attention(item, "queries"), self._kv(item))
-        return self._task(Op.ATTEND, self.resource, item, reads, (self._attention(item, "result"),))
+    def _send(self, item: WorkItem, token_bytes: int) -> Task:
+        crossed = self._crossing(item, "queries")
+        task = self._task(Op.SEND, D2H, item, (self._attention(item, "queries"),), (crossed,))
+        return replace(task, nbytes=token_bytes * item.padded_tokens)
+
+    def _attend(self, items: Sequence[WorkItem]) -> Iterator[Task]:
+        for item in items:
+            result = self._attention(item, "result")
+            if self.crossing is None:
+                reads = (self._attention(item, "queries"), self._kv(item))
+                yield self._task(Op.ATTEND, self.resource, item, reads, (result,))
+                continue
+            arrived, made = self._crossing(item, "queries"), self._crossing(item, "result")
+            yield self._task(Op.ATTEND, self.resource, item, (arrived,), (self._kv(item), made))
+            back = self._task(Op.RETURN, BACK, item, (made,), (result,))
+            yield replace(back, nbytes=self.crossing[1] * item.padded_tokens)
 
     def _finish(self, item: WorkItem) -> Task:
         reads = (self._hidden(item), self._attention(item, "result"), *self.weights, *self.scratch)
@@ -208,6 +233,9 @@ class _SplitLayer:
 
     def _attention(self, item: WorkItem, what: str) -> Access:
         return Access(attention_buffer(item), f"pass {self.number} L{self.layer} item {item.index} {what}")
+
+    def _crossing(self, item: WorkItem, what: str) -> Access:
+        return Access(crossing_buffer(item), f"pass {self.number} L{self.layer} item {item.index} {what}")
 
     def _kv(self, item: WorkItem) -> Access:
         return Access(rows_kv_buffer(item, self.layer), f"pass {self.number} item {item.index}")

@@ -17,7 +17,9 @@ class Op(StrEnum):
     EMBED = "embed"  # token ids -> hidden, positions and masks
     LAYER = "layer"  # one target layer for one work item
     PROJECT = "project"  # of a layer that is split: up to the queries, keys and values
+    SEND = "send"  # these to the host, where its KV is behind a device's link
     ATTEND = "attend"  # its attention
+    RETURN = "return"  # what that makes of them, back to the device
     FFN = "ffn"  # and what follows
     HEAD = "head"  # hidden -> logits -> the target's draws
     ACCEPT = "accept"  # compare draws with the proposal, commit, detokenise
@@ -28,7 +30,8 @@ class Op(StrEnum):
 ENDS_LAYER = frozenset({Op.LAYER, Op.FFN})
 """What an item's layer ends with."""
 
-DISK, H2D, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "compute", "draft", "cpu"
+DISK, H2D, D2H, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "d2h", "compute", "draft", "cpu"
+BACK = "back"  # a second way to the device, for what the host has computed: it does not wait behind weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,11 @@ class WorkItem:
     def num_tokens(self) -> int:
         """Tokens that go through every layer for this item, padding excluded."""
         return sum(self.counts)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that are really worked on, or travel: every row as wide as the widest."""
+        return len(self.rows) * max(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +249,14 @@ class Decision:
     seatings: tuple[Seating, ...] = field(default=())
 
 
-_OF_LAYER = {Op.LAYER: "", Op.PROJECT: " projections", Op.ATTEND: " attention", Op.FFN: " rest"}
+_OF_LAYER = {
+    Op.LAYER: "",
+    Op.PROJECT: " projections",
+    Op.SEND: " queries out",
+    Op.ATTEND: " attention",
+    Op.RETURN: " result back",
+    Op.FFN: " rest",
+}
 
 
 def label(op: Op, layer: int, part: int, step: int) -> str:
@@ -277,7 +292,16 @@ def attention_buffer(item: WorkItem) -> str:
 
     Prompts take turns in two of them, so that what a pass holds does not grow with their number.
     """
-    return f"attention:{item.group}.prefill {item.index % 2}" if item.prefill else f"attention:{item.name}"
+    return f"attention:{_turn(item)}"
+
+
+def crossing_buffer(item: WorkItem) -> str:
+    """The same in host memory, where a split layer attends beside its KV there."""
+    return f"crossing:{_turn(item)}"
+
+
+def _turn(item: WorkItem) -> str:
+    return f"{item.group}.prefill {item.index % 2}" if item.prefill else item.name
 
 
 def draws_buffer(item: WorkItem) -> str:

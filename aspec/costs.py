@@ -176,7 +176,8 @@ class CostModel:
     def _layer_seconds(self, num_tokens: int) -> float | None:
         """Seconds of one layer for a token count, from the nearest counts that were measured.
 
-        Below all of them it is taken as proportional: hopeful, so that fewer tokens are tried and then measured.
+        Below all of them it is taken as proportional: hopeful, so that fewer tokens are tried and then measured. Above
+        it goes on as between the last two; with one alone twice as many are hoped to cost the same.
         """
         known = [(t.value, s.value) for t, s in self._layer.values() if t.value is not None and s.value is not None]
         if not known:
@@ -185,8 +186,11 @@ class CostModel:
         above = [pair for pair in known if pair[0] > num_tokens]
         if not below:
             return above[0][1] * num_tokens / above[0][0]
+        if not above and len(below) == 1:
+            return below[0][1] * max(1.0, num_tokens / (2 * below[0][0]))
         if not above:
-            return below[-1][1] * max(1.0, num_tokens / (2 * below[-1][0]))
+            (low, low_s), (high, high_s) = below[-2:]
+            return high_s + max(0.0, high_s - low_s) / (high - low) * (num_tokens - high)
         (low, low_s), (high, high_s) = below[-1], above[0]
         return low_s + (high_s - low_s) * (num_tokens - low) / (high - low)
 

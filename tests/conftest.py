@@ -2,12 +2,19 @@
 
 import asyncio
 import inspect
+import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
+from aspec import devices
 from aspec.virtual import VirtualTimeLoop
+
+torch.cuda.is_available()  # settles what this process sees of a GPU; those that tests start see none
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+devices.KINDS["cuda"] = replace(devices.KINDS["cuda"], available=lambda: False)  # unless a test brings a device
 
 
 def pytest_addoption(parser, pluginmanager):

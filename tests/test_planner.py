@@ -1,6 +1,7 @@
 """Plans from byte sizes: what is resident, how many slots, and the arithmetic of a refusal."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from aspec.costs import CostModel, expected_tokens
 from aspec.errors import BudgetError
 from aspec.plan import PlannedPart, Tier
 from aspec.planner import SPARE_SLOTS, Needs, Wishes, make_plan
-from aspec.tasks.task import Op, RowOutcome, Span, Task
+from aspec.tasks.task import Op, RowOutcome, Span, Task, WorkItem
 
 MIB = 1 << 20
 
@@ -71,6 +72,17 @@ def test_expected_tokens_is_monotone_and_exact_at_the_ends():
     for row, above in itertools.pairwise(values):
         assert all(a <= b for a, b in zip(row, above, strict=True)), "monotone in acceptance"
     assert all(a <= b for row in values for a, b in itertools.pairwise(row)), "monotone in length"
+
+
+def test_a_chain_is_not_lengthened_on_the_hope_that_tokens_cost_nothing():
+    """Layers of 64, 128 and 192 tokens were seen: those of more cost more, as far as anybody knows."""
+    plan, costs = make_plan(needs(), replace(wishes(20 * MIB, rows=64, capacity=31), max_draft_tokens=24)), CostModel()
+    for tokens, seconds in ((64, 0.027), (128, 0.050), (192, 0.065)):
+        item = WorkItem(0, tuple(range(64)), (0,) * 64, (tokens // 64,) * 64)
+        costs.observe(Span(Task(0, Op.LAYER, "compute", 0, item=item), 0.0, seconds))
+    assert costs.best_draft_tokens(plan, 64) <= 3
+    points = dict(costs.round_seconds(plan, 0.0, 768))
+    assert points[768] > 2 * points[256] > 2 * points[192]
 
 
 def test_acceptance_is_learnt_from_outcomes():

@@ -34,7 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("tests/test_backend_contract.py", "tests/test_cuda.py")
 NO_DEVICE = "no CUDA device here"  # the reason that the suites give for what they skip without one
 FAMILIES = ("llama", "qwen3", "gemma3", "mixtral", "gpt_oss", "phi3")
-SHAPES = {"off": ("off", None), "chain": ("chain", 4), "tree": ("tree", 16)}
+SHAPES: dict[str, Record] = {
+    "off": {"speculation": "off"},
+    "chain": {"speculation": "chain", "num_draft_tokens": 4},
+    "tree": {"speculation": "tree", "num_draft_tokens": 16},
+    "attention on the CPU": {"speculation": "chain", "num_draft_tokens": 4, "attention": "cpu"},
+}
 LENGTHS, NEW_TOKENS = (20, 37, 11), 16  # of the prompts: longer than the families' windows, and than a prefill item
 DISTINCT = 8  # tokens that a reference's text must hold, or equal ones prove little
 NOISE = 0.05  # of the draft, relative to the target's weights: some proposals are right, some are not
@@ -160,12 +165,11 @@ def make_pair(folder: Path, family: str, device: str) -> Record:
     raise AssertionError("the seeds have run out")
 
 
-def compare(job: Job, pair: Record, shape: tuple[str, int | None]) -> Record:
+def compare(job: Job, pair: Record, method: Record) -> Record:
     """One engine, three prompts at once."""
     models = {"target": pair["target"], "draft": pair["draft"], "dtype": "float32", "device": job.device}
     sizes = {"max_batch": len(LENGTHS), "max_context": 80, "prefill_tokens": 16, "threads": 1}
     memory = {"device_memory": TINY_BUDGET, "resident_memory": 0}
-    method = {"speculation": shape[0], "num_draft_tokens": shape[1]}
 
     async def main() -> Record:
         async with open_engine(**models, **sizes, **memory, **method) as engine:

@@ -24,7 +24,7 @@ from aspec.transfer import upload
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits cannot be divided by; vLLM draws the same line
 SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far below anything that costs time
 BLOCK = 1 << 17  # noise values computed at once on a CPU: three buffers of 512 KiB stay in its L2 cache
-DEVICE_BLOCK = 1 << 22  # scores drawn from at once on a device: few launches, and 16 MiB for each of their buffers
+DEVICE_BLOCK = 1 << 20  # scores drawn from at once on a device: few launches, and 4 MiB for each of their buffers
 
 # splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
 GOLDEN = 0x9E3779B97F4A7C15

@@ -16,7 +16,8 @@ from aspec.io.pinned import HostBuffer, PinnedMemory
 
 EPOCH_S = 30.0  # CUDA counts elapsed time in fp32 milliseconds: within 30 s the step is 2 us, and clocks drift little
 
-WORKSPACES = 192 << 20  # bytes: cuBLAS keeps up to 33 MiB per thread and stream, of which three multiply
+WORKSPACES = 256 << 20
+"""Bytes: cuBLAS keeps up to 33 MiB per thread and stream, of which three multiply; draws in blocks hold 64 MiB."""
 
 _cuda: Any = torch.cuda  # torch leaves the signatures of its streams and events untyped
 

@@ -43,6 +43,7 @@ CLOSE_TIMEOUT_S = 60.0  # far longer than any task; beyond it the device counts 
 STREAM_PRIORITIES = {H2D: 0, D2H: 0, BACK: -1, COMPUTE: -1, DRAFT_COMPUTE: 0}
 """Smaller goes first: the target before the draft, and before weights what its layers wait for."""
 LAUNCHED_AHEAD = 4  # tasks in a stream: the host's next launch is never what the device waits for
+COPIED_AHEAD = 8  # parts on their way: one takes less than a millisecond, the interpreter's lock may take as long
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +67,7 @@ class StreamBackend(Generic[S, E]):
 
     resources = (
         Resource(DISK, depth=3, in_order=False),
-        Resource(H2D, depth=LAUNCHED_AHEAD, domain="device"),
+        Resource(H2D, depth=COPIED_AHEAD, domain="device"),
         Resource(D2H, depth=2, domain="device"),
         Resource(BACK, depth=2, domain="device"),
         Resource(COMPUTE, depth=LAUNCHED_AHEAD, domain="device"),

@@ -72,6 +72,7 @@ class Report:
     runs: tuple[Run, ...]
     profile: dict[str, Any]  # of the last run, for ``aspec trace --simulate``
     peak_rss_bytes: int
+    device_peak_bytes: int | None  # by its allocator's count; None where the device is the host's own memory
 
 
 def bench_to_console(flags: BenchFlags, console: Console) -> None:
@@ -109,7 +110,8 @@ async def _measure(job: Job, rounds: int) -> Report:
             measured = measured_profile(recorder.timeline())
             profile = {name: getattr(measured, name) for name in flat_fields()}
             await asyncio.to_thread(_remember, job, engine.plan, measured, runs)
-            return Report(this_machine(), ceilings, engine.plan, tuple(runs), profile, peak_rss_bytes())
+            peaks = peak_rss_bytes(), engine.device_peak_bytes
+            return Report(this_machine(), ceilings, engine.plan, tuple(runs), profile, *peaks)
 
 
 def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
@@ -178,6 +180,7 @@ def table(report: Report) -> Iterator[str]:
         ("compute hidden under the stream", _spread([run.summary.hidden for run in report.runs], 0.01, "%")),
         ("to the first token", _spread([run.prefill_s for run in report.runs], 1, "s")),
         ("peak memory of the process", format_bytes(report.peak_rss_bytes)),
+        *([] if report.device_peak_bytes is None else [("and of the device", format_bytes(report.device_peak_bytes))]),
         ("bottleneck", report.runs[-1].summary.bottleneck),
     )
 
@@ -217,5 +220,6 @@ def as_object(report: Report) -> dict[str, Any]:
             for run in report.runs
         ],
         "peak_rss_bytes": report.peak_rss_bytes,
+        "device_peak_bytes": report.device_peak_bytes,
         "profile": report.profile,
     }

@@ -28,6 +28,7 @@ MIB = 1 << 20
 NGRAM = "ngram"  # the name of the draft that needs no model
 DEMO = Path(__file__).parent / "demo"
 DEMO_BUDGET_BYTES = 14 * MIB  # below the demo target's 16 MB, so that streaming really happens
+DEMO_RESIDENT_BYTES = 4 * MIB  # of its layers on a device, for the same reason
 MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # proposals of a row in a pass, and tokens of a path, at most
 MOST_TREES = 8  # rows for which trees are grown where nobody has said what is to be done: beyond, compute binds
 DEFAULT_CONTEXT = 4096
@@ -95,7 +96,7 @@ def wishes_of(options: EngineOptions, models: Models) -> Wishes:
         prefill_tokens=options.prefill_tokens or PREFILL_TOKENS,
         **_speculation(options, models.draft),
         **_attention(options),
-        resident_bytes=options.resident_memory,
+        resident_bytes=_resident_bytes(options),
         exact=is_exact(options),
         host_bytes=host_bytes(options),
     )
@@ -126,11 +127,15 @@ def compute_dtype(name: str) -> torch.dtype | None:
 def _default_budget(options: EngineOptions) -> int:
     """Most of the memory that is free now; for the embedded demo less than its target, to show the streaming."""
     kind = kind_of(options.device)
-    if options.target is None:
-        return DEMO_BUDGET_BYTES + (0 if kind is None else kind.workspace_bytes)
     if kind is not None:
         return int(kind.free_bytes() * DEVICE_SHARE)
-    return int(psutil.virtual_memory().available * HOST_SHARE)
+    return DEMO_BUDGET_BYTES if options.target is None else int(psutil.virtual_memory().available * HOST_SHARE)
+
+
+def _resident_bytes(options: EngineOptions) -> int | None:
+    """Of layers at most; a device has room for all of the embedded demo, which is to show the streaming."""
+    shows = options.target is None and options.device_memory is None and kind_of(options.device) is not None
+    return DEMO_RESIDENT_BYTES if options.resident_memory is None and shows else options.resident_memory
 
 
 def host_bytes(options: EngineOptions) -> int | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import shutil
 import warnings
 from dataclasses import replace
@@ -228,6 +229,24 @@ async def test_a_peak_beyond_the_budget_is_told(card, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         await generate(device="cuda", device_memory=31 * MIB)
+
+
+def test_the_first_command_takes_the_card_and_streams(card):
+    """Nothing said but a prompt: auto finds the device, the demo fits, its layers travel."""
+    found = CliRunner().invoke(app, ["generate", "--prompt", "import os\n", "-n", "12", "--json"])
+    assert found.exit_code == 0, found.stderr
+    assert len(card) == 1
+    stats = json.loads(found.stdout)["stats"]
+    assert stats["streamed_bytes"] > 0
+    assert stats["device_peak_bytes"] is None, "nobody counts on this one"
+
+
+def test_bench_names_the_links_and_the_device_s_peak(card, monkeypatch):
+    monkeypatch.setattr(EagerDevice, "peak_bytes", 20 * MIB)
+    found = CliRunner().invoke(app, ["bench", "-n", "8", "--rounds", "1"])
+    assert found.exit_code == 0, found.stderr
+    assert "links, raw" in found.stdout
+    assert "and of the device                      20.00 MiB" in found.stdout
 
 
 def test_a_device_that_is_not_here_is_one_paragraph():

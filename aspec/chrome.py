@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aspec.errors import UserError
-from aspec.tasks.task import Op
+from aspec.tasks.op import Op
 from aspec.timeline import D2H, DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
 
 ROUNDS = "rounds"
@@ -27,6 +27,8 @@ STALL_S = 1e-3  # a shorter stretch is not worth a mark
 MOST_STALLS = 1000
 
 Event = tuple[int, int, str]  # microseconds, rank among equals, JSON
+
+LOADS = tuple(op for op in Op if op.loads)  # their names begin what they are called
 
 
 def write_trace(path: Path, processes: Mapping[str, Timeline]) -> int:
@@ -324,7 +326,7 @@ def _slice(event: Mapping[str, Any], lane: str, unnamed: int) -> Slice:
         stop_s=start + event["dur"] / 1e6,
         round=args.get("round", -1),
         layer=args.get("layer", -1),
-        part=int(name.split()[-1]) if name.startswith((Op.READ, Op.COPY)) else -1,
+        part=int(name.split()[-1]) if name.startswith(LOADS) else -1,
         tokens=args.get("tokens", 0),
         nbytes=round(args.get("MB", 0) * 1e6),
         cause=args.get("after", -1),

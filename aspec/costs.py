@@ -7,12 +7,11 @@ simulated spans, so a plan is judged by the code that will run it.
 from dataclasses import dataclass, field
 
 from aspec.plan import Plan
-from aspec.tasks.task import COMPUTE, Op, Span, Task
+from aspec.tasks.op import Cost, Op
+from aspec.tasks.task import COMPUTE, LayerWork, Span, Task
 
 SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts from which a layer's seconds are kept together
-
-ASIDE = (Op.SEND, Op.ATTEND, Op.RETURN)  # of a split layer, on lanes of their own
 
 STEPS = (*range(1, 32), *range(32, 128, 4), *range(128, 1025, 32))  # token counts between which a pass costs a line
 
@@ -61,12 +60,12 @@ class CostModel:
 
     def __init__(self) -> None:
         self._layer = {bucket: (Average(), Average()) for bucket in BUCKETS}  # tokens and seconds
-        self._op = {op: Average() for op in Op}
+        self._mean = {cost: Average() for cost in Cost}
         self._link = Average()
         self._link_free_s = 0.0  # when the latest load landed
         self._landed, self._landed_s = 0, 0.0  # loads in their slots, and when the latest got there
         self._tokens_per_s = Average()  # over the rounds, all rows together
-        self._pieces: dict[tuple[str, Op], float] = {}  # by item: seconds of its projections, its attention, the way
+        self._pieces: dict[str, dict[Op, float]] = {}  # by item: seconds of its projections, its attention, the way
         self._split = _SplitLayer()  # the latest
         self._round_start_s: dict[int, float] = {}  # of those that have not ended
         self._round_tokens: dict[int, int] = {}  # of rows that decode
@@ -76,19 +75,19 @@ class CostModel:
     def observe(self, span: Span) -> None:
         """Learn from one finished task."""
         seconds, task = span.stop_s - span.start_s, span.task
-        if task.slot >= 0:
+        if task.filled_slot is not None:
             self._landed, self._landed_s = self._landed + 1, span.stop_s
         if task.op is Op.LAYER:
             self._learn_layer(task.num_tokens, seconds)
-        elif task.op in (Op.PROJECT, *ASIDE, Op.FFN):
-            self._learn_split(task, seconds)
-        elif task.op is Op.READ:
+        elif isinstance(task.payload, LayerWork):
+            self._learn_split(task, task.payload.layer, seconds)
+        elif task.op.cost is Cost.DISK:
             busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
             if busy > 0:
                 self._link.add(task.nbytes / busy)
             self._link_free_s = max(self._link_free_s, span.stop_s)
         else:
-            self._op[task.op].add(seconds)
+            self._mean[task.op.cost].add(seconds)
         if task.op in (Op.DRAFT, Op.EMBED):
             self._round_start_s.setdefault(task.number, span.start_s)
         for outcome in span.outcomes:
@@ -118,7 +117,7 @@ class CostModel:
     @property
     def draft_step_s(self) -> float:
         """Seconds of one draft step; 0 before it is known."""
-        return self._op[Op.DRAFT].value or 0.0
+        return self._mean[Cost.DRAFT].value or 0.0
 
     def seconds_until(self, loads: int, load_bytes: int, now_s: float) -> float:
         """How long after ``now_s`` load number ``loads`` will have landed at the present rate; 0 if it has."""
@@ -142,7 +141,7 @@ class CostModel:
 
         Nothing while the stream goes on beside it, into slots that are free while no layer runs.
         """
-        step, rate = self._op[Op.DRAFT].value or 0.0, self._link.value
+        step, rate = self._mean[Cost.DRAFT].value or 0.0, self._link.value
         compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
         streams = rate is not None and compute < plan.streamed_bytes / rate
         return 0.0 if streams and rate and elapsed_s + step <= plan.spare_bytes / rate else step
@@ -150,7 +149,7 @@ class CostModel:
     def best_draft_tokens(self, plan: Plan, num_rows: int) -> int:
         """The chain length, 0 .. ``plan.max_draft_tokens``, that makes most tokens per second by the estimates."""
         most = plan.max_draft_tokens
-        draft = self._op[Op.DRAFT].value or 0.0
+        draft = self._mean[Cost.DRAFT].value or 0.0
         if self._layer_seconds(num_rows) is None:
             return min(4, most)
         return max(
@@ -165,7 +164,7 @@ class CostModel:
         rate = self._link.value or float("inf")
         compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
         stream = plan.streamed_bytes / rate
-        aside = (self._op[Op.HEAD].value or 0.0) + (self._op[Op.EMBED].value or 0.0)
+        aside = (self._mean[Cost.HEAD].value or 0.0) + (self._mean[Cost.EMBED].value or 0.0)
         if plan.num_groups > 1:  # other groups' passes hide all that compute has room for
             shared = plan.draft_resource == COMPUTE
             return max(compute + aside + (draft_s if shared else 0.0), stream, draft_s) + 1e-6
@@ -199,23 +198,25 @@ class CostModel:
         tokens.add(num_tokens)
         mean_s.add(seconds)
 
-    def _learn_split(self, task: Task, seconds: float) -> None:
+    def _learn_split(self, task: Task, layer: int, seconds: float) -> None:
         """A layer in pieces: it is learned as a whole, over the items of its pass, when the next one ends."""
         assert task.item is not None
         name = task.item.name
-        if task.op is not Op.FFN:
-            self._pieces[name, task.op] = seconds
+        if not task.op.ends_layer:
+            self._pieces.setdefault(name, {})[task.op] = seconds
             return
-        if self._split.key != (task.number, task.layer):
+        if self._split.key != (task.number, layer):
             if self._split.items:
                 self._learn_layer(self._split.tokens, self._split.seconds)
-            self._split = _SplitLayer((task.number, task.layer))
+            self._split = _SplitLayer((task.number, layer))
         self._split.items += 1
         self._split.tokens += task.num_tokens
-        self._split.compute_s += seconds + self._pieces.pop((name, Op.PROJECT), 0.0)
-        for op in ASIDE:
-            aside_s = self._split.aside_s.get(op, 0.0)
-            self._split.aside_s[op] = aside_s + self._pieces.pop((name, op), 0.0)
+        self._split.compute_s += seconds
+        for op, piece_s in self._pieces.pop(name, {}).items():
+            if op.lane is task.op.lane:
+                self._split.compute_s += piece_s
+            else:
+                self._split.aside_s[op] = self._split.aside_s.get(op, 0.0) + piece_s
 
     def _learn_acceptance(self, num_proposed: int, num_accepted: int) -> None:
         if num_proposed == 0:

@@ -35,7 +35,7 @@ from aspec.sampling import Sampler
 from aspec.scheduler import Scheduler
 from aspec.sequence import Sequence as TokenSequence
 from aspec.stats import Piece, RequestStats
-from aspec.tasks.task import Arrived, Cancelled, Closing, Op, Span
+from aspec.tasks.task import Arrived, Cancelled, Closing, Span
 from aspec.text import TextStream, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
@@ -276,7 +276,7 @@ class Engine:
 
     def _observe(self, span: Span) -> None:
         """Turn committed tokens into pieces, and spans into statistics; runs on the loop after every task."""
-        if span.task.op is (Op.COPY if self.plan.num_staging else Op.READ):  # into a slot
+        if span.task.filled_slot is not None:
             for stats in self._requests.values():
                 stats.streamed_bytes += span.task.nbytes
         for outcome in span.outcomes:

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from aspec.errors import DeadlockError, first_error
 from aspec.io.backend import Backend
 from aspec.tasks.graph import Graph
-from aspec.tasks.task import Completion, Decision, Event, Resource, Span, Started, Task
+from aspec.tasks.task import Completion, Event, Resource, Span, Started, Task
 
 T = TypeVar("T")
 
@@ -33,8 +33,8 @@ class Policy(Protocol):
         """Whether it waits for nothing but the outside."""
         ...
 
-    def handle(self, event: Event, *, more: bool = False) -> Decision:
-        """The tasks and row changes that follow from an event; ``more``: others are here already."""
+    def handle(self, events: Sequence[Event]) -> Sequence[Task]:
+        """The tasks that follow from all that has happened since the last call, in program order."""
         ...
 
 
@@ -81,18 +81,18 @@ class Executor:
                     worker.cancel()
 
     async def _serve(self) -> None:
-        event: Event = Started()
+        events: list[Event] = [Started()]
         while True:
-            decision = self._policy.handle(event, more=not self._events.empty())
-            self._backend.seat(decision.seatings)
-            cause = event.task.id if isinstance(event, Span) else -1
-            for task in decision.tasks:
-                self._graph.add(task, cause)
+            ended = [event.task.id for event in events if isinstance(event, Span)]
+            for task in self._policy.handle(events):
+                self._graph.add(task, ended[-1] if ended else -1)
             self._kick()
             if self._policy.done:
                 return
             self._check_progress()
-            event = await self._events.get()
+            events = [await self._events.get()]
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
 
     def _check_progress(self) -> None:
         """A schedule that can never finish is an error at once, with the reason."""

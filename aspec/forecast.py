@@ -16,7 +16,7 @@ from aspec.search import Forecast
 from aspec.simulation import simulate
 from aspec.tariff import LayerCost
 from aspec.tasks.task import COMPUTE, Span, WorkItem
-from aspec.timeline import DRAFT, LANE_OF, TARGET, bottleneck, lane_use
+from aspec.timeline import DRAFT, TARGET, bottleneck, lane_use
 
 MOST_TASKS = 20_000  # of one run whose drafts adapt
 MOST_PLAIN_TASKS = 5_000  # of one without drafts, where a pass is like the other
@@ -47,7 +47,7 @@ class Tally:
         task = span.task
         if self._start_s is None:
             self._start_s = span.start_s
-        self._work.setdefault(LANE_OF[task.op], []).append((span.start_s, span.stop_s, task.nbytes))
+        self._work.setdefault(task.op.lane, []).append((span.start_s, span.stop_s, task.nbytes))
         if task.item is None or not span.outcomes:
             return
         self._stop_s = span.stop_s

@@ -7,7 +7,7 @@ the loop wants to run. Glyphs carry the meaning and colours repeat it. What may 
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -32,7 +32,7 @@ LEAST_BUSY = 1e-4  # of a cell: less than this is the rounding of a clock
 PLAIN, BOLD, DIM = Style(), Style(bold=True), Style(color="bright_black")
 TITLE = Style(color="color(110)", bold=True)
 ALARM, WARNING = Style(color="bright_red", bold=True), Style(color="color(179)", bold=True)
-_COLORS = {
+_COLORS: Mapping[str, int] = {
     timeline.DISK: 67,
     timeline.H2D: 73,
     timeline.D2H: 79,

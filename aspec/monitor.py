@@ -8,8 +8,8 @@ from collections import deque
 
 from aspec.plan import Plan, Tier
 from aspec.snapshot import LaneView, SlotState, Snapshot
-from aspec.tasks.task import ENDS_LAYER, Op, Span, Task
-from aspec.timeline import LANE_OF, LANES, LINKS
+from aspec.tasks.task import LayerWork, Load, Span, Task
+from aspec.timeline import LANES, LINKS
 
 WINDOW_S = 20.0  # work that ended earlier is forgotten
 RATE_ROUNDS = 8  # rounds over which tokens per second are taken
@@ -58,31 +58,34 @@ class Monitor:
 
     def issued(self, task: Task, at_s: float) -> None:
         """A task was handed to the backend."""
-        self._running[task.id] = (LANE_OF[task.op], at_s)
+        self._running[task.id] = (task.op.lane, at_s)
         if self._stage_from_s is None:
             self._stage_from_s = at_s
-        if task.op in (Op.READ, Op.COPY) and task.slot >= 0:
-            self._slots[task.slot] = (SlotState.LOADING, task.layer)
-        for _, slot in task.slots:
-            self._slots[slot] = (SlotState.IN_USE, task.layer)
+        self._mark(task, SlotState.LOADING)
+        if isinstance(task.payload, LayerWork):
+            self._slots |= {slot: (SlotState.IN_USE, task.payload.layer) for _, slot in task.payload.slots}
 
     def __call__(self, span: Span) -> None:
         """A task has ended."""
         task = span.task
-        lane, _ = self._running.pop(task.id, (LANE_OF[task.op], 0.0))
+        lane, _ = self._running.pop(task.id, (task.op.lane, 0.0))
         self._lanes.add(lane)
         work = self._work[lane]
         work.append((span.start_s, span.stop_s, task.nbytes))
         while work[0][1] < span.stop_s - WINDOW_S:
             work.popleft()
-        if task.op in (Op.READ, Op.COPY) and task.slot >= 0:
-            self._slots[task.slot] = (SlotState.READY, task.layer)
-        for _, slot in task.slots if task.op in ENDS_LAYER else ():
-            self._slots[slot] = (SlotState.FREE, -1)
-        if self._stage == "prefill" and task.op in ENDS_LAYER:
-            self._done = max(self._done, sum(self._layer_bytes[: task.layer + 1]))
+        self._mark(task, SlotState.READY)
+        if task.op.ends_layer and isinstance(task.payload, LayerWork):
+            self._slots |= {slot: (SlotState.FREE, -1) for _, slot in task.payload.slots}
+            if self._stage == "prefill":
+                self._done = max(self._done, sum(self._layer_bytes[: task.payload.layer + 1]))
         if span.outcomes:
             self._accept(span)
+
+    def _mark(self, task: Task, state: SlotState) -> None:
+        """The state of the slot that a load fills."""
+        if isinstance(task.payload, Load) and task.payload.slot is not None:
+            self._slots[task.payload.slot] = (state, task.payload.layer)
 
     def snapshot(self, now_s: float) -> Snapshot:
         """Everything as of ``now_s``, seconds on the backend's clock."""

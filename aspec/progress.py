@@ -14,7 +14,7 @@ from aspec.dashboard import ANSWER_S, FRAME_S, LINE_S
 from aspec.io.ticker import OnLoop, Ticker
 from aspec.monitor import Monitor
 from aspec.snapshot import Snapshot
-from aspec.tasks.task import Op, Span
+from aspec.tasks.task import Span
 from aspec.timeline import bottleneck, lane_use
 
 OPENING = ("index", "plan", "load")  # stages before the first pass
@@ -39,7 +39,7 @@ class Tally:
     def __call__(self, span: Span) -> None:
         """A task has ended."""
         task = span.task
-        if task.op in (Op.EMBED, Op.LAYER, Op.HEAD) and task.item is not None:
+        if task.op.computes and task.item is not None:
             seconds = span.stop_s - span.start_s
             self.compute_s += seconds
             self.prefill_s += seconds if task.item.prefill else 0.0

@@ -9,8 +9,9 @@ from itertools import pairwise
 from struct import Struct
 
 from aspec.errors import UserError
-from aspec.tasks.task import Op, Span, label
-from aspec.timeline import LANE_OF, Round, Slice, Timeline
+from aspec.tasks.op import Op
+from aspec.tasks.task import Span
+from aspec.timeline import Round, Slice, Timeline
 
 _RECORD = Struct("<ddqIiIiiiB")  # start, stop, nbytes, id, cause, round, layer, part or step, tokens, op
 _OPS = tuple(Op)
@@ -33,8 +34,7 @@ class Recorder:
 
     def __call__(self, span: Span) -> None:
         """Take one finished task."""
-        task = span.task
-        op = task.op
+        task, layer, detail = span.task, span.task.layer, span.task.detail
         self._block += _RECORD.pack(
             span.start_s,
             span.stop_s,
@@ -42,10 +42,10 @@ class Recorder:
             task.id,
             span.cause,
             task.number,
-            task.layer,
-            task.step if op is Op.DRAFT else task.part,
+            -1 if layer is None else layer,
+            -1 if detail is None else detail,
             task.num_tokens,
-            _CODE[op],
+            _CODE[task.op],
         )
         self._left -= 1
         if not self._left:
@@ -81,10 +81,9 @@ class Recorder:
         for block in (*self._full, bytes(self._block)):
             for start, stop, nbytes, number, cause, round_, layer, detail, tokens, code in _RECORD.iter_unpack(block):
                 op = _OPS[code]
-                name = label(op, layer, detail, detail)
-                load = op in (Op.READ, Op.COPY)  # its number counts loads: it belongs to no round
-                part, shown = (detail, -1) if load else (-1, round_)
-                yield Slice(number, LANE_OF[op], name, start, stop, shown, layer, part, tokens, nbytes, cause)
+                name = op.label(layer, detail)
+                part, shown = (detail, -1) if op.loads else (-1, round_)  # loads are counted: they belong to no round
+                yield Slice(number, op.lane, name, start, stop, shown, layer, part, tokens, nbytes, cause)
 
     def _merged_rounds(self, first_s: float) -> Iterator[Round]:
         """One round per pass: its work items accept one by one."""

@@ -4,18 +4,22 @@ Makes the draft's tasks and the end of a pass; when they are due is the schedule
 and seconds only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from aspec.plan import Plan
 from aspec.seats import Row
+from aspec.tasks.op import Op
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY, Numbering, emit_end
 from aspec.tasks.task import (
     COMPUTE,
+    CPU,
     Access,
+    DraftStep,
     Grown,
     Growth,
-    Op,
+    RowAssignment,
+    RowChanges,
     Task,
     WorkItem,
     draft_kv_buffer,
@@ -84,8 +88,20 @@ class Group:
         """Tokens that may be proposed on one path of a row: never beyond what it may still generate."""
         return max(0, min(row.remaining - 1, self._plan.capacity - row.length))
 
+    def assign(self, rows: Sequence[RowAssignment], number: int) -> Task:
+        """Rows change hands before pass ``number``: the group's sequences, and what the draft knows of them."""
+        task_id = self._next_id()
+        self._committed = content = f"rows of task {task_id}"
+        buffers = [sequence_buffer(self.number)]
+        if self._plan.max_draft_tokens:
+            buffers += [proposal_buffer(self.number), draft_kv_buffer(self.number)]
+            self._proposed = content
+        writes = tuple(Access(buffer, content) for buffer in buffers)
+        payload = RowChanges(tuple(rows))
+        return Task(task_id, Op.ASSIGN_ROWS, CPU, VERIFY, (), writes, number, payload=payload)
+
     def inputs(self, *, with_proposal: bool) -> tuple[Access, ...]:
-        """What decoding reads: the committed tokens, and the proposal if there is one."""
+        """What tokens come from: the committed ones, and the proposal if there is one."""
         committed = (Access(sequence_buffer(self.number), self._committed),)
         return (*committed, Access(proposal_buffer(self.number), self._proposed)) if with_proposal else committed
 
@@ -121,8 +137,8 @@ class Group:
     def emit_prefill(self, item: WorkItem, number: int) -> Task:
         """The same chunk of prompts into the draft's KV, in the gaps of the pass."""
         writes = (Access(draft_kv_buffer(self.number), f"pass {number} item {item.index}"),)
-        resource = self._plan.draft_resource
-        return Task(self._next_id(), Op.DRAFT_PREFILL, resource, DRAFT_AHEAD, writes=writes, number=number, item=item)
+        resource, reads = self._plan.draft_resource, self.inputs(with_proposal=False)
+        return Task(self._next_id(), Op.DRAFT_PREFILL, resource, DRAFT_AHEAD, reads, writes, number, item)
 
     def emit_end(self, running: Pass) -> list[Task]:
         """The end of the pass; what is drafted from now on is for the next one."""
@@ -137,15 +153,7 @@ class Group:
         ahead = self.running is not None or self._plan.num_groups > 1  # a pass is to go first
         reads = self.inputs(with_proposal=step > 0)
         self._proposed = content
-        return Task(
-            self._next_id(),
-            Op.DRAFT,
-            self._plan.draft_resource,
-            DRAFT_AHEAD if ahead else VERIFY,
-            reads,
-            (Access(proposal_buffer(self.number), content), Access(draft_kv_buffer(self.number), content)),
-            number=number,
-            item=item,
-            step=step,
-            growth=growth,
-        )
+        writes = (Access(proposal_buffer(self.number), content), Access(draft_kv_buffer(self.number), content))
+        priority = DRAFT_AHEAD if ahead else VERIFY
+        resource, payload = self._plan.draft_resource, DraftStep(step, growth)
+        return Task(self._next_id(), Op.DRAFT, resource, priority, reads, writes, number, item, payload)

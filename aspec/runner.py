@@ -17,7 +17,8 @@ from aspec.model import Activation, Model
 from aspec.penalties import Context
 from aspec.sampling import draw_rows, token_logprobs
 from aspec.sequence import Sequence as TokenSequence
-from aspec.tasks.task import NOTHING, Grown, Op, Report, RowOutcome, Seating, Task
+from aspec.tasks.op import Op
+from aspec.tasks.task import NOTHING, Grown, LayerWork, Report, RowChanges, RowOutcome, Task
 from aspec.transfer import upload
 
 
@@ -50,6 +51,7 @@ class ModelRunner:
         self._draws: dict[str, list[list[int]]] = {}  # by item, between HEAD and ACCEPT
         self._logits: dict[str, torch.Tensor] = {}  # likewise, where logprobs are asked for
         self._ops: Mapping[Op, Callable[[Task], Report]] = {
+            Op.ASSIGN_ROWS: self._assign_rows,
             Op.EMBED: self._embed,
             Op.LAYER: self._layer,
             Op.PROJECT: self._project,
@@ -75,20 +77,22 @@ class ModelRunner:
         """Who sits in a row, or sat there last: its KV, of all tokens but the last, stands until another is seated."""
         return list(self._rows.values())
 
-    def seat(self, seatings: Sequence[Seating]) -> None:
-        """Rows change hands between passes."""
-        for seating in seatings:
-            sequence = None if seating.sequence is None else self._sequences.pop(seating.sequence)
-            if sequence is not None:
-                sequence.kept = seating.kept
-                self._rows[seating.row] = sequence
-            if self._drafter is not None:
-                self._drafter.seat(seating.row, sequence)
-
     @torch.inference_mode()
     def run(self, task: Task) -> Report:
         """Compute one task. Raises NumericError where logits are not numbers."""
         return self._ops[task.op](task)
+
+    def _assign_rows(self, task: Task) -> Report:
+        """Rows change hands between passes."""
+        assert isinstance(task.payload, RowChanges)
+        for change in task.payload.rows:
+            sequence = None if change.sequence is None else self._sequences.pop(change.sequence)
+            if sequence is not None:
+                sequence.kept = change.kept
+                self._rows[change.row] = sequence
+            if self._drafter is not None:
+                self._drafter.seat(change.row, sequence)
+        return NOTHING
 
     # -- target ----------------------------------------------------------------------------------------------
 
@@ -115,13 +119,11 @@ class ModelRunner:
         return committed + proposed, None if parents is None else [-1, *(parent + 1 for parent in parents)]
 
     def _layer(self, task: Task) -> Report:
-        self._bind(task)
-        self._target.layer(task.layer, self._activations[item_of(task).name])
+        self._target.layer(self._bound_layer(task), self._activations[item_of(task).name])
         return NOTHING
 
     def _project(self, task: Task) -> Report:
-        self._bind(task)
-        self._target.project(task.layer, self._activations[item_of(task).name])
+        self._target.project(self._bound_layer(task), self._activations[item_of(task).name])
         return NOTHING
 
     def _attend(self, task: Task) -> Report:
@@ -138,15 +140,19 @@ class ModelRunner:
         return NOTHING
 
     def _finish(self, task: Task) -> Report:
-        self._target.finish(task.layer, self._activations[item_of(task).name])
+        assert isinstance(task.payload, LayerWork)
+        self._target.finish(task.payload.layer, self._activations[item_of(task).name])
         return NOTHING
 
-    def _bind(self, task: Task) -> None:
-        weights = self._weights
-        for part, slot in task.slots:
-            if self._bound.get(part) != task.number:  # several items of a pass share what one bind converted
+    def _bound_layer(self, task: Task) -> int:
+        """The layer of a task, its parameters bound to the slots: once in a pass, its items share what is converted."""
+        work, weights = task.payload, self._weights
+        assert isinstance(work, LayerWork)
+        for part, slot in work.slots:
+            if self._bound.get(part) != task.number:
                 self._target.bind(weights.parts[part], weights.slots[slot], weights.scratch)
                 self._bound[part] = task.number
+        return work.layer
 
     def _head(self, task: Task) -> Report:
         item = item_of(task)

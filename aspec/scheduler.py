@@ -12,6 +12,7 @@ last level that was drafted ahead.
 What may NOT go in: tensors, token values, asyncio, clocks, randomness. Counts, ids, bytes and seconds only.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from aspec.costs import CostModel
@@ -19,21 +20,9 @@ from aspec.plan import Plan, Speculation
 from aspec.rounds import Draft, Group, Pass
 from aspec.seats import Row, Seats, decode_item, micro_batches, prefill_items
 from aspec.sizing import Sizing
+from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass
-from aspec.tasks.task import (
-    ENDS_LAYER,
-    Arrived,
-    Cancelled,
-    Closing,
-    Decision,
-    Event,
-    Grown,
-    Op,
-    Seating,
-    Span,
-    Started,
-    Task,
-)
+from aspec.tasks.task import Access, Arrived, Cancelled, Closing, Event, Grown, Span, Started, Task, WorkItem
 
 
 class Scheduler:
@@ -51,31 +40,29 @@ class Scheduler:
         self._groups = [Group(number, plan, self._next_id) for number in range(plan.num_groups)]
         self._closing = False
 
-    def handle(self, event: Event, *, more: bool = False) -> Decision:
-        """The tasks and row changes that follow from ``event``; ``more``: others wait, so no round begins yet."""
+    def handle(self, events: Sequence[Event]) -> list[Task]:
+        """The tasks that follow from all that has happened since the last call, in program order."""
         tasks: list[Task] = []
-        seatings: list[Seating] = []
-        match event:
-            case Started():
-                tasks = self._stream.fill()
-            case Arrived():
-                self._seats.arrive(event)
-            case Cancelled():
-                self._seats.cancel(event.sequence)
-            case Closing():
-                self._closing = True
-                if event.now:
-                    self._seats.cancel()
-            case Span():
-                self.costs.observe(event)
-                tasks = self._go_on(event)
-        for group in [] if more else self._groups:
+        for event in events:
+            match event:
+                case Started():
+                    tasks += self._stream.fill()
+                case Arrived():
+                    self._seats.arrive(event)
+                case Cancelled():
+                    self._seats.cancel(event.sequence)
+                case Closing():
+                    self._closing = True
+                    if event.now:
+                        self._seats.cancel()
+                case Span():
+                    self.costs.observe(event)
+                    tasks += self._go_on(event)
+        for group in self._groups:
             if group.idle:
-                seatings += self._seats.reseat(group.number)
-                if self._seats.rows_of(group.number):
-                    tasks += self._begin_round(group)
-        self.done = self._closing and not more and self.idle and not self._seats.rows
-        return Decision(tuple(tasks), tuple(seatings))
+                tasks += self._reseat(group)
+        self.done = self._closing and self.idle and not self._seats.rows
+        return tasks
 
     def validate(self) -> None:
         """Check the invariants; tests call it after every event."""
@@ -89,12 +76,13 @@ class Scheduler:
         """Whether no round is running: only an event from outside brings the next one."""
         return all(group.idle for group in self._groups)
 
-    @property
-    def num_active(self) -> int:
-        """Sequences in rows."""
-        return len(self._seats.rows)
-
     # -- a round ---------------------------------------------------------------------------------------------
+
+    def _reseat(self, group: Group) -> list[Task]:
+        """Between two passes of a group: rows change hands, and the next round begins where any is occupied."""
+        changes = self._seats.reseat(group.number)
+        tasks = [group.assign(changes, self.passes)] if changes else []
+        return tasks + (self._begin_round(group) if self._seats.rows_of(group.number) else [])
 
     def _begin_round(self, group: Group) -> list[Task]:
         """Drafts for the rows that decode, then one pass that verifies them and prefills those that joined."""
@@ -122,7 +110,11 @@ class Scheduler:
         items = [part for item in decode for part in micro_batches(item, self.plan.micro_batches)]
         joining = self._seats.joining(group.number)
         items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number)
-        inputs = group.inputs(with_proposal=any(lengths.values()))
+        proposes = any(lengths.values())
+
+        def inputs(item: WorkItem) -> tuple[Access, ...]:
+            return group.inputs(with_proposal=proposes and not item.prefill)
+
         tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, inputs)
         prefills = [item for item in items if item.prefill] if self.plan.max_draft_tokens else []
         tasks += [group.emit_prefill(item, number) for item in prefills]
@@ -139,7 +131,7 @@ class Scheduler:
             return []
         group = self._groups[task.item.group]
         running = group.running
-        if task.op is Op.DRAFT and task.growth is not None:
+        if task.growth is not None:
             return self._grown(group, span)
         if running is None:
             return []
@@ -149,8 +141,8 @@ class Scheduler:
             if not running.open:
                 group.running = None
                 self.costs.end_round(running.number, span.stop_s)
-        elif task.op in {Op.EMBED, *ENDS_LAYER} and task.item == running.items[-1]:
-            running.next_layer = task.layer + 1
+        elif (task.op is Op.EMBED or task.op.ends_layer) and task.item == running.items[-1]:
+            running.next_layer = 0 if task.layer is None else task.layer + 1
             if self._in_tail(running) and not running.ending:
                 return group.emit_end(running)
             return self._draft_ahead(group, running, span.stop_s) + self._draft_beside(span.stop_s)
@@ -182,7 +174,7 @@ class Scheduler:
         draft.found |= {grown.row: grown for grown in span.grown}
         if running is not None:
             return self._draft_ahead(group, running, span.stop_s)
-        self.sizing.learn(span.task.step, promise, before, draft.probabilities)
+        self.sizing.learn(span.task.draft.step, promise, before, draft.probabilities)
         if self._passing is not None:
             return self._draft_beside(span.stop_s)
         draft.seconds += span.stop_s - span.start_s

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from aspec.tasks.task import Arrived, RowOutcome, Seating, WorkItem
+from aspec.tasks.task import Arrived, RowAssignment, RowOutcome, WorkItem
 
 
 @dataclass(slots=True)
@@ -64,14 +64,14 @@ class Seats:
         for row in self.rows.values():
             row.cancelled |= sequence is None or row.sequence == sequence
 
-    def reseat(self, group: int = 0) -> list[Seating]:
+    def reseat(self, group: int = 0) -> list[RowAssignment]:
         """Between passes of a group: retire its rows that are done, seat those that wait.
 
         Who has most to keep chooses first. Groups share what there is, so that none idles while another is full.
         """
         gone = [number for number, row in self.rows_of(group).items() if row.remaining <= 0 or row.cancelled]
         self._resting |= {number: self.rows.pop(number) for number in gone}
-        seatings = [Seating(number, None) for number in gone]
+        seatings = [RowAssignment(number, None) for number in gone]
         arriving = sorted(self._next(group), key=lambda arrived: -arrived.kept)
         return seatings + [self._seat(arrived, group) for arrived in arriving]
 
@@ -96,7 +96,7 @@ class Seats:
         assert not self.rows.keys() & self._resting.keys()
         assert all(row.decoding for row in self._resting.values())  # their KV stands
 
-    def _seat(self, arrived: Arrived, group: int) -> Seating:
+    def _seat(self, arrived: Arrived, group: int) -> RowAssignment:
         """Take the group's free row in which most tokens are kept, less those that are lost; the lowest of equals."""
         kept = {n: arrived.kept for n, row in self._resting.items() if row.sequence == arrived.follows}
         lost = {n: row.length - kept.get(n, 0) for n, row in self._resting.items()}
@@ -105,7 +105,7 @@ class Seats:
         self._resting.pop(number, None)
         row = Row(arrived.sequence, arrived.prompt_tokens, arrived.max_new_tokens, kept=kept.get(number, 0))
         self.rows[number] = row
-        return Seating(number, row.sequence, row.kept)
+        return RowAssignment(number, row.sequence, row.kept)
 
 
 def decode_item(rows: dict[int, Row], lengths: dict[int, int], group: int = 0) -> WorkItem:

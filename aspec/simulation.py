@@ -112,7 +112,7 @@ def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> f
 
 def measured_profile(timeline: Timeline) -> Profile:
     """The profile of the machine on which a run was recorded: rates while busy, median seconds of every task."""
-    layer_s, layer_token_s = _line([s for s in timeline.lane(TARGET) if s.layer >= 0])
+    layer_s, layer_token_s = _line([s for lane in (TARGET, CPU) for s in timeline.lane(lane) if s.layer >= 0])
     drafts = [s for s in timeline.lane(DRAFT) if s.name != "draft_prefill"]
     draft_s = _median(drafts)
     prefills = [s for s in timeline.lane(DRAFT) if s.name == "draft_prefill" and s.tokens]
@@ -148,7 +148,7 @@ def _median(slices: Sequence[Slice]) -> float:
 def _line(slices: Sequence[Slice]) -> tuple[float, float]:
     """Seconds of a layer as a constant and a slope over tokens: least squares through the medians by token count."""
     counts = sorted({s.tokens for s in slices})
-    points = [(count, _median([s for s in slices if s.tokens == count])) for count in counts]
+    points = [(count, _whole_layer([s for s in slices if s.tokens == count])) for count in counts]
     if len(points) < 2:
         return (points[0][1] if points else 0.0), 0.0
     weights = [sum(s.tokens == count for s in slices) for count in counts]
@@ -159,3 +159,9 @@ def _line(slices: Sequence[Slice]) -> tuple[float, float]:
     variance = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, points, strict=True))
     slope = max(0.0, covariance / variance)
     return max(0.0, mean_y - slope * mean_x), slope
+
+
+def _whole_layer(slices: Sequence[Slice]) -> float:
+    """Seconds of a layer, from slices of whole ones or from those of the pieces that layers are split into."""
+    pieces = {s.name.partition(" ")[2] for s in slices}  # such as ``attention``; empty for a whole layer
+    return sum(_median([s for s in slices if s.name.partition(" ")[2] == piece]) for piece in pieces)

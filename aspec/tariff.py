@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 
-from aspec.tasks.task import Op, Task, WorkItem
+from aspec.tasks.op import Op
+from aspec.tasks.task import LayerWork, Task, WorkItem
 
 KEY_TILE = 64  # attention runs over whole tiles of keys, see ``kv.py``
 TREE_DEPTH = 16  # tokens of a tree's longest path, for want of knowing: what lies deeper is paid as that deep
@@ -150,26 +151,33 @@ def _whole_tiles(length: int) -> int:
 
 
 def _layer(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    layer = tariff.target.layers[task.layer]
-    return layer.seconds(item, tree=tariff.tree) + _bind(layer, task, item)
+    layer, streams = _layer_of(tariff, task)
+    return layer.seconds(item, tree=tariff.tree) + _bind(layer, streams, item)
 
 
 def _project(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    layer = tariff.target.layers[task.layer]
-    return layer.project.at(item.padded_tokens) + _bind(layer, task, item)
+    layer, streams = _layer_of(tariff, task)
+    return layer.project.at(item.padded_tokens) + _bind(layer, streams, item)
 
 
-def _bind(layer: LayerCost, task: Task, item: WorkItem) -> float:
+def _layer_of(tariff: Tariff, task: Task) -> tuple[LayerCost, bool]:
+    """What the layer of a task costs; whether it streams."""
+    work = task.payload
+    assert isinstance(work, LayerWork), f"{task.label} is of no layer"
+    return tariff.target.layers[work.layer], bool(work.slots)
+
+
+def _bind(layer: LayerCost, streams: bool, item: WorkItem) -> float:
     """The first item of a pass converts what streams in."""
-    return layer.bind_s if task.slots and item.index == 0 else 0.0
+    return layer.bind_s if streams and item.index == 0 else 0.0
 
 
 def _attend(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return tariff.target.layers[task.layer].attention.seconds(item, tree=tariff.tree)
+    return _layer_of(tariff, task)[0].attention.seconds(item, tree=tariff.tree)
 
 
 def _ffn(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return tariff.target.layers[task.layer].rest.at(item.padded_tokens)
+    return _layer_of(tariff, task)[0].rest.at(item.padded_tokens)
 
 
 def _embed(tariff: Tariff, task: Task, item: WorkItem) -> float:

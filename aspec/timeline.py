@@ -10,32 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from aspec.tasks.task import Op
+from aspec.tasks.op import Lane
 from aspec.units import format_rate
 
-DISK, H2D, D2H, TARGET, DRAFT, CPU = "disk", "h2d", "d2h", "target", "draft", "cpu"
-LANES = (DISK, H2D, D2H, TARGET, DRAFT, CPU)
+DISK, H2D, D2H, TARGET, DRAFT, CPU = LANES = tuple(Lane)
 """The lanes that a run can have, from the files to the host's small work."""
 
 LINKS = (DISK, H2D)
 """Lanes that the weights travel over."""
 
-LANE_OF = {
-    Op.READ: DISK,
-    Op.COPY: H2D,
-    Op.EMBED: TARGET,
-    Op.LAYER: TARGET,
-    Op.PROJECT: TARGET,
-    Op.SEND: D2H,
-    Op.ATTEND: CPU,
-    Op.RETURN: H2D,
-    Op.FFN: TARGET,
-    Op.HEAD: TARGET,
-    Op.DRAFT: DRAFT,
-    Op.DRAFT_PREFILL: DRAFT,
-    Op.ACCEPT: CPU,
-}
-BOUND = {
+BOUND: Mapping[str, str] = {
     DISK: "disk-bound",
     H2D: "link-bound",
     D2H: "bound by the link back",

@@ -33,11 +33,11 @@ class Checked:
     def idle(self):
         return self.scheduler.idle
 
-    def handle(self, event, *, more=False):
-        decision = self.scheduler.handle(event, more=more)
+    def handle(self, events):
+        tasks = self.scheduler.handle(events)
         self.scheduler.validate()
-        self.decisions.append(decision)
-        return decision
+        self.decisions.append(tasks)
+        return tasks
 
 
 async def simulate(plan, arrivals=((0, 20, 16),), backend=None, profile=None, resources=HOST_RESOURCES):

@@ -25,7 +25,21 @@ from aspec.io.streams import StreamBackend
 from aspec.plan import Tier
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
-from aspec.tasks.task import COMPUTE, CPU, DISK, H2D, NOTHING, Arrived, Closing, Op, Report, RowOutcome, Task, WorkItem
+from aspec.tasks.op import Op
+from aspec.tasks.task import (
+    COMPUTE,
+    CPU,
+    DISK,
+    H2D,
+    NOTHING,
+    Arrived,
+    Closing,
+    Load,
+    Report,
+    RowOutcome,
+    Task,
+    WorkItem,
+)
 from tests.fake_device import FakeDevice
 from tests.simulate import Checked, make_plan
 
@@ -65,9 +79,6 @@ class CheckingRunner:
         self.counts = {}
         self.started, self.ended = set(), set()  # task ids
         self.num_slot_checks = 0
-
-    def seat(self, seatings):
-        pass
 
     def run(self, task):
         self.started.add(task.id)
@@ -109,7 +120,7 @@ class Watched:
 
     def __init__(self, backend, runner):
         self.backend, self.runner, self.resources = backend, runner, backend.resources
-        self.now, self.seat, self.close = backend.now, backend.seat, backend.close
+        self.now, self.close = backend.now, backend.close
         self.issued, self.ended, self.early = [], [], []
 
     def issue(self, task, after=()):
@@ -200,6 +211,12 @@ def only_error(error):
         assert len(error.exceptions) == 1, error.exceptions
         error = error.exceptions[0]
     return error
+
+
+def read_of(kind):
+    """A read of part 1 into what reads fill: slot 0, or staging behind a link."""
+    where = {"staging": 0} if kind in HAS_COPY else {"slot": 0}
+    return Task(0, Op.READ, DISK, 0, payload=Load(1, 0, PART_BYTES, **where))
 
 
 def embed(task_id, resource=COMPUTE):
@@ -339,7 +356,7 @@ def test_cancelling_the_executor_settles_what_was_issued(kind, num_spans, run, t
 def test_close_settles_what_is_in_flight(kind, run, tmp_path):
     async def main():
         rig = Rig(kind, tmp_path)
-        read = Task(0, Op.READ, DISK, 0, part=1, slot=0, staging=0, nbytes=PART_BYTES)
+        read = read_of(kind)
         try:
             futures = [rig.watched.issue(task) for task in (read, embed(1), embed(2))]
         finally:
@@ -354,10 +371,10 @@ def test_a_load_that_resolved_is_in_its_buffer(kind, run, tmp_path):
     async def main():
         rig = Rig(kind, tmp_path, device=FakeDevice(copy_pace_s=5e-3))
         try:
-            read = Task(0, Op.READ, DISK, 0, part=1, slot=0, staging=1 if kind in HAS_COPY else -1, nbytes=PART_BYTES)
-            await rig.watched.issue(read)
+            await rig.watched.issue(read_of(kind))
             if kind in HAS_COPY:
-                await rig.watched.issue(replace(read, id=1, op=Op.COPY, resource=H2D))
+                copy = Load(1, 0, PART_BYTES, slot=0, staging=0)
+                await rig.watched.issue(Task(1, Op.COPY, H2D, 0, payload=copy))
             if rig.runner is not None:
                 at, content = rig.expected[1]
                 assert torch.equal(rig.runner.slots[0][at : at + PART_BYTES], content)

@@ -18,7 +18,8 @@ from aspec.kv import KVCache
 from aspec.model import Model
 from aspec.params import SamplingParams
 from aspec.plan import Speculation
-from aspec.tasks.task import Op, Span, Task, WorkItem
+from aspec.tasks.op import Op
+from aspec.tasks.task import LayerWork, Span, Task, WorkItem
 from tests import tiny
 from tests.simulate import make_plan, simulate
 from tests.test_engine import SMALL, collect
@@ -355,9 +356,9 @@ async def test_any_resident_set_gives_the_same_logits_and_moves_the_rest_in_ever
         parts = plan.streamed
         streamed.add(len(parts))
         assert sum(part.resident_bytes for part in plan.parts if part not in parts) <= allowed
-        assert [read.part for read in reads] == [parts[n % len(parts)].index for n in range(len(reads))]
+        assert [read.load.part for read in reads] == [parts[n % len(parts)].index for n in range(len(reads))]
         assert passes * len(parts) <= len(reads) <= passes * len(parts) + plan.num_slots
-        assert {(read.part, read.nbytes) for read in reads} == {(part.index, part.nbytes) for part in parts}
+        assert {(read.load.part, read.nbytes) for read in reads} == {(part.index, part.nbytes) for part in parts}
     assert streamed == set(range(1, len(sizes))), "from all of them down to one"
 
 
@@ -414,7 +415,7 @@ def observed(costs, seconds_of, rounds):
     """The cost model after some rounds whose layers take so long."""
     for tokens in (1, 2, 4, 8, 16) * rounds:
         item = WorkItem(0, (0,), (5,), (tokens,))
-        costs.observe(Span(Task(0, Op.LAYER, "compute", 0, item=item, layer=0), 0.0, seconds_of(tokens)))
+        costs.observe(Span(Task(0, Op.LAYER, "compute", 0, item=item, payload=LayerWork(0)), 0.0, seconds_of(tokens)))
     return costs
 
 

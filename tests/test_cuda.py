@@ -13,9 +13,10 @@ from aspec.io.cuda import TorchDevice
 from aspec.io.events import EventLane
 from aspec.io.pinned import PinnedMemory
 from aspec.races import find_races
-from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE, H2D, Completion, Op, Task
+from aspec.tasks.op import Op
+from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE, H2D, Completion, LayerWork, Load, Task
 from tests.fake_device import FakeDevice, FakeEvent, Mark
-from tests.test_backend_contract import Rig, embed
+from tests.test_backend_contract import PART_BYTES, Rig, embed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -204,8 +205,8 @@ async def test_nothing_is_issued_after_close(tmp_path):
 async def test_host_parts_are_copied_without_staging(tmp_path):
     rig = Rig("cuda", tmp_path)
     try:
-        await rig.watched.issue(Task(0, Op.COPY, H2D, 0, part=2, slot=1))
-        rig.runner.check(Task(1, Op.LAYER, COMPUTE, 0, slots=((2, 1),)))
+        await rig.watched.issue(Task(0, Op.COPY, H2D, 0, payload=Load(2, 1, PART_BYTES, slot=1)))
+        rig.runner.check(Task(1, Op.LAYER, COMPUTE, 0, payload=LayerWork(1, ((2, 1),))))
         assert rig.runner.wrong == []
     finally:
         await rig.close()

@@ -27,7 +27,7 @@ from aspec.params import SamplingParams
 from aspec.plan import Tier, Workload
 from aspec.races import find_races
 from aspec.sampling import Sampler
-from aspec.tasks.task import Op
+from aspec.tasks.op import Op
 from tests.fake_capture import FakeCapture
 from tests.fake_device import EagerDevice
 

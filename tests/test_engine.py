@@ -14,7 +14,7 @@ from aspec.errors import BudgetError, NumericError, PromptError, ReadError, User
 from aspec.needs import DEMO
 from aspec.params import SamplingParams
 from aspec.races import find_races
-from aspec.tasks.task import Op
+from aspec.tasks.op import Op
 from tests import tiny
 
 SMALL = dict(max_context=96, prefill_tokens=32, device_memory=3 << 20, resident_memory=0, threads=1)

@@ -9,7 +9,7 @@ import torch
 from aspec.engine import open_engine
 from aspec.params import SamplingParams
 from aspec.races import find_races
-from aspec.tasks.task import Op
+from aspec.tasks.op import Op
 from tests import tiny
 
 NEW = 16

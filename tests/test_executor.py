@@ -11,10 +11,11 @@ from aspec.errors import DeadlockError
 from aspec.executor import Executor
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.scheduler import Scheduler
-from aspec.tasks.task import CPU, Arrived, Closing, Decision, Op
+from aspec.tasks.op import Op
+from aspec.tasks.task import CPU, Arrived, Closing
 from tests.simulate import make_plan, simulate, trace_hash
 
-ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2)]
+ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2), (5, 9, 14), (6, 30, 7)]
 
 
 SPLIT = (Op.PROJECT, Op.SEND, Op.ATTEND, Op.RETURN, Op.FFN)
@@ -86,8 +87,8 @@ class _Stuck:
     done = False
     idle = False
 
-    def handle(self, event, *, more=False):
-        return Decision()
+    def handle(self, events):
+        return []
 
 
 def test_an_idle_engine_waits_and_a_stuck_one_is_an_error(virtual):

@@ -20,7 +20,7 @@ from aspec.plan import Workload
 from aspec.prices import prices
 from aspec.shapes import LayerShape, ModelShape
 from aspec.simulation import simulate
-from aspec.tasks.task import Op
+from aspec.tasks.op import Op
 from tests import tiny
 from tests.simulate import make_plan
 from tests.test_hardware import CARD

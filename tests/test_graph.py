@@ -4,7 +4,8 @@ import pytest
 
 from aspec.errors import GraphError
 from aspec.tasks.graph import Graph
-from aspec.tasks.task import Access, Op, Resource, Task
+from aspec.tasks.op import Op
+from aspec.tasks.task import Access, Resource, Task
 
 A, B, FREE = Resource("a", 1, domain="device"), Resource("b", 1, domain="device"), Resource("disk", 2)
 

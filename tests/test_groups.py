@@ -11,7 +11,8 @@ from aspec.plan import Speculation
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
 from aspec.seats import Seats
-from aspec.tasks.task import Arrived, Op, Started
+from aspec.tasks.op import Op
+from aspec.tasks.task import Arrived, Started
 from tests.simulate import make_plan, simulate
 
 JOB = [(number, 5 + 13 * number % 90, 8 + 7 * number % 30) for number in range(24)]
@@ -95,10 +96,9 @@ def test_who_waits_takes_a_place_in_the_midst_of_the_job(virtual):
 
 def test_arrivals_that_come_together_share_the_first_pass():
     scheduler = Scheduler(make_plan())
-    scheduler.handle(Started())
-    assert scheduler.handle(Arrived(0, 10, 5), more=True).tasks == ()
-    decision = scheduler.handle(Arrived(1, 12, 5))
-    assert {row for task in decision.tasks if task.op is Op.EMBED for row in task.item.rows} == {0, 1}
+    scheduler.handle([Started()])
+    tasks = scheduler.handle([Arrived(0, 10, 5), Arrived(1, 12, 5)])
+    assert {row for task in tasks if task.op is Op.EMBED for row in task.item.rows} == {0, 1}
 
 
 def test_groups_share_what_there_is():

@@ -26,7 +26,8 @@ from aspec.io.sim import Profile
 from aspec.plan import Plan, PlannedPart, Tier
 from aspec.simulation import simulate
 from aspec.tariff import Attention, LayerCost, Line, ModelCost, Tariff
-from aspec.tasks.task import CPU, DRAFT_COMPUTE, Op
+from aspec.tasks.op import Op
+from aspec.tasks.task import CPU, DRAFT_COMPUTE
 
 LAYERS = 32  # of Mixtral-8x7B
 FFN_BYTES, ATTENTION_BYTES = 2_818_600_000, 83_900_000  # of a layer

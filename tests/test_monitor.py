@@ -7,7 +7,7 @@ from aspec.io.sim import Profile
 from aspec.monitor import Monitor
 from aspec.simulation import simulate
 from aspec.snapshot import SlotState
-from aspec.tasks.task import Op
+from aspec.tasks.op import Op
 from tests.simulate import make_plan
 
 PROFILE = Profile(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)

@@ -32,7 +32,8 @@ from aspec.races import find_races
 from aspec.recorder import Recorder
 from aspec.simulation import measured_profile
 from aspec.split import depart, project
-from aspec.tasks.task import BACK, COMPUTE, CPU, D2H, Op, Span, Task, WorkItem
+from aspec.tasks.op import Op
+from aspec.tasks.task import BACK, COMPUTE, CPU, D2H, LayerWork, Span, Task, WorkItem
 from aspec.timeline import length, merge, shared
 from tests import tiny
 from tests.fake_device import EagerDevice
@@ -373,7 +374,7 @@ def test_the_way_counts_as_the_attention_does(num_items, expected):
     costs, items = CostModel(), [WorkItem(i, (i,), (5,), (4,)) for i in range(num_items)]
     seconds = {Op.PROJECT: 1.0, Op.SEND: 3.0, Op.ATTEND: 4.0, Op.RETURN: 5.0, Op.FFN: 1.0}
     for layer, item, (op, taken) in product(range(2), items, seconds.items()):
-        costs.observe(Span(Task(0, op, STAGES[op], 0, item=item, layer=layer), 0.0, taken))
+        costs.observe(Span(Task(0, op, STAGES[op], 0, item=item, payload=LayerWork(layer)), 0.0, taken))
     plan = make_plan(num_layers=1, resident=(0, 1), num_slots=0)
     rounds = dict(costs.round_seconds(plan, 0.0, 4 * num_items))
     assert rounds[4 * num_items] == pytest.approx(expected, rel=1e-3)

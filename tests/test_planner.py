@@ -9,7 +9,8 @@ from aspec.costs import CostModel, expected_tokens
 from aspec.errors import BudgetError
 from aspec.plan import PlannedPart, Tier
 from aspec.planner import SPARE_SLOTS, Needs, Wishes, make_plan
-from aspec.tasks.task import Op, RowOutcome, Span, Task, WorkItem
+from aspec.tasks.op import Op
+from aspec.tasks.task import RowOutcome, Span, Task, WorkItem
 
 MIB = 1 << 20
 

@@ -17,7 +17,8 @@ from aspec.shapes import LayerShape, ModelShape, shape_of, touched_experts
 from aspec.simulation import fitted_acceptance, flat_fields
 from aspec.simulation import simulate as run_simulation
 from aspec.tariff import Attention, Line, Tariff
-from aspec.tasks.task import COMPUTE, CPU, Growth, Op, Seating, Task, WorkItem
+from aspec.tasks.op import Op
+from aspec.tasks.task import COMPUTE, CPU, DraftStep, Growth, LayerWork, RowAssignment, RowChanges, Task, WorkItem
 from tests import tiny
 from tests.simulate import make_plan, simulate
 
@@ -55,7 +56,12 @@ def item(rows=1, start=100, count=1, prefill=False):
 
 
 def task(op, work, **changes):
-    return Task(0, op, CPU if op in (Op.ATTEND, Op.ACCEPT) else COMPUTE, 0, item=work, layer=0, **changes)
+    resource = CPU if op in (Op.ATTEND, Op.ACCEPT) else COMPUTE
+    return Task(0, op, resource, 0, item=work, payload=payload_of(op, **changes))
+
+
+def payload_of(op, slots=(), **changes):
+    return DraftStep(0, **changes) if op is Op.DRAFT else LayerWork(0, slots)
 
 
 # -- lines ---------------------------------------------------------------------------------------------------
@@ -298,7 +304,7 @@ def test_the_formula_the_dice_and_the_simulation_agree(acceptance, length):
     rounds, dice = 4000, random.Random(7)
     thrown = [1 + next((n for n in range(length) if dice.random() >= acceptance), length) for _ in range(rounds)]
     backend = SimBackend(Profile(acceptance=acceptance, seed=3))
-    backend.seat([Seating(0, 5)])
+    backend._report(Task(0, Op.ASSIGN_ROWS, CPU, 0, payload=RowChanges((RowAssignment(0, 5),))))
     simulated, position = [], 0
     for _ in range(rounds):
         outcome, _ = backend._accept(0, position, length + 1)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from aspec.races import find_races
-from aspec.tasks.task import Access, Op, Span, Task
+from aspec.tasks.op import Op
+from aspec.tasks.task import Access, Span, Task
 from tests.simulate import make_plan, simulate
 
 

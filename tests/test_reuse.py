@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from aspec.drafting import ModelDrafter
 from aspec.engine import common_prefix, open_engine
-from aspec.io.sim import Profile, SimBackend
 from aspec.params import SamplingParams
 from aspec.plan import Speculation
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
 from aspec.seats import Row, prefill_items
-from aspec.tasks.task import Arrived, Cancelled, Op, RowOutcome, Seating, Span, Started
+from aspec.tasks.op import Op
+from aspec.tasks.task import Arrived, Cancelled, RowAssignment, RowOutcome, Span, Started
 from aspec.virtual import VirtualTimeLoop
 from tests import tiny
 from tests.simulate import make_plan, simulate
@@ -46,22 +46,24 @@ class House:
 
     def __init__(self, num_rows):
         self.scheduler = Scheduler(make_plan(num_rows=num_rows, max_draft_tokens=0, fixed_draft_tokens=0))
-        self.seatings, self.prefills, self.accepting = [], [], []
-        self.take(self.scheduler.handle(Started()))
+        self.seatings, self.prefills, self.accepting, self.rows = [], [], [], {}
+        self.take(self.scheduler.handle([Started()]))
 
     def take(self, decision):
         self.scheduler.validate()
-        self.seatings += [seating for seating in decision.seatings if seating.sequence is not None]
-        self.prefills += [t.item for t in decision.tasks if t.op is Op.EMBED and t.item.prefill]
-        self.accepting = [t for t in decision.tasks if t.op is Op.ACCEPT] or self.accepting
+        changes = [row for task in decision if task.op is Op.ASSIGN_ROWS for row in task.payload.rows]
+        self.rows |= {change.row: change.sequence for change in changes}
+        self.seatings += [change for change in changes if change.sequence is not None]
+        self.prefills += [t.item for t in decision if t.op is Op.EMBED and t.item.prefill]
+        self.accepting = [t for t in decision if t.op is Op.ACCEPT] or self.accepting
 
     def post(self, *events):
         for event in events:
-            self.take(self.scheduler.handle(event))
+            self.take(self.scheduler.handle([event]))
 
     def settle(self):
         """Passes until nobody sits any more."""
-        while self.scheduler.num_active:
+        while any(sequence is not None for sequence in self.rows.values()):
             waiting, self.accepting = self.accepting, []
             for task in waiting:
                 self.post(Span(task, 0.0, 1e-3, tuple(RowOutcome(row, 0, 0, 1, False) for row in task.item.rows)))
@@ -72,7 +74,7 @@ def test_an_arrival_that_follows_takes_the_row_and_prefills_the_rest():
     house.post(Arrived(0, 10, 5))
     house.settle()
     house.post(Arrived(1, 20, 1, follows=0, kept=14))
-    assert house.seatings == [Seating(0, 0), Seating(0, 1, 14)]
+    assert house.seatings == [RowAssignment(0, 0), RowAssignment(0, 1, 14)]
     assert (house.prefills[-1].starts, house.prefills[-1].counts) == ((14,), (6,))
 
 
@@ -80,7 +82,7 @@ def test_a_row_that_someone_else_took_keeps_nothing():
     house = House(num_rows=1)
     house.post(Arrived(0, 10, 5), Arrived(1, 8, 1), Arrived(2, 20, 1, follows=0, kept=14))
     house.settle()
-    assert house.seatings == [Seating(0, 0), Seating(0, 1), Seating(0, 2)]
+    assert house.seatings == [RowAssignment(0, 0), RowAssignment(0, 1), RowAssignment(0, 2)]
     assert (house.prefills[-1].starts, house.prefills[-1].counts) == ((0,), (20,))
 
 
@@ -88,15 +90,15 @@ def test_a_row_that_is_still_occupied_is_not_followed():
     house = House(num_rows=2)
     house.post(Arrived(0, 10, 5), Arrived(1, 20, 1, follows=0, kept=9))
     house.settle()
-    assert house.seatings == [Seating(0, 0), Seating(1, 1)]
+    assert house.seatings == [RowAssignment(0, 0), RowAssignment(1, 1)]
 
 
 def test_a_cancelled_sequence_is_followed_once_its_pass_is_over():
     house = House(num_rows=1)
     house.post(Arrived(0, 10, 50), Cancelled(0), Arrived(1, 20, 1, follows=0, kept=9))
-    assert house.seatings == [Seating(0, 0)]
+    assert house.seatings == [RowAssignment(0, 0)]
     house.settle()
-    assert house.seatings == [Seating(0, 0), Seating(0, 1, 9)]
+    assert house.seatings == [RowAssignment(0, 0), RowAssignment(0, 1, 9)]
 
 
 def test_a_little_in_common_does_not_cost_a_conversation_its_row():
@@ -107,7 +109,12 @@ def test_a_little_in_common_does_not_cost_a_conversation_its_row():
     house.settle()
     house.post(Arrived(2, 120, 5, follows=0, kept=104), Arrived(3, 60, 1, follows=1, kept=44))
     house.settle()
-    assert house.seatings == [Seating(0, 0), Seating(1, 1), Seating(0, 2, 104), Seating(1, 3, 44)]
+    assert house.seatings == [
+        RowAssignment(0, 0),
+        RowAssignment(1, 1),
+        RowAssignment(0, 2, 104),
+        RowAssignment(1, 3, 44),
+    ]
 
 
 def test_where_every_row_has_been_used_the_least_is_lost():
@@ -115,7 +122,7 @@ def test_where_every_row_has_been_used_the_least_is_lost():
     house.post(Arrived(0, 100, 1), Arrived(1, 30, 1))
     house.settle()
     house.post(Arrived(2, 50, 1))
-    assert house.seatings[-1] == Seating(1, 2)
+    assert house.seatings[-1] == RowAssignment(1, 2)
 
 
 def test_who_has_most_to_keep_chooses_first():
@@ -124,7 +131,7 @@ def test_who_has_most_to_keep_chooses_first():
     house.settle()
     house.post(Arrived(2, 50, 1), Arrived(3, 50, 1), Arrived(4, 40, 1, follows=1, kept=9))
     house.settle()
-    assert house.seatings[-3:] == [Seating(2, 2), Seating(1, 4, 9), Seating(0, 3)]
+    assert house.seatings[-3:] == [RowAssignment(2, 2), RowAssignment(1, 4, 9), RowAssignment(0, 3)]
 
 
 def test_in_virtual_time_a_second_turn_is_spared_its_first(virtual):
@@ -152,14 +159,10 @@ def test_prefill_items_cover_what_is_not_kept_exactly_once(rows, most):
     assert covered == {number: list(range(kept, length)) for number, (length, kept) in enumerate(rows)}
 
 
-class Remembering(SimBackend):
-    """A simulated machine that remembers who was seated where."""
-
-    seatings = ()
-
-    def seat(self, seatings):
-        self.seatings = (*self.seatings, *(seating for seating in seatings if seating.sequence is not None))
-        super().seat(seatings)
+def assignments(spans):
+    """Which sequence took which row, in order."""
+    changes = (row for span in spans if span.task.op is Op.ASSIGN_ROWS for row in span.task.payload.rows)
+    return [change for change in changes if change.sequence is not None]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -175,17 +178,17 @@ def test_whatever_arrives_is_seated_on_what_it_follows_or_on_nothing(seed, specu
             kept = chance.randint(0, min(prompt - 1, arrivals[follows][1] - 1))
         arrivals.append((sequence, prompt, new, follows, kept))
     plan = make_plan(num_rows=num_rows, speculation=speculation, fixed_draft_tokens=None)
-    loop, backend = VirtualTimeLoop(), Remembering(Profile())
+    loop = VirtualTimeLoop()
     try:
-        spans, scheduler, _ = loop.run_until_complete(simulate(plan, arrivals, backend))
+        spans, scheduler, _ = loop.run_until_complete(simulate(plan, arrivals))
     finally:
         loop.close()
     resting = {}
-    for row, sequence, kept in ((seating.row, seating.sequence, seating.kept) for seating in backend.seatings):
+    for row, sequence, kept in ((change.row, change.sequence, change.kept) for change in assignments(spans)):
         _, _, _, follows, offered = arrivals[sequence]
         assert kept == (offered if follows is not None and resting.get(row) == follows else 0)
         resting[row] = sequence
-    assert fed_tokens(spans) == sum(arrival[1] for arrival in arrivals) - sum(s.kept for s in backend.seatings)
+    assert fed_tokens(spans) == sum(arrival[1] for arrival in arrivals) - sum(s.kept for s in assignments(spans))
     assert scheduler.done
     assert sum(o.num_new for s in spans for o in s.outcomes) == sum(new for _, _, new, _, _ in arrivals)
     assert find_races(spans) == []

@@ -10,79 +10,85 @@ from aspec.plan import Speculation, Tier
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
 from aspec.seats import Row, prefill_items
+from aspec.tasks.op import Op
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY
-from aspec.tasks.task import Arrived, Cancelled, Closing, Grown, Op, RowOutcome, Span, Started, Task, WorkItem
+from aspec.tasks.task import Arrived, Cancelled, Closing, Grown, LayerWork, RowOutcome, Span, Started, Task, WorkItem
 from tests.simulate import make_plan, simulate
 
 
 def ops(decision, op):
-    return [task for task in decision.tasks if task.op is op]
+    return [task for task in decision if task.op is op]
+
+
+def assigned(decision):
+    """The row changes of an answer."""
+    return [change for task in ops(decision, Op.ASSIGN_ROWS) for change in task.payload.rows]
 
 
 def accept(scheduler, decision, outcomes):
     """Answer every draft prefill and every ACCEPT of a decision; returns the last answer."""
     for task in ops(decision, Op.DRAFT_PREFILL):
-        scheduler.handle(Span(task, 0.0, 1e-3))
+        scheduler.handle([Span(task, 0.0, 1e-3)])
     for task in ops(decision, Op.ACCEPT):
         found = tuple(o for o in outcomes if o.row in task.item.rows)
-        answer = scheduler.handle(Span(task, 0.0, 1e-3, found))
+        answer = scheduler.handle([Span(task, 0.0, 1e-3, found)])
         scheduler.validate()
     return answer
 
 
 def test_slots_fill_before_anyone_arrives():
-    decision = Scheduler(make_plan(num_slots=3, parts_per_layer=1)).handle(Started())
-    assert [(t.op, t.part, t.slot) for t in decision.tasks] == [(Op.READ, 0, 0), (Op.READ, 1, 1), (Op.READ, 2, 2)]
+    decision = Scheduler(make_plan(num_slots=3, parts_per_layer=1)).handle([Started()])
+    assert [(t.op, t.load.part, t.load.slot) for t in decision] == [(Op.READ, 0, 0), (Op.READ, 1, 1), (Op.READ, 2, 2)]
 
 
 def test_a_pass_reads_every_part_once_and_the_stream_runs_on():
     scheduler = Scheduler(make_plan(num_layers=4, parts_per_layer=1, num_slots=3))
-    scheduler.handle(Started())
-    decision = scheduler.handle(Arrived(0, 10, 5))
-    assert [t.part for t in ops(decision, Op.READ)] == [3, 0, 1, 2], "three loads belong to the next pass"
+    scheduler.handle([Started()])
+    decision = scheduler.handle([Arrived(0, 10, 5)])
+    assert [t.load.part for t in ops(decision, Op.READ)] == [3, 0, 1, 2], "three loads belong to the next pass"
     assert [t.layer for t in ops(decision, Op.LAYER)] == [0, 1, 2, 3]
 
 
 def test_resident_parts_are_never_read():
     scheduler = Scheduler(make_plan(num_layers=4, parts_per_layer=1, num_slots=1, resident=(0, 2)))
-    started = scheduler.handle(Started())
-    decision = scheduler.handle(Arrived(0, 10, 5))
-    assert {t.part for t in (*started.tasks, *ops(decision, Op.READ))} == {1, 3}
+    started = scheduler.handle([Started()])
+    decision = scheduler.handle([Arrived(0, 10, 5)])
+    assert {t.load.part for t in (*started, *ops(decision, Op.READ))} == {1, 3}
     assert [t.slots for t in ops(decision, Op.LAYER)] == [(), ((1, 0),), (), ((3, 0),)]
 
 
 def test_everything_resident_reads_nothing():
     plan = make_plan(num_layers=2, parts_per_layer=1, num_slots=0, resident=(0, 1))
     scheduler = Scheduler(plan)
-    assert scheduler.handle(Started()).tasks == ()
-    assert not ops(scheduler.handle(Arrived(0, 4, 4)), Op.READ)
+    assert scheduler.handle([Started()]) == []
+    assert not ops(scheduler.handle([Arrived(0, 4, 4)]), Op.READ)
 
 
 def test_a_row_never_proposes_beyond_its_limit():
     scheduler = Scheduler(make_plan(fixed_draft_tokens=4))
-    scheduler.handle(Started())
-    decision = scheduler.handle(Arrived(0, 10, 3))
+    scheduler.handle([Started()])
+    decision = scheduler.handle([Arrived(0, 10, 3)])
     decision = accept(scheduler, decision, [RowOutcome(0, 0, 0, 1, False)])
     assert len(ops(decision, Op.DRAFT)) == 1, "two tokens remain: one proposal and the bonus"
     assert ops(decision, Op.HEAD)[0].item.counts == (2,)
     decision = accept(scheduler, decision, [RowOutcome(0, 1, 1, 2, False)])
-    assert decision.tasks == ()
-    assert decision.seatings[0].sequence is None
+    assert [change.sequence for change in assigned(decision)] == [None], "the row is free: nothing else happens"
+    assert len(decision) == 1
 
 
 def test_no_draft_task_without_speculation():
     scheduler = Scheduler(make_plan(max_draft_tokens=0, fixed_draft_tokens=0))
-    scheduler.handle(Started())
-    decision = scheduler.handle(Arrived(0, 10, 3))
+    scheduler.handle([Started()])
+    decision = scheduler.handle([Arrived(0, 10, 3)])
     decision = accept(scheduler, decision, [RowOutcome(0, 0, 0, 1, False)])
-    assert {t.op for t in decision.tasks} == {Op.EMBED, Op.LAYER, Op.READ, Op.HEAD, Op.ACCEPT}
+    assert {t.op for t in decision} == {Op.EMBED, Op.LAYER, Op.READ, Op.HEAD, Op.ACCEPT}
 
 
 def test_rows_join_only_between_passes_and_share_the_next():
     scheduler = Scheduler(make_plan())
-    scheduler.handle(Started())
-    first = scheduler.handle(Arrived(0, 10, 9))
-    assert scheduler.handle(Arrived(1, 12, 9)).tasks == (), "a pass is running"
+    scheduler.handle([Started()])
+    first = scheduler.handle([Arrived(0, 10, 9)])
+    assert scheduler.handle([Arrived(1, 12, 9)]) == [], "a pass is running"
     decision = accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
     layers = [t for t in ops(decision, Op.LAYER) if t.layer == 0]
     assert [t.item.prefill for t in layers] == [False, True]
@@ -91,33 +97,33 @@ def test_rows_join_only_between_passes_and_share_the_next():
 
 def test_a_full_house_waits_and_a_cancelled_row_leaves():
     scheduler = Scheduler(make_plan(num_rows=1))
-    scheduler.handle(Started())
-    first = scheduler.handle(Arrived(0, 10, 9))
-    scheduler.handle(Arrived(1, 5, 2))
-    scheduler.handle(Cancelled(0))
+    scheduler.handle([Started()])
+    first = scheduler.handle([Arrived(0, 10, 9)])
+    scheduler.handle([Arrived(1, 5, 2)])
+    scheduler.handle([Cancelled(0)])
     decision = accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
-    assert [(s.row, s.sequence) for s in decision.seatings] == [(0, None), (0, 1)]
+    assert [(s.row, s.sequence) for s in assigned(decision)] == [(0, None), (0, 1)]
 
 
 def test_a_row_is_not_given_away_while_its_prompt_goes_through_the_draft():
     scheduler = Scheduler(make_plan(num_rows=1))
-    scheduler.handle(Started())
-    first = scheduler.handle(Arrived(0, 10, 1))
-    scheduler.handle(Arrived(1, 5, 2))
+    scheduler.handle([Started()])
+    first = scheduler.handle([Arrived(0, 10, 1)])
+    scheduler.handle([Arrived(1, 5, 2)])
     (accepting,), (prefill,) = ops(first, Op.ACCEPT), ops(first, Op.DRAFT_PREFILL)
-    assert scheduler.handle(Span(accepting, 0.0, 1e-3, (RowOutcome(0, 0, 0, 1, False),))).seatings == ()
-    seatings = scheduler.handle(Span(prefill, 0.0, 1e-3)).seatings
-    assert [(s.row, s.sequence) for s in seatings] == [(0, None), (0, 1)]
+    assert scheduler.handle([Span(accepting, 0.0, 1e-3, (RowOutcome(0, 0, 0, 1, False),))]) == []
+    decision = scheduler.handle([Span(prefill, 0.0, 1e-3)])
+    assert [(s.row, s.sequence) for s in assigned(decision)] == [(0, None), (0, 1)]
 
 
 def grow(scheduler, decision, probabilities, promises):
     """Answer level after level of one row's tree; returns the last answer and the number of levels."""
     for level, promise in enumerate(promises):
-        (task,) = decision.tasks
-        assert (task.op, task.step, task.growth.ahead) == (Op.DRAFT, level, False)
-        decision = scheduler.handle(Span(task, 0.0, 1e-3, grown=(Grown(0, tuple(probabilities), promise),)))
+        (task,) = decision
+        assert (task.op, task.draft.step, task.growth.ahead) == (Op.DRAFT, level, False)
+        decision = scheduler.handle([Span(task, 0.0, 1e-3, grown=(Grown(0, tuple(probabilities), promise),))])
         scheduler.validate()
-        if len(decision.tasks) != 1:
+        if len(decision) != 1:
             return decision, level + 1
     raise AssertionError("the tree never ended")
 
@@ -125,8 +131,8 @@ def grow(scheduler, decision, probabilities, promises):
 def decoding(**changes):
     """A scheduler whose only row has its prompt behind it, and its first tree level."""
     scheduler = Scheduler(make_plan(speculation=Speculation.TREE, draft_ahead=False, **changes))
-    scheduler.handle(Started())
-    first = scheduler.handle(Arrived(0, 10, 30))
+    scheduler.handle([Started()])
+    first = scheduler.handle([Arrived(0, 10, 30)])
     return scheduler, accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
 
 
@@ -137,19 +143,21 @@ def test_a_tree_grows_while_it_promises_and_the_pass_takes_what_grew():
     (head,) = ops(decision, Op.HEAD)
     assert head.item.counts == (6,)
     decision = accept(scheduler, decision, [RowOutcome(0, 5, 2, 3, False)])
-    assert decision.tasks[0].growth is not None, "the next round drafts again"
+    assert decision[0].growth is not None, "the next round drafts again"
 
 
 def test_a_tree_never_reaches_beyond_what_a_row_may_still_generate():
     _, decision = decoding()
-    assert decision.tasks[0].growth.depths == (28,), "29 tokens remain: 28 proposals and the bonus"
+    assert decision[0].growth.depths == (28,), "29 tokens remain: 28 proposals and the bonus"
 
 
 def test_a_node_that_costs_more_than_it_brings_is_left_out():
     scheduler, decision = decoding(fixed_draft_tokens=None, max_draft_tokens=64)
     for tokens, seconds in ((1, 0.1), (2, 0.1), (4, 0.1), (8, 30.0)):  # seconds of a layer: a steep knee behind 4
         item = WorkItem(0, (0,), (5,), (tokens,))
-        scheduler.costs.observe(Span(Task(10**6 + tokens, Op.LAYER, "compute", 0, item=item, layer=0), 0.0, seconds))
+        scheduler.costs.observe(
+            Span(Task(10**6 + tokens, Op.LAYER, "compute", 0, item=item, payload=LayerWork(0)), 0.0, seconds)
+        )
     embed = Task(10**6, Op.EMBED, "compute", 0, number=77)
     scheduler.costs.observe(Span(embed, 0.0, 1e-3))
     done = Task(10**6 + 1, Op.ACCEPT, "cpu", 0, number=77, item=WorkItem(0, (0,), (5,), (1,)))
@@ -187,8 +195,8 @@ def drafting_ahead(**changes):
     """A scheduler in the midst of its first pass that verifies a tree, on a draft lane of its own."""
     plan = make_plan(speculation=Speculation.TREE, fixed_draft_tokens=5, draft_resource="draft", **changes)
     scheduler = Scheduler(plan)
-    scheduler.handle(Started())
-    decision = scheduler.handle(Arrived(0, 10, 60))
+    scheduler.handle([Started()])
+    decision = scheduler.handle([Arrived(0, 10, 60)])
     decision = run_pass(scheduler, decision, RowOutcome(0, 0, 0, 1, False))
     return scheduler, *grow(scheduler, decision, (0.9, 0.8, 0.5, 0.4, 0.1), (0.9, 0.0))
 
@@ -196,27 +204,27 @@ def drafting_ahead(**changes):
 def run_pass(scheduler, decision, outcome, grown=()):
     """Layer after layer, then the pass's end; returns the answer to ACCEPT."""
     for task in ops(decision, Op.DRAFT_PREFILL):
-        scheduler.handle(Span(task, 0.0, 1e-3))
-    answers = [scheduler.handle(Span(task, 0.0, 1e-3)) for task in decision.tasks if task.op in (Op.EMBED, Op.LAYER)]
+        scheduler.handle([Span(task, 0.0, 1e-3)])
+    answers = [scheduler.handle([Span(task, 0.0, 1e-3)]) for task in decision if task.op in (Op.EMBED, Op.LAYER)]
     (accepting,) = [task for answer in answers for task in ops(answer, Op.ACCEPT)]
     scheduler.validate()
-    return scheduler.handle(Span(accepting, 0.0, 1e-3, (outcome,), grown))
+    return scheduler.handle([Span(accepting, 0.0, 1e-3, (outcome,), grown)])
 
 
 def test_beside_the_layers_of_a_pass_the_tree_grows_on_one_level_at_a_time():
     scheduler, decision, _ = drafting_ahead()
     layers = ops(decision, Op.LAYER)
     assert ops(decision, Op.ACCEPT) == [], "the end of the pass follows what is drafted ahead"
-    (ahead,) = scheduler.handle(Span(layers[0], 0.0, 1e-3)).tasks
+    (ahead,) = scheduler.handle([Span(layers[0], 0.0, 1e-3)])
     assert (ahead.op, ahead.priority, ahead.growth.ahead > 0) == (Op.DRAFT, DRAFT_AHEAD, True)
-    assert scheduler.handle(Span(layers[1], 0.0, 1e-3)).tasks == (), "a level is under way"
-    (further,) = scheduler.handle(Span(ahead, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))).tasks
-    assert further.step == ahead.step + 1
-    ending = scheduler.handle(Span(layers[2], 0.0, 1e-3))
+    assert scheduler.handle([Span(layers[1], 0.0, 1e-3)]) == [], "a level is under way"
+    (further,) = scheduler.handle([Span(ahead, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))])
+    assert further.draft.step == ahead.draft.step + 1
+    ending = scheduler.handle([Span(layers[2], 0.0, 1e-3)])
     (accepting,) = ops(ending, Op.ACCEPT)
     written = {access.buffer for access in accepting.writes}
     assert {access.buffer for access in further.writes} <= written, "it waits for the level that is under way"
-    assert scheduler.handle(Span(further, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))).tasks == (), "the pass ends"
+    assert scheduler.handle([Span(further, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))]) == [], "the pass ends"
 
 
 def test_what_was_grown_ahead_is_where_the_next_round_begins():
@@ -231,24 +239,24 @@ def test_what_was_grown_ahead_is_where_the_next_round_begins():
 def test_a_wrong_guess_is_planted_anew():
     scheduler, decision, _ = drafting_ahead()
     decision = run_pass(scheduler, decision, RowOutcome(0, 5, 3, 4, False))
-    (level,) = decision.tasks
+    (level,) = decision
     assert (level.op, level.priority, level.growth.ahead) == (Op.DRAFT, VERIFY, 0)
 
 
 def test_on_the_target_s_own_lane_nothing_is_drafted_ahead_while_a_layer_could_run():
     scheduler = Scheduler(make_plan(speculation=Speculation.TREE, fixed_draft_tokens=5))
-    loads = ops(scheduler.handle(Started()), Op.READ)
-    decision = run_pass(scheduler, scheduler.handle(Arrived(0, 10, 60)), RowOutcome(0, 0, 0, 1, False))
+    loads = ops(scheduler.handle([Started()]), Op.READ)
+    decision = run_pass(scheduler, scheduler.handle([Arrived(0, 10, 60)]), RowOutcome(0, 0, 0, 1, False))
     decision, _ = grow(scheduler, decision, (0.9, 0.8, 0.5, 0.4, 0.1), (0.9, 0.0))
     for number, load in enumerate(loads):
-        scheduler.handle(Span(load, number * 1.0, number + 1.0))  # 10 MB in a second
+        scheduler.handle([Span(load, number * 1.0, number + 1.0)])  # 10 MB in a second
     (layer, *_) = ops(decision, Op.LAYER)
     needed = scheduler._stream.loads_before(1)
     missing = needed - len(loads)
     landing_s = len(loads) + missing * 1.0
     assert missing > 0
-    assert scheduler.handle(Span(layer, 0.0, landing_s - 5e-4)).tasks == (), "a step takes a millisecond"
-    assert [task.op for task in scheduler.handle(Span(layer, 0.0, landing_s - 0.5)).tasks] == [Op.DRAFT]
+    assert scheduler.handle([Span(layer, 0.0, landing_s - 5e-4)]) == [], "a step takes a millisecond"
+    assert [task.op for task in scheduler.handle([Span(layer, 0.0, landing_s - 0.5)])] == [Op.DRAFT]
 
 
 @pytest.mark.parametrize("resources", [HOST_RESOURCES, DEVICE_RESOURCES])
@@ -282,9 +290,9 @@ def test_drafting_ahead_changes_no_count_and_costs_no_time(virtual, resources, s
 
 def test_closing_waits_for_rows_unless_told_not_to():
     scheduler = Scheduler(make_plan())
-    scheduler.handle(Started())
-    first = scheduler.handle(Arrived(0, 10, 1))
-    scheduler.handle(Closing())
+    scheduler.handle([Started()])
+    first = scheduler.handle([Arrived(0, 10, 1)])
+    scheduler.handle([Closing()])
     assert not scheduler.done
     accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
     assert scheduler.done

@@ -25,13 +25,14 @@ from aspec.races import find_races
 from aspec.runner import ModelRunner
 from aspec.seats import micro_batches
 from aspec.split import attend_to, finish, project
+from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass
 from aspec.tasks.task import (
     CPU,
     NOTHING,
     SCRATCH,
     Access,
-    Op,
+    LayerWork,
     RowOutcome,
     Span,
     Task,
@@ -299,7 +300,7 @@ def test_a_lane_that_begins_with_attention_takes_no_more_threads_than_were_given
     item = WorkItem(0, (0,), (0,), (1,))
     runner._activations[item.name] = None
     results = []
-    task = Task(0, Op.ATTEND, CPU, 0, item=item, layer=0)
+    task = Task(0, Op.ATTEND, CPU, 0, item=item, payload=LayerWork(0))
     lane = threading.Thread(target=lambda: results.append(runner.run(task)))
     lane.start()
     lane.join()
@@ -429,7 +430,7 @@ def test_rows_are_divided_evenly_and_keep_their_order(counts, most):
 
 
 def learn(costs, op, item, layer, start, stop, number=0):
-    costs.observe(Span(Task(0, op, "compute", 0, item=item, layer=layer, number=number), start, stop))
+    costs.observe(Span(Task(0, op, "compute", 0, item=item, payload=LayerWork(layer), number=number), start, stop))
 
 
 @pytest.mark.parametrize(("num_items", "attention", "expected"), [(1, 3.0, 6.0), (2, 1.0, 6.0), (2, 4.0, 8.0)])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from aspec.io.sim import DEVICE_RESOURCES, Profile
 from aspec.recorder import BLOCK_SPANS, Recorder
 from aspec.summary import summarise
-from aspec.tasks.task import Op, RowOutcome, Span, Task
+from aspec.tasks.op import Op
+from aspec.tasks.task import RowOutcome, Span, Task
 from aspec.timeline import (
     Round,
     Slice,

@@ -25,7 +25,8 @@ from aspec.needs import DEMO
 from aspec.params import SamplingParams
 from aspec.plan import Plan, PlannedPart, Speculation
 from aspec.simulation import Profile, simulate
-from aspec.tasks.task import DRAFT_COMPUTE, Op, Span
+from aspec.tasks.op import Op
+from aspec.tasks.task import DRAFT_COMPUTE, Span
 from aspec.units import parse_bytes, parse_rate
 
 BUDGETS = [4, 8, 16, 32, 64, 128, 256]

@@ -26,7 +26,8 @@ from aspec.plan import Plan
 from aspec.prices import prices
 from aspec.shapes import ModelShape, shape_of
 from aspec.simulation import simulate
-from aspec.tasks.task import Op, Span
+from aspec.tasks.op import Op
+from aspec.tasks.task import Span
 from aspec.units import parse_bytes
 
 LOADS = (Op.READ, Op.COPY)

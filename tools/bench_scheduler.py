@@ -8,12 +8,13 @@ A job is served in virtual time, so that nothing but Python runs; the best of a 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from aspec.executor import Executor
 from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Plan, PlannedPart, Speculation
 from aspec.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Closing, Decision, Event
+from aspec.tasks.task import Arrived, Closing, Event, Task
 from aspec.virtual import VirtualTimeLoop
 
 LAYERS, PARTS, SLOTS, PART_BYTES = 22, 4, 9, 20_000_000  # as a 2 GB checkpoint under 512 MiB
@@ -35,13 +36,13 @@ class Timed:
         """As the scheduler says."""
         return self.scheduler.idle
 
-    def handle(self, event: Event, *, more: bool = False) -> Decision:
+    def handle(self, events: Sequence[Event]) -> list[Task]:
         """As the scheduler answers."""
         start = time.perf_counter()
-        decision = self.scheduler.handle(event, more=more)
+        tasks = self.scheduler.handle(events)
         self.seconds += time.perf_counter() - start
-        self.tasks += len(decision.tasks)
-        return decision
+        self.tasks += len(tasks)
+        return tasks
 
 
 def run(rows: int, groups: int, speculation: Speculation, most: int, tokens: int) -> tuple[float, float, int]:

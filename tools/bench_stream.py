@@ -15,7 +15,8 @@ from pathlib import Path
 from aspec.engine import open_engine
 from aspec.io.memory import peak_rss_bytes
 from aspec.params import SamplingParams
-from aspec.tasks.task import Op, Span
+from aspec.tasks.op import Op
+from aspec.tasks.task import Span
 from aspec.units import parse_bytes, parse_rate
 
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"

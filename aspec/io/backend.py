@@ -8,10 +8,9 @@ frees every buffer and thread, and may be called twice.
 """
 
 import asyncio
-from collections.abc import Sequence
 from typing import Protocol
 
-from aspec.tasks.task import Completion, Resource, Seating, Task
+from aspec.tasks.task import Completion, Resource, Task
 
 
 class Backend(Protocol):
@@ -24,10 +23,6 @@ class Backend(Protocol):
 
     def now(self) -> float:
         """Seconds on the only clock there is."""
-        ...
-
-    def seat(self, seatings: Sequence[Seating]) -> None:
-        """Rows change hands; called between passes, before the tasks that use them are issued."""
         ...
 
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:

@@ -11,7 +11,7 @@ from typing import Protocol
 from aspec.io.disk import DiskLane
 from aspec.io.lane import ThreadLane
 from aspec.io.layout import Part
-from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Op, Report, Resource, Seating, Task
+from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resource, Task
 
 
 class Runner(Protocol):
@@ -19,10 +19,6 @@ class Runner(Protocol):
 
     def run(self, task: Task) -> Report:
         """Compute one task."""
-        ...
-
-    def seat(self, seatings: Sequence[Seating]) -> None:
-        """Rows change hands between passes."""
         ...
 
 
@@ -46,14 +42,10 @@ class CpuBackend:
         """Seconds of ``time.perf_counter``."""
         return time.perf_counter()
 
-    def seat(self, seatings: Sequence[Seating]) -> None:
-        """Rows change hands between passes."""
-        self._runner.seat(seatings)
-
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
         """Start a task; lanes keep order, so ``after`` is met by construction."""
-        if task.op is Op.READ:
-            future: asyncio.Future[Completion] = asyncio.ensure_future(self._read(task))
+        if isinstance(task.payload, Load):
+            future: asyncio.Future[Completion] = asyncio.ensure_future(self._read(task.payload, task.priority))
         else:
             future = self._lanes[task.resource].submit(lambda: self._compute(task))
         self._in_flight.add(future)
@@ -69,9 +61,9 @@ class CpuBackend:
             for lane in self._lanes.values():
                 lane.close()
 
-    async def _read(self, task: Task) -> Completion:
-        part = self._parts[task.part]
-        done = await self._disk.read(part.segments, self._slots[task.slot], task.priority)
+    async def _read(self, load: Load, priority: int) -> Completion:
+        assert load.slot is not None, "the device is the host's own memory: reads fill slots"
+        done = await self._disk.read(self._parts[load.part].segments, self._slots[load.slot], priority)
         return Completion(done.start_s, done.stop_s)
 
     def _compute(self, task: Task) -> Completion:

@@ -8,11 +8,12 @@ target draws comes from an integer hash of (seed, sequence, position), so it dep
 import asyncio
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from aspec.tariff import Tariff
+from aspec.tasks.op import Cost, Op
 from aspec.tasks.task import (
     BACK,
     COMPUTE,
@@ -25,11 +26,10 @@ from aspec.tasks.task import (
     Completion,
     Grown,
     Growth,
-    Op,
     Report,
     Resource,
+    RowChanges,
     RowOutcome,
-    Seating,
     Task,
 )
 from aspec.tasks.tree import Proposal, Tree
@@ -124,12 +124,6 @@ class SimBackend:
         """Virtual seconds."""
         return asyncio.get_running_loop().time()
 
-    def seat(self, seatings: Sequence[Seating]) -> None:
-        """Remember which sequence a row serves: acceptance depends on it."""
-        for seating in seatings:
-            if seating.sequence is not None:
-                self._rows[seating.row] = _Row(seating.sequence)
-
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
         """Complete the task when its lane and the tasks it follows are done, plus its price."""
         loop = asyncio.get_running_loop()
@@ -155,28 +149,42 @@ class SimBackend:
 
     def price(self, task: Task) -> float:
         """Seconds of a task by the profile, beside nothing else."""
+        rates = self._rates
+        if task.op.cost in rates:
+            overhead_s = 0.0 if task.op.loads else self._task_s  # a load is so long that it does not count
+            return overhead_s + task.nbytes / rates[task.op.cost]
+        if task.op.cost is Cost.NOTHING:
+            return 0.0
+        if self.profile.tariff is not None:
+            return self.profile.tariff.seconds(task)
+        return self._flat_s(task)
+
+    @property
+    def _task_s(self) -> float:
+        """What any task takes."""
+        return self.profile.tariff.task_s if self.profile.tariff else 0.0
+
+    @property
+    def _rates(self) -> dict[Cost, float]:
+        """Bytes per second of what travels."""
         profile = self.profile
         copy_rate = profile.copy_bytes_per_s or math.inf
-        if profile.tariff is not None and task.op not in (Op.READ, Op.COPY, Op.SEND, Op.RETURN):
-            return profile.tariff.seconds(task)
-        task_s = profile.tariff.task_s if profile.tariff else 0.0  # a load is so long that it does not count
-        layer_s = profile.layer_s + profile.layer_token_s * max(0, task.num_tokens - profile.knee_tokens)
-        fixed: Mapping[Op, float] = {
-            Op.READ: task.nbytes / profile.disk_bytes_per_s,
-            Op.COPY: task.nbytes / copy_rate,
-            Op.SEND: task_s + task.nbytes / (profile.d2h_bytes_per_s or copy_rate),
-            Op.RETURN: task_s + task.nbytes / copy_rate,
-            Op.EMBED: profile.embed_s,
-            Op.LAYER: layer_s,
-            Op.PROJECT: layer_s / 4,  # together the three take as long as the layer in one piece
-            Op.ATTEND: layer_s / 4,
-            Op.FFN: layer_s / 2,
-            Op.HEAD: profile.head_s,
-            Op.ACCEPT: profile.accept_s,
-            Op.DRAFT: profile.draft_s,
-            Op.DRAFT_PREFILL: profile.draft_s + profile.draft_token_s * task.num_tokens,
+        back_rate = profile.d2h_bytes_per_s or copy_rate
+        return {Cost.DISK: profile.disk_bytes_per_s, Cost.H2D: copy_rate, Cost.D2H: back_rate, Cost.BACK: copy_rate}
+
+    def _flat_s(self, task: Task) -> float:
+        """Seconds of what computes, without a tariff; the pieces of a split layer take as long as it does whole."""
+        profile = self.profile
+        excess = max(0, task.num_tokens - profile.knee_tokens)
+        flat: Mapping[Cost, float] = {
+            Cost.EMBED: profile.embed_s,
+            Cost.LAYER: task.op.layer_share * (profile.layer_s + profile.layer_token_s * excess),
+            Cost.HEAD: profile.head_s,
+            Cost.ACCEPT: profile.accept_s,
+            Cost.DRAFT: profile.draft_s,
+            Cost.DRAFT_PREFILL: profile.draft_s + profile.draft_token_s * task.num_tokens,
         }
-        return fixed[task.op]
+        return flat[task.op.cost]
 
     def _beside_reads(self, task: Task, start_s: float, seconds: float) -> float:
         """Reads take memory bandwidth: what computes is slower for as long as those that are issued go on."""
@@ -200,6 +208,10 @@ class SimBackend:
 
     def _report(self, task: Task) -> Report:
         item = task.item
+        if isinstance(task.payload, RowChanges):  # acceptance depends on which sequence a row serves
+            changes = task.payload.rows
+            self._rows |= {one.row: _Row(one.sequence) for one in changes if one.sequence is not None}
+            return NOTHING
         if item is not None and task.growth is not None:
             limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
             return Report(grown=tuple(self._grow(row, task.growth, *limit) for row, *limit in limits))

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -32,10 +32,9 @@ from aspec.tasks.task import (
     H2D,
     NOTHING,
     Completion,
-    Op,
+    Load,
     Report,
     Resource,
-    Seating,
     Task,
 )
 
@@ -97,10 +96,6 @@ class StreamBackend(Generic[S, E]):
         """Seconds of ``time.perf_counter``; device times are mapped to it."""
         return time.perf_counter()
 
-    def seat(self, seatings: Sequence[Seating]) -> None:
-        """Rows change hands between passes."""
-        self._runner.seat(seatings)
-
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
         """Start a task; on the device it runs behind ``after``."""
         if self._closed:
@@ -108,8 +103,8 @@ class StreamBackend(Generic[S, E]):
         future: asyncio.Future[Completion]
         if task.resource in self._streams:
             future = self._issue_launch(task, after)
-        elif task.op is Op.READ:
-            future = asyncio.ensure_future(self._read(task))
+        elif isinstance(task.payload, Load):
+            future = asyncio.ensure_future(self._read(task.payload, task.priority))
         else:
             future = self._cpu.submit(lambda: self._compute(task))
         self._in_flight.add(future)
@@ -137,10 +132,10 @@ class StreamBackend(Generic[S, E]):
 
     # -- host ------------------------------------------------------------------------------------------------
 
-    async def _read(self, task: Task) -> Completion:
-        done = await self._disk.read(
-            self._parts[task.part].segments, self._buffers.staging[task.staging].view, task.priority
-        )
+    async def _read(self, load: Load, priority: int) -> Completion:
+        assert load.staging is not None, "behind a link reads land in staging"
+        view = self._buffers.staging[load.staging].view
+        done = await self._disk.read(self._parts[load.part].segments, view, priority)
         return Completion(done.start_s, done.stop_s)
 
     def _compute(self, task: Task) -> Completion:
@@ -208,16 +203,17 @@ class StreamBackend(Generic[S, E]):
             self._device.wait_event(stream, other.stop)
         with self._device.on(stream):
             self._device.record(launch.start, stream)
-            if launch.task.op is Op.COPY:
-                self._copy(launch.task, stream)
+            if isinstance(launch.task.payload, Load):
+                self._copy(launch.task.payload, stream)
             else:
                 launch.report = self._runner.run(launch.task)
 
-    def _copy(self, task: Task, stream: S) -> None:
+    def _copy(self, load: Load, stream: S) -> None:
         """A part in one piece, from staging or from the host memory in which it stays."""
-        buffers, part = self._buffers, self._parts[task.part]
-        source = buffers.host_parts[task.part] if task.staging < 0 else buffers.staging[task.staging]
-        target = buffers.slots[task.slot][part.shift : part.size]
+        assert load.slot is not None, "a copy fills a slot"
+        buffers, part = self._buffers, self._parts[load.part]
+        source = buffers.host_parts[load.part] if load.staging is None else buffers.staging[load.staging]
+        target = buffers.slots[load.slot][part.shift : part.size]
         self._device.copy_async(target, source.tensor[: len(target)], stream)
 
     # -- device: on a waiter's thread ------------------------------------------------------------------------

@@ -7,10 +7,11 @@ Pure policy: no torch, no asyncio, no clock.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from aspec.plan import Plan, Tier
+from aspec.plan import Plan, PlannedPart, Tier
+from aspec.tasks.op import Op
 from aspec.tasks.task import (
     BACK,
     COMPUTE,
@@ -20,7 +21,8 @@ from aspec.tasks.task import (
     H2D,
     SCRATCH,
     Access,
-    Op,
+    LayerWork,
+    Load,
     Task,
     WorkItem,
     attention_buffer,
@@ -34,6 +36,7 @@ from aspec.tasks.task import (
     sequence_buffer,
     slot_buffer,
     staging_buffer,
+    weights_buffer,
 )
 
 VERIFY, PREFILL, DRAFT_AHEAD = 0, 10, 20  # priorities on a compute lane: verify first, drafts fill the gaps
@@ -91,20 +94,20 @@ class WeightStream:
         """The one or two tasks that bring load ``number`` into its slot."""
         part, slot = self._streamed[number % len(self._streamed)], number % self._plan.num_slots
         filled = (Access(slot_buffer(slot), f"load {number}"),)
-        read = Task(
-            self._next_id(), Op.READ, DISK, number, number=number, part=part.index, layer=part.layer, nbytes=part.nbytes
-        )
         if not self._plan.num_staging:
-            yield replace(read, writes=filled, slot=slot)
+            load = Load(part.index, part.layer, part.nbytes, slot)
+            yield Task(self._next_id(), Op.READ, DISK, number, writes=filled, number=number, payload=load)
             return
         staged: tuple[Access, ...] = ()
+        staging = None
         if part.tier is Tier.DISK:
             staging = self._staged % self._plan.num_staging
             self._staged += 1
             staged = (Access(staging_buffer(staging), f"load {number}"),)
-            read = replace(read, writes=staged, staging=staging)
-            yield read
-        yield replace(read, id=self._next_id(), op=Op.COPY, resource=H2D, reads=staged, writes=filled, slot=slot)
+            load = Load(part.index, part.layer, part.nbytes, staging=staging)
+            yield Task(self._next_id(), Op.READ, DISK, number, writes=staged, number=number, payload=load)
+        load = Load(part.index, part.layer, part.nbytes, slot, staging)
+        yield Task(self._next_id(), Op.COPY, H2D, number, staged, filled, number, payload=load)
 
 
 def emit_pass(
@@ -113,50 +116,63 @@ def emit_pass(
     stream: WeightStream,
     next_id: Numbering,
     plan: Plan,
-    inputs: tuple[Access, ...],
+    inputs: Callable[[WorkItem], tuple[Access, ...]],
 ) -> list[Task]:
     """The tasks of pass ``number`` over ``items``: embed, every layer for every item; ``emit_end`` has the rest.
 
-    ``inputs``: what the decode item's tokens come from (the committed tokens, and the proposal if there is
-    one). One loaded part serves all items before its slot frees; the load that reuses the slot follows at once.
+    ``inputs``: what an item's tokens come from (the committed tokens, and the proposal if there is one). One loaded
+    part serves all items before its slot frees; the load that reuses the slot follows at once.
     """
-    tasks = [_embed(number, item, next_id, () if item.prefill else inputs) for item in items]
+    tasks = [_embed(number, item, next_id, inputs(item)) for item in items]
     for layer in range(plan.num_layers):
-        slots, reads = stream.bind(layer)
-        converts = any(part.scratch_bytes for part in plan.streamed_of(layer))
-        scratch = (Access(SCRATCH, f"pass {number} L{layer}"),) if converts else ()  # the first item fills it
-        whole = items if plan.attention_resource == COMPUTE else ()
-        if not whole:
-            crossing = plan.crossing_of(layer)
-            split = _SplitLayer(number, layer, plan.attention_resource, next_id, slots, reads, scratch, crossing)
+        weights = _Weights.of(number, layer, stream, plan.streamed_of(layer))
+        if plan.attention_resource == COMPUTE:
+            tasks.extend(_layer(number, layer, item, next_id, weights, first=item is items[0]) for item in items)
+        else:
+            split = _SplitLayer(number, layer, plan.attention_resource, next_id, weights, plan.crossing_of(layer))
             tasks.extend(split.emit(items))
-        for item in whole:
-            hidden = hidden_buffer(item)
-            tasks.append(
-                Task(
-                    next_id(),
-                    Op.LAYER,
-                    COMPUTE,
-                    PREFILL if item.prefill else VERIFY,
-                    reads=(
-                        Access(hidden, f"pass {number} L{layer}"),
-                        *reads,
-                        *(scratch if item is not items[0] else ()),
-                    ),
-                    writes=(
-                        *(scratch if item is items[0] else ()),
-                        Access(hidden, f"pass {number} L{layer + 1}"),
-                        Access(kv_buffer(item.group, layer), f"pass {number} item {item.index}"),
-                    ),
-                    number=number,
-                    item=item,
-                    layer=layer,
-                    slots=slots,
-                )
-            )
         stream.release(layer)
         tasks.extend(stream.fill())
     return tasks
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The streamed weights of a layer in one pass: where they are, and what its tasks touch of them."""
+
+    slots: tuple[tuple[int, int], ...]
+    loaded: tuple[Access, ...]  # the slots' contents
+    bound: tuple[Access, ...]  # what the first item makes of them: parameters bound to the slots, converted weights
+
+    @classmethod
+    def of(cls, number: int, layer: int, stream: WeightStream, parts: Sequence[PlannedPart]) -> "_Weights":
+        """Those of pass ``number``."""
+        slots, loaded = stream.bind(layer)
+        names = [weights_buffer(layer)] if parts else []
+        names += [SCRATCH] if any(part.scratch_bytes for part in parts) else []
+        return cls(slots, loaded, tuple(Access(name, f"pass {number} L{layer}") for name in names))
+
+    def reads(self, *, first: bool) -> tuple[Access, ...]:
+        """What an item reads; the first one binds."""
+        return self.loaded if first else (*self.loaded, *self.bound)
+
+    def writes(self, *, first: bool) -> tuple[Access, ...]:
+        """What an item writes."""
+        return self.bound if first else ()
+
+
+def _layer(number: int, layer: int, item: WorkItem, next_id: Numbering, weights: _Weights, *, first: bool) -> Task:
+    """A whole layer for one item."""
+    hidden = hidden_buffer(item)
+    reads = (Access(hidden, f"pass {number} L{layer}"), *weights.reads(first=first))
+    writes = (
+        *weights.writes(first=first),
+        Access(hidden, f"pass {number} L{layer + 1}"),
+        Access(kv_buffer(item.group, layer), f"pass {number} item {item.index}"),
+    )
+    priority = PREFILL if item.prefill else VERIFY
+    work = LayerWork(layer, weights.slots)
+    return Task(next_id(), Op.LAYER, COMPUTE, priority, reads, writes, number, item, work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +187,7 @@ class _SplitLayer:
     layer: int
     resource: str
     next_id: Numbering
-    slots: tuple[tuple[int, int], ...]
-    weights: tuple[Access, ...]
-    scratch: tuple[Access, ...]
+    weights: _Weights
     crossing: tuple[int, int] | None
 
     def emit(self, items: Sequence[WorkItem]) -> Iterator[Task]:
@@ -192,7 +206,7 @@ class _SplitLayer:
             if shares is not None:
                 unfinished.remove(shares)
                 yield self._finish(shares)
-            yield self._project(item, fills_scratch=item is items[0])
+            yield self._project(item, first=item is items[0])
             if self.crossing is not None:
                 yield self._send(item, self.crossing[0])
             projected.append(item)
@@ -200,17 +214,15 @@ class _SplitLayer:
         yield from self._attend(projected)
         yield from map(self._finish, unfinished)
 
-    def _project(self, item: WorkItem, *, fills_scratch: bool) -> Task:
-        scratch = self.scratch
-        reads = (self._hidden(item), *self.weights, *(() if fills_scratch else scratch))
+    def _project(self, item: WorkItem, *, first: bool) -> Task:
+        reads = (self._hidden(item), *self.weights.reads(first=first))
         stored = () if self.crossing is not None else (self._kv(item),)
-        writes = (*(scratch if fills_scratch else ()), self._attention(item, "queries"), *stored)
+        writes = (*self.weights.writes(first=first), self._attention(item, "queries"), *stored)
         return self._task(Op.PROJECT, COMPUTE, item, reads, writes)
 
     def _send(self, item: WorkItem, token_bytes: int) -> Task:
-        crossed = self._crossing(item, "queries")
-        task = self._task(Op.SEND, D2H, item, (self._attention(item, "queries"),), (crossed,))
-        return replace(task, nbytes=token_bytes * item.padded_tokens)
+        queries, crossed = self._attention(item, "queries"), self._crossing(item, "queries")
+        return self._task(Op.SEND, D2H, item, (queries,), (crossed,), token_bytes)
 
     def _attend(self, items: Sequence[WorkItem]) -> Iterator[Task]:
         for item in items:
@@ -221,11 +233,10 @@ class _SplitLayer:
                 continue
             arrived, made = self._crossing(item, "queries"), self._crossing(item, "result")
             yield self._task(Op.ATTEND, self.resource, item, (arrived,), (self._kv(item), made))
-            back = self._task(Op.RETURN, BACK, item, (made,), (result,))
-            yield replace(back, nbytes=self.crossing[1] * item.padded_tokens)
+            yield self._task(Op.RETURN, BACK, item, (made,), (result,), self.crossing[1])
 
     def _finish(self, item: WorkItem) -> Task:
-        reads = (self._hidden(item), self._attention(item, "result"), *self.weights, *self.scratch)
+        reads = (self._hidden(item), self._attention(item, "result"), *self.weights.reads(first=False))
         return self._task(Op.FFN, COMPUTE, item, reads, (self._hidden(item, further=1),))
 
     def _hidden(self, item: WorkItem, further: int = 0) -> Access:
@@ -241,48 +252,51 @@ class _SplitLayer:
         return Access(rows_kv_buffer(item, self.layer), f"pass {self.number} item {item.index}")
 
     def _task(
-        self, op: Op, resource: str, item: WorkItem, reads: tuple[Access, ...], writes: tuple[Access, ...]
+        self,
+        op: Op,
+        resource: str,
+        item: WorkItem,
+        reads: tuple[Access, ...],
+        writes: tuple[Access, ...],
+        token_bytes: int = 0,
     ) -> Task:
+        """``token_bytes`` of every token cross a link."""
         priority = PREFILL if item.prefill else VERIFY
-        slots = self.slots if resource == COMPUTE else ()
-        return Task(
-            self.next_id(),
-            op,
-            resource,
-            priority,
-            reads,
-            writes,
-            number=self.number,
-            item=item,
-            layer=self.layer,
-            slots=slots,
-        )
+        slots = self.weights.slots if resource == COMPUTE else ()
+        work = LayerWork(self.layer, slots, token_bytes * item.padded_tokens)
+        return Task(self.next_id(), op, resource, priority, reads, writes, self.number, item, work)
 
 
 def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access, ...]) -> Task:
     """Token ids to hidden state, with positions and masks."""
     writes = (Access(hidden_buffer(item), f"pass {number} L0"),)
     priority = PREFILL if item.prefill else VERIFY
-    return Task(next_id(), Op.EMBED, COMPUTE, priority, inputs, writes, number=number, item=item)
+    return Task(next_id(), Op.EMBED, COMPUTE, priority, inputs, writes, number, item)
 
 
 def emit_end(number: int, items: Sequence[WorkItem], next_id: Numbering, plan: Plan) -> list[Task]:
     """The end of a pass for every item that draws: the target's draws, then their comparison with the proposal.
 
-    What the draft was told to do before comes first: its proposal and its KV are settled here.
+    What the draft was told to do before comes first: its proposal and its KV are settled here, and the KV of an
+    accepted path moves to where plain decoding would have put it.
     """
     return [task for item in items if item.samples for task in _end_item(number, item, next_id, plan)]
 
 
 def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan) -> tuple[Task, Task]:
-    hidden, draws = hidden_buffer(item), draws_buffer(item)
-    drawn = Access(draws, f"pass {number}")
-    last = (Access(hidden, f"pass {number} L{plan.num_layers}"),)
-    head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number=number, item=item)
-    content = f"pass {number} item {item.index}"
+    drawn = Access(draws_buffer(item), f"pass {number}")
+    last = (Access(hidden_buffer(item), f"pass {number} L{plan.num_layers}"),)
+    head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number, item)
     settled = [sequence_buffer(item.group)]
     if plan.max_draft_tokens:
         settled += [proposal_buffer(item.group), draft_kv_buffer(item.group)]
-    writes = tuple(Access(buffer, content) for buffer in settled)
-    accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), writes, number=number, item=item)
+    if plan.max_draft_tokens and not item.prefill:
+        settled += [_kv_of(item, layer, plan) for layer in range(plan.num_layers)]
+    writes = tuple(Access(buffer, f"pass {number} item {item.index}") for buffer in settled)
+    accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), writes, number, item)
     return head, accept
+
+
+def _kv_of(item: WorkItem, layer: int, plan: Plan) -> str:
+    """Where an item's keys and values of one layer are: split layers tell the items of a pass apart."""
+    return kv_buffer(item.group, layer) if plan.attention_resource == COMPUTE else rows_kv_buffer(item, layer)

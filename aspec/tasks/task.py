@@ -5,30 +5,9 @@ byte sizes, never token values. Buffers are named by the helpers below so that p
 and race detector agree on them.
 """
 
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 
-
-class Op(StrEnum):
-    """What a task does."""
-
-    READ = "read"  # disk -> slot (CPU) or staging (CUDA)
-    COPY = "copy"  # staging or pinned host part -> slot
-    EMBED = "embed"  # token ids -> hidden, positions and masks
-    LAYER = "layer"  # one target layer for one work item
-    PROJECT = "project"  # of a layer that is split: up to the queries, keys and values
-    SEND = "send"  # these to the host, where its KV is behind a device's link
-    ATTEND = "attend"  # its attention
-    RETURN = "return"  # what that makes of them, back to the device
-    FFN = "ffn"  # and what follows
-    HEAD = "head"  # hidden -> logits -> the target's draws
-    ACCEPT = "accept"  # compare draws with the proposal, commit, detokenise
-    DRAFT = "draft"  # one step of the draft for all rows of a group
-    DRAFT_PREFILL = "draft_prefill"  # a chunk of prompts into the draft's KV
-
-
-ENDS_LAYER = frozenset({Op.LAYER, Op.FFN})
-"""What an item's layer ends with."""
+from aspec.tasks.op import Op
 
 DISK, H2D, D2H, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "d2h", "compute", "draft", "cpu"
 BACK = "back"  # a second way to the device, for what the host has computed: it does not wait behind weights
@@ -110,6 +89,53 @@ class Growth:
 
 
 @dataclass(frozen=True, slots=True)
+class RowAssignment:
+    """Sequence ``sequence`` occupies row ``row`` from now on (None: the row is free again, its KV stands)."""
+
+    row: int
+    sequence: int | None
+    kept: int = 0  # leading tokens whose KV stands in the row
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What READ and COPY bring: one part on its way to a slot."""
+
+    part: int
+    layer: int
+    nbytes: int
+    slot: int | None = None  # that is filled; None: the part lands in staging
+    staging: int | None = None  # the host buffer it passes; None: it does not come from the disk, or needs none
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """What a task of a layer needs besides its item."""
+
+    layer: int
+    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs that it computes with
+    nbytes: int = 0  # that cross a link (SEND, RETURN)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStep:
+    """One step of the draft: the next token of chains, or with ``growth`` one level of trees."""
+
+    step: int
+    growth: Growth | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowChanges:
+    """What ASSIGN_ROWS does."""
+
+    rows: tuple[RowAssignment, ...]
+
+
+Payload = Load | LayerWork | DraftStep | RowChanges
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One unit of work for one resource, in program order by ``id``; smaller ``priority`` runs first."""
 
@@ -121,14 +147,7 @@ class Task:
     writes: tuple[Access, ...] = ()
     number: int = 0  # pass or round the task belongs to; for loads the running number of the load
     item: WorkItem | None = None
-    layer: int = -1
-    part: int = -1
-    slot: int = -1  # slot (COPY, READ without staging) that is filled
-    staging: int = -1
-    step: int = -1  # draft step
-    nbytes: int = 0
-    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs that a task of a layer computes with
-    growth: Growth | None = None  # of a DRAFT task that grows trees
+    payload: Payload | None = None  # None: the item says it all
 
     @property
     def num_tokens(self) -> int:
@@ -136,9 +155,56 @@ class Task:
         return self.item.num_tokens if self.item else 0
 
     @property
+    def load(self) -> Load:
+        """What a load brings."""
+        assert isinstance(self.payload, Load), f"{self.op} loads nothing"
+        return self.payload
+
+    @property
+    def draft(self) -> DraftStep:
+        """The step of a DRAFT task."""
+        assert isinstance(self.payload, DraftStep), f"{self.op} drafts nothing"
+        return self.payload
+
+    @property
+    def growth(self) -> Growth | None:
+        """Of a DRAFT task that grows trees."""
+        return self.payload.growth if isinstance(self.payload, DraftStep) else None
+
+    @property
+    def layer(self) -> int | None:
+        """The layer it loads or computes."""
+        return self.payload.layer if isinstance(self.payload, LayerWork | Load) else None
+
+    @property
+    def detail(self) -> int | None:
+        """The part of a load, the step of a draft."""
+        match self.payload:
+            case Load(part=part):
+                return part
+            case DraftStep(step=step):
+                return step
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return self.payload.nbytes if isinstance(self.payload, LayerWork | Load) else 0
+
+    @property
+    def slots(self) -> tuple[tuple[int, int], ...]:
+        """The (part, slot) pairs that it computes with."""
+        return self.payload.slots if isinstance(self.payload, LayerWork) else ()
+
+    @property
+    def filled_slot(self) -> int | None:
+        """The slot that a load fills."""
+        return self.payload.slot if isinstance(self.payload, Load) else None
+
+    @property
     def label(self) -> str:
         """A short stable name: its colour in a trace, its name in an error."""
-        return label(self.op, self.layer, self.part, self.step)
+        return self.op.label(self.layer, self.detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,45 +295,6 @@ class Closing:
 Event = Started | Arrived | Cancelled | Closing | Span
 
 
-# Decisions the maths must hear of: which sequence sits in which row.
-
-
-@dataclass(frozen=True, slots=True)
-class Seating:
-    """Sequence ``sequence`` occupies row ``row`` from now on (None: the row is free again, its KV stands)."""
-
-    row: int
-    sequence: int | None
-    kept: int = 0  # leading tokens whose KV stands in the row
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What the scheduler answers to an event: tasks in program order, and row changes that precede them."""
-
-    tasks: tuple[Task, ...] = ()
-    seatings: tuple[Seating, ...] = field(default=())
-
-
-_OF_LAYER = {
-    Op.LAYER: "",
-    Op.PROJECT: " projections",
-    Op.SEND: " queries out",
-    Op.ATTEND: " attention",
-    Op.RETURN: " result back",
-    Op.FFN: " rest",
-}
-
-
-def label(op: Op, layer: int, part: int, step: int) -> str:
-    """The name of a task, from what tells it from others of its kind."""
-    if op in (Op.READ, Op.COPY):
-        return f"{op} {part}"
-    if op in _OF_LAYER:
-        return f"L{layer}{_OF_LAYER[op]}"
-    return f"draft {step}" if op is Op.DRAFT else str(op)
-
-
 SCRATCH = "scratch"
 """Where the weights of the layer that runs are, as far as they had to be converted."""
 
@@ -307,6 +334,11 @@ def _turn(item: WorkItem) -> str:
 def draws_buffer(item: WorkItem) -> str:
     """The target's draws for a work item."""
     return f"draws:{item.name}"
+
+
+def weights_buffer(layer: int) -> str:
+    """The modules of a streamed layer: its first task in a pass binds their parameters to the slots."""
+    return f"weights:{layer}"
 
 
 def kv_buffer(group: int, layer: int) -> str:

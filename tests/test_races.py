@@ -47,3 +47,51 @@ def test_any_shifted_span_of_a_real_trace_is_found(virtual):
             moved[i], start_s=moved[i].start_s - 0.05, stop_s=moved[i].start_s - 0.05 + length
         )
         assert find_races(moved), f"layer span {i} moved to where its slot was being filled"
+
+
+def overlapping(spans, earlier, later):
+    """The run, but for ``earlier``, which ends in the midst of ``later``."""
+    middle = (later.start_s + later.stop_s) / 2
+    return [dataclasses.replace(span, stop_s=middle) if span is earlier else span for span in spans]
+
+
+def first_of(spans, op, after=-1, **wanted):
+    """The first task of an op behind task ``after`` whose item is as wanted."""
+    of_op = (span for span in spans if span.task.op is op and span.task.id > after)
+    return next(span for span in of_op if all(getattr(span.task.item, k) == v for k, v in wanted.items()))
+
+
+@pytest.mark.parametrize("attention", ["compute", "cpu"])
+def test_accept_moves_keys_and_values_and_says_so(virtual, attention):
+    plan = make_plan(attention_resource=attention)
+    spans, _, _ = virtual(lambda: simulate(plan))
+    accept = first_of(spans, Op.ACCEPT, prefill=False)
+    op = Op.LAYER if attention == "compute" else Op.PROJECT
+    races = find_races(overlapping(spans, accept, first_of(spans, op, accept.task.id)))
+    assert any(race.startswith("kv:0:0") for race in races)
+
+
+@pytest.mark.parametrize("attention", ["compute", "cpu"])
+def test_the_first_item_of_a_pass_binds_a_layer_and_says_so(virtual, attention):
+    plan = make_plan(attention_resource=attention, resident=(6, 7))
+    spans, _, _ = virtual(lambda: simulate(plan, [(0, 5, 30), (1, 100, 9), (2, 9, 9)]))
+    op = Op.LAYER if attention == "compute" else Op.PROJECT
+    layers = [span for span in spans if span.task.op is op and span.task.number == 0 and span.task.layer == 0]
+    assert len(layers) > 1
+    races = find_races(overlapping(spans, layers[0], layers[1]))
+    assert any(race.startswith("weights:0") for race in races)
+    touched = {access.buffer for span in spans for access in (*span.task.reads, *span.task.writes)}
+    assert "weights:2" in touched
+    assert "weights:3" not in touched, "a resident layer is bound once, before the run"
+
+
+def test_rows_change_hands_in_a_task_that_everything_of_the_group_follows(virtual):
+    spans, _, _ = virtual(lambda: simulate(make_plan(num_rows=1), [(0, 5, 9), (1, 7, 4)]))
+    changes = [span for span in spans if span.task.op is Op.ASSIGN_ROWS]
+    assert [[(row.row, row.sequence) for row in span.task.payload.rows] for span in changes] == [
+        [(0, 0)],
+        [(0, None), (0, 1)],
+    ]
+    for change in changes:
+        embed = first_of(spans, Op.EMBED, change.task.id)
+        assert any(race.startswith("sequence:0") for race in find_races(overlapping(spans, change, embed)))

@@ -20,7 +20,6 @@ from aspec.engine import Engine, describe_plan
 from aspec.flags import BenchFlags
 from aspec.generation import PROBE_S, Job, prepare
 from aspec.io.memory import peak_rss_bytes
-from aspec.io.sim import Profile
 from aspec.monitor import Monitor
 from aspec.needs import folders
 from aspec.plan import Plan, format_bytes
@@ -28,6 +27,7 @@ from aspec.profile import Ceilings, Machine, measure_ceilings, this_machine
 from aspec.recorder import Recorder
 from aspec.simulation import fitted_acceptance, flat_fields, measured_profile
 from aspec.summary import Summary, summarise
+from aspec.tariff import Profile
 from aspec.timeline import DRAFT
 
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"

@@ -15,7 +15,8 @@ from math import log
 import torch
 
 from aspec.calibration import Calibration
-from aspec.graphs import Capture, DraftGraphs
+from aspec.graphs import DraftGraphs
+from aspec.io.device import Capture
 from aspec.kv import KVCache
 from aspec.model import Model
 from aspec.params import SamplingParams

@@ -10,11 +10,10 @@ from functools import partial
 from math import ceil, sqrt
 
 from aspec.costs import expected_tokens
-from aspec.io.sim import Profile
 from aspec.plan import Plan, PlannedPart, Speculation, Tier, Workload
 from aspec.search import Forecast
 from aspec.simulation import simulate
-from aspec.tariff import LayerCost
+from aspec.tariff import LayerCost, Profile
 from aspec.tasks.task import COMPUTE, Span, WorkItem
 from aspec.timeline import DRAFT, TARGET, bottleneck, lane_use
 

@@ -9,15 +9,15 @@ All captured steps share one pool of memory: nothing in it outlives a replay, be
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Protocol
 
 import torch
 from transformers.cache_utils import Cache
 
 from aspec.attention import temporary_bytes
+from aspec.io.device import Capture, Replay
 from aspec.kv import KVCache, MaskKind, StepCache, TreeNodes
 from aspec.model import Model
 from aspec.screen import RefusedError, warm_up
@@ -45,19 +45,6 @@ KINDS = 3
 
 POOL_ROUNDING = 24 << 20
 """What torch's allocator takes at once for small blocks and for middling ones: 2 MiB and 20 MiB, and 2 MiB to round."""
-
-Replay = Callable[[], object]
-
-
-class Capture(Protocol):
-    """What a device offers for work that recurs."""
-
-    def capture(self, work: Callable[[], object]) -> Replay:
-        """What repeats the work over the same memory, in the stream it is called in; nothing is computed yet.
-
-        Raises RuntimeError where the device refuses. The work has been done once before.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

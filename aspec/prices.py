@@ -10,9 +10,8 @@ from itertools import pairwise
 
 from aspec.exact import BLOCK_ROWS
 from aspec.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
-from aspec.io.sim import Profile
 from aspec.shapes import LayerShape, ModelShape, touched_experts
-from aspec.tariff import Attention, LayerCost, Line, ModelCost, Tariff
+from aspec.tariff import Attention, LayerCost, Line, ModelCost, Profile, Tariff
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Token counts at which a line of products has a point of its own."""

@@ -1,13 +1,16 @@
 """How much to draft: a chain's tokens, a tree's levels and nodes, and when to draft ahead. From measured costs alone.
 
-A node is verified while its calibrated path probability exceeds (running tokens/s) x (its marginal seconds), a level
-is drafted while it brings more than the same engine would make in that time (``calibration.py`` names the sources).
+A node is worth its calibrated path probability in tokens and costs seconds in which the engine makes tokens at its
+running rate: it is verified while it is worth more than it costs, and a level is drafted while it brings more than the
+same engine would make in that time. For a rate that settles this maximises tokens per second (Dinkelbach, 1967; trees
+of the kind of Sequoia, arXiv 2402.12374, and OPT-Tree, arXiv 2406.17276).
 Pure policy: counts, bytes and seconds only.
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 
-from aspec.calibration import another_level, marginal_seconds, worthwhile
 from aspec.costs import Average, CostModel
 from aspec.plan import Plan
 from aspec.tasks.task import COMPUTE
@@ -19,6 +22,9 @@ TRY_AGAIN_EVERY = 32  # rounds without a draft, once proposals do not pay
 
 Probabilities = Mapping[int, Sequence[float]]
 """Path probabilities of the nodes of every row, descending."""
+
+Cost = Callable[[int], float] | Sequence[tuple[int, float]]
+"""Seconds that node n (from 1) adds to a pass; or measured (tokens, seconds) of whole passes, the root's included."""
 
 
 class Sizing:
@@ -123,3 +129,49 @@ class Sizing:
         best = self._costs.best_draft_tokens(plan, num_rows)
         self._quiet_rounds = 0 if best else self._quiet_rounds + 1
         return best or int(self._quiet_rounds % TRY_AGAIN_EVERY == 0)
+
+
+# -- the rules of size ---------------------------------------------------------------------------------------
+
+
+def worthwhile(probabilities: Sequence[float], rate: float, marginal_s: Cost) -> int:
+    """How many of the nodes, given by descending path probability, to verify at ``rate`` tokens per second.
+
+    A node pays while its probability exceeds ``rate`` times its marginal seconds. Where costs jump (a kernel's tile
+    is full) nodes beyond the jump may pay for it together, so the number with the largest sum of gains is chosen;
+    for costs that never fall from node to node that is the same rule.
+    """
+    cost = marginal_s if callable(marginal_s) else marginal_seconds(marginal_s)
+    gains = accumulate(p - rate * cost(number) for number, p in enumerate(probabilities, 1))
+    best, most = 0, 0.0
+    for number, gain in enumerate(gains, 1):
+        if gain > most:
+            best, most = number, gain
+    return best
+
+
+def marginal_seconds(points: Sequence[tuple[int, float]], other_tokens: int = 1) -> Callable[[int], float]:
+    """What node n adds to a pass that has ``other_tokens`` without it, from measured (tokens, seconds) of passes.
+
+    Lines between the points, the last line prolonged beyond them; a pass measured faster than a smaller one is taken
+    as equally slow. A single point knows no slope: further nodes then cost nothing until a larger pass is measured.
+    """
+    ordered = sorted(dict(points).items())
+    tokens = [count for count, _ in ordered]
+    seconds = list(accumulate((s for _, s in ordered), max))
+    slopes = [(s2 - s1) / (t2 - t1) for (t1, s1), (t2, s2) in pairwise(zip(tokens, seconds, strict=True))]
+
+    def marginal(node: int) -> float:
+        if not slopes:
+            return 0.0
+        before = other_tokens + node - 1  # the line from the tokens before this node to those with it
+        if before < tokens[0]:
+            return 0.0
+        return slopes[min(bisect_right(tokens, before), len(slopes)) - 1]
+
+    return marginal
+
+
+def another_level(gain_tokens: float, rate: float, level_s: float) -> bool:
+    """Whether a draft level of ``level_s`` seconds that gains ``gain_tokens`` beats going on at ``rate`` tokens/s."""
+    return gain_tokens > rate * level_s

@@ -16,11 +16,11 @@ from aspec.errors import InternalError, UserError
 from aspec.flags import TraceFlags
 from aspec.generation import Job, as_object, prepare, run_job
 from aspec.generation import summarise as summarise_result
-from aspec.io.sim import Profile
 from aspec.plan import Plan, format_bytes
 from aspec.recorder import Recorder
 from aspec.simulation import measured_profile, plan_for, read_profile, simulate
 from aspec.summary import Summary, summarise
+from aspec.tariff import Profile
 from aspec.timeline import Timeline
 
 REAL, SIMULATED = "aspec", "aspec simulated"

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aspec.calibration import Calibration, another_level, marginal_seconds, worthwhile
+from aspec.calibration import Calibration
 from aspec.costs import expected_tokens
+from aspec.sizing import another_level, marginal_seconds, worthwhile
 from aspec.tasks.tree import ROOT, Tree
 
 INF = math.inf

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aspec.graphs import Replay
+from aspec.io.device import Replay
 
 _cuda: Any = torch.cuda  # torch leaves the signatures of its graphs untyped
 

@@ -4,14 +4,13 @@
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from aspec.graphs import Capture
 from aspec.io.events import DeviceEvent
 from aspec.io.pinned import HostBuffer
 
@@ -19,6 +18,20 @@ COPIES = 8  # launched at once, to measure a link
 
 S = TypeVar("S")
 E = TypeVar("E", bound=DeviceEvent)
+
+
+Replay = Callable[[], object]
+
+
+class Capture(Protocol):
+    """What a device offers for work that recurs."""
+
+    def capture(self, work: Callable[[], object]) -> Replay:
+        """What repeats the work over the same memory, in the stream it is called in; nothing is computed yet.
+
+        Raises RuntimeError where the device refuses. The work has been done once before.
+        """
+        ...
 
 
 class DeviceLayer(Protocol[S, E]):

@@ -47,6 +47,50 @@ async def test_streams_share_passes_and_retire_at_once(pair):
     assert shared, "two rows went through one pass"
 
 
+async def test_the_links_are_probed_when_they_rest(pair, monkeypatch):
+    """After a stream its slots are refilled: a probe beside that would measure half of the disk, and flatter a run."""
+    gate, reading, probed = asyncio.Event(), [], []
+    monkeypatch.setattr("aspec.engine.raw_link_rate", lambda *_: probed.append(len(reading)) or 1e9)
+    closing = [True]
+
+    def observe(span):
+        if span.task.op is Op.LAYER and span.task.layer == 3 and closing:
+            closing.clear()
+            gate.clear()  # what refills the slots of the only pass stays under way
+
+    async with open_engine(observers=[observe], target=pair[0], max_batch=1, **SMALL) as engine:
+        read = engine._disk.read
+
+        def held_back(*args):
+            done = read(*args)
+            reading.append(done)
+
+            async def settle():
+                result = await done
+                await gate.wait()
+                reading.remove(done)
+                return result
+
+            return asyncio.ensure_future(settle())
+
+        gate.set()
+        monkeypatch.setattr(engine._disk, "read", held_back)
+        await collect(engine, [10, 11, 12], max_new_tokens=1)
+        await asyncio.sleep(0)
+        assert reading
+        probing = asyncio.ensure_future(engine.probe_link_rate(0.0))
+        late = asyncio.ensure_future(collect(engine, [10, 11, 12], max_new_tokens=2))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not probed, "it waits for the reads under way"
+        gate.set()
+        assert await probing == 1e9
+        assert probed == [0]
+        assert len((await late)[1]) == 2, "a stream that came meanwhile is served after it"
+        assert await engine.probe_link_rate(0.0) == 1e9
+        assert probed == [0, 0]
+
+
 async def test_statistics_add_up(pair):
     async with open_engine(target=pair[0], draft=pair[1], max_batch=1, num_draft_tokens=4, **SMALL) as engine:
         _, tokens, last = await collect(engine, list(range(30, 50)), max_new_tokens=20)

@@ -70,6 +70,7 @@ class Engine:
         _tune_process(self._options.threads)
         assembly = await asyncio.to_thread(assemble, self._options)
         self._assembly = assembly
+        _warn_of_unexpected(assembly)
         self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
         try:
             await self._load(assembly)
@@ -358,6 +359,15 @@ def _beyond(plan: Plan, peak_bytes: int) -> str:
         f"the device held {format_bytes(peak_bytes)} at its peak, more than the budget of "
         f"{format_bytes(plan.budget_bytes or 0)}; the plan counted {plan.describe()}. Please report this."
     )
+
+
+def _warn_of_unexpected(assembly: Assembly) -> None:
+    """Stored tensors that a model has no use for: the folder may hold more than its config.json tells."""
+    for model in (assembly.target, assembly.draft):
+        if model is not None and (unused := model.unexpected):
+            names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+            text = f"{model.folder}: {len(unused)} stored tensors have no use in this model and are not read: {names}"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _tune_process(threads: int | None) -> None:

@@ -4,9 +4,12 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import aspec
 from aspec.engine import open_engine
@@ -89,6 +92,18 @@ async def test_the_links_are_probed_when_they_rest(pair, monkeypatch):
         assert len((await late)[1]) == 2, "a stream that came meanwhile is served after it"
         assert await engine.probe_link_rate(0.0) == 1e9
         assert probed == [0, 0]
+
+
+async def test_weights_without_a_use_are_told_once(pair, tmp_path):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (pair[0] / name).exists():
+            shutil.copy(pair[0] / name, tmp_path / name)
+    tensors = {name: tensor for file in pair[0].glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file({**tensors, "extra.weight": torch.zeros(8)}, tmp_path / "model.safetensors")
+    with pytest.warns(RuntimeWarning, match=r"1 stored tensors have no use .*: extra\.weight") as told:
+        async with open_engine(target=tmp_path, max_batch=1, **SMALL):
+            pass
+    assert sum("no use" in str(one.message) for one in told) == 1
 
 
 async def test_statistics_add_up(pair):

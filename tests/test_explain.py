@@ -338,3 +338,11 @@ def test_prompts_that_join_as_rows_fall_free_take_their_time(disk):
     ends = []
     simulate(shape, profile, [(40, 64)] * 64, [lambda span: ends.append(span.stop_s)])
     assert forecast.job_s == pytest.approx(max(ends), rel=0.15)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_search_says_how_far_it_is_unless_quiet(models, machine, quiet):
+    result = plan("--target", models["7b"], "--profile", machine, "--prompts", 8, *["--quiet"] * quiet)
+    assert result.exit_code == 0, result.output
+    assert "tried" not in result.stdout
+    assert ("1 plan tried" in result.stderr) is not quiet

@@ -96,14 +96,14 @@ async def _measure(job: Job, rounds: int) -> Report:
             job.console.note(describe_plan(engine.plan))
             monitor.opened(engine.plan, len(job.prompts) * (WARM_UP_TOKENS + rounds * job.params.max_new_tokens))
             draft_step_s = await _warm_up(engine, job, recorder)
-            before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S)
+            before = await engine.probe_link_rate(PROBE_S)
             ceilings = await asyncio.to_thread(measure_ceilings, before, draft_step_s, engine.dtype)
             runs = []
             for index in range(rounds):
                 recorder.clear()
-                before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S)
+                before = await engine.probe_link_rate(PROBE_S)
                 results = await _generate(engine, job, monitor)
-                after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S)
+                after = await engine.probe_link_rate(PROBE_S)
                 runs.append(_run(recorder, results, [rate for rate in (before, after) if rate], engine.plan))
                 speed = runs[-1].summary.tokens_per_s or 0.0
                 job.console.note(f"run {index + 1} of {rounds}: {speed:.2f} tokens/s")

@@ -21,6 +21,7 @@ from aspec.devices import Kind
 from aspec.errors import UserError
 from aspec.gauging import gauge
 from aspec.hardware import Hardware, hardware_from
+from aspec.io.json_file import read_json
 from aspec.measuring import measure_beside_reads, measure_disk, measure_processor, memory_bytes
 from aspec.prices import ACCEPTANCE, SPREAD
 from aspec.profile import Machine, this_machine
@@ -173,8 +174,8 @@ def _digest(*words: object) -> str:
 
 def _read(file: Path) -> Mapping[str, Any]:
     """A file's object; nothing where there is none, or no JSON object in it."""
-    with contextlib.suppress(OSError, ValueError):
-        values = json.loads(file.read_text(encoding="utf-8"))
+    with contextlib.suppress(UserError):
+        values = read_json(file, "a record of the cache")
         if isinstance(values, dict):
             return values
     return {}
@@ -182,7 +183,8 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 def _number(values: Mapping[str, Any], name: str, missing: float) -> float:
     value = values.get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else missing
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return float(value) if fine else missing  # type: ignore[arg-type]  # a number
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ Event Format", Google, 2016: X slices, which flows join by ``bind_id``, C counte
 import gzip
 import heapq
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aspec.errors import UserError
+from aspec.io.json_file import NotJson, parse_json
 from aspec.tasks.op import Op
 from aspec.timeline import D2H, DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
 
@@ -37,7 +39,7 @@ def write_trace(path: Path, processes: Mapping[str, Timeline]) -> int:
     Raises UserError where the file cannot be written.
     """
     try:
-        with _open(path, "wt") as file:
+        with _open(path) as file:
             return _write(file, processes)
     except OSError as error:
         raise UserError(f"{path}: the trace cannot be written: {error.strerror}.") from error
@@ -46,12 +48,14 @@ def write_trace(path: Path, processes: Mapping[str, Timeline]) -> int:
 def read_trace(path: Path) -> dict[str, Timeline]:
     """The timelines of a file that ``write_trace`` wrote, by process. Raises UserError for anything else."""
     try:
-        with _open(path, "rt") as file:
-            data = json.load(file)
+        packed = path.read_bytes()
+        data = parse_json(gzip.decompress(packed) if path.suffix == ".gz" else packed)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: not a trace: expected a gzip file, found {error}.") from error
     except OSError as error:
         raise UserError(f"{path}: the trace cannot be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a trace: expected Chrome trace JSON, found text that is not JSON.") from error
+    except NotJson as error:
+        raise UserError(f"{path}: not a trace in Chrome's form: {error}.") from error
     try:
         timelines = _timelines(data)
     except (KeyError, TypeError, AttributeError) as error:
@@ -61,10 +65,11 @@ def read_trace(path: Path) -> dict[str, Timeline]:
     return timelines
 
 
-def _open(path: Path, mode: str) -> IO[str]:
+def _open(path: Path) -> IO[str]:
+    """For writing."""
     if path.suffix == ".gz":
-        return gzip.open(path, mode, compresslevel=1, encoding="utf-8")  # type: ignore[return-value]  # text modes only
-    return path.open(mode, encoding="utf-8")
+        return gzip.open(path, "wt", compresslevel=1, encoding="utf-8")
+    return path.open("w", encoding="utf-8")
 
 
 # -- writing -------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class Engine:
         self._waiting: deque[TokenSequence] = deque()  # those that the scheduler has not heard of: no row is free
         self._admitted: set[int] = set()  # those that have a row, or will take one between this pass and the next
         self._followed: dict[int, int] = {}  # ended sequences whose row is to be taken, and by whom
+        self._probing = asyncio.Lock()  # held while the links are measured: nothing new may start
         self._assembly: Assembly | None = None
         self._running: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -69,6 +70,7 @@ class Engine:
         _tune_process(self._options.threads)
         assembly = await asyncio.to_thread(assemble, self._options)
         self._assembly = assembly
+        _warn_of_unexpected(assembly)
         self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
         try:
             await self._load(assembly)
@@ -148,12 +150,18 @@ class Engine:
         finally:
             self._leave(sequence.id)
 
-    def probe_link_rate(self, seconds: float = 0.5) -> float | None:
+    async def probe_link_rate(self, seconds: float = 0.5) -> float | None:
         """Raw bytes per second at which what streams could come; None if nothing streams. See ``raw_link_rate``.
 
-        Blocks: call it in a thread, while nothing is generated.
+        Waits until the links rest: the streams under way have ended and every slot is filled again. Streams that begin
+        meanwhile wait for the probe. Raises the engine's failure if it has one.
         """
-        return raw_link_rate(self._open, seconds, self._options.link_rate)
+        async with self._probing:
+            try:
+                await self._wait_rest()
+                return await asyncio.to_thread(raw_link_rate, self._open, seconds, self._options.link_rate)
+            finally:
+                asyncio.get_running_loop().call_soon(self._admit)  # once the lock is free
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -174,6 +182,18 @@ class Engine:
                 self._options.progress("load", done, total)
 
         await load_all(assembly.loads, self._disk, assembly.device, report)
+
+    async def _wait_rest(self) -> None:
+        """Return when no lane has work. Raises the engine's failure if it ends first."""
+        assert self._running is not None, "the engine is open"
+        rest = asyncio.ensure_future(self._executor.wait_rest())
+        try:
+            await asyncio.wait([rest, self._running], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            rest.cancel()
+        if self._running.done():
+            self._heard = True
+            raise self._failure or InternalError("the links are probed while the engine is open, found it closed")
 
     async def _run(self) -> None:
         """The executor's whole life; whatever ends it, every stream hears."""
@@ -238,7 +258,7 @@ class Engine:
         Whose KV a prompt can take over shows only then; and whoever ends is followed in the same pass's seating,
         because the scheduler hears of the follower before it hears of the end.
         """
-        while self._waiting and len(self._admitted) < self.plan.num_rows:
+        while self._waiting and not self._probing.locked() and len(self._admitted) < self.plan.num_rows:
             sequence = self._waiting.popleft()
             self._admitted.add(sequence.id)
             self._open.runner.admit(sequence)
@@ -339,6 +359,15 @@ def _beyond(plan: Plan, peak_bytes: int) -> str:
         f"the device held {format_bytes(peak_bytes)} at its peak, more than the budget of "
         f"{format_bytes(plan.budget_bytes or 0)}; the plan counted {plan.describe()}. Please report this."
     )
+
+
+def _warn_of_unexpected(assembly: Assembly) -> None:
+    """Stored tensors that a model has no use for: the folder may hold more than its config.json tells."""
+    for model in (assembly.target, assembly.draft):
+        if model is not None and (unused := model.unexpected):
+            names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+            text = f"{model.folder}: {len(unused)} stored tensors have no use in this model and are not read: {names}"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _tune_process(threads: int | None) -> None:

@@ -54,11 +54,17 @@ class Executor:
         self._wake = {resource.name: asyncio.Event() for resource in backend.resources}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._in_flight = 0
+        self._rests = asyncio.Event()  # nothing runs, nothing can start, and no event is on its way
         self._recent: list[Span] = []  # the last spans, for the notes of an error
 
     def post(self, event: Event) -> None:
         """Tell the policy something from outside; only on the loop's thread."""
+        self._rests.clear()
         self._events.put_nowait(event)
+
+    async def wait_rest(self) -> None:
+        """Return when nothing runs and nothing will, until something is posted; for ever where that never comes."""
+        await self._rests.wait()
 
     async def run(self) -> None:
         """Serve until the policy is done. Raises the first error of a task, after everything has settled."""
@@ -97,9 +103,12 @@ class Executor:
     def _check_progress(self) -> None:
         """A schedule that can never finish is an error at once, with the reason."""
         ready = any(self._graph.has_ready(name) for name in self._wake)
-        if not (self._policy.idle or ready or self._in_flight) and self._events.empty():
+        if ready or self._in_flight or not self._events.empty():
+            return
+        if not self._policy.idle:
             blocked = "\n  ".join(self._graph.blocked()) or "none"
             raise DeadlockError(f"nothing runs and nothing can become ready; the oldest tasks:\n  {blocked}")
+        self._rests.set()
 
     def _kick(self) -> None:
         for name, wake in self._wake.items():

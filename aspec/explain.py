@@ -1,7 +1,7 @@
 """What `aspec plan` does: searches a plan from headers alone, and explains it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,7 +32,12 @@ class Explained:
 
 def plan_to_console(flags: PlanFlags, console: Console) -> None:
     """Search and print. Raises AspecError."""
-    explained = explain(flags)
+
+    def progress(num_tried: int) -> None:
+        if num_tried.bit_count() == 1:  # a line each time the number has doubled
+            console.note(f"{_count(num_tried, 'plan')} tried")
+
+    explained = explain(flags, progress)
     if flags.as_json:
         print(json.dumps(as_object(explained)))
         return
@@ -40,8 +45,8 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         print(line)
 
 
-def explain(flags: PlanFlags) -> Explained:
-    """The plans for what the flags describe. Raises AspecError."""
+def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) -> Explained:
+    """The plans for what the flags describe; ``progress`` hears how many were tried. Raises AspecError."""
     work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens)
     context = flags.max_context or work.prompt_tokens + work.new_tokens
     options = replace(flags.options(), workload=work, max_context=context)
@@ -55,7 +60,7 @@ def explain(flags: PlanFlags) -> Explained:
     if flags.acceptance is not None:
         machine = replace(machine, known=replace(machine.known, acceptance=flags.acceptance))
     wishes = on_machine(wishes_of(options, models), machine.hardware, flags.host_memory)
-    return Explained(models, machine, work, plan_workload(options, models, wishes, machine))
+    return Explained(models, machine, work, plan_workload(options, models, wishes, machine, progress))
 
 
 # -- what is said --------------------------------------------------------------------------------------------

@@ -105,9 +105,9 @@ async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool =
         async with Engine(options, [monitor, *observers], [monitor.issued]) as engine:
             monitor.opened(engine.plan, len(job.prompts) * job.params.max_new_tokens)
             console.note(describe_plan(engine.plan))
-            before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
+            before = await engine.probe_link_rate(PROBE_S) if probe else None
             results = await _serve(engine, job, monitor)
-            after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
+            after = await engine.probe_link_rate(PROBE_S) if probe else None
             return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
 
 

@@ -4,7 +4,7 @@ Only a few fields matter for hardware that nobody here has: rates of the links, 
 What was measured besides, tables of products and of attention, predicts better and is used where it is there.
 """
 
-import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from aspec.errors import UserError
+from aspec.io.json_file import read_json
 from aspec.units import parse_bytes
 
 Table = tuple[tuple[int, float], ...]
@@ -29,7 +30,7 @@ class _Misfit(Exception):
 
 def _number(value: object, name: str, *, zero: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise _Misfit(f"{name} must be a number {'from 0 up' if zero else 'above 0'}, found {value!r}")
+        raise _Misfit(f"{name} must be a number {'from 0 up' if zero else 'above 0'}, found {reprlib.repr(value)}")
     if value == 0 and not zero:
         raise _Misfit(f"{name} must be above 0: nothing would ever arrive")
     return float(value)
@@ -55,7 +56,7 @@ def _size(value: object, name: str) -> int:
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise _Misfit(f"{name} must be a text, found {value!r}")
+        raise _Misfit(f"{name} must be a text, found {reprlib.repr(value)}")
     return value
 
 
@@ -69,13 +70,13 @@ def _tables(value: object, name: str) -> Mapping[str, Table]:
 
 def _entries(value: object, name: str) -> list[tuple[str, Any]]:
     if not isinstance(value, dict) or not value.keys() <= set(DTYPES):
-        raise _Misfit(f"{name} must be an object with some of {', '.join(DTYPES)}, found {value!r}")
+        raise _Misfit(f"{name} must be an object with some of {', '.join(DTYPES)}, found {reprlib.repr(value)}")
     return list(value.items())
 
 
 def _table(value: object, name: str) -> Table:
     if not isinstance(value, dict) or not value or not all(key.isdigit() and int(key) for key in value):
-        raise _Misfit(f"{name} must be an object of row counts and seconds, found {value!r}")
+        raise _Misfit(f"{name} must be an object of row counts and seconds, found {reprlib.repr(value)}")
     return tuple(sorted((int(key), _rate(own, f"{name}.{key}")) for key, own in value.items()))
 
 
@@ -190,13 +191,7 @@ class Hardware:
 
 def read_hardware(path: Path) -> Hardware:
     """A machine from a JSON file. Raises UserError, in one paragraph that names the field."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: the machine profile cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a machine profile: expected a JSON object, found no JSON.") from error
-    return hardware_from(values, str(path))
+    return hardware_from(read_json(path, "a machine profile"), str(path))
 
 
 def hardware_from(values: object, source: str) -> Hardware:
@@ -213,7 +208,9 @@ def _record(kind: type[Record], values: object, name: str) -> Record:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # a dataclass
     within = f"{name}." if name else ""
     if not isinstance(values, dict) or (not values and not name):
-        raise _Misfit(f"expected {name or 'a JSON object'} with some of {', '.join(known)}, found {values!r}")
+        raise _Misfit(
+            f"expected {name or 'a JSON object'} with some of {', '.join(known)}, found {reprlib.repr(values)}"
+        )
     unknown = next((key for key in values if key not in known), None)
     if unknown is not None:
         raise _Misfit(f"unknown field {within + str(unknown)!r}, expected some of {', '.join(known)}")

@@ -13,7 +13,6 @@ from itertools import cycle
 from math import inf
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -25,6 +24,7 @@ from aspec.drafting import GREEDY
 from aspec.exact import BLOCK_ROWS, InBlocks, products
 from aspec.hardware import AttentionRates, Hardware, Processor, Table
 from aspec.io.disk import probe_rate
+from aspec.io.host_memory import total_bytes
 from aspec.io.layout import Segment, as_tensor
 from aspec.io.memory import allocate
 from aspec.kv import KVCache, MaskKind
@@ -150,8 +150,8 @@ def files_of(folder: Path) -> list[Segment]:
 
 
 def memory_bytes() -> int:
-    """Of this machine."""
-    return int(psutil.virtual_memory().total)
+    """Of this machine, or of the part of it that this process may have."""
+    return total_bytes()
 
 
 @contextlib.contextmanager

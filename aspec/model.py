@@ -8,6 +8,7 @@ in flight interleaved. Callers run everything under ``torch.inference_mode``.
 """
 
 import contextlib
+import reprlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -293,7 +294,7 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(GenerationConfig.from_pretrained(folder).to_diff_dict())
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:  # its loader and its checks may raise anything for a value they do not know
         raise CheckpointError(
             f"{path}: expected generation defaults in JSON, found {first_line(error)}. Correct or remove the file."
         ) from error
@@ -302,8 +303,13 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
 def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
     """Tokens that end a sequence, from the generation defaults or the configuration."""
     found = generation_defaults(folder).get("eos_token_id", getattr(text, "eos_token_id", None))
-    ids = found if isinstance(found, list) else [found]
-    return frozenset(int(token) for token in ids if token is not None)
+    ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+    if not all(isinstance(token, int) for token in ids):
+        raise CheckpointError(
+            f"{folder}: expected eos_token_id to be a token id or a list of them, found {reprlib.repr(found)}. Correct "
+            f"generation_config.json or config.json."
+        )
+    return frozenset(ids)
 
 
 def _compute_dtype(wished: torch.dtype | None, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from aspec.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
@@ -14,6 +13,7 @@ from aspec.errors import UserError
 from aspec.exact import BLOCK_ROWS
 from aspec.graphs import graph_bytes
 from aspec.hub import resolve
+from aspec.io.host_memory import available_bytes
 from aspec.io.layout import Part, scratch_bytes
 from aspec.io.memory import PAGE
 from aspec.kv import KVCache
@@ -22,6 +22,7 @@ from aspec.offload import pinned_bytes
 from aspec.options import EngineOptions
 from aspec.plan import PlannedPart, Speculation, draft_slots
 from aspec.planner import Needs, Wishes
+from aspec.tasks.ngram import index_bytes
 from aspec.tasks.task import COMPUTE, CPU
 
 MIB = 1 << 20
@@ -129,7 +130,7 @@ def _default_budget(options: EngineOptions) -> int:
     kind = kind_of(options.device)
     if kind is not None:
         return int(kind.free_bytes() * DEVICE_SHARE)
-    return DEMO_BUDGET_BYTES if options.target is None else int(psutil.virtual_memory().available * HOST_SHARE)
+    return DEMO_BUDGET_BYTES if options.target is None else int(available_bytes() * HOST_SHARE)
 
 
 def _resident_bytes(options: EngineOptions) -> int | None:
@@ -142,7 +143,7 @@ def host_bytes(options: EngineOptions) -> int | None:
     """Host memory for pinned layers and KV behind a device's link; None where the device is the host's own memory."""
     if kind_of(options.device) is None:
         return None
-    return options.host_memory or int(psutil.virtual_memory().available * HOST_SHARE)
+    return options.host_memory or int(available_bytes() * HOST_SHARE)
 
 
 def _capacity(options: EngineOptions, target: Model, draft: Model | None) -> int:
@@ -213,6 +214,8 @@ def _needs(
         "activations": _activation_bytes(target, wishes),
         "draft trees": wishes.num_rows * spare * draft_kv + (0 if wishes.kv_on_host else nodes),
     }
+    if wishes.host_bytes is None and wishes.speculation is Speculation.TREE and wishes.max_draft_tokens:
+        fixed["n-gram index"] = wishes.num_rows * index_bytes(wishes.capacity)
     if draft is not None and wishes.host_bytes is not None:
         beside = replace(wishes, attention_resource=COMPUTE)  # whatever the target's layers do
         fixed["draft activations"] = _activation_bytes(draft, beside)  # it has a stream of its own there

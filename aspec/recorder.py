@@ -1,4 +1,4 @@
-"""The recorder: an observer that keeps every span in 49 packed bytes, or the last so many.
+"""The recorder: an observer that keeps every span in 61 packed bytes, or the last so many.
 
 It is on the loop's path, so it does one pack and one append; everything else waits until ``timeline`` is asked for.
 """
@@ -13,7 +13,7 @@ from aspec.tasks.op import Op
 from aspec.tasks.task import Span
 from aspec.timeline import Round, Slice, Timeline
 
-_RECORD = Struct("<ddqIiIiiiB")  # start, stop, nbytes, id, cause, round, layer, part or step, tokens, op
+_RECORD = Struct("<ddqqqqiiiB")  # start, stop, nbytes, id, cause, round, layer, part or step, tokens, op
 _OPS = tuple(Op)
 _CODE = {op: code for code, op in enumerate(_OPS)}
 BLOCK_SPANS = 4096

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from aspec.errors import PromptError
+from aspec.io.json_file import NotJson
+from aspec.io.json_file import parse_json as parse_any_json
 from aspec.params import MAX_LOGPROBS, SamplingParams
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -57,13 +59,9 @@ class Request:
 def parse_json(text: bytes) -> Any:
     """A JSON value. Raises PromptError for anything that is none, names twice in an object or numbers that are none."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
-    except PromptError:
-        raise
-    except UnicodeDecodeError as error:
-        raise PromptError(f"expected UTF-8, found byte 0x{text[error.start]:02x} at {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"expected JSON ({error})") from error
+        return parse_any_json(text, unique=True)
+    except NotJson as error:
+        raise PromptError(str(error)) from error
 
 
 def parse_request(url: str, body: object) -> Request:
@@ -195,15 +193,3 @@ def _check(given: Mapping[str, Any], name: str, expected: str, fine: Callable[[A
 def _refuse(name: str, expected: str, found: object) -> NoReturn:
     text = json.dumps(found)
     raise PromptError(f"{name} must be {expected}; found {text if len(text) <= 60 else text[:56] + ' ...'}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise PromptError(f"{next(name for name in names if names.count(name) > 1)} is there twice in one object")
-    return made
-
-
-def _constant(name: str) -> NoReturn:
-    raise PromptError(f"expected JSON, which has no {name}")

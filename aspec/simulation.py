@@ -4,7 +4,7 @@ A profile says what the machine costs. It comes from a file, for hardware that i
 run, so that the two can be laid side by side.
 """
 
-import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from statistics import median
 
 from aspec.errors import UserError
 from aspec.executor import Executor, IssueObserver, Observer
+from aspec.io.json_file import read_json
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend
 from aspec.plan import Plan
 from aspec.planner import NUM_STAGING
@@ -66,12 +67,7 @@ def plan_for(plan: Plan, profile: Profile) -> Plan:
 def read_profile(path: Path) -> Profile:
     """A profile from a JSON object; fields left out keep their defaults. Raises UserError for anything else."""
     known = flat_fields()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: the profile cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a profile: expected a JSON object, found text that is not JSON.") from error
+    values = read_json(path, "a profile")
     values = values.get("profile", values) if isinstance(values, dict) else values
     if not isinstance(values, dict) or not values:
         raise UserError(f"{path}: not a profile: expected a JSON object with some of {', '.join(known)}.")
@@ -80,8 +76,8 @@ def read_profile(path: Path) -> Profile:
             raise UserError(f"{path}: unknown field {name!r}; expected some of {', '.join(known)}.")
         if value is None and name in ("copy_bytes_per_s", "d2h_bytes_per_s"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UserError(f"{path}: {name} must be a number from 0 up, found {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise UserError(f"{path}: {name} must be a number from 0 up, found {reprlib.repr(value)}.")
         if value == 0 and name.endswith("bytes_per_s"):
             raise UserError(f"{path}: {name} must be above 0: nothing would ever arrive.")
     return Profile(**values)

@@ -4,7 +4,6 @@ A skeleton has its parameters on the meta device and its computed buffers (rotar
 """
 
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from aspec import attention
 from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+from aspec.io.json_file import read_json
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -31,13 +31,12 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = str(raw["model_type"])
-    except (ValueError, KeyError, TypeError) as error:
+    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # families write Infinity
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(model_type, str):
         raise CheckpointError(
-            f"{path}: expected JSON with a model_type, found {error!r}. Fetch the checkpoint again."
-        ) from error
+            f"{path}: expected a JSON object with the name of a model_type, found none. Fetch the checkpoint again."
+        )
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
         raise UnsupportedModelError(

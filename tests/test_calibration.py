@@ -136,7 +136,7 @@ def test_a_chain_is_priced_as_the_product():
         tree.extend(nodes[0], [3], [math.log(0.6)])
         tree.prune(5)
     assert chance == pytest.approx(0.75, abs=0.03)
-    assert tree.expected_tokens() == pytest.approx(expected_tokens(chance, 5))
+    assert 1 + sum(tree.probabilities()) == pytest.approx(expected_tokens(chance, 5))
 
 
 def test_verdicts_of_real_rounds_calibrate_a_bold_draft():
@@ -159,7 +159,7 @@ def test_verdicts_of_real_rounds_calibrate_a_bold_draft():
         for place, accepted in proposal.verdicts(path):
             calibration.observe(proposal.offered[place], accepted)
         if step >= 100:
-            claimed.append(tree.expected_tokens())
+            claimed.append(1 + sum(tree.probabilities()))
             emitted.append(len(tokens))
     assert sum(claimed) / len(claimed) == pytest.approx(sum(emitted) / len(emitted), rel=0.08)
 

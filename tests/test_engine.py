@@ -4,9 +4,12 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import aspec
 from aspec.engine import open_engine
@@ -45,6 +48,62 @@ async def test_streams_share_passes_and_retire_at_once(pair):
     assert find_races(spans) == []
     shared = [s for s in spans if s.task.op is Op.HEAD and len(s.task.item.rows) == 2]
     assert shared, "two rows went through one pass"
+
+
+async def test_the_links_are_probed_when_they_rest(pair, monkeypatch):
+    """After a stream its slots are refilled: a probe beside that would measure half of the disk, and flatter a run."""
+    gate, reading, probed = asyncio.Event(), [], []
+    monkeypatch.setattr("aspec.engine.raw_link_rate", lambda *_: probed.append(len(reading)) or 1e9)
+    closing = [True]
+
+    def observe(span):
+        if span.task.op is Op.LAYER and span.task.layer == 3 and closing:
+            closing.clear()
+            gate.clear()  # what refills the slots of the only pass stays under way
+
+    async with open_engine(observers=[observe], target=pair[0], max_batch=1, **SMALL) as engine:
+        read = engine._disk.read
+
+        def held_back(*args):
+            done = read(*args)
+            reading.append(done)
+
+            async def settle():
+                result = await done
+                await gate.wait()
+                reading.remove(done)
+                return result
+
+            return asyncio.ensure_future(settle())
+
+        gate.set()
+        monkeypatch.setattr(engine._disk, "read", held_back)
+        await collect(engine, [10, 11, 12], max_new_tokens=1)
+        await asyncio.sleep(0)
+        assert reading
+        probing = asyncio.ensure_future(engine.probe_link_rate(0.0))
+        late = asyncio.ensure_future(collect(engine, [10, 11, 12], max_new_tokens=2))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not probed, "it waits for the reads under way"
+        gate.set()
+        assert await probing == 1e9
+        assert probed == [0]
+        assert len((await late)[1]) == 2, "a stream that came meanwhile is served after it"
+        assert await engine.probe_link_rate(0.0) == 1e9
+        assert probed == [0, 0]
+
+
+async def test_weights_without_a_use_are_told_once(pair, tmp_path):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (pair[0] / name).exists():
+            shutil.copy(pair[0] / name, tmp_path / name)
+    tensors = {name: tensor for file in pair[0].glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file({**tensors, "extra.weight": torch.zeros(8)}, tmp_path / "model.safetensors")
+    with pytest.warns(RuntimeWarning, match=r"1 stored tensors have no use .*: extra\.weight") as told:
+        async with open_engine(target=tmp_path, max_batch=1, **SMALL):
+            pass
+    assert sum("no use" in str(one.message) for one in told) == 1
 
 
 async def test_statistics_add_up(pair):

@@ -104,7 +104,7 @@ def test_no_file_and_no_json_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_hardware(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("fast")
-    with pytest.raises(UserError, match="found no JSON"):
+    with pytest.raises(UserError, match="is not a machine profile: expected JSON"):
         read_hardware(tmp_path / "text.json")
 
 

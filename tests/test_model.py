@@ -1,5 +1,6 @@
 """Every family, streamed part by part, computes what transformers computes; what cannot be run is refused."""
 
+import copy
 import dataclasses
 import json
 
@@ -110,6 +111,24 @@ def test_generic_conversion_equals_the_direct_one(folder, family, dtype, monkeyp
         logits += streamed.run((tokens, cache.step([0], [0], [tokens.shape[1]])))
     assert any(c.converter for part in streamed.parts for c in part.conversions)
     torch.testing.assert_close(*logits, rtol=0, atol=2e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_binding_copies_no_converter_and_makes_the_same_every_time(folder, monkeypatch):
+    """A part that streams is bound once a pass: its converter is its own from the plan on."""
+    monkeypatch.setattr(layout, "_fused_places", lambda entry: None)
+    streamed = tiny.Streamed(Model(folder("mixtral"), dtype=torch.float32))
+    converters = [c.converter for part in streamed.parts for c in part.conversions if c.converter]
+    assert len(converters) > 1
+    assert len({id(converter) for converter in converters}) == len(converters), "no two parts share one"
+    copies = []
+    monkeypatch.setattr(copy, "deepcopy", lambda value, memo=None: copies.append(value))
+    tokens, made = sequences()[0][None], []
+    for _ in range(3):
+        cache = KVCache(streamed.model.kv_shapes(), 1, 64, torch.float32)
+        made += streamed.run((tokens, cache.step([0], [0], [tokens.shape[1]])))
+    assert not copies
+    assert all(torch.equal(made[0], other) for other in made[1:])
+    assert not any(converter.collected_tensors for converter in converters), "none holds a tensor between binds"
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt2", "gemma3n_text", "qwen3_moe"])

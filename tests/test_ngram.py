@@ -2,12 +2,15 @@
 
 import math
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aspec.tasks.ngram import NgramIndex, merge_into
+from aspec.needs import read_models, wishes_of
+from aspec.options import EngineOptions
+from aspec.tasks.ngram import WINDOW, NgramIndex, index_bytes, merge_into
 from aspec.tasks.tree import Tree
 
 
@@ -126,3 +129,23 @@ def test_continuations_merge_into_a_tree_and_share_prefixes():
     assert proposal.parents == (-1, 0, 1, 1)
     assert proposal.offered == (None,) * 4
     assert proposal.follow([3, 4, 8, 1, 1]) == ([0, 1, 2], [3, 4, 8, 1])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 20, 2000, 2 * WINDOW])
+def test_an_index_takes_memory_for_the_text_it_holds_and_no_more_than_the_plan_counts(num_tokens):
+    source = random.Random(num_tokens)
+    tokens = [source.randrange(1000, 150_000) for _ in range(num_tokens)]
+    tracemalloc.start()
+    index = NgramIndex()
+    index.extend(tokens)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes <= 2000 + index_bytes(num_tokens)
+
+
+@pytest.mark.parametrize(("speculation", "counted"), [("tree", True), ("chain", False), ("off", False)])
+def test_a_plan_counts_the_indexes_where_they_are_used(speculation, counted):
+    options = EngineOptions(speculation=speculation, max_batch=3, max_context=100)
+    models = read_models(options)
+    needs = models.needs(wishes_of(options, models))
+    assert needs.fixed.get("n-gram index", 0) == (3 * index_bytes(100) if counted else 0)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aspec.io.sim import DEVICE_RESOURCES, Profile
-from aspec.recorder import BLOCK_SPANS, Recorder
+from aspec.recorder import _RECORD, BLOCK_SPANS, Recorder
 from aspec.summary import summarise
 from aspec.tasks.op import Op
 from aspec.tasks.task import RowOutcome, Span, Task
@@ -146,6 +146,19 @@ def test_a_simulated_run_adds_up(virtual, resources):
 
 def span(number, start, outcomes=()):
     return Span(Task(number, Op.ACCEPT, "cpu", 0, number=number), start, start + 0.5, outcomes)
+
+
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31, 2**32, 2**40])
+def test_the_recorder_takes_ids_of_a_run_of_weeks(far):
+    recorder = Recorder()
+    for number in (far, far + 1):
+        task = Task(number, Op.READ, "disk", 0, number=number, part=3, layer=1, nbytes=1 << 40)
+        recorder(Span(task, 0.0, 1.0, cause=number - 1))
+    recorder(Span(Task(far + 2, Op.ACCEPT, "cpu", 0, number=far), 1.0, 2.0, cause=-1))
+    slices = recorder.timeline().slices
+    assert [(s.id, s.cause) for s in slices] == [(far, far - 1), (far + 1, far), (far + 2, -1)]
+    assert slices[-1].round == far
+    assert _RECORD.size <= 64, "bytes that every task costs: README's number"
 
 
 def test_the_recorder_keeps_the_last_spans_and_merges_a_passes_items():

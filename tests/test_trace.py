@@ -133,7 +133,7 @@ def test_usage_errors_exit_with_2(tmp_path, args):
     ("content", "expected"),
     [
         (None, "cannot be read"),
-        ("{", "not JSON"),
+        ("{", "is not a profile: expected JSON"),
         ("[]", "JSON object"),
         ('{"disk": 1}', "unknown field 'disk'"),
         ('{"layer_s": "fast"}', "a number"),

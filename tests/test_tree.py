@@ -117,7 +117,7 @@ def test_the_kept_nodes_are_the_best_of_all_paths(seed, vocab, budget, beams, wi
     tree = grow(draft, budget, beams=beams, width=width, max_depth=max_depth)
     best = brute_force(draft, vocab, budget, width, max_depth)
     assert kept_paths(tree) == set(best)
-    assert tree.expected_tokens() == pytest.approx(1 + sum(math.exp(score) for score in best.values()))
+    assert 1 + sum(tree.probabilities()) == pytest.approx(1 + sum(math.exp(score) for score in best.values()))
     assert tree.probabilities() == sorted(tree.probabilities(), reverse=True)
 
 
@@ -156,7 +156,7 @@ def test_a_certain_draft_makes_a_chain_of_score_zero(budget):
     depth = min(budget, 5)
     assert proposal.tokens == (0,) * depth
     assert proposal.parents == tuple(range(-1, depth - 1))
-    assert tree.expected_tokens() == 1 + depth
+    assert 1 + sum(tree.probabilities()) == 1 + depth
 
 
 def test_equal_scores_are_taken_from_the_root_down():
@@ -205,7 +205,7 @@ def test_nothing_grows_without_budget_depth_or_beams():
     assert Tree(0).frontier(4) == []
     assert Tree(3).frontier(0) == []
     assert Tree(3).proposal().follow([7]) == ([], [7])
-    assert Tree(3).expected_tokens() == 1
+    assert Tree(3).probabilities() == []
 
 
 def test_an_older_node_is_expanded_after_deeper_ones():
@@ -308,7 +308,7 @@ def test_calibration_orders_the_tree_and_the_draft_score_stays_known():
     for place, parent in enumerate(proposal.parents):
         above = 0.0 if parent == ROOT else proposal.scores[parent]
         assert proposal.scores[place] == pytest.approx(above + 0.5 * proposal.offered[place])
-    assert tree.expected_tokens() == pytest.approx(1 + sum(map(math.exp, proposal.scores)))
+    assert 1 + sum(tree.probabilities()) == pytest.approx(1 + sum(map(math.exp, proposal.scores)))
 
 
 # -- branches ----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ async def run_once(options: argparse.Namespace, settings: dict[str, Any], prompt
             tokens += last.stats.completion_tokens - 1
             seconds += last.stats.decode_s
         streamed = engine.plan.streamed_bytes
-        rate = options.link_rate or await asyncio.to_thread(engine.probe_link_rate, 0.5) or 0.0
+        rate = options.link_rate or await engine.probe_link_rate(0.5) or 0.0
     ceiling = tokens / passes * rate / streamed if streamed else 0.0
     return Run(tokens / seconds, tokens / passes, ceiling)
 

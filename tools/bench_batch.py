@@ -123,7 +123,7 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
         return list(await asyncio.gather(*(stream(prompt, num_tokens) for prompt in prompts)))
 
     async def facts() -> Record:
-        rates.append(await asyncio.to_thread(engine.probe_link_rate, PROBE_S) or 0.0)
+        rates.append(await engine.probe_link_rate(PROBE_S) or 0.0)
         passes = [one.passes for one in stats]
         known = {"plan": engine.plan.describe(), "streamed_bytes_per_pass": engine.plan.streamed_bytes}
         known |= {"link_bytes_per_s": max(rates), "most_passes_of_a_row": max(passes)}

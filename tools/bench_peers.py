@@ -94,7 +94,7 @@ async def open_aspec(job: Job, max_context: int, speculation: str = "chain") -> 
         stats[:] = [piece.stats]
 
     async def facts() -> Record:
-        rates.append(await asyncio.to_thread(engine.probe_link_rate, PROBE_S) or 0.0)
+        rates.append(await engine.probe_link_rate(PROBE_S) or 0.0)
         known = stats[0].as_dict(max(rates) or None, peak_rss_bytes()) if stats else {}
         return known | {"link_bytes_per_s": max(rates), "plan": engine.plan.describe()}
 

@@ -36,12 +36,12 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
         max_context=256,
         threads=options.threads,
     ) as engine:
-        before = await asyncio.to_thread(engine.probe_link_rate, 1.0)
+        before = await engine.probe_link_rate(1.0)
         for index in range(options.rounds):
             spans.clear()
             async for piece in engine.stream(PROMPT, SamplingParams(max_new_tokens=options.tokens, ignore_eos=True)):
                 last = piece
-            after = await asyncio.to_thread(engine.probe_link_rate, 1.0)
+            after = await engine.probe_link_rate(1.0)
             if last.stats is None or not last.stats.stream_bytes_per_s or not before or not after:
                 raise SystemExit("nothing streams: give a smaller --device-memory")
             ratios.append(last.stats.stream_bytes_per_s / ((before + after) / 2))

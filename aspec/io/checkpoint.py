@@ -5,8 +5,9 @@ offsets, a truncated shard or two shards that hold the same tensor are refused b
 Format: https://github.com/huggingface/safetensors (8-byte little-endian header length, JSON, data).
 """
 
-import json
 import math
+import os
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import NoReturn, Self
 import torch
 
 from aspec.errors import CheckpointError
+from aspec.io.json_file import NamedTwice, NotJson, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -129,15 +131,16 @@ def _no_shards(folder: Path) -> str:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The index's weight map. Raises CheckpointError where it is no index or a shard it names is missing."""
+    content = read_json(index, "an index of shards", error=CheckpointError)
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        promised = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        promised: dict[str, str] = dict(content["weight_map"])
+        files = sorted(set(promised.values()))
+        missing = [name for name in files if Path(name).name != name or not os.path.isfile(index.parent / name)]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{index} is not an index of shards: expected JSON with a weight_map, found {error!r}. {FETCH_AGAIN}"
+            f"{index} is not an index of shards: expected JSON with a weight_map from tensors to files, found "
+            f"{error!r}. {FETCH_AGAIN}"
         ) from error
-    files = sorted(set(promised.values()))
-    missing = [name for name in files if Path(name).name != name or not (index.parent / name).is_file()]
     if missing or not files:
         raise CheckpointError(
             f"{index} names {len(files)} shards: expected each of them in the same folder, found {len(missing)} missing"
@@ -168,33 +171,25 @@ def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
                     f"{path} is truncated or no safetensors file: its first bytes promise a header of {length} bytes, "
                     f"found a file of {size}. {FETCH_AGAIN}"
                 )
-            header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(path, pairs))
+            header = parse_json(file.read(length), unique=True)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a header in JSON, found {error}. {FETCH_AGAIN}") from error
+    except NamedTwice as error:
+        raise CheckpointError(f"{path}: tensor {error.name} is stored twice: expected once. {FETCH_AGAIN}") from error
+    except NotJson as error:
+        raise CheckpointError(f"{path}: expected a header in JSON, found none: {error}. {FETCH_AGAIN}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}. {FETCH_AGAIN}")
     return header, 8 + length, size
-
-
-def _unique(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of the header; JSON itself would let the last of two equal names win."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{path}: tensor {twice} is stored twice: expected once. {FETCH_AGAIN}")
-    return result
 
 
 def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     """A header entry, checked. Raises CheckpointError."""
 
     def refuse(expected: str, found: object) -> NoReturn:
-        raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {found}. {FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {_shown(found)}. {FETCH_AGAIN}")
 
     if not isinstance(entry, dict):
         refuse("a header entry with dtype, shape and data_offsets", entry)
@@ -211,6 +206,11 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     if end - begin != nbytes:
         refuse(f"{nbytes} bytes for {entry['dtype']} {list(shape)}", f"data offsets {begin} .. {end}")
     return TensorRef(name, str(path), dtype, shape, base + begin, nbytes)
+
+
+def _shown(value: object) -> str:
+    """A value of the header for a message: a text as it is, anything else cut where it is long or deep."""
+    return value if isinstance(value, str) else reprlib.repr(value)
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:

@@ -38,7 +38,7 @@ class Entry:
 
     name: str
     sources: tuple[Source, ...]
-    converter: WeightConverter | None  # None: the one source is the parameter
+    converter: WeightConverter | None  # the entry's own; None: the one source is the parameter
     outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # parameter -> shape and dtype as converted
 
     @property
@@ -95,11 +95,13 @@ def convert(
     stored: Iterable[tuple[str, str | None, torch.Tensor]],
     model: PreTrainedModel,
 ) -> dict[str, torch.Tensor]:
-    """Run transformers' converter on stored (name, pattern, tensor): parameter name -> tensor."""
-    fresh = copy.deepcopy(converter)
+    """Run transformers' converter on stored (name, pattern, tensor): parameter name -> tensor.
+
+    It gives up the tensors it was given, so the same converter serves again; never on two threads at once.
+    """
     for key, pattern, tensor in stored:
-        fresh.add_tensor(name, key, pattern, _constant(tensor))
-    made = fresh.convert(name, model=model, config=model.config)
+        converter.add_tensor(name, key, pattern, _constant(tensor))
+    made = converter.convert(name, model=model, config=model.config)
     return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
 
 
@@ -149,15 +151,16 @@ def _entry(
     if pattern is None:
         return Entry(name, tuple(sources), None, {name: (first.shape, first.dtype)})
     meta = [(ref.name, p, torch.empty(ref.shape, dtype=ref.dtype, device="meta")) for ref, p in sources]
+    own = copy.deepcopy(converters[pattern])  # a converter has state while it converts, and is used at every bind
     try:
-        made = convert(converters[pattern], name, meta, model)
+        made = convert(own, name, meta, model)
     except Exception as error:  # whatever a conversion raises: these tensors do not make it
         raise CheckpointError(
             f"{where}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be put together: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. The checkpoint is incomplete, or "
             f"its config.json belongs to another model."
         ) from error
-    return Entry(name, tuple(sources), converters[pattern], {t: (tuple(v.shape), v.dtype) for t, v in made.items()})
+    return Entry(name, tuple(sources), own, {t: (tuple(v.shape), v.dtype) for t, v in made.items()})
 
 
 def _aliases(model: PreTrainedModel, produced: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:

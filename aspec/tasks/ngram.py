@@ -13,6 +13,13 @@ Continuation = tuple[tuple[int, ...], tuple[float, ...]]
 """Tokens, and the confidence in each of them given that those before it are right, in (0, 1)."""
 
 NOWHERE = -1
+WINDOW = 8192  # tokens of a text that are looked through
+TOKEN_BYTES = 512  # of an index at most, per token that it holds, measured with random tokens; 300 where it is full
+
+
+def index_bytes(num_tokens: int) -> int:
+    """What the index of a text of so many tokens takes at most."""
+    return TOKEN_BYTES * min(num_tokens, WINDOW)
 
 
 class TakesBranches(Protocol):
@@ -25,25 +32,25 @@ class TakesBranches(Protocol):
 class NgramIndex:
     """Where every n-gram of the latest ``window`` tokens stands, and so what came after it.
 
-    Memory is bounded by the window: at most one dictionary entry and one chain link per token and n, 0.5 kB a token.
+    Memory grows with the text up to the window: at most one dictionary entry and one chain link per token and n.
     """
 
-    def __init__(self, longest: int = 4, shortest: int = 2, window: int = 8192, recent: int = 8) -> None:
+    def __init__(self, longest: int = 4, shortest: int = 2, window: int = WINDOW, recent: int = 8) -> None:
         """Match n-grams from ``longest`` down to ``shortest``, and look at the ``recent`` latest places of one."""
         if not 1 <= shortest <= longest < window or recent < 1:
             raise ValueError(f"expected 1 <= shortest <= longest < window, found {shortest=} {longest=} {window=}")
         self.length = 0  # tokens appended so far; the latest ``window`` of them are kept
         self._sizes = range(longest, shortest - 1, -1)
         self._window, self._recent = window, recent
-        self._tokens = [0] * window  # token at position p in place p modulo window
+        self._tokens: list[int] = []  # token at position p in place p modulo window
         self._latest: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in self._sizes}  # n-gram -> newest end
-        self._previous = {n: array("q", [NOWHERE]) * window for n in self._sizes}  # end -> the end before, same n-gram
+        self._previous = {n: array("q", [NOWHERE]) for n in self._sizes}  # end -> the end before, same n-gram
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append committed tokens."""
         for token in tokens:
             self._forget(self.length - self._window)
-            self._tokens[self.length % self._window] = token
+            self._store(token)
             self.length += 1
             self._record()
 
@@ -63,6 +70,16 @@ class NgramIndex:
                 distinct = list(dict.fromkeys(found))[: max(0, most)]
                 return [(tokens, _confidences(tokens, found, n)) for tokens in distinct]
         return []
+
+    def _store(self, token: int) -> None:
+        """Put a token where it belongs; the window is as large as the text until that is longer."""
+        if len(self._tokens) == self._window:
+            self._tokens[self.length % self._window] = token
+            return
+        self._tokens.append(token)
+        if len(self._tokens) < self._window:  # else the next end stands in place 0
+            for ends in self._previous.values():
+                ends.append(NOWHERE)
 
     def _record(self) -> None:
         suffix = self._read(max(0, self.length - self._sizes[0]), min(self.length, self._sizes[0]))

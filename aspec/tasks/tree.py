@@ -301,10 +301,6 @@ class Tree:
         """Path probabilities of the kept nodes, descending."""
         return [exp(self.nodes[index].score) for index in self._kept]
 
-    def expected_tokens(self) -> float:
-        """Tokens the target is expected to emit: one of its own, and each node with its path's probability."""
-        return 1.0 + sum(self.probabilities())
-
     def promise(self, beams: int) -> float:
         """The most tokens one more level can gain: the probability that the next frontier is reached at all."""
         return sum(exp(self._score(index)) for index in self.frontier(beams))

@@ -1,0 +1,81 @@
+"""How much memory this process may still take: what the host has free, and what its control groups leave.
+
+Files: cgroup v2 of the kernel's documentation (``memory.max``, ``memory.current``, ``memory.stat``), and the memory
+controller of v1 (``memory.limit_in_bytes``, ``memory.usage_in_bytes``). A group's limit holds for all below it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+NO_LIMIT = 1 << 60  # bytes; v1 says that there is no limit with a number above it
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """Where the groups are, and the names of their files."""
+
+    mount: str
+    limit: str
+    usage: str
+    reclaimable: str  # in memory.stat: page cache that the kernel drops before it refuses memory
+
+
+_V1 = _Version("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Bytes that can be taken now without being killed for it; ``root``: where the system's files are."""
+    return min([int(psutil.virtual_memory().available), *(max(0, limit - used) for limit, used in _groups(root))])
+
+
+def total_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process could have if nothing else ran."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _groups(root))])
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use of every group around this process that has a limit; none where the system has no groups."""
+    for version, group in _own_groups(root):
+        mount = root / version.mount
+        for folder in (mount / str(group).lstrip("/"), *(mount / str(up).lstrip("/") for up in group.parents)):
+            limit = _number(folder / version.limit)
+            if limit is not None and limit < NO_LIMIT:
+                used = (_number(folder / version.usage) or 0) - _reclaimable(folder, version)
+                yield limit, max(0, used)
+
+
+def _own_groups(root: Path) -> Iterator[tuple[_Version, PurePosixPath]]:
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if ".." in path.split("/"):  # outside of the namespace: its own root is all that can be seen
+            path = "/"
+        if number == "0" and not controllers:
+            yield _V2, PurePosixPath("/", path)
+        elif "memory" in controllers.split(","):
+            yield _V1, PurePosixPath("/", path)
+
+
+def _reclaimable(folder: Path, version: _Version) -> int:
+    for line in _text(folder / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name == version.reclaimable and value.isdecimal():
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    """A file's number; None where there is no file or it says "max"."""
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""  # no such group here, as in a container that shows its own group as the root

@@ -22,10 +22,10 @@ from aspec.generation import PROBE_S, Job, prepare
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.sim import Profile
 from aspec.monitor import Monitor
-from aspec.needs import folders
 from aspec.plan import Plan, format_bytes
-from aspec.profile import Ceilings, Machine, measure_ceilings, this_machine
+from aspec.profile import Ceilings, HostInfo, host_info, measure_ceilings
 from aspec.recorder import Recorder
+from aspec.resolve import revise
 from aspec.simulation import fitted_acceptance, flat_fields, measured_profile
 from aspec.summary import Summary, summarise
 from aspec.timeline import DRAFT
@@ -66,7 +66,7 @@ class Run:
 class Report:
     """All that was measured."""
 
-    machine: Machine
+    machine: HostInfo
     ceilings: Ceilings
     plan: Plan
     runs: tuple[Run, ...]
@@ -90,9 +90,9 @@ def bench_to_console(flags: BenchFlags, console: Console) -> None:
 
 async def _measure(job: Job, rounds: int) -> Report:
     monitor, recorder = Monitor(), Recorder()
-    options = replace(job.options, progress=monitor.progress, reuse_prefix=False)  # every run prefills its prompt
+    resolved = revise(job.resolved, progress=monitor.progress, reuse_prefix=False)  # every run prefills its prompt
     with watch(monitor, job.console, dashboard=not job.flags.no_dashboard):
-        async with Engine(options, [monitor, recorder], [monitor.issued]) as engine:
+        async with Engine(resolved, [monitor, recorder], [monitor.issued]) as engine:
             job.console.note(describe_plan(engine.plan))
             monitor.opened(engine.plan, len(job.prompts) * (WARM_UP_TOKENS + rounds * job.params.max_new_tokens))
             draft_step_s = await _warm_up(engine, job, recorder)
@@ -111,12 +111,12 @@ async def _measure(job: Job, rounds: int) -> Report:
             profile = {name: getattr(measured, name) for name in flat_fields()}
             await asyncio.to_thread(_remember, job, engine.plan, measured, runs)
             peaks = peak_rss_bytes(), engine.device_peak_bytes
-            return Report(this_machine(), ceilings, engine.plan, tuple(runs), profile, *peaks)
+            return Report(host_info(), ceilings, engine.plan, tuple(runs), profile, *peaks)
 
 
 def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
     """Keep how often the pair's proposals were accepted, for plans to come."""
-    target, draft = folders(job.options)
+    target, draft = job.resolved.target, job.resolved.draft
     per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
     if draft is None or not plan.max_draft_tokens or not per_pass:
         return

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from aspec.api import Result, collect, seeded
@@ -16,11 +16,10 @@ from aspec.flags import GenerateFlags
 from aspec.io.memory import peak_rss_bytes
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
-from aspec.needs import folders
-from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Plan, Workload
 from aspec.recorder import Recorder
+from aspec.resolve import Resolved, resolve, revise
 from aspec.text import Tokenizer
 from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate
@@ -37,7 +36,7 @@ class Job:
     """A request whose models are found and whose prompts are token ids."""
 
     flags: GenerateFlags
-    options: EngineOptions
+    resolved: Resolved
     prompts: list[list[int]]
     params: SamplingParams
     console: Console
@@ -60,14 +59,11 @@ class Outcome:
 
 def prepare(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> Job:
     """Everything that may block for long (a download) or refuse, before the loop starts and Ctrl-C is its business."""
-    options = flags.options()
-    target, draft = folders(options)
-    if options.target is not None:
-        options = replace(options, target=target, draft=draft or options.draft)
-    tokenizer = Tokenizer.load(target)
+    resolved = resolve(flags.options())
+    tokenizer = Tokenizer.load(resolved.target)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
-    params = sampling_params(generation_defaults(target), flags.sampling())
-    return Job(flags, _fit(options, tokens, params), tokens, params, console)
+    params = sampling_params(generation_defaults(resolved.target), flags.sampling())
+    return Job(flags, _fit(resolved, tokens, params), tokens, params, console)
 
 
 async def generate_to_console(job: Job, verified: bool) -> None:
@@ -91,7 +87,7 @@ async def generate_to_console(job: Job, verified: bool) -> None:
         if job.flags.as_json:
             console.write("".join(json.dumps(entry) + "\n" for entry in entries))
     if verified:
-        console.note(conclude(verdicts, job.options))
+        console.note(conclude(verdicts, exact=job.resolved.exact))
 
 
 async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool = False) -> Outcome:
@@ -101,8 +97,9 @@ async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool =
     """
     monitor, console = Monitor(), job.console
     with watch(monitor, console, dashboard=not job.flags.no_dashboard):
-        options = replace(job.options, progress=monitor.progress)
-        async with Engine(options, [monitor, *observers], [monitor.issued]) as engine:
+        async with Engine(
+            revise(job.resolved, progress=monitor.progress), [monitor, *observers], [monitor.issued]
+        ) as engine:
             monitor.opened(engine.plan, len(job.prompts) * job.params.max_new_tokens)
             console.note(describe_plan(engine.plan))
             before = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
@@ -133,21 +130,22 @@ def _encode(tokenizer: Tokenizer, text: str, flags: GenerateFlags) -> list[int]:
     return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
 
 
-def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParams) -> EngineOptions:
+def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -> Resolved:
     """Rows and context that these prompts need, and no more."""
     longest = max(len(tokens) for tokens in prompts)
-    fitted = replace(options, max_context=options.max_context or max(2, longest + params.max_new_tokens))
+    context = resolved.options.max_context or max(2, longest + params.max_new_tokens)
     if len(prompts) > SEARCHED_FROM and params.max_new_tokens > 1:
         mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
-        return replace(fitted, workload=Workload(len(prompts), mean, params.max_new_tokens))
-    return replace(fitted, max_batch=options.max_batch or len(prompts))
+        work = Workload(len(prompts), mean, params.max_new_tokens)
+        return revise(resolved, max_context=context, workload=work)
+    return revise(resolved, max_context=context, max_batch=resolved.options.max_batch or len(prompts))
 
 
 async def _verify(job: Job, outcome: Outcome) -> list[Verdict]:
     params = seeded(job.params, len(job.prompts))
     tokens = (result.token_ids for result in outcome.results)
     claims = [Claim(*claim) for claim in zip(job.prompts, params, tokens, strict=True)]
-    return await verify(job.options, outcome.plan, claims, job.console)
+    return await verify(job.resolved, outcome.plan, claims, job.console)
 
 
 async def _serve(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:

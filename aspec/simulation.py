@@ -97,7 +97,8 @@ def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> f
     Chains and trees alike: what of a tree is accepted depends on how it grew.
     """
     low, high = 0.0, 1.0
-    roomy = replace(plan, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
+    asked = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
+    roomy = replace(plan, request=asked)
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []

@@ -36,7 +36,7 @@ def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
     job = prepare(flags, prompts, console)
     timelines: dict[str, Timeline] = {}
     if profile is not None and not flags.compare:
-        plan = plan_for(design(job.options).plan, profile)
+        plan = plan_for(design(job.resolved).plan, profile)
     else:
         plan, timelines[REAL] = _record(job, flags.max_spans, output)
     if profile is None and flags.compare:
@@ -83,7 +83,8 @@ def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timelin
 
 def _facts(job: Job, plan: Plan | None) -> dict[str, str | int | float]:
     """What the figures hold for; without a plan the run did not finish."""
-    models = {"target": str(job.options.target or "demo"), "draft": str(job.options.draft or "none")}
+    options = job.resolved.options
+    models = {"target": str(options.target or "demo"), "draft": str(options.draft or "none")}
     facts: dict[str, str | int | float] = {"version": version("aspec"), **models}
     if plan is not None:
         facts |= {"slots": plan.num_slots, "bytes_per_pass": plan.streamed_bytes, "held_bytes": plan.held_bytes}

@@ -27,7 +27,7 @@ from aspec.races import find_races
 from aspec.scheduler import Scheduler
 from aspec.tasks.task import COMPUTE, CPU, DISK, H2D, NOTHING, Arrived, Closing, Op, Report, RowOutcome, Task, WorkItem
 from tests.fake_device import FakeDevice
-from tests.simulate import Checked, make_plan
+from tests.simulate import Checked, asking, make_plan
 
 KINDS = ("sim-host", "sim-device", "cpu", "cuda")
 HAS_COPY = ("sim-device", "cuda")
@@ -136,7 +136,7 @@ class Rig:
         resident = (0, 5)
         self.plan = make_plan(resident=resident, nbytes=SLOT_BYTES, num_slots=3)
         if split or (fail and fail[0] in SPLIT):
-            self.plan = replace(self.plan, attention_resource=CPU, micro_batches=2)
+            self.plan = asking(self.plan, attention_resource=CPU, micro_batches=2)
         if kind in HAS_COPY:
             parts = tuple(replace(p, tier=Tier.HOST) if p.index in (2, 7) else p for p in self.plan.parts)
             self.plan = replace(self.plan, parts=parts, num_staging=2, draft_resource="draft")

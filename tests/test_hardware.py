@@ -19,7 +19,7 @@ from aspec.costs import expected_tokens
 from aspec.errors import UserError
 from aspec.hardware import AttentionRates, Hardware, Processor, hardware_from, read_hardware
 from aspec.measuring import files_of, measure_processor
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.prices import ACCEPTANCE, SPREAD
 from tests import tiny
 
@@ -207,7 +207,7 @@ def test_acceptance_is_known_by_pair_and_weighed_by_evidence(tmp_path):
     known = kept.known_acceptance(target, draft, cache=tmp_path)
     assert (known.acceptance, known.spread, known.proposals) == (ACCEPTANCE, SPREAD, 0)
     kept.remember_acceptance(target, draft, 0.6, 0.4, proposals=100, cache=tmp_path)
-    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.Known(
+    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.AcceptanceStats(
         pytest.approx(0.6), pytest.approx(0.4), 100
     )
     kept.remember_acceptance(target, draft, 0.9, 0.4, proposals=50, cache=tmp_path)
@@ -218,7 +218,7 @@ def test_acceptance_is_known_by_pair_and_weighed_by_evidence(tmp_path):
     assert kept.known_acceptance(target, draft, sampled=True, cache=tmp_path).proposals == 0
     (file,) = tmp_path.glob("pair-*.json")
     file.write_text(json.dumps({"acceptance": 7, "spread": 0.5, "proposals": 3}))
-    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.Known()
+    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.AcceptanceStats()
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

@@ -12,6 +12,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
+
 from aspec.api import Result, collect, run, seeded
 from aspec.cache import remember_acceptance
 from aspec.console import Console
@@ -19,6 +21,7 @@ from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.flags import BenchFlags
 from aspec.generation import PROBE_S, Job, prepare
+from aspec.hardware import Hardware, Processor
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.sim import Profile
 from aspec.monitor import Monitor
@@ -26,7 +29,7 @@ from aspec.plan import Plan, format_bytes
 from aspec.profile import Ceilings, HostInfo, host_info, measure_ceilings
 from aspec.recorder import Recorder
 from aspec.resolve import revise
-from aspec.simulation import fitted_acceptance, flat_fields, measured_profile
+from aspec.simulation import fitted_acceptance, measured_profile, task_seconds
 from aspec.summary import Summary, summarise
 from aspec.timeline import DRAFT
 
@@ -70,7 +73,7 @@ class Report:
     ceilings: Ceilings
     plan: Plan
     runs: tuple[Run, ...]
-    profile: dict[str, Any]  # of the last run, for ``aspec trace --simulate``
+    hardware: Hardware  # this machine, with the tasks of the last run
     peak_rss_bytes: int
     device_peak_bytes: int | None  # by its allocator's count; None where the device is the host's own memory
 
@@ -108,10 +111,29 @@ async def _measure(job: Job, rounds: int) -> Report:
                 speed = runs[-1].summary.tokens_per_s or 0.0
                 job.console.note(f"run {index + 1} of {rounds}: {speed:.2f} tokens/s")
             measured = measured_profile(recorder.timeline())
-            profile = {name: getattr(measured, name) for name in flat_fields()}
+            hardware = _hardware(ceilings, measured, engine.dtype)
             await asyncio.to_thread(_remember, job, engine.plan, measured, runs)
             peaks = peak_rss_bytes(), engine.device_peak_bytes
-            return Report(host_info(), ceilings, engine.plan, tuple(runs), profile, *peaks)
+            return Report(host_info(), ceilings, engine.plan, tuple(runs), hardware, *peaks)
+
+
+def _hardware(ceilings: Ceilings, measured: Profile, dtype: torch.dtype) -> Hardware:
+    """This machine in few figures: its ceilings, which are the CPU's, and the rates and tasks of a run."""
+    host = host_info()
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    return Hardware(
+        name=host.cpu,
+        disk_bytes_per_s=ceilings.disk_bytes_per_s or measured.disk_bytes_per_s,
+        h2d_bytes_per_s=measured.copy_bytes_per_s,
+        d2h_bytes_per_s=measured.d2h_bytes_per_s,
+        threads=host.threads,
+        cpu=Processor(
+            flop_per_s={name: ceilings.matmul_flop_per_s},
+            memory_bytes_per_s=ceilings.memory_bytes_per_s,
+            copy_bytes_per_s=ceilings.copy_bytes_per_s,
+        ),
+        tasks=task_seconds(measured),
+    )
 
 
 def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
@@ -203,7 +225,7 @@ def _spread(values: Sequence[float | None], unit: float, name: str) -> str:
 
 
 def as_object(report: Report) -> dict[str, Any]:
-    """The JSON object; bytes, seconds, tokens. ``profile`` is what ``aspec trace --simulate`` takes."""
+    """The JSON object; bytes, seconds, tokens. ``hardware`` is what a machine file holds."""
     return {
         "machine": asdict(report.machine),
         "ceilings": asdict(report.ceilings),
@@ -221,5 +243,5 @@ def as_object(report: Report) -> dict[str, Any]:
         ],
         "peak_rss_bytes": report.peak_rss_bytes,
         "device_peak_bytes": report.device_peak_bytes,
-        "profile": report.profile,
+        "hardware": report.hardware.as_object(),
     }

@@ -3,19 +3,20 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from aspec.cache import AcceptanceStats
 from aspec.console import Console
 from aspec.devices import HOST
-from aspec.hardware import Hardware, read_hardware
+from aspec.errors import UserError
+from aspec.hardware import Hardware, read_machine
 from aspec.io.checkpoint import has_weights
 from aspec.jobflags import PlanFlags
 from aspec.needs import Models, read_models, request_for
-from aspec.options import EngineOptions
 from aspec.plan import Plan, Tier, Workload, format_bytes
-from aspec.planning import CostBasis, measured_basis, on_machine, plan_workload
-from aspec.resolve import Resolved, resolve
+from aspec.planning import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
+from aspec.resolve import resolve
 from aspec.search import Candidate, Search
 from aspec.units import format_rate
 
@@ -52,20 +53,23 @@ def explain(flags: PlanFlags) -> Explained:
         basis = measured_basis(models)
         models = replace(models, resolved=on_machine(models.resolved, basis.hardware))
     else:
-        hardware = read_hardware(flags.profile)
-        models = read_models(_elsewhere(options, hardware), outlined=True)
+        hardware = _read_rates(flags.profile)
+        models = read_models(elsewhere(resolve(replace(options, device=HOST)), hardware), outlined=True)
         basis = CostBasis(hardware, AcceptanceStats())
     if flags.acceptance is not None:
         basis = replace(basis, known=replace(basis.known, acceptance=flags.acceptance))
     return Explained(models, basis, work, plan_workload(models, request_for(models), basis))
 
 
-def _elsewhere(options: EngineOptions, hardware: Hardware) -> Resolved:
-    """The options on a machine that is not here, whatever device is."""
-    exact = hardware.h2d_bytes_per_s is None if options.exact is None else options.exact
-    resolved = on_machine(resolve(replace(options, device=HOST, exact=exact)), hardware)
-    budget = options.device_memory or hardware.device_memory or resolved.budget_bytes
-    return replace(resolved, budget_bytes=budget)
+def _read_rates(path: Path) -> Hardware:
+    """A machine that any models can be planned for. Raises UserError."""
+    hardware = read_machine(path)
+    if hardware.missing_rates:
+        raise UserError(
+            f"{path}: its tasks hold the seconds of one pair of models, for aspec trace --simulate; a plan needs the "
+            f"rates of the machine: expected {' and '.join(hardware.missing_rates)} besides, found neither."
+        )
+    return hardware
 
 
 # -- what is said --------------------------------------------------------------------------------------------

@@ -304,9 +304,9 @@ class TraceFlags(GenerateFlags):
         Path | None,
         option(
             TRACE,
-            "Run in virtual time on the machine of this JSON file, without reading a weight.",
+            "Run in virtual time on the machine of this JSON file, as aspec profile -o writes, without reading a weight.",
             "--simulate",
-            metavar="PROFILE",
+            metavar="FILE",
         ),
     ] = None
     compare: Annotated[

@@ -103,7 +103,7 @@ class PlanFlags(GenerateFlags):
         Path | None,
         option(
             PLACE,
-            "A machine that is not here, as a JSON file (aspec profile -o writes one of this machine). Default: this "
+            "A machine that is not here, as a JSON file (aspec profile -o there writes it). Default: this "
             "machine, measured once.",
             "--profile",
             metavar="FILE",

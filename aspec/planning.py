@@ -5,14 +5,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
+from aspec.devices import HOST
 from aspec.errors import UnsupportedModelError
 from aspec.forecast import Forecaster
 from aspec.hardware import Hardware
+from aspec.io.sim import Profile
 from aspec.model import Model
 from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
 from aspec.plan import PlanRequest, Speculation, Workload
 from aspec.prices import prices
-from aspec.resolve import Resolved
+from aspec.resolve import Resolved, revise
 from aspec.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
 from aspec.shapes import shape_of
 from aspec.tasks.task import COMPUTE, CPU
@@ -55,8 +57,13 @@ def plan_workload(
 
 def forecast_for(models: Models, request: PlanRequest, basis: CostBasis, work: Workload) -> Forecaster:
     """What runs a plan in virtual time on these costs."""
+    return Forecaster(prices_for(models, request, basis), work)
+
+
+def prices_for(models: Models, request: PlanRequest, basis: CostBasis) -> Profile:
+    """What the tasks of these models cost, by their shapes."""
     draft = None if models.draft is None else shape_of(models.draft)
-    profile = prices(
+    return prices(
         shape_of(models.target),
         draft,
         basis.hardware,
@@ -64,7 +71,6 @@ def forecast_for(models: Models, request: PlanRequest, basis: CostBasis, work: W
         acceptance=basis.known.acceptance,
         spread=basis.known.spread,
     )
-    return Forecaster(profile, work)
 
 
 def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSpace:
@@ -101,6 +107,15 @@ def _speculations(resolved: Resolved) -> tuple[tuple[Speculation | None, int], .
     found = tuple((shape, most[shape] if fixed is None else fixed) for shape in wanted)
     may_rest = fixed is None and (asked == "auto" or not resolved.method.has_model)
     return ((None, 0), *found) if may_rest else found
+
+
+def elsewhere(resolved: Resolved, hardware: Hardware) -> Resolved:
+    """The same on a machine that is not here, whatever device is."""
+    asked = resolved.options.exact
+    exact = hardware.h2d_bytes_per_s is None if asked is None else asked
+    moved = on_machine(revise(resolved, device=HOST, exact=exact), hardware)
+    budget = moved.options.device_memory or hardware.device_memory or moved.budget_bytes
+    return replace(moved, budget_bytes=budget)
 
 
 def on_machine(resolved: Resolved, hardware: Hardware) -> Resolved:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from aspec.api import run
+from aspec.cache import AcceptanceStats
 from aspec.chrome import read_trace, write_trace
 from aspec.console import Console
 from aspec.design import design
@@ -16,10 +17,13 @@ from aspec.errors import InternalError, UserError
 from aspec.flags import TraceFlags
 from aspec.generation import Job, as_object, prepare, run_job
 from aspec.generation import summarise as summarise_result
+from aspec.hardware import Hardware, read_machine
 from aspec.io.sim import Profile
+from aspec.needs import read_models
 from aspec.plan import Plan, format_bytes
+from aspec.planning import CostBasis, elsewhere, prices_for
 from aspec.recorder import Recorder
-from aspec.simulation import measured_profile, plan_for, read_profile, simulate
+from aspec.simulation import measured_profile, simulate, tasks_profile
 from aspec.summary import Summary, summarise
 from aspec.timeline import Timeline
 
@@ -31,18 +35,18 @@ def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
     output = flags.output
     if output is None:
         raise InternalError("a trace to record needs a file to go to")
-    profile = read_profile(flags.simulate) if flags.simulate else None
+    machine = read_machine(flags.simulate) if flags.simulate else None
     _check_writable(output)
     job = prepare(flags, prompts, console)
     timelines: dict[str, Timeline] = {}
-    if profile is not None and not flags.compare:
-        plan = plan_for(design(job.resolved).plan, profile)
+    if machine is not None and not flags.compare:
+        plan = design(job.resolved).plan
     else:
         plan, timelines[REAL] = _record(job, flags.max_spans, output)
-    if profile is None and flags.compare:
-        profile = measured_profile(timelines[REAL])
-    if profile is not None:
-        timelines[SIMULATED] = _simulate(job, plan, profile, flags.max_spans)
+    if machine is not None:
+        timelines[SIMULATED] = _simulate(job, plan, _profile(job, plan, machine), flags.max_spans)
+    elif flags.compare:
+        timelines[SIMULATED] = _simulate(job, plan, measured_profile(timelines[REAL]), flags.max_spans)
     write_trace(output, timelines)
     _report(output, timelines, console)
     if flags.summary:
@@ -72,6 +76,15 @@ def _record(job: Job, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
     timeline = recorder.timeline(_facts(job, outcome.plan))
     started_ns = epoch_ns + round(timeline.start_s * 1e9)  # to lay other traces of the same time beside this one
     return outcome.plan, replace(timeline, facts={**timeline.facts, "started_ns": started_ns})
+
+
+def _profile(job: Job, plan: Plan, machine: Hardware) -> Profile:
+    """What tasks cost on a machine: as its file says of them, otherwise by the models' shapes."""
+    if machine.tasks is not None:
+        return tasks_profile(machine, machine.tasks)
+    models = read_models(elsewhere(job.resolved, machine))
+    request = replace(plan.request, exact=models.resolved.exact)
+    return prices_for(models, request, CostBasis(machine, AcceptanceStats()))
 
 
 def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timeline:

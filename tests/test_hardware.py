@@ -17,7 +17,7 @@ from aspec import cache as kept
 from aspec.cli import app
 from aspec.costs import expected_tokens
 from aspec.errors import UserError
-from aspec.hardware import AttentionRates, Hardware, Processor, hardware_from, read_hardware
+from aspec.hardware import AttentionRates, Hardware, Processor, TaskSeconds, hardware_from, read_machine
 from aspec.measuring import files_of, measure_processor
 from aspec.options import DEMO
 from aspec.prices import ACCEPTANCE, SPREAD
@@ -48,6 +48,7 @@ FULL = Hardware(
         attention=AttentionRates(1e-6, 2e-6, 3e-10, 4e-9, 5e-11, 6e-9),
     ),
     Processor(memory_bytes_per_s=1e12),
+    TaskSeconds(layer_s=1e-3, knee_tokens=8, acceptance=0.7, seed=3),
 )
 
 
@@ -55,7 +56,7 @@ FULL = Hardware(
 def test_a_machine_comes_back_from_its_json(hardware, tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(hardware.as_object()))
-    assert read_hardware(path) == hardware
+    assert read_machine(path) == hardware
 
 
 def test_what_a_hand_leaves_out_is_derived():
@@ -94,7 +95,7 @@ def test_a_bad_machine_is_refused_in_one_paragraph_that_names_the_field(tmp_path
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(values))
     with pytest.raises(UserError) as refused:
-        read_hardware(path)
+        read_machine(path)
     assert words in str(refused.value)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -102,10 +103,10 @@ def test_a_bad_machine_is_refused_in_one_paragraph_that_names_the_field(tmp_path
 
 def test_no_file_and_no_json_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        read_hardware(tmp_path / "none.json")
+        read_machine(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("fast")
     with pytest.raises(UserError, match="found no JSON"):
-        read_hardware(tmp_path / "text.json")
+        read_machine(tmp_path / "text.json")
 
 
 # -- the cache -----------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_the_command_measures_prints_and_remembers(tmp_path):
     assert first.returncode == 0, first.stderr
     for words in ("disk, direct reads", "memory copy", "1 GB of weights, 64 rows", "one step", "a guess"):
         assert words in first.stdout
-    written = read_hardware(tmp_path / "machine.json")
+    written = read_machine(tmp_path / "machine.json")
     assert written.disk_bytes_per_s > 0
     assert written.threads == 1
     files = {file.name: file.read_bytes() for file in (tmp_path / "aspec").iterdir()}

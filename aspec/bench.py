@@ -19,11 +19,11 @@ from aspec.cache import remember_acceptance
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
-from aspec.flags import BenchFlags
 from aspec.generation import PROBE_S, Job, prepare
 from aspec.hardware import Hardware, Processor
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.sim import Profile
+from aspec.jobflags import BenchFlags
 from aspec.monitor import Monitor
 from aspec.plan import Plan, format_bytes
 from aspec.profile import Ceilings, HostInfo, host_info, measure_ceilings

@@ -17,8 +17,8 @@ from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
-from aspec.flags import ChatFlags
 from aspec.generation import sampling_params
+from aspec.jobflags import ChatFlags
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
 from aspec.params import SamplingParams

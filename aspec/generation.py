@@ -12,7 +12,7 @@ from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.executor import Observer
-from aspec.flags import GenerateFlags
+from aspec.flags import RunFlags
 from aspec.io.memory import peak_rss_bytes
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
@@ -35,7 +35,7 @@ TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_p
 class Job:
     """A request whose models are found and whose prompts are token ids."""
 
-    flags: GenerateFlags
+    flags: RunFlags
     resolved: Resolved
     prompts: list[list[int]]
     params: SamplingParams
@@ -57,7 +57,7 @@ class Outcome:
         return max((rate for rate in self.link_rates if rate), default=None)
 
 
-def prepare(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> Job:
+def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> Job:
     """Everything that may block for long (a download) or refuse, before the loop starts and Ctrl-C is its business."""
     resolved = resolve(flags.options())
     tokenizer = Tokenizer.load(resolved.target)
@@ -121,7 +121,7 @@ def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sa
     return SamplingParams(**{name: value for name, value in values.items() if value is not None})
 
 
-def _encode(tokenizer: Tokenizer, text: str, flags: GenerateFlags) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
     if not text:
         raise PromptError("the prompt is empty: expected some text; give --prompt, --file or standard input.")
     if flags.raw or not tokenizer.has_chat_template:

@@ -14,7 +14,6 @@ from aspec.errors import UserError
 from aspec.hardware import Hardware, Processor
 from aspec.jobflags import ProfileFlags
 from aspec.model import Model
-from aspec.options import EngineOptions
 from aspec.plan import format_bytes
 from aspec.prices import prices, weight_seconds
 from aspec.resolve import Resolved, resolve
@@ -40,11 +39,7 @@ class Found:
 
 def profile_to_console(flags: ProfileFlags, console: Console) -> None:
     """Measure or recall, print, and write the file that was asked for. Raises AspecError."""
-    resolved = resolve(
-        EngineOptions(
-            target=flags.target, draft=flags.draft, dtype=flags.dtype, device=flags.device, threads=flags.threads
-        )
-    )
+    resolved = resolve(flags.options())
     found = run(lambda: asyncio.to_thread(_find, resolved, flags))
     if flags.output is not None:
         _write(flags.output, found.hardware)
@@ -60,7 +55,7 @@ def _find(resolved: Resolved, flags: ProfileFlags) -> Found:
     target, draft = resolved.target, resolved.draft
     big = Model(target, dtype=resolved.dtype)
     small = None if draft is None else Model(draft, dtype=resolved.dtype)
-    how: dict[str, Any] = {"kind": resolved.kind, "link_rate": flags.link_rate, "refresh": flags.refresh}
+    how: dict[str, Any] = {"kind": resolved.kind, "link_rate": resolved.options.link_rate, "refresh": flags.refresh}
     hardware = machine_profile(target, big.dtype, flags.threads, **how)
     known = AcceptanceStats() if draft is None else known_acceptance(target, draft)
     shape = shape_of(big)

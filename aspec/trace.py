@@ -14,11 +14,11 @@ from aspec.chrome import read_trace, write_trace
 from aspec.console import Console
 from aspec.design import design
 from aspec.errors import InternalError, UserError
-from aspec.flags import TraceFlags
 from aspec.generation import Job, as_object, prepare, run_job
 from aspec.generation import summarise as summarise_result
 from aspec.hardware import Hardware, read_machine
 from aspec.io.sim import Profile
+from aspec.jobflags import TraceFlags
 from aspec.needs import read_models
 from aspec.plan import Plan, format_bytes
 from aspec.planning import CostBasis, elsewhere, prices_for

@@ -16,7 +16,8 @@ from aspec.timeline import decode_stretch
 from tests import tiny
 from tests.trace_rules import check_trace, load
 
-SMALL = ["--device-memory", "2250KiB", "--threads", "1", "-p", "hello", "-n", "24", "--ignore-eos"]
+FEW = ["--device-memory", "2250KiB", "--threads", "1", "-p", "hello", "-n", "24"]
+SMALL = [*FEW, "--ignore-eos"]
 TASKS = {"layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
 PROFILE = {"disk_bytes_per_s": 1e9, "tasks": TASKS}
 
@@ -169,11 +170,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_run(pair, tmp_path)
 
 
 def test_bench_prints_one_table_and_one_object(pair):
-    result = run("bench", *pair, *SMALL, "--rounds", 2)
+    result = run("bench", *pair, *FEW, "--rounds", 2)
     assert result.exit_code == 0, result.output
     for row in ("disk", "memory copy", "matrix products", "one draft step", "tokens/s", "fraction of the ceiling"):
         assert row in result.stdout
-    data = json.loads(run("bench", *pair, *SMALL, "--rounds", 1, "--json", "-q").stdout)
+    data = json.loads(run("bench", *pair, *FEW, "--rounds", 1, "--json", "-q").stdout)
     assert data["ceilings"]["matmul_flop_per_s"] > 0
     run_, hardware = data["runs"][0], data["hardware"]
     assert run_["tokens"] == 24
@@ -187,7 +188,7 @@ def test_one_machine_file_serves_every_command(pair, tmp_path, monkeypatch):
     """What ``bench`` and ``profile`` write, and what a person writes, is taken by ``trace`` and ``plan`` alike."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = {name: tmp_path / f"{name}.json" for name in ("bench", "profile", "printed", "rates")}
-    files["bench"].write_text(run("bench", *pair, *SMALL, "--rounds", 1, "--json", "-q").stdout)
+    files["bench"].write_text(run("bench", *pair, *FEW, "--rounds", 1, "--json", "-q").stdout)
     made = run("profile", *pair, "--device", "cpu", "--threads", 1, "-o", files["profile"], "--json", "-q")
     assert made.exit_code == 0, made.output
     files["printed"].write_text(made.stdout)

@@ -19,10 +19,10 @@ from typing import Any, Self
 
 from aspec.api import Result, run
 from aspec.console import Console
+from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
 from aspec.executor import settle
-from aspec.generation import sampling_params
 from aspec.hub import WANTED
 from aspec.intake import BatchFile, BatchRow
 from aspec.io.ticker import Ticker

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from aspec.api import Result, collect, seeded
 from aspec.console import Console
 from aspec.dashboard import watch
+from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.executor import Observer
@@ -28,7 +29,6 @@ from aspec.verify import Claim, Verdict, conclude, verify
 SEARCHED_FROM = 8  # prompts; for more, the plan is searched for
 PROBE_S = 0.5
 RECENT_SPANS = 100_000  # what the closing line looks back on
-TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +106,6 @@ async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool =
             results = await _serve(engine, job, monitor)
             after = await asyncio.to_thread(engine.probe_link_rate, PROBE_S) if probe else None
             return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
-
-
-def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
-    """Flags first, then generation_config.json, then greedy."""
-    values = dict(given)
-    sampled = bool(defaults.get("do_sample"))
-    for name in TAKEN_FROM_CHECKPOINT:
-        if values[name] is None:
-            applies = sampled or name == "repetition_penalty"  # which transformers applies to greedy text as well
-            values[name] = defaults.get(name) if applies else None
-    if values["temperature"] is None and sampled:
-        values["temperature"] = 1.0
-    return SamplingParams(**{name: value for name, value in values.items() if value is not None})
 
 
 def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "aspec"
 
 BANDS = {
-    0: "errors requests plan params options units tasks.task tasks",
+    0: "errors requests plan params defaults options units tasks.task tasks",
     1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner search "
     "tariff hardware races",
     2: "io io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact offload "

@@ -110,7 +110,7 @@ def _speculations(resolved: Resolved) -> tuple[tuple[Speculation | None, int], .
 
 
 def elsewhere(resolved: Resolved, hardware: Hardware) -> Resolved:
-    """The same on a machine that is not here, whatever device is."""
+    """The same on a machine that is not at hand; which device is at hand does not matter."""
     asked = resolved.options.exact
     exact = hardware.h2d_bytes_per_s is None if asked is None else asked
     moved = on_machine(revise(resolved, device=HOST, exact=exact), hardware)

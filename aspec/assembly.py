@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from aspec.design import Design, design
-from aspec.devices import ALIGNMENT, kind_of
+from aspec.design import ResolvedEngine, design
+from aspec.devices import ALIGNMENT
 from aspec.drafting import Drafter, ModelDrafter
 from aspec.errors import DeviceError
 from aspec.io.backend import Backend
@@ -20,14 +20,14 @@ from aspec.io.streams import StreamBackend
 from aspec.kv import KVCache
 from aspec.lookup import NgramDrafter
 from aspec.model import Model
-from aspec.options import EngineOptions
 from aspec.plan import Plan, Tier, format_bytes
+from aspec.resolve import NGRAM_DRAFT, Resolved
 from aspec.runner import ModelRunner, Weights
 from aspec.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class ResidentLoad:
     """A part that is read once, when the engine opens, into host memory or through it into a device's."""
 
     part: Part
@@ -37,7 +37,7 @@ class Load:
 
 
 @dataclass(slots=True)
-class Assembly:
+class EngineMemory:
     """What an engine owns; mutable, because closing drops the references that keep memory alive."""
 
     target: Model
@@ -47,7 +47,7 @@ class Assembly:
     parts: dict[int, Part]  # streamed and resident layer parts of the target
     runner: ModelRunner
     slots: list[memoryview]  # of the host's own memory
-    loads: list[Load]
+    loads: list[ResidentLoad]
     memory: list[SlotMemory]
     device: DeviceLayer[Any, Any] | None = None
     buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind the device's link
@@ -59,14 +59,13 @@ class Assembly:
         return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
 
 
-def assemble(options: EngineOptions) -> Assembly:
+def assemble(resolved: Resolved) -> EngineMemory:
     """Design and allocate. Raises UserError where the input cannot be used, DeviceError where memory is refused."""
-    made = design(options)
+    made = design(resolved)
     give_back()  # what the search for a plan has left
-    kind = kind_of(options.device)
-    if kind is None:
+    if resolved.kind is None:
         return _on_host(made)
-    device = kind.open()
+    device = resolved.kind.open()
     try:
         return _on_device(made, device)
     except torch.OutOfMemoryError as error:
@@ -89,30 +88,30 @@ def too_little(plan: Plan) -> str:
     )
 
 
-def _on_host(made: Design) -> Assembly:
+def _on_host(made: ResolvedEngine) -> EngineMemory:
     """Two arenas (resident, slots) and the caches; no weight is read yet."""
     memory: list[SlotMemory] = []
     once = _residents(made)
     views = _carve(memory, [part.size for part, _ in once])
     slots = _carve(memory, [made.plan.slot_bytes] * made.plan.num_slots)
-    loads = [Load(part, view, None, model) for (part, model), view in zip(once, views, strict=True)]
+    loads = [ResidentLoad(part, view, None, model) for (part, model), view in zip(once, views, strict=True)]
     return _assembly(made, [as_tensor(slot) for slot in slots], slots, loads, memory)
 
 
-def _on_device(made: Design, device: DeviceLayer[Any, Any]) -> Assembly:
+def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMemory:
     """The same on a device, and on the host what is pinned: parts that stay there, and staging."""
     plan = made.plan
     once = _residents(made)
     arena = device.allocate(sum(_aligned(part.size) for part, _ in once))
     places = _offsets([part.size for part, _ in once])
     loads = [
-        Load(part, buffer=arena[at : at + part.size], model=model)
+        ResidentLoad(part, buffer=arena[at : at + part.size], model=model)
         for (part, model), at in zip(once, places, strict=True)
     ]
-    by_index = {part.index: part for part in made.parts}
+    by_index = {part.index: part for part in made.models.parts}
     hosted = [by_index[planned.index] for planned in plan.parts if planned.tier is Tier.HOST]
     host_parts = {part.index: device.allocate_host(part.size) for part in hosted}
-    loads += [Load(part, view=host_parts[part.index].view) for part in hosted]
+    loads += [ResidentLoad(part, view=host_parts[part.index].view) for part in hosted]
     slot_bytes = _aligned(plan.slot_bytes)
     whole = device.allocate(slot_bytes * plan.num_slots)
     slots = [whole[index * slot_bytes : (index + 1) * slot_bytes] for index in range(plan.num_slots)]
@@ -125,33 +124,37 @@ def _on_device(made: Design, device: DeviceLayer[Any, Any]) -> Assembly:
 
 
 def _assembly(
-    made: Design,
+    made: ResolvedEngine,
     slots: Sequence[torch.Tensor],
     views: list[memoryview],
-    loads: list[Load],
+    loads: list[ResidentLoad],
     memory: list[SlotMemory],
     device: DeviceLayer[Any, Any] | None = None,
-) -> Assembly:
+) -> EngineMemory:
     """The caches and what computes, around memory for weights."""
-    target, draft, plan = made.target, made.draft, made.plan
+    models, plan = made.models, made.plan
+    resolved, target, draft = models.resolved, models.target, models.draft
     place = torch.device("cpu") if device is None else device.torch_device
-    scratch = torch.empty(scratch_bytes(made.parts), dtype=torch.uint8, device=place)
-    layer_parts = {part.index: part for part in made.parts if part.layer >= 0}
-    drafter: Drafter | None = NgramDrafter(made.continuations) if made.ngram else None
+    scratch = torch.empty(scratch_bytes(models.parts), dtype=torch.uint8, device=place)
+    layer_parts = {part.index: part for part in models.parts if part.layer >= 0}
+    one = 1 if resolved.options.speculation == "chain" else None  # continuation of a lookup; None: as wide as a tree
+    drafter: Drafter | None = NgramDrafter(one) if resolved.method is NGRAM_DRAFT else None
     if draft is not None:
         cache = _cache(draft, plan, plan.draft_slots, place)
         capture = None if device is None else device.create_capture()
-        drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=made.shared_noise, capture=capture)
-    cache = _cache(target, plan, plan.tree_slots, place, exact=made.exact, offloaded=plan.kv_on_host)
+        shared = resolved.options.shared_noise
+        drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
+    cache = _cache(target, plan, plan.tree_slots, place, exact=resolved.exact, offloaded=plan.kv_on_host)
     runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
-    return Assembly(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
+    return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
 
-def _residents(made: Design) -> list[tuple[Part, Model]]:
+def _residents(made: ResolvedEngine) -> list[tuple[Part, Model]]:
     """What is read once: the target's rest, its resident layers, and the whole draft."""
+    models = made.models
     resident = {part.index for part in made.plan.parts if part.tier is Tier.DEVICE}
-    once = [(part, made.target) for part in made.parts if part.layer < 0 or part.index in resident]
-    return once + [(part, made.draft) for part in made.draft_parts if made.draft is not None]
+    once = [(part, models.target) for part in models.parts if part.layer < 0 or part.index in resident]
+    return once + [(part, models.draft) for part in models.draft_parts if models.draft is not None]
 
 
 def _cache(
@@ -184,7 +187,7 @@ def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
     return views
 
 
-def bind_load(load: Load) -> None:
+def bind_load(load: ResidentLoad) -> None:
     """Point resident parameters at their buffer, for good; what must be converted gets memory of its own."""
     if load.model is None:
         return
@@ -196,7 +199,7 @@ def bind_load(load: Load) -> None:
     load.model.bind(replace(load.part, scratch_at=0), buffer, scratch)
 
 
-def release(assembly: Assembly) -> None:
+def release(assembly: EngineMemory) -> None:
     """Drop every view of the weights and give their memory back; nothing may run any more."""
     for model in (assembly.target, assembly.draft):
         if model is not None:

@@ -12,17 +12,17 @@ import os
 import signal
 import time
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from aspec.api import Result, run
 from aspec.console import Console
+from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
 from aspec.executor import settle
-from aspec.generation import sampling_params
 from aspec.hub import WANTED
 from aspec.intake import BatchFile, BatchRow
 from aspec.io.ticker import Ticker
@@ -30,11 +30,10 @@ from aspec.jobflags import BatchFlags
 from aspec.journal import Found, Output, Row, check_startable, journal_of, open_output
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
-from aspec.needs import folders, is_exact
-from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Workload
 from aspec.progress import Tally, follow
+from aspec.resolve import Resolved, resolve, revise
 from aspec.responses import Generated, Label, answer_body
 from aspec.sampling import derive_seed
 from aspec.serving import Asked, ContextExceeded, encode, serve
@@ -55,7 +54,7 @@ class Job:
     """A checked input, and all that its answers follow from."""
 
     flags: BatchFlags
-    options: EngineOptions
+    resolved: Resolved
     rows: BatchFile
     tokenizer: Tokenizer
     defaults: SamplingParams
@@ -109,25 +108,23 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> Job:
 
     Raises UserError where anything cannot be used.
     """
-    options = flags.options()
-    target, draft = folders(options)
-    if options.target is not None:
-        options = replace(options, target=target, draft=draft or options.draft)
-    tokenizer = Tokenizer.load(target)
-    defaults = sampling_params(generation_defaults(target), flags.sampling())
-    limit = min(filter(None, (_context_limit(folder) for folder in (target, draft) if folder)), default=None)
+    resolved = resolve(flags.options())
+    folders = [folder for folder in (resolved.target, resolved.draft) if folder is not None]
+    tokenizer = Tokenizer.load(resolved.target)
+    defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
+    limit = min(filter(None, map(_context_limit, folders)), default=None)
     extent = _check_rows(rows, tokenizer, defaults, limit, console)
-    context = min(filter(None, (options.max_context or extent.longest, limit)))
-    options = replace(options, max_context=context, workload=extent.workload)
+    context = min(filter(None, (resolved.options.max_context or extent.longest, limit)))
+    resolved = revise(resolved, max_context=context, workload=extent.workload)
     ties = {
         "input": f"sha256 {rows.digest}",
-        "target": f"sha256 {fingerprint(target)}",
-        "dtype": options.dtype,
-        "exact": is_exact(options),
+        "target": f"sha256 {fingerprint(resolved.target)}",
+        "dtype": resolved.options.dtype,
+        "exact": resolved.exact,
         "max_context": context,
         **{name: getattr(defaults, name) for name in SamplingParams.__slots__},
     }
-    return Job(flags, options, rows, tokenizer, defaults, ties, console)
+    return Job(flags, resolved, rows, tokenizer, defaults, ties, console)
 
 
 def digest_of(custom_id: str) -> str:
@@ -215,8 +212,8 @@ async def _run(job: Job, pending: list[int], keeper: "Keeper", tally: Tally) -> 
         follow(tally, monitor, job.console, live=not job.flags.no_dashboard),
     ):
         async with AsyncExitStack() as stack:
-            options = replace(job.options, progress=monitor.progress)
-            engine = await stack.enter_async_context(Engine(options, [monitor, tally], [monitor.issued]))
+            resolved = revise(job.resolved, progress=monitor.progress)
+            engine = await stack.enter_async_context(Engine(resolved, [monitor, tally], [monitor.issued]))
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
             asked = (job.ask(job.rows.read(index)) for index in pending)

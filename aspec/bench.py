@@ -12,20 +12,23 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
+
 from aspec.api import Result, collect, run, seeded
 from aspec.cache import remember_acceptance
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
-from aspec.flags import BenchFlags
 from aspec.generation import PROBE_S, Job, prepare
+from aspec.hardware import Hardware, Processor
 from aspec.io.memory import peak_rss_bytes
+from aspec.jobflags import BenchFlags
 from aspec.monitor import Monitor
-from aspec.needs import folders
 from aspec.plan import Plan, format_bytes
-from aspec.profile import Ceilings, Machine, measure_ceilings, this_machine
+from aspec.profile import Ceilings, HostInfo, host_info, measure_ceilings
 from aspec.recorder import Recorder
-from aspec.simulation import fitted_acceptance, flat_fields, measured_profile
+from aspec.resolve import revise
+from aspec.simulation import fitted_acceptance, measured_profile, task_seconds
 from aspec.summary import Summary, summarise
 from aspec.tariff import Profile
 from aspec.timeline import DRAFT
@@ -66,11 +69,11 @@ class Run:
 class Report:
     """All that was measured."""
 
-    machine: Machine
+    machine: HostInfo
     ceilings: Ceilings
     plan: Plan
     runs: tuple[Run, ...]
-    profile: dict[str, Any]  # of the last run, for ``aspec trace --simulate``
+    hardware: Hardware  # this machine, with the tasks of the last run
     peak_rss_bytes: int
     device_peak_bytes: int | None  # by its allocator's count; None where the device is the host's own memory
 
@@ -90,9 +93,9 @@ def bench_to_console(flags: BenchFlags, console: Console) -> None:
 
 async def _measure(job: Job, rounds: int) -> Report:
     monitor, recorder = Monitor(), Recorder()
-    options = replace(job.options, progress=monitor.progress, reuse_prefix=False)  # every run prefills its prompt
+    resolved = revise(job.resolved, progress=monitor.progress, reuse_prefix=False)  # every run prefills its prompt
     with watch(monitor, job.console, dashboard=not job.flags.no_dashboard):
-        async with Engine(options, [monitor, recorder], [monitor.issued]) as engine:
+        async with Engine(resolved, [monitor, recorder], [monitor.issued]) as engine:
             job.console.note(describe_plan(engine.plan))
             monitor.opened(engine.plan, len(job.prompts) * (WARM_UP_TOKENS + rounds * job.params.max_new_tokens))
             draft_step_s = await _warm_up(engine, job, recorder)
@@ -108,15 +111,34 @@ async def _measure(job: Job, rounds: int) -> Report:
                 speed = runs[-1].summary.tokens_per_s or 0.0
                 job.console.note(f"run {index + 1} of {rounds}: {speed:.2f} tokens/s")
             measured = measured_profile(recorder.timeline())
-            profile = {name: getattr(measured, name) for name in flat_fields()}
+            hardware = _hardware(ceilings, measured, engine.dtype)
             await asyncio.to_thread(_remember, job, engine.plan, measured, runs)
             peaks = peak_rss_bytes(), engine.device_peak_bytes
-            return Report(this_machine(), ceilings, engine.plan, tuple(runs), profile, *peaks)
+            return Report(host_info(), ceilings, engine.plan, tuple(runs), hardware, *peaks)
+
+
+def _hardware(ceilings: Ceilings, measured: Profile, dtype: torch.dtype) -> Hardware:
+    """This machine in few figures: its ceilings, which are the CPU's, and the rates and tasks of a run."""
+    host = host_info()
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    return Hardware(
+        name=host.cpu,
+        disk_bytes_per_s=ceilings.disk_bytes_per_s or measured.disk_bytes_per_s,
+        h2d_bytes_per_s=measured.copy_bytes_per_s,
+        d2h_bytes_per_s=measured.d2h_bytes_per_s,
+        threads=host.threads,
+        cpu=Processor(
+            flop_per_s={name: ceilings.matmul_flop_per_s},
+            memory_bytes_per_s=ceilings.memory_bytes_per_s,
+            copy_bytes_per_s=ceilings.copy_bytes_per_s,
+        ),
+        tasks=task_seconds(measured),
+    )
 
 
 def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
     """Keep how often the pair's proposals were accepted, for plans to come."""
-    target, draft = folders(job.options)
+    target, draft = job.resolved.target, job.resolved.draft
     per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
     if draft is None or not plan.max_draft_tokens or not per_pass:
         return
@@ -203,7 +225,7 @@ def _spread(values: Sequence[float | None], unit: float, name: str) -> str:
 
 
 def as_object(report: Report) -> dict[str, Any]:
-    """The JSON object; bytes, seconds, tokens. ``profile`` is what ``aspec trace --simulate`` takes."""
+    """The JSON object; bytes, seconds, tokens. ``hardware`` is what a machine file holds."""
     return {
         "machine": asdict(report.machine),
         "ceilings": asdict(report.ceilings),
@@ -221,5 +243,5 @@ def as_object(report: Report) -> dict[str, Any]:
         ],
         "peak_rss_bytes": report.peak_rss_bytes,
         "device_peak_bytes": report.device_peak_bytes,
-        "profile": report.profile,
+        "hardware": report.hardware.as_object(),
     }

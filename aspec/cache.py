@@ -24,7 +24,7 @@ from aspec.hardware import Hardware, hardware_from
 from aspec.io.json_file import read_json
 from aspec.measuring import measure_beside_reads, measure_disk, measure_processor, memory_bytes
 from aspec.prices import ACCEPTANCE, SPREAD
-from aspec.profile import Machine, this_machine
+from aspec.profile import HostInfo, host_info
 
 VERSION = 1  # of what the files say
 DISK_AGE_S = 3600.0  # after which a disk is measured again: shared ones drift
@@ -32,7 +32,7 @@ MAX_EVIDENCE = 2000.0  # proposals that earlier runs count for at most, beside t
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class AcceptanceStats:
     """How often proposals of one pair of models were accepted; ``proposals`` that say so, 0: nobody has tried."""
 
     acceptance: float = ACCEPTANCE
@@ -48,7 +48,7 @@ def cache_folder() -> Path:
 
 def default_threads() -> int:
     """Compute threads of an engine that is not told: all cores but one."""
-    return max(1, this_machine().cores - 1)
+    return max(1, host_info().cores - 1)
 
 
 def machine_profile(
@@ -67,7 +67,7 @@ def machine_profile(
     Blocking: call it in a thread.
     """
     cache = cache or cache_folder()
-    machine = replace(this_machine(), threads=threads or default_threads())
+    machine = replace(host_info(), threads=threads or default_threads())
     if kind is not None:
         machine = replace(machine, cpu=f"{kind.name()} beside {machine.cpu}")
     hardware = None if refresh else _known_machine(cache, machine, dtype)
@@ -95,13 +95,13 @@ def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None)
     return measured
 
 
-def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> Known:
+def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> AcceptanceStats:
     """What earlier runs of a pair have shown; the usual guess where there were none."""
     found = _read(_pair_file(cache or cache_folder(), target, draft, sampled))
     values = [_number(found, name, -1.0) for name in ("acceptance", "spread", "proposals")]
     if min(values) < 0.0 or max(values[:2]) > 1.0:
-        return Known()
-    return Known(*values)
+        return AcceptanceStats()
+    return AcceptanceStats(*values)
 
 
 def remember_acceptance(
@@ -113,7 +113,7 @@ def remember_acceptance(
     proposals: float,
     sampled: bool = False,
     cache: Path | None = None,
-) -> Known:
+) -> AcceptanceStats:
     """Take what a run has shown, weighed by its verdicts on ``proposals``, into what is known; returns that."""
     cache = cache or cache_folder()
     before = known_acceptance(target, draft, sampled=sampled, cache=cache)
@@ -121,7 +121,7 @@ def remember_acceptance(
         return before
     kept = min(before.proposals, MAX_EVIDENCE)
     share = proposals / (kept + proposals)
-    known = Known(
+    known = AcceptanceStats(
         acceptance=before.acceptance + share * (acceptance - before.acceptance),
         spread=before.spread + share * (spread - before.spread),
         proposals=kept + proposals,
@@ -134,7 +134,7 @@ def remember_acceptance(
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def _measure(machine: Machine, dtype: torch.dtype, folder: Path) -> Hardware:
+def _measure(machine: HostInfo, dtype: torch.dtype, folder: Path) -> Hardware:
     measured = Hardware(
         name=machine.cpu,
         host_memory=memory_bytes(),
@@ -153,14 +153,14 @@ def _gauged(kind: Kind, dtype: torch.dtype, host: Hardware) -> Hardware:
         device.free()
 
 
-def _known_machine(cache: Path, machine: Machine, dtype: torch.dtype) -> Hardware | None:
+def _known_machine(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Hardware | None:
     file = _machine_file(cache, machine, dtype)
     with contextlib.suppress(UserError):
         return hardware_from(_read(file).get("hardware"), str(file))
     return None
 
 
-def _machine_file(cache: Path, machine: Machine, dtype: torch.dtype) -> Path:
+def _machine_file(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Path:
     return cache / f"machine-{_digest(*asdict(machine).values(), dtype, VERSION)}.json"
 
 

@@ -10,20 +10,19 @@ import io
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from aspec.api import loop_factory
 from aspec.console import Console
 from aspec.dashboard import watch
+from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
-from aspec.flags import ChatFlags
-from aspec.generation import sampling_params
+from aspec.jobflags import ChatFlags
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
-from aspec.needs import folders
-from aspec.options import EngineOptions
 from aspec.params import SamplingParams
+from aspec.resolve import Resolved, resolve, revise
 from aspec.stats import Piece, RequestStats
 from aspec.text import Tokenizer
 
@@ -117,12 +116,12 @@ class Chat:
 
 def chat_on_console(flags: ChatFlags, console: Console) -> None:
     """Talk until the input ends. Raises AspecError where the input cannot be used or the machine fails."""
-    options, tokenizer, params = _prepare(flags)
+    resolved, tokenizer, params = _prepare(flags)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused line by line
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         stack = AsyncExitStack()
-        engine = runner.run(_open(stack, options, console))
+        engine = runner.run(_open(stack, resolved, console))
         try:
             chat = Chat(runner, engine, Conversation(tokenizer, flags.system), params, console)
             while (line := read_line()) is not None and chat.take(line):
@@ -168,27 +167,24 @@ def _ask() -> str | None:
                 raise
 
 
-def _prepare(flags: ChatFlags) -> tuple[EngineOptions, Tokenizer, SamplingParams]:
+def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
     """Everything that may block for long (a download) or refuse, before the loop starts. Raises UserError."""
-    options = flags.options()
-    target, draft = folders(options)
-    tokenizer = Tokenizer.load(target)
+    resolved = resolve(flags.options())
+    tokenizer = Tokenizer.load(resolved.target)
     if not tokenizer.has_chat_template:
-        name = "the embedded demo pair" if options.target is None else str(target)
+        name = "the embedded demo pair" if resolved.options.target is None else str(resolved.target)
         raise UserError(
             f"{name} has no chat template: expected one in tokenizer_config.json or chat_template.jinja, found none. "
             f"Choose an instruction-tuned model with --target, or continue plain text with `aspec generate`."
         )
-    if options.target is not None:
-        options = replace(options, target=target, draft=draft or options.draft)
-    return options, tokenizer, sampling_params(generation_defaults(target), flags.sampling())
+    return resolved, tokenizer, sampling_params(generation_defaults(resolved.target), flags.sampling())
 
 
-async def _open(stack: AsyncExitStack, options: EngineOptions, console: Console) -> Engine:
+async def _open(stack: AsyncExitStack, resolved: Resolved, console: Console) -> Engine:
     """The engine, which closes with the stack."""
     monitor = Monitor()
     with watch(monitor, console, dashboard=False):
-        engine = await stack.enter_async_context(Engine(replace(options, progress=monitor.progress)))
+        engine = await stack.enter_async_context(Engine(revise(resolved, progress=monitor.progress)))
     console.note(describe_plan(engine.plan))
     return engine
 

@@ -12,8 +12,8 @@ import typer
 
 from aspec.console import Console
 from aspec.errors import AspecError
-from aspec.flags import BenchFlags, ChatFlags, TraceFlags, VerifyFlags, takes
-from aspec.jobflags import BatchFlags, PlanFlags, ProfileFlags
+from aspec.flags import takes
+from aspec.jobflags import BatchFlags, BenchFlags, ChatFlags, GenerateFlags, PlanFlags, ProfileFlags, TraceFlags
 
 app = typer.Typer(
     add_completion=False,
@@ -26,8 +26,8 @@ app = typer.Typer(
 
 
 @app.command()
-@takes(VerifyFlags)
-def generate(flags: VerifyFlags) -> None:
+@takes(GenerateFlags)
+def generate(flags: GenerateFlags) -> None:
     """Generate text. Several prompts share every pass of the target's weights.
 
     Examples:
@@ -190,7 +190,7 @@ def plan(flags: PlanFlags) -> None:
     """
     from aspec.explain import plan_to_console
 
-    console = Console(quiet=flags.quiet)
+    console = Console()
     guarded(lambda: plan_to_console(flags, console), console, flags.debug)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import torch
 
-from aspec.assembly import Assembly, assemble, release, too_little
+from aspec.assembly import EngineMemory, assemble, release, too_little
 from aspec.errors import DeviceError, InternalError, PromptError, first_error
 from aspec.executor import Executor, IssueObserver, Observer
 from aspec.io.disk import DiskLane
@@ -31,6 +31,7 @@ from aspec.loading import load_all
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Plan, format_bytes
+from aspec.resolve import Resolved, resolve
 from aspec.sampling import Sampler
 from aspec.scheduler import Scheduler
 from aspec.sequence import Sequence as TokenSequence
@@ -47,11 +48,12 @@ class Engine:
 
     def __init__(
         self,
-        options: EngineOptions,
+        options: EngineOptions | Resolved,
         observers: Iterable[Observer] = (),
         issue_observers: Iterable[IssueObserver] = (),
     ) -> None:
-        self._options = options
+        self._asked = options
+        self._options = options.options if isinstance(options, Resolved) else options
         self._observers = [self._observe, *observers]
         self._issue_observers = list(issue_observers)
         self._ids = itertools.count()
@@ -61,14 +63,14 @@ class Engine:
         self._admitted: set[int] = set()  # those that have a row, or will take one between this pass and the next
         self._followed: dict[int, int] = {}  # ended sequences whose row is to be taken, and by whom
         self._probing = asyncio.Lock()  # held while the links are measured: nothing new may start
-        self._assembly: Assembly | None = None
+        self._assembly: EngineMemory | None = None
         self._running: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._heard = False  # some stream has raised the failure
 
     async def __aenter__(self) -> Self:
         _tune_process(self._options.threads)
-        assembly = await asyncio.to_thread(assemble, self._options)
+        assembly = await asyncio.to_thread(lambda: assemble(resolve(self._asked)))
         self._assembly = assembly
         _warn_of_unexpected(assembly)
         self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
@@ -166,12 +168,12 @@ class Engine:
     # -- inside ----------------------------------------------------------------------------------------------
 
     @property
-    def _open(self) -> Assembly:
+    def _open(self) -> EngineMemory:
         if self._assembly is None:
             raise InternalError("the engine is not open: use it inside `async with`")
         return self._assembly
 
-    async def _load(self, assembly: Assembly) -> None:
+    async def _load(self, assembly: EngineMemory) -> None:
         """Read what is read once, several parts in flight; report bytes as they land."""
         total, done = sum(load.part.nbytes for load in assembly.loads), 0
 
@@ -361,7 +363,7 @@ def _beyond(plan: Plan, peak_bytes: int) -> str:
     )
 
 
-def _warn_of_unexpected(assembly: Assembly) -> None:
+def _warn_of_unexpected(assembly: EngineMemory) -> None:
     """Stored tensors that a model has no use for: the folder may hold more than its config.json tells."""
     for model in (assembly.target, assembly.draft):
         if model is not None and (unused := model.unexpected):

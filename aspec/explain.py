@@ -3,18 +3,21 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from aspec.cache import Known
+from aspec.cache import AcceptanceStats
 from aspec.console import Console
 from aspec.devices import HOST
-from aspec.hardware import read_hardware
+from aspec.errors import UserError
+from aspec.hardware import Hardware, read_machine
 from aspec.io.checkpoint import has_weights
 from aspec.jobflags import PlanFlags
-from aspec.needs import Models, read_models, wishes_of
+from aspec.needs import Models, read_models, request_for
 from aspec.plan import Plan, Tier, Workload, format_bytes
-from aspec.planning import Machine, on_machine, plan_workload, this_machine
-from aspec.search import Found, Search
+from aspec.planning import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
+from aspec.resolve import resolve
+from aspec.search import Candidate, Search
 from aspec.units import format_rate
 
 RUNNERS_UP = 5
@@ -25,7 +28,7 @@ class Explained:
     """A search and what it was about."""
 
     models: Models
-    machine: Machine
+    basis: CostBasis
     work: Workload
     search: Search
 
@@ -50,17 +53,28 @@ def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) 
     work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens)
     context = flags.max_context or work.prompt_tokens + work.new_tokens
     options = replace(flags.options(), workload=work, max_context=context)
-    hardware = None if flags.profile is None else read_hardware(flags.profile)
-    if hardware is not None:  # whatever device is here
-        exact = hardware.h2d_bytes_per_s is None if options.exact is None else options.exact
-        options = replace(options, device=HOST, exact=exact)
-    budget = None if hardware is None or options.device_memory is not None else hardware.device_memory or None
-    models = read_models(options, budget_bytes=budget, outlined=True)
-    machine = Machine(hardware, Known()) if hardware is not None else this_machine(options, models)
+    if flags.profile is None:
+        models = read_models(resolve(options), outlined=True)
+        basis = measured_basis(models)
+        models = replace(models, resolved=on_machine(models.resolved, basis.hardware))
+    else:
+        hardware = _read_rates(flags.profile)
+        models = read_models(elsewhere(resolve(replace(options, device=HOST)), hardware), outlined=True)
+        basis = CostBasis(hardware, AcceptanceStats())
     if flags.acceptance is not None:
-        machine = replace(machine, known=replace(machine.known, acceptance=flags.acceptance))
-    wishes = on_machine(wishes_of(options, models), machine.hardware, flags.host_memory)
-    return Explained(models, machine, work, plan_workload(options, models, wishes, machine, progress))
+        basis = replace(basis, known=replace(basis.known, acceptance=flags.acceptance))
+    return Explained(models, basis, work, plan_workload(models, request_for(models), basis, progress))
+
+
+def _read_rates(path: Path) -> Hardware:
+    """A machine that any models can be planned for. Raises UserError."""
+    hardware = read_machine(path)
+    if hardware.missing_rates:
+        raise UserError(
+            f"{path}: its tasks hold the seconds of one pair of models, for aspec trace --simulate; a plan needs the "
+            f"rates of the machine: expected {' and '.join(hardware.missing_rates)} besides, found neither."
+        )
+    return hardware
 
 
 # -- what is said --------------------------------------------------------------------------------------------
@@ -69,7 +83,7 @@ def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) 
 def lines(explained: Explained) -> Iterator[str]:
     """For people."""
     models, work, best = explained.models, explained.work, explained.search.best
-    yield f"{explained.machine.hardware.name or 'this machine'}: {_machine(explained)}"
+    yield f"{explained.basis.hardware.name or 'this machine'}: {_machine(explained)}"
     layers = models.target.num_layers
     nbytes = sum(part.nbytes for part in models.parts)
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
@@ -96,11 +110,11 @@ def lines(explained: Explained) -> Iterator[str]:
 
 
 def _machine(explained: Explained) -> str:
-    hardware, known = explained.machine.hardware, explained.machine.known
+    hardware, known = explained.basis.hardware, explained.basis.known
     link = hardware.h2d_bytes_per_s
     words = [f"disk {format_rate(hardware.disk_bytes_per_s)}"]
     words += [f"link {format_rate(link)}"] if link else []
-    words.append(f"budget {format_bytes(explained.models.budget_bytes)}")
+    words.append(f"budget {format_bytes(explained.models.resolved.budget_bytes)}")
     if explained.models.draft is not None:
         said = "measured" if known.proposals else "a guess, which aspec bench mends"
         words.append(f"acceptance {known.acceptance:.2f} ({said})")
@@ -124,7 +138,7 @@ def placement(plan: Plan) -> Iterator[str]:
         yield f"host memory: {plan.describe_host()}"
 
 
-def outlook(found: Found, work: Workload) -> str:
+def outlook(found: Candidate, work: Workload) -> str:
     """What is predicted."""
     forecast = found.forecast
     words = [f"{forecast.tokens_per_s:.4g} tokens/s", f"{forecast.tokens_per_pass:.2f} tokens of a row per pass"]
@@ -167,9 +181,9 @@ def as_object(explained: Explained) -> dict[str, Any]:
     search = explained.search
     return {
         "work": asdict(explained.work),
-        "hardware": explained.machine.hardware.as_object(),
-        "acceptance": explained.machine.known.acceptance,
-        "budget_bytes": explained.models.budget_bytes,
+        "hardware": explained.basis.hardware.as_object(),
+        "acceptance": explained.basis.known.acceptance,
+        "budget_bytes": explained.models.resolved.budget_bytes,
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
         "plans": [_plan_object(found.plan) | {"forecast": asdict(found.forecast)} for found in search.found],
         "not_run": [_plan_object(plan) | {"least_s": least_s} for least_s, plan in search.pruned],

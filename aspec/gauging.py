@@ -21,7 +21,7 @@ from aspec.io.device import Buffers, DeviceLayer, copy_rate
 from aspec.io.layout import PAGE
 from aspec.kv import KVCache
 from aspec.model import Model
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.params import SamplingParams
 from aspec.sampling import Sampler, draw_rows
 

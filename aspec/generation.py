@@ -2,25 +2,25 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from aspec.api import Result, collect, seeded
 from aspec.console import Console
 from aspec.dashboard import watch
+from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.executor import Observer
-from aspec.flags import GenerateFlags
+from aspec.flags import RunFlags
 from aspec.io.memory import peak_rss_bytes
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
-from aspec.needs import folders
-from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Plan, Workload
 from aspec.recorder import Recorder
+from aspec.resolve import Resolved, resolve, revise
 from aspec.text import Tokenizer
 from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate
@@ -29,15 +29,14 @@ from aspec.verify import Claim, Verdict, conclude, verify
 SEARCHED_FROM = 8  # prompts; for more, the plan is searched for
 PROBE_S = 0.5
 RECENT_SPANS = 100_000  # what the closing line looks back on
-TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request whose models are found and whose prompts are token ids."""
 
-    flags: GenerateFlags
-    options: EngineOptions
+    flags: RunFlags
+    resolved: Resolved
     prompts: list[list[int]]
     params: SamplingParams
     console: Console
@@ -58,16 +57,13 @@ class Outcome:
         return max((rate for rate in self.link_rates if rate), default=None)
 
 
-def prepare(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> Job:
+def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> Job:
     """Everything that may block for long (a download) or refuse, before the loop starts and Ctrl-C is its business."""
-    options = flags.options()
-    target, draft = folders(options)
-    if options.target is not None:
-        options = replace(options, target=target, draft=draft or options.draft)
-    tokenizer = Tokenizer.load(target)
+    resolved = resolve(flags.options())
+    tokenizer = Tokenizer.load(resolved.target)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
-    params = sampling_params(generation_defaults(target), flags.sampling())
-    return Job(flags, _fit(options, tokens, params), tokens, params, console)
+    params = sampling_params(generation_defaults(resolved.target), flags.sampling())
+    return Job(flags, _fit(resolved, tokens, params), tokens, params, console)
 
 
 async def generate_to_console(job: Job, verified: bool) -> None:
@@ -91,7 +87,7 @@ async def generate_to_console(job: Job, verified: bool) -> None:
         if job.flags.as_json:
             console.write("".join(json.dumps(entry) + "\n" for entry in entries))
     if verified:
-        console.note(conclude(verdicts, job.options))
+        console.note(conclude(verdicts, exact=job.resolved.exact))
 
 
 async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool = False) -> Outcome:
@@ -101,8 +97,9 @@ async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool =
     """
     monitor, console = Monitor(), job.console
     with watch(monitor, console, dashboard=not job.flags.no_dashboard):
-        options = replace(job.options, progress=monitor.progress)
-        async with Engine(options, [monitor, *observers], [monitor.issued]) as engine:
+        async with Engine(
+            revise(job.resolved, progress=monitor.progress), [monitor, *observers], [monitor.issued]
+        ) as engine:
             monitor.opened(engine.plan, len(job.prompts) * job.params.max_new_tokens)
             console.note(describe_plan(engine.plan))
             before = await engine.probe_link_rate(PROBE_S) if probe else None
@@ -111,20 +108,7 @@ async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool =
             return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
 
 
-def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
-    """Flags first, then generation_config.json, then greedy."""
-    values = dict(given)
-    sampled = bool(defaults.get("do_sample"))
-    for name in TAKEN_FROM_CHECKPOINT:
-        if values[name] is None:
-            applies = sampled or name == "repetition_penalty"  # which transformers applies to greedy text as well
-            values[name] = defaults.get(name) if applies else None
-    if values["temperature"] is None and sampled:
-        values["temperature"] = 1.0
-    return SamplingParams(**{name: value for name, value in values.items() if value is not None})
-
-
-def _encode(tokenizer: Tokenizer, text: str, flags: GenerateFlags) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
     if not text:
         raise PromptError("the prompt is empty: expected some text; give --prompt, --file or standard input.")
     if flags.raw or not tokenizer.has_chat_template:
@@ -133,21 +117,22 @@ def _encode(tokenizer: Tokenizer, text: str, flags: GenerateFlags) -> list[int]:
     return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
 
 
-def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParams) -> EngineOptions:
+def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -> Resolved:
     """Rows and context that these prompts need, and no more."""
     longest = max(len(tokens) for tokens in prompts)
-    fitted = replace(options, max_context=options.max_context or max(2, longest + params.max_new_tokens))
+    context = resolved.options.max_context or max(2, longest + params.max_new_tokens)
     if len(prompts) > SEARCHED_FROM and params.max_new_tokens > 1:
         mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
-        return replace(fitted, workload=Workload(len(prompts), mean, params.max_new_tokens))
-    return replace(fitted, max_batch=options.max_batch or len(prompts))
+        work = Workload(len(prompts), mean, params.max_new_tokens)
+        return revise(resolved, max_context=context, workload=work)
+    return revise(resolved, max_context=context, max_batch=resolved.options.max_batch or len(prompts))
 
 
 async def _verify(job: Job, outcome: Outcome) -> list[Verdict]:
     params = seeded(job.params, len(job.prompts))
     tokens = (result.token_ids for result in outcome.results)
     claims = [Claim(*claim) for claim in zip(job.prompts, params, tokens, strict=True)]
-    return await verify(job.options, outcome.plan, claims, job.console)
+    return await verify(job.resolved, outcome.plan, claims, job.console)
 
 
 async def _serve(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:

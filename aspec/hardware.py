@@ -1,7 +1,8 @@
 """A machine as a record: what its links, its processors and its memories do. JSON both ways, writable by hand.
 
-Only a few fields matter for hardware that nobody here has: rates of the links, operations and memory bytes per second.
-What was measured besides, tables of products and of attention, predicts better and is used where it is there.
+Only a few fields matter for hardware that is not at hand: rates of the links, operations and memory bytes per second.
+What was measured besides, tables of products and of attention, predicts better and is used where it is there. For
+simulations of one pair of models, ``tasks`` may hold the seconds that their tasks take, in place of such rates.
 """
 
 import reprlib
@@ -54,6 +55,17 @@ def _size(value: object, name: str) -> int:
     return int(_number(value, name, zero=True))
 
 
+def _count(value: object, name: str) -> int:
+    return int(_number(value, name, zero=True))
+
+
+def _share(value: object, name: str) -> float:
+    share = _number(value, name, zero=True)
+    if share > 1:
+        raise _Misfit(f"{name} must be a number from 0 to 1, found {value!r}")
+    return share
+
+
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise _Misfit(f"{name} must be a text, found {reprlib.repr(value)}")
@@ -88,12 +100,18 @@ def _processor(value: object, name: str) -> "Processor":
     return _record(Processor, value, name)
 
 
+def _tasks(value: object, name: str) -> "TaskSeconds":
+    return _record(TaskSeconds, value, name)
+
+
 Reader = Mapping[str, Callable[[object, str], object]]
 """How a field is read, as its metadata; null means its default where that is None."""
 
 RATE: Reader = {"kind": _rate}
 SECONDS: Reader = {"kind": _seconds}
 SIZE: Reader = {"kind": _size}
+COUNT: Reader = {"kind": _count}
+SHARE: Reader = {"kind": _share}
 BY_DTYPE: Reader = {"kind": _by_dtype}
 TABLES: Reader = {"kind": _tables}
 
@@ -159,6 +177,24 @@ class Processor:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskSeconds:
+    """What the tasks of one pair of models take on a machine, whatever their shapes, and what comes of proposals."""
+
+    layer_s: float = field(default=5e-3, metadata=SECONDS)  # one layer, any number of tokens below the knee
+    layer_token_s: float = field(default=1e-4, metadata=SECONDS)  # and per token
+    knee_tokens: int = field(default=0, metadata=COUNT)  # tokens that a layer takes for nothing
+    draft_s: float = field(default=3e-3, metadata=SECONDS)  # one draft step
+    draft_token_s: float = field(default=2e-5, metadata=SECONDS)  # and per token (prompts)
+    head_s: float = field(default=2e-3, metadata=SECONDS)
+    embed_s: float = field(default=2e-4, metadata=SECONDS)
+    accept_s: float = field(default=1e-4, metadata=SECONDS)
+    acceptance: float = field(default=0.8, metadata=SHARE)  # chance that a proposal is accepted
+    spread: float = field(default=0.5, metadata=SHARE)  # that the next best is, once those before it were not
+    end_probability: float = field(default=0.0, metadata=SHARE)  # that a committed token ends its sequence
+    seed: int = field(default=0, metadata=COUNT)  # of all that chance decides
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     """A machine: its links, and what computes on either end."""
 
@@ -172,9 +208,10 @@ class Hardware:
     threads: int = field(default=0, metadata=SIZE)  # that were measured; 0: none were
     cpu: Processor = field(default=Processor(), metadata={"kind": _processor})
     device: Processor | None = field(default=None, metadata={"kind": _processor})  # None: the CPU
+    tasks: TaskSeconds | None = field(default=None, metadata={"kind": _tasks})  # in simulations, before all rates
 
     def __post_init__(self) -> None:
-        if self.h2d_bytes_per_s is not None and self.device is None:
+        if self.h2d_bytes_per_s is not None and self.device is None and self.tasks is None:
             raise UserError(
                 "a machine with h2d_bytes_per_s needs a device: an object with flop_per_s and memory_bytes_per_s."
             )
@@ -184,14 +221,25 @@ class Hardware:
         """What the layers run on."""
         return self.cpu if self.device is None else self.device
 
+    @property
+    def missing_rates(self) -> tuple[str, ...]:
+        """The fields without which ``tasks`` say all that is known of what computes: no other model can be priced."""
+        name, processor = ("cpu", self.cpu) if self.h2d_bytes_per_s is None else ("device", self.device)
+        known = self.tasks is None or processor not in (None, Processor())
+        return () if known else (f"{name}.flop_per_s", f"{name}.memory_bytes_per_s")
+
     def as_object(self) -> dict[str, Any]:
-        """The JSON object that ``read_hardware`` takes; what is at its default is left out."""
+        """The JSON object that ``read_machine`` takes; what is at its default is left out."""
         return _object(self)
 
 
-def read_hardware(path: Path) -> Hardware:
-    """A machine from a JSON file. Raises UserError, in one paragraph that names the field."""
-    return hardware_from(read_json(path, "a machine profile"), str(path))
+def read_machine(path: Path) -> Hardware:
+    """A machine from a JSON file, or from the ``hardware`` of what ``bench``, ``profile`` and ``plan`` print.
+
+    Raises UserError, in one paragraph that names the field.
+    """
+    values = read_json(path, "a machine profile")
+    return hardware_from(values["hardware"] if isinstance(values, dict) and "hardware" in values else values, str(path))
 
 
 def hardware_from(values: object, source: str) -> Hardware:
@@ -213,7 +261,8 @@ def _record(kind: type[Record], values: object, name: str) -> Record:
         )
     unknown = next((key for key in values if key not in known), None)
     if unknown is not None:
-        raise _Misfit(f"unknown field {within + str(unknown)!r}, expected some of {', '.join(known)}")
+        place = " (of tasks)" if not name and unknown in TaskSeconds.__slots__ else ""
+        raise _Misfit(f"unknown field {within + str(unknown)!r}{place}, expected some of {', '.join(known)}")
     return kind(
         **{
             key: None

@@ -1,18 +1,139 @@
-"""The flags of the commands around a job: the job itself, what a machine can do, what a plan would come to."""
+"""The flags of every command: a record that composes the shared ones, and adds its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aspec.flags import MODELS, OUTPUT, PLACE, SAMPLING, GenerateFlags, count_or_auto, option, rate
+from aspec.flags import (
+    MODELS,
+    OUTPUT,
+    PLACE,
+    SAMPLING,
+    DashboardFlags,
+    DebugFlags,
+    EndFlags,
+    EngineFlags,
+    JsonFlags,
+    LogprobFlags,
+    MachineFlags,
+    ModelFlags,
+    QuietFlags,
+    RowFlags,
+    RunFlags,
+    SamplingFlags,
+    SystemFlags,
+    count_or_auto,
+    option,
+)
+from aspec.options import EngineOptions
 
-WORK = "The work"
+TRACE, BENCH, WORK = "Trace", "Benchmark", "The work"
 
 
-@dataclass(frozen=True, slots=True)
-class BatchFlags(GenerateFlags):
+@dataclass(frozen=True)
+class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
+    """A run, and whether to hold its text against plain decoding."""
+
+    verify: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "Decode once more without speculation; say that the tokens are equal, or where they part and by how much "
+            "(exit code 1).",
+            "--verify",
+        ),
+    ] = False
+
+    def check(self) -> None:
+        """Without speculation there is nothing to verify. Raises typer.BadParameter."""
+        super().check()
+        off = self.speculation == "off" or self.num_draft_tokens == 0
+        if self.verify and (off or (self.target is not None and self.draft is None)):
+            found = "speculation is off" if off else "--target has no --draft"
+            raise typer.BadParameter(f"nothing to verify: {found}", param_hint="--verify")
+
+
+@dataclass(frozen=True)
+class TraceFlags(LogprobFlags, EndFlags, RunFlags):
+    """A run to record, or a trace to read back."""
+
+    recorded: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A trace to read back, with --summary.")] = (
+        None
+    )
+    summary: Annotated[
+        bool,
+        option(
+            TRACE,
+            "Print utilisation by lane, overlap, the critical path and the longest stalls: of FILE, or of the run.",
+            "--summary",
+        ),
+    ] = False
+    output: Annotated[
+        Path | None, option(TRACE, "The file to write; gzipped when it ends in .gz.", "--output", "-o")
+    ] = None
+    simulate: Annotated[
+        Path | None,
+        option(
+            TRACE,
+            "Run in virtual time on the machine of this JSON file (aspec profile -o writes one): no weight is read.",
+            "--simulate",
+            metavar="FILE",
+        ),
+    ] = None
+    compare: Annotated[
+        bool,
+        option(
+            TRACE,
+            "Write the run and its simulation side by side; without --simulate from the costs that were measured.",
+            "--compare",
+        ),
+    ] = False
+    max_spans: Annotated[
+        int, option(TRACE, "Keep the last so many tasks; a million take 150 MB.", "--max-spans", min=1)
+    ] = 1_000_000
+
+    def check(self) -> None:
+        """Either a trace to read back or a file to write. Raises typer.BadParameter."""
+        super().check()
+        if self.recorded is None and self.output is None:
+            raise typer.BadParameter("give the file to write: -o run.json.gz", param_hint="--output")
+        if self.recorded is not None and (self.output is not None or not self.summary):
+            raise typer.BadParameter("FILE is read back with --summary; a new trace goes to -o FILE", param_hint="FILE")
+
+
+@dataclass(frozen=True)
+class BenchFlags(RunFlags):
+    """A run, and how often to measure it; no text ends before its last token."""
+
+    rounds: Annotated[int, option(BENCH, "Runs; the table shows their median and spread.", "--rounds", min=1)] = 3
+
+
+@dataclass(frozen=True)
+class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, SystemFlags, ModelFlags):
+    """A conversation: one sequence at a time."""
+
+    target: Annotated[
+        str | None,
+        option(MODELS, "The big model, with a chat template: a folder or a hub id.", "--target", "--model"),
+    ] = None
+    max_new_tokens: Annotated[
+        int, option(SAMPLING, "Tokens of an answer at most.", "--max-new-tokens", "-n", min=1)
+    ] = 1024
+    max_context: Annotated[
+        int | None,
+        option(PLACE, "Tokens of the whole conversation. Default: 4096, less where memory is short.", min=2),
+    ] = None
+    quiet: Annotated[bool, option(OUTPUT, "Nothing but answers and errors.", "--quiet", "-q")] = False
+
+    def options(self) -> EngineOptions:
+        """How to open the engine. Raises UserError for values that no engine takes."""
+        return replace(super().options(), max_batch=1, num_groups=1)
+
+
+@dataclass(frozen=True)
+class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, DashboardFlags, QuietFlags, ModelFlags):
     """Which rows to serve, and where their answers go."""
 
     input: Annotated[
@@ -32,11 +153,12 @@ class BatchFlags(GenerateFlags):
     seed: Annotated[
         int, option(SAMPLING, "Rows that give no seed derive theirs from it and their custom_id.", "--seed")
     ] = 0
-    batch_size: Annotated[
+    max_batch: Annotated[
         int,
         option(
             PLACE,
             "Rows that are served at once. auto: as the plan says that is found for this job.",
+            "--batch-size",
             parser=count_or_auto,
             metavar="auto|N",
         ),
@@ -47,24 +169,18 @@ class BatchFlags(GenerateFlags):
             PLACE, "Tokens of a row, prompt included; longer ones become error rows. Default: what rows need.", min=2
         ),
     ] = None
-    prompt: list[str] | None = None
-    file: list[Path] | None = None
-    raw: bool = False
-    system: str | None = None
-    as_json: bool = False
-    logprobs: int | None = None
 
     def check(self) -> None:
         """Both files must be named. Raises typer.BadParameter."""
-        GenerateFlags.check(self)
+        super().check()
         if self.input is None:
             raise typer.BadParameter("give the file of requests: -i in.jsonl", param_hint="--input")
         if self.output is None:
             raise typer.BadParameter("give the file to write: -o out.jsonl", param_hint="--output")
 
 
-@dataclass(frozen=True, slots=True)
-class ProfileFlags:
+@dataclass(frozen=True)
+class ProfileFlags(MachineFlags, DebugFlags, QuietFlags, JsonFlags, ModelFlags):
     """What to measure this machine for, and where the figures go."""
 
     target: Annotated[
@@ -72,38 +188,31 @@ class ProfileFlags:
         option(MODELS, "The big model: its files are read. Without it: the embedded demo's.", "--target", "--model"),
     ] = None
     draft: Annotated[str | None, option(MODELS, "The small model.", "--draft", "--draft-model")] = None
-    dtype: Annotated[str, option(MODELS, "auto, bfloat16, float16 or float32. auto: the checkpoint's own.")] = "auto"
-    device: Annotated[str, option(PLACE, "auto, cpu or cuda. auto: a GPU where there is one.")] = "auto"
-    threads: Annotated[int | None, option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
-    link_rate: Annotated[
-        float | None,
-        option(PLACE, "The disk lane's throttle, such as 1.0GB/s.", parser=rate, metavar="RATE"),
-    ] = None
+    as_json: Annotated[bool, option(OUTPUT, "JSON on stdout instead of a table.", "--json")] = False
+    quiet: Annotated[bool, option(OUTPUT, "No progress.", "--quiet", "-q")] = False
     refresh: Annotated[
         bool, option(PLACE, "Measure again: the figures of this machine are kept in the user's cache.", "--refresh")
     ] = False
-    as_json: Annotated[bool, option(OUTPUT, "JSON on stdout instead of a table.", "--json")] = False
     output: Annotated[
         Path | None, option(OUTPUT, "Write the machine to this JSON file, to be read on another.", "--output", "-o")
     ] = None
-    quiet: Annotated[bool, option(OUTPUT, "No progress.", "--quiet", "-q")] = False
-    debug: Annotated[bool, option(OUTPUT, "Show tracebacks.", "--debug")] = False
 
     def check(self) -> None:
         """A draft serves one target. Raises typer.BadParameter."""
+        super().check()
         if self.draft is not None and self.target is None:
             raise typer.BadParameter("was given without --target: name both or neither", param_hint="--draft")
 
 
-@dataclass(frozen=True, slots=True)
-class PlanFlags(GenerateFlags):
+@dataclass(frozen=True)
+class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
     """What is to be done, and on which machine; nothing is generated."""
 
     profile: Annotated[
         Path | None,
         option(
             PLACE,
-            "A machine that is not here, as a JSON file (aspec profile -o writes one of this machine). Default: this "
+            "A machine that is not here, as a JSON file (aspec profile -o there writes it). Default: this "
             "machine, measured once.",
             "--profile",
             metavar="FILE",
@@ -122,20 +231,3 @@ class PlanFlags(GenerateFlags):
             max=1.0,
         ),
     ] = None
-    prompt: list[str] | None = None
-    file: list[Path] | None = None
-    raw: bool = False
-    system: str | None = None
-    no_dashboard: bool = True
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logprobs: int | None = None
-    seed: int = 0
-    stop: list[str] | None = None
-    ignore_eos: bool = False

@@ -1,12 +1,12 @@
 """What the links of an engine's plan can do at best, at this moment: what its stream is held against."""
 
-from aspec.assembly import Assembly
+from aspec.assembly import EngineMemory
 from aspec.io.device import copy_rate
 from aspec.io.disk import probe_rate
 from aspec.plan import Tier
 
 
-def raw_link_rate(assembly: Assembly, seconds: float, limit_bytes_per_s: float | None = None) -> float | None:
+def raw_link_rate(assembly: EngineMemory, seconds: float, limit_bytes_per_s: float | None = None) -> float | None:
     """Bytes per second at which what streams could come, over the slower of disk and link; None if nothing streams.
 
     Reads the very parts as the lane reads, and copies what the lane copies. Blocks for ``seconds`` per link; nothing

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from aspec.assembly import Load, bind_load
+from aspec.assembly import ResidentLoad, bind_load
 from aspec.io.device import DeviceLayer
 from aspec.io.disk import DiskLane
 from aspec.io.layout import PAGE, Part, Segment
@@ -16,7 +16,7 @@ WINDOWS = 3  # one is read while another is copied
 
 
 async def load_all(
-    loads: Sequence[Load], disk: DiskLane, device: DeviceLayer[Any, Any] | None, report: Callable[[int], None]
+    loads: Sequence[ResidentLoad], disk: DiskLane, device: DeviceLayer[Any, Any] | None, report: Callable[[int], None]
 ) -> None:
     """Read and bind every part; ``report`` hears of the bytes that have landed.
 
@@ -24,7 +24,7 @@ async def load_all(
     """
     carrier = _Carrier(disk, device) if device is not None else None
 
-    async def one(load: Load) -> None:
+    async def one(load: ResidentLoad) -> None:
         if load.view is not None:
             await disk.read(load.part.segments, load.view)
         else:
@@ -56,11 +56,11 @@ class _Carrier:
         for window in self._all:
             self._windows.put_nowait(window)
 
-    async def carry(self, load: Load) -> None:
+    async def carry(self, load: ResidentLoad) -> None:
         """A whole part; windows of several parts take turns."""
         await asyncio.gather(*(self._bring(load, begin, segments) for begin, segments in windows(load.part)))
 
-    async def _bring(self, load: Load, begin: int, segments: list[Segment]) -> None:
+    async def _bring(self, load: ResidentLoad, begin: int, segments: list[Segment]) -> None:
         window = await self._windows.get()
         try:
             await self._disk.read(segments, window.view)
@@ -68,7 +68,7 @@ class _Carrier:
         finally:
             self._windows.put_nowait(window)
 
-    def _copy(self, load: Load, begin: int, window: HostBuffer) -> None:
+    def _copy(self, load: ResidentLoad, begin: int, window: HostBuffer) -> None:
         assert load.buffer is not None
         target = load.buffer[load.part.shift :][begin : begin + WINDOW_BYTES]
         event = self._device.create_event()

@@ -29,7 +29,7 @@ from aspec.io.layout import Segment, as_tensor
 from aspec.io.memory import allocate
 from aspec.kv import KVCache, MaskKind
 from aspec.model import Model
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.params import SamplingParams
 from aspec.prices import model_cost
 from aspec.sampling import Sampler, draw_rows

@@ -9,6 +9,8 @@ from aspec.plan import Workload
 
 SPECULATION = ("auto", "chain", "tree", "off")
 ATTENTION = ("auto", "device", "cpu")
+NGRAM = "ngram"  # the name of the draft that needs no model
+DEMO = Path(__file__).parent / "demo"  # the embedded pair: folders target and draft
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""

@@ -9,6 +9,9 @@ from enum import StrEnum
 
 from aspec.errors import InternalError
 
+PREFILL_ITEMS = 8  # full prefill items that one stream of the weights serves
+SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
+
 
 class Tier(StrEnum):
     """Where a part lives between passes."""
@@ -55,6 +58,39 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """The shape that a plan is asked to have, and the memory it may take; None means: decide."""
+
+    budget_bytes: int | None = None  # None: unbounded
+    num_rows: int = 1
+    capacity: int = 2048  # tokens of KV per row
+    num_groups: int = 1  # of rows; the draft works for one while another is verified
+    prefill_tokens: int = 512  # tokens of one prefill item at most
+    speculation: Speculation = Speculation.CHAIN
+    max_draft_tokens: int = 0  # proposals of a row in a pass at most; 0: no speculation
+    fixed_draft_tokens: int | None = None  # None: chosen by measured cost
+    max_draft_depth: int = 32  # tokens of a tree's longest path at most
+    fixed_draft_depth: int | None = None  # levels of a tree; None: chosen by measured cost
+    draft_ahead: bool = True  # trees grow on while they are verified
+    exact: bool = False  # products in blocks of rows: wider moments
+    attention_resource: str = "compute"  # "cpu": every layer is split, its attention runs beside other items' work
+    micro_batches: int = 1  # work items at most that the decoding rows are divided into
+    resident_bytes: int | None = None  # layers resident at most, even where more would fit
+    spare_slots: int = field(default=SPARE_SLOTS, compare=False)  # beyond one layer's parts; the plan has the count
+    host_bytes: int | None = field(default=None, compare=False)  # behind a device's link; None: the device is the host
+
+    @property
+    def kv_on_host(self) -> bool:
+        """Whether attention, and the target's KV with it, is on the other side of a device's link."""
+        return self.host_bytes is not None and self.attention_resource == "cpu"
+
+    @property
+    def prefill_pass_tokens(self) -> int:
+        """Prompt tokens that join a pass at most, whose hidden states are all held; a longer prompt joins alone."""
+        return max(PREFILL_ITEMS * self.prefill_tokens, self.capacity)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that is decided before the first byte is read."""
 
@@ -62,23 +98,11 @@ class Plan:
     num_layers: int
     num_slots: int
     slot_bytes: int
-    num_rows: int = 1
-    num_groups: int = 1  # of rows; the draft works for one while another is verified
-    capacity: int = 2048  # tokens of KV per row
-    prefill_tokens: int = 512  # tokens of one prefill item at most
+    request: PlanRequest = PlanRequest()
     prefill_pass_tokens: int | None = None  # prompt tokens that join a pass at most, but for one longer prompt
-    max_draft_tokens: int = 0  # proposals of a row in a pass at most; 0: no speculation
-    fixed_draft_tokens: int | None = None  # None: chosen by measured cost
-    speculation: Speculation = Speculation.CHAIN
-    max_draft_depth: int = 32  # tokens of a tree's longest path at most
-    fixed_draft_depth: int | None = None  # levels of a tree; None: chosen by measured cost
-    draft_ahead: bool = True  # trees grow on while they are verified
     num_staging: int = 0  # 0: reads fill slots directly (the device is the host)
     draft_resource: str = "compute"
-    attention_resource: str = "compute"  # "cpu": every layer is split, its attention runs beside other items' work
-    micro_batches: int = 1  # work items at most that the decoding rows are divided into
     crossing: tuple[tuple[int, int], ...] = ()  # by layer, of split ones: bytes of a token to host KV and back
-    budget_bytes: int | None = None
     arithmetic: Mapping[str, int] = field(default_factory=dict)  # what is held, label -> bytes
     host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # the same behind a device's link
 
@@ -94,6 +118,75 @@ class Plan:
             raise InternalError(f"what crosses is told for {len(self.crossing)} of {self.num_layers} layers")
         if any(part.size > self.slot_bytes for part in self.streamed):
             raise InternalError(f"a streamed part is larger than a slot of {self.slot_bytes} bytes")
+
+    # -- what was asked for, as the plan has it ------------------------------------------------------------------
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that are served at once."""
+        return self.request.num_rows
+
+    @property
+    def num_groups(self) -> int:
+        """Of rows; the draft works for one while another is verified."""
+        return self.request.num_groups
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of KV per row."""
+        return self.request.capacity
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of one prefill item at most."""
+        return self.request.prefill_tokens
+
+    @property
+    def speculation(self) -> Speculation:
+        """What the draft proposes."""
+        return self.request.speculation
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """Proposals of a row in a pass at most; 0: no speculation."""
+        return self.request.max_draft_tokens
+
+    @property
+    def fixed_draft_tokens(self) -> int | None:
+        """Proposals of a row in every pass; None: chosen by measured cost."""
+        return self.request.fixed_draft_tokens
+
+    @property
+    def max_draft_depth(self) -> int:
+        """Tokens of a tree's longest path at most."""
+        return self.request.max_draft_depth
+
+    @property
+    def fixed_draft_depth(self) -> int | None:
+        """Levels of a tree; None: chosen by measured cost."""
+        return self.request.fixed_draft_depth
+
+    @property
+    def draft_ahead(self) -> bool:
+        """Whether trees grow on while they are verified."""
+        return self.request.draft_ahead
+
+    @property
+    def attention_resource(self) -> str:
+        """The lane of attention; "cpu": every layer is split, its attention runs beside other items' work."""
+        return self.request.attention_resource
+
+    @property
+    def micro_batches(self) -> int:
+        """Work items at most that the decoding rows are divided into."""
+        return self.request.micro_batches
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Bytes that the plan may hold on the device; None: unbounded."""
+        return self.request.budget_bytes
+
+    # -- what follows ----------------------------------------------------------------------------------------------
 
     @property
     def streamed(self) -> tuple[PlannedPart, ...]:

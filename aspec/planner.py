@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from aspec.errors import BudgetError
-from aspec.plan import Plan, PlannedPart, Speculation, Tier, format_bytes
-from aspec.tasks.task import COMPUTE, CPU, DRAFT_COMPUTE
+from aspec.plan import Plan, PlannedPart, PlanRequest, Tier, format_bytes
+from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE
 
-PREFILL_ITEMS = 8  # full prefill items that one stream of the weights serves
+UNBOUNDED = 1 << 62  # bytes
 NUM_STAGING = 3  # buffers between files and a device's link
-SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class Footprint:
     """What must be held, bytes, whatever is decided; and the parts among which the plan chooses."""
 
     parts: tuple[PlannedPart, ...]
@@ -28,97 +27,65 @@ class Needs:
     crossing: tuple[tuple[int, int], ...] = ()  # see ``Plan``
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the user asked for; None means: decide."""
-
-    budget_bytes: int
-    num_rows: int
-    capacity: int
-    num_groups: int = 1
-    prefill_tokens: int = 512
-    speculation: Speculation = Speculation.CHAIN
-    max_draft_tokens: int = 0
-    fixed_draft_tokens: int | None = None
-    max_draft_depth: int = 32
-    fixed_draft_depth: int | None = None
-    draft_ahead: bool = True
-    exact: bool = False  # products in blocks of rows: wider moments
-    attention_resource: str = "compute"  # "cpu": attention beside the rest, in ``micro_batches`` items
-    micro_batches: int = 1
-    resident_bytes: int | None = None  # layers resident at most, even where more would fit
-    spare_slots: int = SPARE_SLOTS  # beyond one layer's parts
-    host_bytes: int | None = None  # of host memory behind a device's link; None: the device is the host's own memory
-
-    @property
-    def kv_on_host(self) -> bool:
-        """Whether attention, and the target's KV with it, is on the other side of a device's link."""
-        return self.host_bytes is not None and self.attention_resource == CPU
-
-    @property
-    def prefill_pass_tokens(self) -> int:
-        """Prompt tokens that join a pass at most, whose hidden states are all held; a longer prompt joins alone."""
-        return max(PREFILL_ITEMS * self.prefill_tokens, self.capacity)
-
-
-def make_plan(needs: Needs, wishes: Wishes) -> Plan:
+def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
     """Everything resident if it fits; otherwise the fewest useful slots, and the rest of the budget resident.
 
     Raises BudgetError, with the arithmetic and the smallest budget that would do.
     """
-    slots = wishes.num_rows * (wishes.capacity + 1)
-    kv, draft_kv = slots * needs.kv_bytes_per_token, slots * needs.draft_kv_bytes_per_token
-    on_host = {"KV cache": kv, **needs.host_fixed} if wishes.kv_on_host else {}
-    _check_host(on_host, wishes)
-    held = {**needs.fixed, "KV cache": draft_kv + (0 if on_host else kv)}
-    room = wishes.budget_bytes - sum(held.values())
-    everything = sum(part.resident_bytes for part in needs.parts)
-    allowed = room if wishes.resident_bytes is None else min(room, wishes.resident_bytes)
+    slots = request.num_rows * (request.capacity + 1)
+    kv, draft_kv = slots * footprint.kv_bytes_per_token, slots * footprint.draft_kv_bytes_per_token
+    on_host = {"KV cache": kv, **footprint.host_fixed} if request.kv_on_host else {}
+    _check_host(on_host, request)
+    held = {**footprint.fixed, "KV cache": draft_kv + (0 if on_host else kv)}
+    budget = UNBOUNDED if request.budget_bytes is None else request.budget_bytes
+    room = budget - sum(held.values())
+    everything = sum(part.resident_bytes for part in footprint.parts)
+    allowed = room if request.resident_bytes is None else min(room, request.resident_bytes)
     if everything <= allowed:
-        parts = tuple(replace(part, tier=Tier.DEVICE) for part in needs.parts)
-        return _plan(needs, wishes, parts, 0, 0, {**held, "resident layers": everything}, on_host)
-    per_layer = _most_parts_per_layer(needs)
-    slot_bytes = max(part.size for part in needs.parts)
+        parts = tuple(replace(part, tier=Tier.DEVICE) for part in footprint.parts)
+        return _plan(footprint, request, parts, 0, 0, {**held, "resident layers": everything}, on_host)
+    per_layer = _most_parts_per_layer(footprint)
+    slot_bytes = max(part.size for part in footprint.parts)
     if per_layer * slot_bytes > room:
-        raise BudgetError(_too_small(held, per_layer, slot_bytes, wishes.budget_bytes))
-    num_slots = min(per_layer + wishes.spare_slots, room // slot_bytes)
-    resident = _spread(needs.parts, min(allowed, room - num_slots * slot_bytes))
-    hosted = _hosted(needs.parts, resident, wishes, sum(on_host.values()))
+        raise BudgetError(_too_small(held, per_layer, slot_bytes, budget))
+    num_slots = min(per_layer + request.spare_slots, room // slot_bytes)
+    resident = _spread(footprint.parts, min(allowed, room - num_slots * slot_bytes))
+    hosted = _hosted(footprint.parts, resident, request, sum(on_host.values()))
     tiers = dict.fromkeys(hosted, Tier.HOST) | dict.fromkeys(resident, Tier.DEVICE)
-    parts = tuple(replace(part, tier=tiers.get(part.index, Tier.DISK)) for part in needs.parts)
+    parts = tuple(replace(part, tier=tiers.get(part.index, Tier.DISK)) for part in footprint.parts)
     slot_bytes = max(part.size for part in parts if part.tier is not Tier.DEVICE)
     held |= {
         "resident layers": sum(part.resident_bytes for part in parts if part.tier is Tier.DEVICE),
         f"{num_slots} slots": num_slots * slot_bytes,
     }
-    return _plan(needs, wishes, parts, num_slots, slot_bytes, held, on_host)
+    return _plan(footprint, request, parts, num_slots, slot_bytes, held, on_host)
 
 
-def _check_host(on_host: Mapping[str, int], wishes: Wishes) -> None:
+def _check_host(on_host: Mapping[str, int], request: PlanRequest) -> None:
     """Raises BudgetError where host memory does not hold what attention on the CPU takes there."""
-    if wishes.host_bytes is not None and sum(on_host.values()) > wishes.host_bytes:
+    if request.host_bytes is not None and sum(on_host.values()) > request.host_bytes:
         terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in on_host.items() if nbytes)
         raise BudgetError(
-            f"host memory of {format_bytes(wishes.host_bytes)} does not hold what attention on the CPU takes there: "
+            f"host memory of {format_bytes(request.host_bytes)} does not hold what attention on the CPU takes there: "
             f"{terms} = {format_bytes(sum(on_host.values()))}. Give --host-memory more, lower --batch-size or "
             f"--max-context, or run with --attention device."
         )
 
 
-def _hosted(parts: Sequence[PlannedPart], resident: set[int], wishes: Wishes, taken_bytes: int) -> set[int]:
+def _hosted(parts: Sequence[PlannedPart], resident: set[int], request: PlanRequest, taken_bytes: int) -> set[int]:
     """Of the parts that stream, those that host memory keeps, pinned, beside staging buffers and what is taken."""
     streamed = [part for part in parts if part.index not in resident]
-    if wishes.host_bytes is None:
+    if request.host_bytes is None:
         return set()
-    room = wishes.host_bytes - taken_bytes
+    room = request.host_bytes - taken_bytes
     if sum(part.size for part in streamed) <= room:
         return {part.index for part in streamed}
     return _spread(streamed, room - NUM_STAGING * max(part.size for part in streamed))
 
 
 def _plan(
-    needs: Needs,
-    wishes: Wishes,
+    footprint: Footprint,
+    request: PlanRequest,
     parts: tuple[PlannedPart, ...],
     num_slots: int,
     slot_bytes: int,
@@ -126,38 +93,26 @@ def _plan(
     on_host: Mapping[str, int],
 ) -> Plan:
     hosted = sum(part.size for part in parts if part.tier is Tier.HOST)
-    staged = any(part.tier is Tier.DISK for part in parts) and wishes.host_bytes is not None
+    staged = any(part.tier is Tier.DISK for part in parts) and request.host_bytes is not None
     staging = NUM_STAGING * slot_bytes if staged else 0
     return Plan(
         parts=parts,
-        num_layers=needs.num_layers,
+        num_layers=footprint.num_layers,
         num_slots=num_slots,
         slot_bytes=slot_bytes,
-        num_rows=wishes.num_rows,
-        capacity=wishes.capacity,
-        num_groups=min(wishes.num_groups, wishes.num_rows),
-        prefill_tokens=wishes.prefill_tokens,
-        prefill_pass_tokens=wishes.prefill_pass_tokens,
-        speculation=wishes.speculation,
-        max_draft_tokens=wishes.max_draft_tokens,
-        fixed_draft_tokens=wishes.fixed_draft_tokens,
-        max_draft_depth=wishes.max_draft_depth,
-        fixed_draft_depth=wishes.fixed_draft_depth,
-        draft_ahead=wishes.draft_ahead,
-        attention_resource=wishes.attention_resource,
-        micro_batches=wishes.micro_batches,
-        crossing=needs.crossing,
-        budget_bytes=wishes.budget_bytes,
-        num_staging=0 if wishes.host_bytes is None else NUM_STAGING,
-        draft_resource=COMPUTE if wishes.host_bytes is None else DRAFT_COMPUTE,
+        request=replace(request, num_groups=min(request.num_groups, request.num_rows)),
+        prefill_pass_tokens=request.prefill_pass_tokens,
+        crossing=footprint.crossing,
+        num_staging=0 if request.host_bytes is None else NUM_STAGING,
+        draft_resource=COMPUTE if request.host_bytes is None else DRAFT_COMPUTE,
         arithmetic=held,
         host_arithmetic={"pinned layers": hosted, "staging": staging, **on_host},
     )
 
 
-def _most_parts_per_layer(needs: Needs) -> int:
-    counts = [0] * needs.num_layers
-    for part in needs.parts:
+def _most_parts_per_layer(footprint: Footprint) -> int:
+    counts = [0] * footprint.num_layers
+    for part in footprint.parts:
         counts[part.layer] += 1
     return max(counts)
 

@@ -4,82 +4,85 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from aspec.cache import Known, known_acceptance, machine_profile
-from aspec.devices import kind_of
+from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
+from aspec.devices import HOST
 from aspec.errors import UnsupportedModelError
 from aspec.forecast import Forecaster
 from aspec.hardware import Hardware
 from aspec.model import Model
-from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, NGRAM, Models, folders, is_off
-from aspec.options import EngineOptions
-from aspec.plan import Speculation, Workload
-from aspec.planner import Wishes
+from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
+from aspec.plan import PlanRequest, Speculation, Workload
 from aspec.prices import prices
-from aspec.search import CAPS, GROUPS, SLOTS, Open, Search, rows_for, search
+from aspec.resolve import Resolved, revise
+from aspec.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
 from aspec.shapes import shape_of
+from aspec.tariff import Profile
 from aspec.tasks.task import COMPUTE, CPU
 
 PREFILLS = (256, 128, 64)  # smaller prefill items, where memory is short
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """Where the work is to be done, and how often the pair's proposals are accepted."""
+class CostBasis:
+    """What forecasts are made from: the machine, and how often the pair's proposals are accepted on it."""
 
     hardware: Hardware
-    known: Known
+    known: AcceptanceStats
 
 
-def this_machine(options: EngineOptions, models: Models) -> Machine:
-    """The one at hand, from the cache or measured now, which takes some seconds."""
-    target, draft = folders(options)
+def measured_basis(models: Models) -> CostBasis:
+    """Of the machine at hand, from the cache or measured now, which takes some seconds."""
+    resolved, options = models.resolved, models.resolved.options
     hardware = machine_profile(
-        target, models.target.dtype, options.threads, kind=kind_of(options.device), link_rate=options.link_rate
+        resolved.target, models.target.dtype, options.threads, kind=resolved.kind, link_rate=options.link_rate
     )
-    return Machine(hardware, Known() if draft is None else known_acceptance(target, draft))
+    draft = resolved.draft
+    return CostBasis(hardware, AcceptanceStats() if draft is None else known_acceptance(resolved.target, draft))
 
 
 def plan_workload(
-    options: EngineOptions,
     models: Models,
-    wishes: Wishes,
-    machine: Machine | None = None,
+    request: PlanRequest,
+    basis: CostBasis | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Search:
     """Search what the options leave open. Raises BudgetError where nothing fits."""
-    work = options.workload
+    work = models.resolved.options.workload
     assert work is not None, "without a workload there is nothing to search for"
-    machine = machine or this_machine(options, models)
-    forecaster = forecast_for(options, models, wishes, machine, work)
-    left_open = left_open_by(options, models, machine.hardware, work)
-    return search(wishes, left_open, models.needs, forecaster.least_s, forecaster, progress)
+    basis = basis or measured_basis(models)
+    forecaster = forecast_for(models, request, basis, work)
+    space = search_space(models, basis.hardware, work)
+    return search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
 
 
-def forecast_for(
-    options: EngineOptions, models: Models, wishes: Wishes, machine: Machine, work: Workload
-) -> Forecaster:
+def forecast_for(models: Models, request: PlanRequest, basis: CostBasis, work: Workload) -> Forecaster:
     """What runs a plan in virtual time on these costs."""
+    return Forecaster(prices_for(models, request, basis), work)
+
+
+def prices_for(models: Models, request: PlanRequest, basis: CostBasis) -> Profile:
+    """What the tasks of these models cost, by their shapes."""
     draft = None if models.draft is None else shape_of(models.draft)
-    profile = prices(
+    return prices(
         shape_of(models.target),
         draft,
-        machine.hardware,
-        exact=wishes.exact,
-        acceptance=machine.known.acceptance,
-        spread=machine.known.spread,
+        basis.hardware,
+        exact=request.exact,
+        acceptance=basis.known.acceptance,
+        spread=basis.known.spread,
     )
-    return Forecaster(profile, work)
 
 
-def left_open_by(options: EngineOptions, models: Models, hardware: Hardware, work: Workload) -> Open:
-    """What nobody has fixed."""
+def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSpace:
+    """What the user has not fixed."""
+    options = models.resolved.options
     rows = rows_for(work.num_prompts) if options.max_batch is None else (min(options.max_batch, work.num_prompts),)
     both = hardware.h2d_bytes_per_s is not None and _attends_apart(models.target)
     places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if both else (COMPUTE,)}
-    return Open(
+    return SearchSpace(
         rows=rows,
         groups=GROUPS if options.num_groups is None else (options.num_groups,),
-        speculations=_speculations(options, models),
+        speculations=_speculations(models.resolved),
         attention=places[options.attention],
         micro_batches=MICRO_BATCHES,
         caps=CAPS if options.num_draft_tokens is None else (),
@@ -95,22 +98,28 @@ def _attends_apart(model: Model) -> bool:
     return False
 
 
-def _speculations(options: EngineOptions, models: Models) -> tuple[tuple[Speculation | None, int], ...]:
-    fixed = options.num_draft_tokens
-    chain = Speculation.CHAIN, MAX_CHAIN if fixed is None else fixed
-    tree = Speculation.TREE, MAX_TREE if fixed is None else fixed
-    if is_off(options) or (models.draft is None and options.draft != NGRAM):
+def _speculations(resolved: Resolved) -> tuple[tuple[Speculation | None, int], ...]:
+    fixed, asked, shapes = resolved.options.num_draft_tokens, resolved.options.speculation, resolved.method.shapes
+    if not shapes:
         return ((None, 0),)
-    off: tuple[tuple[Speculation | None, int], ...] = ((None, 0),) if fixed is None else ()  # a number is a wish
-    if options.draft == NGRAM:
-        return (*off, tree)  # a lookup's chain is a tree of one branch
-    if options.speculation == "auto":
-        return (*off, chain, tree)
-    return (chain,) if options.speculation == "chain" else (tree,)
+    wanted = shapes if asked == "auto" else tuple(shape for shape in shapes if shape == asked) or shapes
+    most = {Speculation.CHAIN: MAX_CHAIN, Speculation.TREE: MAX_TREE}
+    found = tuple((shape, most[shape] if fixed is None else fixed) for shape in wanted)
+    may_rest = fixed is None and (asked == "auto" or not resolved.method.has_model)
+    return ((None, 0), *found) if may_rest else found
 
 
-def on_machine(wishes: Wishes, hardware: Hardware, host_bytes: int | None) -> Wishes:
-    """The wishes for a device behind a link, where the machine is one."""
+def elsewhere(resolved: Resolved, hardware: Hardware) -> Resolved:
+    """The same on a machine that is not at hand; which device is at hand does not matter."""
+    asked = resolved.options.exact
+    exact = hardware.h2d_bytes_per_s is None if asked is None else asked
+    moved = on_machine(revise(resolved, device=HOST, exact=exact), hardware)
+    budget = moved.options.device_memory or hardware.device_memory or moved.budget_bytes
+    return replace(moved, budget_bytes=budget)
+
+
+def on_machine(resolved: Resolved, hardware: Hardware) -> Resolved:
+    """The same for a device behind a link, where the machine is one: host memory is that machine's."""
     if hardware.h2d_bytes_per_s is None:
-        return replace(wishes, host_bytes=None)
-    return replace(wishes, host_bytes=hardware.host_memory if host_bytes is None else host_bytes)
+        return replace(resolved, host_bytes=None)
+    return replace(resolved, host_bytes=resolved.options.host_memory or hardware.host_memory)

@@ -30,7 +30,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class HostInfo:
     """What a figure is worth nothing without."""
 
     cpu: str
@@ -39,10 +39,10 @@ class Machine:
     torch: str
 
 
-def this_machine() -> Machine:
+def host_info() -> HostInfo:
     """The processor, the cores this process may use, the threads torch has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(_cpu_name(), cores, torch.get_num_threads(), torch.__version__)
+    return HostInfo(_cpu_name(), cores, torch.get_num_threads(), torch.__version__)
 
 
 def measure_ceilings(disk_bytes_per_s: float | None, draft_step_s: float | None, dtype: torch.dtype) -> Ceilings:

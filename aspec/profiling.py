@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from aspec.api import run
-from aspec.cache import Known, known_acceptance, machine_profile
+from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.console import Console
-from aspec.devices import kind_of
 from aspec.errors import UserError
 from aspec.hardware import Hardware, Processor
 from aspec.jobflags import ProfileFlags
 from aspec.model import Model
-from aspec.needs import compute_dtype, folders
-from aspec.options import EngineOptions
 from aspec.plan import format_bytes
 from aspec.prices import prices, weight_seconds
+from aspec.resolve import Resolved, resolve
 from aspec.shapes import ModelShape, shape_of
 from aspec.tariff import ModelCost
 from aspec.tasks.task import WorkItem
@@ -36,14 +34,13 @@ class Found:
     dtype: str
     target: ModelShape
     draft: ModelShape | None
-    known: Known
+    known: AcceptanceStats
 
 
 def profile_to_console(flags: ProfileFlags, console: Console) -> None:
     """Measure or recall, print, and write the file that was asked for. Raises AspecError."""
-    options = EngineOptions(target=flags.target, draft=flags.draft, dtype=flags.dtype, threads=flags.threads)
-    target, draft = folders(options)
-    found = run(lambda: asyncio.to_thread(_find, flags, target, draft))
+    resolved = resolve(flags.options())
+    found = run(lambda: asyncio.to_thread(_find, resolved, flags))
     if flags.output is not None:
         _write(flags.output, found.hardware)
         console.note(f"{flags.output}: this machine, for plans made elsewhere")
@@ -54,13 +51,13 @@ def profile_to_console(flags: ProfileFlags, console: Console) -> None:
         print(line)
 
 
-def _find(flags: ProfileFlags, target: Path, draft: Path | None) -> Found:
-    big = Model(target, dtype=compute_dtype(flags.dtype))
-    small = None if draft is None else Model(draft, dtype=compute_dtype(flags.dtype))
-    kind = kind_of(flags.device)
-    how: dict[str, Any] = {"kind": kind, "link_rate": flags.link_rate, "refresh": flags.refresh}
+def _find(resolved: Resolved, flags: ProfileFlags) -> Found:
+    target, draft = resolved.target, resolved.draft
+    big = Model(target, dtype=resolved.dtype)
+    small = None if draft is None else Model(draft, dtype=resolved.dtype)
+    how: dict[str, Any] = {"kind": resolved.kind, "link_rate": resolved.options.link_rate, "refresh": flags.refresh}
     hardware = machine_profile(target, big.dtype, flags.threads, **how)
-    known = Known() if draft is None else known_acceptance(target, draft)
+    known = AcceptanceStats() if draft is None else known_acceptance(target, draft)
     shape = shape_of(big)
     return Found(hardware, shape.dtype, shape, None if small is None else shape_of(small), known)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from aspec.errors import BudgetError
-from aspec.plan import Plan, Speculation
-from aspec.planner import SPARE_SLOTS, Needs, Wishes, make_plan
+from aspec.plan import SPARE_SLOTS, Plan, PlanRequest, Speculation
+from aspec.planner import Footprint, make_plan
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 TREE_ROWS = 16  # with more, the host grows trees for longer than a pass takes, and chains fill the pass as well
@@ -39,10 +39,10 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Candidate:
     """A plan, what it was asked for, and its forecast."""
 
-    wishes: Wishes
+    request: PlanRequest
     plan: Plan
     forecast: Forecast
 
@@ -51,19 +51,19 @@ class Found:
 class Search:
     """How the search went: plans from the best down, and what was not run."""
 
-    found: tuple[Found, ...]
+    found: tuple[Candidate, ...]
     num_too_large: int  # for the budget
     num_pruned: int  # that could not have been better
     pruned: tuple[tuple[float, Plan], ...] = ()  # those, and the seconds that the job takes with each at least
 
     @property
-    def best(self) -> Found:
+    def best(self) -> Candidate:
         """The plan to run."""
         return self.found[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class SearchSpace:
     """What of a plan is left open; a single entry is fixed."""
 
     rows: tuple[int, ...]
@@ -83,9 +83,9 @@ def rows_for(num_prompts: int) -> tuple[int, ...]:
 
 
 def search(
-    wishes: Wishes,
-    left_open: Open,
-    needs: Callable[[Wishes], Needs],
+    request: PlanRequest,
+    space: SearchSpace,
+    footprint: Callable[[PlanRequest], Footprint],
     least_s: Callable[[Plan], float],
     forecast: Callable[[Plan], Forecast],
     progress: Callable[[int], None] = lambda _: None,
@@ -95,12 +95,12 @@ def search(
     Rows, groups, speculation and the place of attention come first; slots and the most that is proposed are then
     varied around the best of those.
     """
-    hunt = _Hunt(needs, least_s, forecast, left_open.prefills, progress)
-    hunt.run(_coarse(wishes, left_open))
+    hunt = _Hunt(footprint, least_s, forecast, space.prefills, progress)
+    hunt.run(_coarse(request, space))
     if not hunt.found:
         assert hunt.refusal is not None
         raise hunt.refusal
-    hunt.run(_fine(hunt.ranked[0].wishes, left_open))
+    hunt.run(_fine(hunt.ranked[0].request, space))
     pruned = sorted(hunt.pruned, key=lambda one: one[0])
     return Search(tuple(hunt.ranked), hunt.num_too_large, len(pruned), tuple(pruned))
 
@@ -110,81 +110,79 @@ class _Hunt:
 
     def __init__(
         self,
-        needs: Callable[[Wishes], Needs],
+        footprint: Callable[[PlanRequest], Footprint],
         least_s: Callable[[Plan], float],
         forecast: Callable[[Plan], Forecast],
         prefills: tuple[int, ...],
         progress: Callable[[int], None],
     ) -> None:
-        self._needs, self._least_s, self._forecast, self._progress = needs, least_s, forecast, progress
+        self._footprint, self._least_s, self._forecast, self._progress = footprint, least_s, forecast, progress
         self._prefills = prefills
-        self.found: list[Found] = []
+        self.found: list[Candidate] = []
         self.pruned: list[tuple[float, Plan]] = []
         self.num_too_large = 0
         self.refusal: BudgetError | None = None
 
     @property
-    def ranked(self) -> Sequence[Found]:
+    def ranked(self) -> Sequence[Candidate]:
         """What was run, the best first."""
         return sorted(self.found, key=lambda found: found.forecast.order)
 
-    def run(self, candidates: Iterable[Wishes]) -> None:
+    def run(self, candidates: Iterable[PlanRequest]) -> None:
         """Forecast every candidate that fits and could be better than what is known."""
-        for bound, wishes, plan in sorted(self._planned(candidates), key=lambda one: one[0]):
+        for bound, request, plan in sorted(self._planned(candidates), key=lambda one: one[0]):
             best = min((found.forecast.order for found in self.found), default=float("inf"))
             if bound >= MARGIN * best or len(self.found) >= MOST_FORECASTS:
                 self.pruned.append((bound, plan))
                 continue
-            self.found.append(Found(wishes, plan, self._forecast(plan)))
+            self.found.append(Candidate(request, plan, self._forecast(plan)))
             self._progress(len(self.found))
 
-    def _planned(self, candidates: Iterable[Wishes]) -> Iterator[tuple[float, Wishes, Plan]]:
+    def _planned(self, candidates: Iterable[PlanRequest]) -> Iterator[tuple[float, PlanRequest, Plan]]:
         known = [found.plan for found in self.found]
-        for wishes in candidates:
-            found = self._fitting(wishes)
+        for request in candidates:
+            found = self._fitting(request)
             if found is None:
                 self.num_too_large += 1
             elif found[1] not in known:
                 known.append(found[1])
                 yield self._least_s(found[1]), *found
 
-    def _fitting(self, wishes: Wishes) -> tuple[Wishes, Plan] | None:
+    def _fitting(self, request: PlanRequest) -> tuple[PlanRequest, Plan] | None:
         """The plan, with prefill items as large as fit."""
-        for tokens in (wishes.prefill_tokens, *self._prefills):
-            fitted = replace(wishes, prefill_tokens=tokens)
+        for tokens in (request.prefill_tokens, *self._prefills):
+            fitted = replace(request, prefill_tokens=tokens)
             try:
-                return fitted, make_plan(self._needs(fitted), fitted)
+                return fitted, make_plan(self._footprint(fitted), fitted)
             except BudgetError as error:
                 self.refusal = error
         return None
 
 
-def _coarse(wishes: Wishes, left_open: Open) -> Iterator[Wishes]:
-    for rows, groups, (kind, most), place in product(
-        left_open.rows, left_open.groups, left_open.speculations, left_open.attention
-    ):
-        if kind is Speculation.TREE and rows > TREE_ROWS and len(left_open.rows) > 1:
+def _coarse(request: PlanRequest, space: SearchSpace) -> Iterator[PlanRequest]:
+    for rows, groups, (kind, most), place in product(space.rows, space.groups, space.speculations, space.attention):
+        if kind is Speculation.TREE and rows > TREE_ROWS and len(space.rows) > 1:
             continue
-        if groups > rows or (kind is None and groups > 1 and 1 in left_open.groups):
+        if groups > rows or (kind is None and groups > 1 and 1 in space.groups):
             continue  # without a draft there is nothing to hide beside another group
         yield replace(
-            wishes,
+            request,
             speculation=kind or Speculation.CHAIN,
             max_draft_tokens=most,
-            fixed_draft_tokens=wishes.fixed_draft_tokens if kind else None,
-            fixed_draft_depth=wishes.fixed_draft_depth if kind else None,
+            fixed_draft_tokens=request.fixed_draft_tokens if kind else None,
+            fixed_draft_depth=request.fixed_draft_depth if kind else None,
             num_rows=rows,
             num_groups=groups,
             attention_resource=place,
-            micro_batches=1 if place == "compute" else left_open.micro_batches,
+            micro_batches=1 if place == "compute" else space.micro_batches,
         )
 
 
-def _fine(best: Wishes, left_open: Open) -> Iterator[Wishes]:
+def _fine(best: PlanRequest, space: SearchSpace) -> Iterator[PlanRequest]:
     """Around the best: other numbers of slots, less that may be proposed."""
-    for spare in left_open.slots:
+    for spare in space.slots:
         if spare != SPARE_SLOTS:
             yield replace(best, spare_slots=spare)
-    for cap in left_open.caps:
+    for cap in space.caps:
         if cap < best.max_draft_tokens:
             yield replace(best, max_draft_tokens=cap)

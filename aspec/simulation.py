@@ -4,15 +4,12 @@ A profile says what the machine costs. It comes from a file, for hardware that i
 run, so that the two can be laid side by side.
 """
 
-import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import asdict, fields, replace
 from statistics import median
 
-from aspec.errors import UserError
 from aspec.executor import Executor, IssueObserver, Observer
-from aspec.io.json_file import read_json
+from aspec.hardware import Hardware, TaskSeconds
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend
 from aspec.plan import Plan
 from aspec.planner import NUM_STAGING
@@ -64,28 +61,19 @@ def plan_for(plan: Plan, profile: Profile) -> Plan:
     return replace(plan, num_staging=NUM_STAGING, draft_resource=DRAFT_COMPUTE)
 
 
-def read_profile(path: Path) -> Profile:
-    """A profile from a JSON object; fields left out keep their defaults. Raises UserError for anything else."""
-    known = flat_fields()
-    values = read_json(path, "a profile")
-    values = values.get("profile", values) if isinstance(values, dict) else values
-    if not isinstance(values, dict) or not values:
-        raise UserError(f"{path}: not a profile: expected a JSON object with some of {', '.join(known)}.")
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{path}: unknown field {name!r}; expected some of {', '.join(known)}.")
-        if value is None and name in ("copy_bytes_per_s", "d2h_bytes_per_s"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"{path}: {name} must be a number from 0 up, found {reprlib.repr(value)}.")
-        if value == 0 and name.endswith("bytes_per_s"):
-            raise UserError(f"{path}: {name} must be above 0: nothing would ever arrive.")
-    return Profile(**values)
+def tasks_profile(machine: Hardware, tasks: TaskSeconds) -> Profile:
+    """The profile of a machine on which tasks take the seconds that its file says, whatever the models' shapes."""
+    return Profile(
+        disk_bytes_per_s=machine.disk_bytes_per_s,
+        copy_bytes_per_s=machine.h2d_bytes_per_s,
+        d2h_bytes_per_s=machine.d2h_bytes_per_s,
+        **asdict(tasks),
+    )
 
 
-def flat_fields() -> list[str]:
-    """The fields of a profile that a file may set: numbers, without the tariff of a machine profile."""
-    return [field.name for field in fields(Profile) if field.name != "tariff"]
+def task_seconds(profile: Profile) -> TaskSeconds:
+    """The way back: what of a profile a machine's file keeps as the seconds of tasks."""
+    return TaskSeconds(**{field.name: getattr(profile, field.name) for field in fields(TaskSeconds)})
 
 
 def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> float:
@@ -94,7 +82,8 @@ def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> f
     Chains and trees alike: what of a tree is accepted depends on how it grew.
     """
     low, high = 0.0, 1.0
-    roomy = replace(plan, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
+    asked = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
+    roomy = replace(plan, request=asked)
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 
+from aspec.hardware import TaskSeconds
 from aspec.tasks.op import Op
 from aspec.tasks.task import LayerWork, Task, WorkItem
 
@@ -147,7 +148,7 @@ class Tariff:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(TaskSeconds):
     """What a machine costs: rates in bytes per second, everything else in seconds.
 
     With a ``tariff`` what computes costs what it says, and the flat seconds here count for nothing.
@@ -156,18 +157,6 @@ class Profile:
     disk_bytes_per_s: float = 2e9
     copy_bytes_per_s: float | None = None  # None: the device is the host's own memory
     d2h_bytes_per_s: float | None = None  # None: the link is as fast the other way
-    layer_s: float = 5e-3  # one layer, any number of tokens below the knee
-    layer_token_s: float = 1e-4  # and per token
-    knee_tokens: int = 0  # tokens that a layer takes for nothing
-    draft_s: float = 3e-3  # one draft step
-    draft_token_s: float = 2e-5  # and per token (prompts)
-    head_s: float = 2e-3
-    embed_s: float = 2e-4
-    accept_s: float = 1e-4
-    acceptance: float = 0.8  # chance that a proposal is accepted
-    spread: float = 0.5  # chance that the next best is, once those before it were not; at most ``acceptance``
-    end_probability: float = 0.0  # chance that a committed token ends its sequence
-    seed: int = 0
     tariff: Tariff | None = None
 
 

@@ -9,16 +9,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 from aspec.api import run
+from aspec.cache import AcceptanceStats
 from aspec.chrome import read_trace, write_trace
 from aspec.console import Console
 from aspec.design import design
 from aspec.errors import InternalError, UserError
-from aspec.flags import TraceFlags
 from aspec.generation import Job, as_object, prepare, run_job
 from aspec.generation import summarise as summarise_result
+from aspec.hardware import Hardware, read_machine
+from aspec.jobflags import TraceFlags
+from aspec.needs import read_models
 from aspec.plan import Plan, format_bytes
+from aspec.planning import CostBasis, elsewhere, prices_for
 from aspec.recorder import Recorder
-from aspec.simulation import measured_profile, plan_for, read_profile, simulate
+from aspec.simulation import measured_profile, simulate, tasks_profile
 from aspec.summary import Summary, summarise
 from aspec.tariff import Profile
 from aspec.timeline import Timeline
@@ -31,18 +35,18 @@ def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
     output = flags.output
     if output is None:
         raise InternalError("a trace to record needs a file to go to")
-    profile = read_profile(flags.simulate) if flags.simulate else None
+    machine = read_machine(flags.simulate) if flags.simulate else None
     _check_writable(output)
     job = prepare(flags, prompts, console)
     timelines: dict[str, Timeline] = {}
-    if profile is not None and not flags.compare:
-        plan = plan_for(design(job.options).plan, profile)
+    if machine is not None and not flags.compare:
+        plan = design(job.resolved).plan
     else:
         plan, timelines[REAL] = _record(job, flags.max_spans, output)
-    if profile is None and flags.compare:
-        profile = measured_profile(timelines[REAL])
-    if profile is not None:
-        timelines[SIMULATED] = _simulate(job, plan, profile, flags.max_spans)
+    if machine is not None:
+        timelines[SIMULATED] = _simulate(job, plan, _profile(job, plan, machine), flags.max_spans)
+    elif flags.compare:
+        timelines[SIMULATED] = _simulate(job, plan, measured_profile(timelines[REAL]), flags.max_spans)
     write_trace(output, timelines)
     _report(output, timelines, console)
     if flags.summary:
@@ -74,6 +78,15 @@ def _record(job: Job, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
     return outcome.plan, replace(timeline, facts={**timeline.facts, "started_ns": started_ns})
 
 
+def _profile(job: Job, plan: Plan, machine: Hardware) -> Profile:
+    """What tasks cost on a machine: as its file says of them, otherwise by the models' shapes."""
+    if machine.tasks is not None:
+        return tasks_profile(machine, machine.tasks)
+    models = read_models(elsewhere(job.resolved, machine))
+    request = replace(plan.request, exact=models.resolved.exact)
+    return prices_for(models, request, CostBasis(machine, AcceptanceStats()))
+
+
 def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timeline:
     recorder = Recorder(max_spans)
     new = job.params.max_new_tokens
@@ -83,7 +96,8 @@ def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timelin
 
 def _facts(job: Job, plan: Plan | None) -> dict[str, str | int | float]:
     """What the figures hold for; without a plan the run did not finish."""
-    models = {"target": str(job.options.target or "demo"), "draft": str(job.options.draft or "none")}
+    options = job.resolved.options
+    models = {"target": str(options.target or "demo"), "draft": str(options.draft or "none")}
     facts: dict[str, str | int | float] = {"version": version("aspec"), **models}
     if plan is not None:
         facts |= {"slots": plan.num_slots, "bytes_per_pass": plan.streamed_bytes, "held_bytes": plan.held_bytes}

@@ -18,11 +18,10 @@ from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.errors import DivergenceError
 from aspec.monitor import Monitor
-from aspec.needs import is_exact
-from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.penalties import Context
 from aspec.plan import Plan
+from aspec.resolve import Resolved, revise
 from aspec.sampling import Sampler
 from aspec.text import Tokenizer
 
@@ -105,15 +104,15 @@ class Referee(Sampler):
         return drawn
 
 
-async def verify(options: EngineOptions, plan: Plan, claims: Sequence[Claim], console: Console) -> list[Verdict]:
+async def verify(resolved: Resolved, plan: Plan, claims: Sequence[Claim], console: Console) -> list[Verdict]:
     """Decode every claim's prompt without speculation, as the engine of ``plan`` would; a verdict for each.
 
-    ``options`` and ``plan`` are of the engine that drew the claims; it must have closed. Raises AspecError.
+    ``resolved`` and ``plan`` are of the engine that drew the claims; it must have closed. Raises AspecError.
     """
     monitor = Monitor()
     console.note("verifying: the same prompts once more, without speculation")
-    reference = replace(
-        options,
+    reference = revise(
+        resolved,
         speculation="off",
         device_memory=plan.budget_bytes,
         max_batch=plan.num_rows,
@@ -130,11 +129,11 @@ async def verify(options: EngineOptions, plan: Plan, claims: Sequence[Claim], co
             return [task.result() for task in tasks]
 
 
-def conclude(verdicts: Sequence[Verdict], options: EngineOptions) -> str:
+def conclude(verdicts: Sequence[Verdict], *, exact: bool) -> str:
     """All verdicts in one line. Raises DivergenceError, which tells of the first prompt that differs, if one does."""
     for verdict in verdicts:
         if verdict.divergence is not None:
-            remedy = "exact passes must not differ: please report this" if is_exact(options) else MAKES_EQUAL
+            remedy = "exact passes must not differ: please report this" if exact else MAKES_EQUAL
             raise DivergenceError(f"not verified: {verdict.divergence} {remedy}.")
     return f"verified: {sum(verdict.tokens for verdict in verdicts)} tokens equal those decoded without speculation"
 

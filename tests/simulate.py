@@ -1,10 +1,11 @@
 """Runs of the real scheduler, graph and executor on the simulated machine."""
 
 import hashlib
+from dataclasses import replace
 
 from aspec.executor import Executor
 from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
-from aspec.plan import Plan, PlannedPart, Tier
+from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
 from aspec.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Closing
 
@@ -15,7 +16,18 @@ def make_plan(num_layers=4, parts_per_layer=2, num_slots=4, resident=(), nbytes=
         for i in range(num_layers * parts_per_layer)
     )
     defaults = dict(num_rows=3, capacity=512, max_draft_tokens=8, fixed_draft_tokens=4, prefill_tokens=64)
-    return Plan(parts, num_layers, num_slots, nbytes, **{**defaults, **changes})
+    return plan_of(parts, num_layers, num_slots, nbytes, **{**defaults, **changes})
+
+
+def plan_of(parts, num_layers, num_slots, slot_bytes, **fields):
+    """A plan from its own fields and those of its request, mixed."""
+    asked = {name: fields.pop(name) for name in PlanRequest.__slots__ if name in fields}
+    return Plan(parts, num_layers, num_slots, slot_bytes, PlanRequest(**asked), **fields)
+
+
+def asking(plan, **changes):
+    """The same plan, with another request."""
+    return replace(plan, request=replace(plan.request, **changes))
 
 
 class Checked:

@@ -41,7 +41,7 @@ from aspec.tasks.task import (
     WorkItem,
 )
 from tests.fake_device import FakeDevice
-from tests.simulate import Checked, make_plan
+from tests.simulate import Checked, asking, make_plan
 
 KINDS = ("sim-host", "sim-device", "cpu", "cuda")
 HAS_COPY = ("sim-device", "cuda")
@@ -147,7 +147,7 @@ class Rig:
         resident = (0, 5)
         self.plan = make_plan(resident=resident, nbytes=SLOT_BYTES, num_slots=3)
         if split or (fail and fail[0] in SPLIT):
-            self.plan = replace(self.plan, attention_resource=CPU, micro_batches=2)
+            self.plan = asking(self.plan, attention_resource=CPU, micro_batches=2)
         if kind in HAS_COPY:
             parts = tuple(replace(p, tier=Tier.HOST) if p.index in (2, 7) else p for p in self.plan.parts)
             self.plan = replace(self.plan, parts=parts, num_staging=2, draft_resource="draft")

@@ -21,11 +21,11 @@ from aspec.errors import DeviceError
 from aspec.io.layout import PAGE
 from aspec.loading import windows
 from aspec.model import Model
-from aspec.needs import DEMO
-from aspec.options import EngineOptions
+from aspec.options import DEMO, EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Tier, Workload
 from aspec.races import find_races
+from aspec.resolve import resolve
 from aspec.sampling import Sampler
 from aspec.tasks.op import Op
 from tests.fake_capture import FakeCapture
@@ -131,7 +131,7 @@ def test_a_device_is_measured_and_planned_for(card, tmp_path, monkeypatch):
     again = machine_profile(DEMO / "target", torch.float32, 1, kind=devices.KINDS["cuda"])
     assert again.device == found.device
     assert len(card) == 1
-    plan = design(EngineOptions(device="cuda", device_memory=24 * MIB, workload=Workload(16, 20, 40))).plan
+    plan = design(resolve(EngineOptions(device="cuda", device_memory=24 * MIB, workload=Workload(16, 20, 40)))).plan
     assert plan.num_staging
     assert plan.num_rows > 4
 

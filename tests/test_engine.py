@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import aspec
 from aspec.engine import open_engine
 from aspec.errors import BudgetError, NumericError, PromptError, ReadError, UserError, VocabularyError
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.params import SamplingParams
 from aspec.races import find_races
 from aspec.tasks.op import Op

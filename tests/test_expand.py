@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aspec.engine import open_engine
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.params import SamplingParams
 from tools import expand
 

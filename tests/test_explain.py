@@ -18,6 +18,7 @@ from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Workload
 from aspec.prices import prices
+from aspec.resolve import resolve
 from aspec.shapes import LayerShape, ModelShape
 from aspec.simulation import simulate
 from aspec.tasks.op import Op
@@ -218,15 +219,15 @@ def test_a_draft_beside_it_is_put_to_use_where_rows_are_few(models, machine):
 async def test_a_draft_that_proposes_nothing_is_not_loaded(tmp_path, monkeypatch):
     target = tiny.build(tmp_path / "target", "llama")
     draft = tiny.noisy_copy(target, tmp_path / "draft", 0.1)
-    plain = design(EngineOptions(target=target, speculation="off", max_batch=1)).plan
-    monkeypatch.setattr("aspec.design.decide", lambda options, models: plain)
+    plain = design(resolve(EngineOptions(target=target, speculation="off", max_batch=1))).plan
+    monkeypatch.setattr("aspec.design.decide", lambda models: plain)
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     spans = []
     async with open_engine(target=target, draft=draft, max_batch=1, threads=1, observers=[spans.append]) as engine:
         tokens = [token async for piece in engine.stream([5, 6, 7], params) for token in piece.token_ids]
     assert len(tokens) == 8
     assert not {Op.DRAFT, Op.DRAFT_PREFILL} & {span.task.op for span in spans}
-    assert design(EngineOptions(target=target, draft=draft, max_batch=1)).draft is None
+    assert design(resolve(EngineOptions(target=target, draft=draft, max_batch=1))).models.draft is None
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

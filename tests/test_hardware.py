@@ -17,9 +17,9 @@ from aspec import cache as kept
 from aspec.cli import app
 from aspec.costs import expected_tokens
 from aspec.errors import UserError
-from aspec.hardware import AttentionRates, Hardware, Processor, hardware_from, read_hardware
+from aspec.hardware import AttentionRates, Hardware, Processor, TaskSeconds, hardware_from, read_machine
 from aspec.measuring import files_of, measure_processor
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.prices import ACCEPTANCE, SPREAD
 from tests import tiny
 
@@ -48,6 +48,7 @@ FULL = Hardware(
         attention=AttentionRates(1e-6, 2e-6, 3e-10, 4e-9, 5e-11, 6e-9),
     ),
     Processor(memory_bytes_per_s=1e12),
+    TaskSeconds(layer_s=1e-3, knee_tokens=8, acceptance=0.7, seed=3),
 )
 
 
@@ -55,7 +56,7 @@ FULL = Hardware(
 def test_a_machine_comes_back_from_its_json(hardware, tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(hardware.as_object()))
-    assert read_hardware(path) == hardware
+    assert read_machine(path) == hardware
 
 
 def test_what_a_hand_leaves_out_is_derived():
@@ -94,7 +95,7 @@ def test_a_bad_machine_is_refused_in_one_paragraph_that_names_the_field(tmp_path
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(values))
     with pytest.raises(UserError) as refused:
-        read_hardware(path)
+        read_machine(path)
     assert words in str(refused.value)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -102,10 +103,10 @@ def test_a_bad_machine_is_refused_in_one_paragraph_that_names_the_field(tmp_path
 
 def test_no_file_and_no_json_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        read_hardware(tmp_path / "none.json")
+        read_machine(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("fast")
     with pytest.raises(UserError, match="is not a machine profile: expected JSON"):
-        read_hardware(tmp_path / "text.json")
+        read_machine(tmp_path / "text.json")
 
 
 # -- the cache -----------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_acceptance_is_known_by_pair_and_weighed_by_evidence(tmp_path):
     known = kept.known_acceptance(target, draft, cache=tmp_path)
     assert (known.acceptance, known.spread, known.proposals) == (ACCEPTANCE, SPREAD, 0)
     kept.remember_acceptance(target, draft, 0.6, 0.4, proposals=100, cache=tmp_path)
-    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.Known(
+    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.AcceptanceStats(
         pytest.approx(0.6), pytest.approx(0.4), 100
     )
     kept.remember_acceptance(target, draft, 0.9, 0.4, proposals=50, cache=tmp_path)
@@ -218,7 +219,7 @@ def test_acceptance_is_known_by_pair_and_weighed_by_evidence(tmp_path):
     assert kept.known_acceptance(target, draft, sampled=True, cache=tmp_path).proposals == 0
     (file,) = tmp_path.glob("pair-*.json")
     file.write_text(json.dumps({"acceptance": 7, "spread": 0.5, "proposals": 3}))
-    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.Known()
+    assert kept.known_acceptance(target, draft, cache=tmp_path) == kept.AcceptanceStats()
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -253,7 +254,7 @@ def test_bench_remembers_how_often_proposals_were_accepted(tmp_path, monkeypatch
     known = kept.known_acceptance(target, draft, sampled=False)
     assert known.proposals == run["rounds"]
     assert expected_tokens(known.acceptance, 3) == pytest.approx(run["tokens_per_pass"], rel=0.25)
-    assert "tariff" not in json.loads(result.stdout)["profile"]
+    assert json.loads(result.stdout)["hardware"]["tasks"]["draft_s"] > 0
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_the_command_measures_prints_and_remembers(tmp_path):
     assert first.returncode == 0, first.stderr
     for words in ("disk, direct reads", "memory copy", "1 GB of weights, 64 rows", "one step", "a guess"):
         assert words in first.stdout
-    written = read_hardware(tmp_path / "machine.json")
+    written = read_machine(tmp_path / "machine.json")
     assert written.disk_bytes_per_s > 0
     assert written.threads == 1
     files = {file.name: file.read_bytes() for file in (tmp_path / "aspec").iterdir()}

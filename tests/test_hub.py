@@ -11,9 +11,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from typer.testing import CliRunner
 
+import aspec.hub
+from aspec.cli import app
 from aspec.errors import CheckpointError
+from aspec.hardware import Hardware
 from aspec.hub import resolve
+from aspec.plan import Workload
+from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WANTED = {
@@ -213,3 +219,50 @@ def test_a_disk_that_refuses_is_explained(monkeypatch, number, expected):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match=expected):
         resolve("org/some-model-that-is-no-folder")
+
+
+# -- once per model --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A hub of two models; the names that were asked for, one entry per question."""
+    target = tiny.build(tmp_path / "target", "llama")
+    (target / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    folders = {"org/big": target, "org/small": tiny.noisy_copy(target, tmp_path / "draft", 0.1)}
+    asked = []
+
+    def count(name, *, what):
+        asked.append(name)
+        return folders.get(name, Path(name))
+
+    monkeypatch.setattr(aspec.hub, "resolve", count)
+    monkeypatch.setattr(aspec.hub, "_fetch", count)
+    return asked
+
+
+async def test_an_engine_asks_the_hub_once_for_each_model(counted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    work = Workload(2, 4, 4)  # a plan that is searched for needs the folders too
+    options = dict(target="org/big", draft="org/small", threads=1, max_context=64, num_groups=1, workload=work)
+    monkeypatch.setattr("aspec.planning.machine_profile", lambda *_, **__: Hardware())
+    async with aspec.open_engine(**options) as engine:
+        assert engine.plan.num_rows
+    assert sorted(counted) == ["org/big", "org/small"]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "batch"])
+def test_a_command_asks_the_hub_once_for_each_model(counted, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("aspec.planning.machine_profile", lambda *_, **__: Hardware())
+    body = {"prompt": "hello", "max_tokens": 2}
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    own = {
+        "generate": ["-p", "hello", "-n", 2],
+        "chat": ["-n", 2],
+        "batch": ["-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl"],
+    }
+    models = ["--target", "org/big", "--draft", "org/small", "--threads", 1, "--ignore-eos", "--quiet"]
+    result = CliRunner().invoke(app, [command, *map(str, (*own[command], *models))], input="hello\n")
+    assert result.exit_code == 0, result.output
+    assert sorted(counted) == ["org/big", "org/small"]

@@ -7,15 +7,14 @@ import struct
 
 import pytest
 
-from aspec.cache import Known, known_acceptance, remember_acceptance
+from aspec.cache import AcceptanceStats, known_acceptance, remember_acceptance
 from aspec.chrome import read_trace
 from aspec.errors import CheckpointError, PromptError, UserError
-from aspec.hardware import read_hardware
+from aspec.hardware import read_machine
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from aspec.io.json_file import NamedTwice, NotJson, parse_json, read_json
 from aspec.model import _end_ids, generation_defaults
 from aspec.requests import parse_json as parse_request_json
-from aspec.simulation import read_profile
 from aspec.skeleton import load_config
 
 DEEP = 100_000
@@ -72,8 +71,7 @@ READERS = {
     "header": (header, CheckpointError),
     "config": (config, CheckpointError),
     "generation": (generation, CheckpointError),
-    "hardware": (read_hardware, UserError),
-    "profile": (read_profile, UserError),
+    "hardware": (read_machine, UserError),
     "trace": (read_trace, UserError),
     "trace.gz": (zipped, UserError),
 }
@@ -97,7 +95,7 @@ def test_every_reader_refuses_every_hostile_file_in_one_paragraph(tmp_path, read
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("reader", ["hardware", "profile", "trace"])
+@pytest.mark.parametrize("reader", ["hardware", "trace"])
 @pytest.mark.parametrize("kind", ["nothing", "folder", "loop", "not readable"])
 def test_a_file_that_the_system_refuses_is_named(tmp_path, reader, kind):
     path = tmp_path / "given.json"
@@ -141,7 +139,7 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path, content, monkeypatch):
     assert files, "the cache is in this folder"
     for file in files:
         file.write_bytes(HOSTILE[content])
-    assert known_acceptance(tmp_path / "target", tmp_path / "draft") == Known()
+    assert known_acceptance(tmp_path / "target", tmp_path / "draft") == AcceptanceStats()
 
 
 @pytest.mark.parametrize("ends", ["two", [1, "two"], [[1]], 1.5, {"a": 1}])

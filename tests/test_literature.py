@@ -23,11 +23,12 @@ import pytest
 
 from aspec.forecast import Tally
 from aspec.io.sim import Profile
-from aspec.plan import Plan, PlannedPart, Tier
+from aspec.plan import PlannedPart, Tier
 from aspec.simulation import simulate
 from aspec.tariff import Attention, LayerCost, Line, ModelCost, Tariff
 from aspec.tasks.op import Op
 from aspec.tasks.task import CPU, DRAFT_COMPUTE
+from tests.simulate import plan_of
 
 LAYERS = 32  # of Mixtral-8x7B
 FFN_BYTES, ATTENTION_BYTES = 2_818_600_000, 83_900_000  # of a layer
@@ -46,7 +47,7 @@ def streamed_from_host(layers, nbytes, **shape):
     """A plan whose ``layers`` stream as one part each through a device's link."""
     parts = tuple(PlannedPart(i, layer, nbytes, nbytes, Tier.HOST) for i, layer in enumerate(layers))
     common = dict(slot_bytes=nbytes, capacity=1024, num_staging=1, draft_resource=DRAFT_COMPUTE)
-    return Plan(parts, 1 + max(layers), **{**common, **shape})
+    return plan_of(parts, 1 + max(layers), **{**common, **shape})
 
 
 # -- SpecMoEOff ----------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ from aspec.hardware import Hardware, Processor
 from aspec.io.sim import DEVICE_RESOURCES, Profile
 from aspec.kv import KVCache, MaskKind, StepCache
 from aspec.model import Model
-from aspec.needs import read_models, wishes_of
+from aspec.needs import read_models, request_for
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
 from aspec.planner import make_plan as plan_from
-from aspec.planning import left_open_by
+from aspec.planning import search_space
 from aspec.races import find_races
 from aspec.recorder import Recorder
+from aspec.resolve import resolve
 from aspec.simulation import measured_profile
 from aspec.split import depart, project
 from aspec.tasks.op import Op
@@ -37,7 +38,7 @@ from aspec.tasks.task import BACK, COMPUTE, CPU, D2H, LayerWork, Span, Task, Wor
 from aspec.timeline import length, merge, shared
 from tests import tiny
 from tests.fake_device import EagerDevice
-from tests.simulate import make_plan, simulate
+from tests.simulate import asking, make_plan, simulate
 from tests.test_equality import NAMED, OTHERS
 from tests.test_split import DTYPES, SHAPES, busy, run, run_attention, say, split
 from tests.trace_rules import check_trace, load
@@ -328,7 +329,7 @@ def test_an_item_is_on_its_way_and_attends_while_the_other_computes(virtual, spe
 def test_the_stream_of_weights_does_not_rest_while_attention_is_under_way(virtual, speculation):
     """Where the link binds, a run takes as long as one whose attention costs nothing, plus what comes back over it."""
     plan = offloaded_plan(nbytes=400_000_000, speculation=speculation, fixed_draft_depth=4, draft_ahead=False)
-    alone = replace(plan, attention_resource="compute", micro_batches=1)
+    alone = asking(plan, attention_resource="compute", micro_batches=1)
     ends = [max(span.stop_s for span in serve(virtual, one, ((0, 20, 40), (1, 30, 40)))) for one in (plan, alone)]
     assert ends[0] < 1.02 * ends[1]
     spans = serve(virtual, plan, ((0, 20, 40), (1, 30, 40)))
@@ -420,27 +421,27 @@ def test_host_memory_is_planned_for_and_bounded(card):
     options = EngineOptions(
         device="cuda", attention="cpu", device_memory=36 * MIB, max_context=128, host_memory=1 << 30
     )
-    models = read_models(options)
-    wishes = wishes_of(options, models)
-    plan = plan_from(models.needs(wishes), wishes)
-    rows = wishes.num_rows * KVCache.bytes_per_token(models.target.kv_shapes(offloaded=True), models.target.dtype)
+    models = read_models(resolve(options))
+    request = request_for(models)
+    plan = plan_from(models.footprint(request), request)
+    rows = request.num_rows * KVCache.bytes_per_token(models.target.kv_shapes(offloaded=True), models.target.dtype)
     assert plan.kv_on_host
     assert plan.crossing == models.target.offload.crossing
-    assert plan.host_arithmetic["KV cache"] == rows * (wishes.capacity + 1)
-    assert plan.host_arithmetic["draft trees"] == rows * wishes.max_draft_tokens
+    assert plan.host_arithmetic["KV cache"] == rows * (request.capacity + 1)
+    assert plan.host_arithmetic["draft trees"] == rows * request.max_draft_tokens
     assert min(plan.host_arithmetic["crossing"], plan.host_arithmetic["attention"]) > 0
-    beside = replace(wishes, attention_resource=COMPUTE, micro_batches=1)
-    other = plan_from(models.needs(beside), beside)
+    beside = replace(request, attention_resource=COMPUTE, micro_batches=1)
+    other = plan_from(models.footprint(beside), beside)
     on_device = [one.arithmetic["KV cache"] + one.arithmetic["draft trees"] for one in (plan, other)]
-    assert on_device[1] - on_device[0] == rows * (wishes.capacity + 1 + wishes.max_draft_tokens)
+    assert on_device[1] - on_device[0] == rows * (request.capacity + 1 + request.max_draft_tokens)
     assert "crossing" not in other.host_arithmetic
     needed = sum(plan.host_arithmetic.values()) - plan.host_arithmetic["pinned layers"]
-    small = replace(wishes, host_bytes=needed - 1)
+    small = replace(request, host_bytes=needed - 1)
     with pytest.raises(BudgetError, match=r"host memory of .* does not hold .* KV cache .* crossing .*--host-memory"):
-        plan_from(models.needs(small), small)
+        plan_from(models.footprint(small), small)
     everything = replace(small, budget_bytes=1 << 30)
     with pytest.raises(BudgetError, match="host memory of"):
-        plan_from(models.needs(everything), everything)
+        plan_from(models.footprint(everything), everything)
 
 
 def test_a_search_leaves_out_what_a_family_cannot_do(tmp_path, monkeypatch):
@@ -448,7 +449,7 @@ def test_a_search_leaves_out_what_a_family_cannot_do(tmp_path, monkeypatch):
     machine = Hardware(h2d_bytes_per_s=2.5e10, device=Processor())
     for family, places in (("llama", (COMPUTE, CPU)), ("diffllama", (COMPUTE,))):
         options = EngineOptions(target=tiny.build(tmp_path / family, family))
-        assert left_open_by(options, read_models(options), machine, Workload(8, 20, 20)).attention == places
+        assert search_space(read_models(resolve(options)), machine, Workload(8, 20, 20)).attention == places
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -7,32 +7,32 @@ import pytest
 
 from aspec.costs import CostModel, expected_tokens
 from aspec.errors import BudgetError
-from aspec.plan import PlannedPart, Tier
-from aspec.planner import SPARE_SLOTS, Needs, Wishes, make_plan
+from aspec.plan import SPARE_SLOTS, PlannedPart, PlanRequest, Tier
+from aspec.planner import Footprint, make_plan
 from aspec.tasks.op import Op
 from aspec.tasks.task import RowOutcome, Span, Task, WorkItem
 
 MIB = 1 << 20
 
 
-def needs(num_layers=8, per_layer=2, size=4 * MIB, rest=2 * MIB, kv=1024):
+def footprint(num_layers=8, per_layer=2, size=4 * MIB, rest=2 * MIB, kv=1024):
     parts = tuple(PlannedPart(i, i // per_layer, size, size) for i in range(num_layers * per_layer))
-    return Needs(parts, num_layers, {"rest": rest}, kv)
+    return Footprint(parts, num_layers, {"rest": rest}, kv)
 
 
-def wishes(budget, rows=1, capacity=1023):
-    return Wishes(budget, rows, capacity)
+def request(budget, rows=1, capacity=1023):
+    return PlanRequest(budget, rows, capacity)
 
 
 def test_everything_resident_when_it_fits():
-    plan = make_plan(needs(), wishes(100 * MIB))
+    plan = make_plan(footprint(), request(100 * MIB))
     assert plan.streamed == ()
     assert plan.num_slots == 0
 
 
 @pytest.mark.parametrize("budget", range(12, 66, 3))
 def test_every_plan_stays_inside_its_budget_and_uses_it(budget):
-    plan = make_plan(needs(), wishes(budget * MIB))
+    plan = make_plan(footprint(), request(budget * MIB))
     assert plan.held_bytes <= budget * MIB
     assert plan.streamed
     assert plan.num_slots >= 2, "a layer's parts must be loaded together"
@@ -40,7 +40,7 @@ def test_every_plan_stays_inside_its_budget_and_uses_it(budget):
 
 
 def test_resident_parts_are_spread_over_the_pass():
-    plan = make_plan(needs(), wishes((3 + (2 + SPARE_SLOTS) * 4 + 4 * 4) * MIB))
+    plan = make_plan(footprint(), request((3 + (2 + SPARE_SLOTS) * 4 + 4 * 4) * MIB))
     resident = [part.index for part in plan.parts if part.tier is Tier.DEVICE]
     assert len(resident) == 4
     assert all(b - a >= 3 for a, b in itertools.pairwise(resident))
@@ -48,7 +48,7 @@ def test_resident_parts_are_spread_over_the_pass():
 
 @pytest.mark.parametrize("cap", [0, 9, 20, 1000])
 def test_a_cap_on_resident_layers_is_kept(cap):
-    plan = make_plan(needs(), Wishes(1000 * MIB, 1, 1023, resident_bytes=cap * MIB))
+    plan = make_plan(footprint(), PlanRequest(1000 * MIB, 1, 1023, resident_bytes=cap * MIB))
     resident = sum(part.size for part in plan.parts if part.tier is Tier.DEVICE)
     assert resident <= cap * MIB
     assert resident > cap * MIB - 4 * MIB or cap == 1000
@@ -56,14 +56,14 @@ def test_a_cap_on_resident_layers_is_kept(cap):
 
 def test_a_budget_too_small_says_what_would_fit():
     with pytest.raises(BudgetError, match="at least 11MiB") as caught:
-        make_plan(needs(), wishes(5 * MIB))
+        make_plan(footprint(), request(5 * MIB))
     message = str(caught.value)
     assert "rest 2.00 MiB" in message
     assert "KV cache" in message
     assert "2 slots of 4.00 MiB" in message
-    make_plan(needs(), wishes(11 * MIB))
+    make_plan(footprint(), request(11 * MIB))
     with pytest.raises(BudgetError):
-        make_plan(needs(), wishes(11 * MIB - 1))
+        make_plan(footprint(), request(11 * MIB - 1))
 
 
 def test_expected_tokens_is_monotone_and_exact_at_the_ends():
@@ -77,7 +77,10 @@ def test_expected_tokens_is_monotone_and_exact_at_the_ends():
 
 def test_a_chain_is_not_lengthened_on_the_hope_that_tokens_cost_nothing():
     """Layers of 64, 128 and 192 tokens were seen: those of more cost more, as far as anybody knows."""
-    plan, costs = make_plan(needs(), replace(wishes(20 * MIB, rows=64, capacity=31), max_draft_tokens=24)), CostModel()
+    plan, costs = (
+        make_plan(footprint(), replace(request(20 * MIB, rows=64, capacity=31), max_draft_tokens=24)),
+        CostModel(),
+    )
     for tokens, seconds in ((64, 0.027), (128, 0.050), (192, 0.065)):
         item = WorkItem(0, tuple(range(64)), (0,) * 64, (tokens // 64,) * 64)
         costs.observe(Span(Task(0, Op.LAYER, "compute", 0, item=item), 0.0, seconds))

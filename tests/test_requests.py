@@ -6,7 +6,7 @@ import pytest
 
 from aspec.errors import PromptError, UserError
 from aspec.intake import BatchFile, parse_row
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.params import SamplingParams
 from aspec.requests import CHAT, COMPLETION, Request, parse_json, parse_request
 from aspec.responses import Generated, Label, answer_body

@@ -22,6 +22,7 @@ from aspec.engine import open_engine
 from aspec.errors import BudgetError
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
+from aspec.resolve import resolve
 from aspec.tasks.tree import ROOT
 from tests import tiny
 from tests.test_tree import grow, place_path
@@ -134,7 +135,7 @@ def least_memory(options):
     budget = 1
     while True:
         try:
-            design(EngineOptions(**options, device_memory=budget))
+            design(resolve(EngineOptions(**options, device_memory=budget)))
         except BudgetError as refusal:
             number, unit = re.search(r"= ([0-9.]+) (KiB|MiB)", str(refusal)).groups()
             budget = max(budget * 5 // 4, int(float(number) * {"KiB": 1 << 10, "MiB": 1 << 20}[unit]))

@@ -5,22 +5,22 @@ import itertools
 import pytest
 
 from aspec.errors import BudgetError
-from aspec.plan import PlannedPart, Speculation, Tier
-from aspec.planner import NUM_STAGING, SPARE_SLOTS, Needs, Wishes, make_plan
-from aspec.search import Forecast, Open, rows_for, search
+from aspec.plan import SPARE_SLOTS, PlannedPart, PlanRequest, Speculation, Tier
+from aspec.planner import NUM_STAGING, Footprint, make_plan
+from aspec.search import Forecast, SearchSpace, rows_for, search
 
 MIB = 1 << 20
-WISHES = Wishes(budget_bytes=64 * MIB, num_rows=1, capacity=255)
-LEFT_OPEN = Open(
+REQUEST = PlanRequest(budget_bytes=64 * MIB, num_rows=1, capacity=255)
+SPACE = SearchSpace(
     rows=(1, 4, 16, 64),
     speculations=((None, 0), (Speculation.CHAIN, 24), (Speculation.TREE, 128)),
     caps=(4, 8),
 )
 
 
-def needs(wishes, kv=1024):
+def footprint(request, kv=1024):
     parts = tuple(PlannedPart(i, i // 2, 4 * MIB, 4 * MIB) for i in range(24))
-    return Needs(parts, 12, {"rest": 2 * MIB}, kv)
+    return Footprint(parts, 12, {"rest": 2 * MIB}, kv)
 
 
 def forecast(seconds):
@@ -35,7 +35,7 @@ def cost(plan):
 
 
 def test_the_best_plan_is_found():
-    found = search(WISHES, LEFT_OPEN, needs, lambda plan: 0.0, lambda plan: forecast(cost(plan)))
+    found = search(REQUEST, SPACE, footprint, lambda plan: 0.0, lambda plan: forecast(cost(plan)))
     plan = found.best.plan
     assert (plan.num_rows, plan.num_groups, plan.speculation) == (16, 2, Speculation.CHAIN)
     assert cost(plan) == min(cost(one.plan) for one in found.found)
@@ -49,35 +49,35 @@ def test_what_cannot_be_better_is_not_run():
         ran.append(plan)
         return forecast(cost(plan))
 
-    everything = search(WISHES, LEFT_OPEN, needs, lambda plan: 0.0, run)
+    everything = search(REQUEST, SPACE, footprint, lambda plan: 0.0, run)
     before = len(ran)
     ran.clear()
-    pruned = search(WISHES, LEFT_OPEN, needs, lambda plan: 0.9 * cost(plan), run)
+    pruned = search(REQUEST, SPACE, footprint, lambda plan: 0.9 * cost(plan), run)
     assert len(ran) < before / 2
     assert pruned.num_pruned > 0
     assert pruned.best.forecast == everything.best.forecast
 
 
 def test_plans_that_do_not_fit_are_left_out_and_none_at_all_is_refused():
-    tight = Wishes(budget_bytes=30 * MIB, num_rows=1, capacity=255)
+    tight = PlanRequest(budget_bytes=30 * MIB, num_rows=1, capacity=255)
     found = search(
-        tight, LEFT_OPEN, lambda w: needs(w, kv=1 << 16), lambda plan: 0.0, lambda plan: forecast(cost(plan))
+        tight, SPACE, lambda w: footprint(w, kv=1 << 16), lambda plan: 0.0, lambda plan: forecast(cost(plan))
     )
     assert found.num_too_large > 0
     assert all(one.plan.held_bytes <= 30 * MIB for one in found.found)
     with pytest.raises(BudgetError, match="too small"):
         search(
-            Wishes(budget_bytes=8 * MIB, num_rows=1, capacity=255),
-            LEFT_OPEN,
-            needs,
+            PlanRequest(budget_bytes=8 * MIB, num_rows=1, capacity=255),
+            SPACE,
+            footprint,
             lambda plan: 0.0,
             lambda plan: forecast(1.0),
         )
 
 
 def test_what_is_fixed_stays():
-    fixed = Open(rows=(4,), groups=(2,), speculations=((Speculation.TREE, 16),), caps=())
-    found = search(WISHES, fixed, needs, lambda plan: 0.0, lambda plan: forecast(cost(plan)))
+    fixed = SearchSpace(rows=(4,), groups=(2,), speculations=((Speculation.TREE, 16),), caps=())
+    found = search(REQUEST, fixed, footprint, lambda plan: 0.0, lambda plan: forecast(cost(plan)))
     shapes = {(one.plan.num_rows, one.plan.num_groups, one.plan.max_draft_tokens) for one in found.found}
     assert shapes == {(4, 2, 16)}
     assert {one.plan.num_slots for one in found.found} == {2 + spare for spare in (1, SPARE_SLOTS, 10)}
@@ -92,7 +92,7 @@ def test_all_prompts_at_once_are_worth_a_look(prompts):
 
 @pytest.mark.parametrize("host", [0, 10, 40, 200])
 def test_a_device_streams_from_host_memory_first(host):
-    plan = make_plan(needs(WISHES), Wishes(32 * MIB, 1, 255, host_bytes=host * MIB))
+    plan = make_plan(footprint(REQUEST), PlanRequest(32 * MIB, 1, 255, host_bytes=host * MIB))
     hosted = [part for part in plan.parts if part.tier is Tier.HOST]
     on_disk = [part for part in plan.parts if part.tier is Tier.DISK]
     assert plan.num_staging == NUM_STAGING
@@ -103,11 +103,11 @@ def test_a_device_streams_from_host_memory_first(host):
 
 
 def test_kv_beside_the_cpu_counts_against_the_host():
-    wide = needs(WISHES, kv=1 << 16)
-    on_device = make_plan(wide, Wishes(64 * MIB, 2, 255, host_bytes=200 * MIB))
-    on_host = make_plan(wide, Wishes(64 * MIB, 2, 255, host_bytes=200 * MIB, attention_resource="cpu"))
+    wide = footprint(REQUEST, kv=1 << 16)
+    on_device = make_plan(wide, PlanRequest(64 * MIB, 2, 255, host_bytes=200 * MIB))
+    on_host = make_plan(wide, PlanRequest(64 * MIB, 2, 255, host_bytes=200 * MIB, attention_resource="cpu"))
     assert on_device.arithmetic["KV cache"] == on_host.host_arithmetic["KV cache"] == 2 * 256 << 16
     assert on_host.arithmetic["KV cache"] == 0
     assert on_host.streamed_bytes < on_device.streamed_bytes, "what KV leaves free keeps layers resident"
     with pytest.raises(BudgetError, match="host memory of 8"):
-        make_plan(wide, Wishes(64 * MIB, 2, 255, host_bytes=8 * MIB, attention_resource="cpu"))
+        make_plan(wide, PlanRequest(64 * MIB, 2, 255, host_bytes=8 * MIB, attention_resource="cpu"))

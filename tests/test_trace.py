@@ -11,12 +11,15 @@ from typer.testing import CliRunner
 
 from aspec.chrome import read_trace
 from aspec.cli import app
+from aspec.hardware import read_machine
 from aspec.timeline import decode_stretch
 from tests import tiny
 from tests.trace_rules import check_trace, load
 
-SMALL = ["--device-memory", "2250KiB", "--threads", "1", "-p", "hello", "-n", "24", "--ignore-eos"]
-PROFILE = {"disk_bytes_per_s": 1e9, "layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
+FEW = ["--device-memory", "2250KiB", "--threads", "1", "-p", "hello", "-n", "24"]
+SMALL = [*FEW, "--ignore-eos"]
+TASKS = {"layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
+PROFILE = {"disk_bytes_per_s": 1e9, "tasks": TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def test_a_trace_is_read_back_in_words(pair, tmp_path):
 
 def test_a_simulated_run_reads_no_weight(pair, tmp_path, profile):
     for copy_rate in (None, 20e9):
-        profile.write_text(json.dumps({**PROFILE, "copy_bytes_per_s": copy_rate}))
+        profile.write_text(json.dumps({**PROFILE, "h2d_bytes_per_s": copy_rate}))
         out = tmp_path / "sim.json"
         result = run("trace", "-o", out, "--simulate", profile, *pair, *SMALL, "--summary")
         assert result.exit_code == 0, result.output
@@ -133,11 +136,15 @@ def test_usage_errors_exit_with_2(tmp_path, args):
     ("content", "expected"),
     [
         (None, "cannot be read"),
-        ("{", "is not a profile: expected JSON"),
+        ("{", "is not a machine profile: expected JSON"),
         ("[]", "JSON object"),
         ('{"disk": 1}', "unknown field 'disk'"),
-        ('{"layer_s": "fast"}', "a number"),
-        ('{"layer_s": -1}', "a number"),
+        ('{"layer_s": 1}', "unknown field 'layer_s' (of tasks)"),
+        ('{"tasks": {"layer": 1}}', "unknown field 'tasks.layer'"),
+        ('{"tasks": {"layer_s": "fast"}}', "tasks.layer_s must be a number"),
+        ('{"tasks": {"layer_s": -1}}', "tasks.layer_s must be a number from 0 up"),
+        ('{"tasks": {"acceptance": 2}}', "tasks.acceptance must be a number from 0 to 1"),
+        ('{"h2d_bytes_per_s": 1e10}', "needs a device"),
         ('{"disk_bytes_per_s": 0}', "above 0"),
     ],
 )
@@ -163,25 +170,70 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_run(pair, tmp_path)
 
 
 def test_bench_prints_one_table_and_one_object(pair):
-    result = run("bench", *pair, *SMALL, "--rounds", 2)
+    result = run("bench", *pair, *FEW, "--rounds", 2)
     assert result.exit_code == 0, result.output
     for row in ("disk", "memory copy", "matrix products", "one draft step", "tokens/s", "fraction of the ceiling"):
         assert row in result.stdout
-    data = json.loads(run("bench", *pair, *SMALL, "--rounds", 1, "--json", "-q").stdout)
+    data = json.loads(run("bench", *pair, *FEW, "--rounds", 1, "--json", "-q").stdout)
     assert data["ceilings"]["matmul_flop_per_s"] > 0
-    run_, profile = data["runs"][0], data["profile"]
+    run_, hardware = data["runs"][0], data["hardware"]
     assert run_["tokens"] == 24
     assert run_["bytes_per_token"] == pytest.approx(data["plan"]["bytes_per_pass"] / run_["tokens_per_pass"])
     assert run_["ceiling_fraction"] == pytest.approx(run_["tokens_per_s"] / run_["ceiling_tokens_per_s"])
-    assert profile["disk_bytes_per_s"] > 0
+    assert hardware["disk_bytes_per_s"] > 0
+    assert hardware["tasks"]["layer_s"] > 0
 
 
-def test_what_bench_measured_can_be_simulated(pair, tmp_path):
-    measured = tmp_path / "bench.json"
-    measured.write_text(run("bench", *pair, *SMALL, "--rounds", 1, "--json", "-q").stdout)
-    result = run("trace", "-o", tmp_path / "x.json", "--simulate", measured, *pair, *SMALL, "-q")
-    assert result.exit_code == 0, result.output
-    check_trace(load(tmp_path / "x.json"))
+def test_one_machine_file_serves_every_command(pair, tmp_path, monkeypatch):
+    """What ``bench`` and ``profile`` write, and what a person writes, is taken by ``trace`` and ``plan`` alike."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = {name: tmp_path / f"{name}.json" for name in ("bench", "profile", "printed", "rates")}
+    files["bench"].write_text(run("bench", *pair, *FEW, "--rounds", 1, "--json", "-q").stdout)
+    made = run("profile", *pair, "--device", "cpu", "--threads", 1, "-o", files["profile"], "--json", "-q")
+    assert made.exit_code == 0, made.output
+    files["printed"].write_text(made.stdout)
+    card = {"flop_per_s": {"float32": 1e12}, "memory_bytes_per_s": 1e11}
+    files["rates"].write_text(json.dumps({"disk_bytes_per_s": 1e9, "h2d_bytes_per_s": 1e10, "device": card}))
+    for name, file in files.items():
+        result = run("trace", "-o", tmp_path / "x.json", "--simulate", file, *pair, *SMALL, "-q")
+        assert result.exit_code == 0, (name, result.output)
+        check_trace(load(tmp_path / "x.json"))
+        planned = run("plan", *pair, "--profile", file, "--new-tokens", 8, "--batch-size", 1, "--groups", 1, "--json")
+        assert planned.exit_code == 0, (name, planned.output)
+        again = tmp_path / "again.json"
+        again.write_text(planned.stdout)
+        assert read_machine(again) == read_machine(file), "what a plan prints of its machine is that machine"
+    assert read_machine(files["printed"]) == read_machine(files["profile"])
+    lanes = json.loads(run("trace", tmp_path / "x.json", "--summary", "--json").stdout)["aspec simulated"]["lanes"]
+    assert "h2d" in lanes, "the machine of rates has a link"
+
+
+def test_faster_rates_make_a_faster_simulation(pair, tmp_path):
+    """Without ``tasks`` the models' shapes are priced, as a plan prices them."""
+    spans = []
+    for memory_rate in (1e7, 1e10):
+        file = tmp_path / "machine.json"
+        file.write_text(json.dumps({"cpu": {"memory_bytes_per_s": memory_rate}}))
+        assert run("trace", "-o", tmp_path / "x.json", "--simulate", file, *pair, *SMALL, "-q").exit_code == 0
+        timeline = read_trace(tmp_path / "x.json")["aspec simulated"]
+        spans.append(timeline.stop_s - timeline.start_s)
+    assert spans[1] < spans[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("machine", "missing"),
+    [
+        (PROFILE, "cpu.flop_per_s and cpu.memory_bytes_per_s"),
+        (PROFILE | {"h2d_bytes_per_s": 1e10}, "device.flop_per_s"),
+    ],
+)
+def test_a_plan_names_the_rates_that_a_file_of_tasks_lacks(pair, tmp_path, machine, missing):
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps(machine))
+    result = run("plan", *pair, "--profile", file)
+    assert result.exit_code == 1
+    assert missing in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_help_teaches():

@@ -11,7 +11,6 @@ from aspec.cli import app
 from aspec.drafting import Drafter
 from aspec.engine import Engine
 from aspec.errors import DivergenceError, ReadError
-from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.penalties import Context, TokenCounts
 from aspec.sampling import Sampler, gumbel
@@ -122,15 +121,15 @@ def test_the_verdict_names_the_first_prompt_that_differs():
     found = Divergence(1, 5, 40, 41, "\n", " x", 0.0123)
     verdicts = [Verdict(9, None), Verdict(5, found), Verdict(0, Divergence(2, 0, 1, 2, "a", "b", 3.0))]
     with pytest.raises(DivergenceError) as error:
-        conclude(verdicts, EngineOptions(exact=False))
+        conclude(verdicts, exact=False)
     assert str(error.value) == (
         "not verified: prompt 1: after 5 equal tokens speculation gave token 40 ('\\n'), decoding without it token 41 "
         "(' x'); preferred by 0.012 nats. --exact makes them equal."
     )
     with pytest.raises(DivergenceError, match="report") as error:
-        conclude(verdicts, EngineOptions())
+        conclude(verdicts, exact=True)
     assert "--exact makes" not in str(error.value), "it is on"
-    assert conclude([Verdict(9, None), Verdict(5, None)], EngineOptions()).startswith("verified: 14 tokens")
+    assert conclude([Verdict(9, None), Verdict(5, None)], exact=True).startswith("verified: 14 tokens")
 
 
 def test_what_has_no_margin_is_said_in_words():

@@ -21,9 +21,9 @@ from statistics import median
 from typing import Any
 
 from aspec.engine import open_engine
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.params import SamplingParams
-from aspec.plan import Plan, PlannedPart, Speculation
+from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
 from aspec.simulation import Profile, simulate
 from aspec.tasks.op import Op
 from aspec.tasks.task import DRAFT_COMPUTE, Span
@@ -106,7 +106,7 @@ def plan_of(settings: dict[str, Any], budget: int) -> Plan:
     """A model that streams whole in every pass."""
     parts = tuple(PlannedPart(i, i, PART_BYTES, PART_BYTES) for i in range(NUM_LAYERS))
     shared = {"num_rows": 1, "capacity": 4096, "max_draft_tokens": budget, "speculation": Speculation.TREE}
-    return Plan(parts, NUM_LAYERS, 6, PART_BYTES, draft_resource=DRAFT_COMPUTE, **{**shared, **settings})
+    return Plan(parts, NUM_LAYERS, 6, PART_BYTES, PlanRequest(**{**shared, **settings}), draft_resource=DRAFT_COMPUTE)
 
 
 def simulated(plan: Plan, profile: Profile, new_tokens: int = 1000) -> Run:

@@ -94,7 +94,7 @@ class Job(contest.Task):
 
 def make_prompts(target: str, rows: int) -> list[list[int]]:
     """Tokens of that many prompts: beginnings of the held-out texts, no two the same up to 960."""
-    from aspec.needs import DEMO
+    from aspec.options import DEMO
     from aspec.text import Tokenizer
 
     tokenizer = Tokenizer.load(Path(target))
@@ -230,10 +230,12 @@ class Sizes:
 def choose_sizes(options: argparse.Namespace, max_context: int) -> Sizes:
     """See the head of this file."""
     from aspec.design import design
+    from aspec.resolve import resolve
 
     models = {"target": options.target, "draft": options.draft, "speculation": "chain"}
     roomy = {"device_memory": 1 << 50, "resident_memory": 0}
-    held = design(EngineOptions(**models, **roomy, max_batch=options.rows, max_context=max_context)).plan.arithmetic
+    asked = EngineOptions(**models, **roomy, max_batch=options.rows, max_context=max_context)
+    held = design(resolve(asked)).plan.arithmetic
     device = options.device_memory or options.weight_memory + sum(held[label] for label in BESIDE)
     limit = options.memory_limit or device + options.process_memory
     offload = options.offload_memory or limit - PEER_BYTES - held["KV cache"]

@@ -16,15 +16,16 @@ from typing import Any
 
 import bench_batch
 
-from aspec.cache import Known
+from aspec.cache import AcceptanceStats
 from aspec.design import decide
 from aspec.engine import Engine, open_engine
 from aspec.forecast import Tally
-from aspec.needs import read_models, wishes_of
+from aspec.needs import read_models, request_for
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Plan, Workload
-from aspec.planning import Machine, forecast_for, plan_workload, this_machine
+from aspec.planning import CostBasis, forecast_for, measured_basis, plan_workload
+from aspec.resolve import resolve
 from aspec.search import Forecast
 from aspec.simulation import fitted_acceptance
 from aspec.units import parse_bytes, parse_rate
@@ -80,28 +81,26 @@ def asdict_shallow(options: EngineOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in options.__slots__}
 
 
-def learn_acceptance(options: EngineOptions, machine: Machine, prompts: list[list[int]], new_tokens: int) -> Machine:
+def learn_acceptance(options: EngineOptions, basis: CostBasis, prompts: list[list[int]], new_tokens: int) -> CostBasis:
     """The pilot: what acceptance explains its tokens per pass."""
     pilot = replace(options, max_batch=8, speculation="chain", num_draft_tokens=6, num_groups=1, workload=None)
     tally, plan = asyncio.run(run_plan(pilot, prompts, new_tokens))
-    models = read_models(pilot)
-    forecaster = forecast_for(pilot, models, wishes_of(pilot, models), machine, Workload(8, 40, new_tokens))
+    models = read_models(resolve(pilot))
+    forecaster = forecast_for(models, request_for(models), basis, Workload(8, 40, new_tokens))
     acceptance = fitted_acceptance(plan, forecaster.profile, tally.tokens_per_pass)
     print(
         f"pilot: {tally.tokens_per_pass:.2f} tokens per pass with chains of 6, acceptance {acceptance:.3f}", flush=True
     )
-    return replace(machine, known=Known(acceptance, machine.known.spread, 1.0))
+    return replace(basis, known=AcceptanceStats(acceptance, basis.known.spread, 1.0))
 
 
-def measure(options: EngineOptions, machine: Machine, prompts: list[list[int]], new_tokens: int) -> Outcome:
+def measure(options: EngineOptions, basis: CostBasis, prompts: list[list[int]], new_tokens: int) -> Outcome:
     """The forecast of a plan, then the plan."""
-    models = read_models(options)
+    models = read_models(resolve(options))
     rows = options.max_batch or len(prompts)
     mean = round(sum(map(len, prompts[:rows])) / rows)
-    plan = decide(options, models)
-    forecast = forecast_for(options, models, wishes_of(options, models), machine, Workload(rows, mean, new_tokens))(
-        plan
-    )
+    plan = decide(models)
+    forecast = forecast_for(models, request_for(models), basis, Workload(rows, mean, new_tokens))(plan)
     tally, ran = asyncio.run(run_plan(options, prompts, new_tokens))
     assert ran == plan, "the plan that ran is the one that was forecast"
     outcome = Outcome(plan.shape, forecast, tally.tokens_per_s, tally.tokens_per_pass, tally.prefill_s)
@@ -139,19 +138,19 @@ def main() -> int:
         threads=options.threads,
         max_context=max(map(len, prompts)) + options.new_tokens,
     )
-    models = read_models(engine)
-    machine = this_machine(engine, models)
-    machine = learn_acceptance(engine, machine, prompts, options.new_tokens)
+    basis = measured_basis(read_models(resolve(engine)))
+    basis = learn_acceptance(engine, basis, prompts, options.new_tokens)
     mean = round(sum(map(len, prompts)) / len(prompts))
     work = replace(engine, workload=Workload(len(prompts), mean, options.new_tokens))
-    chosen = plan_workload(work, models, wishes_of(work, models), machine).best
+    models = read_models(resolve(work))
+    chosen = plan_workload(models, request_for(models), basis).best
     print(
         f"chosen: {chosen.plan.shape}, {chosen.forecast.tokens_per_s:.2f} tokens/s, job {chosen.forecast.job_s:.1f} s"
     )
     print(f"{'plan':56} {'forecast':>8} {'measured':>8} {'off':>9} {'per pass':>13} {'prefill s':>15}")
     numbers = range(len(PLANS)) if options.only is None else options.only
     wanted = [work, *(replace(engine, **PLANS[n]) for n in numbers)]  # first what aspec chooses by itself
-    outcomes = [measure(one, machine, prompts, options.new_tokens) for one in wanted]
+    outcomes = [measure(one, basis, prompts, options.new_tokens) for one in wanted]
     within = sum(abs(outcome.off) <= 0.15 for outcome in outcomes)
     print(f"{within} of {len(outcomes)} forecasts within 15 %")
     if options.json is not None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from aspec.executor import Executor
 from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
-from aspec.plan import Plan, PlannedPart, Speculation
+from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
 from aspec.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Closing, Event, Task
 from aspec.virtual import VirtualTimeLoop
@@ -48,8 +48,8 @@ class Timed:
 def run(rows: int, groups: int, speculation: Speculation, most: int, tokens: int) -> tuple[float, float, int]:
     """Seconds per task of the scheduler and of everything, and how many tasks there were."""
     parts = tuple(PlannedPart(i, i // PARTS, PART_BYTES, PART_BYTES) for i in range(LAYERS * PARTS))
-    shape = {"num_rows": rows, "num_groups": groups, "speculation": speculation, "max_draft_tokens": most}
-    policy = Timed(Scheduler(Plan(parts, LAYERS, SLOTS, PART_BYTES, **shape)))
+    shape = PlanRequest(num_rows=rows, num_groups=groups, speculation=speculation, max_draft_tokens=most)
+    policy = Timed(Scheduler(Plan(parts, LAYERS, SLOTS, PART_BYTES, shape)))
 
     async def main() -> None:
         backend = SimBackend(Profile(disk_bytes_per_s=1e9, layer_s=0.02, layer_token_s=1e-4), HOST_RESOURCES)

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from aspec.engine import open_engine
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.params import SamplingParams
 
 

@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 import torch
 
-from aspec.needs import DEMO
+from aspec.options import DEMO
 from aspec.plan import format_bytes
-from aspec.profile import this_machine
+from aspec.profile import host_info
 from aspec.units import parse_bytes
 from tools import contest, expand, gpu_runs, gpu_steps
 from tools.contest import Record
@@ -122,7 +122,7 @@ def child(job: Job) -> None:
 
 def machine(folder: Path, dry: bool) -> Record:
     """What the figures hold for."""
-    facts: Record = {**asdict(this_machine()), "python": platform.python_version(), "platform": platform.platform()}
+    facts: Record = {**asdict(host_info()), "python": platform.python_version(), "platform": platform.platform()}
     facts |= contest.versions("transformers", "accelerate", "safetensors")
     facts |= {"cuda": torch.version.cuda, "commit": contest.commit(), "memory_bytes": psutil.virtual_memory().total}
     facts |= {"checkpoint": str(folder), "file_system": file_system(folder)}

@@ -27,6 +27,7 @@ from aspec.io.pinned import PinnedMemory
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.recorder import Recorder
+from aspec.resolve import resolve
 from aspec.summary import summarise
 from aspec.text import Tokenizer
 from aspec.timeline import LINKS, TARGET, LaneUse, Timeline, decode_stretch, hidden_share
@@ -62,7 +63,7 @@ Copies = list[tuple[torch.Tensor, torch.Tensor]]
 def links(job: Job) -> Iterator[Record]:
     """Bytes per second each way and both ways at once: pageable and pinned memory, large copies and a plan's parts."""
     options = job.engine(speculation="off", max_batch=1, max_context=256)
-    planned = attempt(lambda: {"slot_bytes": design(EngineOptions(**options)).plan.slot_bytes})
+    planned = attempt(lambda: {"slot_bytes": design(resolve(EngineOptions(**options))).plan.slot_bytes})
     sizes = {f"{job.sizes.link_bytes >> 20} MiB": job.sizes.link_bytes}
     if part := planned.get("slot_bytes"):
         sizes[f"part of {part / 2**20:.1f} MiB"] = part
@@ -270,7 +271,7 @@ def kv_bytes(job: Job, prompts: list[list[int]]) -> int:
     """Of all rows, as aspec's plan counts it."""
     context = max(map(len, prompts)) + job.sizes.peer_batch_tokens
     roomy = {"device_memory": 1 << 50, "resident_memory": 0, "max_batch": len(prompts), "max_context": context}
-    return design(EngineOptions(target=job.target, device="cpu", speculation="off", **roomy)).plan.arithmetic[
+    return design(resolve(EngineOptions(target=job.target, device="cpu", speculation="off", **roomy))).plan.arithmetic[
         "KV cache"
     ]
 

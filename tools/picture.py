@@ -19,8 +19,8 @@ from aspec.chrome import TRACKS_PER_LANE, assign_tracks, read_trace
 from aspec.frame import Frame
 from aspec.io.sim import Profile
 from aspec.monitor import Monitor
-from aspec.needs import DEMO
-from aspec.plan import Plan, PlannedPart, Tier
+from aspec.options import DEMO
+from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
 from aspec.simulation import simulate
 from aspec.snapshot import Snapshot
 from aspec.summary import summarise
@@ -47,8 +47,8 @@ def simulated_snapshot() -> Snapshot:
     part = 160_000_000
     parts = tuple(PlannedPart(i, i // 4, part, part, Tier.DEVICE if i // 4 % 8 == 5 else Tier.DISK) for i in range(160))
     held = {"resident layers": 20 * part, "12 slots": 12 * part, "draft weights": 1 << 30, "KV cache": 512 << 20}
-    rest = {"num_staging": 3, "draft_resource": "draft", "fixed_draft_tokens": 12, "arithmetic": held}
-    plan = Plan(parts, 40, 12, part, capacity=4096, prefill_tokens=512, max_draft_tokens=16, **rest)
+    request = PlanRequest(capacity=4096, prefill_tokens=512, max_draft_tokens=16, fixed_draft_tokens=12)
+    plan = Plan(parts, 40, 12, part, request, num_staging=3, draft_resource="draft", arithmetic=held)
     profile = Profile(
         disk_bytes_per_s=14e9, copy_bytes_per_s=25e9, layer_s=3e-3, layer_token_s=2e-4, draft_s=9e-3, acceptance=0.85
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from aspec.io.device import Buffers, DeviceLayer
 from aspec.io.disk import DiskLane
 from aspec.io.layout import Part, as_tensor, scratch_bytes
 from aspec.io.memory import SlotMemory, allocate, give_back
+from aspec.io.settling import close_all
 from aspec.io.streams import StreamBackend
 from aspec.kv import KVCache
 from aspec.lookup import NgramDrafter
@@ -201,14 +203,17 @@ def bind_load(load: ResidentLoad) -> None:
 
 def release(assembly: EngineMemory) -> None:
     """Drop every view of the weights and give their memory back; nothing may run any more."""
-    for model in (assembly.target, assembly.draft):
-        if model is not None:
-            model.forget(tuple(load.part for load in assembly.loads if load.model is model))
+    models = [model for model in (assembly.target, assembly.draft) if model is not None]
+    parts = [tuple(load.part for load in assembly.loads if load.model is model) for model in models]
     assembly.loads.clear()
     assembly.slots.clear()
     assembly.buffers = Buffers((), ())
     memory, assembly.memory = assembly.memory, []
-    for arena in memory:
-        arena.close()
-    if assembly.device is not None:
-        assembly.device.free()
+    device, assembly.device = assembly.device, None
+    close_all(
+        [
+            *(partial(model.forget, own) for model, own in zip(models, parts, strict=True)),
+            *(arena.close for arena in memory),
+            *([] if device is None else [device.free]),
+        ]
+    )

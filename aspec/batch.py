@@ -21,10 +21,10 @@ from aspec.api import Result, run
 from aspec.console import Console
 from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
-from aspec.errors import PromptError, UserError, WriteError
-from aspec.executor import settle
+from aspec.errors import NumericError, PromptError, UserError, WriteError
 from aspec.hub import WANTED
 from aspec.intake import BatchFile, BatchRow
+from aspec.io.settling import settle
 from aspec.io.ticker import Ticker
 from aspec.jobflags import BatchFlags
 from aspec.journal import Found, Output, Row, check_startable, journal_of, open_output
@@ -36,7 +36,7 @@ from aspec.progress import Tally, follow
 from aspec.resolve import Resolved, resolve, revise
 from aspec.responses import Generated, Label, answer_body
 from aspec.sampling import derive_seed
-from aspec.serving import Asked, ContextExceeded, encode, serve
+from aspec.serving import Asked, ContextExceeded, Refused, encode, serve
 from aspec.skeleton import load_config, max_context
 from aspec.text import Tokenizer
 
@@ -233,7 +233,7 @@ class Keeper:
         self._waiting: list[Row] = []  # made, in nobody's hands yet
         self._turn = asyncio.Lock()
 
-    async def keep(self, tokenizer: Tokenizer, one: Asked, outcome: Result | PromptError) -> None:
+    async def keep(self, tokenizer: Tokenizer, one: Asked, outcome: Result | Refused) -> None:
         """Write an answer; returns when it is synced. Raises WriteError."""
         row = self._row(tokenizer, one, outcome)
         if isinstance(outcome, Result):
@@ -254,13 +254,12 @@ class Keeper:
         self._output.append(rows)
         self._tally.keep(len(rows), sum(row.failed for row in rows))
 
-    def _row(self, tokenizer: Tokenizer, one: Asked, outcome: Result | PromptError) -> Row:
+    def _row(self, tokenizer: Tokenizer, one: Asked, outcome: Result | Refused) -> Row:
         """The line of the output, which nothing but the row, the model and the options decides."""
         digest = digest_of(one.id)
         line: dict[str, Any] = {"id": f"batch_req_{digest}", "custom_id": one.id, "response": None, "error": None}
-        if isinstance(outcome, PromptError):
-            code = "context_length_exceeded" if isinstance(outcome, ContextExceeded) else "invalid_prompt"
-            line["error"] = {"code": code, "message": str(outcome)}
+        if not isinstance(outcome, Result):
+            line["error"] = {"code": _code_of(outcome), "message": str(outcome)}
         else:
             made = Generated(
                 outcome.text, len(one.tokens), len(outcome.token_ids), outcome.finish_reason, outcome.logprobs
@@ -268,7 +267,14 @@ class Keeper:
             label = Label(digest, self._output.created, one.request.model or self._model)
             body = answer_body(one.request, made, label, tokenizer)
             line["response"] = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
-        return Row(one.id, json.dumps(line).encode() + b"\n", isinstance(outcome, PromptError))
+        return Row(one.id, json.dumps(line).encode() + b"\n", not isinstance(outcome, Result))
+
+
+def _code_of(refused: Refused) -> str:
+    """What the line of a row without an answer gives as its error's code."""
+    if isinstance(refused, NumericError):
+        return "numeric_error"
+    return "context_length_exceeded" if isinstance(refused, ContextExceeded) else "invalid_prompt"
 
 
 class Interrupts:

@@ -15,6 +15,7 @@ from math import log
 import torch
 
 from aspec.calibration import Calibration
+from aspec.errors import NumericError
 from aspec.graphs import DraftGraphs
 from aspec.io.device import Capture
 from aspec.kv import KVCache
@@ -101,6 +102,11 @@ class Drafter(ABC):
         Returns what stands of a tree below the last token drawn, if the draft went on there.
         """
 
+    def clear(self, row: int) -> None:
+        """A row's sequence has failed: nothing of it is kept."""
+        state = self._rows[row]
+        state.drafted, state.chain, state.tree, state.proposal = 0, [], None, None
+
     def propose(self, row: int, count: int) -> tuple[list[int], list[int] | None]:
         """The first ``count`` proposed tokens of a row, and their parents (-1: the last committed one); None: a chain.
 
@@ -168,10 +174,13 @@ class ModelDrafter(Drafter):
         positions = [[state.drafted + len(tokens)] for state, tokens in zip(states, fed, strict=True)]
         samplers = [state.sequence.sampler if self._shared_noise else GREEDY for state in states]
         contexts = [state.context([tuple(state.chain)]) for state in states]
-        drawn = draw_rows(samplers, logits, positions, limit=self._limit, contexts=contexts)
+        errors: dict[tuple[int, int], NumericError] = {}
+        drawn = draw_rows(samplers, logits, positions, self._limit, contexts, errors)
         for state, tokens, row_draw in zip(states, fed, drawn, strict=True):
             state.drafted += len(tokens)
-            state.chain.append(row_draw[0])
+            state.chain.append(max(row_draw[0], 0))
+        for (index, _), error in errors.items():
+            states[index].sequence.fail(error)
 
     def grow_trees(self, item: WorkItem, growth: Growth) -> tuple[Grown, ...]:
         """One level of every row's tree; a new one first catches up with what the draft has not seen."""
@@ -181,7 +190,10 @@ class ModelDrafter(Drafter):
         grown = []
         for level, budget in zip(levels, growth.budgets, strict=True):
             if level.nodes:
-                self._offer(level, next(logits), growth.width)
+                try:
+                    self._offer(level, next(logits), growth.width)
+                except NumericError as error:
+                    level.state.sequence.fail(error)
                 level.tree.prune(budget + growth.ahead)
             grown.append(self._grown(level.row, level.tree, growth.beams))
         return tuple(grown)
@@ -254,6 +266,11 @@ class ModelDrafter(Drafter):
     def _beams(self, row: int, tree: Tree, beams: int) -> int:
         """Forwards of a level: no more than the draft's KV has room for."""
         return min(beams, self._kv.capacity - self._rows[row].drafted - len(tree.slots))
+
+    def clear(self, row: int) -> None:
+        """Nor anything in the draft's KV."""
+        super().clear(row)
+        self._kv.clear(row)
 
     # -- verification ----------------------------------------------------------------------------------------
 

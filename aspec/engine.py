@@ -6,26 +6,32 @@
 
 Several streams at once share passes. One TaskGroup lives inside the executor's task; no generator ever yields to
 a caller from inside it (PEP 789). A failure surfaces in every open stream, and once more when the engine closes
-if nobody heard it.
+if no stream raised it. Closing ends every open stream with a ClosedError.
+
+Opening and closing give everything back, whatever fails or is cancelled meanwhile; a cancellation of the caller is
+raised after that.
 """
 
 import asyncio
-import contextlib
 import gc
 import itertools
 import os
 import sys
 import warnings
-from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Self
 
 import torch
 
 from aspec.assembly import EngineMemory, assemble, release, too_little
-from aspec.errors import DeviceError, InternalError, PromptError, first_error
+from aspec.errors import ClosedError, DeviceError, InternalError, PromptError, first_error
 from aspec.executor import Executor, IssueObserver, Observer
+from aspec.guarding import guarded
+from aspec.io.backend import Backend
 from aspec.io.disk import DiskLane
+from aspec.io.settling import close_all, in_thread, settle, settle_all
 from aspec.links import raw_link_rate
 from aspec.loading import load_all
 from aspec.options import EngineOptions
@@ -36,8 +42,10 @@ from aspec.sampling import Sampler
 from aspec.scheduler import Scheduler
 from aspec.sequence import Sequence as TokenSequence
 from aspec.stats import Piece, RequestStats
-from aspec.tasks.task import Arrived, Cancelled, Closing, Span
-from aspec.text import TextStream, Tokenizer
+from aspec.streaming import Streams
+from aspec.tasks.task import Closing, Event
+from aspec.text import TEMPLATE_S, TextStream, Tokenizer
+from aspec.timelimit import TimeLimit
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """A text, token ids, or a chat as role and content messages."""
@@ -52,52 +60,41 @@ class Engine:
         observers: Iterable[Observer] = (),
         issue_observers: Iterable[IssueObserver] = (),
     ) -> None:
+        """An observer that raises is dropped with a RuntimeWarning."""
         self._asked = options
         self._options = options.options if isinstance(options, Resolved) else options
-        self._observers = [self._observe, *observers]
-        self._issue_observers = list(issue_observers)
+        self._observers = [guarded(observer) for observer in observers]
+        self._issue_observers = [guarded(observer) for observer in issue_observers]
         self._ids = itertools.count()
-        self._queues: dict[int, asyncio.Queue[Piece | BaseException]] = {}
-        self._requests: dict[int, RequestStats] = {}
-        self._waiting: deque[TokenSequence] = deque()  # those that the scheduler has not heard of: no row is free
-        self._admitted: set[int] = set()  # those that have a row, or will take one between this pass and the next
-        self._followed: dict[int, int] = {}  # ended sequences whose row is to be taken, and by whom
         self._probing = asyncio.Lock()  # held while the links are measured: nothing new may start
         self._assembly: EngineMemory | None = None
+        self._disk: DiskLane | None = None
+        self._backend: Backend | None = None
+        self._streams: Streams | None = None  # from the opening on
         self._running: asyncio.Task[None] | None = None
-        self._failure: BaseException | None = None
+        self._encoding: set[TimeLimit] = set()  # of the prompts that become tokens at present
+        self._failure: Exception | None = None
         self._heard = False  # some stream has raised the failure
 
     async def __aenter__(self) -> Self:
+        if self._streams is not None:
+            raise InternalError("an engine opens once: make another one")
         _tune_process(self._options.threads)
-        assembly = await asyncio.to_thread(lambda: assemble(resolve(self._asked)))
-        self._assembly = assembly
-        _warn_of_unexpected(assembly)
-        self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
         try:
-            await self._load(assembly)
-        except BaseException:
-            self._release()
+            await self._start()
+        except BaseException as error:
+            try:
+                await self._shut()
+            except Exception as another:
+                error.add_note(f"closing what was open failed, too: {another}")
             raise
-        self._backend = assembly.open_backend(self._disk)
-        scheduler = Scheduler(assembly.plan)
-        self._executor = Executor(scheduler, self._backend, self._observers, self._issue_observers)
-        self._running = asyncio.create_task(self._run(), name="aspec engine")
-        gc.freeze()  # what lives now lives until the end: keep it out of collections
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self._running is not None
-        if not self._running.done():
-            self._executor.post(Closing(now=True))
-            self._running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._running
-        peak_bytes = self.device_peak_bytes
-        await self._backend.close()
-        if peak_bytes is not None and peak_bytes > (self.plan.budget_bytes or peak_bytes):
-            warnings.warn(_beyond(self.plan, peak_bytes), RuntimeWarning, stacklevel=2)
-        self._release()
+        plan, peak_bytes = self.plan, self.device_peak_bytes
+        await self._shut()
+        if peak_bytes is not None and peak_bytes > (plan.budget_bytes or peak_bytes):
+            warnings.warn(_beyond(plan, peak_bytes), RuntimeWarning, stacklevel=2)
         if self._failure is not None and not self._heard and kind is None:
             raise self._failure
 
@@ -135,22 +132,23 @@ class Engine:
         served, and the engine's failure if it has one.
         """
         params = params or SamplingParams()
-        sequence = self._sequence(prompt, params, sampler or Sampler(params))
+        sequence = self._sequence(await self._encode(prompt), params, sampler or Sampler(params))
         if params.max_new_tokens == 0:
             yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
             return
-        queue = self._arrive(sequence)
+        streams, backend = self._serving()
+        queue = streams.open(sequence, backend.now())
         try:
             while True:
                 piece = await queue.get()
                 if isinstance(piece, BaseException):
-                    self._heard = True
+                    self._heard |= piece is self._failure
                     raise piece
                 yield piece
                 if piece.finish_reason is not None:
                     return
         finally:
-            self._leave(sequence.id)
+            streams.leave(sequence.id)
 
     async def probe_link_rate(self, seconds: float = 0.5) -> float | None:
         """Raw bytes per second at which what streams could come; None if nothing streams. See ``raw_link_rate``.
@@ -158,22 +156,61 @@ class Engine:
         Waits until the links rest: the streams under way have ended and every slot is filled again. Streams that begin
         meanwhile wait for the probe. Raises the engine's failure if it has one.
         """
+        streams, _ = self._serving()
         async with self._probing:
+            streams.hold()
             try:
                 await self._wait_rest()
-                return await asyncio.to_thread(raw_link_rate, self._open, seconds, self._options.link_rate)
+                return await settle(in_thread(partial(raw_link_rate, self._open, seconds, self._options.link_rate)))
             finally:
-                asyncio.get_running_loop().call_soon(self._admit)  # once the lock is free
+                streams.go_on()
 
     # -- inside ----------------------------------------------------------------------------------------------
 
     @property
     def _open(self) -> EngineMemory:
         if self._assembly is None:
-            raise InternalError("the engine is not open: use it inside `async with`")
+            raise self._closed()
         return self._assembly
 
-    async def _load(self, assembly: EngineMemory) -> None:
+    def _serving(self) -> tuple[Streams, Backend]:
+        """What new streams need. Raises the error that refuses them, if there is one."""
+        streams, backend = self._streams, self._backend
+        if streams is None or backend is None or streams.ended is not None:
+            raise self._closed()
+        return streams, backend
+
+    def _closed(self) -> Exception:
+        """Why nothing can be asked of this engine."""
+        if self._streams is None or self._streams.ended is None:
+            return InternalError("the engine is not open: use it inside `async with`")
+        self._heard |= self._streams.ended is self._failure
+        return self._streams.ended
+
+    async def _start(self) -> None:
+        assembling = in_thread(lambda: assemble(resolve(self._asked)))
+        try:
+            await settle(assembling)
+        finally:  # if this was cancelled meanwhile, too: what was allocated is ours
+            if not assembling.cancelled() and assembling.exception() is None:
+                self._assembly = assembling.result()
+        opened = self._open
+        _warn_of_unexpected(opened)
+        self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
+        await self._load(opened, self._disk)
+        self._backend = opened.open_backend(self._disk)
+        scheduler = Scheduler(opened.plan)
+        reuse = self._options.reuse_prefix
+        streams = self._streams = Streams(opened.plan, opened.runner, scheduler, self._post, reuse=reuse)
+        observers = [streams.observe, *self._observers]
+        self._executor = Executor(scheduler, self._backend, observers, self._issue_observers)
+        self._running = asyncio.create_task(self._run(self._executor, streams), name="aspec engine")
+        gc.freeze()  # what lives now lives until the end: keep it out of collections
+
+    def _post(self, event: Event) -> None:
+        self._executor.post(event)
+
+    async def _load(self, assembly: EngineMemory, disk: DiskLane) -> None:
         """Read what is read once, several parts in flight; report bytes as they land."""
         total, done = sum(load.part.nbytes for load in assembly.loads), 0
 
@@ -183,7 +220,7 @@ class Engine:
             if self._options.progress is not None:
                 self._options.progress("load", done, total)
 
-        await load_all(assembly.loads, self._disk, assembly.device, report)
+        await load_all(assembly.loads, disk, assembly.device, report)
 
     async def _wait_rest(self) -> None:
         """Return when no lane has work. Raises the engine's failure if it ends first."""
@@ -194,31 +231,69 @@ class Engine:
         finally:
             rest.cancel()
         if self._running.done():
-            self._heard = True
-            raise self._failure or InternalError("the links are probed while the engine is open, found it closed")
+            raise self._closed()
 
-    async def _run(self) -> None:
-        """The executor's whole life; whatever ends it, every stream hears."""
+    async def _run(self, executor: Executor, streams: Streams) -> None:
+        """The executor's whole life; however it ends, every stream hears of it."""
         try:
-            await self._executor.run()
-        except asyncio.CancelledError:
-            raise
+            await executor.run()
         except Exception as error:
             self._failure = _told(error, self.plan)
-            for queue in self._queues.values():
-                queue.put_nowait(self._failure)
+            streams.end(self._failure)
+        finally:
+            streams.end(ClosedError("the engine's run was cancelled before this stream had ended."))
+
+    async def _shut(self) -> None:
+        """End the streams, settle what runs, and give everything back: what fails or is cancelled stops nothing."""
+        async with AsyncExitStack() as stack:
+            stack.callback(self._release)
+            stack.push_async_callback(self._close_backend)
+            for limit in self._encoding:
+                limit.stop()
+            if self._streams is not None:
+                self._streams.end(ClosedError("the engine was closed before this stream had ended."))
+            if self._running is not None:
+                if not self._running.done():
+                    self._executor.post(Closing(now=True))
+                    self._running.cancel()
+                await settle_all([self._running])
+
+    async def _close_backend(self) -> None:
+        try:
+            if self._backend is not None:
+                await self._backend.close()
+        except DeviceError:
+            if self._assembly is not None:
+                self._assembly.device = None  # it may still write: its memory stays
+            raise
 
     def _release(self) -> None:
         """Join the readers and give the memory back; the models die with the assembly."""
-        self._disk.close()
         assembly, self._assembly = self._assembly, None
         gc.unfreeze()
-        if assembly is not None:
-            release(assembly)
+        close_all(
+            [
+                *([] if self._disk is None else [self._disk.close]),
+                *([] if assembly is None else [partial(release, assembly)]),
+            ]
+        )
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams, sampler: Sampler) -> TokenSequence:
+    async def _encode(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens, made in a thread; ended when the engine closes or the caller is cancelled."""
+        tokenizer = self._open.tokenizer
+        self._serving()  # refuses at once
+        limit = TimeLimit(TEMPLATE_S)
+        self._encoding.add(limit)
+        try:
+            return await settle(in_thread(partial(_tokens_of, tokenizer, prompt, limit)), limit.stop)
+        except PromptError:
+            self._serving()  # where it was ended because the engine closes, that is the error
+            raise
+        finally:
+            self._encoding.remove(limit)
+
+    def _sequence(self, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
         opened = self._open
-        tokens = _encode(opened.tokenizer, prompt)
         room = opened.plan.capacity - len(tokens)
         if not tokens:
             raise PromptError("the prompt is empty: expected at least one token; give --prompt some text.")
@@ -243,82 +318,6 @@ class Engine:
             max_new_tokens=min(params.max_new_tokens, room),
         )
 
-    def _arrive(self, sequence: TokenSequence) -> asyncio.Queue[Piece | BaseException]:
-        if self._failure is not None:
-            self._heard = True
-            raise self._failure
-        queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-        self._queues[sequence.id] = queue
-        self._requests[sequence.id] = RequestStats(sequence.num_prompt, self._backend.now())
-        self._waiting.append(sequence)
-        self._admit()
-        return queue
-
-    def _admit(self) -> None:
-        """Tell the scheduler of as many sequences as rows are free.
-
-        Whose KV a prompt can take over shows only then; and whoever ends is followed in the same pass's seating,
-        because the scheduler hears of the follower before it hears of the end.
-        """
-        while self._waiting and not self._probing.locked() and len(self._admitted) < self.plan.num_rows:
-            sequence = self._waiting.popleft()
-            self._admitted.add(sequence.id)
-            self._open.runner.admit(sequence)
-            follows, kept = self._shared(sequence) if self._options.reuse_prefix else (None, 0)
-            self._executor.post(Arrived(sequence.id, sequence.num_prompt, sequence.max_new_tokens, follows, kept))
-
-    def _shared(self, new: TokenSequence) -> tuple[int | None, int]:
-        """The ended sequence that a new one shares most leading tokens with, of those whose KV stands; how many.
-
-        One that was left may still be in its pass: its row is free only when that pass has committed, so its KV, too,
-        stands up to its last token. The prompt's last token never counts: it is fed, so that there is a draw.
-        """
-        sitting = {one.id: one for one in self._open.runner.occupants()}
-        self._followed = {ended: by for ended, by in self._followed.items() if ended in sitting}
-        ended = [one for one in sitting.values() if one.id not in self._requests and one.id not in self._followed]
-        shared = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one.id) for one in ended]
-        kept, follows = max(shared, default=(0, -1))
-        if not kept:
-            return None, 0
-        self._followed[follows] = new.id
-        return follows, kept
-
-    def _leave(self, sequence: int) -> None:
-        """A stream has ended or nobody listens any more."""
-        self._queues.pop(sequence, None)
-        if self._requests.pop(sequence, None) is None or self._assembly is None:
-            return
-        if sequence in self._admitted:
-            self._admitted.remove(sequence)
-            self._followed = {ended: by for ended, by in self._followed.items() if by != sequence}
-            self._executor.post(Cancelled(sequence))
-            self._admit()
-        else:
-            self._waiting = deque(one for one in self._waiting if one.id != sequence)
-
-    def _observe(self, span: Span) -> None:
-        """Turn committed tokens into pieces, and spans into statistics; runs on the loop after every task."""
-        if span.task.filled_slot is not None:
-            for stats in self._requests.values():
-                stats.streamed_bytes += span.task.nbytes
-        for outcome in span.outcomes:
-            sequence = self._open.runner.sequence_in(outcome.row)
-            request = self._requests.get(sequence.id)
-            queue = self._queues.get(sequence.id)
-            if request is None or queue is None:
-                continue  # cancelled: nobody listens
-            request.take(outcome, span.stop_s)
-            request.reused_tokens = sequence.kept
-            for text, tokens, logprobs in sequence.take_pieces():
-                reason = sequence.finish_reason
-                final = request.close(self.plan, span.stop_s) if reason else None
-                queue.put_nowait(Piece(text, tokens, reason, final, logprobs))
-            if sequence.finish_reason is not None:
-                self._requests.pop(sequence.id)
-                self._admitted.discard(sequence.id)
-        if span.outcomes:
-            self._admit()
-
 
 def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:
     """An engine for ``async with``; keywords are the fields of ``EngineOptions``.
@@ -328,17 +327,13 @@ def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine
     return Engine(EngineOptions(**options), observers)
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def _tokens_of(tokenizer: Tokenizer, prompt: Prompt, limit: TimeLimit) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     messages = [message for message in prompt if isinstance(message, dict)]
-    return tokenizer.encode_chat(messages) if messages else [token for token in prompt if isinstance(token, int)]
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+    if messages:
+        return tokenizer.encode_chat(messages, limit=limit)
+    return [token for token in prompt if isinstance(token, int)]
 
 
 def _told(error: Exception, plan: Plan) -> Exception:

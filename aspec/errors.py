@@ -10,10 +10,11 @@ AspecError
 ├── InternalError        a rule of aspec's own was broken (a stale slot, a schedule that cannot finish)
 │   ├── GraphError           a task reads a content its buffer does not hold, or a write comes too early
 │   └── DeadlockError        nothing runs and nothing can become ready
+├── ClosedError          the engine was closed while a stream was open, or before it was
 └── DeviceError          a device, disk or numeric failure while running
     ├── ReadError            the disk returned an error or too few bytes
     ├── WriteError           the output cannot be written: the disk is full, may not be written or fails
-    ├── NumericError         the target produced NaN logits
+    ├── NumericError         the logits of one sequence are not numbers
     └── DivergenceError      with a draft the target drew other tokens than without
 """
 
@@ -58,6 +59,10 @@ class DeadlockError(InternalError):
     """Nothing is running and nothing can become ready."""
 
 
+class ClosedError(AspecError):
+    """The engine was closed, or its run was cancelled, before a stream had ended."""
+
+
 class DeviceError(AspecError):
     """A device, a disk or the arithmetic failed while running."""
 
@@ -71,7 +76,7 @@ class WriteError(DeviceError):
 
 
 class NumericError(DeviceError):
-    """The target's logits are not numbers."""
+    """The logits of a sequence are not numbers."""
 
 
 class DivergenceError(DeviceError):

@@ -7,14 +7,13 @@ emitted and never issued simply drop. What may NOT go in: policy (ask the schedu
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from aspec.errors import DeadlockError, first_error
 from aspec.io.backend import Backend
+from aspec.io.settling import settle
 from aspec.tasks.graph import Graph
 from aspec.tasks.task import Completion, Event, Resource, Span, Started, Task
-
-T = TypeVar("T")
 
 Observer = Callable[[Span], None]
 """Called on the loop with every finished task; must not block."""
@@ -155,18 +154,3 @@ class Executor:
             return  # a poisoned lane hands the same error to everyone behind it
         error.add_note(f"while running {task.label} (task {task.id}, number {task.number}) on {task.resource}")
         error.add_note(f"buffers: {buffers}; last spans: {last}")
-
-
-async def settle(future: asyncio.Future[T]) -> T:
-    """Wait for issued work to its very end, even when cancelled: its buffers are not ours before."""
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        if not future.cancelled():
-            future.exception()  # retrieved: whoever cancelled does not want it
-        raise cancelled
-    return future.result()

@@ -150,6 +150,12 @@ class KVCache:
             if storage is not None:  # indexing copies before it writes, so overlap is safe
                 storage[row, :, start : start + len(path)] = storage[row][:, source]
 
+    def clear(self, row: int, start: int = 0) -> None:
+        """Zero a row from slot ``start`` on."""
+        for storage in (*self.keys, *self.values):
+            if storage is not None:
+                storage[row, :, start:].zero_()
+
 
 class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """What transformers' layers see as their cache while one work item goes through them.

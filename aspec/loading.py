@@ -3,13 +3,18 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+
 from aspec.assembly import ResidentLoad, bind_load
+from aspec.errors import first_error
 from aspec.io.device import DeviceLayer
 from aspec.io.disk import DiskLane
 from aspec.io.layout import PAGE, Part, Segment
 from aspec.io.pinned import HostBuffer
+from aspec.io.settling import close_all, in_thread, settle
 
 WINDOW_BYTES = 32 << 20  # of a part on its way through the host to a device
 WINDOWS = 3  # one is read while another is copied
@@ -23,26 +28,40 @@ async def load_all(
     Raises ReadError for files that end early or fail, after everything under way has settled.
     """
     carrier = _Carrier(disk, device) if device is not None else None
+    turn = asyncio.Lock()  # one part is converted at a time: what it takes beside its buffer is counted once
 
     async def one(load: ResidentLoad) -> None:
         if load.view is not None:
-            await disk.read(load.part.segments, load.view)
+            await _read(disk, load.part.segments, load.view)
         else:
             assert carrier is not None, "a device's part needs a device"
             await carrier.carry(load)
-        bind_load(load)
+        async with turn:
+            await settle(in_thread(partial(_bind, load)))
         report(load.part.nbytes)
 
     try:
-        results = await asyncio.gather(*map(one, loads), return_exceptions=True)
+        async with asyncio.TaskGroup() as group:
+            for load in loads:
+                group.create_task(one(load))
+        if device is not None:
+            await settle(in_thread(device.settle))  # what binding has converted
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from None
     finally:
         if carrier is not None:
             carrier.close()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    if device is not None:
-        device.settle()  # what binding has converted
+
+
+async def _read(disk: DiskLane, segments: Sequence[Segment], view: memoryview) -> None:
+    """Returns, or raises, when nothing is written to ``view`` any more; if cancelled, without reading all of it."""
+    read = disk.read(segments, view)
+    await settle(read, lambda: disk.abandon(read))
+
+
+def _bind(load: ResidentLoad) -> None:
+    torch.get_num_threads()  # a thread that has never asked takes every core for its first product
+    bind_load(load)
 
 
 class _Carrier:
@@ -52,19 +71,27 @@ class _Carrier:
         self._disk, self._device = disk, device
         self._stream = device.create_stream(0)
         self._windows: asyncio.Queue[HostBuffer] = asyncio.Queue()
-        self._all = [device.allocate_host(WINDOW_BYTES) for _ in range(WINDOWS)]
+        self._all: list[HostBuffer] = []
+        try:
+            for _ in range(WINDOWS):
+                self._all.append(device.allocate_host(WINDOW_BYTES))
+        except BaseException:
+            self.close()
+            raise
         for window in self._all:
             self._windows.put_nowait(window)
 
     async def carry(self, load: ResidentLoad) -> None:
         """A whole part; windows of several parts take turns."""
-        await asyncio.gather(*(self._bring(load, begin, segments) for begin, segments in windows(load.part)))
+        async with asyncio.TaskGroup() as group:
+            for begin, segments in windows(load.part):
+                group.create_task(self._bring(load, begin, segments))
 
     async def _bring(self, load: ResidentLoad, begin: int, segments: list[Segment]) -> None:
         window = await self._windows.get()
         try:
-            await self._disk.read(segments, window.view)
-            await asyncio.to_thread(self._copy, load, begin, window)
+            await _read(self._disk, segments, window.view)
+            await settle(in_thread(partial(self._copy, load, begin, window)))
         finally:
             self._windows.put_nowait(window)
 
@@ -77,9 +104,9 @@ class _Carrier:
         event.synchronize()
 
     def close(self) -> None:
-        """Give the buffers back."""
-        for window in self._all:
-            self._device.free_host(window)
+        """Give the buffers back; may be called twice."""
+        windows, self._all = self._all, []
+        close_all(partial(self._device.free_host, window) for window in windows)
 
 
 def windows(part: Part, nbytes: int = WINDOW_BYTES) -> Iterator[tuple[int, list[Segment]]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from aspec.drafting import Drafter, item_of, pad
+from aspec.errors import NumericError
 from aspec.io.layout import Part
 from aspec.kv import KVCache
 from aspec.model import Activation, Model
@@ -49,6 +50,7 @@ class ModelRunner:
         self._depths: dict[str, list[list[int]]] = {}  # likewise: of every row's tokens, counted from its start
         self._bound: dict[int, int] = {}  # streamed part -> the pass it was last bound in
         self._draws: dict[str, list[list[int]]] = {}  # by item, between HEAD and ACCEPT
+        self._errors: dict[str, dict[tuple[int, int], NumericError]] = {}  # likewise, by place and column of the draws
         self._logits: dict[str, torch.Tensor] = {}  # likewise, where logprobs are asked for
         self._ops: Mapping[Op, Callable[[Task], Report]] = {
             Op.ASSIGN_ROWS: self._assign_rows,
@@ -69,17 +71,24 @@ class ModelRunner:
         """Know a sequence before the scheduler may seat it."""
         self._sequences[sequence.id] = sequence
 
+    def forget(self, sequence: int) -> None:
+        """A sequence will not be seated."""
+        self._sequences.pop(sequence, None)
+
     def sequence_in(self, row: int) -> TokenSequence:
         """The sequence that sits in a row."""
         return self._rows[row]
 
     def occupants(self) -> list[TokenSequence]:
-        """Who sits in a row, or sat there last: its KV, of all tokens but the last, stands until another is seated."""
-        return list(self._rows.values())
+        """Who sits in a row, or sat there last: its KV, of all tokens but the last, stands until another is seated.
+
+        One that has failed left no KV.
+        """
+        return [sequence for sequence in self._rows.values() if sequence.failure is None]
 
     @torch.inference_mode()
     def run(self, task: Task) -> Report:
-        """Compute one task. Raises NumericError where logits are not numbers."""
+        """Compute one task; a sequence whose logits are not numbers fails alone."""
         return self._ops[task.op](task)
 
     def _assign_rows(self, task: Task) -> Report:
@@ -164,7 +173,8 @@ class ModelRunner:
         samplers = [self._rows[row].sampler for row in item.rows]
         proposed = [0 if item.prefill else count - 1 for count in item.counts]
         contexts = [self._context(row, count) for row, count in zip(item.rows, proposed, strict=True)]
-        self._draws[item.name] = draw_rows(samplers, logits, positions, contexts=contexts)
+        errors = self._errors[item.name] = {}
+        self._draws[item.name] = draw_rows(samplers, logits, positions, contexts=contexts, errors=errors)
         if any(self._rows[row].params.logprobs is not None for row in item.rows):
             self._logits[item.name] = logits
         return NOTHING
@@ -179,31 +189,65 @@ class ModelRunner:
     def _accept(self, task: Task) -> Report:
         item = item_of(task)
         draws, logits = self._draws.pop(item.name), self._logits.pop(item.name, None)
+        errors = self._errors.pop(item.name)
         outcomes, standing = [], []
         for place, (row, drawn) in enumerate(zip(item.rows, draws, strict=True)):
             start, count = item.starts[place], 1 if item.prefill else item.counts[place]
             own = None if logits is None else logits[place]
-            outcome, grown = self._accept_row(row, start, drawn, count - 1, own)
+            failed = {column: error for (index, column), error in errors.items() if index == place}
+            outcome, grown = self._accept_row(row, start, drawn, count - 1, own, failed)
             outcomes.append(outcome)
             standing += [] if grown is None else [grown]
         return Report(tuple(outcomes), tuple(standing))
 
     def _accept_row(
-        self, row: int, start: int, drawn: list[int], num_proposed: int, logits: torch.Tensor | None
+        self,
+        row: int,
+        start: int,
+        drawn: list[int],
+        num_proposed: int,
+        logits: torch.Tensor | None,
+        errors: Mapping[int, NumericError],
     ) -> tuple[RowOutcome, Grown | None]:
-        """Commit the draws up to and including the first that no proposal foresaw; what the draft has below them."""
+        """Commit the draws up to and including the first that no proposal foresaw; what the draft has below them.
+
+        A draw whose logits are not numbers, which is one of ``errors`` by column, ends the sequence there.
+        """
         sequence, drafter = self._rows[row], self._drafter
         path, emitted = drafter.follow(row, drawn, num_proposed) if drafter and num_proposed else ([], drawn[:1])
         places = [0, *(place + 1 for place in path)]
+        error = sequence.failure or errors.get(places[-1])
+        if error is not None:
+            emitted = [] if sequence.failure else emitted[:-1]
         wanted = sequence.params.logprobs
-        logprobs = [] if wanted is None or logits is None else token_logprobs(logits[places], emitted, wanted)
+        own = places[: len(emitted)]
+        logprobs = [] if wanted is None or logits is None else token_logprobs(logits[own], emitted, wanted)
         num_new = sequence.commit(emitted, logprobs)
-        grown = None
-        if drafter is not None:
-            self._target_kv.gather(row, start, places)
-            grown = drafter.settle(row, path, emitted)
+        if error is not None:
+            sequence.fail(error)
+        grown = self._settle_row(row, start, path, emitted, num_new, spoilt=bool(errors), failed=error is not None)
         accepted = min(len(path), num_new)  # behind a stop nothing counts
-        return RowOutcome(row, num_proposed, accepted, num_new, sequence.finish_reason is not None), grown
+        return RowOutcome(row, num_proposed, accepted, num_new, sequence.ended), grown
+
+    def _settle_row(
+        self, row: int, start: int, path: list[int], emitted: list[int], num_new: int, *, spoilt: bool, failed: bool
+    ) -> Grown | None:
+        """Keep the KV of the accepted path; what the draft has below it.
+
+        ``spoilt``: some logits behind it are not numbers, so neither may be what they left in the KV, which would spoil
+        even a sum in which its weight is 0. ``failed``: so are the last ones of the path itself.
+        """
+        drafter, places = self._drafter, [0, *(place + 1 for place in path)]
+        if self._rows[row].failure is not None:
+            self._target_kv.clear(row)
+        elif drafter is not None:
+            self._target_kv.gather(row, start, places)
+            if spoilt:
+                self._target_kv.clear(row, start + (num_new if failed else len(places)))
+        if drafter is None or not failed:
+            return None if drafter is None else drafter.settle(row, path, emitted)
+        drafter.clear(row)
+        return None
 
     # -- draft -----------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ MASK = (1 << 64) - 1
 ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 LAST_SHIFT = 14
 
+NO_TOKEN = -1  # stands for the draw at a position whose logits are not numbers
 
 # -- noise -----------------------------------------------------------------------------------------------------
 
@@ -261,13 +262,15 @@ def draw_rows(
     positions: Sequence[Sequence[int]],
     limit: int | None = None,
     contexts: Sequence[Context | None] | None = None,
+    errors: dict[tuple[int, int], NumericError] | None = None,
 ) -> list[list[int]]:
     """Draw for every row of logits [B, T, V] at its own positions, which belong to the first columns of the row.
 
     Columns beyond a row's positions are padding: neither drawn nor checked. Ids from ``limit`` on are never drawn
     (a draft's vocabulary may be padded further than the target's). ``contexts[b]`` has a path for each of the row's
     positions; rows without penalties need none. All greedy rows without penalties share one argmax.
-    Raises NumericError as ``Sampler.draw`` does.
+    ``errors`` takes the NumericError of every (row, column) whose logits are not numbers, and NO_TOKEN is drawn there;
+    all else is drawn as without it. Where there is no ``errors``, it is raised.
     """
     drawn: list[list[int]] = [[] for _ in samplers]
     greedy = [index for index, sampler in enumerate(samplers) if sampler.shares_argmax]
@@ -277,13 +280,44 @@ def draw_rows(
         values, ids = best.tolist(), tokens.tolist()
         for index, row_values, row_ids in zip(greedy, values, ids, strict=True):
             wanted = positions[index]
-            _check_values(row_values[: len(wanted)], wanted)
             drawn[index] = row_ids[: len(wanted)]
+            try:
+                _check_values(row_values[: len(wanted)], wanted)
+            except NumericError:
+                if errors is None:
+                    raise
+                drawn[index] = _draw_numbers(samplers[index], index, logits, wanted, limit, None, errors)
     for index, sampler in enumerate(samplers):
         if not sampler.shares_argmax:
             wanted = positions[index]
             context = contexts[index] if contexts is not None else None
-            drawn[index] = sampler.draw(logits[index, : len(wanted)], wanted, limit, context)
+            try:
+                drawn[index] = sampler.draw(logits[index, : len(wanted)], wanted, limit, context)
+            except NumericError:
+                if errors is None:
+                    raise
+                drawn[index] = _draw_numbers(sampler, index, logits, wanted, limit, context, errors)
+    return drawn
+
+
+def _draw_numbers(
+    sampler: Sampler,
+    index: int,
+    logits: torch.Tensor,
+    positions: Sequence[int],
+    limit: int | None,
+    context: Context | None,
+    errors: dict[tuple[int, int], NumericError],
+) -> list[int]:
+    """The draws of row ``index`` one by one, NO_TOKEN where logits are not numbers."""
+    drawn: list[int] = []
+    for column, position in enumerate(positions):
+        own = None if context is None else Context(context.counts, context.paths[column : column + 1])
+        try:
+            drawn += sampler.draw(logits[index, column : column + 1], [position], limit, own)
+        except NumericError as error:
+            errors[index, column] = error
+            drawn.append(NO_TOKEN)
     return drawn
 
 

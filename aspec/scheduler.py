@@ -39,6 +39,7 @@ class Scheduler:
         self._seats = Seats(plan.num_rows, plan.num_groups, plan.prefill_pass_tokens)
         self._groups = [Group(number, plan, self._next_id) for number in range(plan.num_groups)]
         self._closing = False
+        self._dropped: list[int] = []  # sequences that ended before they had a row, until they are taken
 
     def handle(self, events: Sequence[Event]) -> list[Task]:
         """The tasks that follow from all that has happened since the last call, in program order."""
@@ -50,11 +51,11 @@ class Scheduler:
                 case Arrived():
                     self._seats.arrive(event)
                 case Cancelled():
-                    self._seats.cancel(event.sequence)
+                    self._dropped += self._seats.cancel(event.sequence)
                 case Closing():
                     self._closing = True
                     if event.now:
-                        self._seats.cancel()
+                        self._dropped += self._seats.cancel()
                 case Span():
                     self.costs.observe(event)
                     tasks += self._go_on(event)
@@ -70,6 +71,11 @@ class Scheduler:
         for group in self._groups:
             assert group.running is None or group.running.open > 0
             assert group.running is None or group.draft is None, "trees that are to be verified grow before their pass"
+
+    def take_dropped(self) -> list[int]:
+        """Sequences that ended before they had a row, since the last call: no task will ever need them."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
 
     @property
     def idle(self) -> bool:

@@ -57,12 +57,13 @@ class Seats:
         row.length += outcome.num_new
         row.remaining = 0 if outcome.stopped else row.remaining - outcome.num_new
 
-    def cancel(self, sequence: int | None = None) -> None:
-        """Nobody listens to a sequence any more; to none of them without a name."""
-        keep = [arrived for arrived in self._waiting if sequence is not None and arrived.sequence != sequence]
-        self._waiting = deque(keep)
+    def cancel(self, sequence: int | None = None) -> list[int]:
+        """End one sequence, or all of them if None; returns those that had no row and will not get one."""
+        gone = [one.sequence for one in self._waiting if sequence is None or one.sequence == sequence]
+        self._waiting = deque(one for one in self._waiting if one.sequence not in gone)
         for row in self.rows.values():
             row.cancelled |= sequence is None or row.sequence == sequence
+        return gone
 
     def reseat(self, group: int = 0) -> list[RowAssignment]:
         """Between passes of a group: retire its rows that are done, seat those that wait.

@@ -4,6 +4,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
 
+from aspec.errors import NumericError
 from aspec.params import SamplingParams
 from aspec.penalties import Context, TokenCounts, proposal_paths
 from aspec.sampling import Sampler, TokenLogprob
@@ -32,6 +33,7 @@ class Sequence:
     max_new_tokens: int  # the request's, cut to what the context holds
     kept: int = 0  # leading tokens whose KV stood in the row when it was seated; only seating sets it
     finish_reason: FinishReason | None = None
+    failure: NumericError | None = None  # that ended it in the midst, in place of a finish reason
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
     counts: TokenCounts | None = None  # what penalties count; None where none is set
 
@@ -43,6 +45,11 @@ class Sequence:
         return None if self.counts is None else Context(self.counts, proposal_paths(proposals, parents))
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more will be committed."""
+        return self.finish_reason is not None or self.failure is not None
+
+    @property
     def num_new(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
@@ -52,6 +59,8 @@ class Sequence:
 
         ``logprobs`` are theirs, or nobody has asked for any.
         """
+        if not drawn:
+            return 0
         new: list[int] = []
         text: list[str] = []
         for token in drawn:
@@ -72,6 +81,11 @@ class Sequence:
             self.counts.commit(new)
         self.pieces.append(("".join(text), tuple(new), tuple(logprobs[: len(new)])))
         return len(new)
+
+    def fail(self, error: NumericError) -> None:
+        """End in the midst; the first error counts, and none after a finish reason."""
+        if not self.ended:
+            self.failure = error
 
     def take_pieces(self) -> list[Committed]:
         """What was committed since the last call, round by round."""

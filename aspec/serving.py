@@ -8,7 +8,7 @@ from typing import Any
 
 from aspec.api import Result, collect
 from aspec.engine import Engine
-from aspec.errors import PromptError
+from aspec.errors import NumericError, PromptError
 from aspec.params import SamplingParams
 from aspec.requests import Request
 from aspec.text import Tokenizer
@@ -30,7 +30,10 @@ class Asked:
     params: SamplingParams
 
 
-Answered = Callable[[Asked, Result | PromptError], Awaitable[None]]
+Refused = PromptError | NumericError
+"""Why a request has no answer, though all others may have theirs."""
+
+Answered = Callable[[Asked, Result | Refused], Awaitable[None]]
 """Called with every answer, or with why there can be none; the next row is taken when it returns."""
 
 
@@ -59,7 +62,7 @@ async def serve(engine: Engine, asked: Iterable[Asked], answered: Answered, drai
         drained.cancel()
 
 
-async def answer(engine: Engine, one: Asked, leave: asyncio.Future[Any]) -> Result | PromptError | None:
+async def answer(engine: Engine, one: Asked, leave: asyncio.Future[Any]) -> Result | Refused | None:
     """The answer to a request, or why there can be none; None if it had generated nothing when ``leave`` was done."""
     room, wanted = engine.max_context - len(one.tokens), one.request.max_new_tokens
     if room < max(1, wanted or 0):
@@ -73,7 +76,7 @@ async def answer(engine: Engine, one: Asked, leave: asyncio.Future[Any]) -> Resu
     try:
         await asyncio.wait([result, leave], return_when=asyncio.FIRST_COMPLETED)
         return await result if result.done() or begun.is_set() else None
-    except PromptError as error:
+    except (PromptError, NumericError) as error:
         return error
     finally:
         if not result.done():

@@ -8,11 +8,13 @@ from typing import Any, Literal, Self
 from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError
+from aspec.timelimit import TimeLimit, TimeLimitError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 MAX_WINDOW = 8  # tokens decoded again at every step; a character has at most 4 bytes, so at most 4 tokens
+TEMPLATE_S = 10.0  # of processor time, for a chat template: a long conversation takes a hundredth of it
 
 Kind = Literal["text", "byte", "silent"]
 
@@ -39,6 +41,7 @@ class Tokenizer:
             raise _unusable(folder, _reason(error)) from error
         if not inner.get_vocab():
             raise _unusable(folder, "its vocabulary is empty")
+        inner.encode("")  # resets what the file says of padding and cutting: later calls may come from several threads
         return cls(inner, folder)
 
     def encode(self, text: str) -> list[int]:
@@ -50,8 +53,13 @@ class Tokenizer:
         """Whether a conversation can be laid out as this model expects."""
         return bool(getattr(self._inner, "chat_template", None))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = ()) -> list[int]:
-        """A conversation, ready for the model's answer. Raises PromptError without a template or where it refuses.
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = (), limit: TimeLimit | None = None
+    ) -> list[int]:
+        """A conversation, ready for the model's answer.
+
+        Raises PromptError without a template, where it refuses, and where it takes longer than ``limit`` (default:
+        ``TEMPLATE_S``).
 
         It begins with the tokens ``said``, or all but the last few, where its text begins with theirs: what a model
         generated need not be what the tokenizer makes of the same text, and only the same tokens have their KV already.
@@ -59,8 +67,15 @@ class Tokenizer:
         if not self.has_chat_template:
             raise PromptError(f"{self.folder} has no chat template: give plain text (--raw) or choose a chat model.")
         conversation = [dict(message) for message in messages]
+        limit = limit or TimeLimit(TEMPLATE_S)
         try:
-            text = self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            with limit:
+                text = self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except TimeLimitError as error:
+            raise PromptError(
+                f"the chat template of {self.folder} did not end within {limit.seconds:g} s of processor time. Send "
+                f"fewer or shorter messages, or give plain text (--raw); if none helps, the template is damaged."
+            ) from error
         except Exception as error:  # a template is code of the checkpoint's and raises what it likes
             raise PromptError(
                 f"the chat template of {self.folder} refuses the conversation ({_reason(error)}). Change the messages' "

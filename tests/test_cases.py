@@ -248,8 +248,8 @@ async def test_after_a_cancel_in_the_middle_the_next_request_is_as_fresh(pair, o
             await task
         _, tokens, last = await collect(engine, PROMPT, **asked)
         assert task.cancelled()
-        assert not engine._queues
-        assert not engine._requests
+        assert not engine._streams._queues
+        assert not engine._streams._requests
     assert tokens == fresh[0]
     assert last.stats.completion_tokens == 16
 

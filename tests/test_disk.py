@@ -126,17 +126,18 @@ async def test_a_short_file_is_an_error_and_the_lane_lives_on(blob, lane, tmp_pa
 
 
 async def test_a_file_system_without_direct_reads_is_served_through_the_cache(blob, lane, monkeypatch):
-    real = os.open
+    real, refused = os.open, []
 
     def refuse(path, flags, *rest):
         if flags & os.O_DIRECT:
+            refused.append(path)
             raise OSError(errno.EINVAL, "no direct reads here")
         return real(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuse)
     memory = allocate(100_000)
     await lane.read([Seg(str(blob), 5, 90_000, 5)], memory.view)
-    assert not lane.direct(str(blob))
+    assert refused == [str(blob)]
     assert memory.view[5:90_005] == blob.read_bytes()[5:90_005]
     memory.close()
 

@@ -371,8 +371,8 @@ async def test_streams_that_are_left_while_they_wait_leave_nothing(pair):
         _, _, end = await last
         assert (len(tokens), end.stats.completion_tokens) == (30, 5)
         assert end.stats.reused_tokens == 2, "it was chosen which row to follow when that row was free"
-        assert not engine._waiting
-        assert not engine._admitted
-        assert not engine._requests
-        assert not engine._queues
+        assert not engine._streams._waiting
+        assert not engine._streams._admitted
+        assert not engine._streams._requests
+        assert not engine._streams._queues
         assert not engine._open.runner._sequences

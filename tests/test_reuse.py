@@ -9,12 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aspec.drafting import ModelDrafter
-from aspec.engine import common_prefix, open_engine
+from aspec.engine import open_engine
 from aspec.params import SamplingParams
 from aspec.plan import Speculation
 from aspec.races import find_races
 from aspec.scheduler import Scheduler
 from aspec.seats import Row, prefill_items
+from aspec.streaming import common_prefix
 from aspec.tasks.op import Op
 from aspec.tasks.task import Arrived, Cancelled, RowAssignment, RowOutcome, Span, Started
 from aspec.virtual import VirtualTimeLoop

@@ -20,7 +20,7 @@ from transformers import (
 
 from aspec.errors import NumericError, PromptError
 from aspec.params import SamplingParams
-from aspec.sampling import Sampler, _to_gumbel, derive_seed, draw_rows, gumbel, noise_bits
+from aspec.sampling import NO_TOKEN, Sampler, _to_gumbel, derive_seed, draw_rows, gumbel, noise_bits
 
 NAN, INF = math.nan, math.inf
 LIMIT = 4.5  # standard deviations: the seeds are fixed, so what passes once passes always
@@ -473,6 +473,20 @@ def test_logits_that_are_no_numbers_are_refused(params, bad):
     logits[1, 1] = -INF
     with pytest.raises(NumericError, match="position 41 is -inf"):
         draw_rows(rows, logits, [[7, 8, 9], [40, 41, 42]])
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_position_that_is_no_number_draws_no_token_and_all_others_what_they_would(params, bad):
+    logits = torch.randn(3, 3, 10, generator=torch.Generator().manual_seed(1))
+    rows, positions = [sampler(**params) for _ in range(3)], [[7, 8, 9], [40, 41, 42], [3]]
+    plain = draw_rows(rows, logits, positions)
+    logits[1, 1, 4] = bad
+    errors = {}
+    drawn = draw_rows(rows, logits, positions, errors=errors)
+    assert drawn == [plain[0], [plain[1][0], NO_TOKEN, plain[1][2]], plain[2]]
+    assert list(errors) == [(1, 1)]
+    assert "position 41" in str(errors[1, 1])
 
 
 def test_seeds_of_prompts_differ():

@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from aspec.errors import InternalError
 from aspec.io.disk import DiskLane
 from aspec.io.lane import ThreadLane
 from aspec.io.layout import Part
+from aspec.io.settling import close_all, settle, settle_all
 from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resource, Task
 
 
@@ -34,7 +36,13 @@ class CpuBackend:
     def __init__(self, runner: Runner, parts: Mapping[int, Part], slots: Sequence[memoryview], disk: DiskLane) -> None:
         loop = asyncio.get_running_loop()
         self._runner, self._parts, self._slots, self._disk = runner, parts, slots, disk
-        self._lanes = {name: ThreadLane(name, loop) for name in (COMPUTE, CPU)}
+        self._lanes: dict[str, ThreadLane] = {}
+        try:
+            for name in (COMPUTE, CPU):
+                self._lanes[name] = ThreadLane(name, loop)
+        except BaseException:
+            close_all(lane.close for lane in self._lanes.values())
+            raise
         self._in_flight: set[asyncio.Future[Completion]] = set()
         self._closed = False
 
@@ -44,6 +52,8 @@ class CpuBackend:
 
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
         """Start a task; lanes keep order, so ``after`` is met by construction."""
+        if self._closed:
+            raise InternalError(f"{task.label} (task {task.id}) was issued to a backend that is closed")
         if isinstance(task.payload, Load):
             future: asyncio.Future[Completion] = asyncio.ensure_future(self._read(task.payload, task.priority))
         else:
@@ -54,16 +64,16 @@ class CpuBackend:
 
     async def close(self) -> None:
         """Settle what is in flight and join the lanes; the disk lane belongs to whoever made it."""
-        if self._in_flight:
-            await asyncio.wait(self._in_flight)
-        if not self._closed:
-            self._closed = True
-            for lane in self._lanes.values():
-                lane.close()
+        try:
+            await settle_all(self._in_flight)
+        finally:
+            if not self._closed:
+                self._closed = True
+                close_all(lane.close for lane in self._lanes.values())
 
     async def _read(self, load: Load, priority: int) -> Completion:
         assert load.slot is not None, "the device is the host's own memory: reads fill slots"
-        done = await self._disk.read(self._parts[load.part].segments, self._slots[load.slot], priority)
+        done = await settle(self._disk.read(self._parts[load.part].segments, self._slots[load.slot], priority))
         return Completion(done.start_s, done.stop_s)
 
     def _compute(self, task: Task) -> Completion:

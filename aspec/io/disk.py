@@ -7,7 +7,6 @@ sooner. Reads overlap freely; there is no barrier between them.
 """
 
 import asyncio
-import contextlib
 import ctypes
 import errno
 import itertools
@@ -16,12 +15,12 @@ import queue
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from aspec.errors import DeviceError, ReadError
+from aspec.errors import DeviceError, InternalError, ReadError
+from aspec.io.loop_mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, address_of, allocate
 from aspec.io.rate import RateLimit
 
@@ -29,7 +28,7 @@ NUM_THREADS = 3
 CHUNK_BYTES = 4 << 20
 LIMITED_CHUNK_BYTES = 1 << 20  # under a rate limit: small, so that the stream is even
 BOUNCE_BYTES = 1 << 20
-SHORTEST_JOIN_S = 5.0
+LONGEST_JOIN_S = 5.0  # of all threads together
 
 
 class Segment(Protocol):
@@ -110,8 +109,10 @@ class _File:
         except OSError as error:
             if error.errno == errno.EINVAL and self.direct:  # a device with stricter rules: read through the cache
                 plain = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                os.dup2(plain, self.fd)
-                os.close(plain)
+                try:
+                    os.dup2(plain, self.fd)
+                finally:
+                    os.close(plain)
                 self.direct = False
                 return self._read_once(buffer, offset)
             raise ReadError(f"{self.path}: reading at byte {offset} failed: {error.strerror}.") from error
@@ -176,55 +177,91 @@ class DiskLane:
         self._files = _Files()
         self._order = itertools.count()
         self._queue: queue.PriorityQueue[tuple[int, int, _Job | None, Chunk | None]] = queue.PriorityQueue()
-        self._finished: deque[_Job] = deque()
-        self._armed = False
+        self._mailbox: LoopMailbox[ReadDone] = LoopMailbox(loop)
+        self._jobs: dict[asyncio.Future[ReadDone], _Job] = {}  # those that have not settled; loop's thread only
         self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._num_running = num_threads  # threads that have not ended; the last one closes the files
+        bounces = [allocate(BOUNCE_BYTES) for _ in range(num_threads)]
         self._threads = [
-            threading.Thread(target=self._run, name=f"aspec-disk-{i}", daemon=True) for i in range(num_threads)
+            threading.Thread(target=self._run, args=(bounce,), name=f"aspec-disk-{i}", daemon=True)
+            for i, bounce in enumerate(bounces)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # the system has no thread left: those that run must end
+            self._threads = [thread for thread in self._threads if thread.ident is not None]
+            self.close()
+            raise
 
     def read(self, segments: Sequence[Segment], buffer: memoryview, priority: int = 0) -> asyncio.Future[ReadDone]:
         """Read all segments into ``buffer``; smaller priorities go first, equal ones in order.
 
         The future resolves when nothing of this read touches the buffer any more: await it shielded. It raises
-        ReadError for a short or failing file. Raises ValueError if a segment does not fit the buffer.
+        ReadError for a short or failing file, and if the lane is closed before. Raises ValueError if a segment does
+        not fit the buffer.
         """
+        if self._stopping.is_set():
+            raise InternalError("a read was asked of a disk lane that is closed")
         future: asyncio.Future[ReadDone] = self._loop.create_future()
         chunks = list(split(segments, address_of(buffer), len(buffer), self._chunk_bytes))
         job = _Job(future, buffer, len(chunks))
         if not chunks:
             future.set_result(ReadDone(self._clock(), self._clock(), 0))
+        else:
+            self._jobs[future] = job
+            future.add_done_callback(self._jobs.pop)
         for chunk in chunks:
             self._queue.put((priority, next(self._order), job, chunk))
         return future
 
-    def direct(self, file: str) -> bool:
-        """Whether a file is read past the page cache."""
-        return self._files[file].direct
+    def abandon(self, read: asyncio.Future[ReadDone]) -> None:
+        """Skip what has not begun of a read, which then fails, settled; only on the loop's thread."""
+        if (job := self._jobs.get(read)) is not None:
+            job.error = job.error or ReadError("a read was abandoned")
 
     def close(self) -> None:
-        """Settle what is in flight, join the threads, close the files; may be called twice."""
+        """Settle what is in flight, fail what is not, join the threads; may be called twice.
+
+        Raises DeviceError if a thread does not end in time. What it reads into stays allocated as long as it runs, and
+        the files stay open: it closes them when it ends.
+        """
         self._stopping.set()
+        self._stop_threads()
+        deadline = time.monotonic() + LONGEST_JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        while not self._queue.empty():
+            _, _, job, chunk = self._queue.get_nowait()
+            if job is not None and chunk is not None:
+                job.error = job.error or ReadError(f"{chunk.file}: the disk lane was closed before it was read.")
+                self._settle_chunk(job)
+        self._mailbox.empty()
+        if self._threads:
+            self._stop_threads()  # their word was taken from the queue with the rest
+            raise DeviceError(f"the disk did not answer within {LONGEST_JOIN_S:g} s of closing")
+
+    def _stop_threads(self) -> None:
         for _ in self._threads:
             self._queue.put((-(1 << 62), next(self._order), None, None))
-        for thread in self._threads:
-            thread.join(SHORTEST_JOIN_S)
-        if any(thread.is_alive() for thread in self._threads):
-            raise DeviceError(f"the disk did not answer within {SHORTEST_JOIN_S:g} s of closing")
-        self._threads = []
-        self._files.close()
 
-    def _run(self) -> None:
-        bounce = allocate(BOUNCE_BYTES)
-        while True:
-            _, _, job, chunk = self._queue.get()
-            if job is None or chunk is None:
-                break
-            self._work(job, chunk, bounce)
-            del job, chunk
-        bounce.close()
+    def _run(self, bounce: SlotMemory) -> None:
+        try:
+            while True:
+                _, _, job, chunk = self._queue.get()
+                if job is None or chunk is None:
+                    break
+                self._work(job, chunk, bounce)
+                del job, chunk
+        finally:
+            bounce.close()
+            with self._lock:
+                self._num_running -= 1
+                last = self._num_running == 0
+            if last:
+                self._files.close()
 
     def _work(self, job: _Job, chunk: Chunk, bounce: SlotMemory) -> None:
         start = self._clock()
@@ -240,28 +277,15 @@ class DiskLane:
             job.start_s = min(job.start_s or start, start)
             job.stop_s = max(job.stop_s, stop)
             job.nbytes += chunk.nbytes
+        self._settle_chunk(job)
+
+    def _settle_chunk(self, job: _Job) -> None:
+        """Nothing of one more chunk touches the buffer any more."""
+        with job.lock:
             job.left -= 1
             last = job.left == 0
         if last:
-            self._post(job)
-
-    def _post(self, job: _Job) -> None:
-        self._finished.append(job)
-        if not self._armed:
-            self._armed = True
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._drain)
-
-    def _drain(self) -> None:
-        self._armed = False
-        while self._finished:
-            job = self._finished.popleft()
-            if job.future.done():
-                continue
-            if job.error is not None:
-                job.future.set_exception(job.error)
-            else:
-                job.future.set_result(ReadDone(job.start_s, job.stop_s, job.nbytes))
+            self._mailbox.post(job.future, job.error or ReadDone(job.start_s, job.stop_s, job.nbytes))
 
 
 def transfer(file: _File, chunk: Chunk, buffer: memoryview, bounce: SlotMemory) -> None:
@@ -337,7 +361,7 @@ def probe_rate(
 
     def work(memory: SlotMemory) -> None:
         try:
-            while time.perf_counter() - started < seconds:
+            while time.perf_counter() - started < seconds and not stopping.is_set():
                 with lock:
                     chunk = next(endless)
                 deadline = limit.reserve(chunk.nbytes)
@@ -350,15 +374,21 @@ def probe_rate(
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(memory,), name="aspec-probe") for memory in memories]
-    for thread in threads:
-        thread.start()
-    beside()
-    for thread in threads:
-        thread.join()
-    elapsed = time.perf_counter() - started
-    files.close()
-    for memory in memories:
-        memory.close()
+    try:
+        for thread in threads:
+            thread.start()
+        beside()
+    except BaseException:
+        stopping.set()
+        raise
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        elapsed = time.perf_counter() - started
+        files.close()
+        for memory in memories:
+            memory.close()
     if failures:
         raise failures[0]
     return sum(done) / elapsed

@@ -7,11 +7,11 @@ event is waited for, after a failure too: a future never resolves while its work
 import asyncio
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from aspec.errors import DeviceError
+from aspec.io.loop_mailbox import LoopMailbox
 from aspec.tasks.task import Completion
 
 Outcome = Completion | BaseException
@@ -31,12 +31,10 @@ class EventLane:
     """Waits for the events of one stream, in order; wake-ups of the loop are batched."""
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
         self._queue: queue.SimpleQueue[tuple[DeviceEvent | None, Conclude, asyncio.Future[Completion]] | None] = (
             queue.SimpleQueue()
         )
-        self._finished: deque[tuple[asyncio.Future[Completion], Outcome]] = deque()
-        self._armed = False  # a drain is on its way to the loop; a race costs one empty drain
+        self._mailbox: LoopMailbox[Completion] = LoopMailbox(loop)
         self._thread = threading.Thread(target=self._run, name=f"aspec-{name}", daemon=True)
         self._thread.start()
 
@@ -48,34 +46,21 @@ class EventLane:
         self._queue.put((event, conclude, future))
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Wait for what was submitted, then join. Raises DeviceError if the thread does not end in time."""
+        """Wait for what was submitted, join, hand over the results; may be called twice.
+
+        Raises DeviceError if the thread does not end in time.
+        """
         self._queue.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise DeviceError(f"{self._thread.name}: an event did not complete within {timeout_s:g} s of closing")
+        self._mailbox.empty()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             event, conclude, future = item
-            self._finished.append((future, _outcome(event, conclude)))
+            self._mailbox.post(future, _outcome(event, conclude))
             del item, event, conclude, future
-            if not self._armed:
-                self._armed = True
-                try:
-                    self._loop.call_soon_threadsafe(self._drain)
-                except RuntimeError:
-                    continue  # the loop has closed: nobody waits any more
-
-    def _drain(self) -> None:
-        self._armed = False
-        while self._finished:
-            future, outcome = self._finished.popleft()
-            if future.done():
-                continue
-            if isinstance(outcome, BaseException):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
 
 
 def _outcome(event: DeviceEvent | None, conclude: Conclude) -> Outcome:

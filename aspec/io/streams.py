@@ -11,8 +11,9 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic
 
 from aspec.errors import DeviceError, InternalError
@@ -22,6 +23,7 @@ from aspec.io.disk import DiskLane
 from aspec.io.events import EventLane, Outcome
 from aspec.io.lane import ThreadLane
 from aspec.io.layout import Part
+from aspec.io.settling import close_all, settle, settle_all
 from aspec.tasks.task import (
     BACK,
     COMPUTE,
@@ -39,6 +41,7 @@ from aspec.tasks.task import (
 )
 
 CLOSE_TIMEOUT_S = 60.0  # far longer than any task; beyond it the device counts as lost
+JOIN_S, LATE_JOIN_S = 30.0, 0.1  # for a thread to end, and for one that may wait for a lost device
 STREAM_PRIORITIES = {H2D: 0, D2H: 0, BACK: -1, COMPUTE: -1, DRAFT_COMPUTE: 0}
 """Smaller goes first: the target before the draft, and before weights what its layers wait for."""
 LAUNCHED_AHEAD = 4  # tasks in a stream: the host's next launch is never what the device waits for
@@ -80,9 +83,6 @@ class StreamBackend(Generic[S, E]):
         loop = self._loop = asyncio.get_running_loop()
         self._device, self._runner, self._parts, self._buffers, self._disk = device, runner, parts, buffers, disk
         self._streams = {name: device.create_stream(priority) for name, priority in STREAM_PRIORITIES.items()}
-        self._launchers = {name: ThreadLane(f"launch-{name}", loop) for name in self._streams}
-        self._waiters = {name: EventLane(f"wait-{name}", loop) for name in self._streams}
-        self._cpu = ThreadLane(CPU, loop)
         self._host_stream = device.create_stream(STREAM_PRIORITIES[COMPUTE])  # for what host work asks of the device
         self._order = itertools.count()
         self._launches: dict[int, _Launch[E]] = {}  # issued to a stream and not resolved, by task id
@@ -91,6 +91,18 @@ class StreamBackend(Generic[S, E]):
         self._poison: tuple[int, BaseException] | None = None  # the order from which tasks fail, and with what
         self._poison_lock = threading.Lock()
         self._closed = False
+        self._launchers: dict[str, ThreadLane] = {}
+        self._waiters: dict[str, EventLane] = {}
+        try:
+            for name in self._streams:
+                self._launchers[name] = ThreadLane(f"launch-{name}", loop)
+                self._waiters[name] = EventLane(f"wait-{name}", loop)
+            self._cpu = ThreadLane(CPU, loop)
+        except BaseException:  # the system has no thread left; the device belongs to the caller
+            close_all(
+                [lane.close for lane in self._launchers.values()] + [lane.close for lane in self._waiters.values()]
+            )
+            raise
 
     def now(self) -> float:
         """Seconds of ``time.perf_counter``; device times are mapped to it."""
@@ -114,18 +126,24 @@ class StreamBackend(Generic[S, E]):
     async def close(self) -> None:
         """Settle, join the threads, free the device's buffers; the disk lane belongs to whoever made it.
 
-        Raises DeviceError, and frees nothing, if the device does not finish what it was given.
+        Raises DeviceError if the device does not finish what it was given, or a thread does not end: then the buffers
+        stay, because the device may still write to them.
         """
-        if self._in_flight:
-            _, late = await asyncio.wait(self._in_flight, timeout=CLOSE_TIMEOUT_S)
+        try:
+            await settle_all(self._in_flight, CLOSE_TIMEOUT_S)
+        finally:
+            if not self._closed:
+                self._closed = True
+                self._shut([future for future in self._in_flight if not future.done()])
+
+    def _shut(self, late: Sequence[asyncio.Future[Completion]]) -> None:
+        lanes: list[ThreadLane | EventLane] = [*self._launchers.values(), *self._waiters.values(), self._cpu]
+        timeout_s = LATE_JOIN_S if late else JOIN_S
+        try:
+            close_all(partial(lane.close, timeout_s) for lane in lanes)
+        finally:
             if late:
                 raise DeviceError(f"{len(late)} tasks did not finish within {CLOSE_TIMEOUT_S:g} s of closing")
-        if self._closed:
-            return
-        self._closed = True
-        lanes: list[ThreadLane | EventLane] = [*self._launchers.values(), *self._waiters.values(), self._cpu]
-        for lane in lanes:
-            lane.close()
         self._pool.clear()
         self._buffers = Buffers((), ())
         self._device.free()
@@ -135,7 +153,7 @@ class StreamBackend(Generic[S, E]):
     async def _read(self, load: Load, priority: int) -> Completion:
         assert load.staging is not None, "behind a link reads land in staging"
         view = self._buffers.staging[load.staging].view
-        done = await self._disk.read(self._parts[load.part].segments, view, priority)
+        done = await settle(self._disk.read(self._parts[load.part].segments, view, priority))
         return Completion(done.start_s, done.stop_s)
 
     def _compute(self, task: Task) -> Completion:

@@ -290,8 +290,7 @@ def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan) -> tu
     settled = [sequence_buffer(item.group)]
     if plan.max_draft_tokens:
         settled += [proposal_buffer(item.group), draft_kv_buffer(item.group)]
-    if plan.max_draft_tokens and not item.prefill:
-        settled += [_kv_of(item, layer, plan) for layer in range(plan.num_layers)]
+    settled += [_kv_of(item, layer, plan) for layer in range(plan.num_layers)]  # a row that fails is cleared
     writes = tuple(Access(buffer, f"pass {number} item {item.index}") for buffer in settled)
     accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), writes, number, item)
     return head, accept

@@ -15,9 +15,9 @@ from math import gcd
 from typing import Protocol
 
 import torch
-from transformers.cache_utils import Cache
 
 from aspec.attention import temporary_bytes
+from aspec.hf_compat import Cache
 from aspec.kv import KVCache, MaskKind, StepCache, TreeNodes
 from aspec.model import Model
 from aspec.screen import RefusedError, warm_up

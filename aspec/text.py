@@ -35,6 +35,8 @@ class Tokenizer:
             )
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Warning:  # turned into an error: no fault of the files
+            raise
         except Exception as error:  # every family's loader, and the Rust one, raises what it likes
             raise _unusable(folder, _reason(error)) from error
         if not inner.get_vocab():
@@ -61,6 +63,8 @@ class Tokenizer:
         conversation = [dict(message) for message in messages]
         try:
             text = self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except Warning:  # turned into an error: no fault of the conversation
+            raise
         except Exception as error:  # a template is code of the checkpoint's and raises what it likes
             raise PromptError(
                 f"the chat template of {self.folder} refuses the conversation ({_reason(error)}). Change the messages' "

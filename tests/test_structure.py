@@ -13,7 +13,7 @@ BANDS = {
     0: "errors requests plan params options units tasks.task tasks",
     1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner search "
     "tariff hardware races",
-    2: "io io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact offload "
+    2: "io hf_compat io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact offload "
     "split model shapes sampling penalties text hub tasks.offers drafting lookup sequence runner stats timeline "
     "recorder snapshot summary responses intake journal screen graphs",
     3: "io.backend io.sim io.cpu io.device io.streams io.cuda io.events io.pinned io.lane io.disk io.memory io.rate "

@@ -48,6 +48,7 @@ __all__ = [
     "conversion_rules",
     "dot_natural_key",
     "has_recurrent_state",
+    "ignore_positions",
     "ignored_keys",
     "kept_dtypes",
     "model_class",
@@ -113,6 +114,19 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         else:
             buffer._is_hf_initialized = True
     model.initialize_weights()
+
+
+def ignore_positions(model: PreTrainedModel) -> None:
+    """Let the rotary angles of ``model`` keep their shapes and not depend on positions, which on meta have no values.
+
+    5.17 chooses the angles of longrope by the largest position; 5.24 computes them without a look at it.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):
+            module.rope_type = {layer: "default" if kind == "longrope" else kind for layer, kind in kinds.items()}
+        elif kinds == "longrope":
+            module.rope_type = "default"
 
 
 def kept_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.attention import attend
 from aspec.errors import InternalError, UnsupportedModelError
-from aspec.hf_compat import Cache, cache_argument
+from aspec.hf_compat import Cache, cache_argument, ignore_positions
 from aspec.kv import KVCache, KVShape, MaskKind, StepCache
 from aspec.offload import Crossing
 from aspec.skeleton import build_on_meta, find_layers, first_line
@@ -160,7 +160,7 @@ class _Visit:
 @torch.inference_mode(False)  # where views know their base
 def examine(config: PreTrainedConfig, dtype: torch.dtype) -> Facts:
     """Probe a model. Raises UnsupportedModelError where its layers cannot be run one by one."""
-    model = build_on_meta(config, dtype, NAME)
+    model = _build(config, dtype, NAME)
     try:
         return _examine(config, model, in_tuples=False)
     except _UnfitError as error:
@@ -168,6 +168,13 @@ def examine(config: PreTrainedConfig, dtype: torch.dtype) -> Facts:
             return _examine(config, model, in_tuples=True)
         except _UnfitError:
             raise UnsupportedModelError(f"{config.model_type} is not supported: {error}.") from error
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
+    """The model on meta, where its forward runs on positions that have no values."""
+    model = build_on_meta(config, dtype, attend)
+    ignore_positions(model)
+    return model
 
 
 def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) -> Facts:
@@ -256,7 +263,7 @@ def _run_split(
     config: PreTrainedConfig, dtype: torch.dtype, facts: Facts, *, offloaded: bool
 ) -> Callable[[int, int], list[_Held]]:
     """A model on meta, its layers in halves: what each holds, for two rows of so many tokens and slots."""
-    model = build_on_meta(config, dtype, SPLIT)
+    model = _build(config, dtype, SPLIT)
     held: list[_Held] = []
     argument = cache_argument(model)
     for index, layer in enumerate(find_layers(model)[1]):

@@ -137,7 +137,7 @@ def make_pair(family, tmp_path_factory, cached=True):
     return made
 
 
-@pytest.fixture(scope="module", params=NAMED)
+@pytest.fixture(scope="module", params=tiny.marked(NAMED))
 def pair(request, tmp_path_factory):
     return make_pair(request.param, tmp_path_factory)
 

@@ -147,7 +147,7 @@ def check(engine, seeds):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-@pytest.mark.parametrize("family", QUICK)
+@pytest.mark.parametrize("family", tiny.marked(QUICK))
 def test_steps_equal_decoding(engine, family, dtype):
     check(engine(family, dtype, 1), range(2))
 

@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 import torch
 import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -40,14 +39,6 @@ MLA = dict(
     first_k_dense_replace=1,
     topk_group=1,
 )
-
-
-COMPAT = {"llama", "mixtral"}  # families whose tests run with the oldest supported transformers too
-
-
-def marked(families):
-    """Families as parameters, some of them marked ``compat``."""
-    return [pytest.param(name, marks=pytest.mark.compat if name in COMPAT else ()) for name in families]
 
 
 def _common(model_type):

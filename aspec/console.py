@@ -39,8 +39,8 @@ class Console:
         self._warnings.setdefault(" ".join(text.split()), False)
 
     def show_warnings(self) -> None:
-        """Show what was held back and not shown yet, one line each; never silenced."""
-        for text in [text for text, shown in self._warnings.items() if not shown]:
+        """Show what was held back and not shown yet, one line each; nothing when quiet."""
+        for text in [text for text, shown in self._warnings.items() if not (shown or self.quiet)]:
             self._warnings[text] = True
             self.stderr.print("warning:", style="bold yellow", end=" ")
             self.stderr.print(text, markup=False)

@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.functional import pad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
+from aspec.hf_compat import sdpa_mask
 from aspec.kv import KEY_TILE, Paths
 
 NAME = "aspec"

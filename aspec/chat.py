@@ -100,6 +100,7 @@ class Chat:
         pieces: list[Piece] = []
         self.runner.run(_answer(self.engine, prompt, self.params, pieces, self.console.write))
         self.console.write("\n")
+        self.console.show_warnings()
         answer, said = "".join(piece.text for piece in pieces), [*prompt]
         said += [token for piece in pieces for token in piece.token_ids]
         stats = pieces[-1].stats if pieces else None

@@ -14,6 +14,7 @@ from aspec.console import Console
 from aspec.errors import AspecError
 from aspec.flags import takes
 from aspec.jobflags import BatchFlags, BenchFlags, ChatFlags, GenerateFlags, PlanFlags, ProfileFlags, TraceFlags
+from aspec.library_warnings import held_back
 
 app = typer.Typer(
     add_completion=False,
@@ -195,9 +196,10 @@ def plan(flags: PlanFlags) -> None:
 
 
 def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:
-    """Run a command to its exit code: one paragraph for errors, 130 for Ctrl-C, nothing lost."""
+    """Run a command to its exit code: warnings at its end, one paragraph for errors, 130 for Ctrl-C, nothing lost."""
     try:
-        work()
+        with held_back(console):
+            work()
     except KeyboardInterrupt:
         console.note("interrupted")
         _leave(130)
@@ -205,6 +207,13 @@ def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:
         if debug:
             raise
         console.error(str(error) or "out of memory")
+        _leave(1)
+    except Warning as error:
+        if debug:
+            raise
+        console.error(
+            f"a warning was turned into an error (python -W, PYTHONWARNINGS): {type(error).__name__}: {error}"
+        )
         _leave(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ class Console:
         self._covered = False
         self._notes: list[str] = []  # held back while covered
         self._text: list[str] = []  # likewise, where stdout is the covered terminal
+        self._warnings: dict[str, bool] = {}  # by text: whether it has been shown; of any thread
 
     def note(self, text: str) -> None:
         """A line of information; nothing when quiet."""
@@ -32,6 +33,17 @@ class Console:
         """The one paragraph of an error; never silenced."""
         self.stderr.print("error:", style="bold red", end=" ")
         self.stderr.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Hold a warning back until ``show_warnings``; one that came before is the same one. Any thread may call."""
+        self._warnings.setdefault(" ".join(text.split()), False)
+
+    def show_warnings(self) -> None:
+        """Show what was held back and not shown yet, one line each; nothing when quiet."""
+        for text in [text for text, shown in self._warnings.items() if not (shown or self.quiet)]:
+            self._warnings[text] = True
+            self.stderr.print("warning:", style="bold yellow", end=" ")
+            self.stderr.print(text, markup=False)
 
     def write(self, text: str) -> None:
         """Generated text to stdout: at once, or when the dashboard has gone from the same terminal."""

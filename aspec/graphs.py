@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from math import gcd
 
 import torch
-from transformers.cache_utils import Cache
 
 from aspec.attention import temporary_bytes
+from aspec.hf_compat import Cache
 from aspec.io.device import Capture, Replay
 from aspec.kv import KVCache, MaskKind, StepCache, TreeNodes
 from aspec.model import Model

@@ -14,8 +14,8 @@ from weakref import ref
 import numpy as np
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
-from transformers.cache_utils import Cache
 
+from aspec.hf_compat import Cache
 from aspec.transfer import upload
 
 KVShape = tuple[int, int, int]

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from aspec.attention import NAME, attend
 from aspec.drafting import GREEDY
 from aspec.exact import BLOCK_ROWS, InBlocks, products
 from aspec.hardware import AttentionRates, Hardware, Processor, Table
+from aspec.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.io.disk import probe_rate
 from aspec.io.host_memory import total_bytes
 from aspec.io.layout import Segment, as_tensor
@@ -346,7 +346,7 @@ class _Layer:
         heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": WIDTHS[1]}
         size = SMALL if multiplies else COLUMNS
         config = LlamaConfig(hidden_size=size, intermediate_size=3 * size, num_hidden_layers=1, vocab_size=8, **heads)
-        config._attn_implementation = NAME
+        set_attention(config, NAME)
         with torch.device("meta"):
             self._layer = LlamaDecoderLayer(config, 0).to(dtype).eval()
         facts = layer_shape(self._layer, config)
@@ -375,11 +375,11 @@ class _Layer:
         step = self._cache.step([0], [0], [tokens])
         hidden = torch.randn(1, tokens, self._size).to(self._dtype)
         angles = torch.ones(1, tokens, WIDTHS[1], dtype=self._dtype)
-        mask = step.layer_mask(MaskKind())
+        mask, cache = step.layer_mask(MaskKind()), {cache_argument(self._layer): step}
 
         def once() -> None:
             with products(step):
-                self._layer(hidden, attention_mask=mask, past_key_values=step, position_embeddings=(angles, angles))
+                self._layer(hidden, attention_mask=mask, position_embeddings=(angles, angles), **cache)
 
         return cold_seconds_of(once) if cold else seconds_of(once)
 

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from aspec.binding import Binder
 from aspec.errors import CheckpointError, InternalError
 from aspec.exact import products
+from aspec.hf_compat import cache_argument, tied_weights
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.layout import Part, plan_parts
 from aspec.io.mapping import map_tensors
@@ -82,12 +83,13 @@ class Model:
         self.checkpoint = Checkpoint(self.folder, {}, 0, ()) if missing else Checkpoint.open(self.folder)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         if missing:
-            tied = getattr(self._layers_model, "all_tied_weights_keys", None) or {}
+            tied = tied_weights(self._layers_model)
             stored = {name: own for name, own in self._layers_model.state_dict().items() if name not in tied}
             self.checkpoint = outline(self.folder, stored)
         self._layers_name, self._layers = find_layers(self._layers_model)
         self._tensors = map_tensors(self._layers_model, self.checkpoint)
         self._frame = build_skeleton(self.config, self.dtype, self.device)
+        self._cache_argument = cache_argument(self._frame)
         for index, layer in enumerate(find_layers(self._frame)[1]):
             layer.forward = self._stub(index)
         self._binder = Binder(self._frame, self._layers_model, self._layers)
@@ -249,12 +251,10 @@ class Model:
         self, tape: _Tape, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: StepCache
     ) -> Any:
         """The model's own forward around stubs that follow ``tape``."""
-        self._local.tape = tape
+        self._local.tape, cache = tape, {self._cache_argument: step}
         try:
             with products(step):
-                return self._frame(
-                    input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=step, use_cache=True
-                )
+                return self._frame(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **cache)
         finally:
             del self._local.tape
 

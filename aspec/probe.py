@@ -6,6 +6,7 @@ stores, which mask reaches its attention and under which name, and that its atte
 """
 
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -13,10 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from aspec.attention import attend
 from aspec.errors import InternalError, UnsupportedModelError
+from aspec.hf_compat import Cache, cache_argument, ignore_positions
 from aspec.kv import KVCache, KVShape, MaskKind, StepCache
 from aspec.offload import Crossing
 from aspec.skeleton import build_on_meta, find_layers, first_line
@@ -112,6 +113,8 @@ class _Store(Cache):  # type: ignore[misc]  # transformers is untyped
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Note and hand back."""
+        if not key_states.dim() == value_states.dim() == 4:
+            raise _UnfitError("its layers store other things than keys and values per head")
         self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
         return key_states, value_states
 
@@ -142,7 +145,9 @@ class _Visit:
 
     def see(self, parameters: tuple[str, ...], arguments: dict[str, Any]) -> None:
         """Check that a layer receives what the one before returned, and find its mask."""
-        hidden = arguments[parameters[0]]
+        hidden = arguments.get(parameters[0])
+        if not isinstance(hidden, torch.Tensor):
+            raise _UnfitError("a layer receives no hidden state")
         if self.returned is not None and not same_memory(hidden, self.returned):
             raise _UnfitError("a layer does not receive what the layer before it returned")
         self.returned = torch.empty_like(hidden)
@@ -155,7 +160,7 @@ class _Visit:
 @torch.inference_mode(False)  # where views know their base
 def examine(config: PreTrainedConfig, dtype: torch.dtype) -> Facts:
     """Probe a model. Raises UnsupportedModelError where its layers cannot be run one by one."""
-    model = build_on_meta(config, dtype, NAME)
+    model = _build(config, dtype, NAME)
     try:
         return _examine(config, model, in_tuples=False)
     except _UnfitError as error:
@@ -165,6 +170,13 @@ def examine(config: PreTrainedConfig, dtype: torch.dtype) -> Facts:
             raise UnsupportedModelError(f"{config.model_type} is not supported: {error}.") from error
 
 
+def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
+    """The model on meta, where its forward runs on positions that have no values."""
+    model = build_on_meta(config, dtype, attend)
+    ignore_positions(model)
+    return model
+
+
 def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) -> Facts:
     layers = find_layers(model)[1]
     store = _Store()
@@ -172,11 +184,14 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) 
     for layer in layers:
         layer.forward = visit.watch(layer)
     tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
+    cache = {cache_argument(model): store}
     try:
-        output = model(input_ids=tokens, position_ids=tokens, past_key_values=store, use_cache=True)
-    except _UnfitError:
+        output = model(input_ids=tokens, position_ids=tokens, use_cache=True, **cache)
+    except (_UnfitError, Warning):  # a warning that was turned into an error says nothing of the family
         raise
     except Exception as error:  # whatever a family raises means: not with this driver
+        if _is_own_fault(error):
+            raise InternalError(f"the probe of {config.model_type} has failed: {first_line(error)}.") from error
         raise _UnfitError(f"its layers exchange more than a hidden state ({first_line(error)})") from error
     if len(visit.layers) != len(layers) or tuple(output.logits.shape[:2]) != (2, 4):
         raise _UnfitError(f"its {len(layers)} layers do not run once each (counted {len(visit.layers)} runs)")
@@ -187,6 +202,14 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) 
         for index, (argument, rule, parameters) in enumerate(visit.layers)
     ]
     return Facts(tuple(facts), in_tuples)
+
+
+def _is_own_fault(error: Exception) -> bool:
+    """Whether code of aspec raised it that a family's forward has called back, rather than the family's own."""
+    assert error.__traceback__ is not None
+    frames = traceback.walk_tb(error.__traceback__.tb_next)  # below the one that called the family
+    owners = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
+    return next((owner for owner in reversed(owners) if owner in ("aspec", "transformers")), None) == "aspec"
 
 
 AttentionInterface.register(SPLIT, attend)
@@ -240,8 +263,9 @@ def _run_split(
     config: PreTrainedConfig, dtype: torch.dtype, facts: Facts, *, offloaded: bool
 ) -> Callable[[int, int], list[_Held]]:
     """A model on meta, its layers in halves: what each holds, for two rows of so many tokens and slots."""
-    model = build_on_meta(config, dtype, SPLIT)
+    model = _build(config, dtype, SPLIT)
     held: list[_Held] = []
+    argument = cache_argument(model)
     for index, layer in enumerate(find_layers(model)[1]):
         layer.forward = _watch_split(layer, index, facts, held)
 
@@ -252,7 +276,7 @@ def _run_split(
         step = cache.step([0, 2], [num_slots - num_tokens] * 2, [num_tokens] * 2)
         tokens = torch.zeros(2, num_tokens, dtype=torch.long, device="meta")
         try:
-            model(input_ids=tokens, position_ids=tokens, past_key_values=step, use_cache=True)
+            model(input_ids=tokens, position_ids=tokens, use_cache=True, **{argument: step})
         except InternalError as error:
             raise UnsupportedModelError(
                 f"{config.model_type}: its attention cannot run apart from the rest of its layers: {error}. "
@@ -282,7 +306,7 @@ def _watch_split(layer: nn.Module, index: int, facts: Facts, held: list[_Held]) 
         held.append((split.nbytes, split.crossing))
         try:
             finish(lambda: original(hidden, *args, **kwargs), split)
-        except InternalError:
+        except (InternalError, Warning):
             raise
         except Exception:
             assert split.output is None

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from aspec import attention
 from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+from aspec.hf_compat import (
+    ROPE_INIT_FUNCTIONS,
+    compute_buffers,
+    has_recurrent_state,
+    model_class,
+    no_init_weights,
+    set_attention,
+    set_experts,
+    takes_registered_attention,
+)
 from aspec.io.json_file import read_json
 
 
@@ -45,6 +47,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Warning:  # turned into an error: no fault of the file
+        raise
     except Exception as error:  # a config class may raise anything for a value it does not know
         raise UnsupportedModelError(
             f"{path}: transformers cannot read this {model_type} configuration: {first_line(error)}. Correct the file, "
@@ -69,12 +73,11 @@ def _reasons(config: PreTrainedConfig) -> list[str]:
             reasons.append(f"rotary positions of type {kind}: {REFUSED_ROPE[kind]}")
         elif kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
-    family = AutoModelForCausalLM._model_mapping[type(config)]
-    if getattr(family, "_is_stateful", False):
+    if has_recurrent_state(family):
         reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
-    elif not reasons and not getattr(family, "_supports_attention_backend", False):
+    elif not reasons and not takes_registered_attention(family):
         reasons.append("its attention does not take a registered attention function")
     return reasons
 
@@ -110,12 +113,14 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
     """The model with everything on meta, attending with the function registered as ``attend``."""
     config = copy.deepcopy(config)
-    config._attn_implementation = attend
+    set_attention(config, attend)
     if (experts := family_of(config.model_type).experts) is not None:
-        config._experts_implementation = experts
+        set_experts(config, experts)
     try:
-        with torch.device("meta"), initialization.no_init_weights():
+        with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Warning:  # turned into an error: no fault of the configuration
+        raise
     except Exception as error:  # a family's constructor may raise anything for a value it does not know
         raise UnsupportedModelError(
             f"{config.model_type}: transformers cannot build a model from this configuration: {first_line(error)}. "
@@ -127,16 +132,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with parameters and stored buffers on meta, and its computed buffers on ``device``."""
     model = build_on_meta(config, dtype, attention.NAME)
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # transformers' own marker
-    for name, buffer in list(model.named_buffers()):
-        path, _, last = name.rpartition(".")
-        module = model.get_submodule(path)
-        if last in module._non_persistent_buffers_set:
-            module._buffers[last] = torch.empty_like(buffer, device=device)
-        else:
-            buffer._is_hf_initialized = True
-    model.initialize_weights()
+    compute_buffers(model, device)
     return model
 
 

@@ -37,6 +37,8 @@ class Tokenizer:
             )
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Warning:  # turned into an error: no fault of the files
+            raise
         except Exception as error:  # every family's loader, and the Rust one, raises what it likes
             raise _unusable(folder, _reason(error)) from error
         if not inner.get_vocab():
@@ -71,6 +73,8 @@ class Tokenizer:
         try:
             with limit:
                 text = self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except Warning:  # turned into an error: no fault of the conversation
+            raise
         except TimeLimitError as error:
             raise PromptError(
                 f"the chat template of {self.folder} did not end within {limit.seconds:g} s of processor time. Send "

@@ -11,6 +11,7 @@ from aspec.params import SamplingParams
 from aspec.races import find_races
 from aspec.tasks.op import Op
 from tests import tiny
+from tests.compat import marked
 
 NEW = 16
 LENGTHS = (20, 37, 11)  # longer than every window (8) and than a prefill item (16)
@@ -137,7 +138,7 @@ def make_pair(family, tmp_path_factory, cached=True):
     return made
 
 
-@pytest.fixture(scope="module", params=NAMED)
+@pytest.fixture(scope="module", params=marked(NAMED))
 def pair(request, tmp_path_factory):
     return make_pair(request.param, tmp_path_factory)
 

@@ -69,6 +69,7 @@ def differences(path, dtype=torch.float32, streamed=None):
     return torch.cat(found)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_family_equals_transformers(folder, family, record_property):
     path = folder(family)
@@ -98,6 +99,7 @@ def test_bf16_is_close_to_transformers(folder, family):
         assert (found > 0.2 * SCALE.get(family, 1.0)).sum() <= len(found) // 10
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generic_conversion_equals_the_direct_one(folder, family, dtype, monkeypatch):
@@ -227,6 +229,7 @@ def test_scratch_and_buffers_that_are_too_small_are_refused(folder):
         model.bind(dataclasses.replace(part), torch.empty(part.size - 1, dtype=torch.uint8))
 
 
+@pytest.mark.compat
 def test_what_a_model_says_of_itself(folder):
     model = Model(folder("phi3_longrope"))
     assert (model.num_layers, model.vocab_size, model.end_ids) == (4, tiny.VOCAB, frozenset({2}))
@@ -289,6 +292,7 @@ def is_a_paragraph(error):
     return "\n" not in text and text.endswith(".") and ".." not in text.replace("...", "") and len(text) < 600
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", tiny.REFUSED)
 def test_what_cannot_be_run_is_refused_by_name(tmp_path, family):
     config = tiny.REFUSED[family]()

@@ -273,6 +273,7 @@ def decode_with_trees(dice, words, length, ends, seen):
     return said[:length]
 
 
+@pytest.mark.compat
 def test_a_tree_says_what_decoding_one_by_one_says():
     """Whatever the budget, depth, width, beams, branches and end ids: a tree decides how much is said, never what."""
     seen = Counter()

@@ -42,6 +42,7 @@ from aspec.tasks.task import (
 )
 from aspec.timeline import merge, shared
 from tests import tiny
+from tests.compat import marked
 from tests.simulate import make_plan, simulate
 from tests.test_equality import NAMED, OTHERS
 
@@ -123,7 +124,7 @@ def check_bits(family, dtype, folder):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("family", [*NAMED, "gemma3n_text"])
+@pytest.mark.parametrize("family", marked([*NAMED, "gemma3n_text"]))
 def test_a_split_layer_gives_the_bits_of_a_whole_one(family, dtype, tmp_path):
     check_bits(family, dtype, tmp_path)
 
@@ -136,7 +137,7 @@ def test_a_split_layer_gives_the_bits_of_a_whole_one_for_the_other_families(fami
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", [*NAMED, "gemma3n_text", "gemma4_text", "llama4_text"])
+@pytest.mark.parametrize("family", marked([*NAMED, "gemma3n_text", "gemma4_text", "llama4_text"]))
 def test_the_plan_counts_what_a_split_layer_holds(family, tmp_path):
     model = Model(tiny.build(tmp_path / family, family))
     streamed, cache = tiny.Streamed(model), KVCache(model.kv_shapes(), 3, 96, model.dtype)

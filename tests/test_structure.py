@@ -13,13 +13,13 @@ BANDS = {
     0: "errors io.json_file requests plan params defaults options units tasks.op tasks.task tasks",
     1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner search "
     "tariff hardware races",
-    2: "io io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact offload "
-    "split model shapes sampling penalties text timelimit hub tasks.offers drafting lookup sequence runner stats "
+    2: "hf_compat io io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact "
+    "offload split model shapes sampling penalties text timelimit hub tasks.offers drafting lookup sequence runner stats "
     "timeline recorder snapshot summary responses intake journal screen graphs",
     3: "io.backend io.sim io.cpu io.device io.streams io.cuda io.events io.pinned io.lane io.disk io.memory io.rate "
     "io.host_memory io.ticker io.capture io.loop_mailbox io.settling executor virtual",
     4: "devices resolve needs simulation prices profile measuring cache forecast planning design assembly loading "
-    "links gauging streaming guarding engine console monitor frame dashboard chrome verify",
+    "links gauging streaming guarding engine console library_warnings monitor frame dashboard chrome verify",
     5: "api flags jobflags generation batch progress serving chat trace bench profiling explain cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}
@@ -81,6 +81,36 @@ def test_threads_are_made_in_io_only():
     for name, tree in modules():
         if "threading" in set(imports(tree)):
             assert name.split(".")[0] in THREADS, name
+
+
+HF_NAMES = {
+    "_attn_implementation",
+    "_experts_implementation",
+    "_get_dtype_plan",
+    "_is_hf_initialized",
+    "_is_stateful",
+    "_keys_to_ignore_on_load_unexpected",
+    "_model_mapping",
+    "_supports_attention_backend",
+    "all_tied_weights_keys",
+    "initialize_weights",
+    "past_key_values",
+}
+"""What is private in transformers, or has another name in another version of it."""
+
+
+def test_what_transformers_may_change_is_named_in_one_module():
+    for name, tree in modules():
+        if name == "hf_compat":
+            continue
+        nodes = list(ast.walk(tree))
+        used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        used |= {node.arg for node in nodes if isinstance(node, ast.keyword)}
+        used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        assert not used & HF_NAMES, name
+        moving = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        moving |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not {module for module in moving if module and module.startswith("transformers.")}, name
 
 
 def test_the_top_level_is_what_was_agreed():

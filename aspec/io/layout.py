@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.core_model_loading import WeightConverter
 
+from aspec.hf_compat import WeightConverter
 from aspec.io.checkpoint import TensorRef
 from aspec.io.mapping import Entry, TensorMap
 

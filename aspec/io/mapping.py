@@ -13,16 +13,19 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from aspec.errors import CheckpointError
+from aspec.hf_compat import (
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
+    conversion_rules,
     dot_natural_key,
+    ignored_keys,
+    kept_dtypes,
     rename_source_key,
+    tied_weights,
 )
-
-from aspec.errors import CheckpointError
 from aspec.io.checkpoint import Checkpoint, TensorRef
 
 COMPUTED = r"rotary_emb\.inv_freq"  # stored by old checkpoints, computed by every model
@@ -79,7 +82,7 @@ def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
 def target_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
     """The dtype every stored parameter must have, those included that a family keeps in fp32."""
     dtypes: dict[str, torch.dtype] = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    kept = model._get_dtype_plan(model.dtype)
+    kept = kept_dtypes(model)
     if not kept:
         return dtypes
     alternation, groups, _ = build_glob_alternation(list(kept))
@@ -113,12 +116,12 @@ def _match(
     model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[dict[str, list[Source]], dict[str, WeightConverter], list[str]]:
     """Stored tensors by the name they belong to, the converters by pattern, and what belongs nowhere."""
-    rules = get_model_conversion_mapping(model, None, None)
+    rules = conversion_rules(model)
     renames = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     conversions = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in conversions for pattern in rule.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
-    ignored = [re.compile(p) for p in {COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())}]
+    ignored = [re.compile(p) for p in {COMPUTED, *ignored_keys(model)}]
     found: dict[str, list[Source]] = defaultdict(list)
     unexpected: list[str] = []
     for key in sorted(checkpoint.tensors, key=dot_natural_key):  # natural order: experts by number
@@ -154,6 +157,8 @@ def _entry(
     own = copy.deepcopy(converters[pattern])  # a converter has state while it converts, and is used at every bind
     try:
         made = convert(own, name, meta, model)
+    except Warning:  # turned into an error: no fault of the tensors
+        raise
     except Exception as error:  # whatever a conversion raises: these tensors do not make it
         raise CheckpointError(
             f"{where}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be put together: "
@@ -169,7 +174,7 @@ def _aliases(model: PreTrainedModel, produced: Mapping[str, Entry]) -> dict[str,
     Where both are stored, each keeps its own bytes, as in transformers, which ties them only if they are equal.
     """
     groups: dict[str, set[str]] = defaultdict(set)
-    for target, source in model.all_tied_weights_keys.items():
+    for target, source in tied_weights(model).items():
         groups[source] |= {source, target}
     aliases: dict[str, tuple[str, ...]] = {}
     for source, names in groups.items():

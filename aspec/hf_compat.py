@@ -1,0 +1,149 @@
+"""All names of transformers that are private, renamed or moving: no other module of aspec uses one.
+
+Where two versions differ, the code looks at what it finds, such as the signature of a forward, and never at a version
+number. ``tests/test_warnings.py`` and the tests marked ``compat`` were run with
+
+| transformers | torch | Python | the cache in a forward is named |
+|--------------|-------|--------|---------------------------------|
+| 5.17.0       | 2.11  | 3.11   | ``past_key_values``             |
+| 5.17.0       | 2.13  | 3.11   | ``past_key_values``             |
+| 5.24.0       | 2.13  | 3.11   | ``cache``                       |
+
+The bounds in ``pyproject.toml`` are the first and the last row. From 5.24 on the name ``past_key_values`` gives a
+FutureWarning, and 5.40 removes it.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from aspec.errors import UnsupportedModelError
+
+__all__ = [
+    "ROPE_INIT_FUNCTIONS",
+    "Cache",
+    "LlamaDecoderLayer",
+    "WeightConverter",
+    "WeightRenaming",
+    "build_glob_alternation",
+    "cache_argument",
+    "compute_buffers",
+    "conversion_rules",
+    "dot_natural_key",
+    "has_recurrent_state",
+    "ignore_positions",
+    "ignored_keys",
+    "kept_dtypes",
+    "model_class",
+    "no_init_weights",
+    "rename_source_key",
+    "sdpa_mask",
+    "set_attention",
+    "set_experts",
+    "takes_registered_attention",
+    "tied_weights",
+]
+
+CACHE_NAMES = ("cache", "past_key_values")  # newest first
+
+
+def cache_argument(module: nn.Module) -> str:
+    """The name under which ``module`` takes its cache. Raises UnsupportedModelError where its forward takes none."""
+    parameters = inspect.signature(type(module).forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedModelError(
+        f"{type(module).__name__} is not supported: expected an argument {' or '.join(CACHE_NAMES)} of its forward, "
+        f"found none."
+    )
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The decoder-only language model of a configuration; None where transformers has none."""
+    found: type[PreTrainedModel] | None = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return found
+
+
+def has_recurrent_state(family: type[PreTrainedModel]) -> bool:
+    """Whether its layers keep state that is no cache of keys and values."""
+    return bool(getattr(family, "_is_stateful", False))
+
+
+def takes_registered_attention(family: type[PreTrainedModel]) -> bool:
+    """Whether its layers attend with the function that ``set_attention`` names."""
+    return bool(getattr(family, "_supports_attention_backend", False))
+
+
+def set_attention(config: PreTrainedConfig, name: str) -> None:
+    """Let models of ``config`` attend with the function that is registered as ``name``."""
+    config._attn_implementation = name
+
+
+def set_experts(config: PreTrainedConfig, name: str) -> None:
+    """Let models of ``config`` run their experts with the implementation ``name``."""
+    config._experts_implementation = name
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute on ``device`` the buffers of ``model`` that no checkpoint stores; all other tensors stay on meta."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # transformers leaves alone what is marked so
+    for name, buffer in list(model.named_buffers()):
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        if last in module._non_persistent_buffers_set:
+            module._buffers[last] = torch.empty_like(buffer, device=device)
+        else:
+            buffer._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def ignore_positions(model: PreTrainedModel) -> None:
+    """Let the rotary angles of ``model`` keep their shapes and not depend on positions, which on meta have no values.
+
+    5.17 chooses the angles of longrope by the largest position; 5.24 computes them without a look at it.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):
+            module.rope_type = {layer: "default" if kind == "longrope" else kind for layer, kind in kinds.items()}
+        elif kinds == "longrope":
+            module.rope_type = "default"
+
+
+def kept_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The dtypes that the family keeps whatever the model's own dtype is, by a pattern of parameter names."""
+    return dict(model._get_dtype_plan(model.dtype))
+
+
+def conversion_rules(model: PreTrainedModel) -> list[Any]:
+    """The rules from stored names to parameters: ``WeightRenaming`` and ``WeightConverter``."""
+    return list(get_model_conversion_mapping(model, None, None))
+
+
+def ignored_keys(model: PreTrainedModel) -> Iterable[str]:
+    """Patterns of stored names that the model has no use for."""
+    return tuple(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that share another one's memory: name -> name of the other."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})

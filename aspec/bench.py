@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from aspec.api import Result, collect, run, seeded
-from aspec.cache import remember_acceptance
+from aspec.cache import known_acceptance, remember_acceptance
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
@@ -26,7 +26,7 @@ from aspec.needs import folders
 from aspec.plan import Plan, format_bytes
 from aspec.profile import Ceilings, Machine, measure_ceilings, this_machine
 from aspec.recorder import Recorder
-from aspec.simulation import fitted_acceptance, flat_fields, measured_profile
+from aspec.simulation import fitted_acceptance, fitted_spread, flat_fields, measured_profile
 from aspec.summary import Summary, summarise
 from aspec.timeline import DRAFT
 
@@ -115,15 +115,24 @@ async def _measure(job: Job, rounds: int) -> Report:
 
 
 def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
-    """Keep how often the pair's proposals were accepted, for plans to come."""
+    """Keep how often the pair's proposals were accepted, for plans to come.
+
+    Trees tell what second choices are worth where it is known how often the first is right, otherwise that.
+    """
     target, draft = folders(job.options)
     per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
     if draft is None or not plan.max_draft_tokens or not per_pass:
         return
-    acceptance = fitted_acceptance(plan, measured, median(per_pass))
+    sampled = job.params.temperature > 0.0
+    known = known_acceptance(target, draft, sampled=sampled)
+    acceptance, spread = known.acceptance, known.spread
+    profile = replace(measured, acceptance=acceptance, spread=spread)
+    if plan.proposes_trees and known.proposals:
+        spread = fitted_spread(plan, profile, median(per_pass))
+    else:
+        acceptance = fitted_acceptance(plan, profile, median(per_pass))
     rounds = sum(run.summary.rounds for run in runs)
-    sampled = bool(job.params.temperature)
-    remember_acceptance(target, draft, acceptance, measured.spread, proposals=rounds, sampled=sampled)
+    remember_acceptance(target, draft, acceptance, spread, proposals=rounds, sampled=sampled)
 
 
 async def _warm_up(engine: Engine, job: Job, recorder: Recorder) -> float | None:

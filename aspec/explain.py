@@ -8,10 +8,12 @@ from typing import Any
 from aspec.cache import Known
 from aspec.console import Console
 from aspec.devices import HOST
+from aspec.generation import sampling_params
 from aspec.hardware import read_hardware
 from aspec.io.checkpoint import has_weights
 from aspec.jobflags import PlanFlags
-from aspec.needs import Models, read_models, wishes_of
+from aspec.model import generation_defaults
+from aspec.needs import Models, folders, read_models, wishes_of
 from aspec.plan import Plan, Tier, Workload, format_bytes
 from aspec.planning import Machine, on_machine, plan_workload, this_machine
 from aspec.search import Found, Search
@@ -42,9 +44,11 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
 
 def explain(flags: PlanFlags) -> Explained:
     """The plans for what the flags describe. Raises AspecError."""
-    work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens)
+    options = flags.options()
+    params = sampling_params(generation_defaults(folders(options)[0]), flags.sampling())
+    work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=params.temperature > 0.0)
     context = flags.max_context or work.prompt_tokens + work.new_tokens
-    options = replace(flags.options(), workload=work, max_context=context)
+    options = replace(options, workload=work, max_context=context)
     hardware = None if flags.profile is None else read_hardware(flags.profile)
     if hardware is not None:  # whatever device is here
         exact = hardware.h2d_bytes_per_s is None if options.exact is None else options.exact
@@ -70,7 +74,8 @@ def lines(explained: Explained) -> Iterator[str]:
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
     yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
     prompts = _count(work.num_prompts, "prompt")
-    yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each"
+    drawn = ", sampled" if work.sampled else ""
+    yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{drawn}"
     yield ""
     yield f"the plan: {best.plan.shape}"
     yield from (f"  {line}" for line in placement(best.plan))

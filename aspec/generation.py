@@ -139,7 +139,8 @@ def _fit(options: EngineOptions, prompts: list[list[int]], params: SamplingParam
     fitted = replace(options, max_context=options.max_context or max(2, longest + params.max_new_tokens))
     if len(prompts) > SEARCHED_FROM and params.max_new_tokens > 1:
         mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
-        return replace(fitted, workload=Workload(len(prompts), mean, params.max_new_tokens))
+        work = Workload(len(prompts), mean, params.max_new_tokens, sampled=params.temperature > 0.0)
+        return replace(fitted, workload=work)
     return replace(fitted, max_batch=options.max_batch or len(prompts))
 
 

@@ -122,13 +122,22 @@ class PlanFlags(GenerateFlags):
             max=1.0,
         ),
     ] = None
+    temperature: Annotated[
+        float | None,
+        option(
+            WORK,
+            "How the tokens will be drawn, 0: greedily. With noise a draw costs more, and other proposals are accepted. "
+            "Default: as the checkpoint says.",
+            "--temperature",
+            min=0.0,
+        ),
+    ] = None
     prompt: list[str] | None = None
     file: list[Path] | None = None
     raw: bool = False
     system: str | None = None
     no_dashboard: bool = True
     max_new_tokens: int = 128
-    temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None

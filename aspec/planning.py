@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 from aspec.cache import Known, known_acceptance, machine_profile
 from aspec.devices import kind_of
 from aspec.errors import UnsupportedModelError
 from aspec.forecast import Forecaster
 from aspec.hardware import Hardware
+from aspec.io.sim import Profile
 from aspec.model import Model
 from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, NGRAM, Models, folders, is_off
 from aspec.options import EngineOptions
-from aspec.plan import Speculation, Workload
+from aspec.plan import Plan, Speculation, Workload
 from aspec.planner import Wishes
 from aspec.prices import prices
 from aspec.search import CAPS, GROUPS, SLOTS, Open, Search, rows_for, search
@@ -36,7 +38,8 @@ def this_machine(options: EngineOptions, models: Models) -> Machine:
     hardware = machine_profile(
         target, models.target.dtype, options.threads, kind=kind_of(options.device), link_rate=options.link_rate
     )
-    return Machine(hardware, Known() if draft is None else known_acceptance(target, draft))
+    sampled = options.workload is not None and options.workload.sampled
+    return Machine(hardware, Known() if draft is None else known_acceptance(target, draft, sampled=sampled))
 
 
 def plan_workload(
@@ -58,17 +61,27 @@ def plan_workload(
 def forecast_for(
     options: EngineOptions, models: Models, wishes: Wishes, machine: Machine, work: Workload
 ) -> Forecaster:
-    """What runs a plan in virtual time on these costs."""
-    draft = None if models.draft is None else shape_of(models.draft)
-    profile = prices(
-        shape_of(models.target),
-        draft,
-        machine.hardware,
-        exact=wishes.exact,
-        acceptance=machine.known.acceptance,
-        spread=machine.known.spread,
-    )
-    return Forecaster(profile, work)
+    """What runs a plan in virtual time, on what the work costs on the machine under that plan."""
+    target, draft = shape_of(models.target), None if models.draft is None else shape_of(models.draft)
+
+    @cache
+    def priced(tree: bool, cpu_attention: bool) -> Profile:
+        return prices(
+            target,
+            draft,
+            machine.hardware,
+            exact=wishes.exact,
+            sampled=work.sampled,
+            tree=tree,
+            cpu_attention=cpu_attention,
+            acceptance=machine.known.acceptance,
+            spread=machine.known.spread,
+        )
+
+    def profile_of(plan: Plan) -> Profile:
+        return priced(plan.proposes_trees, plan.attention_resource == CPU)
+
+    return Forecaster(profile_of, work)
 
 
 def left_open_by(options: EngineOptions, models: Models, hardware: Hardware, work: Workload) -> Open:

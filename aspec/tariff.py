@@ -5,6 +5,7 @@ simulated machine charges by it.
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
@@ -114,10 +115,23 @@ class ModelCost:
         length = max(start + count for start, count in zip(item.starts, item.counts, strict=True))
         return self.embed.at(item.padded_tokens) + self.mask_pair_s * item.padded_tokens * length
 
-    def layer_seconds(self, item: WorkItem) -> float:
-        """All layers one after another; those of one kind are priced once."""
+    def layer_seconds(self, item: WorkItem, *, tree: bool = False) -> float:
+        """All layers one after another; ``tree``: the item's proposals are one."""
+        return self._over_layers(lambda layer: layer.seconds(item, tree=tree))
+
+    def attention_seconds(self, item: WorkItem, *, tree: bool = False) -> float:
+        """Of them the attention."""
+        return self._over_layers(lambda layer: layer.attention.seconds(item, tree=tree))
+
+    def product_seconds(self, item: WorkItem) -> float:
+        """And all the rest."""
+        tokens = item.padded_tokens
+        return self._over_layers(lambda layer: layer.project.at(tokens) + layer.rest.at(tokens))
+
+    def _over_layers(self, seconds_of: Callable[[LayerCost], float]) -> float:
+        """The sum over all layers; those of one kind are priced once."""
         kinds = {id(layer): layer for layer in self.layers}
-        seconds = {key: layer.seconds(item) for key, layer in kinds.items()}
+        seconds = {key: seconds_of(layer) for key, layer in kinds.items()}
         return sum(seconds[id(layer)] for layer in self.layers)
 
     def head_seconds(self, rows: int, draws: int) -> float:

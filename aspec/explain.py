@@ -74,8 +74,8 @@ def lines(explained: Explained) -> Iterator[str]:
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
     yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
     prompts = _count(work.num_prompts, "prompt")
-    drawn = ", sampled" if work.sampled else ""
-    yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{drawn}"
+    how = ", sampled" if work.sampled else ""
+    yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{how}"
     yield ""
     yield f"the plan: {best.plan.shape}"
     yield from (f"  {line}" for line in placement(best.plan))

@@ -132,9 +132,12 @@ class Processor:
     mask_pair_s: float = field(default=0.0, metadata=SECONDS)  # per query token and key
     greedy_s: float | None = field(default=None, metadata=SECONDS)  # per vocabulary entry of a draw
     sampled_s: float | None = field(default=None, metadata=SECONDS)
+    offer_s: float | None = field(default=None, metadata=SECONDS)  # the same of a tree's node, for its children
+    sampled_offer_s: float | None = field(default=None, metadata=SECONDS)
     accept_row_s: float = field(default=3e-5, metadata=SECONDS)
     gather_s: float = field(default=2e-5, metadata=SECONDS)  # of moving a tree's accepted path, per layer and row
-    node_s: float = field(default=2e-5, metadata=SECONDS)  # of a node of a tree
+    node_s: float = field(default=5e-5, metadata=SECONDS)  # of a node of a tree, when its children are offered
+    tree_row_s: float = field(default=5e-4, metadata=SECONDS)  # of a row's tree, in every pass that verifies it
     weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)
     block_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # exact, in blocks
     cached_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # held by a cache

@@ -126,7 +126,7 @@ class PlanFlags(GenerateFlags):
         float | None,
         option(
             WORK,
-            "How the tokens will be drawn, 0: greedily. With noise a draw costs more, and other proposals are accepted. "
+            "How tokens will be drawn, 0: greedily. With noise a draw costs more, and other proposals are accepted. "
             "Default: as the checkpoint says.",
             "--temperature",
             min=0.0,

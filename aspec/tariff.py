@@ -109,6 +109,7 @@ class ModelCost:
     head: Line  # by rows of logits
     draw_s: float  # per drawn token
     mask_pair_s: float = 0.0  # per query token and key, once for all layers
+    offer_s: float = 0.0  # per node of a tree whose children are wanted, in place of a draw
 
     def embed_seconds(self, item: WorkItem) -> float:
         """Token ids to hidden states, positions and masks."""
@@ -147,7 +148,7 @@ class Tariff:
     draft: ModelCost | None = None
     accept_s: float = 1e-4
     accept_row_s: float = 0.0
-    node_s: float = 0.0  # a node of a tree, per level that it goes through the draft in
+    node_s: float = 0.0  # a node of a tree, for its place in it and that of its children
     task_s: float = 0.0  # of any task, what the lane itself takes
     tree: bool = False  # proposals are trees
     beside_reads: float = 1.0  # factor of what computes while the disk lane reads
@@ -204,10 +205,11 @@ def _draft(tariff: Tariff, task: Task, item: WorkItem) -> float:
     draft = tariff.draft
     if draft is None:  # a lookup
         return tariff.node_s * item.num_tokens
-    nodes = item.num_tokens if task.growth is not None else 0
-    drawn = item.num_tokens if task.growth is not None else len(item.rows)
-    model_s = draft.embed_seconds(item) + draft.layer_seconds(item) + draft.head_seconds(drawn, drawn)
-    return model_s + tariff.node_s * nodes
+    layers_s = draft.embed_seconds(item) + draft.layer_seconds(item)
+    if task.growth is None:
+        return layers_s + draft.head_seconds(len(item.rows), len(item.rows))
+    nodes = item.num_tokens
+    return layers_s + draft.head_seconds(nodes, 0) + nodes * (draft.offer_s + tariff.node_s)
 
 
 def _draft_prefill(tariff: Tariff, task: Task, item: WorkItem) -> float:

@@ -18,8 +18,8 @@ BANDS = {
     "recorder snapshot summary responses intake journal screen graphs",
     3: "io.backend io.sim io.cpu io.device io.streams io.cuda io.events io.pinned io.lane io.disk io.memory io.rate "
     "io.ticker io.capture executor virtual",
-    4: "devices needs simulation prices profile measuring cache forecast planning design assembly loading links "
-    "gauging engine console monitor frame dashboard chrome verify",
+    4: "devices needs simulation prices profile stopwatch growing measuring cache forecast planning design assembly "
+    "loading links gauging engine console monitor frame dashboard chrome verify",
     5: "api flags jobflags generation batch progress serving chat trace bench profiling explain cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}

@@ -110,7 +110,7 @@ class AttentionRates:
     kv_byte_s: float = field(default=0.0, metadata=SECONDS)  # per byte of a row's keys and values
     score_s: float = field(default=0.0, metadata=SECONDS)  # per query token, key and head
     width_s: float = field(default=0.0, metadata=SECONDS)  # the same, per element of a head's width
-    own_score_s: float = field(default=0.0, metadata=SECONDS)  # on top, for keys of a tree's own paths
+    own_score_s: float = field(default=0.0, metadata=SECONDS)  # per query of a tree, key of its path and key head
 
 
 @dataclass(frozen=True, slots=True)

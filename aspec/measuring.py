@@ -228,7 +228,7 @@ def _attention(dtype: torch.dtype, *, exact: bool) -> AttentionRates:
         kv_byte_s=key_s / (KV_HEADS * 2 * WIDTHS[1] * dtype.itemsize),
         score_s=max(0.0, pair_s[0] - width_s * WIDTHS[0]),
         width_s=width_s,
-        own_score_s=own_s / (many * 64 * HEADS),
+        own_score_s=own_s / (many * 64 * KV_HEADS),
     )
 
 

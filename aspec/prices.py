@@ -49,7 +49,8 @@ def prices(
         target_cost,
         draft_cost,
         accept_s=device.task_s,
-        accept_row_s=hardware.cpu.accept_row_s + tree * (hardware.cpu.tree_row_s + gathers_s),
+        accept_row_s=hardware.cpu.accept_row_s,
+        tree_row_s=hardware.cpu.tree_row_s + gathers_s if tree else 0.0,
         node_s=hardware.cpu.node_s,
         task_s=device.task_s,
         tree=tree,
@@ -199,6 +200,6 @@ def _attention(shape: ModelShape, device: Processor, *, exact: bool) -> Attentio
         row_s=rates.row_s,
         key_s=rates.kv_byte_s * shape.kv_bytes,
         pair_s=shape.heads * (rates.score_s + rates.width_s * width),
-        own_pair_s=shape.heads * rates.own_score_s,
+        own_pair_s=shape.kv_heads * rates.own_score_s,
         exact=exact,
     )

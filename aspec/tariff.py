@@ -52,8 +52,8 @@ class Line:
 class Attention:
     """Seconds of a layer's attention for one item.
 
-    ``exact``: rows take turns, each over its own keys, and a query of a tree looks up its own path. Otherwise all rows
-    together, over the keys of the longest.
+    ``exact``: each row over its own keys; rows of trees take turns, and each of their queries looks up its own path.
+    Otherwise all rows together, over the keys of the longest.
     """
 
     call_s: float = 0.0
@@ -77,7 +77,7 @@ class Attention:
         if not (self.exact and tree and width > 1 and not item.prefill):
             return total
         own = (_whole_tiles(start % KEY_TILE + min(width, TREE_DEPTH)) for start in item.starts)
-        return total + self.own_pair_s * width * sum(own)
+        return total + self.call_s * (len(item.rows) - 1) + self.own_pair_s * width * sum(own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,7 @@ class Tariff:
     draft: ModelCost | None = None
     accept_s: float = 1e-4
     accept_row_s: float = 0.0
+    tree_row_s: float = 0.0  # on top, of a row whose tree was verified
     node_s: float = 0.0  # a node of a tree, for its place in it and that of its children
     task_s: float = 0.0  # of any task, what the lane itself takes
     tree: bool = False  # proposals are trees
@@ -198,7 +199,8 @@ def _head(tariff: Tariff, task: Task, item: WorkItem) -> float:
 
 
 def _accept(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return tariff.accept_s + tariff.accept_row_s * len(item.rows)
+    trees = 0 if item.prefill else sum(count > 1 for count in item.counts)
+    return tariff.accept_s + tariff.accept_row_s * len(item.rows) + tariff.tree_row_s * trees
 
 
 def _draft(tariff: Tariff, task: Task, item: WorkItem) -> float:

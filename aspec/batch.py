@@ -156,9 +156,10 @@ def _check_rows(
 ) -> Extent:
     """Encode every row once. Raises UserError that lists what is wrong."""
     longest = checked = prompts = new = 0
+    sampled = False
 
     def check(row: BatchRow) -> None:
-        nonlocal longest, checked, prompts, new
+        nonlocal longest, checked, prompts, new, sampled
         count = len(encode(tokenizer, row.request))
         if limit is not None and count >= limit:
             raise PromptError(
@@ -168,13 +169,15 @@ def _check_rows(
         wanted = defaults.max_new_tokens if wanted is None else wanted
         longest = max(longest, 2, count + wanted)
         checked, prompts, new = checked + 1, prompts + count, new + wanted
+        sampled = sampled or row.request.params(defaults, seed=0).temperature > 0.0
 
     ticker = Ticker(CHECK_LINE_S, lambda: console.note(f"check: {checked} rows"), "check")
     try:
         rows.scan(check)
     finally:
         ticker.close()
-    return Extent(longest, Workload(checked, max(1, round(prompts / checked)), max(2, round(new / checked))))
+    mean_prompt, mean_new = max(1, round(prompts / checked)), max(2, round(new / checked))
+    return Extent(longest, Workload(checked, mean_prompt, mean_new, sampled=sampled))
 
 
 # -- its run ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aspec.api import Result, collect, run, seeded
-from aspec.cache import remember_acceptance
+from aspec.cache import known_acceptance, remember_acceptance
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
@@ -28,7 +28,7 @@ from aspec.plan import Plan, format_bytes
 from aspec.profile import Ceilings, HostInfo, host_info, measure_ceilings
 from aspec.recorder import Recorder
 from aspec.resolve import revise
-from aspec.simulation import fitted_acceptance, measured_profile, task_seconds
+from aspec.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
 from aspec.summary import Summary, summarise
 from aspec.tariff import Profile
 from aspec.timeline import DRAFT
@@ -137,15 +137,24 @@ def _hardware(ceilings: Ceilings, measured: Profile, dtype: torch.dtype) -> Hard
 
 
 def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
-    """Keep how often the pair's proposals were accepted, for plans to come."""
+    """Keep how often the pair's proposals were accepted, for plans to come.
+
+    Trees tell what second choices are worth where it is known how often the first is right, otherwise that.
+    """
     target, draft = job.resolved.target, job.resolved.draft
     per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
     if draft is None or not plan.max_draft_tokens or not per_pass:
         return
-    acceptance = fitted_acceptance(plan, measured, median(per_pass))
+    sampled = job.params.temperature > 0.0
+    known = known_acceptance(target, draft, sampled=sampled)
+    acceptance, spread = known.acceptance, known.spread
+    profile = replace(measured, acceptance=acceptance, spread=spread)
+    if plan.proposes_trees and known.proposals:
+        spread = fitted_spread(plan, profile, median(per_pass))
+    else:
+        acceptance = fitted_acceptance(plan, profile, median(per_pass))
     rounds = sum(run.summary.rounds for run in runs)
-    sampled = bool(job.params.temperature)
-    remember_acceptance(target, draft, acceptance, measured.spread, proposals=rounds, sampled=sampled)
+    remember_acceptance(target, draft, acceptance, spread, proposals=rounds, sampled=sampled)
 
 
 async def _warm_up(engine: Engine, job: Job, recorder: Recorder) -> float | None:

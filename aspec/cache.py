@@ -26,7 +26,7 @@ from aspec.measuring import measure_beside_reads, measure_disk, measure_processo
 from aspec.prices import ACCEPTANCE, SPREAD
 from aspec.profile import HostInfo, host_info
 
-VERSION = 1  # of what the files say
+VERSION = 2  # of what the files say
 DISK_AGE_S = 3600.0  # after which a disk is measured again: shared ones drift
 MAX_EVIDENCE = 2000.0  # proposals that earlier runs count for at most, beside the latest
 

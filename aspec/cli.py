@@ -191,7 +191,7 @@ def plan(flags: PlanFlags) -> None:
     """
     from aspec.explain import plan_to_console
 
-    console = Console()
+    console = Console(quiet=flags.quiet)
     guarded(lambda: plan_to_console(flags, console), console, flags.debug)
 
 

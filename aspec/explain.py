@@ -8,15 +8,17 @@ from typing import Any
 
 from aspec.cache import AcceptanceStats
 from aspec.console import Console
+from aspec.defaults import sampling_params
 from aspec.devices import HOST
 from aspec.errors import UserError
 from aspec.hardware import Hardware, read_machine
 from aspec.io.checkpoint import has_weights
 from aspec.jobflags import PlanFlags
+from aspec.model import generation_defaults
 from aspec.needs import Models, read_models, request_for
 from aspec.plan import Plan, Tier, Workload, format_bytes
 from aspec.planning import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
-from aspec.resolve import resolve
+from aspec.resolve import resolve, revise
 from aspec.search import Candidate, Search
 from aspec.units import format_rate
 
@@ -50,16 +52,19 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
 
 def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) -> Explained:
     """The plans for what the flags describe; ``progress`` hears how many were tried. Raises AspecError."""
-    work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens)
+    hardware = None if flags.profile is None else _read_rates(flags.profile)
+    options = flags.options() if hardware is None else replace(flags.options(), device=HOST)  # whatever device is here
+    resolved = resolve(options)
+    sampled = sampling_params(generation_defaults(resolved.target), flags.sampling()).temperature > 0.0
+    work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=sampled)
     context = flags.max_context or work.prompt_tokens + work.new_tokens
-    options = replace(flags.options(), workload=work, max_context=context)
-    if flags.profile is None:
-        models = read_models(resolve(options), outlined=True)
+    resolved = revise(resolved, workload=work, max_context=context)
+    if hardware is None:
+        models = read_models(resolved, outlined=True)
         basis = measured_basis(models)
         models = replace(models, resolved=on_machine(models.resolved, basis.hardware))
     else:
-        hardware = _read_rates(flags.profile)
-        models = read_models(elsewhere(resolve(replace(options, device=HOST)), hardware), outlined=True)
+        models = read_models(elsewhere(resolved, hardware), outlined=True)
         basis = CostBasis(hardware, AcceptanceStats())
     if flags.acceptance is not None:
         basis = replace(basis, known=replace(basis.known, acceptance=flags.acceptance))
@@ -89,7 +94,8 @@ def lines(explained: Explained) -> Iterator[str]:
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
     yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
     prompts = _count(work.num_prompts, "prompt")
-    yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each"
+    how = ", sampled" if work.sampled else ""
+    yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{how}"
     yield ""
     yield f"the plan: {best.plan.shape}"
     yield from (f"  {line}" for line in placement(best.plan))

@@ -4,17 +4,17 @@ Of a long job a few rounds are run and the rest follows from their rate. Large m
 that a round stays a few hundred tasks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, sqrt
 
 from aspec.costs import expected_tokens
-from aspec.plan import Plan, PlannedPart, Speculation, Tier, Workload
+from aspec.plan import Plan, PlannedPart, Tier, Workload
 from aspec.search import Forecast
 from aspec.simulation import simulate
 from aspec.tariff import LayerCost, Profile
-from aspec.tasks.task import COMPUTE, Span, WorkItem
+from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 from aspec.timeline import DRAFT, TARGET, bottleneck, lane_use
 
 MOST_TASKS = 20_000  # of one run whose drafts adapt
@@ -120,12 +120,12 @@ class Tally:
 class Forecaster:
     """Runs plans for one workload on one machine."""
 
-    profile: Profile
+    profile_of: Callable[[Plan], Profile]  # what the work costs there under a plan; asked often
     workload: Workload
 
     def __call__(self, plan: Plan) -> Forecast:
         """Serve the workload, or the beginning of it."""
-        plan, profile = coarse(plan, self.profile)
+        plan, profile = coarse(plan, self.profile_of(plan))
         prompt, new = self._sample(plan)
         rows = min(plan.num_rows, self.workload.num_prompts)
         tally = Tally(rows, new)
@@ -168,20 +168,27 @@ class Forecaster:
 
     def _most_tokens(self, plan: Plan, proposed: int) -> float:
         """Tokens of a row in a pass at most; a tree has second choices."""
-        chance = self.profile.acceptance
-        if plan.speculation is Speculation.TREE:
-            chance += (1.0 - chance) * self.profile.spread
+        profile = self.profile_of(plan)
+        chance = profile.acceptance
+        if plan.proposes_trees:
+            chance += (1.0 - chance) * profile.spread
         return expected_tokens(chance, proposed)
 
     def _compute_s(self, rows: int, proposed: int, plan: Plan, prompt: int = 0) -> float:
-        """Of one pass over so many rows, all layers; ``prompt``: of so many prompts at once instead."""
-        work, tariff = self.workload, self.profile.tariff
+        """Of one pass over so many rows, all layers; ``prompt``: of one prompt of so many tokens for each instead.
+
+        Where attention has a lane of its own, on the lane that takes longer.
+        """
+        work, profile = self.workload, self.profile_of(plan)
+        tariff = profile.tariff
         start, count = (0, prompt) if prompt else (work.prompt_tokens + work.new_tokens // 2, 1 + proposed)
         item = WorkItem(0, tuple(range(rows)), (start,) * rows, (count,) * rows, prefill=bool(prompt))
         if tariff is None:
-            excess = max(0, item.num_tokens - self.profile.knee_tokens)
-            return plan.num_layers * (self.profile.layer_s + self.profile.layer_token_s * excess)
-        return tariff.target.layer_seconds(item)
+            excess = max(0, item.num_tokens - profile.knee_tokens)
+            return plan.num_layers * (profile.layer_s + profile.layer_token_s * excess)
+        if plan.attention_resource == CPU:
+            return max(tariff.target.product_seconds(item), tariff.target.attention_seconds(item, tree=tariff.tree))
+        return tariff.target.layer_seconds(item, tree=tariff.tree)
 
     def _decode_s(self, plan: Plan, rows: int, rate: float, tokens_per_pass: float) -> float:
         """Of all prompts: waves that fill the rows, and a last one, in whose passes fewer compute."""
@@ -215,8 +222,9 @@ class Forecaster:
 
     def _stream_s(self, plan: Plan) -> float:
         """Of one pass, over the slowest link: what comes from the disk passes a device's link as well."""
-        copy = self.profile.copy_bytes_per_s
-        disk_s = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK) / self.profile.disk_bytes_per_s
+        profile = self.profile_of(plan)
+        copy = profile.copy_bytes_per_s
+        disk_s = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK) / profile.disk_bytes_per_s
         return disk_s if copy is None else max(disk_s, plan.streamed_bytes / copy)
 
 

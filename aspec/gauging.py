@@ -5,7 +5,6 @@ time for a layer do. Blocking.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -24,14 +23,14 @@ from aspec.model import Model
 from aspec.options import DEMO
 from aspec.params import SamplingParams
 from aspec.sampling import Sampler, draw_rows
+from aspec.stopwatch import Work
+from aspec.tasks.offers import best_children
 
 ROWS = (1, 8, 32, 128, 512, 2048)
 COLUMNS, NUM_MATRICES, MATRIX_BYTES = 4096, 8, 32 << 20  # of weights that are met in turn
 LINK_BYTES, LINK_S = 32 << 20, 0.1
 REPEATS, CALLS = 4, 8
-CONTEXT, VOCAB = 64, 32768
-
-Work = Callable[[], object]
+CONTEXT, VOCAB, WIDTH = 64, 32768, 8
 
 
 def gauge(device: DeviceLayer[Any, Any], dtype: torch.dtype, host: Hardware, memory_bytes: int) -> Hardware:
@@ -81,9 +80,15 @@ class _Device:
             frame_s=self.seconds(model.embed),
             greedy_s=self.seconds(lambda: draw_rows([GREEDY], logits, [[1, 2, 3, 4]])) / logits.numel(),
             sampled_s=self.seconds(lambda: draw_rows([sampled], logits, [[1, 2, 3, 4]])) / logits.numel(),
+            offer_s=self.seconds(lambda: best_children(logits[0], WIDTH)) / logits.numel(),
+            sampled_offer_s=self.seconds(partial(self._noisy_offer, sampled, logits[0])) / logits.numel(),
             gather_s=self.seconds(model.gather) / model.num_layers,
             weight_s={name: table},
         )
+
+    @staticmethod
+    def _noisy_offer(sampler: Sampler, logits: torch.Tensor) -> None:
+        best_children(logits, WIDTH, sampler.noise([1, 2, 3, 4], logits.shape[-1], logits.device))
 
     def links(self) -> tuple[float, float]:
         """Bytes per second from pinned memory to the device, and back."""

@@ -123,7 +123,7 @@ def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -
     context = resolved.options.max_context or max(2, longest + params.max_new_tokens)
     if len(prompts) > SEARCHED_FROM and params.max_new_tokens > 1:
         mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
-        work = Workload(len(prompts), mean, params.max_new_tokens)
+        work = Workload(len(prompts), mean, params.max_new_tokens, sampled=params.temperature > 0.0)
         return revise(resolved, max_context=context, workload=work)
     return revise(resolved, max_context=context, max_batch=resolved.options.max_batch or len(prompts))
 

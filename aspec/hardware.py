@@ -129,7 +129,7 @@ class AttentionRates:
     kv_byte_s: float = field(default=0.0, metadata=SECONDS)  # per byte of a row's keys and values
     score_s: float = field(default=0.0, metadata=SECONDS)  # per query token, key and head
     width_s: float = field(default=0.0, metadata=SECONDS)  # the same, per element of a head's width
-    own_score_s: float = field(default=0.0, metadata=SECONDS)  # on top, for keys of a tree's own paths
+    own_score_s: float = field(default=0.0, metadata=SECONDS)  # per query of a tree, key of its path and key head
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +151,12 @@ class Processor:
     mask_pair_s: float = field(default=0.0, metadata=SECONDS)  # per query token and key
     greedy_s: float | None = field(default=None, metadata=SECONDS)  # per vocabulary entry of a draw
     sampled_s: float | None = field(default=None, metadata=SECONDS)
+    offer_s: float | None = field(default=None, metadata=SECONDS)  # the same of a tree's node, for its children
+    sampled_offer_s: float | None = field(default=None, metadata=SECONDS)
     accept_row_s: float = field(default=3e-5, metadata=SECONDS)
     gather_s: float = field(default=2e-5, metadata=SECONDS)  # of moving a tree's accepted path, per layer and row
-    node_s: float = field(default=2e-5, metadata=SECONDS)  # of a node of a tree
+    node_s: float = field(default=5e-5, metadata=SECONDS)  # of a node of a tree, when its children are offered
+    tree_row_s: float = field(default=5e-4, metadata=SECONDS)  # of a row's tree, in every pass that verifies it
     weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)
     block_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # exact, in blocks
     cached_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # held by a cache
@@ -189,7 +192,7 @@ class TaskSeconds:
     embed_s: float = field(default=2e-4, metadata=SECONDS)
     accept_s: float = field(default=1e-4, metadata=SECONDS)
     acceptance: float = field(default=0.8, metadata=SHARE)  # chance that a proposal is accepted
-    spread: float = field(default=0.5, metadata=SHARE)  # that the next best is, once those before it were not
+    spread: float = field(default=0.25, metadata=SHARE)  # that the next best is, once those before it were not
     end_probability: float = field(default=0.0, metadata=SHARE)  # that a committed token ends its sequence
     seed: int = field(default=0, metadata=COUNT)  # of all that chance decides
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from aspec.defaults import TAKEN_FROM_CHECKPOINT
 from aspec.flags import (
     MODELS,
     OUTPUT,
@@ -231,3 +232,18 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
             max=1.0,
         ),
     ] = None
+    quiet: Annotated[bool, option(OUTPUT, "No progress.", "--quiet", "-q")] = False
+    temperature: Annotated[
+        float | None,
+        option(
+            WORK,
+            "How tokens will be drawn, 0: greedily. With noise a draw costs more, and other proposals are accepted. "
+            "Default: as the checkpoint says.",
+            "--temperature",
+            min=0.0,
+        ),
+    ] = None
+
+    def sampling(self) -> dict[str, float | None]:
+        """What was said of sampling; None where nothing was."""
+        return dict.fromkeys(TAKEN_FROM_CHECKPOINT) | {"temperature": self.temperature}

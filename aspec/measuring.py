@@ -5,7 +5,6 @@ Every figure is the best of a few short stretches: whoever else works here only 
 
 import contextlib
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,6 +20,7 @@ from transformers import LlamaConfig
 from aspec.attention import NAME, attend
 from aspec.drafting import GREEDY
 from aspec.exact import BLOCK_ROWS, InBlocks, products
+from aspec.growing import measure_trees
 from aspec.hardware import AttentionRates, Hardware, Processor, Table
 from aspec.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.io.disk import probe_rate
@@ -34,10 +34,9 @@ from aspec.params import SamplingParams
 from aspec.prices import model_cost
 from aspec.sampling import Sampler, draw_rows
 from aspec.shapes import ModelShape, layer_shape
+from aspec.stopwatch import STRETCH_S, Work, cold_seconds_of, seconds_of
 from aspec.tasks.task import WorkItem
-from aspec.tasks.tree import ROOT, Tree
 
-REPEATS, STRETCH_S = 5, 2e-3
 ROUNDS = 5  # through all products: a neighbour's busy moment spoils one of them
 ROWS = (1, 4, 16, 32, 64, 100, 200, 300)  # of products; numbers as drafts and prompts have them, even ones are faster
 NUM_BLOCKS = (1, 2, 5)  # of exact ones
@@ -47,43 +46,8 @@ CACHED_BYTES = 1 << 20  # of weights that any cache holds
 VOCAB = 32768  # entries of a draw
 MANY = 300  # tokens of a long item
 SMALL = 64  # hidden size of a layer that is nothing but overhead
-COLD_BYTES, COLD_CALLS = 16 << 20, 8  # read before each of so many calls, so that it finds cold caches
 READ_S = 0.25  # of reading, alone and beside products
 SMALLEST_FILE = 1 << 20  # bytes; reading less says nothing of a disk
-
-Work = Callable[[], object]
-
-
-def seconds_of(work: Work, repeats: int = REPEATS, stretch_s: float = STRETCH_S) -> float:
-    """Seconds of one call, the best of a few stretches; the first call does not count."""
-    clock = clock_of_calls()
-    work()
-    best = inf
-    for _ in range(repeats):
-        calls, start = 0, clock()
-        elapsed = 0.0
-        while elapsed < stretch_s:
-            work()
-            calls += 1
-            elapsed = clock() - start
-        best = min(best, elapsed / calls)
-    return best
-
-
-def cold_seconds_of(work: Work) -> float:
-    """Seconds of one call that finds other things in the caches, the best of a few."""
-    clock, elsewhere, best = clock_of_calls(), torch.ones(COLD_BYTES, dtype=torch.uint8), inf
-    for _ in range(COLD_CALLS):
-        elsewhere.sum(dtype=torch.uint8)
-        start = clock()
-        work()
-        best = min(best, clock() - start)
-    return best
-
-
-def clock_of_calls() -> Callable[[], float]:
-    """With one compute thread its own time, without that in which others had the core; otherwise the wall's."""
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 @torch.inference_mode()
@@ -105,8 +69,8 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             cached_weight_s={name: cached},
             attention=_attention(dtype, exact=False),
             exact_attention=_attention(dtype, exact=True),
-            node_s=_node(),
             **_draws(dtype),
+            **measure_trees(dtype),
         )
         return _with_overheads(made, dtype)
 
@@ -238,28 +202,6 @@ def _draws(dtype: torch.dtype) -> dict[str, float]:
     return {"greedy_s": per_entry(GREEDY), "sampled_s": per_entry(sampled)}
 
 
-def _node() -> float:
-    """A node of a tree in one level: choosing it, its children, and what the policy hears of it."""
-    nodes, width = 8, 8
-    scores = [-0.5 - 0.3 * rank for rank in range(width)]
-
-    def levels() -> None:
-        tree = Tree(32)
-        tree.feed([ROOT])
-        tree.extend(ROOT, range(width), scores)
-        tree.prune(128)
-        for _ in range(4):
-            chosen = tree.frontier(nodes)
-            tree.feed(chosen)
-            for node in chosen:
-                tree.extend(node, range(width), scores)
-            tree.prune(128)
-            tree.probabilities()
-            tree.promise(nodes)
-
-    return seconds_of(levels) / (4 * nodes + 1)
-
-
 # -- attention -----------------------------------------------------------------------------------------------
 
 HEADS, KV_HEADS, WIDTHS = 16, 4, (64, 128)
@@ -286,7 +228,7 @@ def _attention(dtype: torch.dtype, *, exact: bool) -> AttentionRates:
         kv_byte_s=key_s / (KV_HEADS * 2 * WIDTHS[1] * dtype.itemsize),
         score_s=max(0.0, pair_s[0] - width_s * WIDTHS[0]),
         width_s=width_s,
-        own_score_s=own_s / (many * 64 * HEADS),
+        own_score_s=own_s / (many * 64 * KV_HEADS),
     )
 
 

@@ -55,6 +55,7 @@ class Workload:
     num_prompts: int
     prompt_tokens: int
     new_tokens: int
+    sampled: bool = False  # whether any of it is drawn with noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,11 @@ class Plan:
     def draft_slots(self) -> int:
         """The same for the draft, which also sees nodes that are pruned, and those it grows ahead."""
         return draft_slots(self.speculation, self.max_draft_tokens)
+
+    @property
+    def proposes_trees(self) -> bool:
+        """Whether what the target verifies are trees."""
+        return self.speculation is Speculation.TREE and self.max_draft_tokens > 0
 
     @property
     def kv_on_host(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.devices import HOST
@@ -11,7 +12,7 @@ from aspec.forecast import Forecaster
 from aspec.hardware import Hardware
 from aspec.model import Model
 from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
-from aspec.plan import PlanRequest, Speculation, Workload
+from aspec.plan import Plan, PlanRequest, Speculation, Workload
 from aspec.prices import prices
 from aspec.resolve import Resolved, revise
 from aspec.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
@@ -36,8 +37,9 @@ def measured_basis(models: Models) -> CostBasis:
     hardware = machine_profile(
         resolved.target, models.target.dtype, options.threads, kind=resolved.kind, link_rate=options.link_rate
     )
-    draft = resolved.draft
-    return CostBasis(hardware, AcceptanceStats() if draft is None else known_acceptance(resolved.target, draft))
+    draft, sampled = resolved.draft, options.workload is not None and options.workload.sampled
+    known = AcceptanceStats() if draft is None else known_acceptance(resolved.target, draft, sampled=sampled)
+    return CostBasis(hardware, known)
 
 
 def plan_workload(
@@ -56,21 +58,29 @@ def plan_workload(
 
 
 def forecast_for(models: Models, request: PlanRequest, basis: CostBasis, work: Workload) -> Forecaster:
-    """What runs a plan in virtual time on these costs."""
-    return Forecaster(prices_for(models, request, basis), work)
+    """What runs a plan in virtual time, on what the work costs on the machine under that plan."""
+    return Forecaster(pricing(models, basis, exact=request.exact, sampled=work.sampled), work)
 
 
-def prices_for(models: Models, request: PlanRequest, basis: CostBasis) -> Profile:
-    """What the tasks of these models cost, by their shapes."""
-    draft = None if models.draft is None else shape_of(models.draft)
-    return prices(
-        shape_of(models.target),
-        draft,
-        basis.hardware,
-        exact=request.exact,
-        acceptance=basis.known.acceptance,
-        spread=basis.known.spread,
-    )
+def pricing(models: Models, basis: CostBasis, *, exact: bool, sampled: bool) -> Callable[[Plan], Profile]:
+    """What tasks of these models cost under a plan, by their shapes; plans that are priced alike share a profile."""
+    target, draft = shape_of(models.target), None if models.draft is None else shape_of(models.draft)
+
+    @cache
+    def priced(tree: bool, cpu_attention: bool) -> Profile:
+        return prices(
+            target,
+            draft,
+            basis.hardware,
+            exact=exact,
+            sampled=sampled,
+            tree=tree,
+            cpu_attention=cpu_attention,
+            acceptance=basis.known.acceptance,
+            spread=basis.known.spread,
+        )
+
+    return lambda plan: priced(plan.proposes_trees, plan.attention_resource == CPU)
 
 
 def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSpace:

@@ -16,9 +16,10 @@ from aspec.tariff import Attention, LayerCost, Line, ModelCost, Profile, Tariff
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Token counts at which a line of products has a point of its own."""
 
-ACCEPTANCE, SPREAD = 0.8, 0.5  # of a pair of models that nobody has run yet
+ACCEPTANCE, SPREAD = 0.8, 0.25  # of a pair of models that nobody has run yet
 ELEMENT_PASSES = 6  # over a layer's outputs in memory, of elementwise work
 DRAW_PASSES = {False: 1, True: 12}  # over the vocabulary in fp32: the largest entry; noise, its sum and the largest
+OFFER_PASSES = {False: 8, True: 20}  # the same where several are wanted, with their probabilities
 
 
 def prices(
@@ -39,13 +40,16 @@ def prices(
     trees; ``cpu_attention``: attention runs beside the host's KV, on a machine with a device.
     """
     device = hardware.processor
+    keeps = hardware.cpu if cpu_attention else device  # the target's KV
+    gathers_s = keeps.gather_s * len(target.layers) + (0.0 if draft is None else device.gather_s * len(draft.layers))
     target_cost = model_cost(target, hardware, exact=exact, sampled=sampled, cpu_attention=cpu_attention)
     draft_cost = None if draft is None else model_cost(draft, hardware, sampled=sampled)
     tariff = Tariff(
         target_cost,
         draft_cost,
         accept_s=device.task_s,
-        accept_row_s=hardware.cpu.accept_row_s + tree * device.gather_s * len(target.layers),
+        accept_row_s=hardware.cpu.accept_row_s,
+        tree_row_s=hardware.cpu.tree_row_s + gathers_s if tree else 0.0,
         node_s=hardware.cpu.node_s,
         task_s=device.task_s,
         tree=tree,
@@ -75,13 +79,16 @@ def model_cost(
     cached = shape.nbytes <= device.cache_bytes
     frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * (device.hot_share if cached else 1.0)
     head = _line([(shape.head_bytes, 1, 1)], shape.dtype, device, frame_s, shape.vocab, exact=exact, cached=cached)
-    per_entry = device.sampled_s if sampled else device.greedy_s
-    per_entry = device.passes_s(DRAW_PASSES[sampled]) if per_entry is None else per_entry
+    draw_s = device.sampled_s if sampled else device.greedy_s
+    draw_s = device.passes_s(DRAW_PASSES[sampled]) if draw_s is None else draw_s
+    offer_s = device.sampled_offer_s if sampled else device.offer_s
+    offer_s = device.passes_s(OFFER_PASSES[sampled]) if offer_s is None else offer_s
     return ModelCost(
         layers=tuple(made[layer] for layer in shape.layers),
         embed=Line(((1, frame_s), (1024, frame_s + 1024 * shape.hidden * shape.itemsize / device.copy_rate))),
         head=head,
-        draw_s=per_entry * shape.vocab,
+        draw_s=draw_s * shape.vocab,
+        offer_s=offer_s * shape.vocab,
         mask_pair_s=device.mask_pair_s,
     )
 
@@ -192,6 +199,6 @@ def _attention(shape: ModelShape, device: Processor, *, exact: bool) -> Attentio
         row_s=rates.row_s,
         key_s=rates.kv_byte_s * shape.kv_bytes,
         pair_s=shape.heads * (rates.score_s + rates.width_s * width),
-        own_pair_s=shape.heads * rates.own_score_s,
+        own_pair_s=shape.kv_heads * rates.own_score_s,
         exact=exact,
     )

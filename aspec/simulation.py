@@ -4,7 +4,7 @@ A profile says what the machine costs. It comes from a file, for hardware that i
 run, so that the two can be laid side by side.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from statistics import median
 
@@ -81,15 +81,25 @@ def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> f
 
     Chains and trees alike: what of a tree is accepted depends on how it grew.
     """
-    low, high = 0.0, 1.0
+    return _fitted(plan, lambda guess: replace(profile, acceptance=guess), 1.0, tokens_per_pass)
+
+
+def fitted_spread(plan: Plan, profile: Profile, tokens_per_pass: float) -> float:
+    """The spread with which trees make so many, at the profile's acceptance: what second choices are worth."""
+    return _fitted(plan, lambda guess: replace(profile, spread=guess), profile.acceptance, tokens_per_pass)
+
+
+def _fitted(plan: Plan, guessed: Callable[[float], Profile], most: float, tokens_per_pass: float) -> float:
+    """The number up to ``most`` with whose profile a simulation makes so many tokens per pass, which grow with it."""
+    low, high = 0.0, most
     asked = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
     roomy = replace(plan, request=asked)
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []
-        guess = replace(profile, acceptance=middle, end_probability=0.0)
+        profile = replace(guessed(middle), end_probability=0.0)
         job = [(2, FIT_TOKENS)] * FIT_ROWS
-        simulate(roomy, guess, job, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
+        simulate(roomy, profile, job, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
         decoded = outcomes[FIT_ROWS:]  # the first ones are the prompts'
         found = sum(o.num_new for o in decoded) / max(1, len(decoded))
         low, high = (middle, high) if found < tokens_per_pass else (low, middle)

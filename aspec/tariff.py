@@ -5,6 +5,7 @@ simulated machine charges by it.
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
@@ -53,8 +54,8 @@ class Line:
 class Attention:
     """Seconds of a layer's attention for one item.
 
-    ``exact``: rows take turns, each over its own keys, and a query of a tree looks up its own path. Otherwise all rows
-    together, over the keys of the longest.
+    ``exact``: each row over its own keys; rows of trees take turns, and each of their queries looks up its own path.
+    Otherwise all rows together, over the keys of the longest.
     """
 
     call_s: float = 0.0
@@ -78,7 +79,7 @@ class Attention:
         if not (self.exact and tree and width > 1 and not item.prefill):
             return total
         own = (_whole_tiles(start % KEY_TILE + min(width, TREE_DEPTH)) for start in item.starts)
-        return total + self.own_pair_s * width * sum(own)
+        return total + self.call_s * (len(item.rows) - 1) + self.own_pair_s * width * sum(own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +111,30 @@ class ModelCost:
     head: Line  # by rows of logits
     draw_s: float  # per drawn token
     mask_pair_s: float = 0.0  # per query token and key, once for all layers
+    offer_s: float = 0.0  # per node of a tree whose children are wanted, in place of a draw
 
     def embed_seconds(self, item: WorkItem) -> float:
         """Token ids to hidden states, positions and masks."""
         length = max(start + count for start, count in zip(item.starts, item.counts, strict=True))
         return self.embed.at(item.padded_tokens) + self.mask_pair_s * item.padded_tokens * length
 
-    def layer_seconds(self, item: WorkItem) -> float:
-        """All layers one after another; those of one kind are priced once."""
+    def layer_seconds(self, item: WorkItem, *, tree: bool = False) -> float:
+        """All layers one after another; ``tree``: the item's proposals are one."""
+        return self._over_layers(lambda layer: layer.seconds(item, tree=tree))
+
+    def attention_seconds(self, item: WorkItem, *, tree: bool = False) -> float:
+        """Of them the attention."""
+        return self._over_layers(lambda layer: layer.attention.seconds(item, tree=tree))
+
+    def product_seconds(self, item: WorkItem) -> float:
+        """And all the rest."""
+        tokens = item.padded_tokens
+        return self._over_layers(lambda layer: layer.project.at(tokens) + layer.rest.at(tokens))
+
+    def _over_layers(self, seconds_of: Callable[[LayerCost], float]) -> float:
+        """The sum over all layers; those of one kind are priced once."""
         kinds = {id(layer): layer for layer in self.layers}
-        seconds = {key: layer.seconds(item) for key, layer in kinds.items()}
+        seconds = {key: seconds_of(layer) for key, layer in kinds.items()}
         return sum(seconds[id(layer)] for layer in self.layers)
 
     def head_seconds(self, rows: int, draws: int) -> float:
@@ -135,7 +150,8 @@ class Tariff:
     draft: ModelCost | None = None
     accept_s: float = 1e-4
     accept_row_s: float = 0.0
-    node_s: float = 0.0  # a node of a tree, per level that it goes through the draft in
+    tree_row_s: float = 0.0  # on top, of a row whose tree was verified
+    node_s: float = 0.0  # a node of a tree, for its place in it and that of its children
     task_s: float = 0.0  # of any task, what the lane itself takes
     tree: bool = False  # proposals are trees
     beside_reads: float = 1.0  # factor of what computes while the disk lane reads
@@ -205,17 +221,19 @@ def _head(tariff: Tariff, task: Task, item: WorkItem) -> float:
 
 
 def _accept(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return tariff.accept_s + tariff.accept_row_s * len(item.rows)
+    trees = 0 if item.prefill else sum(count > 1 for count in item.counts)
+    return tariff.accept_s + tariff.accept_row_s * len(item.rows) + tariff.tree_row_s * trees
 
 
 def _draft(tariff: Tariff, task: Task, item: WorkItem) -> float:
     draft = tariff.draft
     if draft is None:  # a lookup
         return tariff.node_s * item.num_tokens
-    nodes = item.num_tokens if task.growth is not None else 0
-    drawn = item.num_tokens if task.growth is not None else len(item.rows)
-    model_s = draft.embed_seconds(item) + draft.layer_seconds(item) + draft.head_seconds(drawn, drawn)
-    return model_s + tariff.node_s * nodes
+    layers_s = draft.embed_seconds(item) + draft.layer_seconds(item)
+    if task.growth is None:
+        return layers_s + draft.head_seconds(len(item.rows), len(item.rows))
+    nodes = item.num_tokens
+    return layers_s + draft.head_seconds(nodes, 0) + nodes * (draft.offer_s + tariff.node_s)
 
 
 def _draft_prefill(tariff: Tariff, task: Task, item: WorkItem) -> float:

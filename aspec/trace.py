@@ -20,7 +20,7 @@ from aspec.hardware import Hardware, read_machine
 from aspec.jobflags import TraceFlags
 from aspec.needs import read_models
 from aspec.plan import Plan, format_bytes
-from aspec.planning import CostBasis, elsewhere, prices_for
+from aspec.planning import CostBasis, elsewhere, pricing
 from aspec.recorder import Recorder
 from aspec.simulation import measured_profile, simulate, tasks_profile
 from aspec.summary import Summary, summarise
@@ -83,8 +83,8 @@ def _profile(job: Job, plan: Plan, machine: Hardware) -> Profile:
     if machine.tasks is not None:
         return tasks_profile(machine, machine.tasks)
     models = read_models(elsewhere(job.resolved, machine))
-    request = replace(plan.request, exact=models.resolved.exact)
-    return prices_for(models, request, CostBasis(machine, AcceptanceStats()))
+    sampled = job.params.temperature > 0.0
+    return pricing(models, CostBasis(machine, AcceptanceStats()), exact=models.resolved.exact, sampled=sampled)(plan)
 
 
 def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timeline:

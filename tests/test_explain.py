@@ -322,7 +322,7 @@ def test_a_job_takes_what_all_of_it_takes_in_virtual_time(prompts, disk):
     hardware = hardware_from({"disk_bytes_per_s": disk, "cpu": CARD["cpu"]}, "here")
     profile = prices(SHAPE, None, hardware)
     shape = make_plan(num_rows=8, nbytes=44 << 20, max_draft_tokens=0, prefill_tokens=512, capacity=512)
-    forecast = Forecaster(profile, Workload(prompts, 32, 400))(shape)
+    forecast = Forecaster(lambda _: profile, Workload(prompts, 32, 400))(shape)
     ends = []
     simulate(shape, profile, [(32, 400)] * prompts, [lambda span: ends.append(span.stop_s)])
     assert forecast.job_s == pytest.approx(max(ends), rel=0.06)
@@ -335,7 +335,7 @@ def test_prompts_that_join_as_rows_fall_free_take_their_time(disk):
     small = replace(SHAPE, layers=(LayerShape(project_bytes=1 << 20, rest_bytes=3 << 20, wide=2048),) * 2)
     profile = prices(SHAPE, small, hardware, exact=True)
     shape = make_plan(num_rows=32, nbytes=44 << 20, max_draft_tokens=8, fixed_draft_tokens=4, capacity=256)
-    forecast = Forecaster(profile, Workload(64, 40, 64))(shape)
+    forecast = Forecaster(lambda _: profile, Workload(64, 40, 64))(shape)
     ends = []
     simulate(shape, profile, [(40, 64)] * 64, [lambda span: ends.append(span.stop_s)])
     assert forecast.job_s == pytest.approx(max(ends), rel=0.15)

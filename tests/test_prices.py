@@ -317,9 +317,9 @@ def test_the_formula_the_dice_and_the_simulation_agree(acceptance, length):
 
 @pytest.mark.parametrize("speculation", [Speculation.CHAIN, Speculation.TREE])
 def test_an_acceptance_is_found_again_from_tokens_per_pass(virtual, speculation):
-    plan = make_plan(num_rows=1, speculation=speculation, fixed_draft_tokens=6, fixed_draft_depth=6, capacity=2048)
+    plan = make_plan(num_rows=8, speculation=speculation, fixed_draft_tokens=6, fixed_draft_depth=6, capacity=2048)
     profile = Profile(acceptance=0.6, spread=0.3)
-    spans, _, _ = virtual(lambda: simulate(plan, [(0, 2, 300)], profile=profile))
-    outcomes = [outcome for span in spans for outcome in span.outcomes][1:]
+    spans, _, _ = virtual(lambda: simulate(plan, [(row, 2, 300) for row in range(8)], profile=profile))
+    outcomes = [outcome for span in spans for outcome in span.outcomes][8:]
     per_pass = sum(outcome.num_new for outcome in outcomes) / len(outcomes)
     assert fitted_acceptance(plan, replace(profile, acceptance=0.9), per_pass) == pytest.approx(0.6, abs=0.03)

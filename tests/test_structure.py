@@ -14,12 +14,13 @@ BANDS = {
     1: "tasks.graph tasks.passes tasks.tree tasks.ngram calibration costs seats sizing rounds scheduler planner search "
     "tariff hardware races",
     2: "hf_compat io io.checkpoint io.mapping io.layout attention transfer kv families probe skeleton binding exact "
-    "offload split model shapes sampling penalties text timelimit hub tasks.offers drafting lookup sequence runner stats "
-    "timeline recorder snapshot summary responses intake journal screen graphs",
+    "offload split model shapes sampling penalties text timelimit hub tasks.offers drafting lookup sequence runner "
+    "stats timeline recorder snapshot summary responses intake journal screen graphs",
     3: "io.backend io.sim io.cpu io.device io.streams io.cuda io.events io.pinned io.lane io.disk io.memory io.rate "
     "io.host_memory io.ticker io.capture io.loop_mailbox io.settling executor virtual",
-    4: "devices resolve needs simulation prices profile measuring cache forecast planning design assembly loading "
-    "links gauging streaming guarding engine console library_warnings monitor frame dashboard chrome verify",
+    4: "devices resolve needs simulation prices profile stopwatch growing measuring cache forecast planning design "
+    "assembly loading links gauging streaming guarding engine console library_warnings monitor frame dashboard chrome "
+    "verify",
     5: "api flags jobflags generation batch progress serving chat trace bench profiling explain cli __main__ __init__",
 }
 BAND = {name: band for band, names in BANDS.items() for name in names.split()}

@@ -1,6 +1,7 @@
 """Predicted against measured seconds: a real engine's tasks, each beside what the machine's profile says it costs.
 
     python tools/bench_prices.py ./model --draft ./small --device-memory 512MiB --rows 1 4 16 --chains 0 4
+    python tools/bench_prices.py ./model --draft ./small --rows 4 --chains --trees 32 --attention device cpu
 
 Every line is one kind of task: an operation on items of one size. Measured are the median and the least; the error is
 that of the prediction against either. The last lines hold whole runs against their simulation.
@@ -10,7 +11,9 @@ import argparse
 import asyncio
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -39,7 +42,9 @@ class Scene:
 
     exact: bool
     rows: int
-    chain: int
+    proposed: int  # of a row in a pass
+    tree: bool  # whether they are one
+    apart: bool  # whether attention has a lane of its own
     prompt: int  # tokens
 
 
@@ -58,7 +63,8 @@ class Line:
     def text(self) -> str:
         """For people."""
         scene = self.scene
-        name = f"{'exact' if scene.exact else 'plain'} {scene.rows:2} rows chain {scene.chain} prompt {scene.prompt:3}"
+        kind = f"{'tree' if scene.tree else 'chain'} {scene.proposed}{' apart' if scene.apart else ''}"
+        name = f"{'exact' if scene.exact else 'plain'} {scene.rows:2} rows {kind} prompt {scene.prompt:3}"
         errors = [100 * (self.predicted_s / measured - 1) for measured in (self.median_s, self.least_s)]
         return (
             f"{name}  {self.op:13} {self.tokens:4} tokens x{self.count:<4} predicted {1e3 * self.predicted_s:8.3f} ms, "
@@ -72,10 +78,11 @@ async def run_scene(options: argparse.Namespace, scene: Scene) -> tuple[Plan, li
     spans: list[Span] = []
     engine_options = EngineOptions(
         target=options.target,
-        draft=options.draft if scene.chain else None,
+        draft=options.draft if scene.proposed else None,
         device_memory=options.device_memory,
-        speculation="chain" if scene.chain else "off",
-        num_draft_tokens=scene.chain or None,
+        speculation="off" if not scene.proposed else "tree" if scene.tree else "chain",
+        num_draft_tokens=scene.proposed or None,
+        attention="cpu" if scene.apart else "device",
         exact=scene.exact,
         max_batch=scene.rows,
         max_context=scene.prompt + options.tokens + 32,
@@ -168,6 +175,15 @@ def shapes(options: argparse.Namespace) -> tuple[ModelShape, ModelShape | None, 
     return shape_of(target), shape_of(Model(options.draft)) if options.draft else None, target.dtype
 
 
+def scenes(options: argparse.Namespace) -> Iterator[Scene]:
+    """All that was asked for."""
+    proposals = [(chain, False) for chain in options.chains] + [(nodes, True) for nodes in options.trees]
+    for exact, rows, (proposed, tree), place, prompt in product(
+        options.exact, options.rows, proposals if options.draft else [(0, False)], options.attention, options.prompts
+    ):
+        yield Scene(bool(exact), rows, proposed, tree, place == "cpu", prompt)
+
+
 def main() -> None:
     """Run all scenes and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,7 +191,9 @@ def main() -> None:
     parser.add_argument("--draft", type=Path)
     parser.add_argument("--device-memory", type=parse_bytes, default=512 << 20)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--chains", type=int, nargs="+", default=[0, 2, 4])
+    parser.add_argument("--chains", type=int, nargs="*", default=[0, 2, 4])
+    parser.add_argument("--trees", type=int, nargs="*", default=[], help="nodes of a row's tree")
+    parser.add_argument("--attention", choices=["device", "cpu"], nargs="+", default=["device"])
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 300], help="tokens")
     parser.add_argument("--tokens", type=int, default=6, help="new ones of every row")
     parser.add_argument("--threads", type=int)
@@ -186,18 +204,14 @@ def main() -> None:
     target, draft, dtype = shapes(options)
     options.vocab = target.vocab
     lines: list[Line] = []
-    for exact in map(bool, options.exact):
-        for rows in options.rows:
-            for chain in options.chains if options.draft else [0]:
-                for prompt in options.prompts:
-                    hardware = machine_profile(options.target, dtype, options.threads, refresh=options.refresh)
-                    profile = prices(target, draft, hardware, exact=exact)
-                    scene = Scene(exact, rows, chain, prompt)
-                    plan, spans = asyncio.run(run_scene(options, scene))
-                    found = [*compare(scene, profile, spans)]
-                    found.append(against_simulation(options, scene, profile, plan, spans))
-                    print(*(line.text() for line in found), sep="\n", flush=True)
-                    lines += found
+    for scene in scenes(options):
+        hardware = machine_profile(options.target, dtype, options.threads, refresh=options.refresh)
+        profile = prices(target, draft, hardware, exact=scene.exact, tree=scene.tree, cpu_attention=scene.apart)
+        plan, spans = asyncio.run(run_scene(options, scene))
+        found = [*compare(scene, profile, spans)]
+        found.append(against_simulation(options, scene, profile, plan, spans))
+        print(*(line.text() for line in found), sep="\n", flush=True)
+        lines += found
     if options.json:
         options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
 

@@ -2,7 +2,8 @@
 
 The same scheduler, graph and executor run on it as on the real machines; only prices and acceptance counts come
 from here. The draft's trees are real, their tokens are ranks: 0 is what the draft holds likeliest. Which rank the
-target draws comes from an integer hash of (seed, sequence, position), so it depends on no plan.
+target draws comes from an integer hash of (seed, sequence, position), so it depends on no plan. How sure the draft is
+differs from position to position, so that rows grow trees of unlike size.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from aspec.tasks.task import (
     RowOutcome,
     Task,
 )
-from aspec.tasks.tree import Proposal, Tree
+from aspec.tasks.tree import ROOT, Proposal, Tree
 
 MAX_RANKS = 8  # tokens that a simulated draft offers behind every node
 
@@ -86,14 +87,14 @@ class SimBackend:
     _issued: dict[Op, int] = field(default_factory=dict)
     _poisoned: dict[str, BaseException] = field(default_factory=dict)  # by domain
     _bounds: list[float] = field(init=False)  # of the ranks: below the first one the target draws rank 0
-    _log_scores: list[float] = field(init=False)  # of the ranks
+    _log_rest: list[float] = field(init=False)  # of the ranks from 1 on, given that rank 0 is not drawn
 
     def __post_init__(self) -> None:
-        spread = min(self.profile.spread, self.profile.acceptance)
-        rest = (1.0 - self.profile.acceptance) * spread
-        chances = [self.profile.acceptance, *(rest * (1.0 - spread) ** rank for rank in range(MAX_RANKS - 1))]
-        self._bounds = list(accumulate(chances))
-        self._log_scores = [math.log(chance) if chance > 0.0 else -math.inf for chance in chances]
+        acceptance = self.profile.acceptance
+        spread = min(self.profile.spread, acceptance)
+        rest = [spread * (1.0 - spread) ** rank for rank in range(MAX_RANKS - 1)]
+        self._bounds = list(accumulate([acceptance, *((1.0 - acceptance) * chance for chance in rest)]))
+        self._log_rest = [_log(chance) for chance in rest]
 
     def now(self) -> float:
         """Virtual seconds."""
@@ -189,7 +190,8 @@ class SimBackend:
             return NOTHING
         if item is not None and task.growth is not None:
             limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
-            return Report(grown=tuple(self._grow(row, task.growth, *limit) for row, *limit in limits))
+            starts = dict(zip(item.rows, item.starts, strict=True))
+            return Report(grown=tuple(self._grow(row, starts[row], task.growth, *limit) for row, *limit in limits))
         if item is not None and task.op is Op.EMBED and not item.prefill:
             for row, count in zip(item.rows, item.counts, strict=True):
                 if (state := self._rows.get(row)) is not None:
@@ -200,8 +202,8 @@ class SimBackend:
         accepted = [self._accept(row, start, 1 if item.prefill else count) for row, start, count in triples]
         return Report(tuple(outcome for outcome, _ in accepted), tuple(grown for _, grown in accepted if grown))
 
-    def _grow(self, row: int, growth: Growth, budget: int, depth: int) -> Grown:
-        """One level of a tree in which every node has the same children."""
+    def _grow(self, row: int, start: int, growth: Growth, budget: int, depth: int) -> Grown:
+        """One level of a tree whose root is at a position; nodes of one depth have the same children."""
         state = self._rows[row]
         room = budget + growth.ahead, depth
         if state.tree is not None and room != state.room:
@@ -212,9 +214,27 @@ class SimBackend:
         nodes = tree.frontier(growth.beams)
         tree.feed(nodes)
         for node in nodes:
-            tree.extend(node, range(MAX_RANKS)[: growth.width], self._log_scores[: growth.width])
+            depth = 0 if node == ROOT else tree.nodes[node].depth
+            scores = self._log_scores(state.sequence, start + depth)
+            tree.extend(node, range(MAX_RANKS)[: growth.width], scores[: growth.width])
         tree.prune(room[0])
         return Grown(row, tuple(tree.probabilities()), tree.promise(growth.beams))
+
+    def _log_scores(self, sequence: int, position: int) -> list[float]:
+        """What the draft says of the ranks behind a position, and is right about.
+
+        Its chances for rank 0 have the Beta(a, 1) distribution whose mean is the acceptance; one is drawn here as Bayes
+        has it, given whether the target draws rank 0: from Beta(a + 1, 1) if so, otherwise from Beta(a, 2), the
+        product of a Beta(a + 1, 1) and a Beta(a, 1).
+        """
+        acceptance = self.profile.acceptance
+        if not 0.0 < acceptance < 1.0:
+            return [_log(acceptance), *(_log(1.0 - acceptance) + rest for rest in self._log_rest)]
+        a = acceptance / (1.0 - acceptance)
+        chance = self._chance(sequence, position, 2) ** (1.0 / (a + 1.0))
+        if self._rank(sequence, position) != 0:
+            chance *= self._chance(sequence, position, 3) ** (1.0 / a)
+        return [_log(chance), *(_log(1.0 - chance) + rest for rest in self._log_rest)]
 
     def _rank(self, sequence: int, position: int) -> int:
         """What the target draws behind a position: a rank of the draft's, or one that it never offers."""
@@ -245,7 +265,12 @@ class SimBackend:
     def _chance(self, sequence: int, position: int, stream: int) -> float:
         """A number in [0, 1) that depends on its arguments and the seed alone (splitmix64's finaliser)."""
         mask = (1 << 64) - 1
-        x = (self.profile.seed * 0x9E3779B97F4A7C15 + sequence * 0xBF58476D1CE4E5B9 + position * 2 + stream) & mask
+        place = position * 2 + stream % 2 + stream // 2 * 0x94D049BB133111EB
+        x = (self.profile.seed * 0x9E3779B97F4A7C15 + sequence * 0xBF58476D1CE4E5B9 + place) & mask
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = ((x ^ (x >> shift)) * factor) & mask
         return (x ^ (x >> 31)) / 2.0**64
+
+
+def _log(chance: float) -> float:
+    return math.log(chance) if chance > 0.0 else -math.inf

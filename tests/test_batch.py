@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -28,7 +26,7 @@ from aspec.sampling import derive_seed
 from aspec.serving import WINDOW, Asked, serve
 from aspec.snapshot import Snapshot
 from tests import tiny
-from tests.fork_server import ForkServer, wait_until
+from tests.fork_server import Command, wait_until
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1", "-n", "12"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -39,13 +37,6 @@ def pair(tmp_path_factory):
     target = tiny.build(tmp_path_factory.mktemp("batch") / "target", "llama", varied=True)
     (target / "chat_template.jinja").write_text(TEMPLATE)
     return target, tiny.noisy_copy(target, target.parent / "draft", 0.1)
-
-
-@pytest.fixture(scope="module")
-def server():
-    forks = ForkServer()
-    yield forks
-    forks.close()
 
 
 def make_rows(count, longest=16):
@@ -377,10 +368,10 @@ def test_ctrl_c_finishes_what_is_under_way_and_the_rest_comes_later(pair, tmp_pa
     assert batch(pair, source, quiet).exit_code == 0
     begun_like(quiet, output)
     args = command(pair, source, output, "--batch-size", 3, "--link-rate", "6MB/s")
-    process = subprocess.Popen([sys.executable, "-m", "aspec", *args], stderr=subprocess.PIPE)
+    process = Command(args)
     wait_until(lambda: num_rows_in(output) > 3)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors.decode()
     assert b"no new rows" in errors
     assert b"run the same command again" in errors
@@ -444,12 +435,12 @@ def test_a_failing_target_ends_the_job_and_keeps_its_rows(pair, tmp_path):
     broken = shutil.copytree(pair[0], tmp_path / "broken")
     source, output = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "out.jsonl"
     args = command((broken,), source, output, "--batch-size", 2, "--link-rate", "4MB/s", "--device-memory", "1MiB")
-    process = subprocess.Popen([sys.executable, "-m", "aspec", *args], stderr=subprocess.PIPE)
+    process = Command(args)
     wait_until(lambda: num_rows_in(output) > 3)
     shards = {shard: shard.read_bytes() for shard in broken.glob("*.safetensors")}
     for shard in shards:
         os.truncate(shard, 4096)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 1, errors.decode()
     assert errors.count(b"error:") == 1
     kept = answers(output)

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests share the cores, and so do processes they start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test takes more threads, none waits in a loop
 
 import pytest
 import torch

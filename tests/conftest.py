@@ -30,13 +30,13 @@ def pytest_addoption(parser, pluginmanager):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """All tests together run on all cores (at most 8), where pytest-xdist is; a file or a test that is named does not."""
-    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    chosen = everything and not (config.option.collectonly or config.option.usepdb)
-    if chosen and config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
-        if config.option.numprocesses is None and config.option.dist == "no":
-            config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
-            config.option.dist = "worksteal"  # whole stretches of files: what a module builds is mostly built once
+    """All tests together run on all cores, at most 8, where pytest-xdist is; a test that is named runs here."""
+    option, everything = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not everything or not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    if option.numprocesses is None and option.dist == "no" and not (option.collectonly or option.usepdb):
+        option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+        option.dist = "worksteal"  # whole stretches of files: what a module builds is mostly built once
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -73,7 +73,8 @@ class Command:
         self.ended = os.pidfd_open(self.pid)
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def poll(self):
         """Its exit code, if it has one yet."""

@@ -295,7 +295,9 @@ def test_help_teaches():
 
 
 def test_another_job_is_refused_but_not_another_draft(pair, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", make_rows(6)), tmp_path / "out.jsonl"
+    rows = make_rows(6)
+    rows[5]["body"] = {"prompt": "any seed says something else", "temperature": 2.0, "max_tokens": 16}
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     assert batch(pair, source, output).exit_code == 0
     content = output.read_bytes()
     other = shutil.copytree(pair[0], tmp_path / "other")
@@ -303,10 +305,10 @@ def test_another_job_is_refused_but_not_another_draft(pair, tmp_path):
     for flags, told in ((["--seed", 1], "seed was 0, is 1"), (["--temperature", 1], "temperature was 0.0, is 1.0")):
         assert told in refused(pair, tmp_path, "out.jsonl", *flags)
     assert "target was" in refused((other,), tmp_path)
-    write(source, make_rows(5))
+    write(source, rows[:5])
     assert "input was" in refused(pair, tmp_path)
     assert output.read_bytes() == content
-    write(source, make_rows(6))
+    write(source, rows)
     again = batch(pair[:1], source, output, "--batch-size", 1)
     assert again.exit_code == 0
     assert "holds 6 of 6 rows" in again.stderr

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: leaks are failures. Coroutine tests run without pytest-asyncio too."""
+"""Fixtures shared by all tests: leaks are failures. Neither pytest-asyncio nor pytest-xdist has to be there."""
 
 import asyncio
 import inspect
@@ -6,11 +6,15 @@ import os
 import threading
 from dataclasses import replace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests share the cores, and so do processes they start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test takes more threads, none waits in a loop
+
 import pytest
 import torch
 
-from aspec import devices
+from aspec import bench, devices, generation, profile
 from aspec.virtual import VirtualTimeLoop
+from tests.fork_server import shared_server
 
 torch.cuda.is_available()  # settles what this process sees of a GPU; those that tests start see none
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -25,6 +29,17 @@ def pytest_addoption(parser, pluginmanager):
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests together run on all cores, at most 8, where pytest-xdist is; a test that is named runs here."""
+    option, everything = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not everything or not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    if option.numprocesses is None and option.dist == "no" and not (option.collectonly or option.usepdb):
+        option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+        option.dist = "worksteal"  # whole stretches of files: what a module builds is mostly built once
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A coroutine test in a loop of its own, where no plugin does that; coroutine fixtures still need the plugin."""
     if pyfuncitem.config.pluginmanager.hasplugin("asyncio") or not inspect.iscoroutinefunction(pyfuncitem.obj):
@@ -33,12 +48,29 @@ def pytest_pyfunc_call(pyfuncitem):
     return True
 
 
+def pytest_sessionfinish():
+    if shared_server.cache_info().currsize:
+        shared_server().close()
+
+
 @pytest.fixture(autouse=True)
 def no_thread_left():
     """No test may leave one of aspec's threads behind."""
     yield
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("aspec")]
     assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_measurements():
+    """What commands measure beside their work, they measure for a moment: no test needs it to be exact."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "PROBE_S", 0.02)
+        patch.setattr(bench, "PROBE_S", 0.02)
+        patch.setattr(profile, "SHORTEST_S", 1e-3)
+        patch.setattr(profile, "COPY_BYTES", 8 << 20)
+        patch.setattr(profile, "MATMUL_SIZE", 256)
+        yield
 
 
 @pytest.fixture
@@ -63,6 +95,12 @@ def virtual():
             loop.close()
 
     return run
+
+
+@pytest.fixture
+def server():
+    """Starts processes of the command line at once."""
+    return shared_server()
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ import os
 import pty
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import threading
 import time
+
+from tests.fork_server import PIPE, Command
 
 
 class Terminal:
@@ -22,13 +22,12 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.resize(columns, rows)
         self.drawn = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "aspec", *map(str, args)],
-            stdin=slave if asked or whole else subprocess.PIPE if typed else subprocess.DEVNULL,
-            stdout=slave if whole else subprocess.PIPE,
+        self.process = Command(
+            args,
+            stdin=slave if asked or whole else PIPE if typed else None,
+            stdout=slave if whole else PIPE,
             stderr=slave,
-            env={**os.environ, "TERM": "xterm-256color", **environment},
-            start_new_session=True,
+            **{"TERM": "xterm-256color", **environment},
         )
         os.close(slave)
         self.reader = threading.Thread(target=self.read)
@@ -62,8 +61,8 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
     def end(self):
-        out, _ = self.process.communicate(timeout=60)
+        out, _ = self.process.communicate()
         self.reader.join(10)
         os.close(self.master)
         assert b"Traceback" not in self.drawn, self.drawn
-        return self.process.returncode, (out or b"").decode()
+        return self.process.returncode, out.decode()

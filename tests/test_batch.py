@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -28,7 +26,7 @@ from aspec.sampling import derive_seed
 from aspec.serving import WINDOW, Asked, serve
 from aspec.snapshot import Snapshot
 from tests import tiny
-from tests.fork_server import ForkServer, wait_until
+from tests.fork_server import Command, wait_until
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1", "-n", "12"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -39,13 +37,6 @@ def pair(tmp_path_factory):
     target = tiny.build(tmp_path_factory.mktemp("batch") / "target", "llama", varied=True)
     (target / "chat_template.jinja").write_text(TEMPLATE)
     return target, tiny.noisy_copy(target, target.parent / "draft", 0.1)
-
-
-@pytest.fixture(scope="module")
-def server():
-    forks = ForkServer()
-    yield forks
-    forks.close()
 
 
 def make_rows(count, longest=16):
@@ -304,7 +295,9 @@ def test_help_teaches():
 
 
 def test_another_job_is_refused_but_not_another_draft(pair, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", make_rows(6)), tmp_path / "out.jsonl"
+    rows = make_rows(6)
+    rows[5]["body"] = {"prompt": "any seed says something else", "temperature": 2.0, "max_tokens": 16}
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     assert batch(pair, source, output).exit_code == 0
     content = output.read_bytes()
     other = shutil.copytree(pair[0], tmp_path / "other")
@@ -312,10 +305,10 @@ def test_another_job_is_refused_but_not_another_draft(pair, tmp_path):
     for flags, told in ((["--seed", 1], "seed was 0, is 1"), (["--temperature", 1], "temperature was 0.0, is 1.0")):
         assert told in refused(pair, tmp_path, "out.jsonl", *flags)
     assert "target was" in refused((other,), tmp_path)
-    write(source, make_rows(5))
+    write(source, rows[:5])
     assert "input was" in refused(pair, tmp_path)
     assert output.read_bytes() == content
-    write(source, make_rows(6))
+    write(source, rows)
     again = batch(pair[:1], source, output, "--batch-size", 1)
     assert again.exit_code == 0
     assert "holds 6 of 6 rows" in again.stderr
@@ -377,10 +370,10 @@ def test_ctrl_c_finishes_what_is_under_way_and_the_rest_comes_later(pair, tmp_pa
     assert batch(pair, source, quiet).exit_code == 0
     begun_like(quiet, output)
     args = command(pair, source, output, "--batch-size", 3, "--link-rate", "6MB/s")
-    process = subprocess.Popen([sys.executable, "-m", "aspec", *args], stderr=subprocess.PIPE)
+    process = Command(args)
     wait_until(lambda: num_rows_in(output) > 3)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors.decode()
     assert b"no new rows" in errors
     assert b"run the same command again" in errors
@@ -444,12 +437,12 @@ def test_a_failing_target_ends_the_job_and_keeps_its_rows(pair, tmp_path):
     broken = shutil.copytree(pair[0], tmp_path / "broken")
     source, output = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "out.jsonl"
     args = command((broken,), source, output, "--batch-size", 2, "--link-rate", "4MB/s", "--device-memory", "1MiB")
-    process = subprocess.Popen([sys.executable, "-m", "aspec", *args], stderr=subprocess.PIPE)
+    process = Command(args)
     wait_until(lambda: num_rows_in(output) > 3)
     shards = {shard: shard.read_bytes() for shard in broken.glob("*.safetensors")}
     for shard in shards:
         os.truncate(shard, 4096)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 1, errors.decode()
     assert errors.count(b"error:") == 1
     kept = answers(output)

@@ -62,6 +62,20 @@ async def tokens_of(target, draft=None, prompts=(PROMPT,), options=OFF, **params
     return [tokens for _, tokens, _ in found], found[-1][2].stats
 
 
+@pytest.fixture(scope="module")
+def plain_tokens(pair):
+    """What the target says without a draft, decoded once for all cases that want the same."""
+    known = {}
+
+    async def get(**params):
+        key = tuple(sorted(params.items()))
+        if key not in known:
+            known[key], _ = await tokens_of(pair[0], **params)
+        return known[key]
+
+    return get
+
+
 # -- drafts ------------------------------------------------------------------------------------------------
 
 
@@ -80,9 +94,9 @@ def random_other(model):
 @BOTH
 @EITHER
 @pytest.mark.parametrize("edit", [constant, always_wrong, random_other])
-async def test_bad_drafts_change_nothing(pair, tmp_path, edit, params, speculation):
+async def test_bad_drafts_change_nothing(pair, plain_tokens, tmp_path, edit, params, speculation):
     draft = edited(pair[0], tmp_path, edit)
-    plain, _ = await tokens_of(pair[0], max_new_tokens=20, **params)
+    plain = await plain_tokens(max_new_tokens=20, **params)
     found, stats = await tokens_of(pair[0], draft, options=speculation, max_new_tokens=20, **params)
     assert found == plain
     assert stats.proposed > 0
@@ -231,7 +245,7 @@ async def test_a_context_that_a_proposal_does_not_fit_into_is_filled_to_its_last
 
 @pytest.mark.parametrize("op", [Op.READ, Op.DRAFT_PREFILL, Op.DRAFT, Op.LAYER, Op.HEAD, Op.ACCEPT])
 @BOTH
-async def test_after_a_cancel_in_the_middle_the_next_request_is_as_fresh(pair, op, speculation):
+async def test_after_a_cancel_in_the_middle_the_next_request_is_as_fresh(pair, plain_tokens, op, speculation):
     reached, seen = asyncio.Event(), itertools.count(1)
 
     def observe(span):
@@ -239,7 +253,7 @@ async def test_after_a_cancel_in_the_middle_the_next_request_is_as_fresh(pair, o
             reached.set()
 
     asked = {"max_new_tokens": 16, "temperature": 1.0, "seed": 3}
-    fresh, _ = await tokens_of(pair[0], **asked)
+    fresh = await plain_tokens(**asked)
     async with opened(pair[0], pair[1], observe, **speculation) as engine:
         task = asyncio.create_task(collect(engine, list(range(20, 60)), max_new_tokens=50))
         await reached.wait()

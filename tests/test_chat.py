@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -152,8 +151,9 @@ SLOW = ["-n", "30", "--link-rate", "3MB/s", "--device-memory", "1800KiB"]  # 0.1
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(pair):
     terminal = on_terminal(pair[0], *SLOW)
     terminal.type(b"hello\n")
-    first = os.read(terminal.process.stdout.fileno(), 4096)
-    time.sleep(0.5)
+    first = b""
+    while len(first) < 3:
+        first += os.read(terminal.process.stdout.fileno(), 4096)
     terminal.interrupt()
     terminal.wait_for(b"aspec: stopped")
     assert terminal.process.poll() is None, "the conversation goes on"

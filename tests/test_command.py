@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -198,12 +197,10 @@ def test_ctrl_c_ends_with_130_and_keeps_the_text(pair):
         stderr=subprocess.PIPE,
     )
     first = os.read(process.stdout.fileno(), 4096)
-    time.sleep(0.5)
-    begin = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _rest, errors = process.communicate(timeout=30)
+    rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
-    assert time.monotonic() - begin < 10  # about one second on a quiet machine
     assert first
+    assert len(first + rest) < 200, "far fewer tokens than were asked for"
     assert b"Traceback" not in errors
     assert b"interrupted" in errors

@@ -4,12 +4,12 @@ import asyncio
 import re
 import signal
 import threading
-import time
 
 import pytest
 
 from aspec.io.ticker import OnLoop, Ticker
 from tests import tiny
+from tests.fork_server import wait_until
 from tests.terminal import Terminal
 
 ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"
@@ -27,12 +27,14 @@ def on_terminal(target, *flags, **ends):
 
 
 def test_it_comes_follows_the_window_and_goes(target):
-    terminal = on_terminal(target, "-n", "120", "--link-rate", "4MB/s")
+    terminal = on_terminal(target, "-n", "40", "--link-rate", "4MB/s")
     terminal.wait_for(b"decode")
     for columns, rows in ((60, 16), (200, 50), (41, 8)):
+        seen = len(terminal.drawn)
         terminal.resize(columns, rows)
         terminal.process.send_signal(signal.SIGWINCH)
-        time.sleep(0.4)
+        if rows > 8:  # into fewer nothing is drawn
+            wait_until(lambda seen=seen: len(terminal.drawn) > seen or terminal.process.poll() is not None)
     code, out = terminal.end()
     assert code == 0, terminal.drawn[-3000:]
     assert len(out.strip("\n")) > 20  # stdout is a pipe: the text went there
@@ -70,18 +72,23 @@ def test_it_stays_away_where_it_is_not_wanted(target, flags, environment):
 
 
 def test_no_color_is_honoured(target):
-    plain = on_terminal(target, "-n", "120", "--link-rate", "8MB/s", NO_COLOR="1")
-    assert plain.end()[0] == 0
+    plain = on_terminal(target, "-n", "120", "--link-rate", "1MB/s", NO_COLOR="1")
+    plain.wait_for(b"disk")
+    plain.interrupt()
+    assert plain.end()[0] == 130
     assert not any(re.search(rb"[;\[](3[0-7]|4[0-7]|9[0-7]|38|48)[;m]", code) for code in COLOUR.findall(plain.drawn))
     assert b"disk" in plain.drawn
 
 
 async def test_a_ticker_surfaces_its_error_and_a_busy_loop_leaves_the_last_answer():
+    ticked = threading.Event()
+
     def fail():
+        ticked.set()
         raise RuntimeError("drawing failed")
 
     ticker = Ticker(0.001, fail)
-    await asyncio.sleep(0.05)
+    assert await asyncio.to_thread(ticked.wait, 30)
     with pytest.raises(RuntimeError, match="drawing failed"):
         ticker.close()
     ticker.close()

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import shutil
+import threading
 import warnings
 from dataclasses import replace
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aspec import devices, gauging, sampling
+from aspec import cache, devices, gauging, sampling
 from aspec.cache import machine_profile
 from aspec.cli import app
 from aspec.design import design
 from aspec.devices import ALIGNMENT, Kind
 from aspec.engine import open_engine
 from aspec.errors import DeviceError
+from aspec.hardware import Processor
 from aspec.io.layout import PAGE
 from aspec.loading import windows
 from aspec.model import Model
@@ -53,9 +55,9 @@ async def collect(engine, prompt, params=SamplingParams(max_new_tokens=24, ignor
     return [token async for piece in engine.stream(prompt, params) for token in piece.token_ids]
 
 
-async def generate(spans=None, temperature=0.0, **options):
+async def generate(spans=None, temperature=0.0, new=24, **options):
     """Tokens of every prompt, and the plan."""
-    params = SamplingParams(max_new_tokens=24, temperature=temperature, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=new, temperature=temperature, ignore_eos=True)
     async with open_engine(observers=[] if spans is None else [spans.append], max_context=128, **options) as engine:
         return await asyncio.gather(*(collect(engine, prompt, params) for prompt in PROMPTS)), engine.plan
 
@@ -78,7 +80,8 @@ async def test_tokens_are_those_of_the_host(card, speculation, temperature):
 async def test_captured_draft_steps_propose_the_same(card, monkeypatch, speculation):
     """And are counted: graphs hold memory that a plan must leave them."""
     common = {"speculation": speculation, "device": "cuda", "exact": True, "device_memory": 96 * MIB}
-    common["resident_memory"] = 0
+    common |= {"resident_memory": 0, "draft_ahead": False, "draft_depth": 4}  # nothing follows the clock
+    common["num_draft_tokens"] = {"chain": 4, "tree": 9}[speculation]
     expected, plain = await generate(**common)
     captures = []
     monkeypatch.setattr(EagerDevice, "capture", lambda self: captures.append(FakeCapture()) or captures[-1])
@@ -119,11 +122,19 @@ async def test_the_link_is_probed_both_ways_round(card):
     assert read <= 25e6
 
 
+HOST, CARD = (
+    Processor({"float32": flop_per_s}, memory_bytes_per_s=bytes_per_s)
+    for flop_per_s, bytes_per_s in ((1e11, 1e10), (1e13, 5e11))
+)
+
+
 def test_a_device_is_measured_and_planned_for(card, tmp_path, monkeypatch):
     """The figures name the device; a plan for a known job is searched with them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in {"ROWS": (1, 8, 64), "MATRIX_BYTES": 1 << 20, "REPEATS": 1, "CALLS": 2}.items():
         monkeypatch.setattr(gauging, name, value)  # a card's sizes take a processor minutes
+    for name, value in {"processor": HOST, "beside_reads": 1.0, "disk": 1e9}.items():
+        monkeypatch.setattr(cache, f"measure_{name}", lambda *_, value=value: value)  # of test_hardware.py
     found = machine_profile(DEMO / "target", torch.float32, 1, kind=devices.KINDS["cuda"])
     assert found.name
     assert found.processor is found.device
@@ -131,38 +142,64 @@ def test_a_device_is_measured_and_planned_for(card, tmp_path, monkeypatch):
     again = machine_profile(DEMO / "target", torch.float32, 1, kind=devices.KINDS["cuda"])
     assert again.device == found.device
     assert len(card) == 1
+    links = {"h2d_bytes_per_s": 1e9, "d2h_bytes_per_s": 1e9}
+    fixed = lambda device, dtype, host, memory: replace(host, device=CARD, device_memory=memory, **links)  # noqa: E731
+    monkeypatch.setattr(cache, "gauge", fixed)
     plan = design(resolve(EngineOptions(device="cuda", device_memory=24 * MIB, workload=Workload(16, 20, 40)))).plan
     assert plan.num_staging
     assert plan.num_rows > 4
 
 
 class CountingLoop(asyncio.SelectorEventLoop):
-    """Counts how often it looks for something to do."""
+    """Counts how often it looks for something to do, and how often it is asked to look again later."""
 
-    turns = 0
+    turns = timers = 0
 
     def _run_once(self):
         self.turns += 1
         super()._run_once()
 
+    def call_at(self, *args, **kwargs):
+        self.timers += 1
+        return super().call_at(*args, **kwargs)
+
+
+class HeldLayers(EagerDevice):
+    """A layer takes until another copy has ended, or long where none does."""
+
+    LONG_S = 0.2
+
+    def __init__(self):
+        super().__init__(pace_s=1e-4, copy_pace_s=3e-3)
+        self.changed = threading.Condition()
+        self.copied = self.beside = 0
+
+    def copy_async(self, target, source, stream):
+        super().copy_async(target, source, stream)
+        stream.queue.put(self.end_copy)
+
+    def end_copy(self):
+        with self.changed:
+            self.copied += 1
+            self.changed.notify_all()
+
+    def hold_layer(self):
+        with self.changed:
+            before = self.copied
+            self.beside += self.changed.wait_for(lambda: self.copied > before, self.LONG_S)
+
 
 def test_nothing_polls_and_no_stream_waits_for_all_others(card, monkeypatch):
-    """The loop wakes for tasks that end, however long they take; copies go on while layers compute."""
-    turns = []
-    for pace_s in (1e-3, 8e-3):
-        spans, loop = [], CountingLoop()
-        kind = devices.KINDS["cuda"]
-        slow = replace(kind, open=lambda pace_s=pace_s: EagerDevice(copy_pace_s=pace_s))
-        monkeypatch.setitem(devices.KINDS, "cuda", slow)
-        with asyncio.Runner(loop_factory=lambda loop=loop: loop) as runner:
-            runner.run(generate(spans, device="cuda", device_memory=24 * MIB, speculation="off"))
-        turns.append(loop.turns / len(spans))
-    copies = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.COPY]
-    layers = [(span.start_s, span.stop_s) for span in spans if span.task.op is Op.LAYER]
-    beside = sum(any(a < d and c < b for c, d in copies) for a, b in layers)
-    assert beside > len(layers) / 2
-    assert max(turns) < 6
-    assert turns[1] < 1.5 * turns[0], "the longer tasks take, the more often a loop that polls looks"
+    """The loop wakes for tasks that end, and sets no clock, however long they take; copies end while layers compute."""
+    device, spans, loop = HeldLayers(), [], CountingLoop()
+    monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], open=lambda: device))
+    layer = Model.layer
+    monkeypatch.setattr(Model, "layer", lambda *args: (device.hold_layer(), layer(*args))[1])
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(generate(spans, new=8, device="cuda", device_memory=24 * MIB, speculation="off"))
+    assert device.beside > sum(span.task.op is Op.LAYER for span in spans) / 2
+    assert loop.turns < 8 * len(spans)
+    assert loop.timers == 0, "whoever polls asks to be woken later"
 
 
 # -- faults --------------------------------------------------------------------------------------------------
@@ -199,9 +236,8 @@ async def test_memory_that_is_refused_at_the_start_says_the_same(card, monkeypat
 async def test_a_fault_of_the_device_reaches_every_stream_once_and_nothing_runs_behind_it(card):
     async with open_engine(device="cuda", device_memory=31 * MIB, max_context=128) as engine:
         streams = [asyncio.create_task(collect(engine, prompt)) for prompt in PROMPTS]
-        await asyncio.sleep(0.2)
-        copies = card[0].num_copies
-        assert copies
+        while not card[0].num_copies:
+            await asyncio.sleep(0.01)
         card[0].error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nMore follows.")
         found = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 30)
         assert all(isinstance(one, DeviceError) and "illegal memory access" in str(one) for one in found)

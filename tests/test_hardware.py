@@ -3,11 +3,10 @@
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from aspec.measuring import files_of, measure_processor
 from aspec.options import DEMO
 from aspec.prices import ACCEPTANCE, SPREAD
 from tests import tiny
+from tests.fork_server import Command
 
 CARD = {
     "name": "a card",
@@ -289,11 +289,11 @@ def test_what_is_measured_is_positive_and_threads_are_as_before():
 
 
 def test_the_command_measures_prints_and_remembers(tmp_path):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "aspec", "profile", "--threads", "1"]
 
     def run(*more):
-        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=120)
+        process = Command(["profile", "--threads", "1", *more], XDG_CACHE_HOME=str(tmp_path))
+        stdout, stderr = (said.decode() for said in process.communicate())
+        return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
     first = run("-o", str(tmp_path / "machine.json"))
     assert first.returncode == 0, first.stderr

@@ -22,7 +22,7 @@ from aspec.virtual import VirtualTimeLoop
 from tests import tiny
 from tests.simulate import make_plan, simulate
 
-NEW = 12
+NEW = 8
 SMALL = dict(max_context=160, prefill_tokens=16, device_memory=8 << 20, resident_memory=0, threads=1)
 DRAFTS = {
     "none": dict(speculation="off"),

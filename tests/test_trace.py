@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +12,7 @@ from aspec.cli import app
 from aspec.hardware import read_machine
 from aspec.timeline import decode_stretch
 from tests import tiny
+from tests.fork_server import Command
 from tests.trace_rules import check_trace, load
 
 FEW = ["--device-memory", "2250KiB", "--threads", "1", "-p", "hello", "-n", "24"]
@@ -111,12 +110,10 @@ def test_the_last_spans_are_kept_where_a_trace_is_capped(pair, tmp_path):
 def test_a_run_that_is_stopped_leaves_its_trace(pair, tmp_path):
     out = tmp_path / "run.json"
     slow = [*pair, *SMALL, "-n", "2000", "--max-context", "2048", "--device-memory", "8MiB", "--num-draft-tokens", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aspec", "trace", "-o", str(out), *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = Command(["trace", "-o", out, *slow])
     assert os.read(process.stdout.fileno(), 4096)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors.decode()
     assert b"what was recorded" in errors
     check_trace(load(out))
@@ -169,12 +166,18 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_run(pair, tmp_path)
     assert "cannot be read" in result.stderr
 
 
-def test_bench_prints_one_table_and_one_object(pair):
+@pytest.fixture(scope="module")
+def benched(pair):
+    """One object, on standard output."""
+    return run("bench", *pair, *FEW, "--rounds", 1, "--json", "-q").stdout
+
+
+def test_bench_prints_one_table_and_one_object(pair, benched):
     result = run("bench", *pair, *FEW, "--rounds", 2)
     assert result.exit_code == 0, result.output
     for row in ("disk", "memory copy", "matrix products", "one draft step", "tokens/s", "fraction of the ceiling"):
         assert row in result.stdout
-    data = json.loads(run("bench", *pair, *FEW, "--rounds", 1, "--json", "-q").stdout)
+    data = json.loads(benched)
     assert data["ceilings"]["matmul_flop_per_s"] > 0
     run_, hardware = data["runs"][0], data["hardware"]
     assert run_["tokens"] == 24
@@ -184,11 +187,11 @@ def test_bench_prints_one_table_and_one_object(pair):
     assert hardware["tasks"]["layer_s"] > 0
 
 
-def test_one_machine_file_serves_every_command(pair, tmp_path, monkeypatch):
+def test_one_machine_file_serves_every_command(pair, benched, tmp_path, monkeypatch):
     """What ``bench`` and ``profile`` write, and what a person writes, is taken by ``trace`` and ``plan`` alike."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = {name: tmp_path / f"{name}.json" for name in ("bench", "profile", "printed", "rates")}
-    files["bench"].write_text(run("bench", *pair, *FEW, "--rounds", 1, "--json", "-q").stdout)
+    files["bench"].write_text(benched)
     made = run("profile", *pair, "--device", "cpu", "--threads", 1, "-o", files["profile"], "--json", "-q")
     assert made.exit_code == 0, made.output
     files["printed"].write_text(made.stdout)

@@ -150,10 +150,13 @@ SHAPES = [["--speculation", "chain"], ["--speculation", "tree"], ["--draft", "ng
 def test_speculation_is_verified(pair, shape, draws, dtype):
     models = ["--target", pair[0], *([] if "--draft" in shape else ["--draft", pair[1]])]
     common = [*models, *shape, *draws, "--dtype", dtype, "-p", "hello", "-p", "oh no, no", "-n", 20, *SMALL]
-    made = run(*common, "--verify")
+    made = run(*common, "--verify", "--json")
     assert made.exit_code == 0, made.stderr
-    assert made.stdout == run(*common).stdout
-    entries = [json.loads(line) for line in run(*common, "--verify", "--json").stdout.splitlines()]
+    entries, plain = (
+        [json.loads(line) for line in result.stdout.splitlines()] for result in (made, run(*common, "--json"))
+    )
+    for name in ("text", "token_ids"):
+        assert [entry[name] for entry in entries] == [entry[name] for entry in plain]
     counts = [len(entry["token_ids"]) for entry in entries]
     assert [entry["verified"] for entry in entries] == [
         {"equal": True, "tokens": n, "divergence": None} for n in counts
@@ -258,8 +261,10 @@ def test_one_budget_holds_one_engine_after_the_other(pair, engines):
 
 def test_a_context_that_the_draft_cuts_is_cut_for_both(pair, tmp_path):
     draft = tiny.edit_config(tiny.noisy_copy(pair[0], tmp_path / "draft", 0.1), max_position_embeddings=24)
-    made = run("--target", pair[0], "--draft", draft, "-p", "hello", "-n", 60, "--ignore-eos", "--verify", *SMALL)
+    common = ["--target", pair[0], "--draft", draft, "-p", "hello", "-n", 60, "--ignore-eos", *SMALL]
+    made = run(*common, "--verify")
     assert EQUAL.findall(made.stderr) == ["19"]
+    assert made.stdout == run(*common).stdout
 
 
 def test_what_was_generated_is_kept_when_the_second_engine_fails(pair, monkeypatch):

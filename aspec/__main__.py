@@ -1,5 +1,5 @@
 """``python -m aspec``."""
 
-from aspec.cli import main
+from aspec.cli.main import main
 
 main()

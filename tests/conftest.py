@@ -12,7 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test takes more t
 import pytest
 import torch
 
-from aspec import bench, devices, generation, profile
+from aspec import devices, profile
+from aspec.cli.main import bench
+from aspec.cli.main import generate as generation
 from aspec.virtual import VirtualTimeLoop
 from tests.fork_server import shared_server
 

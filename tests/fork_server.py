@@ -111,7 +111,7 @@ def wait_until(condition, seconds=120.0):
 
 def become(args, streams, largest_file=None, environment=None):
     """The rest of a forked child's life."""
-    from aspec.cli import app
+    from aspec.cli.main import app
 
     os.setsid()
     for number, stream in enumerate(streams):
@@ -133,10 +133,10 @@ def become(args, streams, largest_file=None, environment=None):
 def main():
     import uvloop  # noqa: F401
 
-    import aspec.batch
-    import aspec.chat
-    import aspec.generation
-    import aspec.trace  # noqa: F401
+    import aspec.cli.batch
+    import aspec.cli.chat
+    import aspec.cli.generate
+    import aspec.cli.trace  # noqa: F401
 
     orders = socket.socket(fileno=int(sys.argv[1]))
     while True:

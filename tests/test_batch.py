@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from aspec.api import collect, run
-from aspec.batch import digest_of
-from aspec.cli import app
+from aspec.cli.batch import digest_of
+from aspec.cli.main import app
 from aspec.engine import open_engine
 from aspec.intake import parse_row
 from aspec.journal import journal_of

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 import aspec
-from aspec.chat import Conversation
-from aspec.cli import app
+from aspec.cli.chat import Conversation
+from aspec.cli.main import app
 from aspec.errors import PromptError
 from aspec.text import Tokenizer
 from tests import tiny

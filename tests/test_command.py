@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from aspec.cli import app
+from aspec.cli.main import app
 from tests import tiny
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1"]

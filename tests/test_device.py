@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from aspec import cache, devices, gauging, sampling
 from aspec.cache import machine_profile
-from aspec.cli import app
+from aspec.cli.main import app
 from aspec.design import design
 from aspec.devices import ALIGNMENT, Kind
 from aspec.engine import open_engine

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from aspec.cli import app
+from aspec.cli.main import app
 from aspec.design import design
 from aspec.engine import open_engine
 from aspec.forecast import Forecaster
@@ -146,7 +146,7 @@ def stream_seconds(one):
 
 MEASURED = """
 import atexit, sys
-from aspec.cli import main
+from aspec.cli.main import main
 from aspec.io.memory import peak_rss_bytes
 atexit.register(lambda: print(peak_rss_bytes(), file=sys.stderr))
 main()

@@ -7,8 +7,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from aspec import jobflags
-from aspec.cli import app
+from aspec.cli.main import app
+from aspec.cli.main import command_flags as jobflags
 
 RECORDS = {
     "generate": jobflags.GenerateFlags,

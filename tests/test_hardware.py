@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from aspec import cache as kept
-from aspec.cli import app
+from aspec.cli.main import app
 from aspec.costs import expected_tokens
 from aspec.errors import UserError
 from aspec.hardware import AttentionRates, Hardware, Processor, TaskSeconds, hardware_from, read_machine

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import aspec.hub
-from aspec.cli import app
+from aspec.cli.main import app
 from aspec.errors import CheckpointError
 from aspec.hardware import Hardware
 from aspec.hub import resolve

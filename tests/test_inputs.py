@@ -8,15 +8,15 @@ from functools import cache
 import pytest
 from typer.testing import CliRunner
 
-from aspec import batch, generation
 from aspec.cache import Known, remember_acceptance
-from aspec.cli import app
+from aspec.cli.command_flags import BatchFlags
+from aspec.cli.flags import GenerateFlags
+from aspec.cli.main import app, batch
+from aspec.cli.main import generate as generation
 from aspec.console import Console
-from aspec.flags import GenerateFlags
 from aspec.hardware import AttentionRates, Hardware, Processor
 from aspec.intake import BatchFile
 from aspec.io.sim import Profile, SimBackend
-from aspec.jobflags import BatchFlags
 from aspec.needs import folders, read_models, wishes_of
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Workload
@@ -209,7 +209,7 @@ SAYS_SO = {"do_sample": True}
     [(None, {}, False), (0.7, {}, True), (0.0, SAYS_SO, False), (None, SAYS_SO, True)],
 )
 def test_prompts_say_whether_they_are_sampled(temperature, defaults, sampled, monkeypatch):
-    monkeypatch.setattr("aspec.generation.generation_defaults", lambda _: defaults)
+    monkeypatch.setattr("aspec.cli.generate.generation_defaults", lambda _: defaults)
     job = generation.prepare(GenerateFlags(temperature=temperature, **OPEN), ["a"] * 9, Console(quiet=True))
     assert job.options.workload.sampled == sampled
 

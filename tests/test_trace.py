@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aspec.chrome import read_trace
-from aspec.cli import app
+from aspec.cli.main import app
 from aspec.hardware import read_machine
 from aspec.timeline import decode_stretch
 from tests import tiny

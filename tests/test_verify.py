@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aspec.cli import app
+from aspec.cli.main import app
+from aspec.cli.verify import Claim, Divergence, Referee, Verdict, conclude, first_difference
 from aspec.drafting import Drafter
 from aspec.engine import Engine
 from aspec.errors import DivergenceError, ReadError
@@ -15,7 +16,6 @@ from aspec.params import SamplingParams
 from aspec.penalties import Context, TokenCounts
 from aspec.sampling import Sampler, gumbel
 from aspec.text import Tokenizer
-from aspec.verify import Claim, Divergence, Referee, Verdict, conclude, first_difference
 from tests import tiny
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1", "--link-rate", "1GB/s"]

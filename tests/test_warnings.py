@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import aspec.probe
-from aspec.cli import app
+from aspec.cli.main import app
 from aspec.errors import InternalError
 from aspec.needs import DEMO
 from aspec.probe import examine

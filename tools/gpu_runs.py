@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from aspec.api import run
-from aspec.bench import Run
+from aspec.cli.bench import Run
 from aspec.design import design
 from aspec.engine import Engine, open_engine
 from aspec.io.cuda import TorchDevice

@@ -9,10 +9,10 @@ from typing import Any
 
 from aspec.api import run
 from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
+from aspec.cli.command_flags import ProfileFlags
 from aspec.console import Console
 from aspec.errors import UserError
 from aspec.hardware import Hardware, Processor
-from aspec.jobflags import ProfileFlags
 from aspec.model import Model
 from aspec.plan import format_bytes
 from aspec.prices import prices, weight_seconds

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from aspec.cache import AcceptanceStats
+from aspec.cli.command_flags import PlanFlags
 from aspec.console import Console
 from aspec.defaults import sampling_params
 from aspec.devices import HOST
 from aspec.errors import UserError
 from aspec.hardware import Hardware, read_machine
 from aspec.io.checkpoint import has_weights
-from aspec.jobflags import PlanFlags
 from aspec.model import generation_defaults
 from aspec.needs import Models, read_models, request_for
 from aspec.plan import Plan, Tier, Workload, format_bytes

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from aspec.api import Result, run
+from aspec.cli.command_flags import BatchFlags
 from aspec.console import Console
 from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
@@ -26,7 +27,6 @@ from aspec.hub import WANTED
 from aspec.intake import BatchFile, BatchRow
 from aspec.io.settling import settle
 from aspec.io.ticker import Ticker
-from aspec.jobflags import BatchFlags
 from aspec.journal import Found, Output, Row, check_startable, journal_of, open_output
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor

@@ -16,13 +16,13 @@ import torch
 
 from aspec.api import Result, collect, run, seeded
 from aspec.cache import known_acceptance, remember_acceptance
+from aspec.cli.command_flags import BenchFlags
+from aspec.cli.generate import PROBE_S, Job, prepare
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
-from aspec.generation import PROBE_S, Job, prepare
 from aspec.hardware import Hardware, Processor
 from aspec.io.memory import peak_rss_bytes
-from aspec.jobflags import BenchFlags
 from aspec.monitor import Monitor
 from aspec.plan import Plan, format_bytes
 from aspec.profile import Ceilings, HostInfo, host_info, measure_ceilings

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aspec.defaults import TAKEN_FROM_CHECKPOINT
-from aspec.flags import (
+from aspec.cli.flags import (
     MODELS,
     OUTPUT,
     PLACE,
@@ -28,6 +27,7 @@ from aspec.flags import (
     count_or_auto,
     option,
 )
+from aspec.defaults import TAKEN_FROM_CHECKPOINT
 from aspec.options import EngineOptions
 
 TRACE, BENCH, WORK = "Trace", "Benchmark", "The work"

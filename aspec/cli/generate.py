@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aspec.api import Result, collect, seeded
+from aspec.cli.flags import RunFlags
+from aspec.cli.verify import Claim, Verdict, conclude, verify
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.executor import Observer
-from aspec.flags import RunFlags
 from aspec.io.memory import peak_rss_bytes
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
@@ -24,7 +25,6 @@ from aspec.resolve import Resolved, resolve, revise
 from aspec.text import Tokenizer
 from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate
-from aspec.verify import Claim, Verdict, conclude, verify
 
 SEARCHED_FROM = 8  # prompts; for more, the plan is searched for
 PROBE_S = 0.5

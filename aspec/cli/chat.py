@@ -13,12 +13,12 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 
 from aspec.api import loop_factory
+from aspec.cli.command_flags import ChatFlags
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
-from aspec.jobflags import ChatFlags
 from aspec.model import generation_defaults
 from aspec.monitor import Monitor
 from aspec.params import SamplingParams

@@ -11,13 +11,13 @@ from pathlib import Path
 from aspec.api import run
 from aspec.cache import AcceptanceStats
 from aspec.chrome import read_trace, write_trace
+from aspec.cli.command_flags import TraceFlags
+from aspec.cli.generate import Job, as_object, prepare, run_job
+from aspec.cli.generate import summarise as summarise_result
 from aspec.console import Console
 from aspec.design import design
 from aspec.errors import InternalError, UserError
-from aspec.generation import Job, as_object, prepare, run_job
-from aspec.generation import summarise as summarise_result
 from aspec.hardware import Hardware, read_machine
-from aspec.jobflags import TraceFlags
 from aspec.needs import read_models
 from aspec.plan import Plan, format_bytes
 from aspec.planning import CostBasis, elsewhere, pricing

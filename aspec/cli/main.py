@@ -10,10 +10,18 @@ from functools import partial
 
 import typer
 
+from aspec.cli.command_flags import (
+    BatchFlags,
+    BenchFlags,
+    ChatFlags,
+    GenerateFlags,
+    PlanFlags,
+    ProfileFlags,
+    TraceFlags,
+)
+from aspec.cli.flags import takes
 from aspec.console import Console
 from aspec.errors import AspecError
-from aspec.flags import takes
-from aspec.jobflags import BatchFlags, BenchFlags, ChatFlags, GenerateFlags, PlanFlags, ProfileFlags, TraceFlags
 from aspec.library_warnings import held_back
 
 app = typer.Typer(
@@ -42,7 +50,7 @@ def generate(flags: GenerateFlags) -> None:
       aspec generate --target ./model --draft ./small --prompt "..." --verify
     """
     from aspec.api import run
-    from aspec.generation import generate_to_console, prepare
+    from aspec.cli.generate import generate_to_console, prepare
 
     prompts = flags.prompts()
     console = Console(quiet=flags.quiet)
@@ -68,7 +76,7 @@ def chat(flags: ChatFlags) -> None:
 
       cat questions.txt | aspec chat --target ./model --quiet
     """
-    from aspec.chat import chat_on_console
+    from aspec.cli.chat import chat_on_console
 
     console = Console(quiet=flags.quiet)
     guarded(lambda: chat_on_console(flags, console), console, flags.debug)
@@ -89,7 +97,7 @@ def trace(flags: TraceFlags) -> None:
 
       aspec trace -o gpu.json --simulate machine.json --target ./model --prompt "..."
     """
-    from aspec.trace import record, summarise_file
+    from aspec.cli.trace import record, summarise_file
 
     console = Console(quiet=flags.quiet)
     recorded = flags.recorded
@@ -111,7 +119,7 @@ def bench(flags: BenchFlags) -> None:
 
       aspec bench --target ./model --draft ./small --device-memory 8GiB -n 64 --json
     """
-    from aspec.bench import bench_to_console
+    from aspec.cli.bench import bench_to_console
 
     console = Console(quiet=flags.quiet)
     guarded(lambda: bench_to_console(flags, console), console, flags.debug)
@@ -147,7 +155,7 @@ def batch(flags: BatchFlags) -> None:
 
       aspec batch -i in.jsonl -o out.jsonl --target ./model --temperature 0.7 --seed 1 --overwrite
     """
-    from aspec.batch import batch_to_console
+    from aspec.cli.batch import batch_to_console
 
     console = Console(quiet=flags.quiet)
     guarded(lambda: batch_to_console(flags, console), console, flags.debug)
@@ -166,7 +174,7 @@ def profile(flags: ProfileFlags) -> None:
 
       aspec profile --refresh -o machine.json
     """
-    from aspec.profiling import profile_to_console
+    from aspec.cli.profile import profile_to_console
 
     console = Console(quiet=flags.quiet)
     guarded(lambda: profile_to_console(flags, console), console, flags.debug)
@@ -189,7 +197,7 @@ def plan(flags: PlanFlags) -> None:
 
       aspec plan --target org/big --profile rtx4090.json --json
     """
-    from aspec.explain import plan_to_console
+    from aspec.cli.plan import plan_to_console
 
     console = Console(quiet=flags.quiet)
     guarded(lambda: plan_to_console(flags, console), console, flags.debug)

@@ -1,0 +1,1 @@
+"""What can be asked at the command line? One file per command."""

@@ -18,6 +18,7 @@ from aspec.calibration import Calibration
 from aspec.errors import NumericError
 from aspec.graphs import DraftGraphs
 from aspec.io.device import Capture
+from aspec.io.upload import upload
 from aspec.kv import KVCache
 from aspec.model import Model
 from aspec.params import SamplingParams
@@ -28,7 +29,6 @@ from aspec.tasks.ngram import NgramIndex
 from aspec.tasks.offers import best_children
 from aspec.tasks.task import Grown, Growth, Task, WorkItem
 from aspec.tasks.tree import ROOT, Proposal, Tree
-from aspec.transfer import upload
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))
 """Proposes the likeliest token, whatever the target will draw."""

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from aspec.hf_compat import Cache
-from aspec.transfer import upload
+from aspec.io.upload import upload
 
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""

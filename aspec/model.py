@@ -26,12 +26,12 @@ from aspec.hf_compat import cache_argument, tied_weights
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.layout import Part, plan_parts
 from aspec.io.mapping import map_tensors
+from aspec.io.upload import upload
 from aspec.kv import KVShape, StepCache
 from aspec.offload import Crossing
 from aspec.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
 from aspec.split import Split, attend_to, depart, finish, project
-from aspec.transfer import upload
 
 
 @dataclass(slots=True)

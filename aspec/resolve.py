@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from aspec import hub
 from aspec.devices import Kind, kind_of
 from aspec.errors import UserError
+from aspec.io import hub
 from aspec.io.host_memory import available_bytes
 from aspec.options import DEMO, NGRAM, EngineOptions
 from aspec.plan import Speculation

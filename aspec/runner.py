@@ -13,6 +13,7 @@ import torch
 from aspec.drafting import Drafter, item_of, pad
 from aspec.errors import NumericError
 from aspec.io.layout import Part
+from aspec.io.upload import upload
 from aspec.kv import KVCache
 from aspec.model import Activation, Model
 from aspec.penalties import Context
@@ -20,7 +21,6 @@ from aspec.sampling import draw_rows, token_logprobs
 from aspec.sequence import Sequence as TokenSequence
 from aspec.tasks.op import Op
 from aspec.tasks.task import NOTHING, Grown, LayerWork, Report, RowChanges, RowOutcome, Task
-from aspec.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
-import aspec.hub
+import aspec.io.hub
 from aspec.cli.main import app
 from aspec.errors import CheckpointError
 from aspec.hardware import Hardware
-from aspec.hub import resolve
+from aspec.io.hub import resolve
 from aspec.plan import Workload
 from tests import tiny
 
@@ -51,7 +51,7 @@ REFUSED = {"org/gated": (403, "GatedRepo"), "org/missing": (404, "RepoNotFound")
 RESOLVE = """
 import json, sys
 from aspec.errors import CheckpointError
-from aspec.hub import resolve
+from aspec.io.hub import resolve
 results = {}
 for name in sys.argv[1:]:
     try:
@@ -236,8 +236,8 @@ def counted(tmp_path, monkeypatch):
         asked.append(name)
         return folders.get(name, Path(name))
 
-    monkeypatch.setattr(aspec.hub, "resolve", count)
-    monkeypatch.setattr(aspec.hub, "_fetch", count)
+    monkeypatch.setattr(aspec.io.hub, "resolve", count)
+    monkeypatch.setattr(aspec.io.hub, "_fetch", count)
     return asked
 
 

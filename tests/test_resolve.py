@@ -54,7 +54,7 @@ def test_what_is_left_open_is_answered():
 
 def test_other_options_keep_the_models_and_change_the_rest(monkeypatch):
     before = resolve(EngineOptions(**PAIR))
-    monkeypatch.setattr("aspec.hub.resolve", None)  # nothing may ask
+    monkeypatch.setattr("aspec.io.hub.resolve", None)  # nothing may ask
     after = revise(before, speculation="off", device_memory=5 << 20, max_batch=2)
     assert (after.target, after.draft, after.method) == (before.target, None, NO_DRAFT)
     assert (after.budget_bytes, after.options.max_batch) == (5 << 20, 2)

@@ -23,8 +23,8 @@ from aspec.console import Console
 from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import NumericError, PromptError, UserError, WriteError
-from aspec.hub import WANTED
 from aspec.intake import BatchFile, BatchRow
+from aspec.io.hub import WANTED
 from aspec.io.settling import settle
 from aspec.io.ticker import Ticker
 from aspec.journal import Found, Output, Row, check_startable, journal_of, open_output

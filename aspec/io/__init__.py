@@ -1,1 +1,1 @@
-"""Backends, and where bytes come from: disk lane, checkpoint index, memory."""
+"""Where do bytes come from: files, disks, memory, and the way from threads to the loop."""

@@ -22,7 +22,7 @@ from typing import Protocol
 from aspec.errors import DeviceError, InternalError, ReadError
 from aspec.io.loop_mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, address_of, allocate
-from aspec.io.rate import RateLimit
+from aspec.io.rate_limit import RateLimit
 
 NUM_THREADS = 3
 CHUNK_BYTES = 4 << 20

@@ -11,7 +11,6 @@ from aspec.design import ResolvedEngine, design
 from aspec.devices import ALIGNMENT
 from aspec.drafting import Drafter, ModelDrafter
 from aspec.errors import DeviceError
-from aspec.io.backend import Backend
 from aspec.io.cpu import CpuBackend
 from aspec.io.device import Buffers, DeviceLayer
 from aspec.io.disk import DiskLane
@@ -25,6 +24,7 @@ from aspec.model import Model
 from aspec.plan import Plan, Tier, format_bytes
 from aspec.resolve import NGRAM_DRAFT, Resolved
 from aspec.runner import ModelRunner, Weights
+from aspec.tasks.backend import Backend
 from aspec.text import Tokenizer
 
 

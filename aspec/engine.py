@@ -27,9 +27,7 @@ import torch
 
 from aspec.assembly import EngineMemory, assemble, release, too_little
 from aspec.errors import ClosedError, DeviceError, InternalError, PromptError, first_error
-from aspec.executor import Executor, IssueObserver, Observer
 from aspec.guarding import guarded
-from aspec.io.backend import Backend
 from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, in_thread, settle, settle_all
 from aspec.links import raw_link_rate
@@ -39,10 +37,12 @@ from aspec.params import SamplingParams
 from aspec.plan import Plan, format_bytes
 from aspec.resolve import Resolved, resolve
 from aspec.sampling import Sampler
-from aspec.scheduler import Scheduler
 from aspec.sequence import Sequence as TokenSequence
 from aspec.stats import Piece, RequestStats
 from aspec.streaming import Streams
+from aspec.tasks.backend import Backend
+from aspec.tasks.executor import Executor, IssueObserver, Observer
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Closing, Event
 from aspec.text import TEMPLATE_S, TextStream, Tokenizer
 from aspec.timelimit import TimeLimit

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, sqrt
 
-from aspec.costs import expected_tokens
 from aspec.plan import Plan, PlannedPart, Tier, Workload
 from aspec.search import Forecast
 from aspec.simulation import simulate
 from aspec.tariff import LayerCost, Profile
+from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 from aspec.timeline import DRAFT, TARGET, bottleneck, lane_use
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from statistics import median
 
-from aspec.executor import Executor, IssueObserver, Observer
 from aspec.hardware import Hardware, TaskSeconds
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend
 from aspec.plan import Plan
 from aspec.planner import NUM_STAGING
-from aspec.scheduler import Scheduler
 from aspec.tariff import Profile
+from aspec.tasks.executor import Executor, IssueObserver, Observer
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing, RowOutcome
 from aspec.timeline import CPU, D2H, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 from aspec.virtual import VirtualTimeLoop

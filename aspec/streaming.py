@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from aspec.plan import Plan
 from aspec.runner import ModelRunner
-from aspec.scheduler import Scheduler
 from aspec.sequence import Sequence as TokenSequence
 from aspec.stats import Piece, RequestStats
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Cancelled, Event, Span
 
 

@@ -3,10 +3,10 @@
 import hashlib
 from dataclasses import replace
 
-from aspec.executor import Executor
 from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
-from aspec.scheduler import Scheduler
+from aspec.tasks.executor import Executor
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Closing
 
 

@@ -1,4 +1,4 @@
-"""One suite holds every backend to the contract of ``aspec.io.backend``: simulated, CPU, and CUDA on a fake device.
+"""One suite holds every backend to the contract of ``aspec.tasks.backend``: simulated, CPU, and CUDA on a fake device.
 
 The runs use the real scheduler, graph and executor; the stub runner checks every buffer a task reads, and the
 slots byte for byte against the file, at the beginning and at the end of the task.
@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from aspec.errors import ReadError
-from aspec.executor import Executor
 from aspec.io.cpu import CpuBackend
 from aspec.io.device import Buffers
 from aspec.io.disk import DiskLane
@@ -23,9 +22,10 @@ from aspec.io.memory import PAGE, allocate
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.io.streams import StreamBackend
 from aspec.plan import Tier
-from aspec.races import find_races
-from aspec.scheduler import Scheduler
+from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import (
     COMPUTE,
     CPU,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspec.calibration import Calibration
-from aspec.costs import expected_tokens
-from aspec.sizing import another_level, marginal_seconds, worthwhile
+from aspec.tasks.cost_model import expected_tokens
+from aspec.tasks.draft_sizing import another_level, marginal_seconds, worthwhile
 from aspec.tasks.tree import ROOT, Tree
 
 INF = math.inf

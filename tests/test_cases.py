@@ -10,7 +10,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from aspec.costs import CostModel
 from aspec.engine import open_engine
 from aspec.errors import NumericError
 from aspec.io.sim import Profile
@@ -18,6 +17,7 @@ from aspec.kv import KVCache
 from aspec.model import Model
 from aspec.params import SamplingParams
 from aspec.plan import Speculation
+from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.task import LayerWork, Span, Task, WorkItem
 from tests import tiny

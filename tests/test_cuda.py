@@ -12,8 +12,8 @@ from aspec.errors import DeviceError, InternalError
 from aspec.io.cuda import TorchDevice
 from aspec.io.events import EventLane
 from aspec.io.pinned import PinnedMemory
-from aspec.races import find_races
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE, H2D, Completion, LayerWork, Load, Task
 from tests.fake_device import FakeDevice, FakeEvent, Mark
 from tests.test_backend_contract import PART_BYTES, Rig, embed

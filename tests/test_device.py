@@ -26,10 +26,10 @@ from aspec.model import Model
 from aspec.options import DEMO, EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Tier, Workload
-from aspec.races import find_races
 from aspec.resolve import resolve
 from aspec.sampling import Sampler
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from tests.fake_capture import FakeCapture
 from tests.fake_device import EagerDevice
 

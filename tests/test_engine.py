@@ -16,8 +16,8 @@ from aspec.engine import open_engine
 from aspec.errors import BudgetError, NumericError, PromptError, ReadError, UserError, VocabularyError
 from aspec.options import DEMO
 from aspec.params import SamplingParams
-from aspec.races import find_races
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from tests import tiny
 
 SMALL = dict(max_context=96, prefill_tokens=32, device_memory=3 << 20, resident_memory=0, threads=1)

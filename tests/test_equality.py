@@ -9,8 +9,8 @@ import torch
 
 from aspec.engine import open_engine
 from aspec.params import SamplingParams
-from aspec.races import find_races
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from tests import tiny
 from tests.compat import marked
 

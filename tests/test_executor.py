@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from aspec.errors import DeadlockError
-from aspec.executor import Executor
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
-from aspec.scheduler import Scheduler
+from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import CPU, Arrived, Closing
 from tests.simulate import make_plan, simulate, trace_hash
 

@@ -8,10 +8,10 @@ import pytest
 from aspec.errors import InternalError
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.plan import Speculation
-from aspec.races import find_races
-from aspec.scheduler import Scheduler
-from aspec.seats import Seats
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
+from aspec.tasks.rows import Seats
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Started
 from tests.simulate import make_plan, simulate
 

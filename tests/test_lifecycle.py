@@ -23,7 +23,7 @@ from aspec.io.streams import StreamBackend
 from aspec.model import Model
 from aspec.params import SamplingParams
 from aspec.runner import ModelRunner
-from aspec.seats import Seats
+from aspec.tasks.rows import Seats
 from aspec.tasks.task import Arrived, Completion, Op
 from aspec.text import Tokenizer
 from aspec.timelimit import TimeLimit, TimeLimitError

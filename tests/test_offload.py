@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_flatten
 from aspec import devices
 from aspec.attention import attend
 from aspec.chrome import read_trace, write_trace
-from aspec.costs import CostModel
 from aspec.devices import Kind
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.forecast import coarse
@@ -28,12 +27,13 @@ from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
 from aspec.planner import make_plan as plan_from
 from aspec.planning import search_space
-from aspec.races import find_races
 from aspec.recorder import Recorder
 from aspec.resolve import resolve
 from aspec.simulation import measured_profile
 from aspec.split import depart, project
+from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from aspec.tasks.task import BACK, COMPUTE, CPU, D2H, LayerWork, Span, Task, WorkItem
 from aspec.timeline import length, merge, shared
 from tests import tiny

@@ -7,7 +7,6 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from aspec.costs import expected_tokens
 from aspec.hardware import AttentionRates, Hardware, Processor
 from aspec.io.sim import DEVICE_RESOURCES, Profile, SimBackend
 from aspec.model import Model
@@ -17,6 +16,7 @@ from aspec.shapes import LayerShape, ModelShape, shape_of, touched_experts
 from aspec.simulation import fitted_acceptance
 from aspec.simulation import simulate as run_simulation
 from aspec.tariff import Attention, Line, Tariff
+from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.op import Op
 from aspec.tasks.task import COMPUTE, CPU, DraftStep, Growth, LayerWork, RowAssignment, RowChanges, Task, WorkItem
 from tests import tiny

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from aspec.races import find_races
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from aspec.tasks.task import Access, Span, Task
 from tests.simulate import make_plan, simulate
 

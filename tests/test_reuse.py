@@ -12,11 +12,11 @@ from aspec.drafting import ModelDrafter
 from aspec.engine import open_engine
 from aspec.params import SamplingParams
 from aspec.plan import Speculation
-from aspec.races import find_races
-from aspec.scheduler import Scheduler
-from aspec.seats import Row, prefill_items
 from aspec.streaming import common_prefix
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
+from aspec.tasks.rows import Row, prefill_items
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Cancelled, RowAssignment, RowOutcome, Span, Started
 from aspec.virtual import VirtualTimeLoop
 from tests import tiny

@@ -7,11 +7,11 @@ import pytest
 
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.plan import Speculation, Tier
-from aspec.races import find_races
-from aspec.scheduler import Scheduler
-from aspec.seats import Row, prefill_items
 from aspec.tasks.op import Op
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY
+from aspec.tasks.races import find_races
+from aspec.tasks.rows import Row, prefill_items
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Cancelled, Closing, Grown, LayerWork, RowOutcome, Span, Started, Task, WorkItem
 from tests.simulate import make_plan, simulate
 

@@ -13,7 +13,6 @@ import transformers
 from torch import nn
 
 from aspec.attention import attend
-from aspec.costs import CostModel
 from aspec.engine import open_engine
 from aspec.errors import InternalError, UnsupportedModelError
 from aspec.io.sim import Profile
@@ -21,12 +20,13 @@ from aspec.kv import KVCache
 from aspec.model import Model
 from aspec.params import SamplingParams
 from aspec.plan import Speculation
-from aspec.races import find_races
 from aspec.runner import ModelRunner
-from aspec.seats import micro_batches
 from aspec.split import attend_to, finish, project
+from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass
+from aspec.tasks.races import find_races
+from aspec.tasks.rows import micro_batches
 from aspec.tasks.task import (
     CPU,
     NOTHING,

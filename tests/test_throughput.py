@@ -7,8 +7,8 @@ import pytest
 
 from aspec.engine import open_engine
 from aspec.params import SamplingParams
-from aspec.races import find_races
 from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from tests import tiny
 
 SMALL = dict(device_memory=64 << 20, resident_memory=100_000, threads=1, dtype="float32", prefill_tokens=128)

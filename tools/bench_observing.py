@@ -22,7 +22,6 @@ import rich.console
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine
-from aspec.executor import Observer
 from aspec.io.sim import Profile
 from aspec.monitor import Monitor
 from aspec.options import EngineOptions
@@ -30,6 +29,7 @@ from aspec.params import SamplingParams
 from aspec.plan import Plan
 from aspec.recorder import Recorder
 from aspec.simulation import simulate
+from aspec.tasks.executor import Observer
 from aspec.tasks.task import Span
 from aspec.units import parse_bytes, parse_rate
 

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from aspec.executor import Executor
 from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
-from aspec.scheduler import Scheduler
+from aspec.tasks.executor import Executor
+from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Closing, Event, Task
 from aspec.virtual import VirtualTimeLoop
 

@@ -1,1 +1,1 @@
-"""Tasks, the graph that orders them, and what a pass is made of."""
+"""What is done when: the words of the dataflow, the policy that emits tasks, the executor that runs them."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from aspec.errors import DeadlockError, first_error
-from aspec.io.backend import Backend
 from aspec.io.settling import settle
+from aspec.tasks.backend import Backend
 from aspec.tasks.graph import Graph
 from aspec.tasks.task import Completion, Event, Resource, Span, Started, Task
 

@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 
-from aspec.costs import Average, CostModel
 from aspec.plan import Plan
+from aspec.tasks.cost_model import Average, CostModel
 from aspec.tasks.task import COMPUTE
 
 LEAST_NODES = 16  # that a tree may grow to

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from aspec.plan import Plan
-from aspec.seats import Row
 from aspec.tasks.op import Op
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY, Numbering, emit_end
+from aspec.tasks.rows import Row
 from aspec.tasks.task import (
     COMPUTE,
     CPU,

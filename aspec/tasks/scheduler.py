@@ -15,13 +15,13 @@ What may NOT go in: tensors, token values, asyncio, clocks, randomness. Counts, 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from aspec.costs import CostModel
 from aspec.plan import Plan, Speculation
-from aspec.rounds import Draft, Group, Pass
-from aspec.seats import Row, Seats, decode_item, micro_batches, prefill_items
-from aspec.sizing import Sizing
+from aspec.tasks.cost_model import CostModel
+from aspec.tasks.draft_sizing import Sizing
+from aspec.tasks.group import Draft, Group, Pass
 from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass
+from aspec.tasks.rows import Row, Seats, decode_item, micro_batches, prefill_items
 from aspec.tasks.task import Access, Arrived, Cancelled, Closing, Event, Grown, Span, Started, Task, WorkItem
 
 

@@ -14,13 +14,13 @@ from aspec.errors import DeviceError
 from aspec.io.cpu import CpuBackend
 from aspec.io.device import Buffers, DeviceLayer
 from aspec.io.disk import DiskLane
-from aspec.io.layout import Part, as_tensor, scratch_bytes
 from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.io.settling import close_all
 from aspec.io.streams import StreamBackend
-from aspec.kv import KVCache
 from aspec.lookup import NgramDrafter
-from aspec.model import Model
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
+from aspec.models.parts import Part, as_tensor, scratch_bytes
 from aspec.plan import Plan, Tier, format_bytes
 from aspec.resolve import NGRAM_DRAFT, Resolved
 from aspec.runner import ModelRunner, Weights

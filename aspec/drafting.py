@@ -19,8 +19,8 @@ from aspec.errors import NumericError
 from aspec.graphs import DraftGraphs
 from aspec.io.device import Capture
 from aspec.io.upload import upload
-from aspec.kv import KVCache
-from aspec.model import Model
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
 from aspec.params import SamplingParams
 from aspec.penalties import Context
 from aspec.sampling import Sampler, draw_rows

@@ -17,9 +17,9 @@ from torch.nn.functional import linear
 from aspec.drafting import GREEDY
 from aspec.hardware import Hardware, Processor, Table
 from aspec.io.device import Buffers, DeviceLayer, copy_rate
-from aspec.io.layout import PAGE
-from aspec.kv import KVCache
-from aspec.model import Model
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
+from aspec.models.parts import PAGE
 from aspec.options import DEMO
 from aspec.params import SamplingParams
 from aspec.sampling import Sampler, draw_rows

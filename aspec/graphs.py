@@ -15,11 +15,11 @@ from math import gcd
 
 import torch
 
-from aspec.attention import temporary_bytes
-from aspec.hf_compat import Cache
 from aspec.io.device import Capture, Replay
-from aspec.kv import KVCache, MaskKind, StepCache, TreeNodes
-from aspec.model import Model
+from aspec.models.attention import temporary_bytes
+from aspec.models.hf_compat import Cache
+from aspec.models.kv_cache import KVCache, MaskKind, StepCache, TreeNodes
+from aspec.models.model import Model
 from aspec.screen import RefusedError, warm_up
 
 MAX_COLUMNS = 32

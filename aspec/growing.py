@@ -3,7 +3,7 @@
 import torch
 
 from aspec.calibration import Calibration
-from aspec.kv import KVCache, MaskKind
+from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.params import SamplingParams
 from aspec.sampling import Sampler
 from aspec.stopwatch import seconds_of

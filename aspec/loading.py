@@ -12,9 +12,9 @@ from aspec.assembly import ResidentLoad, bind_load
 from aspec.errors import first_error
 from aspec.io.device import DeviceLayer
 from aspec.io.disk import DiskLane
-from aspec.io.layout import PAGE, Part, Segment
 from aspec.io.pinned import HostBuffer
 from aspec.io.settling import close_all, in_thread, settle
+from aspec.models.parts import PAGE, Part, Segment
 
 WINDOW_BYTES = 32 << 20  # of a part on its way through the host to a device
 WINDOWS = 3  # one is read while another is copied

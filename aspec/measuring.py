@@ -17,18 +17,18 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig
 
-from aspec.attention import NAME, attend
 from aspec.drafting import GREEDY
-from aspec.exact import BLOCK_ROWS, InBlocks, products
 from aspec.growing import measure_trees
 from aspec.hardware import AttentionRates, Hardware, Processor, Table
-from aspec.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.io.disk import probe_rate
 from aspec.io.host_memory import total_bytes
-from aspec.io.layout import Segment, as_tensor
 from aspec.io.memory import allocate
-from aspec.kv import KVCache, MaskKind
-from aspec.model import Model
+from aspec.models.attention import NAME, attend
+from aspec.models.exact import BLOCK_ROWS, InBlocks, products
+from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
+from aspec.models.kv_cache import KVCache, MaskKind
+from aspec.models.model import Model
+from aspec.models.parts import Segment, as_tensor
 from aspec.options import DEMO
 from aspec.params import SamplingParams
 from aspec.prices import model_cost

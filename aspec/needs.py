@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from aspec.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.devices import ALIGNMENT, Kind
-from aspec.exact import BLOCK_ROWS
 from aspec.graphs import graph_bytes
-from aspec.io.layout import Part, scratch_bytes
 from aspec.io.memory import PAGE
-from aspec.kv import KVCache
-from aspec.model import Model
-from aspec.offload import pinned_bytes
+from aspec.models.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
+from aspec.models.exact import BLOCK_ROWS
+from aspec.models.kv_cache import KVCache
+from aspec.models.kv_offload import pinned_bytes
+from aspec.models.model import Model
+from aspec.models.parts import Part, scratch_bytes
 from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planner import Footprint
 from aspec.resolve import Resolved

@@ -10,7 +10,7 @@ from aspec.devices import HOST
 from aspec.errors import UnsupportedModelError
 from aspec.forecast import Forecaster
 from aspec.hardware import Hardware
-from aspec.model import Model
+from aspec.models.model import Model
 from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
 from aspec.plan import Plan, PlanRequest, Speculation, Workload
 from aspec.prices import prices

@@ -8,8 +8,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
-from aspec.exact import BLOCK_ROWS
 from aspec.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
+from aspec.models.exact import BLOCK_ROWS
 from aspec.shapes import LayerShape, ModelShape, touched_experts
 from aspec.tariff import Attention, LayerCost, Line, ModelCost, Profile, Tariff
 

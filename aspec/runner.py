@@ -12,10 +12,10 @@ import torch
 
 from aspec.drafting import Drafter, item_of, pad
 from aspec.errors import NumericError
-from aspec.io.layout import Part
 from aspec.io.upload import upload
-from aspec.kv import KVCache
-from aspec.model import Activation, Model
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Activation, Model
+from aspec.models.parts import Part
 from aspec.penalties import Context
 from aspec.sampling import draw_rows, token_logprobs
 from aspec.sequence import Sequence as TokenSequence

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from aspec.model import Model
+from aspec.models.model import Model
 
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 """What families call the number of experts that a token goes through."""

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from aspec.errors import CheckpointError
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
-from aspec.io.layout import PAGE, REST, plan_parts
-from aspec.io.mapping import map_tensors
-from aspec.kv import KVCache
-from aspec.model import Model
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
+from aspec.models.parts import PAGE, REST, plan_parts
+from aspec.models.tensor_map import map_tensors
 from tests import tiny
 
 TENSORS = {

@@ -20,9 +20,9 @@ from aspec.devices import ALIGNMENT, Kind
 from aspec.engine import open_engine
 from aspec.errors import DeviceError
 from aspec.hardware import Processor
-from aspec.io.layout import PAGE
 from aspec.loading import windows
-from aspec.model import Model
+from aspec.models.model import Model
+from aspec.models.parts import PAGE
 from aspec.options import DEMO, EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Tier, Workload

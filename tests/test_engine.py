@@ -243,7 +243,7 @@ async def test_a_shard_cut_while_running_is_an_error_and_no_text(pair, tmp_path)
 
 
 async def test_nan_logits_are_one_error(pair, tmp_path, monkeypatch):
-    from aspec.model import Model
+    from aspec.models.model import Model
 
     real = Model.head
     monkeypatch.setattr(Model, "head", lambda self, *args: real(self, *args) * float("nan"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 
-from aspec.attention import attend
-from aspec.exact import InBlocks
-from aspec.kv import KVCache, MaskKind
-from aspec.model import Model
+from aspec.models.attention import attend
+from aspec.models.exact import InBlocks
+from aspec.models.kv_cache import KVCache, MaskKind
+from aspec.models.model import Model
 from tests import tiny
 from tests.compat import marked
 from tests.test_kv import grow, permuted, random_parents, slow_path

@@ -17,8 +17,8 @@ from aspec.drafting import ModelDrafter
 from aspec.engine import open_engine
 from aspec.errors import InternalError
 from aspec.io.capture import TorchCapture
-from aspec.kv import KVCache
-from aspec.model import Model
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
 from aspec.params import SamplingParams
 from aspec.screen import RefusedError, warm_up
 from tests import tiny

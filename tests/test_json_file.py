@@ -13,9 +13,9 @@ from aspec.errors import CheckpointError, PromptError, UserError
 from aspec.hardware import read_machine
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from aspec.io.json_file import NamedTwice, NotJson, parse_json, read_json
-from aspec.model import _end_ids, generation_defaults
+from aspec.models.model import _end_ids, generation_defaults
+from aspec.models.skeleton import load_config
 from aspec.requests import parse_json as parse_request_json
-from aspec.skeleton import load_config
 
 DEEP = 100_000
 MANY = 200_000  # members of an object: checks that are quadratic would take hours

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from aspec.attention import MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
-from aspec.kv import KEY_TILE, KVCache, MaskKind
+from aspec.models.attention import MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
+from aspec.models.kv_cache import KEY_TILE, KVCache, MaskKind
 
 KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
 SHAPES = [(2, 4, 4), None, (1, 6, 3)]
@@ -295,7 +295,7 @@ def slow_attention(query, key, value, mask, scale, softcap=None, sinks=None):
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("block", [MAX_SCORE_BYTES, 3000])
 def test_attention_equals_the_definition(softcap, sinks, block, monkeypatch):
-    monkeypatch.setattr("aspec.attention.MAX_SCORE_BYTES", block)
+    monkeypatch.setattr("aspec.models.attention.MAX_SCORE_BYTES", block)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 6, 7, 8, generator=generator)
     key, value = torch.randn(2, 2, 11, 8, generator=generator), torch.randn(2, 2, 11, 5, generator=generator)

@@ -20,7 +20,7 @@ from aspec.io.lane import ThreadLane
 from aspec.io.loop_mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.io.streams import StreamBackend
-from aspec.model import Model
+from aspec.models.model import Model
 from aspec.params import SamplingParams
 from aspec.runner import ModelRunner
 from aspec.tasks.rows import Seats

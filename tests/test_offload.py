@@ -13,15 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from aspec import devices
-from aspec.attention import attend
 from aspec.chrome import read_trace, write_trace
 from aspec.devices import Kind
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.forecast import coarse
 from aspec.hardware import Hardware, Processor
 from aspec.io.sim import DEVICE_RESOURCES, Profile
-from aspec.kv import KVCache, MaskKind, StepCache
-from aspec.model import Model
+from aspec.models.attention import attend
+from aspec.models.kv_cache import KVCache, MaskKind, StepCache
+from aspec.models.model import Model
+from aspec.models.split_layer import depart, project
 from aspec.needs import read_models, request_for
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
@@ -30,7 +31,6 @@ from aspec.planning import search_space
 from aspec.recorder import Recorder
 from aspec.resolve import resolve
 from aspec.simulation import measured_profile
-from aspec.split import depart, project
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races

@@ -9,7 +9,7 @@ import torch
 
 from aspec.hardware import AttentionRates, Hardware, Processor
 from aspec.io.sim import DEVICE_RESOURCES, Profile, SimBackend
-from aspec.model import Model
+from aspec.models.model import Model
 from aspec.plan import Speculation
 from aspec.prices import ACCEPTANCE, model_cost, prices, weight_seconds
 from aspec.shapes import LayerShape, ModelShape, shape_of, touched_experts

@@ -12,16 +12,16 @@ import torch
 import transformers
 from torch import nn
 
-from aspec.attention import attend
 from aspec.engine import open_engine
 from aspec.errors import InternalError, UnsupportedModelError
 from aspec.io.sim import Profile
-from aspec.kv import KVCache
-from aspec.model import Model
+from aspec.models.attention import attend
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
+from aspec.models.split_layer import attend_to, finish, project
 from aspec.params import SamplingParams
 from aspec.plan import Speculation
 from aspec.runner import ModelRunner
-from aspec.split import attend_to, finish, project
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass

@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-import aspec.probe
+import aspec.models.probe
 from aspec.cli.main import app
 from aspec.errors import InternalError
+from aspec.models.probe import examine
+from aspec.models.skeleton import load_config
 from aspec.needs import DEMO
-from aspec.probe import examine
-from aspec.skeleton import load_config
 
 pytestmark = pytest.mark.compat
 GOING = (FutureWarning, DeprecationWarning)
@@ -136,6 +136,6 @@ def test_a_warning_that_is_an_error_is_not_an_unsupported_family(strict, depreca
 
 
 def test_a_fault_of_the_probe_is_not_an_unsupported_family(monkeypatch):
-    monkeypatch.setattr(aspec.probe, "_rule_of", lambda value: value.no_such_name)
+    monkeypatch.setattr(aspec.models.probe, "_rule_of", lambda value: value.no_such_name)
     with pytest.raises(InternalError, match=r"the probe of llama has failed: AttributeError.*no_such_name"):
         examine(load_config(DEMO / "target"), torch.float32)

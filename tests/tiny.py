@@ -10,7 +10,7 @@ import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from aspec.io.layout import scratch_bytes
+from aspec.models.parts import scratch_bytes
 
 VOCAB = 256
 COMMON = dict(

@@ -22,7 +22,7 @@ import torch
 from aspec.cache import machine_profile
 from aspec.engine import Engine
 from aspec.io.sim import Profile
-from aspec.model import Model
+from aspec.models.model import Model
 from aspec.options import EngineOptions
 from aspec.params import SamplingParams
 from aspec.plan import Plan

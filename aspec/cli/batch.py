@@ -28,7 +28,8 @@ from aspec.io.hub import WANTED
 from aspec.io.settling import settle
 from aspec.io.ticker import Ticker
 from aspec.journal import Found, Output, Row, check_startable, journal_of, open_output
-from aspec.model import generation_defaults
+from aspec.models.model import generation_defaults
+from aspec.models.skeleton import load_config, max_context
 from aspec.monitor import Monitor
 from aspec.params import SamplingParams
 from aspec.plan import Workload
@@ -37,7 +38,6 @@ from aspec.resolve import Resolved, resolve, revise
 from aspec.responses import Generated, Label, answer_body
 from aspec.sampling import derive_seed
 from aspec.serving import Asked, ContextExceeded, Refused, encode, serve
-from aspec.skeleton import load_config, max_context
 from aspec.text import Tokenizer
 
 CHECK_LINE_S = 5.0

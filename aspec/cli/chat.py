@@ -19,7 +19,7 @@ from aspec.dashboard import watch
 from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
-from aspec.model import generation_defaults
+from aspec.models.model import generation_defaults
 from aspec.monitor import Monitor
 from aspec.params import SamplingParams
 from aspec.resolve import Resolved, resolve, revise

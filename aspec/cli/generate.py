@@ -15,7 +15,7 @@ from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.io.memory import peak_rss_bytes
-from aspec.model import generation_defaults
+from aspec.models.model import generation_defaults
 from aspec.monitor import Monitor
 from aspec.params import SamplingParams
 from aspec.plan import Plan, Workload

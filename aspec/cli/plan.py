@@ -14,7 +14,7 @@ from aspec.devices import HOST
 from aspec.errors import UserError
 from aspec.hardware import Hardware, read_machine
 from aspec.io.checkpoint import has_weights
-from aspec.model import generation_defaults
+from aspec.models.model import generation_defaults
 from aspec.needs import Models, read_models, request_for
 from aspec.plan import Plan, Tier, Workload, format_bytes
 from aspec.planning import CostBasis, elsewhere, measured_basis, on_machine, plan_workload

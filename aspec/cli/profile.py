@@ -13,7 +13,7 @@ from aspec.cli.command_flags import ProfileFlags
 from aspec.console import Console
 from aspec.errors import UserError
 from aspec.hardware import Hardware, Processor
-from aspec.model import Model
+from aspec.models.model import Model
 from aspec.plan import format_bytes
 from aspec.prices import prices, weight_seconds
 from aspec.resolve import Resolved, resolve

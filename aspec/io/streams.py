@@ -22,8 +22,8 @@ from aspec.io.device import Buffers, DeviceLayer, E, S
 from aspec.io.disk import DiskLane
 from aspec.io.events import EventLane, Outcome
 from aspec.io.lane import ThreadLane
-from aspec.io.layout import Part
 from aspec.io.settling import close_all, settle, settle_all
+from aspec.models.parts import Part
 from aspec.tasks.task import (
     BACK,
     COMPUTE,

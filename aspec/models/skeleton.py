@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec import attention
 from aspec.errors import CheckpointError, UnsupportedModelError
-from aspec.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
-from aspec.hf_compat import (
+from aspec.io.json_file import read_json
+from aspec.models import attention
+from aspec.models.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
     has_recurrent_state,
@@ -23,7 +24,6 @@ from aspec.hf_compat import (
     set_experts,
     takes_registered_attention,
 )
-from aspec.io.json_file import read_json
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

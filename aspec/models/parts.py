@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from aspec.hf_compat import WeightConverter
 from aspec.io.checkpoint import TensorRef
-from aspec.io.mapping import Entry, TensorMap
+from aspec.models.hf_compat import WeightConverter
+from aspec.models.tensor_map import Entry, TensorMap
 
 PAGE = 4096  # bytes; offsets, addresses and lengths of direct reads are multiples of it
 MAX_GAP = 1 << 20  # bytes that are cheaper to read over than to seek across, see IO notes: 3 MiB reads at full rate

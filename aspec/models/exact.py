@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from aspec.kv import StepCache
+from aspec.models.kv_cache import StepCache
 
 BLOCK_ROWS = 64
 """Rows of every product of an exact step but attention's: with another number, other last bits. Measured, CPU ms of a

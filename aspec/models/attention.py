@@ -23,8 +23,8 @@ from torch.nn.functional import pad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from aspec.hf_compat import sdpa_mask
-from aspec.kv import KEY_TILE, Paths
+from aspec.models.hf_compat import sdpa_mask
+from aspec.models.kv_cache import KEY_TILE, Paths
 
 NAME = "aspec"
 MAX_SCORE_BYTES, DEVICE_SCORE_BYTES = 4 << 20, 64 << 20

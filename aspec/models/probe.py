@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from aspec.attention import attend
 from aspec.errors import InternalError, UnsupportedModelError
-from aspec.hf_compat import Cache, cache_argument, ignore_positions
-from aspec.kv import KVCache, KVShape, MaskKind, StepCache
-from aspec.offload import Crossing
-from aspec.skeleton import build_on_meta, find_layers, first_line
-from aspec.split import depart, finish, project
+from aspec.models.attention import attend
+from aspec.models.hf_compat import Cache, cache_argument, ignore_positions
+from aspec.models.kv_cache import KVCache, KVShape, MaskKind, StepCache
+from aspec.models.kv_offload import Crossing
+from aspec.models.skeleton import build_on_meta, find_layers, first_line
+from aspec.models.split_layer import depart, finish, project
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 SAMPLES = 4096  # pairs of positions at which a family's mask is compared with ours

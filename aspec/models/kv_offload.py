@@ -18,9 +18,9 @@ from weakref import ref
 import torch
 from torch import nn
 
-from aspec.attention import attend
 from aspec.errors import InternalError
-from aspec.kv import KVShape, MaskKind, StepCache
+from aspec.models.attention import attend
+from aspec.models.kv_cache import KVShape, MaskKind, StepCache
 
 PINNED_ROUNDING = 4
 """Torch gives out pinned memory by powers of two, and keeps what was outgrown: all smaller ones are as much again."""

@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from aspec.binding import Binder
 from aspec.errors import CheckpointError, InternalError
-from aspec.exact import products
-from aspec.hf_compat import cache_argument, tied_weights
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
-from aspec.io.layout import Part, plan_parts
-from aspec.io.mapping import map_tensors
 from aspec.io.upload import upload
-from aspec.kv import KVShape, StepCache
-from aspec.offload import Crossing
-from aspec.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
-from aspec.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
-from aspec.split import Split, attend_to, depart, finish, project
+from aspec.models.binding import Binder
+from aspec.models.exact import products
+from aspec.models.hf_compat import cache_argument, tied_weights
+from aspec.models.kv_cache import KVShape, StepCache
+from aspec.models.kv_offload import Crossing
+from aspec.models.parts import Part, plan_parts
+from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
+from aspec.models.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
+from aspec.models.split_layer import Split, attend_to, depart, finish, project
+from aspec.models.tensor_map import map_tensors
 
 
 @dataclass(slots=True)

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from aspec.errors import CheckpointError
-from aspec.hf_compat import (
+from aspec.io.checkpoint import Checkpoint, TensorRef
+from aspec.models.hf_compat import (
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -26,7 +27,6 @@ from aspec.hf_compat import (
     rename_source_key,
     tied_weights,
 )
-from aspec.io.checkpoint import Checkpoint, TensorRef
 
 COMPUTED = r"rotary_emb\.inv_freq"  # stored by old checkpoints, computed by every model
 CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})

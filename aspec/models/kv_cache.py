@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from aspec.hf_compat import Cache
 from aspec.io.upload import upload
+from aspec.models.hf_compat import Cache
 
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from aspec.attention import attend
 from aspec.errors import InternalError
-from aspec.exact import PRODUCTS
-from aspec.kv import MaskKind, StepCache
-from aspec.offload import Crossing
+from aspec.models.attention import attend
+from aspec.models.exact import PRODUCTS
+from aspec.models.kv_cache import MaskKind, StepCache
+from aspec.models.kv_offload import Crossing
 
 KEPT = PRODUCTS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
 """Functions that run in the first half only: the dear ones, those whose bits may depend on where their operands are in

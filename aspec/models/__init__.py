@@ -1,0 +1,1 @@
+"""How does a model of transformers run layer by layer, with weights that come and go?"""

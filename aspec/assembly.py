@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
+from aspec.backends.cpu import CpuBackend
+from aspec.backends.device import Buffers, DeviceLayer
+from aspec.backends.registry import ALIGNMENT
+from aspec.backends.streams import StreamBackend
 from aspec.design import ResolvedEngine, design
-from aspec.devices import ALIGNMENT
 from aspec.drafting import Drafter, ModelDrafter
 from aspec.errors import DeviceError
-from aspec.io.cpu import CpuBackend
-from aspec.io.device import Buffers, DeviceLayer
 from aspec.io.disk import DiskLane
 from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.io.settling import close_all
-from aspec.io.streams import StreamBackend
 from aspec.lookup import NgramDrafter
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model

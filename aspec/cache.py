@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aspec.devices import Kind
+from aspec.backends.registry import Kind
 from aspec.errors import UserError
 from aspec.gauging import gauge
 from aspec.hardware import Hardware, hardware_from

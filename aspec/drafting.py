@@ -14,10 +14,10 @@ from math import log
 
 import torch
 
+from aspec.backends.device import Capture
 from aspec.calibration import Calibration
 from aspec.errors import NumericError
 from aspec.graphs import DraftGraphs
-from aspec.io.device import Capture
 from aspec.io.upload import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model

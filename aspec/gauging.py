@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from aspec.backends.device import Buffers, DeviceLayer, copy_rate
 from aspec.drafting import GREEDY
 from aspec.hardware import Hardware, Processor, Table
-from aspec.io.device import Buffers, DeviceLayer, copy_rate
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.parts import PAGE

@@ -15,7 +15,7 @@ from math import gcd
 
 import torch
 
-from aspec.io.device import Capture, Replay
+from aspec.backends.device import Capture, Replay
 from aspec.models.attention import temporary_bytes
 from aspec.models.hf_compat import Cache
 from aspec.models.kv_cache import KVCache, MaskKind, StepCache, TreeNodes

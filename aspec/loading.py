@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from aspec.assembly import ResidentLoad, bind_load
+from aspec.backends.device import DeviceLayer
 from aspec.errors import first_error
-from aspec.io.device import DeviceLayer
 from aspec.io.disk import DiskLane
 from aspec.io.pinned import HostBuffer
 from aspec.io.settling import close_all, in_thread, settle

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aspec.devices import ALIGNMENT, Kind
+from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.graphs import graph_bytes
 from aspec.io.memory import PAGE
 from aspec.models.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact

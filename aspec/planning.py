@@ -5,8 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
+from aspec.backends.registry import HOST
 from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
-from aspec.devices import HOST
 from aspec.errors import UnsupportedModelError
 from aspec.forecast import Forecaster
 from aspec.hardware import Hardware

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aspec.devices import Kind, kind_of
+from aspec.backends.registry import Kind, kind_of
 from aspec.errors import UserError
 from aspec.io import hub
 from aspec.io.host_memory import available_bytes

@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test takes more t
 import pytest
 import torch
 
-from aspec import devices, profile
+from aspec import profile
+from aspec.backends import registry as devices
 from aspec.cli.main import bench
 from aspec.cli.main import generate as generation
 from aspec.virtual import VirtualTimeLoop

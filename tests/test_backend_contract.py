@@ -13,13 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from aspec.backends.cpu import CpuBackend
+from aspec.backends.device import Buffers
+from aspec.backends.streams import StreamBackend
 from aspec.errors import ReadError
-from aspec.io.cpu import CpuBackend
-from aspec.io.device import Buffers
 from aspec.io.disk import DiskLane
 from aspec.io.memory import PAGE, allocate
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
-from aspec.io.streams import StreamBackend
 from aspec.models.parts import Part, Segment
 from aspec.plan import Tier
 from aspec.tasks.executor import Executor

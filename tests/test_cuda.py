@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 
+from aspec.backends.cuda import TorchDevice
+from aspec.backends.event_lane import EventLane
 from aspec.errors import DeviceError, InternalError
-from aspec.io.cuda import TorchDevice
-from aspec.io.events import EventLane
 from aspec.io.pinned import PinnedMemory
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races

@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aspec import cache, devices, gauging, sampling
+from aspec import cache, gauging, sampling
+from aspec.backends import registry as devices
+from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.cache import machine_profile
 from aspec.cli.main import app
 from aspec.design import design
-from aspec.devices import ALIGNMENT, Kind
 from aspec.engine import open_engine
 from aspec.errors import DeviceError
 from aspec.hardware import Processor

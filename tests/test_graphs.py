@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from aspec import assembly, graphs
+from aspec.backends.cuda_graphs import TorchCapture
 from aspec.drafting import ModelDrafter
 from aspec.engine import open_engine
 from aspec.errors import InternalError
-from aspec.io.capture import TorchCapture
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.params import SamplingParams

@@ -10,16 +10,16 @@ import weakref
 import pytest
 
 from aspec import assembly, engine, loading
+from aspec.backends.cpu import CpuBackend
+from aspec.backends.event_lane import EventLane
+from aspec.backends.streams import StreamBackend
+from aspec.backends.thread_lane import ThreadLane
 from aspec.engine import open_engine
 from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError
 from aspec.io import disk
-from aspec.io.cpu import CpuBackend
 from aspec.io.disk import DiskLane
-from aspec.io.events import EventLane
-from aspec.io.lane import ThreadLane
 from aspec.io.loop_mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate
-from aspec.io.streams import StreamBackend
 from aspec.models.model import Model
 from aspec.params import SamplingParams
 from aspec.runner import ModelRunner
@@ -154,7 +154,7 @@ OPENING = {
     "read": lambda patch: patch.setattr(disk, "transfer", second_time(disk.transfer)),
     "bind": lambda patch: patch.setattr(loading, "bind_load", second_time(loading.bind_load)),
     "backend": lambda patch: patch.setattr(assembly, "CpuBackend", injected),
-    "second lane": lambda patch: patch.setattr("aspec.io.cpu.ThreadLane", second_time(ThreadLane)),
+    "second lane": lambda patch: patch.setattr("aspec.backends.cpu.ThreadLane", second_time(ThreadLane)),
     "scheduler": lambda patch: patch.setattr(engine, "Scheduler", injected),
     "executor": lambda patch: patch.setattr(engine, "Executor", injected),
 }

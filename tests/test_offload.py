@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from aspec import devices
+from aspec.backends import registry as devices
+from aspec.backends.registry import Kind
 from aspec.chrome import read_trace, write_trace
-from aspec.devices import Kind
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.forecast import coarse
 from aspec.hardware import Hardware, Processor

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from aspec.api import run
+from aspec.backends.cuda import TorchDevice
 from aspec.cli.bench import Run
 from aspec.design import design
 from aspec.engine import Engine, open_engine
-from aspec.io.cuda import TorchDevice
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.pinned import PinnedMemory
 from aspec.options import EngineOptions

@@ -21,10 +21,10 @@ from xml.etree import ElementTree
 import torch
 
 from aspec.api import generate_all, run
+from aspec.backends.cuda import TorchDevice
+from aspec.backends.event_lane import EventLane
 from aspec.engine import open_engine
 from aspec.errors import first_error
-from aspec.io.cuda import TorchDevice
-from aspec.io.events import EventLane
 from aspec.params import SamplingParams
 from aspec.tasks.task import Completion
 from tools import contest

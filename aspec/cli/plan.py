@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from aspec.backends.registry import HOST
 from aspec.cache import AcceptanceStats
 from aspec.cli.command_flags import PlanFlags
 from aspec.console import Console
 from aspec.defaults import sampling_params
-from aspec.devices import HOST
 from aspec.errors import UserError
 from aspec.hardware import Hardware, read_machine
 from aspec.io.checkpoint import has_weights

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from aspec.backends.cuda_graphs import TorchCapture
 from aspec.errors import DeviceError
-from aspec.io.capture import TorchCapture
 from aspec.io.pinned import HostBuffer, PinnedMemory
 
 EPOCH_S = 30.0  # CUDA counts elapsed time in fp32 milliseconds: within 30 s the step is 2 us, and clocks drift little

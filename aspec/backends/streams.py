@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic
 
+from aspec.backends.cpu import Runner
+from aspec.backends.device import Buffers, DeviceLayer, E, S
+from aspec.backends.event_lane import EventLane, Outcome
+from aspec.backends.thread_lane import ThreadLane
 from aspec.errors import DeviceError, InternalError
-from aspec.io.cpu import Runner
-from aspec.io.device import Buffers, DeviceLayer, E, S
 from aspec.io.disk import DiskLane
-from aspec.io.events import EventLane, Outcome
-from aspec.io.lane import ThreadLane
 from aspec.io.settling import close_all, settle, settle_all
 from aspec.models.parts import Part
 from aspec.tasks.task import (

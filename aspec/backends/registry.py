@@ -1,4 +1,4 @@
-"""The devices that layers may run on: each is a row of the table, and a file that offers what ``io/device.py`` asks."""
+"""The devices that layers may run on: each is a row of the table, and a file that offers what ``backends/device.py`` asks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from aspec.backends.cuda import WORKSPACES, TorchDevice, free_bytes, name
+from aspec.backends.device import DeviceLayer
 from aspec.errors import UserError
-from aspec.io.cuda import WORKSPACES, TorchDevice, free_bytes, name
-from aspec.io.device import DeviceLayer
 
 ALIGNMENT = 256  # bytes, of tensors on a device: what its allocator grants, and its fastest kernels expect
 

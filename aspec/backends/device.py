@@ -1,6 +1,6 @@
 """What is asked of a device behind a link: streams, events, memory. A new device is a file that offers this.
 
-``io/streams.py`` runs tasks over it; ``io/cuda.py`` is CUDA's, by way of torch.
+``backends/streams.py`` runs tasks over it; ``backends/cuda.py`` is CUDA's, by way of torch.
 """
 
 import time
@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from aspec.io.events import DeviceEvent
+from aspec.backends.event_lane import DeviceEvent
 from aspec.io.pinned import HostBuffer
 
 COPIES = 8  # launched at once, to measure a link

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from aspec.backends.thread_lane import ThreadLane
 from aspec.errors import InternalError
 from aspec.io.disk import DiskLane
-from aspec.io.lane import ThreadLane
 from aspec.io.settling import close_all, settle, settle_all
 from aspec.models.parts import Part
 from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resource, Task

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aspec.io.device import Replay
+from aspec.backends.device import Replay
 
 _cuda: Any = torch.cuda  # torch leaves the signatures of its graphs untyped
 

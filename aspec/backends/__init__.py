@@ -1,0 +1,1 @@
+"""Which machine runs the tasks?"""

@@ -12,13 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from aspec.errors import AspecError, DeviceError, InternalError, UserError
+from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 
 if TYPE_CHECKING:
     from aspec.api import Result, generate
     from aspec.engine import Engine, open_engine
-    from aspec.stats import Piece, RequestStats
+    from aspec.generation.stats import Piece, RequestStats
 
 __all__ = [
     "AspecError",
@@ -40,8 +40,8 @@ _LATER = {  # imported on first use: torch and transformers take seconds
     "open_engine": "aspec.engine",
     "generate": "aspec.api",
     "Result": "aspec.api",
-    "Piece": "aspec.stats",
-    "RequestStats": "aspec.stats",
+    "Piece": "aspec.generation.stats",
+    "RequestStats": "aspec.generation.stats",
 }
 
 

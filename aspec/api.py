@@ -9,9 +9,9 @@ from typing import Any, TypeVar, overload
 
 from aspec.engine import Engine, Prompt, open_engine
 from aspec.errors import first_error
-from aspec.params import SamplingParams
-from aspec.sampling import TokenLogprob, derive_seed
-from aspec.stats import RequestStats
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import TokenLogprob, derive_seed
+from aspec.generation.stats import RequestStats
 
 T = TypeVar("T")
 

@@ -14,6 +14,7 @@ from aspec.backends.streams import StreamBackend
 from aspec.design import ResolvedEngine, design
 from aspec.drafting import Drafter, ModelDrafter
 from aspec.errors import DeviceError
+from aspec.generation.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.io.settling import close_all
@@ -25,7 +26,6 @@ from aspec.plan import Plan, Tier, format_bytes
 from aspec.resolve import NGRAM_DRAFT, Resolved
 from aspec.runner import ModelRunner, Weights
 from aspec.tasks.backend import Backend
-from aspec.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from aspec.errors import BudgetError
+from aspec.generation.tokenizer import Tokenizer, check_tokenizer, check_vocabulary
 from aspec.needs import PREFILL_TOKENS, Models, read_models, request_for
 from aspec.plan import Plan, PlanRequest
 from aspec.planner import make_plan
 from aspec.planning import plan_workload
 from aspec.resolve import Resolved
-from aspec.text import Tokenizer, check_tokenizer, check_vocabulary
 
 SMALLEST_CONTEXT = 256
 SMALLEST_PREFILL = 64

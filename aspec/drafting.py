@@ -17,14 +17,14 @@ import torch
 from aspec.backends.device import Capture
 from aspec.calibration import Calibration
 from aspec.errors import NumericError
+from aspec.generation.params import SamplingParams
+from aspec.generation.penalties import Context
+from aspec.generation.sampler import Sampler, draw_rows
+from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.graphs import DraftGraphs
 from aspec.io.upload import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.params import SamplingParams
-from aspec.penalties import Context
-from aspec.sampling import Sampler, draw_rows
-from aspec.sequence import Sequence as TokenSequence
 from aspec.tasks.ngram import NgramIndex
 from aspec.tasks.offers import best_children
 from aspec.tasks.task import Grown, Growth, Task, WorkItem

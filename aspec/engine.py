@@ -27,25 +27,25 @@ import torch
 
 from aspec.assembly import EngineMemory, assemble, release, too_little
 from aspec.errors import ClosedError, DeviceError, InternalError, PromptError, first_error
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import Sampler
+from aspec.generation.sequence import Sequence as TokenSequence
+from aspec.generation.stats import Piece, RequestStats
+from aspec.generation.time_limit import TimeLimit
+from aspec.generation.tokenizer import TEMPLATE_S, TextStream, Tokenizer
 from aspec.guarding import guarded
 from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, in_thread, settle, settle_all
 from aspec.links import raw_link_rate
 from aspec.loading import load_all
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 from aspec.plan import Plan, format_bytes
 from aspec.resolve import Resolved, resolve
-from aspec.sampling import Sampler
-from aspec.sequence import Sequence as TokenSequence
-from aspec.stats import Piece, RequestStats
 from aspec.streaming import Streams
 from aspec.tasks.backend import Backend
 from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Closing, Event
-from aspec.text import TEMPLATE_S, TextStream, Tokenizer
-from aspec.timelimit import TimeLimit
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """A text, token ids, or a chat as role and content messages."""

@@ -16,13 +16,13 @@ from torch.nn.functional import linear
 
 from aspec.backends.device import Buffers, DeviceLayer, copy_rate
 from aspec.drafting import GREEDY
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import Sampler, draw_rows
 from aspec.hardware import Hardware, Processor, Table
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.parts import PAGE
 from aspec.options import DEMO
-from aspec.params import SamplingParams
-from aspec.sampling import Sampler, draw_rows
 from aspec.stopwatch import Work
 from aspec.tasks.offers import best_children
 

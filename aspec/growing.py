@@ -3,9 +3,9 @@
 import torch
 
 from aspec.calibration import Calibration
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import Sampler
 from aspec.models.kv_cache import KVCache, MaskKind
-from aspec.params import SamplingParams
-from aspec.sampling import Sampler
 from aspec.stopwatch import seconds_of
 from aspec.tasks.offers import best_children
 from aspec.tasks.tree import ROOT, Tree

@@ -18,6 +18,8 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig
 
 from aspec.drafting import GREEDY
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import Sampler, draw_rows
 from aspec.growing import measure_trees
 from aspec.hardware import AttentionRates, Hardware, Processor, Table
 from aspec.io.disk import probe_rate
@@ -30,9 +32,7 @@ from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
 from aspec.models.parts import Segment, as_tensor
 from aspec.options import DEMO
-from aspec.params import SamplingParams
 from aspec.prices import model_cost
-from aspec.sampling import Sampler, draw_rows
 from aspec.shapes import ModelShape, layer_shape
 from aspec.stopwatch import STRETCH_S, Work, cold_seconds_of, seconds_of
 from aspec.tasks.task import WorkItem

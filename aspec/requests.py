@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from aspec.errors import PromptError
+from aspec.generation.params import MAX_LOGPROBS, SamplingParams
 from aspec.io.json_file import NotJson
 from aspec.io.json_file import parse_json as parse_any_json
-from aspec.params import MAX_LOGPROBS, SamplingParams
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 ROLES = ("system", "developer", "user", "assistant")

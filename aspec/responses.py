@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from aspec.generation.sampler import TokenLogprob
+from aspec.generation.tokenizer import REPLACEMENT, Tokenizer
 from aspec.requests import Request
-from aspec.sampling import TokenLogprob
-from aspec.text import REPLACEMENT, Tokenizer
 
 UNREACHABLE = -9999.0  # a logprob
 

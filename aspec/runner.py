@@ -12,13 +12,13 @@ import torch
 
 from aspec.drafting import Drafter, item_of, pad
 from aspec.errors import NumericError
+from aspec.generation.penalties import Context
+from aspec.generation.sampler import draw_rows, token_logprobs
+from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.io.upload import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Activation, Model
 from aspec.models.parts import Part
-from aspec.penalties import Context
-from aspec.sampling import draw_rows, token_logprobs
-from aspec.sequence import Sequence as TokenSequence
 from aspec.tasks.op import Op
 from aspec.tasks.task import NOTHING, Grown, LayerWork, Report, RowChanges, RowOutcome, Task
 

@@ -9,9 +9,9 @@ from typing import Any
 from aspec.api import Result, collect
 from aspec.engine import Engine
 from aspec.errors import NumericError, PromptError
-from aspec.params import SamplingParams
+from aspec.generation.params import SamplingParams
+from aspec.generation.tokenizer import Tokenizer
 from aspec.requests import Request
-from aspec.text import Tokenizer
 
 WINDOW = 2  # requests in the engine's hands, per row of its plan: a row that ends is followed at once
 

@@ -17,12 +17,12 @@ from aspec.api import collect, run
 from aspec.cli.batch import digest_of
 from aspec.cli.main import app
 from aspec.engine import open_engine
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import derive_seed
 from aspec.intake import parse_row
 from aspec.journal import journal_of
-from aspec.params import SamplingParams
 from aspec.progress import Tally, batch_line, duration
 from aspec.requests import CHAT, COMPLETION, Request
-from aspec.sampling import derive_seed
 from aspec.serving import WINDOW, Asked, serve
 from aspec.snapshot import Snapshot
 from tests import tiny

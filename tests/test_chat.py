@@ -10,7 +10,7 @@ import aspec
 from aspec.cli.chat import Conversation
 from aspec.cli.main import app
 from aspec.errors import PromptError
-from aspec.text import Tokenizer
+from aspec.generation.tokenizer import Tokenizer
 from tests import tiny
 from tests.terminal import Terminal
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aspec import cache, gauging, sampling
+from aspec import cache, gauging
 from aspec.backends import registry as devices
 from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.cache import machine_profile
@@ -20,15 +20,16 @@ from aspec.cli.main import app
 from aspec.design import design
 from aspec.engine import open_engine
 from aspec.errors import DeviceError
+from aspec.generation import sampler as sampling
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import Sampler
 from aspec.hardware import Processor
 from aspec.loading import windows
 from aspec.models.model import Model
 from aspec.models.parts import PAGE
 from aspec.options import DEMO, EngineOptions
-from aspec.params import SamplingParams
 from aspec.plan import Tier, Workload
 from aspec.resolve import resolve
-from aspec.sampling import Sampler
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests.fake_capture import FakeCapture

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import aspec
 from aspec.engine import open_engine
 from aspec.errors import BudgetError, NumericError, PromptError, ReadError, UserError, VocabularyError
+from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
-from aspec.params import SamplingParams
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aspec.engine import open_engine
-from aspec.params import SamplingParams
+from aspec.generation.params import SamplingParams
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny

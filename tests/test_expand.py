@@ -10,8 +10,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aspec.engine import open_engine
+from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
-from aspec.params import SamplingParams
 from tools import expand
 
 PROMPT = torch.tensor([[3, 17, 40, 8, 91, 22]])

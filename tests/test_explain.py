@@ -13,9 +13,9 @@ from aspec.cli.main import app
 from aspec.design import design
 from aspec.engine import open_engine
 from aspec.forecast import Forecaster
+from aspec.generation.params import SamplingParams
 from aspec.hardware import hardware_from
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 from aspec.plan import Workload
 from aspec.prices import prices
 from aspec.resolve import resolve

@@ -17,9 +17,9 @@ from aspec.backends.cuda_graphs import TorchCapture
 from aspec.drafting import ModelDrafter
 from aspec.engine import open_engine
 from aspec.errors import InternalError
+from aspec.generation.params import SamplingParams
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.params import SamplingParams
 from aspec.screen import RefusedError, warm_up
 from tests import tiny
 from tests.fake_capture import CaptureError, FakeCapture

@@ -13,8 +13,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from aspec.engine import open_engine
-from aspec.params import SamplingParams
-from aspec.sampling import derive_seed
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import derive_seed
 from tests import tiny
 
 VOCAB, PROMPT = 16, [3, 5, 9]

@@ -16,17 +16,17 @@ from aspec.backends.streams import StreamBackend
 from aspec.backends.thread_lane import ThreadLane
 from aspec.engine import open_engine
 from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError
+from aspec.generation.params import SamplingParams
+from aspec.generation.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.tokenizer import Tokenizer
 from aspec.io import disk
 from aspec.io.disk import DiskLane
 from aspec.io.loop_mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.models.model import Model
-from aspec.params import SamplingParams
 from aspec.runner import ModelRunner
 from aspec.tasks.rows import Seats
 from aspec.tasks.task import Arrived, Completion, Op
-from aspec.text import Tokenizer
-from aspec.timelimit import TimeLimit, TimeLimitError
 from tests import tiny
 from tests.fake_device import EagerDevice
 from tests.test_disk import Seg

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from aspec.errors import InternalError, NumericError
-from aspec.params import SamplingParams
-from aspec.penalties import Context, Penalties, TokenCounts, proposal_paths
-from aspec.sampling import Sampler, TokenLogprob, draw_rows, gumbel, token_logprobs
+from aspec.generation.params import SamplingParams
+from aspec.generation.penalties import Context, Penalties, TokenCounts, proposal_paths
+from aspec.generation.sampler import Sampler, TokenLogprob, draw_rows, gumbel, token_logprobs
 from tests.test_sampling import warped
 
 INF = float("inf")

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from aspec.errors import PromptError, UserError
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import TokenLogprob
+from aspec.generation.tokenizer import Tokenizer
 from aspec.intake import BatchFile, parse_row
 from aspec.options import DEMO
-from aspec.params import SamplingParams
 from aspec.requests import CHAT, COMPLETION, Request, parse_json, parse_request
 from aspec.responses import Generated, Label, answer_body
-from aspec.sampling import TokenLogprob
-from aspec.text import Tokenizer
 
 ASK = [{"role": "user", "content": "Why?"}]
 

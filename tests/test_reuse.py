@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aspec.drafting import ModelDrafter
 from aspec.engine import open_engine
-from aspec.params import SamplingParams
+from aspec.generation.params import SamplingParams
 from aspec.plan import Speculation
 from aspec.streaming import common_prefix
 from aspec.tasks.op import Op

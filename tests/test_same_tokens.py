@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from aspec.design import design
 from aspec.engine import open_engine
 from aspec.errors import BudgetError
+from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 from aspec.resolve import resolve
 from aspec.tasks.tree import ROOT
 from tests import tiny

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from aspec.errors import NumericError, PromptError
-from aspec.params import SamplingParams
-from aspec.sampling import NO_TOKEN, Sampler, _to_gumbel, derive_seed, draw_rows, gumbel, noise_bits
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import NO_TOKEN, Sampler, _to_gumbel, derive_seed, draw_rows, gumbel, noise_bits
 
 NAN, INF = math.nan, math.inf
 LIMIT = 4.5  # standard deviations: the seeds are fixed, so what passes once passes always

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aspec.engine import open_engine
-from aspec.params import SamplingParams
+from aspec.generation.params import SamplingParams
 from tests import tiny
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12], list(range(20, 60))]

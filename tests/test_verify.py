@@ -12,10 +12,10 @@ from aspec.cli.verify import Claim, Divergence, Referee, Verdict, conclude, firs
 from aspec.drafting import Drafter
 from aspec.engine import Engine
 from aspec.errors import DivergenceError, ReadError
-from aspec.params import SamplingParams
-from aspec.penalties import Context, TokenCounts
-from aspec.sampling import Sampler, gumbel
-from aspec.text import Tokenizer
+from aspec.generation.params import SamplingParams
+from aspec.generation.penalties import Context, TokenCounts
+from aspec.generation.sampler import Sampler, gumbel
+from aspec.generation.tokenizer import Tokenizer
 from tests import tiny
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1", "--link-rate", "1GB/s"]

@@ -21,8 +21,8 @@ from statistics import median
 from typing import Any
 
 from aspec.engine import open_engine
+from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
-from aspec.params import SamplingParams
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
 from aspec.simulation import Profile, simulate
 from aspec.tasks.op import Op

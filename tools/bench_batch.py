@@ -94,8 +94,8 @@ class Job(contest.Task):
 
 def make_prompts(target: str, rows: int) -> list[list[int]]:
     """Tokens of that many prompts: beginnings of the held-out texts, no two the same up to 960."""
+    from aspec.generation.tokenizer import Tokenizer
     from aspec.options import DEMO
-    from aspec.text import Tokenizer
 
     tokenizer = Tokenizer.load(Path(target))
     texts = json.loads((DEMO / "heldout.json").read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def make_prompts(target: str, rows: int) -> list[list[int]]:
 async def open_aspec(job: Job) -> AsyncIterator[Peer]:
     """aspec with the plan that is found for these prompts, as far as the engine's options leave it open."""
     from aspec.engine import open_engine
-    from aspec.params import SamplingParams
+    from aspec.generation.params import SamplingParams
 
     rates, stats = [0.0], []
 

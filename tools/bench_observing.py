@@ -22,10 +22,10 @@ import rich.console
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine
+from aspec.generation.params import SamplingParams
 from aspec.io.sim import Profile
 from aspec.monitor import Monitor
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 from aspec.plan import Plan
 from aspec.recorder import Recorder
 from aspec.simulation import simulate

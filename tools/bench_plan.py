@@ -26,9 +26,9 @@ from aspec.cache import known_acceptance, machine_profile, remember_acceptance
 from aspec.design import decide
 from aspec.engine import Engine, open_engine
 from aspec.forecast import Tally
+from aspec.generation.params import SamplingParams
 from aspec.needs import read_models, request_for
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 from aspec.plan import Plan, Workload
 from aspec.planning import forecast_for, measured_basis, plan_workload
 from aspec.resolve import resolve

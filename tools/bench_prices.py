@@ -21,10 +21,10 @@ import torch
 
 from aspec.cache import machine_profile
 from aspec.engine import Engine
+from aspec.generation.params import SamplingParams
 from aspec.io.sim import Profile
 from aspec.models.model import Model
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 from aspec.plan import Plan
 from aspec.prices import prices
 from aspec.shapes import ModelShape, shape_of

@@ -15,8 +15,8 @@ from statistics import mean
 from typing import Any
 
 from aspec.engine import open_engine
+from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
-from aspec.params import SamplingParams
 
 
 @dataclass(frozen=True)

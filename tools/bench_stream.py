@@ -13,8 +13,8 @@ import statistics
 from pathlib import Path
 
 from aspec.engine import open_engine
+from aspec.generation.params import SamplingParams
 from aspec.io.memory import peak_rss_bytes
-from aspec.params import SamplingParams
 from aspec.tasks.op import Op
 from aspec.tasks.task import Span
 from aspec.units import parse_bytes, parse_rate

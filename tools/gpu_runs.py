@@ -22,14 +22,14 @@ from aspec.backends.cuda import TorchDevice
 from aspec.cli.bench import Run
 from aspec.design import design
 from aspec.engine import Engine, open_engine
+from aspec.generation.params import SamplingParams
+from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.pinned import PinnedMemory
 from aspec.options import EngineOptions
-from aspec.params import SamplingParams
 from aspec.recorder import Recorder
 from aspec.resolve import resolve
 from aspec.summary import summarise
-from aspec.text import Tokenizer
 from aspec.timeline import LINKS, TARGET, LaneUse, Timeline, decode_stretch, hidden_share
 from tools import bench_batch, bench_peers, contest
 from tools.contest import Record

@@ -25,7 +25,7 @@ from aspec.backends.cuda import TorchDevice
 from aspec.backends.event_lane import EventLane
 from aspec.engine import open_engine
 from aspec.errors import first_error
-from aspec.params import SamplingParams
+from aspec.generation.params import SamplingParams
 from aspec.tasks.task import Completion
 from tools import contest
 from tools.contest import Record

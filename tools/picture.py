@@ -17,6 +17,7 @@ from rich.console import Console
 
 from aspec.chrome import TRACKS_PER_LANE, assign_tracks, read_trace
 from aspec.frame import Frame
+from aspec.generation.tokenizer import Tokenizer
 from aspec.io.sim import Profile
 from aspec.monitor import Monitor
 from aspec.options import DEMO
@@ -25,7 +26,6 @@ from aspec.simulation import simulate
 from aspec.snapshot import Snapshot
 from aspec.summary import summarise
 from aspec.tasks.task import Span
-from aspec.text import Tokenizer
 from aspec.timeline import Slice, Timeline
 
 SHOWN_S = 42.0  # the moment of the simulated run that is drawn

@@ -20,9 +20,12 @@ from typing import Any, Self
 from aspec.api import Result, run
 from aspec.cli.command_flags import BatchFlags
 from aspec.console import Console
-from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import NumericError, PromptError, UserError, WriteError
+from aspec.generation.defaults import sampling_params
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import derive_seed
+from aspec.generation.tokenizer import Tokenizer
 from aspec.intake import BatchFile, BatchRow
 from aspec.io.hub import WANTED
 from aspec.io.settling import settle
@@ -31,14 +34,11 @@ from aspec.journal import Found, Output, Row, check_startable, journal_of, open_
 from aspec.models.model import generation_defaults
 from aspec.models.skeleton import load_config, max_context
 from aspec.monitor import Monitor
-from aspec.params import SamplingParams
 from aspec.plan import Workload
 from aspec.progress import Tally, follow
 from aspec.resolve import Resolved, resolve, revise
 from aspec.responses import Generated, Label, answer_body
-from aspec.sampling import derive_seed
 from aspec.serving import Asked, ContextExceeded, Refused, encode, serve
-from aspec.text import Tokenizer
 
 CHECK_LINE_S = 5.0
 LARGE_BYTES = 64 << 20  # files up to here are small: tokenizers, configurations

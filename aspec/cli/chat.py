@@ -16,15 +16,15 @@ from aspec.api import loop_factory
 from aspec.cli.command_flags import ChatFlags
 from aspec.console import Console
 from aspec.dashboard import watch
-from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
+from aspec.generation.defaults import sampling_params
+from aspec.generation.params import SamplingParams
+from aspec.generation.stats import Piece, RequestStats
+from aspec.generation.tokenizer import Tokenizer
 from aspec.models.model import generation_defaults
 from aspec.monitor import Monitor
-from aspec.params import SamplingParams
 from aspec.resolve import Resolved, resolve, revise
-from aspec.stats import Piece, RequestStats
-from aspec.text import Tokenizer
 
 PROMPT = "> "
 HELP = """\

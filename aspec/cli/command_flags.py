@@ -27,7 +27,7 @@ from aspec.cli.flags import (
     count_or_auto,
     option,
 )
-from aspec.defaults import TAKEN_FROM_CHECKPOINT
+from aspec.generation.defaults import TAKEN_FROM_CHECKPOINT
 from aspec.options import EngineOptions
 
 TRACE, BENCH, WORK = "Trace", "Benchmark", "The work"

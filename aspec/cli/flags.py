@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import typer
 
+from aspec.generation.params import SamplingParams
 from aspec.options import ATTENTION, SPECULATION, EngineOptions
-from aspec.params import SamplingParams
 from aspec.units import parse_bytes, parse_rate
 
 AUTO = -1  # a count that is left to the planner

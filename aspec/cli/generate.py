@@ -11,18 +11,18 @@ from aspec.cli.flags import RunFlags
 from aspec.cli.verify import Claim, Verdict, conclude, verify
 from aspec.console import Console
 from aspec.dashboard import watch
-from aspec.defaults import sampling_params
 from aspec.engine import Engine, describe_plan
 from aspec.errors import PromptError
+from aspec.generation.defaults import sampling_params
+from aspec.generation.params import SamplingParams
+from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.models.model import generation_defaults
 from aspec.monitor import Monitor
-from aspec.params import SamplingParams
 from aspec.plan import Plan, Workload
 from aspec.recorder import Recorder
 from aspec.resolve import Resolved, resolve, revise
 from aspec.tasks.executor import Observer
-from aspec.text import Tokenizer
 from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate
 

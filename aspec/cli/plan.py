@@ -10,8 +10,8 @@ from aspec.backends.registry import HOST
 from aspec.cache import AcceptanceStats
 from aspec.cli.command_flags import PlanFlags
 from aspec.console import Console
-from aspec.defaults import sampling_params
 from aspec.errors import UserError
+from aspec.generation.defaults import sampling_params
 from aspec.hardware import Hardware, read_machine
 from aspec.io.checkpoint import has_weights
 from aspec.models.model import generation_defaults

@@ -17,13 +17,13 @@ from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
 from aspec.errors import DivergenceError
+from aspec.generation.params import SamplingParams
+from aspec.generation.penalties import Context
+from aspec.generation.sampler import Sampler
+from aspec.generation.tokenizer import Tokenizer
 from aspec.monitor import Monitor
-from aspec.params import SamplingParams
-from aspec.penalties import Context
 from aspec.plan import Plan
 from aspec.resolve import Resolved, revise
-from aspec.sampling import Sampler
-from aspec.text import Tokenizer
 
 MAKES_EQUAL = "--exact makes them equal"
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from aspec.params import SamplingParams
+from aspec.generation.params import SamplingParams
 
 TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 

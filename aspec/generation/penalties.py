@@ -19,8 +19,8 @@ from typing import Self
 import numpy as np
 import torch
 
+from aspec.generation.params import SamplingParams
 from aspec.io.upload import upload
-from aspec.params import SamplingParams
 
 FARTHEST = 1e30  # from 1: beyond it float32 may lose a penalised logit to infinity, and no penalty could be stronger
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from aspec.generation.sampler import TokenLogprob
 from aspec.plan import Plan
-from aspec.sampling import TokenLogprob
 from aspec.tasks.task import RowOutcome
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from aspec.errors import NumericError
-from aspec.params import SamplingParams
-from aspec.penalties import Context, TokenCounts, proposal_paths
-from aspec.sampling import Sampler, TokenLogprob
-from aspec.text import TextStream
+from aspec.generation.params import SamplingParams
+from aspec.generation.penalties import Context, TokenCounts, proposal_paths
+from aspec.generation.sampler import Sampler, TokenLogprob
+from aspec.generation.tokenizer import TextStream
 
 Committed = tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]]
 """What a round brought: text, token ids, and their logprobs where they were asked for."""

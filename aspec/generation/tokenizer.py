@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError
-from aspec.timelimit import TimeLimit, TimeLimitError
+from aspec.generation.time_limit import TimeLimit, TimeLimitError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback

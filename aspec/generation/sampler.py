@@ -17,9 +17,9 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from aspec.errors import InternalError, NumericError
+from aspec.generation.params import SamplingParams
+from aspec.generation.penalties import Context, Penalties
 from aspec.io.upload import upload
-from aspec.params import SamplingParams
-from aspec.penalties import Context, Penalties
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits cannot be divided by; vLLM draws the same line
 SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far below anything that costs time

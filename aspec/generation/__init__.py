@@ -1,0 +1,1 @@
+"""What is one request: its parameters, its tokens, its text, its cost?"""

@@ -12,19 +12,19 @@ from aspec.backends.device import Buffers, DeviceLayer
 from aspec.backends.registry import ALIGNMENT
 from aspec.backends.streams import StreamBackend
 from aspec.design import ResolvedEngine, design
-from aspec.drafting import Drafter, ModelDrafter
 from aspec.errors import DeviceError
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.io.settling import close_all
-from aspec.lookup import NgramDrafter
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.parts import Part, as_tensor, scratch_bytes
 from aspec.plan import Plan, Tier, format_bytes
 from aspec.resolve import NGRAM_DRAFT, Resolved
 from aspec.runner import ModelRunner, Weights
+from aspec.speculation.drafter import Drafter, ModelDrafter
+from aspec.speculation.ngram_drafter import NgramDrafter
 from aspec.tasks.backend import Backend
 
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from aspec.calibration import Calibration
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
 from aspec.models.kv_cache import KVCache, MaskKind
+from aspec.speculation.calibration import Calibration
+from aspec.speculation.candidates import best_children
+from aspec.speculation.tree import ROOT, Tree
 from aspec.stopwatch import seconds_of
-from aspec.tasks.offers import best_children
-from aspec.tasks.tree import ROOT, Tree
 
 BEAMS, WIDTH = 8, 8  # nodes of a level, and children that each of them offers
 BUDGET, DEPTH = 64, 32  # of the tree

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig
 
-from aspec.drafting import GREEDY
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
 from aspec.growing import measure_trees
@@ -34,6 +33,7 @@ from aspec.models.parts import Segment, as_tensor
 from aspec.options import DEMO
 from aspec.prices import model_cost
 from aspec.shapes import ModelShape, layer_shape
+from aspec.speculation.drafter import GREEDY
 from aspec.stopwatch import STRETCH_S, Work, cold_seconds_of, seconds_of
 from aspec.tasks.task import WorkItem
 

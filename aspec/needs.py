@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from aspec.backends.registry import ALIGNMENT, Kind
-from aspec.graphs import graph_bytes
 from aspec.io.memory import PAGE
 from aspec.models.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.models.exact import BLOCK_ROWS
@@ -18,7 +17,8 @@ from aspec.models.parts import Part, scratch_bytes
 from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planner import Footprint
 from aspec.resolve import Resolved
-from aspec.tasks.ngram import index_bytes
+from aspec.speculation.draft_graphs import graph_bytes
+from aspec.speculation.ngram_index import index_bytes
 from aspec.tasks.task import COMPUTE, CPU
 
 MIB = 1 << 20

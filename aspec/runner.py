@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from aspec.drafting import Drafter, item_of, pad
 from aspec.errors import NumericError
 from aspec.generation.penalties import Context
 from aspec.generation.sampler import draw_rows, token_logprobs
@@ -19,6 +18,7 @@ from aspec.io.upload import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Activation, Model
 from aspec.models.parts import Part
+from aspec.speculation.drafter import Drafter, item_of, pad
 from aspec.tasks.op import Op
 from aspec.tasks.task import NOTHING, Grown, LayerWork, Report, RowChanges, RowOutcome, Task
 

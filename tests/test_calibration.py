@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aspec.calibration import Calibration
+from aspec.speculation.calibration import Calibration
+from aspec.speculation.tree import ROOT, Tree
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.draft_sizing import another_level, marginal_seconds, worthwhile
-from aspec.tasks.tree import ROOT, Tree
 
 INF = math.inf
 GRID = [math.log(p) for p in (1e-6, 0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999)] + [0.0]

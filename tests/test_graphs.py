@@ -12,15 +12,16 @@ import weakref
 import pytest
 import torch
 
-from aspec import assembly, graphs
+from aspec import assembly
 from aspec.backends.cuda_graphs import TorchCapture
-from aspec.drafting import ModelDrafter
 from aspec.engine import open_engine
 from aspec.errors import InternalError
 from aspec.generation.params import SamplingParams
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.screen import RefusedError, warm_up
+from aspec.speculation import draft_graphs as graphs
+from aspec.speculation.capture_check import RefusedError, warm_up
+from aspec.speculation.drafter import ModelDrafter
 from tests import tiny
 from tests.fake_capture import CaptureError, FakeCapture
 from tests.peak import Peak

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from aspec.needs import read_models, wishes_of
 from aspec.options import EngineOptions
-from aspec.tasks.ngram import WINDOW, NgramIndex, index_bytes, merge_into
-from aspec.tasks.tree import Tree
+from aspec.speculation.ngram_index import WINDOW, NgramIndex, index_bytes, merge_into
+from aspec.speculation.tree import Tree
 
 
 def search(text, longest, shortest, window, recent, num_tokens):

@@ -8,10 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aspec.drafting import ModelDrafter
 from aspec.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.plan import Speculation
+from aspec.speculation.drafter import ModelDrafter
 from aspec.streaming import common_prefix
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspec.errors import InternalError, NumericError
-from aspec.tasks.offers import best_children
-from aspec.tasks.tree import ROOT, Tree
+from aspec.speculation.candidates import best_children
+from aspec.speculation.tree import ROOT, Tree
 
 NAN, INF = math.nan, math.inf
 

@@ -9,13 +9,13 @@ from typer.testing import CliRunner
 
 from aspec.cli.main import app
 from aspec.cli.verify import Claim, Divergence, Referee, Verdict, conclude, first_difference
-from aspec.drafting import Drafter
 from aspec.engine import Engine
 from aspec.errors import DivergenceError, ReadError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, TokenCounts
 from aspec.generation.sampler import Sampler, gumbel
 from aspec.generation.tokenizer import Tokenizer
+from aspec.speculation.drafter import Drafter
 from tests import tiny
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1", "--link-rate", "1GB/s"]

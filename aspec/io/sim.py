@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from aspec.speculation.tree import ROOT, Proposal, Tree
 from aspec.tariff import Profile
 from aspec.tasks.op import Cost, Op
 from aspec.tasks.task import (
@@ -33,7 +34,6 @@ from aspec.tasks.task import (
     RowOutcome,
     Task,
 )
-from aspec.tasks.tree import ROOT, Proposal, Tree
 
 MAX_RANKS = 8  # tokens that a simulated draft offers behind every node
 

@@ -20,7 +20,7 @@ from aspec.models.attention import temporary_bytes
 from aspec.models.hf_compat import Cache
 from aspec.models.kv_cache import KVCache, MaskKind, StepCache, TreeNodes
 from aspec.models.model import Model
-from aspec.screen import RefusedError, warm_up
+from aspec.speculation.capture_check import RefusedError, warm_up
 
 MAX_COLUMNS = 32
 """Tokens of a row in a captured step: what a tree's level has at most. Prompts are longer, and no launch binds them."""

@@ -15,20 +15,20 @@ from math import log
 import torch
 
 from aspec.backends.device import Capture
-from aspec.calibration import Calibration
 from aspec.errors import NumericError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context
 from aspec.generation.sampler import Sampler, draw_rows
 from aspec.generation.sequence import Sequence as TokenSequence
-from aspec.graphs import DraftGraphs
 from aspec.io.upload import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.tasks.ngram import NgramIndex
-from aspec.tasks.offers import best_children
+from aspec.speculation.calibration import Calibration
+from aspec.speculation.candidates import best_children
+from aspec.speculation.draft_graphs import DraftGraphs
+from aspec.speculation.ngram_index import NgramIndex
+from aspec.speculation.tree import ROOT, Proposal, Tree
 from aspec.tasks.task import Grown, Growth, Task, WorkItem
-from aspec.tasks.tree import ROOT, Proposal, Tree
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))
 """Proposes the likeliest token, whatever the target will draw."""

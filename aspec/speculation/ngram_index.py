@@ -23,7 +23,7 @@ def index_bytes(num_tokens: int) -> int:
 
 
 class TakesBranches(Protocol):
-    """What a branch is merged into: ``aspec.tasks.tree.Tree``."""
+    """What a branch is merged into: ``aspec.speculation.tree.Tree``."""
 
     def add_branch(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         """Add a path from the root with its log scores."""

@@ -1,17 +1,17 @@
 """The draft that needs no model: what followed the last few tokens when they stood in this text before.
 
-Source: prompt lookup decoding (Saxena, 2023); the index is ``tasks/ngram.py``. Its confidences are calibrated online
+Source: prompt lookup decoding (Saxena, 2023); the index is ``speculation/ngram_index.py``. Its confidences are calibrated online
 by what gets accepted, so text that never repeats itself soon costs next to nothing.
 """
 
 from math import log
 
-from aspec.calibration import Calibration
-from aspec.drafting import Drafter, DraftState
 from aspec.errors import InternalError
-from aspec.tasks.ngram import merge_into
+from aspec.speculation.calibration import Calibration
+from aspec.speculation.drafter import Drafter, DraftState
+from aspec.speculation.ngram_index import merge_into
+from aspec.speculation.tree import ROOT, Tree
 from aspec.tasks.task import Grown, Growth, WorkItem
-from aspec.tasks.tree import ROOT, Tree
 
 
 class NgramDrafter(Drafter):

@@ -1,0 +1,1 @@
+"""Who proposes tokens, and how likely are they?"""

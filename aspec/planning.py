@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from aspec.backends.registry import HOST
-from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.errors import UnsupportedModelError
 from aspec.forecast import Forecaster
-from aspec.hardware import Hardware
 from aspec.models.model import Model
 from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
 from aspec.plan import Plan, PlanRequest, Speculation, Workload
-from aspec.prices import prices
+from aspec.profiling.cost_tables import Profile
+from aspec.profiling.hardware import Hardware
+from aspec.profiling.model_shape import shape_of
+from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
+from aspec.profiling.roofline import prices
 from aspec.resolve import Resolved, revise
 from aspec.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
-from aspec.shapes import shape_of
-from aspec.tariff import Profile
 from aspec.tasks.task import COMPUTE, CPU
 
 PREFILLS = (256, 128, 64)  # smaller prefill items, where memory is short

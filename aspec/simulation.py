@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from statistics import median
 
-from aspec.hardware import Hardware, TaskSeconds
 from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend
 from aspec.plan import Plan
 from aspec.planner import NUM_STAGING
-from aspec.tariff import Profile
+from aspec.profiling.cost_tables import Profile
+from aspec.profiling.hardware import Hardware, TaskSeconds
 from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing, RowOutcome

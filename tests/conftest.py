@@ -12,10 +12,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test takes more t
 import pytest
 import torch
 
-from aspec import profile
 from aspec.backends import registry as devices
 from aspec.cli.main import bench
 from aspec.cli.main import generate as generation
+from aspec.profiling import ceilings as profile
 from aspec.virtual import VirtualTimeLoop
 from tests.fork_server import shared_server
 

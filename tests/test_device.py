@@ -12,10 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aspec import cache, gauging
 from aspec.backends import registry as devices
 from aspec.backends.registry import ALIGNMENT, Kind
-from aspec.cache import machine_profile
 from aspec.cli.main import app
 from aspec.design import design
 from aspec.engine import open_engine
@@ -23,12 +21,15 @@ from aspec.errors import DeviceError
 from aspec.generation import sampler as sampling
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
-from aspec.hardware import Processor
 from aspec.loading import windows
 from aspec.models.model import Model
 from aspec.models.parts import PAGE
 from aspec.options import DEMO, EngineOptions
 from aspec.plan import Tier, Workload
+from aspec.profiling import device_profiler as gauging
+from aspec.profiling import profile_cache as cache
+from aspec.profiling.hardware import Processor
+from aspec.profiling.profile_cache import machine_profile
 from aspec.resolve import resolve
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races

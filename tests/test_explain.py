@@ -14,12 +14,12 @@ from aspec.design import design
 from aspec.engine import open_engine
 from aspec.forecast import Forecaster
 from aspec.generation.params import SamplingParams
-from aspec.hardware import hardware_from
 from aspec.options import EngineOptions
 from aspec.plan import Workload
-from aspec.prices import prices
+from aspec.profiling.hardware import hardware_from
+from aspec.profiling.model_shape import LayerShape, ModelShape
+from aspec.profiling.roofline import prices
 from aspec.resolve import resolve
-from aspec.shapes import LayerShape, ModelShape
 from aspec.simulation import simulate
 from aspec.tasks.op import Op
 from tests import tiny

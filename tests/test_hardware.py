@@ -12,13 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aspec import cache as kept
 from aspec.cli.main import app
 from aspec.errors import UserError
-from aspec.hardware import AttentionRates, Hardware, Processor, TaskSeconds, hardware_from, read_machine
-from aspec.measuring import files_of, measure_processor
 from aspec.options import DEMO
-from aspec.prices import ACCEPTANCE, SPREAD
+from aspec.profiling import profile_cache as kept
+from aspec.profiling.cpu_profiler import files_of, measure_processor
+from aspec.profiling.hardware import AttentionRates, Hardware, Processor, TaskSeconds, hardware_from, read_machine
+from aspec.profiling.roofline import ACCEPTANCE, SPREAD
 from aspec.tasks.cost_model import expected_tokens
 from tests import tiny
 from tests.fork_server import Command

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import aspec.io.hub
 from aspec.cli.main import app
 from aspec.errors import CheckpointError
-from aspec.hardware import Hardware
 from aspec.io.hub import resolve
 from aspec.plan import Workload
+from aspec.profiling.hardware import Hardware
 from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

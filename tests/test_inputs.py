@@ -8,19 +8,19 @@ from functools import cache
 import pytest
 from typer.testing import CliRunner
 
-from aspec.cache import Known, remember_acceptance
 from aspec.cli.command_flags import BatchFlags
 from aspec.cli.flags import GenerateFlags
 from aspec.cli.main import app, batch
 from aspec.cli.main import generate as generation
 from aspec.console import Console
-from aspec.hardware import AttentionRates, Hardware, Processor
 from aspec.intake import BatchFile
 from aspec.io.sim import Profile, SimBackend
 from aspec.needs import folders, read_models, wishes_of
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Workload
 from aspec.planning import Machine, forecast_for, this_machine
+from aspec.profiling.hardware import AttentionRates, Hardware, Processor
+from aspec.profiling.profile_cache import Known, remember_acceptance
 from aspec.requests import COMPLETION
 from aspec.simulation import fitted_spread, simulate
 from aspec.tasks.task import CPU

@@ -24,8 +24,8 @@ import pytest
 from aspec.forecast import Tally
 from aspec.io.sim import Profile
 from aspec.plan import PlannedPart, Tier
+from aspec.profiling.cost_tables import Attention, LayerCost, Line, ModelCost, Tariff
 from aspec.simulation import simulate
-from aspec.tariff import Attention, LayerCost, Line, ModelCost, Tariff
 from aspec.tasks.op import Op
 from aspec.tasks.task import CPU, DRAFT_COMPUTE
 from tests.simulate import plan_of

@@ -17,7 +17,6 @@ from aspec.backends.registry import Kind
 from aspec.chrome import read_trace, write_trace
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.forecast import coarse
-from aspec.hardware import Hardware, Processor
 from aspec.io.sim import DEVICE_RESOURCES, Profile
 from aspec.models.attention import attend
 from aspec.models.kv_cache import KVCache, MaskKind, StepCache
@@ -28,6 +27,7 @@ from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
 from aspec.planner import make_plan as plan_from
 from aspec.planning import search_space
+from aspec.profiling.hardware import Hardware, Processor
 from aspec.recorder import Recorder
 from aspec.resolve import resolve
 from aspec.simulation import measured_profile

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from aspec.chrome import read_trace
 from aspec.cli.main import app
-from aspec.hardware import read_machine
+from aspec.profiling.hardware import read_machine
 from aspec.timeline import decode_stretch
 from tests import tiny
 from tests.fork_server import Command

@@ -22,7 +22,6 @@ from typing import Any
 
 import bench_batch
 
-from aspec.cache import known_acceptance, machine_profile, remember_acceptance
 from aspec.design import decide
 from aspec.engine import Engine, open_engine
 from aspec.forecast import Tally
@@ -31,6 +30,7 @@ from aspec.needs import read_models, request_for
 from aspec.options import EngineOptions
 from aspec.plan import Plan, Workload
 from aspec.planning import forecast_for, measured_basis, plan_workload
+from aspec.profiling.profile_cache import known_acceptance, machine_profile, remember_acceptance
 from aspec.resolve import resolve
 from aspec.search import Forecast
 from aspec.simulation import fitted_acceptance, fitted_spread

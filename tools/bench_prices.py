@@ -19,15 +19,15 @@ from statistics import median
 
 import torch
 
-from aspec.cache import machine_profile
 from aspec.engine import Engine
 from aspec.generation.params import SamplingParams
 from aspec.io.sim import Profile
 from aspec.models.model import Model
 from aspec.options import EngineOptions
 from aspec.plan import Plan
-from aspec.prices import prices
-from aspec.shapes import ModelShape, shape_of
+from aspec.profiling.model_shape import ModelShape, shape_of
+from aspec.profiling.profile_cache import machine_profile
+from aspec.profiling.roofline import prices
 from aspec.simulation import simulate
 from aspec.tasks.op import Op
 from aspec.tasks.task import Span

@@ -41,7 +41,7 @@ import torch
 
 from aspec.options import DEMO
 from aspec.plan import format_bytes
-from aspec.profile import host_info
+from aspec.profiling.ceilings import host_info
 from aspec.units import parse_bytes
 from tools import contest, expand, gpu_runs, gpu_steps
 from tools.contest import Record

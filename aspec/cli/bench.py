@@ -15,22 +15,22 @@ from typing import Any
 import torch
 
 from aspec.api import Result, collect, run, seeded
-from aspec.cache import known_acceptance, remember_acceptance
 from aspec.cli.command_flags import BenchFlags
 from aspec.cli.generate import PROBE_S, Job, prepare
 from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine, describe_plan
-from aspec.hardware import Hardware, Processor
 from aspec.io.memory import peak_rss_bytes
 from aspec.monitor import Monitor
 from aspec.plan import Plan, format_bytes
-from aspec.profile import Ceilings, HostInfo, host_info, measure_ceilings
+from aspec.profiling.ceilings import Ceilings, HostInfo, host_info, measure_ceilings
+from aspec.profiling.cost_tables import Profile
+from aspec.profiling.hardware import Hardware, Processor
+from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
 from aspec.recorder import Recorder
 from aspec.resolve import revise
 from aspec.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
 from aspec.summary import Summary, summarise
-from aspec.tariff import Profile
 from aspec.timeline import DRAFT
 
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from aspec.api import run
-from aspec.cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.cli.command_flags import ProfileFlags
 from aspec.console import Console
 from aspec.errors import UserError
-from aspec.hardware import Hardware, Processor
 from aspec.models.model import Model
 from aspec.plan import format_bytes
-from aspec.prices import prices, weight_seconds
+from aspec.profiling.cost_tables import ModelCost
+from aspec.profiling.hardware import Hardware, Processor
+from aspec.profiling.model_shape import ModelShape, shape_of
+from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
+from aspec.profiling.roofline import prices, weight_seconds
 from aspec.resolve import Resolved, resolve
-from aspec.shapes import ModelShape, shape_of
-from aspec.tariff import ModelCost
 from aspec.tasks.task import WorkItem
 from aspec.units import format_rate
 

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from aspec.api import run
-from aspec.cache import AcceptanceStats
 from aspec.chrome import read_trace, write_trace
 from aspec.cli.command_flags import TraceFlags
 from aspec.cli.generate import Job, as_object, prepare, run_job
@@ -17,14 +16,15 @@ from aspec.cli.generate import summarise as summarise_result
 from aspec.console import Console
 from aspec.design import design
 from aspec.errors import InternalError, UserError
-from aspec.hardware import Hardware, read_machine
 from aspec.needs import read_models
 from aspec.plan import Plan, format_bytes
 from aspec.planning import CostBasis, elsewhere, pricing
+from aspec.profiling.cost_tables import Profile
+from aspec.profiling.hardware import Hardware, read_machine
+from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.recorder import Recorder
 from aspec.simulation import measured_profile, simulate, tasks_profile
 from aspec.summary import Summary, summarise
-from aspec.tariff import Profile
 from aspec.timeline import Timeline
 
 REAL, SIMULATED = "aspec", "aspec simulated"

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from aspec.profiling.cost_tables import Profile
 from aspec.speculation.tree import ROOT, Proposal, Tree
-from aspec.tariff import Profile
 from aspec.tasks.op import Cost, Op
 from aspec.tasks.task import (
     BACK,

@@ -19,12 +19,12 @@ import torch
 
 from aspec.backends.registry import Kind
 from aspec.errors import UserError
-from aspec.gauging import gauge
-from aspec.hardware import Hardware, hardware_from
 from aspec.io.json_file import read_json
-from aspec.measuring import measure_beside_reads, measure_disk, measure_processor, memory_bytes
-from aspec.prices import ACCEPTANCE, SPREAD
-from aspec.profile import HostInfo, host_info
+from aspec.profiling.ceilings import HostInfo, host_info
+from aspec.profiling.cpu_profiler import measure_beside_reads, measure_disk, measure_processor, memory_bytes
+from aspec.profiling.device_profiler import gauge
+from aspec.profiling.hardware import Hardware, hardware_from
+from aspec.profiling.roofline import ACCEPTANCE, SPREAD
 
 VERSION = 2  # of what the files say
 DISK_AGE_S = 3600.0  # after which a disk is measured again: shared ones drift

@@ -17,14 +17,14 @@ from torch.nn.functional import linear
 from aspec.backends.device import Buffers, DeviceLayer, copy_rate
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
-from aspec.hardware import Hardware, Processor, Table
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.parts import PAGE
 from aspec.options import DEMO
+from aspec.profiling.hardware import Hardware, Processor, Table
+from aspec.profiling.stopwatch import Work
 from aspec.speculation.candidates import best_children
 from aspec.speculation.drafter import GREEDY
-from aspec.stopwatch import Work
 
 ROWS = (1, 8, 32, 128, 512, 2048)
 COLUMNS, NUM_MATRICES, MATRIX_BYTES = 4096, 8, 32 << 20  # of weights that are met in turn

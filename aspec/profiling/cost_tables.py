@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 
-from aspec.hardware import TaskSeconds
+from aspec.profiling.hardware import TaskSeconds
 from aspec.tasks.op import Op
 from aspec.tasks.task import LayerWork, Task, WorkItem
 

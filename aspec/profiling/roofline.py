@@ -8,10 +8,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
-from aspec.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
 from aspec.models.exact import BLOCK_ROWS
-from aspec.shapes import LayerShape, ModelShape, touched_experts
-from aspec.tariff import Attention, LayerCost, Line, ModelCost, Profile, Tariff
+from aspec.profiling.cost_tables import Attention, LayerCost, Line, ModelCost, Profile, Tariff
+from aspec.profiling.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
+from aspec.profiling.model_shape import LayerShape, ModelShape, touched_experts
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Token counts at which a line of products has a point of its own."""

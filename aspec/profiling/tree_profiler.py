@@ -5,10 +5,10 @@ import torch
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
 from aspec.models.kv_cache import KVCache, MaskKind
+from aspec.profiling.stopwatch import seconds_of
 from aspec.speculation.calibration import Calibration
 from aspec.speculation.candidates import best_children
 from aspec.speculation.tree import ROOT, Tree
-from aspec.stopwatch import seconds_of
 
 BEAMS, WIDTH = 8, 8  # nodes of a level, and children that each of them offers
 BUDGET, DEPTH = 64, 32  # of the tree

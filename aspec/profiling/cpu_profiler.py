@@ -19,8 +19,6 @@ from transformers import LlamaConfig
 
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
-from aspec.growing import measure_trees
-from aspec.hardware import AttentionRates, Hardware, Processor, Table
 from aspec.io.disk import probe_rate
 from aspec.io.host_memory import total_bytes
 from aspec.io.memory import allocate
@@ -31,10 +29,12 @@ from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
 from aspec.models.parts import Segment, as_tensor
 from aspec.options import DEMO
-from aspec.prices import model_cost
-from aspec.shapes import ModelShape, layer_shape
+from aspec.profiling.hardware import AttentionRates, Hardware, Processor, Table
+from aspec.profiling.model_shape import ModelShape, layer_shape
+from aspec.profiling.roofline import model_cost
+from aspec.profiling.stopwatch import STRETCH_S, Work, cold_seconds_of, seconds_of
+from aspec.profiling.tree_profiler import measure_trees
 from aspec.speculation.drafter import GREEDY
-from aspec.stopwatch import STRETCH_S, Work, cold_seconds_of, seconds_of
 from aspec.tasks.task import WorkItem
 
 ROUNDS = 5  # through all products: a neighbour's busy moment spoils one of them

@@ -1,0 +1,1 @@
+"""What does work cost on this machine?"""

@@ -21,7 +21,7 @@ from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.parts import Part, as_tensor, scratch_bytes
 from aspec.plan import Plan, Tier, format_bytes
-from aspec.resolve import NGRAM_DRAFT, Resolved
+from aspec.planning.resolve import NGRAM_DRAFT, Resolved
 from aspec.runner import ModelRunner, Weights
 from aspec.speculation.drafter import Drafter, ModelDrafter
 from aspec.speculation.ngram_drafter import NgramDrafter

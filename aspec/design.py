@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from aspec.errors import BudgetError
 from aspec.generation.tokenizer import Tokenizer, check_tokenizer, check_vocabulary
-from aspec.needs import PREFILL_TOKENS, Models, read_models, request_for
 from aspec.plan import Plan, PlanRequest
-from aspec.planner import make_plan
-from aspec.planning import plan_workload
-from aspec.resolve import Resolved
+from aspec.planning.footprint import PREFILL_TOKENS, Models, read_models, request_for
+from aspec.planning.placement import make_plan
+from aspec.planning.resolve import Resolved
+from aspec.planning.workload import plan_workload
 
 SMALLEST_CONTEXT = 256
 SMALLEST_PREFILL = 64

@@ -40,7 +40,7 @@ from aspec.links import raw_link_rate
 from aspec.loading import load_all
 from aspec.options import EngineOptions
 from aspec.plan import Plan, format_bytes
-from aspec.resolve import Resolved, resolve
+from aspec.planning.resolve import Resolved, resolve
 from aspec.streaming import Streams
 from aspec.tasks.backend import Backend
 from aspec.tasks.executor import Executor, IssueObserver, Observer

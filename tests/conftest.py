@@ -15,8 +15,8 @@ import torch
 from aspec.backends import registry as devices
 from aspec.cli.main import bench
 from aspec.cli.main import generate as generation
+from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.profiling import ceilings as profile
-from aspec.virtual import VirtualTimeLoop
 from tests.fork_server import shared_server
 
 torch.cuda.is_available()  # settles what this process sees of a GPU; those that tests start see none

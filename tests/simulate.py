@@ -3,8 +3,8 @@
 import hashlib
 from dataclasses import replace
 
-from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
+from aspec.planning.sim_backend import HOST_RESOURCES, Profile, SimBackend
 from aspec.tasks.executor import Executor
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Closing

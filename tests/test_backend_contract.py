@@ -19,9 +19,9 @@ from aspec.backends.streams import StreamBackend
 from aspec.errors import ReadError
 from aspec.io.disk import DiskLane
 from aspec.io.memory import PAGE, allocate
-from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.models.parts import Part, Segment
 from aspec.plan import Tier
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from aspec.engine import open_engine
 from aspec.errors import NumericError
 from aspec.generation.params import SamplingParams
-from aspec.io.sim import Profile
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.plan import Speculation
+from aspec.planning.sim_backend import Profile
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.task import LayerWork, Span, Task, WorkItem

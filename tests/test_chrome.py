@@ -6,9 +6,9 @@ import pytest
 
 from aspec.chrome import read_trace, write_trace
 from aspec.errors import UserError
-from aspec.io.sim import Profile
+from aspec.planning.sim_backend import Profile
+from aspec.planning.simulation import measured_profile, simulate
 from aspec.recorder import Recorder
-from aspec.simulation import measured_profile, simulate
 from aspec.summary import summarise
 from tests.simulate import make_plan
 from tests.trace_rules import check_trace, load

@@ -26,11 +26,11 @@ from aspec.models.model import Model
 from aspec.models.parts import PAGE
 from aspec.options import DEMO, EngineOptions
 from aspec.plan import Tier, Workload
+from aspec.planning.resolve import resolve
 from aspec.profiling import device_profiler as gauging
 from aspec.profiling import profile_cache as cache
 from aspec.profiling.hardware import Processor
 from aspec.profiling.profile_cache import machine_profile
-from aspec.resolve import resolve
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests.fake_capture import FakeCapture

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from aspec.errors import DeadlockError
-from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
 from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
 from aspec.tasks.scheduler import Scheduler
@@ -66,7 +66,7 @@ def test_the_same_run_gives_the_same_trace(virtual):
 
 def test_the_trace_does_not_depend_on_the_hash_seed():
     code = (
-        "from tests.simulate import *; from aspec.virtual import VirtualTimeLoop as L; "
+        "from tests.simulate import *; from aspec.planning.virtual_time import VirtualTimeLoop as L; "
         f"print(trace_hash(L().run_until_complete(simulate(make_plan(), {ARRIVALS}))[0]))"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 from aspec.cli.main import app
 from aspec.design import design
 from aspec.engine import open_engine
-from aspec.forecast import Forecaster
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.plan import Workload
+from aspec.planning.forecast import Forecaster
+from aspec.planning.resolve import resolve
+from aspec.planning.simulation import simulate
 from aspec.profiling.hardware import hardware_from
 from aspec.profiling.model_shape import LayerShape, ModelShape
 from aspec.profiling.roofline import prices
-from aspec.resolve import resolve
-from aspec.simulation import simulate
 from aspec.tasks.op import Op
 from tests import tiny
 from tests.simulate import make_plan

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from aspec.errors import InternalError
-from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.plan import Speculation
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from aspec.tasks.rows import Seats

@@ -245,7 +245,7 @@ async def test_an_engine_asks_the_hub_once_for_each_model(counted, tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     work = Workload(2, 4, 4)  # a plan that is searched for needs the folders too
     options = dict(target="org/big", draft="org/small", threads=1, max_context=64, num_groups=1, workload=work)
-    monkeypatch.setattr("aspec.planning.machine_profile", lambda *_, **__: Hardware())
+    monkeypatch.setattr("aspec.planning.workload.machine_profile", lambda *_, **__: Hardware())
     async with aspec.open_engine(**options) as engine:
         assert engine.plan.num_rows
     assert sorted(counted) == ["org/big", "org/small"]
@@ -253,7 +253,7 @@ async def test_an_engine_asks_the_hub_once_for_each_model(counted, tmp_path, mon
 
 @pytest.mark.parametrize("command", ["generate", "chat", "batch"])
 def test_a_command_asks_the_hub_once_for_each_model(counted, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("aspec.planning.machine_profile", lambda *_, **__: Hardware())
+    monkeypatch.setattr("aspec.planning.workload.machine_profile", lambda *_, **__: Hardware())
     body = {"prompt": "hello", "max_tokens": 2}
     row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")

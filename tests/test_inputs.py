@@ -14,15 +14,15 @@ from aspec.cli.main import app, batch
 from aspec.cli.main import generate as generation
 from aspec.console import Console
 from aspec.intake import BatchFile
-from aspec.io.sim import Profile, SimBackend
-from aspec.needs import folders, read_models, wishes_of
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Workload
-from aspec.planning import Machine, forecast_for, this_machine
+from aspec.planning.footprint import folders, read_models, wishes_of
+from aspec.planning.sim_backend import Profile, SimBackend
+from aspec.planning.simulation import fitted_spread, simulate
+from aspec.planning.workload import Machine, forecast_for, this_machine
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor
 from aspec.profiling.profile_cache import Known, remember_acceptance
 from aspec.requests import COMPLETION
-from aspec.simulation import fitted_spread, simulate
 from aspec.tasks.task import CPU
 from tests.simulate import make_plan
 
@@ -187,7 +187,7 @@ def test_a_bound_lets_attention_of_its_own_lane_run_beside_the_rest():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_what_is_known_of_sampled_text_is_read_for_sampled_work(sampled, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("aspec.planning.machine_profile", lambda *_, **__: HOST)
+    monkeypatch.setattr("aspec.planning.workload.machine_profile", lambda *_, **__: HOST)
     options, models = demo()
     pair = folders(options)
     remember_acceptance(*pair, 0.9, proposals=100, sampled=False)

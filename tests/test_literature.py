@@ -21,11 +21,11 @@ from statistics import mean
 
 import pytest
 
-from aspec.forecast import Tally
-from aspec.io.sim import Profile
 from aspec.plan import PlannedPart, Tier
+from aspec.planning.forecast import Tally
+from aspec.planning.sim_backend import Profile
+from aspec.planning.simulation import simulate
 from aspec.profiling.cost_tables import Attention, LayerCost, Line, ModelCost, Tariff
-from aspec.simulation import simulate
 from aspec.tasks.op import Op
 from aspec.tasks.task import CPU, DRAFT_COMPUTE
 from tests.simulate import plan_of

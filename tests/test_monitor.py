@@ -3,9 +3,9 @@
 from itertools import accumulate, pairwise
 
 from aspec.console import Console, progress_line
-from aspec.io.sim import Profile
 from aspec.monitor import Monitor
-from aspec.simulation import simulate
+from aspec.planning.sim_backend import Profile
+from aspec.planning.simulation import simulate
 from aspec.snapshot import SlotState
 from aspec.tasks.op import Op
 from tests.simulate import make_plan

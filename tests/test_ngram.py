@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aspec.needs import read_models, wishes_of
 from aspec.options import EngineOptions
+from aspec.planning.footprint import read_models, wishes_of
 from aspec.speculation.ngram_index import WINDOW, NgramIndex, index_bytes, merge_into
 from aspec.speculation.tree import Tree
 

@@ -16,21 +16,21 @@ from aspec.backends import registry as devices
 from aspec.backends.registry import Kind
 from aspec.chrome import read_trace, write_trace
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
-from aspec.forecast import coarse
-from aspec.io.sim import DEVICE_RESOURCES, Profile
 from aspec.models.attention import attend
 from aspec.models.kv_cache import KVCache, MaskKind, StepCache
 from aspec.models.model import Model
 from aspec.models.split_layer import depart, project
-from aspec.needs import read_models, request_for
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
-from aspec.planner import make_plan as plan_from
-from aspec.planning import search_space
+from aspec.planning.footprint import read_models, request_for
+from aspec.planning.forecast import coarse
+from aspec.planning.placement import make_plan as plan_from
+from aspec.planning.resolve import resolve
+from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile
+from aspec.planning.simulation import measured_profile
+from aspec.planning.workload import search_space
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.recorder import Recorder
-from aspec.resolve import resolve
-from aspec.simulation import measured_profile
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races

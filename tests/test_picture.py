@@ -3,7 +3,7 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-from aspec.io.sim import Profile
+from aspec.planning.sim_backend import Profile
 from tests.test_chrome import recorded
 from tools import picture
 

@@ -7,7 +7,7 @@ import pytest
 
 from aspec.errors import BudgetError
 from aspec.plan import SPARE_SLOTS, PlannedPart, PlanRequest, Tier
-from aspec.planner import Footprint, make_plan
+from aspec.planning.placement import Footprint, make_plan
 from aspec.tasks.cost_model import CostModel, expected_tokens
 from aspec.tasks.op import Op
 from aspec.tasks.task import RowOutcome, Span, Task, WorkItem

@@ -7,15 +7,15 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from aspec.io.sim import DEVICE_RESOURCES, Profile, SimBackend
 from aspec.models.model import Model
 from aspec.plan import Speculation
+from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile, SimBackend
+from aspec.planning.simulation import fitted_acceptance
+from aspec.planning.simulation import simulate as run_simulation
 from aspec.profiling.cost_tables import Attention, Line, Tariff
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor
 from aspec.profiling.model_shape import LayerShape, ModelShape, shape_of, touched_experts
 from aspec.profiling.roofline import ACCEPTANCE, model_cost, prices, weight_seconds
-from aspec.simulation import fitted_acceptance
-from aspec.simulation import simulate as run_simulation
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.op import Op
 from aspec.tasks.task import COMPUTE, CPU, DraftStep, Growth, LayerWork, RowAssignment, RowChanges, Task, WorkItem

@@ -6,7 +6,7 @@ import torch
 from aspec.errors import UserError
 from aspec.options import DEMO, EngineOptions
 from aspec.plan import Speculation
-from aspec.resolve import (
+from aspec.planning.resolve import (
     DEMO_BUDGET_BYTES,
     MODEL_DRAFT,
     NGRAM_DRAFT,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from aspec.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.plan import Speculation
+from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.speculation.drafter import ModelDrafter
 from aspec.streaming import common_prefix
 from aspec.tasks.op import Op
@@ -18,7 +19,6 @@ from aspec.tasks.races import find_races
 from aspec.tasks.rows import Row, prefill_items
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Cancelled, RowAssignment, RowOutcome, Span, Started
-from aspec.virtual import VirtualTimeLoop
 from tests import tiny
 from tests.simulate import make_plan, simulate
 

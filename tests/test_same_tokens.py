@@ -22,7 +22,7 @@ from aspec.engine import open_engine
 from aspec.errors import BudgetError
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
-from aspec.resolve import resolve
+from aspec.planning.resolve import resolve
 from aspec.speculation.tree import ROOT
 from tests import tiny
 from tests.test_tree import grow, place_path

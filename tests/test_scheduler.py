@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from aspec.io.sim import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.plan import Speculation, Tier
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile
 from aspec.tasks.op import Op
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY
 from aspec.tasks.races import find_races

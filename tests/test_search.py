@@ -6,8 +6,8 @@ import pytest
 
 from aspec.errors import BudgetError
 from aspec.plan import SPARE_SLOTS, PlannedPart, PlanRequest, Speculation, Tier
-from aspec.planner import NUM_STAGING, Footprint, make_plan
-from aspec.search import Forecast, SearchSpace, rows_for, search
+from aspec.planning.placement import NUM_STAGING, Footprint, make_plan
+from aspec.planning.search import Forecast, SearchSpace, rows_for, search
 
 MIB = 1 << 20
 REQUEST = PlanRequest(budget_bytes=64 * MIB, num_rows=1, capacity=255)

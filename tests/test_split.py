@@ -15,12 +15,12 @@ from torch import nn
 from aspec.engine import open_engine
 from aspec.errors import InternalError, UnsupportedModelError
 from aspec.generation.params import SamplingParams
-from aspec.io.sim import Profile
 from aspec.models.attention import attend
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.split_layer import attend_to, finish, project
 from aspec.plan import Speculation
+from aspec.planning.sim_backend import Profile
 from aspec.runner import ModelRunner
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op

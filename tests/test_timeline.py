@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspec.io.sim import DEVICE_RESOURCES, Profile
+from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile
 from aspec.recorder import _RECORD, BLOCK_SPANS, Recorder
 from aspec.summary import summarise
 from aspec.tasks.op import Op

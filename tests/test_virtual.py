@@ -6,7 +6,7 @@ import time
 import pytest
 
 from aspec.errors import DeadlockError
-from aspec.virtual import VirtualTimeLoop
+from aspec.planning.virtual_time import VirtualTimeLoop
 
 
 def test_an_hour_passes_in_no_time(virtual):

@@ -24,7 +24,7 @@ from aspec.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
-from aspec.simulation import Profile, simulate
+from aspec.planning.simulation import Profile, simulate
 from aspec.tasks.op import Op
 from aspec.tasks.task import DRAFT_COMPUTE, Span
 from aspec.units import parse_bytes, parse_rate

@@ -230,7 +230,7 @@ class Sizes:
 def choose_sizes(options: argparse.Namespace, max_context: int) -> Sizes:
     """See the head of this file."""
     from aspec.design import design
-    from aspec.resolve import resolve
+    from aspec.planning.resolve import resolve
 
     models = {"target": options.target, "draft": options.draft, "speculation": "chain"}
     roomy = {"device_memory": 1 << 50, "resident_memory": 0}

@@ -23,12 +23,12 @@ from aspec.console import Console
 from aspec.dashboard import watch
 from aspec.engine import Engine
 from aspec.generation.params import SamplingParams
-from aspec.io.sim import Profile
 from aspec.monitor import Monitor
 from aspec.options import EngineOptions
 from aspec.plan import Plan
+from aspec.planning.sim_backend import Profile
+from aspec.planning.simulation import simulate
 from aspec.recorder import Recorder
-from aspec.simulation import simulate
 from aspec.tasks.executor import Observer
 from aspec.tasks.task import Span
 from aspec.units import parse_bytes, parse_rate

@@ -24,16 +24,16 @@ import bench_batch
 
 from aspec.design import decide
 from aspec.engine import Engine, open_engine
-from aspec.forecast import Tally
 from aspec.generation.params import SamplingParams
-from aspec.needs import read_models, request_for
 from aspec.options import EngineOptions
 from aspec.plan import Plan, Workload
-from aspec.planning import forecast_for, measured_basis, plan_workload
+from aspec.planning.footprint import read_models, request_for
+from aspec.planning.forecast import Tally
+from aspec.planning.resolve import resolve
+from aspec.planning.search import Forecast
+from aspec.planning.simulation import fitted_acceptance, fitted_spread
+from aspec.planning.workload import forecast_for, measured_basis, plan_workload
 from aspec.profiling.profile_cache import known_acceptance, machine_profile, remember_acceptance
-from aspec.resolve import resolve
-from aspec.search import Forecast
-from aspec.simulation import fitted_acceptance, fitted_spread
 from aspec.units import parse_bytes, parse_rate
 
 PLANS: tuple[dict[str, Any], ...] = (

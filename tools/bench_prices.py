@@ -21,14 +21,14 @@ import torch
 
 from aspec.engine import Engine
 from aspec.generation.params import SamplingParams
-from aspec.io.sim import Profile
 from aspec.models.model import Model
 from aspec.options import EngineOptions
 from aspec.plan import Plan
+from aspec.planning.sim_backend import Profile
+from aspec.planning.simulation import simulate
 from aspec.profiling.model_shape import ModelShape, shape_of
 from aspec.profiling.profile_cache import machine_profile
 from aspec.profiling.roofline import prices
-from aspec.simulation import simulate
 from aspec.tasks.op import Op
 from aspec.tasks.task import Span
 from aspec.units import parse_bytes

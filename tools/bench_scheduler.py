@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from aspec.io.sim import HOST_RESOURCES, Profile, SimBackend
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
+from aspec.planning.sim_backend import HOST_RESOURCES, Profile, SimBackend
+from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.tasks.executor import Executor
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Closing, Event, Task
-from aspec.virtual import VirtualTimeLoop
 
 LAYERS, PARTS, SLOTS, PART_BYTES = 22, 4, 9, 20_000_000  # as a 2 GB checkpoint under 512 MiB
 

@@ -27,8 +27,8 @@ from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.pinned import PinnedMemory
 from aspec.options import EngineOptions
+from aspec.planning.resolve import resolve
 from aspec.recorder import Recorder
-from aspec.resolve import resolve
 from aspec.summary import summarise
 from aspec.timeline import LINKS, TARGET, LaneUse, Timeline, decode_stretch, hidden_share
 from tools import bench_batch, bench_peers, contest

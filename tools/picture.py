@@ -18,11 +18,11 @@ from rich.console import Console
 from aspec.chrome import TRACKS_PER_LANE, assign_tracks, read_trace
 from aspec.frame import Frame
 from aspec.generation.tokenizer import Tokenizer
-from aspec.io.sim import Profile
 from aspec.monitor import Monitor
 from aspec.options import DEMO
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
-from aspec.simulation import simulate
+from aspec.planning.sim_backend import Profile
+from aspec.planning.simulation import simulate
 from aspec.snapshot import Snapshot
 from aspec.summary import summarise
 from aspec.tasks.task import Span

@@ -35,8 +35,8 @@ from aspec.models.model import generation_defaults
 from aspec.models.skeleton import load_config, max_context
 from aspec.monitor import Monitor
 from aspec.plan import Workload
+from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.progress import Tally, follow
-from aspec.resolve import Resolved, resolve, revise
 from aspec.responses import Generated, Label, answer_body
 from aspec.serving import Asked, ContextExceeded, Refused, encode, serve
 

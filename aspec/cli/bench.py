@@ -23,13 +23,13 @@ from aspec.engine import Engine, describe_plan
 from aspec.io.memory import peak_rss_bytes
 from aspec.monitor import Monitor
 from aspec.plan import Plan, format_bytes
+from aspec.planning.resolve import revise
+from aspec.planning.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
 from aspec.profiling.ceilings import Ceilings, HostInfo, host_info, measure_ceilings
 from aspec.profiling.cost_tables import Profile
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
 from aspec.recorder import Recorder
-from aspec.resolve import revise
-from aspec.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
 from aspec.summary import Summary, summarise
 from aspec.timeline import DRAFT
 

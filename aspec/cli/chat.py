@@ -24,7 +24,7 @@ from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.tokenizer import Tokenizer
 from aspec.models.model import generation_defaults
 from aspec.monitor import Monitor
-from aspec.resolve import Resolved, resolve, revise
+from aspec.planning.resolve import Resolved, resolve, revise
 
 PROMPT = "> "
 HELP = """\

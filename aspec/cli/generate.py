@@ -20,8 +20,8 @@ from aspec.io.memory import peak_rss_bytes
 from aspec.models.model import generation_defaults
 from aspec.monitor import Monitor
 from aspec.plan import Plan, Workload
+from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.recorder import Recorder
-from aspec.resolve import Resolved, resolve, revise
 from aspec.tasks.executor import Observer
 from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate

@@ -13,13 +13,13 @@ from aspec.errors import UserError
 from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
 from aspec.models.model import generation_defaults
-from aspec.needs import Models, read_models, request_for
 from aspec.plan import Plan, Tier, Workload, format_bytes
-from aspec.planning import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
+from aspec.planning.footprint import Models, read_models, request_for
+from aspec.planning.resolve import resolve, revise
+from aspec.planning.search import Candidate, Search
+from aspec.planning.workload import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
-from aspec.resolve import resolve, revise
-from aspec.search import Candidate, Search
 from aspec.units import format_rate
 
 RUNNERS_UP = 5

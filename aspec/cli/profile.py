@@ -13,12 +13,12 @@ from aspec.console import Console
 from aspec.errors import UserError
 from aspec.models.model import Model
 from aspec.plan import format_bytes
+from aspec.planning.resolve import Resolved, resolve
 from aspec.profiling.cost_tables import ModelCost
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.model_shape import ModelShape, shape_of
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.profiling.roofline import prices, weight_seconds
-from aspec.resolve import Resolved, resolve
 from aspec.tasks.task import WorkItem
 from aspec.units import format_rate
 

@@ -16,14 +16,14 @@ from aspec.cli.generate import summarise as summarise_result
 from aspec.console import Console
 from aspec.design import design
 from aspec.errors import InternalError, UserError
-from aspec.needs import read_models
 from aspec.plan import Plan, format_bytes
-from aspec.planning import CostBasis, elsewhere, pricing
+from aspec.planning.footprint import read_models
+from aspec.planning.simulation import measured_profile, simulate, tasks_profile
+from aspec.planning.workload import CostBasis, elsewhere, pricing
 from aspec.profiling.cost_tables import Profile
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.recorder import Recorder
-from aspec.simulation import measured_profile, simulate, tasks_profile
 from aspec.summary import Summary, summarise
 from aspec.timeline import Timeline
 

@@ -23,7 +23,7 @@ from aspec.generation.sampler import Sampler
 from aspec.generation.tokenizer import Tokenizer
 from aspec.monitor import Monitor
 from aspec.plan import Plan
-from aspec.resolve import Resolved, revise
+from aspec.planning.resolve import Resolved, revise
 
 MAKES_EQUAL = "--exact makes them equal"
 

@@ -15,8 +15,8 @@ from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
 from aspec.models.parts import Part, scratch_bytes
 from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
-from aspec.planner import Footprint
-from aspec.resolve import Resolved
+from aspec.planning.placement import Footprint
+from aspec.planning.resolve import Resolved
 from aspec.speculation.draft_graphs import graph_bytes
 from aspec.speculation.ngram_index import index_bytes
 from aspec.tasks.task import COMPUTE, CPU

@@ -7,17 +7,17 @@ from functools import cache
 
 from aspec.backends.registry import HOST
 from aspec.errors import UnsupportedModelError
-from aspec.forecast import Forecaster
 from aspec.models.model import Model
-from aspec.needs import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
 from aspec.plan import Plan, PlanRequest, Speculation, Workload
+from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
+from aspec.planning.forecast import Forecaster
+from aspec.planning.resolve import Resolved, revise
+from aspec.planning.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
 from aspec.profiling.cost_tables import Profile
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.profiling.roofline import prices
-from aspec.resolve import Resolved, revise
-from aspec.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
 from aspec.tasks.task import COMPUTE, CPU
 
 PREFILLS = (256, 128, 64)  # smaller prefill items, where memory is short

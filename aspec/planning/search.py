@@ -11,7 +11,7 @@ from itertools import product
 
 from aspec.errors import BudgetError
 from aspec.plan import SPARE_SLOTS, Plan, PlanRequest, Speculation
-from aspec.planner import Footprint, make_plan
+from aspec.planning.placement import Footprint, make_plan
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 TREE_ROWS = 16  # with more, the host grows trees for longer than a pass takes, and chains fill the pass as well

@@ -10,9 +10,9 @@ from functools import partial
 from math import ceil, sqrt
 
 from aspec.plan import Plan, PlannedPart, Tier, Workload
+from aspec.planning.search import Forecast
+from aspec.planning.simulation import simulate
 from aspec.profiling.cost_tables import LayerCost, Profile
-from aspec.search import Forecast
-from aspec.simulation import simulate
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 from aspec.timeline import DRAFT, TARGET, bottleneck, lane_use

@@ -1,0 +1,1 @@
+"""What fits into memory, and which plan is fastest?"""

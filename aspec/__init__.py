@@ -17,7 +17,7 @@ from aspec.options import EngineOptions
 
 if TYPE_CHECKING:
     from aspec.api import Result, generate
-    from aspec.engine import Engine, open_engine
+    from aspec.engine.engine import Engine, open_engine
     from aspec.generation.stats import Piece, RequestStats
 
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 _LATER = {  # imported on first use: torch and transformers take seconds
-    "Engine": "aspec.engine",
-    "open_engine": "aspec.engine",
+    "Engine": "aspec.engine.engine",
+    "open_engine": "aspec.engine.engine",
     "generate": "aspec.api",
     "Result": "aspec.api",
     "Piece": "aspec.generation.stats",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aspec.api import Result, collect
-from aspec.engine import Engine
+from aspec.engine.engine import Engine
 from aspec.errors import NumericError, PromptError
 from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer

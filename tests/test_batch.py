@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from aspec.api import collect, run
 from aspec.cli.batch import digest_of
 from aspec.cli.main import app
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.intake import parse_row

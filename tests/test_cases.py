@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.errors import NumericError
 from aspec.generation.params import SamplingParams
 from aspec.models.kv_cache import KVCache

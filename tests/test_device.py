@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from aspec.backends import registry as devices
 from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.cli.main import app
-from aspec.design import design
-from aspec.engine import open_engine
+from aspec.engine.design import design
+from aspec.engine.engine import open_engine
+from aspec.engine.load import windows
 from aspec.errors import DeviceError
 from aspec.generation import sampler as sampling
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
-from aspec.loading import windows
 from aspec.models.model import Model
 from aspec.models.parts import PAGE
 from aspec.options import DEMO, EngineOptions

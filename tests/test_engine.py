@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aspec
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.errors import BudgetError, NumericError, PromptError, ReadError, UserError, VocabularyError
 from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
@@ -53,7 +53,7 @@ async def test_streams_share_passes_and_retire_at_once(pair):
 async def test_the_links_are_probed_when_they_rest(pair, monkeypatch):
     """After a stream its slots are refilled: a probe beside that would measure half of the disk, and flatter a run."""
     gate, reading, probed = asyncio.Event(), [], []
-    monkeypatch.setattr("aspec.engine.raw_link_rate", lambda *_: probed.append(len(reading)) or 1e9)
+    monkeypatch.setattr("aspec.engine.engine.raw_link_rate", lambda *_: probed.append(len(reading)) or 1e9)
     closing = [True]
 
     def observe(span):
@@ -195,8 +195,8 @@ SPLIT = [Op.PROJECT, Op.ATTEND, Op.FFN]
 @pytest.mark.parametrize("op", [Op.EMBED, Op.LAYER, *SPLIT, Op.HEAD, Op.ACCEPT, Op.DRAFT, Op.DRAFT_PREFILL, Op.READ])
 async def test_a_fault_reaches_every_stream_as_one_error(pair, op, monkeypatch):
     """On the real backend: the runner or the disk fails at the fourth task of a kind."""
+    from aspec.engine.model_runner import ModelRunner
     from aspec.io import disk
-    from aspec.runner import ModelRunner
 
     real, count = ModelRunner.run, []
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
 from tools import expand

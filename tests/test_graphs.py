@@ -12,9 +12,9 @@ import weakref
 import pytest
 import torch
 
-from aspec import assembly
 from aspec.backends.cuda_graphs import TorchCapture
-from aspec.engine import open_engine
+from aspec.engine.engine import allocate as assembly
+from aspec.engine.engine import open_engine
 from aspec.errors import InternalError
 from aspec.generation.params import SamplingParams
 from aspec.models.kv_cache import KVCache

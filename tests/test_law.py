@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from tests import tiny

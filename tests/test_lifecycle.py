@@ -9,12 +9,14 @@ import weakref
 
 import pytest
 
-from aspec import assembly, engine, loading
 from aspec.backends.cpu import CpuBackend
 from aspec.backends.event_lane import EventLane
 from aspec.backends.streams import StreamBackend
 from aspec.backends.thread_lane import ThreadLane
-from aspec.engine import open_engine
+from aspec.engine.engine import allocate as assembly
+from aspec.engine.engine import engine, open_engine
+from aspec.engine.engine import load as loading
+from aspec.engine.model_runner import ModelRunner
 from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError
 from aspec.generation.params import SamplingParams
 from aspec.generation.time_limit import TimeLimit, TimeLimitError
@@ -24,7 +26,6 @@ from aspec.io.disk import DiskLane
 from aspec.io.loop_mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.models.model import Model
-from aspec.runner import ModelRunner
 from aspec.tasks.rows import Seats
 from aspec.tasks.task import Arrived, Completion, Op
 from tests import tiny
@@ -519,7 +520,7 @@ async def test_an_observer_that_raises_is_dropped_and_the_run_goes_on(pair):
 
 
 async def test_the_engines_own_bookkeeping_is_not_dropped(pair, monkeypatch):
-    monkeypatch.setattr("aspec.streaming.Streams.observe", injected)
+    monkeypatch.setattr("aspec.engine.streams.Streams.observe", injected)
     async with open_engine(target=pair[0], **SMALL) as opened:
         with pytest.raises(OSError, match="injected fault"):
             await collect(opened, [1, 2, 3], max_new_tokens=4)

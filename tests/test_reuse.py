@@ -8,12 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
+from aspec.engine.streams import common_prefix
 from aspec.generation.params import SamplingParams
 from aspec.plan import Speculation
 from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.speculation.drafter import ModelDrafter
-from aspec.streaming import common_prefix
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from aspec.tasks.rows import Row, prefill_items

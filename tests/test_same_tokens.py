@@ -17,8 +17,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from aspec.design import design
-from aspec.engine import open_engine
+from aspec.engine.design import design
+from aspec.engine.engine import open_engine
 from aspec.errors import BudgetError
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from tests import tiny
 

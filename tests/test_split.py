@@ -12,7 +12,8 @@ import torch
 import transformers
 from torch import nn
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
+from aspec.engine.model_runner import ModelRunner
 from aspec.errors import InternalError, UnsupportedModelError
 from aspec.generation.params import SamplingParams
 from aspec.models.attention import attend
@@ -21,7 +22,6 @@ from aspec.models.model import Model
 from aspec.models.split_layer import attend_to, finish, project
 from aspec.plan import Speculation
 from aspec.planning.sim_backend import Profile
-from aspec.runner import ModelRunner
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races

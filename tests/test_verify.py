@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from aspec.cli.main import app
 from aspec.cli.verify import Claim, Divergence, Referee, Verdict, conclude, first_difference
-from aspec.engine import Engine
+from aspec.engine.engine import Engine
 from aspec.errors import DivergenceError, ReadError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, TokenCounts

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation

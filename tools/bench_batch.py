@@ -106,7 +106,7 @@ def make_prompts(target: str, rows: int) -> list[list[int]]:
 @contextlib.asynccontextmanager
 async def open_aspec(job: Job) -> AsyncIterator[Peer]:
     """aspec with the plan that is found for these prompts, as far as the engine's options leave it open."""
-    from aspec.engine import open_engine
+    from aspec.engine.engine import open_engine
     from aspec.generation.params import SamplingParams
 
     rates, stats = [0.0], []
@@ -229,7 +229,7 @@ class Sizes:
 
 def choose_sizes(options: argparse.Namespace, max_context: int) -> Sizes:
     """See the head of this file."""
-    from aspec.design import design
+    from aspec.engine.design import design
     from aspec.planning.resolve import resolve
 
     models = {"target": options.target, "draft": options.draft, "speculation": "chain"}

@@ -21,7 +21,7 @@ import rich.console
 
 from aspec.console import Console
 from aspec.dashboard import watch
-from aspec.engine import Engine
+from aspec.engine.engine import Engine
 from aspec.generation.params import SamplingParams
 from aspec.monitor import Monitor
 from aspec.options import EngineOptions

@@ -82,7 +82,7 @@ Peer = tuple[Callable[[list[int], int, Arrivals], Awaitable[None]], Callable[[],
 @contextlib.asynccontextmanager
 async def open_aspec(job: Job, max_context: int, speculation: str = "chain") -> AsyncIterator[Peer]:
     """aspec for one sequence of at most this length."""
-    from aspec.engine import open_engine
+    from aspec.engine.engine import open_engine
     from aspec.generation.params import SamplingParams
 
     rates, stats = [0.0], []

@@ -22,8 +22,8 @@ from typing import Any
 
 import bench_batch
 
-from aspec.design import decide
-from aspec.engine import Engine, open_engine
+from aspec.engine.design import decide
+from aspec.engine.engine import Engine, open_engine
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.plan import Plan, Workload

@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from aspec.engine import Engine
+from aspec.engine.engine import Engine
 from aspec.generation.params import SamplingParams
 from aspec.models.model import Model
 from aspec.options import EngineOptions

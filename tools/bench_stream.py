@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.io.memory import peak_rss_bytes
 from aspec.tasks.op import Op

@@ -20,8 +20,8 @@ import torch
 from aspec.api import run
 from aspec.backends.cuda import TorchDevice
 from aspec.cli.bench import Run
-from aspec.design import design
-from aspec.engine import Engine, open_engine
+from aspec.engine.design import design
+from aspec.engine.engine import Engine, open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes

@@ -23,7 +23,7 @@ import torch
 from aspec.api import generate_all, run
 from aspec.backends.cuda import TorchDevice
 from aspec.backends.event_lane import EventLane
-from aspec.engine import open_engine
+from aspec.engine.engine import open_engine
 from aspec.errors import first_error
 from aspec.generation.params import SamplingParams
 from aspec.tasks.task import Completion

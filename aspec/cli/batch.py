@@ -20,7 +20,7 @@ from typing import Any, Self
 from aspec.api import Result, run
 from aspec.cli.command_flags import BatchFlags
 from aspec.console import Console
-from aspec.engine import Engine, describe_plan
+from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import NumericError, PromptError, UserError, WriteError
 from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams

@@ -19,7 +19,7 @@ from aspec.cli.command_flags import BenchFlags
 from aspec.cli.generate import PROBE_S, Job, prepare
 from aspec.console import Console
 from aspec.dashboard import watch
-from aspec.engine import Engine, describe_plan
+from aspec.engine.engine import Engine, describe_plan
 from aspec.io.memory import peak_rss_bytes
 from aspec.monitor import Monitor
 from aspec.plan import Plan, format_bytes

@@ -16,7 +16,7 @@ from aspec.api import loop_factory
 from aspec.cli.command_flags import ChatFlags
 from aspec.console import Console
 from aspec.dashboard import watch
-from aspec.engine import Engine, describe_plan
+from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
 from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams

@@ -11,7 +11,7 @@ from aspec.cli.flags import RunFlags
 from aspec.cli.verify import Claim, Verdict, conclude, verify
 from aspec.console import Console
 from aspec.dashboard import watch
-from aspec.engine import Engine, describe_plan
+from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams

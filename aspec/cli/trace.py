@@ -14,7 +14,7 @@ from aspec.cli.command_flags import TraceFlags
 from aspec.cli.generate import Job, as_object, prepare, run_job
 from aspec.cli.generate import summarise as summarise_result
 from aspec.console import Console
-from aspec.design import design
+from aspec.engine.design import design
 from aspec.errors import InternalError, UserError
 from aspec.plan import Plan, format_bytes
 from aspec.planning.footprint import read_models

@@ -15,7 +15,7 @@ import torch
 
 from aspec.console import Console
 from aspec.dashboard import watch
-from aspec.engine import Engine, describe_plan
+from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import DivergenceError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context

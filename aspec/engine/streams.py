@@ -8,10 +8,10 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from aspec.engine.model_runner import ModelRunner
 from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.stats import Piece, RequestStats
 from aspec.plan import Plan
-from aspec.runner import ModelRunner
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Arrived, Cancelled, Event, Span
 

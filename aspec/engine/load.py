@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from aspec.assembly import ResidentLoad, bind_load
 from aspec.backends.device import DeviceLayer
+from aspec.engine.allocate import ResidentLoad, bind_load
 from aspec.errors import first_error
 from aspec.io.disk import DiskLane
 from aspec.io.pinned import HostBuffer

@@ -11,7 +11,8 @@ from aspec.backends.cpu import CpuBackend
 from aspec.backends.device import Buffers, DeviceLayer
 from aspec.backends.registry import ALIGNMENT
 from aspec.backends.streams import StreamBackend
-from aspec.design import ResolvedEngine, design
+from aspec.engine.design import ResolvedEngine, design
+from aspec.engine.model_runner import ModelRunner, Weights
 from aspec.errors import DeviceError
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane
@@ -22,7 +23,6 @@ from aspec.models.model import Model
 from aspec.models.parts import Part, as_tensor, scratch_bytes
 from aspec.plan import Plan, Tier, format_bytes
 from aspec.planning.resolve import NGRAM_DRAFT, Resolved
-from aspec.runner import ModelRunner, Weights
 from aspec.speculation.drafter import Drafter, ModelDrafter
 from aspec.speculation.ngram_drafter import NgramDrafter
 from aspec.tasks.backend import Backend

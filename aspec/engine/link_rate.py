@@ -1,7 +1,7 @@
 """What the links of an engine's plan can do at best, at this moment: what its stream is held against."""
 
-from aspec.assembly import EngineMemory
 from aspec.backends.device import copy_rate
+from aspec.engine.allocate import EngineMemory
 from aspec.io.disk import probe_rate
 from aspec.plan import Tier
 

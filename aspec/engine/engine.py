@@ -25,7 +25,11 @@ from typing import Any, Self
 
 import torch
 
-from aspec.assembly import EngineMemory, assemble, release, too_little
+from aspec.engine.allocate import EngineMemory, assemble, release, too_little
+from aspec.engine.link_rate import raw_link_rate
+from aspec.engine.load import load_all
+from aspec.engine.observers import guarded
+from aspec.engine.streams import Streams
 from aspec.errors import ClosedError, DeviceError, InternalError, PromptError, first_error
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
@@ -33,15 +37,11 @@ from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import TEMPLATE_S, TextStream, Tokenizer
-from aspec.guarding import guarded
 from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, in_thread, settle, settle_all
-from aspec.links import raw_link_rate
-from aspec.loading import load_all
 from aspec.options import EngineOptions
 from aspec.plan import Plan, format_bytes
 from aspec.planning.resolve import Resolved, resolve
-from aspec.streaming import Streams
 from aspec.tasks.backend import Backend
 from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler

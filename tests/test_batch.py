@@ -21,10 +21,10 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.intake import parse_row
 from aspec.journal import journal_of
-from aspec.progress import Tally, batch_line, duration
+from aspec.observe.batch_progress import Tally, batch_line, duration
+from aspec.observe.snapshot import Snapshot
 from aspec.requests import CHAT, COMPLETION, Request
 from aspec.serving import WINDOW, Asked, serve
-from aspec.snapshot import Snapshot
 from tests import tiny
 from tests.fork_server import Command, wait_until
 

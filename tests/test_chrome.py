@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from aspec.chrome import read_trace, write_trace
 from aspec.errors import UserError
+from aspec.observe.chrome_trace import read_trace, write_trace
+from aspec.observe.recorder import Recorder
+from aspec.observe.summary import summarise
 from aspec.planning.sim_backend import Profile
 from aspec.planning.simulation import measured_profile, simulate
-from aspec.recorder import Recorder
-from aspec.summary import summarise
 from tests.simulate import make_plan
 from tests.trace_rules import check_trace, load
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from aspec.io.ticker import OnLoop, Ticker
+from aspec.observe.ticker import OnLoop, Ticker
 from tests import tiny
 from tests.fork_server import wait_until
 from tests.terminal import Terminal

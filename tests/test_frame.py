@@ -13,12 +13,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from aspec.frame import CELL_S, FIGURES, LABEL, STRIP_S, UNICODE, Frame, Window, frame_text, tail
-from aspec.monitor import Monitor
+from aspec.observe.frame import CELL_S, FIGURES, LABEL, STRIP_S, UNICODE, Frame, Window, frame_text, tail
+from aspec.observe.monitor import Monitor
+from aspec.observe.snapshot import LaneView, SlotState, Snapshot
+from aspec.observe.timeline import DISK, DRAFT, H2D, LANES, TARGET, merge
 from aspec.planning.sim_backend import Profile
 from aspec.planning.simulation import simulate
-from aspec.snapshot import LaneView, SlotState, Snapshot
-from aspec.timeline import DISK, DRAFT, H2D, LANES, TARGET, merge
 from tests.simulate import make_plan
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aspec.timeline import DRAFT, H2D, TARGET, Round, Slice, Timeline
+from aspec.observe.timeline import DRAFT, H2D, TARGET, Round, Slice, Timeline
 from tools import bench_batch, contest, gpu_check, gpu_report, gpu_runs, gpu_steps
 
 ROOT = Path(__file__).parent.parent

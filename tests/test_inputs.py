@@ -12,8 +12,8 @@ from aspec.cli.command_flags import BatchFlags
 from aspec.cli.flags import GenerateFlags
 from aspec.cli.main import app, batch
 from aspec.cli.main import generate as generation
-from aspec.console import Console
 from aspec.intake import BatchFile
+from aspec.observe.console import Console
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Workload
 from aspec.planning.footprint import folders, read_models, wishes_of

@@ -2,10 +2,10 @@
 
 import pytest
 
+from aspec.observe.batch_progress import Tally
+from aspec.observe.recorder import Recorder
 from aspec.planning.sim_backend import Profile
 from aspec.planning.simulation import measured_profile, simulate
-from aspec.progress import Tally
-from aspec.recorder import Recorder
 from tests.simulate import make_plan
 
 

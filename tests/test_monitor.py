@@ -2,11 +2,11 @@
 
 from itertools import accumulate, pairwise
 
-from aspec.console import Console, progress_line
-from aspec.monitor import Monitor
+from aspec.observe.console import Console, progress_line
+from aspec.observe.monitor import Monitor
+from aspec.observe.snapshot import SlotState
 from aspec.planning.sim_backend import Profile
 from aspec.planning.simulation import simulate
-from aspec.snapshot import SlotState
 from aspec.tasks.op import Op
 from tests.simulate import make_plan
 

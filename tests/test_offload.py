@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_flatten
 
 from aspec.backends import registry as devices
 from aspec.backends.registry import Kind
-from aspec.chrome import read_trace, write_trace
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.models.attention import attend
 from aspec.models.kv_cache import KVCache, MaskKind, StepCache
 from aspec.models.model import Model
 from aspec.models.split_layer import depart, project
+from aspec.observe.chrome_trace import read_trace, write_trace
+from aspec.observe.recorder import Recorder
+from aspec.observe.timeline import length, merge, shared
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
 from aspec.planning.footprint import read_models, request_for
@@ -30,12 +32,10 @@ from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile
 from aspec.planning.simulation import measured_profile
 from aspec.planning.workload import search_space
 from aspec.profiling.hardware import Hardware, Processor
-from aspec.recorder import Recorder
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from aspec.tasks.task import BACK, COMPUTE, CPU, D2H, LayerWork, Span, Task, WorkItem
-from aspec.timeline import length, merge, shared
 from tests import tiny
 from tests.fake_device import EagerDevice
 from tests.simulate import asking, make_plan, simulate

@@ -20,6 +20,7 @@ from aspec.models.attention import attend
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.split_layer import attend_to, finish, project
+from aspec.observe.timeline import merge, shared
 from aspec.plan import Speculation
 from aspec.planning.sim_backend import Profile
 from aspec.tasks.cost_model import CostModel
@@ -40,7 +41,6 @@ from aspec.tasks.task import (
     attention_buffer,
     rows_kv_buffer,
 )
-from aspec.timeline import merge, shared
 from tests import tiny
 from tests.compat import marked
 from tests.simulate import make_plan, simulate

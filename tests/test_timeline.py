@@ -6,12 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile
-from aspec.recorder import _RECORD, BLOCK_SPANS, Recorder
-from aspec.summary import summarise
-from aspec.tasks.op import Op
-from aspec.tasks.task import RowOutcome, Span, Task
-from aspec.timeline import (
+from aspec.observe.recorder import _RECORD, BLOCK_SPANS, Recorder
+from aspec.observe.summary import summarise
+from aspec.observe.timeline import (
     Round,
     Slice,
     Timeline,
@@ -28,6 +25,9 @@ from aspec.timeline import (
     stalls,
     uses_of,
 )
+from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile
+from aspec.tasks.op import Op
+from aspec.tasks.task import RowOutcome, Span, Task
 from tests.simulate import make_plan, simulate
 
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda p: (float(p[0]), float(p[0] + p[1]))))

@@ -7,10 +7,10 @@ import signal
 import pytest
 from typer.testing import CliRunner
 
-from aspec.chrome import read_trace
 from aspec.cli.main import app
+from aspec.observe.chrome_trace import read_trace
+from aspec.observe.timeline import decode_stretch
 from aspec.profiling.hardware import read_machine
-from aspec.timeline import decode_stretch
 from tests import tiny
 from tests.fork_server import Command
 from tests.trace_rules import check_trace, load

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import rich.console
 
-from aspec.console import Console
-from aspec.dashboard import watch
 from aspec.engine.engine import Engine
 from aspec.generation.params import SamplingParams
-from aspec.monitor import Monitor
+from aspec.observe.console import Console
+from aspec.observe.dashboard import watch
+from aspec.observe.monitor import Monitor
+from aspec.observe.recorder import Recorder
 from aspec.options import EngineOptions
 from aspec.plan import Plan
 from aspec.planning.sim_backend import Profile
 from aspec.planning.simulation import simulate
-from aspec.recorder import Recorder
 from aspec.tasks.executor import Observer
 from aspec.tasks.task import Span
 from aspec.units import parse_bytes, parse_rate

@@ -26,11 +26,11 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.pinned import PinnedMemory
+from aspec.observe.recorder import Recorder
+from aspec.observe.summary import summarise
+from aspec.observe.timeline import LINKS, TARGET, LaneUse, Timeline, decode_stretch, hidden_share
 from aspec.options import EngineOptions
 from aspec.planning.resolve import resolve
-from aspec.recorder import Recorder
-from aspec.summary import summarise
-from aspec.timeline import LINKS, TARGET, LaneUse, Timeline, decode_stretch, hidden_share
 from tools import bench_batch, bench_peers, contest
 from tools.contest import Record
 from tools.gpu_steps import ROOT, Job, attempt

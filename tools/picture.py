@@ -15,18 +15,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aspec.chrome import TRACKS_PER_LANE, assign_tracks, read_trace
-from aspec.frame import Frame
 from aspec.generation.tokenizer import Tokenizer
-from aspec.monitor import Monitor
+from aspec.observe.chrome_trace import TRACKS_PER_LANE, assign_tracks, read_trace
+from aspec.observe.frame import Frame
+from aspec.observe.monitor import Monitor
+from aspec.observe.snapshot import Snapshot
+from aspec.observe.summary import summarise
+from aspec.observe.timeline import Slice, Timeline
 from aspec.options import DEMO
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
 from aspec.planning.sim_backend import Profile
 from aspec.planning.simulation import simulate
-from aspec.snapshot import Snapshot
-from aspec.summary import summarise
 from aspec.tasks.task import Span
-from aspec.timeline import Slice, Timeline
 
 SHOWN_S = 42.0  # the moment of the simulated run that is drawn
 COLUMNS, LINES = 120, 28

@@ -19,7 +19,6 @@ from typing import Any, Self
 
 from aspec.api import Result, run
 from aspec.cli.command_flags import BatchFlags
-from aspec.console import Console
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import NumericError, PromptError, UserError, WriteError
 from aspec.generation.defaults import sampling_params
@@ -29,14 +28,15 @@ from aspec.generation.tokenizer import Tokenizer
 from aspec.intake import BatchFile, BatchRow
 from aspec.io.hub import WANTED
 from aspec.io.settling import settle
-from aspec.io.ticker import Ticker
 from aspec.journal import Found, Output, Row, check_startable, journal_of, open_output
 from aspec.models.model import generation_defaults
 from aspec.models.skeleton import load_config, max_context
-from aspec.monitor import Monitor
+from aspec.observe.batch_progress import Tally, follow
+from aspec.observe.console import Console
+from aspec.observe.monitor import Monitor
+from aspec.observe.ticker import Ticker
 from aspec.plan import Workload
 from aspec.planning.resolve import Resolved, resolve, revise
-from aspec.progress import Tally, follow
 from aspec.responses import Generated, Label, answer_body
 from aspec.serving import Asked, ContextExceeded, Refused, encode, serve
 

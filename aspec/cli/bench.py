@@ -17,11 +17,14 @@ import torch
 from aspec.api import Result, collect, run, seeded
 from aspec.cli.command_flags import BenchFlags
 from aspec.cli.generate import PROBE_S, Job, prepare
-from aspec.console import Console
-from aspec.dashboard import watch
 from aspec.engine.engine import Engine, describe_plan
 from aspec.io.memory import peak_rss_bytes
-from aspec.monitor import Monitor
+from aspec.observe.console import Console
+from aspec.observe.dashboard import watch
+from aspec.observe.monitor import Monitor
+from aspec.observe.recorder import Recorder
+from aspec.observe.summary import Summary, summarise
+from aspec.observe.timeline import DRAFT
 from aspec.plan import Plan, format_bytes
 from aspec.planning.resolve import revise
 from aspec.planning.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
@@ -29,9 +32,6 @@ from aspec.profiling.ceilings import Ceilings, HostInfo, host_info, measure_ceil
 from aspec.profiling.cost_tables import Profile
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
-from aspec.recorder import Recorder
-from aspec.summary import Summary, summarise
-from aspec.timeline import DRAFT
 
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"
 WARM_UP_TOKENS = 8

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from aspec.api import loop_factory
 from aspec.cli.command_flags import ChatFlags
-from aspec.console import Console
-from aspec.dashboard import watch
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
 from aspec.generation.defaults import sampling_params
@@ -23,7 +21,9 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.tokenizer import Tokenizer
 from aspec.models.model import generation_defaults
-from aspec.monitor import Monitor
+from aspec.observe.console import Console
+from aspec.observe.dashboard import watch
+from aspec.observe.monitor import Monitor
 from aspec.planning.resolve import Resolved, resolve, revise
 
 PROMPT = "> "

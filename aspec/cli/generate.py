@@ -9,8 +9,6 @@ from typing import Any
 from aspec.api import Result, collect, seeded
 from aspec.cli.flags import RunFlags
 from aspec.cli.verify import Claim, Verdict, conclude, verify
-from aspec.console import Console
-from aspec.dashboard import watch
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.generation.defaults import sampling_params
@@ -18,12 +16,14 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.models.model import generation_defaults
-from aspec.monitor import Monitor
+from aspec.observe.console import Console
+from aspec.observe.dashboard import watch
+from aspec.observe.monitor import Monitor
+from aspec.observe.recorder import Recorder
+from aspec.observe.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.plan import Plan, Workload
 from aspec.planning.resolve import Resolved, resolve, revise
-from aspec.recorder import Recorder
 from aspec.tasks.executor import Observer
-from aspec.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.units import format_rate
 
 SEARCHED_FROM = 8  # prompts; for more, the plan is searched for

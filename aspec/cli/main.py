@@ -20,9 +20,9 @@ from aspec.cli.command_flags import (
     TraceFlags,
 )
 from aspec.cli.flags import takes
-from aspec.console import Console
 from aspec.errors import AspecError
-from aspec.library_warnings import held_back
+from aspec.observe.console import Console
+from aspec.observe.library_warnings import held_back
 
 app = typer.Typer(
     add_completion=False,

@@ -8,11 +8,11 @@ from typing import Any
 
 from aspec.backends.registry import HOST
 from aspec.cli.command_flags import PlanFlags
-from aspec.console import Console
 from aspec.errors import UserError
 from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
 from aspec.models.model import generation_defaults
+from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload, format_bytes
 from aspec.planning.footprint import Models, read_models, request_for
 from aspec.planning.resolve import resolve, revise

@@ -9,9 +9,9 @@ from typing import Any
 
 from aspec.api import run
 from aspec.cli.command_flags import ProfileFlags
-from aspec.console import Console
 from aspec.errors import UserError
 from aspec.models.model import Model
+from aspec.observe.console import Console
 from aspec.plan import format_bytes
 from aspec.planning.resolve import Resolved, resolve
 from aspec.profiling.cost_tables import ModelCost

@@ -9,13 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from aspec.api import run
-from aspec.chrome import read_trace, write_trace
 from aspec.cli.command_flags import TraceFlags
 from aspec.cli.generate import Job, as_object, prepare, run_job
 from aspec.cli.generate import summarise as summarise_result
-from aspec.console import Console
 from aspec.engine.design import design
 from aspec.errors import InternalError, UserError
+from aspec.observe.chrome_trace import read_trace, write_trace
+from aspec.observe.console import Console
+from aspec.observe.recorder import Recorder
+from aspec.observe.summary import Summary, summarise
+from aspec.observe.timeline import Timeline
 from aspec.plan import Plan, format_bytes
 from aspec.planning.footprint import read_models
 from aspec.planning.simulation import measured_profile, simulate, tasks_profile
@@ -23,9 +26,6 @@ from aspec.planning.workload import CostBasis, elsewhere, pricing
 from aspec.profiling.cost_tables import Profile
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
-from aspec.recorder import Recorder
-from aspec.summary import Summary, summarise
-from aspec.timeline import Timeline
 
 REAL, SIMULATED = "aspec", "aspec simulated"
 

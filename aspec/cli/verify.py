@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from aspec.console import Console
-from aspec.dashboard import watch
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import DivergenceError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context
 from aspec.generation.sampler import Sampler
 from aspec.generation.tokenizer import Tokenizer
-from aspec.monitor import Monitor
+from aspec.observe.console import Console
+from aspec.observe.dashboard import watch
+from aspec.observe.monitor import Monitor
 from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, revise
 

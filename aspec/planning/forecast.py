@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, sqrt
 
+from aspec.observe.timeline import DRAFT, TARGET, bottleneck, lane_use
 from aspec.plan import Plan, PlannedPart, Tier, Workload
 from aspec.planning.search import Forecast
 from aspec.planning.simulation import simulate
 from aspec.profiling.cost_tables import LayerCost, Profile
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
-from aspec.timeline import DRAFT, TARGET, bottleneck, lane_use
 
 MOST_TASKS = 20_000  # of one run whose drafts adapt
 MOST_PLAIN_TASKS = 5_000  # of one without drafts, where a pass is like the other

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from statistics import median
 
+from aspec.observe.timeline import CPU, D2H, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 from aspec.plan import Plan
 from aspec.planning.placement import NUM_STAGING
 from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend
@@ -17,7 +18,6 @@ from aspec.profiling.hardware import Hardware, TaskSeconds
 from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing, RowOutcome
-from aspec.timeline import CPU, D2H, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 
 FIT_ROWS, FIT_TOKENS = 4, 300  # of a simulation that is held against a run
 FIT_STEPS = 7  # halvings of the range

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from aspec.errors import UserError
 from aspec.io.json_file import NotJson, parse_json
+from aspec.observe.timeline import D2H, DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
 from aspec.tasks.op import Op
-from aspec.timeline import D2H, DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
 
 ROUNDS = "rounds"
 ROUNDS_TRACK = 1

@@ -4,9 +4,9 @@ import sys
 
 import rich.console
 
+from aspec.observe.snapshot import Snapshot
+from aspec.observe.timeline import bottleneck, lane_use
 from aspec.plan import format_bytes
-from aspec.snapshot import Snapshot
-from aspec.timeline import bottleneck, lane_use
 
 RECENT_S = 5.0  # what a line about the lanes looks back on
 

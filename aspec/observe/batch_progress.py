@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from rich.live import Live
 from rich.text import Text
 
-from aspec.console import RECENT_S, Console, progress_line
-from aspec.dashboard import ANSWER_S, FRAME_S, LINE_S
-from aspec.io.ticker import OnLoop, Ticker
-from aspec.monitor import Monitor
-from aspec.snapshot import Snapshot
+from aspec.observe.console import RECENT_S, Console, progress_line
+from aspec.observe.dashboard import ANSWER_S, FRAME_S, LINE_S
+from aspec.observe.monitor import Monitor
+from aspec.observe.snapshot import Snapshot
+from aspec.observe.ticker import OnLoop, Ticker
+from aspec.observe.timeline import bottleneck, lane_use
 from aspec.tasks.task import Span
-from aspec.timeline import bottleneck, lane_use
 
 OPENING = ("index", "plan", "load")  # stages before the first pass
 

@@ -6,10 +6,10 @@ call costs microseconds; figures are worked out by whoever draws.
 
 from collections import deque
 
+from aspec.observe.snapshot import LaneView, SlotState, Snapshot
+from aspec.observe.timeline import LANES, LINKS
 from aspec.plan import Plan, Tier
-from aspec.snapshot import LaneView, SlotState, Snapshot
 from aspec.tasks.task import LayerWork, Load, Span, Task
-from aspec.timeline import LANES, LINKS
 
 WINDOW_S = 20.0  # work that ended earlier is forgotten
 RATE_ROUNDS = 8  # rounds over which tokens per second are taken

@@ -2,7 +2,7 @@
 
 Rules. A frame reads a snapshot and a size, nothing else: no clock, no state between frames, no markup. It yields
 segments with ready-made styles, because rich's tables and panels hold the interpreter for tens of milliseconds while
-the loop wants to run. Glyphs carry the meaning and colours repeat it. What may NOT go in: measuring (aspec.timeline).
+the loop wants to run. Glyphs carry the meaning and colours repeat it. What may NOT go in: measuring (aspec.observe.timeline).
 """
 
 import io
@@ -16,9 +16,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 from rich.style import Style
 
-from aspec import timeline
+from aspec.observe import timeline
+from aspec.observe.snapshot import LaneView, SlotState, Snapshot
 from aspec.plan import format_bytes
-from aspec.snapshot import LaneView, SlotState, Snapshot
 from aspec.units import format_rate
 
 CELL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # what one cell of a strip may stand for; each divides a second

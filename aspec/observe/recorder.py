@@ -9,9 +9,9 @@ from itertools import pairwise
 from struct import Struct
 
 from aspec.errors import UserError
+from aspec.observe.timeline import Round, Slice, Timeline
 from aspec.tasks.op import Op
 from aspec.tasks.task import Span
-from aspec.timeline import Round, Slice, Timeline
 
 _RECORD = Struct("<ddqqqqiiiB")  # start, stop, nbytes, id, cause, round, layer, part or step, tokens, op
 _OPS = tuple(Op)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from aspec.timeline import Interval
+from aspec.observe.timeline import Interval
 
 
 class SlotState(StrEnum):

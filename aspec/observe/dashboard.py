@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from rich.live import Live
 
-from aspec.console import Console, progress_line
-from aspec.frame import Frame
-from aspec.io.ticker import OnLoop, Ticker
-from aspec.monitor import Monitor
-from aspec.snapshot import Snapshot
+from aspec.observe.console import Console, progress_line
+from aspec.observe.frame import Frame
+from aspec.observe.monitor import Monitor
+from aspec.observe.snapshot import Snapshot
+from aspec.observe.ticker import OnLoop, Ticker
 
 FRAME_S = 0.25
 LINE_S = 5.0

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from aspec.console import Console
+from aspec.observe.console import Console
 
 LOGGERS = ("transformers", "huggingface_hub")
 

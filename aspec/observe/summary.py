@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aspec.timeline import (
+from aspec.observe.timeline import (
     LaneUse,
     Stall,
     Timeline,

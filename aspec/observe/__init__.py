@@ -1,0 +1,1 @@
+"""What is a run doing, and what was it waiting for?"""

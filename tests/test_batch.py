@@ -19,12 +19,12 @@ from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
-from aspec.intake import parse_row
-from aspec.journal import journal_of
 from aspec.observe.batch_progress import Tally, batch_line, duration
 from aspec.observe.snapshot import Snapshot
-from aspec.requests import CHAT, COMPLETION, Request
-from aspec.serving import WINDOW, Asked, serve
+from aspec.serving.batch_input import parse_row
+from aspec.serving.batch_output import journal_of
+from aspec.serving.dispatch import WINDOW, Asked, serve
+from aspec.serving.openai_requests import CHAT, COMPLETION, Request
 from tests import tiny
 from tests.fork_server import Command, wait_until
 

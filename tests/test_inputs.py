@@ -12,7 +12,6 @@ from aspec.cli.command_flags import BatchFlags
 from aspec.cli.flags import GenerateFlags
 from aspec.cli.main import app, batch
 from aspec.cli.main import generate as generation
-from aspec.intake import BatchFile
 from aspec.observe.console import Console
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Workload
@@ -22,7 +21,8 @@ from aspec.planning.simulation import fitted_spread, simulate
 from aspec.planning.workload import Machine, forecast_for, this_machine
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor
 from aspec.profiling.profile_cache import Known, remember_acceptance
-from aspec.requests import COMPLETION
+from aspec.serving.batch_input import BatchFile
+from aspec.serving.openai_requests import COMPLETION
 from aspec.tasks.task import CPU
 from tests.simulate import make_plan
 

@@ -12,7 +12,7 @@ import zlib
 import pytest
 
 from aspec.errors import UserError, WriteError
-from aspec.journal import Row, journal_of, open_output, seal, unseal
+from aspec.serving.batch_output import Row, journal_of, open_output, seal, unseal
 
 TIES = {"input": "sha256 1234", "seed": 0, "stop": ["a"]}
 

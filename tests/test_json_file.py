@@ -15,7 +15,7 @@ from aspec.models.skeleton import load_config
 from aspec.observe.chrome_trace import read_trace
 from aspec.profiling.hardware import read_machine
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, remember_acceptance
-from aspec.requests import parse_json as parse_request_json
+from aspec.serving.openai_requests import parse_json as parse_request_json
 
 DEEP = 100_000
 MANY = 200_000  # members of an object: checks that are quadratic would take hours

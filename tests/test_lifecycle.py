@@ -489,8 +489,8 @@ async def test_a_bad_row_fails_alone(pair, shape, params, monkeypatch):
 async def test_a_bad_request_is_an_answer_of_its_own(pair, monkeypatch):
     """What a batch file gets: an error for that row."""
     from aspec.cli.batch import _code_of
-    from aspec.requests import COMPLETION, Request
-    from aspec.serving import Asked, answer
+    from aspec.serving.dispatch import Asked, answer
+    from aspec.serving.openai_requests import COMPLETION, Request
 
     real = Model.head
     monkeypatch.setattr(Model, "head", lambda self, *args: real(self, *args) * float("nan"))

@@ -8,10 +8,10 @@ from aspec.errors import PromptError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob
 from aspec.generation.tokenizer import Tokenizer
-from aspec.intake import BatchFile, parse_row
 from aspec.options import DEMO
-from aspec.requests import CHAT, COMPLETION, Request, parse_json, parse_request
-from aspec.responses import Generated, Label, answer_body
+from aspec.serving.batch_input import BatchFile, parse_row
+from aspec.serving.openai_requests import CHAT, COMPLETION, Request, parse_json, parse_request
+from aspec.serving.openai_responses import Generated, Label, answer_body
 
 ASK = [{"role": "user", "content": "Why?"}]
 

@@ -25,10 +25,8 @@ from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.tokenizer import Tokenizer
-from aspec.intake import BatchFile, BatchRow
 from aspec.io.hub import WANTED
 from aspec.io.settling import settle
-from aspec.journal import Found, Output, Row, check_startable, journal_of, open_output
 from aspec.models.model import generation_defaults
 from aspec.models.skeleton import load_config, max_context
 from aspec.observe.batch_progress import Tally, follow
@@ -37,8 +35,10 @@ from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
 from aspec.plan import Workload
 from aspec.planning.resolve import Resolved, resolve, revise
-from aspec.responses import Generated, Label, answer_body
-from aspec.serving import Asked, ContextExceeded, Refused, encode, serve
+from aspec.serving.batch_input import BatchFile, BatchRow
+from aspec.serving.batch_output import Found, Output, Row, check_startable, journal_of, open_output
+from aspec.serving.dispatch import Asked, ContextExceeded, Refused, encode, serve
+from aspec.serving.openai_responses import Generated, Label, answer_body
 
 CHECK_LINE_S = 5.0
 LARGE_BYTES = 64 << 20  # files up to here are small: tokenizers, configurations

@@ -7,7 +7,7 @@ from typing import Any
 
 from aspec.generation.sampler import TokenLogprob
 from aspec.generation.tokenizer import REPLACEMENT, Tokenizer
-from aspec.requests import Request
+from aspec.serving.openai_requests import Request
 
 UNREACHABLE = -9999.0  # a logprob
 

@@ -11,7 +11,7 @@ from aspec.engine.engine import Engine
 from aspec.errors import NumericError, PromptError
 from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer
-from aspec.requests import Request
+from aspec.serving.openai_requests import Request
 
 WINDOW = 2  # requests in the engine's hands, per row of its plan: a row that ends is followed at once
 

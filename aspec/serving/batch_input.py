@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from aspec.errors import PromptError, UserError
-from aspec.requests import CHAT, COMPLETION, Request, parse_json, parse_request
+from aspec.serving.openai_requests import CHAT, COMPLETION, Request, parse_json, parse_request
 
 MAX_LISTED = 10  # problems of a file that are told
 FIELDS = ("custom_id", "method", "url", "body")

@@ -1,0 +1,1 @@
+"""How do OpenAI's forms become sequences, and answers?"""

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from aspec.backends import registry as devices
-from aspec.cli.main import bench
-from aspec.cli.main import generate as generation
+from aspec.cli import bench
+from aspec.cli import generate as generation
 from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.profiling import ceilings as profile
 from tests.fork_server import shared_server

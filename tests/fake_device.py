@@ -67,7 +67,7 @@ class FakeDevice:
     def create_capture(self):
         return self.capture() if self.capture else None
 
-    def settle(self):
+    def synchronize(self):
         pass
 
     def create_stream(self, priority):

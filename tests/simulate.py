@@ -4,10 +4,10 @@ import hashlib
 from dataclasses import replace
 
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
-from aspec.planning.sim_backend import HOST_RESOURCES, Profile, SimBackend
+from aspec.planning.sim_backend import HOST_RESOURCES, SimBackend, SimCosts
 from aspec.tasks.executor import Executor
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Closing
+from aspec.tasks.task import RequestAdded, Shutdown
 
 
 def make_plan(num_layers=4, parts_per_layer=2, num_slots=4, resident=(), nbytes=10_000_000, tier=Tier.DISK, **changes):
@@ -53,14 +53,14 @@ class Checked:
 
 
 async def simulate(plan, arrivals=((0, 20, 16),), backend=None, profile=None, resources=HOST_RESOURCES):
-    """Serve arrivals, the fields of ``Arrived``, to the end; returns (spans, scheduler, backend)."""
-    backend = backend or SimBackend(profile or Profile(), resources)
+    """Serve arrivals, the fields of ``RequestAdded``, to the end; returns (spans, scheduler, backend)."""
+    backend = backend or SimBackend(profile or SimCosts(), resources)
     scheduler = Scheduler(plan)
     spans = []
     executor = Executor(Checked(scheduler), backend, [spans.append])
     for arrival in arrivals:
-        executor.post(Arrived(*arrival))
-    executor.post(Closing())
+        executor.post(RequestAdded(*arrival))
+    executor.post(Shutdown())
     try:
         await executor.run()
     finally:

@@ -21,7 +21,7 @@ from aspec.io.disk import DiskLane
 from aspec.io.memory import PAGE, allocate
 from aspec.models.parts import Part, Segment
 from aspec.plan import Tier
-from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend, SimCosts
 from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
@@ -32,11 +32,11 @@ from aspec.tasks.task import (
     DISK,
     H2D,
     NOTHING,
-    Arrived,
-    Closing,
     Load,
     Report,
+    RequestAdded,
     RowOutcome,
+    Shutdown,
     Task,
     WorkItem,
 )
@@ -153,7 +153,7 @@ class Rig:
             self.plan = replace(self.plan, parts=parts, num_staging=2, draft_resource="draft")
         if kind.startswith("sim"):
             resources = DEVICE_RESOURCES if kind == "sim-device" else HOST_RESOURCES
-            self.watched = Watched(SimBackend(Profile(), resources, fail), None)
+            self.watched = Watched(SimBackend(SimCosts(), resources, fail), None)
             return
         self.parts, self.expected = make_parts(folder, broken=3 if fail and fail[0] is Op.READ else None)
         self.disk = DiskLane(asyncio.get_running_loop(), num_threads=2)
@@ -192,8 +192,8 @@ class Rig:
         spans = []
         executor = Executor(Checked(Scheduler(self.plan)), self.watched, [spans.append, observe])
         for arrival in ARRIVALS:
-            executor.post(Arrived(*arrival))
-        executor.post(Closing())
+            executor.post(RequestAdded(*arrival))
+        executor.post(Shutdown())
         async with asyncio.timeout(60):
             await executor.run()
         return spans

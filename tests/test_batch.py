@@ -19,11 +19,11 @@ from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
-from aspec.observe.batch_progress import Tally, batch_line, duration
+from aspec.observe.batch_progress import BatchProgress, batch_line, duration
 from aspec.observe.snapshot import Snapshot
 from aspec.serving.batch_input import parse_row
 from aspec.serving.batch_output import journal_of
-from aspec.serving.dispatch import WINDOW, Asked, serve
+from aspec.serving.dispatch import WINDOW, PreparedRequest, serve
 from aspec.serving.openai_requests import CHAT, COMPLETION, Request
 from tests import tiny
 from tests.fork_server import Command, wait_until
@@ -202,12 +202,12 @@ def test_prompts_that_begin_alike_are_prefilled_once_per_row(pair):
                     text = "the same long beginning of every prompt " + str(i)
                     tokens = engine.tokenizer.encode(text)
                     params = SamplingParams(max_new_tokens=2 + i % 5, ignore_eos=True)
-                    yield Asked(str(i), Request(COMPLETION, text, {}), tokens, params)
+                    yield PreparedRequest(str(i), Request(COMPLETION, text, {}), tokens, params)
 
             async def hear(_, result):
                 nonlocal now
                 now -= 1
-                reused.append(result.stats.reused_tokens)
+                reused.append(result.stats.num_cached_tokens)
 
             await serve(engine, ask(), hear, asyncio.Event())
             assert most <= WINDOW * engine.plan.num_rows
@@ -457,7 +457,7 @@ def test_a_failing_target_ends_the_job_and_keeps_its_rows(pair, tmp_path):
 
 
 def test_a_line_tells_how_far_it_is_and_how_long_it_takes():
-    tally = Tally(100, done=20, begun_s=10.0)
+    tally = BatchProgress(100, done=20, begun_s=10.0)
     snapshot = Snapshot(now_s=20.0, stage="decode", tokens=300, tokens_per_s=31.5)
     assert "20 of 100 rows, 300 tokens, 31.50 tokens/s, time left not known yet" in batch_line(tally, snapshot)
     tally.keep(10, 2)

@@ -157,7 +157,7 @@ def test_verdicts_of_real_rounds_calibrate_a_bold_draft():
         true = [[0.6 * p + 0.4 / vocab for p in laws.get(node, [1 / vocab] * vocab)] for node in (ROOT, *tree._kept)]
         path, tokens = proposal.follow([source.choices(range(vocab), law)[0] for law in true])
         for place, accepted in proposal.verdicts(path):
-            calibration.observe(proposal.offered[place], accepted)
+            calibration.observe(proposal.draft_score[place], accepted)
         if step >= 100:
             claimed.append(1 + sum(tree.probabilities()))
             emitted.append(len(tokens))

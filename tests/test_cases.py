@@ -16,7 +16,7 @@ from aspec.generation.params import SamplingParams
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.plan import Speculation
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.task import LayerWork, Span, Task, WorkItem
@@ -446,7 +446,7 @@ def test_a_target_whose_passes_grow_with_their_tokens_gets_smaller_trees(virtual
     """As a mixture of experts does: every further token touches experts that no other has touched."""
     sizes = {}
     for name, token_s in (("dense", 1e-6), ("experts", 2e-3)):
-        profile = Profile(disk_bytes_per_s=1e12, layer_s=5e-3, layer_token_s=token_s, acceptance=0.7, draft_s=1e-4)
+        profile = SimCosts(disk_bytes_per_s=1e12, layer_s=5e-3, layer_token_s=token_s, acceptance=0.7, draft_s=1e-4)
         plan = make_plan(speculation=Speculation.TREE, fixed_draft_tokens=None, max_draft_tokens=64, num_rows=1)
         spans, _, _ = virtual(lambda plan=plan, profile=profile: simulate(plan, [(0, 20, 200)], profile=profile))
         proposed = [outcome.num_proposed for span in spans for outcome in span.outcomes][10:]

@@ -182,7 +182,7 @@ def check_part(part):
 def test_parts_hold_every_tensor_once(folder, family, dtype):
     model = Model(folder(family), dtype=dtype)
     for max_part_bytes in (1, 30_000, 1 << 30):
-        parts = model.plan(max_part_bytes)
+        parts = model.parts(max_part_bytes)
         assert [part.index for part in parts] == list(range(len(parts)))
         assert [part.layer for part in parts] == sorted(part.layer for part in parts)
         assert {part.layer for part in parts} == {REST, *range(model.num_layers)}
@@ -202,11 +202,11 @@ def test_parts_hold_every_tensor_once(folder, family, dtype):
 
 def test_plain_tensors_agree_with_their_page_and_are_read_in_one_piece(folder):
     model = Model(folder("llama", shards=1))
-    for part in model.plan(40_000):
+    for part in model.parts(40_000):
         assert all((segment.at - segment.offset) % PAGE == 0 for segment in part.segments)
         assert part.layer == REST or len(part.segments) == 1
         assert not part.conversions
-    whole = [part for part in model.plan(1 << 40) if part.layer != REST]
+    whole = [part for part in model.parts(1 << 40) if part.layer != REST]
     assert len(whole) == model.num_layers
 
 
@@ -214,14 +214,14 @@ def test_parts_of_a_layer_are_about_equally_large(folder):
     model = Model(folder("llama"))
     layer = sum(ref.nbytes for name, ref in model.checkpoint.tensors.items() if ".layers.0." in name)
     for bound in range(30_000, layer, 10_000):
-        sizes = [part.nbytes for part in model.plan(bound) if part.layer == 0]
+        sizes = [part.nbytes for part in model.parts(bound) if part.layer == 0]
         assert max(sizes) <= min(bound, layer / len(sizes) + 96 * 64 * 4)
 
 
 def test_experts_go_straight_into_their_places(folder):
     """[96, 64] fp32 is a multiple of a page, so the bases make all of one shard's experts agree with their page."""
     model = Model(folder("mixtral", shards=1))
-    part = next(part for part in model.plan(1 << 30) if part.layer == 0)
+    part = next(part for part in model.parts(1 << 30) if part.layer == 0)
     experts = [s for s in part.segments if s.nbytes == 96 * 64 * 4]
     assert len(experts) == 3 * 4
     assert all((segment.at - segment.offset) % PAGE == 0 for segment in experts)

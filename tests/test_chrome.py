@@ -8,13 +8,13 @@ from aspec.errors import UserError
 from aspec.observe.chrome_trace import read_trace, write_trace
 from aspec.observe.recorder import Recorder
 from aspec.observe.summary import summarise
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import measured_profile, simulate
 from tests.simulate import make_plan
 from tests.trace_rules import check_trace, load
 
-HOST = Profile(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
-DEVICE = Profile(disk_bytes_per_s=5e9, copy_bytes_per_s=20e9, layer_s=1e-3, draft_s=1e-3)
+HOST = SimCosts(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
+DEVICE = SimCosts(disk_bytes_per_s=5e9, copy_bytes_per_s=20e9, layer_s=1e-3, draft_s=1e-3)
 
 
 def recorded(profile=HOST, arrivals=((20, 40), (5, 12)), **changes):
@@ -85,7 +85,7 @@ def test_what_a_trace_shows(tmp_path):
 
 
 def test_stalls_are_marked(tmp_path):
-    timeline = recorded(Profile(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=40e-3), num_slots=3)
+    timeline = recorded(SimCosts(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=40e-3), num_slots=3)
     write_trace(tmp_path / "t.json", {"aspec": timeline})
     marks = [e for e in check_trace(load(tmp_path / "t.json"))["i"] if e["name"] == "stall"]
     assert marks
@@ -104,7 +104,7 @@ def test_two_runs_on_one_time_base(tmp_path):
 
 
 def test_a_profile_measured_from_a_run_is_the_profile_of_the_run():
-    profile = Profile(
+    profile = SimCosts(
         disk_bytes_per_s=3e9,
         layer_s=4e-3,
         layer_token_s=5e-5,

@@ -45,7 +45,7 @@ def test_json_holds_what_it_promises(pair):
         assert entry["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": len(entry["token_ids"])}
         assert entry["finish_reason"] in ("stop", "length")
         stats = entry["stats"]
-        assert stats["reused_tokens"] == 0
+        assert stats["num_cached_tokens"] == 0
         assert stats["tokens_per_pass"] == (len(entry["token_ids"]) - 1) / stats["passes"]
         assert {
             "acceptance_rate",

@@ -136,7 +136,7 @@ def test_a_device_is_measured_and_planned_for(card, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in {"ROWS": (1, 8, 64), "MATRIX_BYTES": 1 << 20, "REPEATS": 1, "CALLS": 2}.items():
         monkeypatch.setattr(gauging, name, value)  # a card's sizes take a processor minutes
-    for name, value in {"processor": HOST, "beside_reads": 1.0, "disk": 1e9}.items():
+    for name, value in {"processor": HOST, "read_contention": 1.0, "disk": 1e9}.items():
         monkeypatch.setattr(cache, f"measure_{name}", lambda *_, value=value: value)  # of test_hardware.py
     found = machine_profile(DEMO / "target", torch.float32, 1, kind=devices.KINDS["cuda"])
     assert found.name
@@ -147,7 +147,7 @@ def test_a_device_is_measured_and_planned_for(card, tmp_path, monkeypatch):
     assert len(card) == 1
     links = {"h2d_bytes_per_s": 1e9, "d2h_bytes_per_s": 1e9}
     fixed = lambda device, dtype, host, memory: replace(host, device=CARD, device_memory=memory, **links)  # noqa: E731
-    monkeypatch.setattr(cache, "gauge", fixed)
+    monkeypatch.setattr(cache, "measure_device", fixed)
     plan = design(resolve(EngineOptions(device="cuda", device_memory=24 * MIB, workload=Workload(16, 20, 40)))).plan
     assert plan.num_staging
     assert plan.num_rows > 4
@@ -309,7 +309,7 @@ def test_many_rows_at_once_draw_what_each_draws_alone(filters, monkeypatch):
 
 def test_windows_bring_every_byte_of_a_part_once():
     """Of parts larger than a window; pages of file and buffer keep agreeing."""
-    for part in Model(DEMO / "target").plan(1 << 40):
+    for part in Model(DEMO / "target").parts(1 << 40):
         brought = []
         for begin, segments in windows(part, 16 * PAGE):
             for cut in segments:
@@ -328,7 +328,7 @@ def test_tensors_on_a_device_are_aligned(tmp_path):
         folder = shifted_copy(DEMO / "target", tmp_path / str(header), header)
         model = Model(folder)
         slot = torch.empty(64 * MIB, dtype=torch.uint8)
-        for part in model.plan(1 << 20, ALIGNMENT):
+        for part in model.parts(1 << 20, ALIGNMENT):
             for binding in part.bindings:
                 assert (binding.at + part.shift) % ALIGNMENT == 0
             assert all(target.at % ALIGNMENT == 0 for one in part.conversions for target in one.targets)

@@ -370,7 +370,7 @@ async def test_streams_that_are_left_while_they_wait_leave_nothing(pair):
         _, tokens, _ = await first
         _, _, end = await last
         assert (len(tokens), end.stats.completion_tokens) == (30, 5)
-        assert end.stats.reused_tokens == 2, "it was chosen which row to follow when that row was free"
+        assert end.stats.num_cached_tokens == 2, "it was chosen which row to follow when that row was free"
         assert not engine._streams._waiting
         assert not engine._streams._admitted
         assert not engine._streams._requests

@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from aspec.errors import DeadlockError
-from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile, SimBackend
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend, SimCosts
 from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import CPU, Arrived, Closing
+from aspec.tasks.task import CPU, RequestAdded, Shutdown
 from tests.simulate import make_plan, simulate, trace_hash
 
 ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2), (5, 9, 14), (6, 30, 7)]
@@ -28,7 +28,7 @@ def test_a_fault_at_any_task_is_one_error_and_leaves_nothing(virtual, op, nth):
     resources = DEVICE_RESOURCES if op in ON_DEVICES else HOST_RESOURCES
     split = {"attention_resource": CPU, "micro_batches": 2} if op in SPLIT else {}
     plan = make_plan(num_staging=2 if op in ON_DEVICES else 0, **split)
-    backend = SimBackend(Profile(), resources, fail=(op, nth))
+    backend = SimBackend(SimCosts(), resources, fail=(op, nth))
 
     async def main():
         with pytest.raises(OSError, match="injected fault") as caught:
@@ -45,7 +45,7 @@ def test_a_cancel_at_any_instant_settles(virtual):
     whole, _, _ = virtual(lambda: simulate(make_plan(), ARRIVALS))
     end = max(span.stop_s for span in whole)
     for i in range(40):
-        backend = SimBackend(Profile())
+        backend = SimBackend(SimCosts())
 
         async def main(instant=end * (i + 0.5) / 41, backend=backend):
             run = asyncio.create_task(simulate(make_plan(), ARRIVALS, backend))
@@ -93,12 +93,12 @@ class _Stuck:
 
 def test_an_idle_engine_waits_and_a_stuck_one_is_an_error(virtual):
     async def idle():
-        executor = Executor(Scheduler(make_plan()), backend := SimBackend(Profile()))
+        executor = Executor(Scheduler(make_plan()), backend := SimBackend(SimCosts()))
         run = asyncio.create_task(executor.run())
         await asyncio.sleep(100.0)
         assert not run.done(), "no sequence: the engine waits"
-        executor.post(Arrived(0, 4, 2))
-        executor.post(Closing())
+        executor.post(RequestAdded(0, 4, 2))
+        executor.post(Shutdown())
         await run
         await backend.close()
 
@@ -106,6 +106,6 @@ def test_an_idle_engine_waits_and_a_stuck_one_is_an_error(virtual):
 
     async def stuck():
         with pytest.raises(DeadlockError, match="nothing runs"):
-            await Executor(_Stuck(), SimBackend(Profile())).run()
+            await Executor(_Stuck(), SimBackend(SimCosts())).run()
 
     virtual(stuck)

@@ -7,17 +7,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from aspec.cli import command_flags
 from aspec.cli.main import app
-from aspec.cli.main import command_flags as jobflags
 
 RECORDS = {
-    "generate": jobflags.GenerateFlags,
-    "trace": jobflags.TraceFlags,
-    "bench": jobflags.BenchFlags,
-    "chat": jobflags.ChatFlags,
-    "batch": jobflags.BatchFlags,
-    "profile": jobflags.ProfileFlags,
-    "plan": jobflags.PlanFlags,
+    "generate": command_flags.GenerateFlags,
+    "trace": command_flags.TraceFlags,
+    "bench": command_flags.BenchFlags,
+    "chat": command_flags.ChatFlags,
+    "batch": command_flags.BatchFlags,
+    "profile": command_flags.ProfileFlags,
+    "plan": command_flags.PlanFlags,
 }
 DRAWS = {"--max-new-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"}
 DRAWS |= {"--presence-penalty", "--frequency-penalty", "--seed", "--stop"}

@@ -17,12 +17,12 @@ from aspec.observe.frame import CELL_S, FIGURES, LABEL, STRIP_S, UNICODE, Frame,
 from aspec.observe.monitor import Monitor
 from aspec.observe.snapshot import LaneView, SlotState, Snapshot
 from aspec.observe.timeline import DISK, DRAFT, H2D, LANES, TARGET, merge
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
 from tests.simulate import make_plan
 
 GOLDEN = Path(__file__).parent / "golden"
-STREAMING = Profile(disk_bytes_per_s=1.8e9, copy_bytes_per_s=20e9, layer_s=10e-3, draft_s=25e-3)
+STREAMING = SimCosts(disk_bytes_per_s=1.8e9, copy_bytes_per_s=20e9, layer_s=10e-3, draft_s=25e-3)
 STALLING = replace(STREAMING, layer_s=50e-3)  # the target is slower than the disk: full slots stop the stream
 CODE = 'import os\n\n\ndef main(argv):\n    """Print the arguments, one per line."""\n    for arg in argv:\n'
 HOSTILE = (

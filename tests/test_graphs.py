@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aspec.backends.cuda_graphs import TorchCapture
-from aspec.engine.engine import allocate as assembly
+from aspec.engine import allocate as assembly
 from aspec.engine.engine import open_engine
 from aspec.errors import InternalError
 from aspec.generation.params import SamplingParams
@@ -68,7 +68,7 @@ def models(tmp_path_factory):
 def bound(folder, device="cpu"):
     model = Model(folder, dtype=torch.float32, device=device)
     model.held = []
-    for part in model.plan(1 << 30):
+    for part in model.parts(1 << 30):
         buffer = tiny.read_part(part).to(device)
         scratch = torch.empty(part.scratch_bytes, dtype=torch.uint8, device=device)
         model.bind(dataclasses.replace(part, scratch_at=0), buffer, scratch)
@@ -376,7 +376,7 @@ def on_another_device(model):
     for module in (*model._frame.modules(), *model._layers_model.modules()):
         for table in (module._buffers, module.__dict__):
             table |= {name: one.to("meta") for name, one in table.items() if isinstance(one, torch.Tensor)}
-    for part in model.plan(1 << 30):
+    for part in model.parts(1 << 30):
         buffer, scratch = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (part.size, 1 << 24))
         model.bind(dataclasses.replace(part, scratch_at=0), buffer, scratch)
     model._binder.check = lambda layer: None

@@ -7,16 +7,16 @@ import pytest
 
 from aspec.errors import InternalError
 from aspec.plan import Speculation
-from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimCosts
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
-from aspec.tasks.rows import Seats
+from aspec.tasks.rows import RowTable
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Started
+from aspec.tasks.task import RequestAdded, Started
 from tests.simulate import make_plan, simulate
 
 JOB = [(number, 5 + 13 * number % 90, 8 + 7 * number % 30) for number in range(24)]
-LINK_BOUND = Profile(disk_bytes_per_s=4e7, layer_s=5e-3, layer_token_s=1e-5, draft_s=0.1, acceptance=0.85)
+LINK_BOUND = SimCosts(disk_bytes_per_s=4e7, layer_s=5e-3, layer_token_s=1e-5, draft_s=0.1, acceptance=0.85)
 
 
 def overlap(first, second):
@@ -49,7 +49,7 @@ def test_a_job_is_served_whatever_the_groups(virtual, speculation, groups, resou
 @pytest.mark.parametrize("speculation", [Speculation.CHAIN, Speculation.TREE])
 def test_the_draft_works_for_one_group_while_another_is_verified(virtual, speculation):
     """A pass of 2 s and drafts of 0.5 s on a lane of their own."""
-    profile = Profile(disk_bytes_per_s=1e12, layer_s=0.5, layer_token_s=1e-4, draft_s=0.1, acceptance=0.85)
+    profile = SimCosts(disk_bytes_per_s=1e12, layer_s=0.5, layer_token_s=1e-4, draft_s=0.1, acceptance=0.85)
     hidden = {}
     for groups in (1, 2):
         plan = make_plan(
@@ -73,7 +73,7 @@ def test_the_draft_works_for_one_group_while_another_is_verified(virtual, specul
 
 def test_passes_of_groups_follow_one_another_without_a_gap(virtual):
     """Compute-bound: the next group's pass is ready when one has ended."""
-    profile = Profile(disk_bytes_per_s=1e12, layer_s=0.1, draft_s=0.01, acceptance=0.85)
+    profile = SimCosts(disk_bytes_per_s=1e12, layer_s=0.1, draft_s=0.01, acceptance=0.85)
     plan = make_plan(num_rows=4, num_groups=2, draft_resource="draft", num_staging=2)
     arrivals = [(number, 10, 60) for number in range(4)]
     spans, _, _ = virtual(lambda: simulate(plan, arrivals, profile=profile, resources=DEVICE_RESOURCES))
@@ -97,26 +97,26 @@ def test_who_waits_takes_a_place_in_the_midst_of_the_job(virtual):
 def test_arrivals_that_come_together_share_the_first_pass():
     scheduler = Scheduler(make_plan())
     scheduler.handle([Started()])
-    tasks = scheduler.handle([Arrived(0, 10, 5), Arrived(1, 12, 5)])
+    tasks = scheduler.handle([RequestAdded(0, 10, 5), RequestAdded(1, 12, 5)])
     assert {row for task in tasks if task.op is Op.EMBED for row in task.item.rows} == {0, 1}
 
 
 def test_groups_share_what_there_is():
-    seats = Seats(num_rows=8, num_groups=2)
+    rows = RowTable(num_rows=8, num_groups=2)
     for number in range(5):
-        seats.arrive(Arrived(number, 4, 4))
-    assert [seating.row for seating in seats.reseat(0)] == [0, 2, 4]
-    assert [seating.row for seating in seats.reseat(1)] == [1, 3]
+        rows.arrive(RequestAdded(number, 4, 4))
+    assert [seating.row for seating in rows.reseat(0)] == [0, 2, 4]
+    assert [seating.row for seating in rows.reseat(1)] == [1, 3]
 
 
 def test_prompts_beyond_what_a_pass_takes_wait_and_a_longer_one_joins_alone():
-    seats = Seats(num_rows=8, most_prompt_tokens=100)
+    rows = RowTable(num_rows=8, most_prompt_tokens=100)
     for number, tokens in enumerate((60, 40, 10, 500, 7)):
-        seats.arrive(Arrived(number, tokens, 4))
-    assert [seating.sequence for seating in seats.reseat()] == [0, 1]
-    assert [seating.sequence for seating in seats.reseat()] == [2]
-    assert [seating.sequence for seating in seats.reseat()] == [3]
-    assert [seating.sequence for seating in seats.reseat()] == [4]
+        rows.arrive(RequestAdded(number, tokens, 4))
+    assert [seating.sequence for seating in rows.reseat()] == [0, 1]
+    assert [seating.sequence for seating in rows.reseat()] == [2]
+    assert [seating.sequence for seating in rows.reseat()] == [3]
+    assert [seating.sequence for seating in rows.reseat()] == [4]
 
 
 def test_more_groups_than_rows_cannot_be():

@@ -132,7 +132,7 @@ def measured(monkeypatch):
     counter = Measurements()
     monkeypatch.setattr(kept, "measure_processor", counter.processor)
     monkeypatch.setattr(kept, "measure_disk", counter.disk)
-    monkeypatch.setattr(kept, "measure_beside_reads", lambda *_: 1.02)
+    monkeypatch.setattr(kept, "measure_read_contention", lambda *_: 1.02)
     return counter
 
 
@@ -144,7 +144,7 @@ def test_a_machine_is_measured_once_and_by_threads_and_dtype(measured, tmp_path)
     first = profile(tmp_path)
     assert profile(tmp_path) == first
     assert (measured.machines, measured.disks) == (1, 1)
-    assert first.beside_reads == 1.02
+    assert first.read_contention == 1.02
     assert profile(tmp_path, threads=2).threads == 2
     profile(tmp_path, dtype=torch.float32)
     assert (measured.machines, measured.disks) == (3, 1)

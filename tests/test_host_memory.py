@@ -11,7 +11,7 @@ import pytest
 from aspec.io import host_memory
 from aspec.io.host_memory import available_bytes, total_bytes
 from aspec.options import EngineOptions
-from aspec.planning.workload import footprint as needs
+from aspec.planning import footprint as needs
 from aspec.profiling import cpu_profiler as measuring
 
 MIB = 1 << 20

@@ -8,19 +8,20 @@ from functools import cache
 import pytest
 from typer.testing import CliRunner
 
-from aspec.cli.command_flags import BatchFlags
-from aspec.cli.flags import GenerateFlags
-from aspec.cli.main import app, batch
-from aspec.cli.main import generate as generation
+from aspec.cli import batch
+from aspec.cli import generate as generation
+from aspec.cli.command_flags import BatchFlags, GenerateFlags
+from aspec.cli.main import app
 from aspec.observe.console import Console
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Workload
-from aspec.planning.footprint import folders, read_models, wishes_of
-from aspec.planning.sim_backend import Profile, SimBackend
+from aspec.planning.footprint import read_models, request_for
+from aspec.planning.resolve import resolve, revise
+from aspec.planning.sim_backend import SimBackend, SimCosts
 from aspec.planning.simulation import fitted_spread, simulate
-from aspec.planning.workload import Machine, forecast_for, this_machine
+from aspec.planning.workload import CostBasis, forecast_for, measured_basis
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor
-from aspec.profiling.profile_cache import Known, remember_acceptance
+from aspec.profiling.profile_cache import AcceptanceStats, remember_acceptance
 from aspec.serving.batch_input import BatchFile
 from aspec.serving.openai_requests import COMPLETION
 from aspec.tasks.task import CPU
@@ -42,7 +43,7 @@ PROCESSOR = Processor(
     attention=ATTENTION,
     exact_attention=ATTENTION,
 )
-HOST = Hardware(name="host", disk_bytes_per_s=1e9, cpu=PROCESSOR, beside_reads=1.1)
+HOST = Hardware(name="host", disk_bytes_per_s=1e9, cpu=PROCESSOR, read_contention=1.1)
 CARD = replace(HOST, name="card", h2d_bytes_per_s=25e9, d2h_bytes_per_s=20e9, device=replace(PROCESSOR, layer_s=1e-4))
 WORK = Workload(4, 60, 24)
 MIB = 1 << 20
@@ -61,15 +62,13 @@ PLANS["tree, attention on the CPU"] = PLANS["tree"] | PLANS["attention on the CP
 
 @cache
 def demo():
-    options = EngineOptions(device="cpu")
-    return options, read_models(options, outlined=True)
+    return read_models(resolve(EngineOptions(device="cpu")), outlined=True)
 
 
 def forecast(kind, hardware=HOST, known=None, work=WORK, exact=True):
     """Tokens per second of one of the plans."""
-    options, models = demo()
-    wishes = replace(wishes_of(options, models), exact=exact)
-    forecaster = forecast_for(options, models, wishes, Machine(hardware, known or Known()), work)
+    request = replace(request_for(demo()), exact=exact)
+    forecaster = forecast_for(demo(), request, CostBasis(hardware, known or AcceptanceStats()), work)
     plan = make_plan(**SHAPE | PLANS[kind])
     if hardware.device is not None:
         plan = replace(plan, num_staging=2, draft_resource="draft")
@@ -159,27 +158,26 @@ def test_exact_steps_cost_what_blocks_cost(kind):
 
 @pytest.mark.parametrize("kind", ["chain", "tree"])
 def test_proposals_that_are_accepted_make_plans_faster(kind):
-    rates = [forecast(kind, known=Known(acceptance, 0.3)) for acceptance in (0.3, 0.6, 0.9)]
+    rates = [forecast(kind, known=AcceptanceStats(acceptance, 0.3)) for acceptance in (0.3, 0.6, 0.9)]
     assert rates[0] < rates[1] < rates[2]
-    assert forecast("off", known=Known(0.3)) == forecast("off", known=Known(0.9))
+    assert forecast("off", known=AcceptanceStats(0.3)) == forecast("off", known=AcceptanceStats(0.9))
 
 
 def test_second_choices_are_worth_something_to_trees_alone():
     for kind in ("chain", "tree"):
-        few, many = (forecast(kind, known=Known(0.6, spread)) for spread in (0.05, 0.5))
+        few, many = (forecast(kind, known=AcceptanceStats(0.6, spread)) for spread in (0.05, 0.5))
         assert few < 0.97 * many if kind == "tree" else few == many
 
 
 def test_reads_slow_what_computes_beside_them():
     busy = replace(HOST, disk_bytes_per_s=3e9)  # reads hardly rest
-    assert forecast("streaming", replace(busy, beside_reads=3.0)) < 0.97 * forecast("streaming", busy)
+    assert forecast("streaming", replace(busy, read_contention=3.0)) < 0.97 * forecast("streaming", busy)
 
 
 def test_a_bound_lets_attention_of_its_own_lane_run_beside_the_rest():
-    options, models = demo()
-    wishes = replace(wishes_of(options, models), exact=True)
+    request = replace(request_for(demo()), exact=True)
     dear = dearer(CARD, exact_attention=attention(call_s=1e-3))
-    forecaster = forecast_for(options, models, wishes, Machine(dear, Known()), WORK)
+    forecaster = forecast_for(demo(), request, CostBasis(dear, AcceptanceStats()), WORK)
     plan = make_plan(**SHAPE | PLANS["attention on the CPU"], num_staging=2, draft_resource="draft")
     assert forecaster.least_s(plan) <= forecaster(plan).job_s
 
@@ -188,12 +186,12 @@ def test_a_bound_lets_attention_of_its_own_lane_run_beside_the_rest():
 def test_what_is_known_of_sampled_text_is_read_for_sampled_work(sampled, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("aspec.planning.workload.machine_profile", lambda *_, **__: HOST)
-    options, models = demo()
-    pair = folders(options)
+    models = demo()
+    pair = models.resolved.target, models.resolved.draft
     remember_acceptance(*pair, 0.9, proposals=100, sampled=False)
     remember_acceptance(*pair, 0.4, proposals=100, sampled=True)
-    machine = this_machine(replace(options, workload=replace(WORK, sampled=sampled)), models)
-    assert machine.known.acceptance == (0.4 if sampled else 0.9)
+    asked = replace(models, resolved=revise(models.resolved, workload=replace(WORK, sampled=sampled)))
+    assert measured_basis(asked).known.acceptance == (0.4 if sampled else 0.9)
 
 
 # -- what a request says ---------------------------------------------------------------------------------------
@@ -211,7 +209,7 @@ SAYS_SO = {"do_sample": True}
 def test_prompts_say_whether_they_are_sampled(temperature, defaults, sampled, monkeypatch):
     monkeypatch.setattr("aspec.cli.generate.generation_defaults", lambda _: defaults)
     job = generation.prepare(GenerateFlags(temperature=temperature, **OPEN), ["a"] * 9, Console(quiet=True))
-    assert job.options.workload.sampled == sampled
+    assert job.resolved.options.workload.sampled == sampled
 
 
 @pytest.mark.parametrize("bodies", [[{}], [{}, {"temperature": 0.5}]])
@@ -225,7 +223,7 @@ def test_one_sampled_row_makes_a_file_sampled(bodies, tmp_path):
     flags = BatchFlags(input=source, output=tmp_path / "out.jsonl", **OPEN)
     with BatchFile(source) as file:
         job = batch.prepare(flags, file, Console(quiet=True))
-    assert job.options.workload.sampled == (len(bodies) > 1)
+    assert job.resolved.options.workload.sampled == (len(bodies) > 1)
 
 
 def test_a_plan_is_made_for_the_temperature_that_is_named(tmp_path):
@@ -247,7 +245,7 @@ def test_a_plan_is_made_for_the_temperature_that_is_named(tmp_path):
 
 def test_a_spread_is_found_again_from_the_tokens_per_pass_of_trees():
     plan = make_plan(**SHAPE | PLANS["tree"] | {"max_draft_tokens": 24, "fixed_draft_tokens": 24, "capacity": 512})
-    profile, outcomes = Profile(acceptance=0.7, spread=0.4), []
+    profile, outcomes = SimCosts(acceptance=0.7, spread=0.4), []
     simulate(plan, profile, [(2, 300)] * 4, [lambda span: outcomes.extend(span.outcomes)])
     per_pass = sum(outcome.num_new for outcome in outcomes[4:]) / len(outcomes[4:])
     assert fitted_spread(plan, replace(profile, spread=0.1), per_pass) == pytest.approx(0.4, abs=0.05)
@@ -255,7 +253,7 @@ def test_a_spread_is_found_again_from_the_tokens_per_pass_of_trees():
 
 def test_a_simulated_draft_is_right_about_how_sure_it_is():
     """As often as it says over many positions, and at those where it says so; the mean is the acceptance."""
-    machine = SimBackend(Profile(acceptance=0.7, seed=5))
+    machine = SimBackend(SimCosts(acceptance=0.7, seed=5))
     said = [(math.exp(machine._log_scores(1, n)[0]), machine._rank(1, n) == 0) for n in range(20_000)]
     assert sum(chance for chance, _ in said) / len(said) == pytest.approx(0.7, abs=0.01)
     assert sum(hit for _, hit in said) / len(said) == pytest.approx(0.7, abs=0.01)
@@ -263,4 +261,4 @@ def test_a_simulated_draft_is_right_about_how_sure_it_is():
         own = [(chance, hit) for chance, hit in said if low <= chance < low + 0.2]
         assert sum(hit for _, hit in own) == pytest.approx(sum(chance for chance, _ in own), rel=0.1)
     for sure in (0.0, 1.0):
-        assert SimBackend(Profile(acceptance=sure))._log_scores(1, 1)[0] == (0.0 if sure else -math.inf)
+        assert SimBackend(SimCosts(acceptance=sure))._log_scores(1, 1)[0] == (0.0 if sure else -math.inf)

@@ -13,9 +13,10 @@ from aspec.backends.cpu import CpuBackend
 from aspec.backends.event_lane import EventLane
 from aspec.backends.streams import StreamBackend
 from aspec.backends.thread_lane import ThreadLane
-from aspec.engine.engine import allocate as assembly
-from aspec.engine.engine import engine, open_engine
-from aspec.engine.engine import load as loading
+from aspec.engine import allocate as assembly
+from aspec.engine import engine
+from aspec.engine import load as loading
+from aspec.engine.engine import open_engine
 from aspec.engine.model_runner import ModelRunner
 from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError
 from aspec.generation.params import SamplingParams
@@ -26,8 +27,8 @@ from aspec.io.disk import DiskLane
 from aspec.io.loop_mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.models.model import Model
-from aspec.tasks.rows import Seats
-from aspec.tasks.task import Arrived, Completion, Op
+from aspec.tasks.rows import RowTable
+from aspec.tasks.task import Completion, Op, RequestAdded
 from tests import tiny
 from tests.fake_device import EagerDevice
 from tests.test_disk import Seg
@@ -419,9 +420,9 @@ async def test_a_lane_that_does_not_close_keeps_no_other_from_it(kind, monkeypat
 
 
 def test_seats_tell_those_that_will_not_get_a_row():
-    seats = Seats(num_rows=1)
+    seats = RowTable(num_rows=1)
     for sequence in range(3):
-        seats.arrive(Arrived(sequence, 4, 4))
+        seats.arrive(RequestAdded(sequence, 4, 4))
     seats.reseat()
     assert seats.cancel(0) == [], "it sits in a row"
     assert seats.cancel(2) == [2]
@@ -489,13 +490,13 @@ async def test_a_bad_row_fails_alone(pair, shape, params, monkeypatch):
 async def test_a_bad_request_is_an_answer_of_its_own(pair, monkeypatch):
     """What a batch file gets: an error for that row."""
     from aspec.cli.batch import _code_of
-    from aspec.serving.dispatch import Asked, answer
+    from aspec.serving.dispatch import PreparedRequest, answer
     from aspec.serving.openai_requests import COMPLETION, Request
 
     real = Model.head
     monkeypatch.setattr(Model, "head", lambda self, *args: real(self, *args) * float("nan"))
     async with open_engine(target=pair[0], **SMALL) as opened:
-        one = Asked("1", Request(COMPLETION, "x", {}), [1, 2], SamplingParams(max_new_tokens=3))
+        one = PreparedRequest("1", Request(COMPLETION, "x", {}), [1, 2], SamplingParams(max_new_tokens=3))
         outcome = await answer(opened, one, asyncio.get_running_loop().create_future())
     assert isinstance(outcome, NumericError)
     assert _code_of(outcome) == "numeric_error"

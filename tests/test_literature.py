@@ -22,10 +22,10 @@ from statistics import mean
 import pytest
 
 from aspec.plan import PlannedPart, Tier
-from aspec.planning.forecast import Tally
-from aspec.planning.sim_backend import Profile
+from aspec.planning.forecast import ThroughputMeter
+from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
-from aspec.profiling.cost_tables import Attention, LayerCost, Line, ModelCost, Tariff
+from aspec.profiling.cost_tables import Attention, CostTable, LayerCost, ModelCost, PiecewiseLinear
 from aspec.tasks.op import Op
 from aspec.tasks.task import CPU, DRAFT_COMPUTE
 from tests.simulate import plan_of
@@ -35,12 +35,12 @@ FFN_BYTES, ATTENTION_BYTES = 2_818_600_000, 83_900_000  # of a layer
 KV_BYTES = 131_072 // LAYERS  # of a token in a layer
 DRAFT_BYTES = 14_500_000_000  # of Mistral-7B
 ACTIVE = 2 / 8  # experts of a token
-NOTHING = Line(((1, 0.0),))
+NOTHING = PiecewiseLinear(((1, 0.0),))
 
 
 def proportional(seconds_each):
     """Seconds in proportion to a count."""
-    return Line(((0, 0.0), (1, seconds_each)))
+    return PiecewiseLinear(((0, 0.0), (1, seconds_each)))
 
 
 def streamed_from_host(layers, nbytes, **shape):
@@ -70,7 +70,7 @@ def moe_off(micro_batches=2):
     target = ModelCost(
         (layer,) * LAYERS, proportional(OTHER_S / 2 / tokens), proportional(OTHER_S / 2 / tokens), draw_s=0.0
     )
-    draft = ModelCost((), NOTHING, Line(((1, DRAFT_S / PROPOSED),)), draw_s=0.0)
+    draft = ModelCost((), NOTHING, PiecewiseLinear(((1, DRAFT_S / PROPOSED),)), draw_s=0.0)
     plan = streamed_from_host(
         range(LAYERS),
         FFN_BYTES + ATTENTION_BYTES,
@@ -82,7 +82,7 @@ def moe_off(micro_batches=2):
         micro_batches=micro_batches,
     )
     spans = []
-    profile = Profile(copy_bytes_per_s=A30_LINK, tariff=Tariff(target, draft))
+    profile = SimCosts(copy_bytes_per_s=A30_LINK, cost_table=CostTable(target, draft))
     simulate(plan, profile, [(PROMPT, NEW)] * MOE_ROWS, [spans.append])
     passes = {}
     for span in spans:
@@ -142,7 +142,7 @@ def offload(*, candidates=CANDIDATES, groups=2, batch=BATCH / 2, context=CONTEXT
     attention_s, experts_s, step_s = offload_seconds(candidates, batch, context)
     merged = LAYERS // blocks
     attends = LayerCost(NOTHING, NOTHING, Attention(row_s=merged * attention_s / ROWS))
-    computes = LayerCost(NOTHING, Line(((1, merged * experts_s),)), Attention())
+    computes = LayerCost(NOTHING, PiecewiseLinear(((1, merged * experts_s),)), Attention())
     target = ModelCost((attends, computes) * blocks, NOTHING, NOTHING, draw_s=0.0)
     step = LayerCost(NOTHING, NOTHING, Attention(row_s=step_s / ROWS))
     draft = ModelCost((step,), NOTHING, NOTHING, draw_s=0.0)
@@ -155,8 +155,10 @@ def offload(*, candidates=CANDIDATES, groups=2, batch=BATCH / 2, context=CONTEXT
         max_draft_tokens=candidates,
         fixed_draft_tokens=candidates,
     )
-    profile = Profile(copy_bytes_per_s=PCIE_3, acceptance=ACCEPTANCE, tariff=Tariff(target, draft, accept_s=0.0))
-    tally = Tally(plan.num_rows)
+    profile = SimCosts(
+        copy_bytes_per_s=PCIE_3, acceptance=ACCEPTANCE, cost_table=CostTable(target, draft, accept_s=0.0)
+    )
+    tally = ThroughputMeter(plan.num_rows)
     simulate(plan, profile, [(2, 100)] * plan.num_rows, [tally])
     return batch / ROWS * tally.tokens_per_s
 

@@ -219,7 +219,7 @@ def test_a_layer_without_weights_fails_loudly(folder):
 
 def test_scratch_and_buffers_that_are_too_small_are_refused(folder):
     model = Model(folder("llama"), dtype=torch.bfloat16)
-    part = model.plan(1 << 20)[1]
+    part = model.parts(1 << 20)[1]
     buffer = tiny.read_part(part)
     with pytest.raises(InternalError, match="scratch, was given none"):
         model.bind(part, buffer)

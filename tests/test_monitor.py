@@ -5,12 +5,12 @@ from itertools import accumulate, pairwise
 from aspec.observe.console import Console, progress_line
 from aspec.observe.monitor import Monitor
 from aspec.observe.snapshot import SlotState
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
 from aspec.tasks.op import Op
 from tests.simulate import make_plan
 
-PROFILE = Profile(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
+PROFILE = SimCosts(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
 
 
 def watched(plan, arrivals, profile=PROFILE):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspec.options import EngineOptions
-from aspec.planning.footprint import read_models, wishes_of
+from aspec.planning.footprint import read_models, request_for
+from aspec.planning.resolve import resolve
 from aspec.speculation.ngram_index import WINDOW, NgramIndex, index_bytes, merge_into
 from aspec.speculation.tree import Tree
 
@@ -127,7 +128,7 @@ def test_continuations_merge_into_a_tree_and_share_prefixes():
     proposal = tree.proposal()
     assert proposal.tokens == (3, 4, 8, 9)
     assert proposal.parents == (-1, 0, 1, 1)
-    assert proposal.offered == (None,) * 4
+    assert proposal.draft_score == (None,) * 4
     assert proposal.follow([3, 4, 8, 1, 1]) == ([0, 1, 2], [3, 4, 8, 1])
 
 
@@ -146,6 +147,6 @@ def test_an_index_takes_memory_for_the_text_it_holds_and_no_more_than_the_plan_c
 @pytest.mark.parametrize(("speculation", "counted"), [("tree", True), ("chain", False), ("off", False)])
 def test_a_plan_counts_the_indexes_where_they_are_used(speculation, counted):
     options = EngineOptions(speculation=speculation, max_batch=3, max_context=100)
-    models = read_models(options)
-    needs = models.needs(wishes_of(options, models))
+    models = read_models(resolve(options))
+    needs = models.footprint(request_for(models))
     assert needs.fixed.get("n-gram index", 0) == (3 * index_bytes(100) if counted else 0)

@@ -18,7 +18,7 @@ from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.models.attention import attend
 from aspec.models.kv_cache import KVCache, MaskKind, StepCache
 from aspec.models.model import Model
-from aspec.models.split_layer import depart, project
+from aspec.models.split_layer import project, to_host
 from aspec.observe.chrome_trace import read_trace, write_trace
 from aspec.observe.recorder import Recorder
 from aspec.observe.timeline import length, merge, shared
@@ -28,14 +28,14 @@ from aspec.planning.footprint import read_models, request_for
 from aspec.planning.forecast import coarse
 from aspec.planning.placement import make_plan as plan_from
 from aspec.planning.resolve import resolve
-from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile
+from aspec.planning.sim_backend import DEVICE_RESOURCES, SimCosts
 from aspec.planning.simulation import measured_profile
 from aspec.planning.workload import search_space
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
-from aspec.tasks.task import BACK, COMPUTE, CPU, D2H, LayerWork, Span, Task, WorkItem
+from aspec.tasks.task import COMPUTE, CPU, D2H, H2D_RESULTS, LayerWork, Span, Task, WorkItem
 from tests import tiny
 from tests.fake_device import EagerDevice
 from tests.simulate import asking, make_plan, simulate
@@ -44,7 +44,7 @@ from tests.test_split import DTYPES, SHAPES, busy, run, run_attention, say, spli
 from tests.trace_rules import check_trace, load
 
 LATENT = ("deepseek_v2", "deepseek_v3")  # they keep something else on the device than what they attend to
-STAGES = {Op.PROJECT: COMPUTE, Op.SEND: D2H, Op.ATTEND: CPU, Op.RETURN: BACK, Op.FFN: COMPUTE}
+STAGES = {Op.PROJECT: COMPUTE, Op.SEND: D2H, Op.ATTEND: CPU, Op.RETURN: H2D_RESULTS, Op.FFN: COMPUTE}
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +247,7 @@ def test_what_the_host_cannot_keep_is_refused():
     hidden, layer = torch.randn(1, 3, 8), Converting()
     split_there = project(lambda: layer(hidden, step), hidden)
     with pytest.raises(InternalError, match="other keys and values than can be kept"):
-        depart(split_there, step, 0, MaskKind(), stores=True)
+        to_host(split_there, step, 0, MaskKind(), stores=True)
 
 
 def test_a_family_that_attends_twice_is_refused_with_what_to_do(tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_family_that_attends_twice_is_refused_with_what_to_do(tmp_path, monkey
 # -- the schedule ------------------------------------------------------------------------------------------
 
 ARRIVALS = ((0, 20, 16), (1, 150, 16), (2, 9, 12), (3, 30, 9))
-LINK = Profile(disk_bytes_per_s=1e12, copy_bytes_per_s=25e9, d2h_bytes_per_s=20e9)
+LINK = SimCosts(disk_bytes_per_s=1e12, copy_bytes_per_s=25e9, d2h_bytes_per_s=20e9)
 OUT, BACKWARD = 20_480, 16_384  # bytes of a token: 64 query heads and 8 of keys of 128, bf16
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from tests.test_chrome import recorded
 from tools import picture
 
@@ -15,7 +15,7 @@ def test_the_stored_dashboard_is_drawn_again_to_the_byte():
 
 
 def test_the_lanes_of_a_trace():
-    timeline = recorded(Profile(copy_bytes_per_s=20e9, layer_s=1e-3))
+    timeline = recorded(SimCosts(copy_bytes_per_s=20e9, layer_s=1e-3))
     svg = picture.lanes_svg(timeline, timeline.start_s, 0.2)
     ElementTree.fromstring(svg)
     for word in ("rounds", "disk", "h2d", "target", "draft", "round 1", "-bound"):

@@ -9,16 +9,16 @@ import torch
 
 from aspec.models.model import Model
 from aspec.plan import Speculation
-from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile, SimBackend
+from aspec.planning.sim_backend import DEVICE_RESOURCES, SimBackend, SimCosts
 from aspec.planning.simulation import fitted_acceptance
 from aspec.planning.simulation import simulate as run_simulation
-from aspec.profiling.cost_tables import Attention, Line, Tariff
+from aspec.profiling.cost_tables import Attention, CostTable, PiecewiseLinear
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor
 from aspec.profiling.model_shape import LayerShape, ModelShape, shape_of, touched_experts
 from aspec.profiling.roofline import ACCEPTANCE, model_cost, prices, weight_seconds
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.op import Op
-from aspec.tasks.task import COMPUTE, CPU, DraftStep, Growth, LayerWork, RowAssignment, RowChanges, Task, WorkItem
+from aspec.tasks.task import COMPUTE, CPU, DraftStep, LayerWork, RowAssignment, RowChanges, Task, TreeLevel, WorkItem
 from tests import tiny
 from tests.simulate import make_plan, simulate
 
@@ -34,7 +34,7 @@ MEASURED = Processor(
     attention=AttentionRates(6e-5, 1e-6, 4e-10, 2e-9, 2e-11),
     exact_attention=AttentionRates(1e-5, 1e-4, 5e-10, 2e-9, 2e-11, 3e-8),
 )
-HERE = Hardware(name="here", disk_bytes_per_s=1e9, cpu=MEASURED, beside_reads=1.1)
+HERE = Hardware(name="here", disk_bytes_per_s=1e9, cpu=MEASURED, read_contention=1.1)
 CARD = Hardware(
     name="card",
     disk_bytes_per_s=7e9,
@@ -68,17 +68,17 @@ def payload_of(op, slots=(), **changes):
 
 
 def test_a_line_is_exact_at_its_points_and_straight_between():
-    line = Line(((1, 3.3e-3), (16, 4.7e-3), (64, 0.1)))
+    line = PiecewiseLinear(((1, 3.3e-3), (16, 4.7e-3), (64, 0.1)))
     for count, seconds in line.points:
         assert line.at(count) == seconds
     assert line.at(0.5) == 3.3e-3
     assert line.at(40) == pytest.approx((4.7e-3 + 0.1) / 2)
     assert line.at(112) == pytest.approx(0.1 + (0.1 - 4.7e-3))  # the last piece goes on
-    assert Line(((5, 2.0),)).at(99) == 2.0
+    assert PiecewiseLinear(((5, 2.0),)).at(99) == 2.0
 
 
 def test_a_line_of_blocks_has_stairs():
-    line = Line(((64, 1.0), (128, 2.5)), block=64)
+    line = PiecewiseLinear(((64, 1.0), (128, 2.5)), block=64)
     assert [line.at(count) for count in (1, 64, 65, 128, 129)] == [1.0, 1.0, 2.5, 2.5, 4.0]
     assert replace(line, each_s=0.5).at(65) == 2.5 + 0.5 * 65
 
@@ -86,7 +86,7 @@ def test_a_line_of_blocks_has_stairs():
 @pytest.mark.parametrize("points", [(), ((2, 1.0), (1, 2.0)), ((1, 1.0), (1, 2.0))])
 def test_a_line_without_order_is_refused(points):
     with pytest.raises(ValueError, match="ascending"):
-        Line(points)
+        PiecewiseLinear(points)
 
 
 # -- monotone ------------------------------------------------------------------------------------------------
@@ -96,11 +96,13 @@ def test_a_line_without_order_is_refused(points):
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("layer", [DENSE, SPARSE], ids=["dense", "experts"])
 def test_prices_never_fall_with_tokens_or_context(hardware, exact, layer):
-    tariff = prices(model(layer), model(DENSE), hardware, exact=exact).tariff
+    cost_table = prices(model(layer), model(DENSE), hardware, exact=exact).cost_table
     for op in (Op.LAYER, Op.PROJECT, Op.ATTEND, Op.FFN, Op.HEAD, Op.EMBED, Op.DRAFT, Op.DRAFT_PREFILL):
-        by_tokens = [tariff.seconds(task(op, item(count=count))) for count in (*range(1, 140), 200, 300, 1000, 3000)]
-        by_context = [tariff.seconds(task(op, item(start=start))) for start in range(0, 4000, 50)]
-        by_rows = [tariff.seconds(task(op, item(rows))) for rows in range(1, 40)]
+        by_tokens = [
+            cost_table.seconds(task(op, item(count=count))) for count in (*range(1, 140), 200, 300, 1000, 3000)
+        ]
+        by_context = [cost_table.seconds(task(op, item(start=start))) for start in range(0, 4000, 50)]
+        by_rows = [cost_table.seconds(task(op, item(rows))) for rows in range(1, 40)]
         for seconds in (by_tokens, by_context, by_rows):
             assert all(a <= b + 1e-15 for a, b in pairwise(seconds)), op
             assert seconds[0] > 0
@@ -110,13 +112,14 @@ def test_prices_never_fall_with_tokens_or_context(hardware, exact, layer):
 
 def test_a_layer_is_the_sum_of_its_three():
     for cpu_attention in (False, True):
-        tariff = prices(model(), None, CARD, cpu_attention=cpu_attention).tariff
+        cost_table = prices(model(), None, CARD, cpu_attention=cpu_attention).cost_table
         for work in (item(), item(3, 500, 7), item(1, 0, 300, prefill=True)):
             whole, *thirds = (
-                tariff.seconds(task(op, work)) - tariff.task_s for op in (Op.LAYER, Op.PROJECT, Op.ATTEND, Op.FFN)
+                cost_table.seconds(task(op, work)) - cost_table.task_s
+                for op in (Op.LAYER, Op.PROJECT, Op.ATTEND, Op.FFN)
             )
             assert whole == pytest.approx(sum(thirds))
-    flat = SimBackend(Profile(layer_s=5e-3, layer_token_s=1e-4))
+    flat = SimBackend(SimCosts(layer_s=5e-3, layer_token_s=1e-4))
     pieces = sum(flat.price(task(op, item())) for op in (Op.PROJECT, Op.ATTEND, Op.FFN))
     assert pieces == pytest.approx(flat.price(task(Op.LAYER, item())))
     assert flat.price(task(Op.PROJECT, item())) == pytest.approx(5.1e-3 / 4)
@@ -127,12 +130,12 @@ def test_attention_on_the_host_is_the_cpus_and_the_way_there_is_the_links():
     card = replace(CARD, d2h_bytes_per_s=20e9)
     on_device, on_host = (prices(model(), None, card, cpu_attention=c) for c in (False, True))
     work = task(Op.ATTEND, item(4, 2000, 8))
-    assert on_host.tariff.seconds(work) > on_device.tariff.seconds(work)
-    assert on_host.tariff.seconds(work) == prices(model(), None, HERE).tariff.seconds(work)
+    assert on_host.cost_table.seconds(work) > on_device.cost_table.seconds(work)
+    assert on_host.cost_table.seconds(work) == prices(model(), None, HERE).cost_table.seconds(work)
     machine = SimBackend(on_host, DEVICE_RESOURCES)
     out, back = (task(op, item(4, 2000, 8), nbytes=10_000_000) for op in (Op.SEND, Op.RETURN))
-    assert machine.price(out) == pytest.approx(on_host.tariff.task_s + 1e7 / 20e9)
-    assert machine.price(back) == pytest.approx(on_host.tariff.task_s + 1e7 / 25e9)
+    assert machine.price(out) == pytest.approx(on_host.cost_table.task_s + 1e7 / 20e9)
+    assert machine.price(back) == pytest.approx(on_host.cost_table.task_s + 1e7 / 25e9)
     assert SimBackend(replace(on_host, d2h_bytes_per_s=None)).price(out) == machine.price(back), "one way as the other"
 
 
@@ -151,7 +154,7 @@ def test_exact_rows_attend_over_their_own_keys_and_the_others_over_the_longest()
 def test_products_count_padding():
     ragged = WorkItem(0, (0, 1, 2), (5, 5, 5), (1, 9, 2))
     assert ragged.padded_tokens == 27
-    layer = prices(model(), None, HERE).tariff.target.layers[0]
+    layer = prices(model(), None, HERE).cost_table.target.layers[0]
     assert layer.rest.at(27) > layer.rest.at(ragged.num_tokens)
 
 
@@ -169,20 +172,20 @@ def test_a_table_is_read_off_and_without_one_the_slower_of_two_counts():
 
 
 def test_the_draw_and_the_head_are_paid_by_row():
-    tariff = prices(model(), None, HERE, sampled=True).tariff
-    quiet = prices(model(), None, HERE).tariff
-    assert tariff.target.draw_s > quiet.target.draw_s > 0
+    cost_table = prices(model(), None, HERE, sampled=True).cost_table
+    quiet = prices(model(), None, HERE).cost_table
+    assert cost_table.target.draw_s > quiet.target.draw_s > 0
     chunk, decode = item(2, 0, 50, prefill=True), item(2, 100, 50)
     assert quiet.seconds(task(Op.HEAD, chunk)) < quiet.seconds(task(Op.HEAD, decode))
 
 
 def test_converting_is_paid_once_a_pass_where_parts_stream():
-    tariff = prices(model(replace(DENSE, convert_bytes=88 << 20)), None, HERE).tariff
-    plain = tariff.seconds(task(Op.LAYER, item()))
-    streamed = tariff.seconds(task(Op.LAYER, item(), slots=((0, 0),)))
+    cost_table = prices(model(replace(DENSE, convert_bytes=88 << 20)), None, HERE).cost_table
+    plain = cost_table.seconds(task(Op.LAYER, item()))
+    streamed = cost_table.seconds(task(Op.LAYER, item(), slots=((0, 0),)))
     assert streamed - plain == pytest.approx((88 << 20) / MEASURED.copy_rate)
     second = replace(item(), index=1)
-    assert tariff.seconds(task(Op.LAYER, second, slots=((0, 0),))) == plain
+    assert cost_table.seconds(task(Op.LAYER, second, slots=((0, 0),))) == plain
 
 
 # -- experts -------------------------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ def test_a_shape_holds_every_matrix_of_the_layers_once(family, tmp_path):
         assert (routed.experts, routed.expert_bytes) == (0, 0)
     assert routed.convert_bytes > 0  # stored in fp32
     simulated = prices(shape, shape, HERE, exact=True)
-    assert simulated.tariff.seconds(task(Op.LAYER, item())) > 0
+    assert simulated.cost_table.seconds(task(Op.LAYER, item())) > 0
 
 
 def test_projections_are_told_from_the_rest(tmp_path):
@@ -263,26 +266,26 @@ def test_the_real_scheduler_runs_on_prices(hardware):
 
 
 def test_what_computes_beside_reads_is_slower():
-    slow, fast = (prices(model(), None, replace(HERE, beside_reads=factor)) for factor in (1.5, 1.0))
+    slow, fast = (prices(model(), None, replace(HERE, read_contention=factor)) for factor in (1.5, 1.0))
     changes = dict(max_draft_tokens=0, fixed_draft_tokens=None)
     for profile, factors in ((fast, (1.0, 1.0)), (slow, (1.0, 1.5))):
         _, spans = seconds_of_run(profile, **changes)
         layers = [span for span in spans if span.task.op is Op.LAYER and not span.task.item.prefill]
-        found = [(s.stop_s - s.start_s) / profile.tariff.seconds(s.task) for s in layers]
+        found = [(s.stop_s - s.start_s) / profile.cost_table.seconds(s.task) for s in layers]
         assert all(factors[0] - 1e-6 <= ratio <= factors[1] + 1e-6 for ratio in found)
         assert max(found) == pytest.approx(factors[1])  # the disk never rests: it is the bottleneck
 
 
 def test_a_task_for_which_no_tariff_is_set_costs_what_it_did():
-    flat = Profile(draft_s=1e-3)
-    assert flat.tariff is None
+    flat = SimCosts(draft_s=1e-3)
+    assert flat.cost_table is None
     assert SimBackend(flat).price(task(Op.DRAFT, item())) == 1e-3
 
 
 def test_a_lookup_costs_the_interpreter_alone():
-    tariff = Tariff(prices(model(), None, HERE).tariff.target, node_s=1e-5)
-    growth = Growth(8, 8, (16,), (8,))
-    assert tariff.seconds(task(Op.DRAFT, item(1, 10, 8), growth=growth)) == pytest.approx(8e-5)
+    cost_table = CostTable(prices(model(), None, HERE).cost_table.target, node_s=1e-5)
+    growth = TreeLevel(8, 8, (16,), (8,))
+    assert cost_table.seconds(task(Op.DRAFT, item(1, 10, 8), growth=growth)) == pytest.approx(8e-5)
 
 
 # -- acceptance ----------------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ def test_expected_tokens_grow_with_acceptance_and_length():
 def test_the_formula_the_dice_and_the_simulation_agree(acceptance, length):
     rounds, dice = 4000, random.Random(7)
     thrown = [1 + next((n for n in range(length) if dice.random() >= acceptance), length) for _ in range(rounds)]
-    backend = SimBackend(Profile(acceptance=acceptance, seed=3))
+    backend = SimBackend(SimCosts(acceptance=acceptance, seed=3))
     backend._report(Task(0, Op.ASSIGN_ROWS, CPU, 0, payload=RowChanges((RowAssignment(0, 5),))))
     simulated, position = [], 0
     for _ in range(rounds):
@@ -318,7 +321,7 @@ def test_the_formula_the_dice_and_the_simulation_agree(acceptance, length):
 @pytest.mark.parametrize("speculation", [Speculation.CHAIN, Speculation.TREE])
 def test_an_acceptance_is_found_again_from_tokens_per_pass(virtual, speculation):
     plan = make_plan(num_rows=8, speculation=speculation, fixed_draft_tokens=6, fixed_draft_depth=6, capacity=2048)
-    profile = Profile(acceptance=0.6, spread=0.3)
+    profile = SimCosts(acceptance=0.6, spread=0.3)
     spans, _, _ = virtual(lambda: simulate(plan, [(row, 2, 300) for row in range(8)], profile=profile))
     outcomes = [outcome for span in spans for outcome in span.outcomes][8:]
     per_pass = sum(outcome.num_new for outcome in outcomes) / len(outcomes)

@@ -18,7 +18,7 @@ from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from aspec.tasks.rows import Row, prefill_items
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Cancelled, RowAssignment, RowOutcome, Span, Started
+from aspec.tasks.task import RequestAborted, RequestAdded, RowAssignment, RowOutcome, Span, Started
 from tests import tiny
 from tests.simulate import make_plan, simulate
 
@@ -72,16 +72,18 @@ class House:
 
 def test_an_arrival_that_follows_takes_the_row_and_prefills_the_rest():
     house = House(num_rows=2)
-    house.post(Arrived(0, 10, 5))
+    house.post(RequestAdded(0, 10, 5))
     house.settle()
-    house.post(Arrived(1, 20, 1, follows=0, kept=14))
+    house.post(RequestAdded(1, 20, 1, reuse_from=0, num_cached_tokens=14))
     assert house.seatings == [RowAssignment(0, 0), RowAssignment(0, 1, 14)]
     assert (house.prefills[-1].starts, house.prefills[-1].counts) == ((14,), (6,))
 
 
 def test_a_row_that_someone_else_took_keeps_nothing():
     house = House(num_rows=1)
-    house.post(Arrived(0, 10, 5), Arrived(1, 8, 1), Arrived(2, 20, 1, follows=0, kept=14))
+    house.post(
+        RequestAdded(0, 10, 5), RequestAdded(1, 8, 1), RequestAdded(2, 20, 1, reuse_from=0, num_cached_tokens=14)
+    )
     house.settle()
     assert house.seatings == [RowAssignment(0, 0), RowAssignment(0, 1), RowAssignment(0, 2)]
     assert (house.prefills[-1].starts, house.prefills[-1].counts) == ((0,), (20,))
@@ -89,14 +91,14 @@ def test_a_row_that_someone_else_took_keeps_nothing():
 
 def test_a_row_that_is_still_occupied_is_not_followed():
     house = House(num_rows=2)
-    house.post(Arrived(0, 10, 5), Arrived(1, 20, 1, follows=0, kept=9))
+    house.post(RequestAdded(0, 10, 5), RequestAdded(1, 20, 1, reuse_from=0, num_cached_tokens=9))
     house.settle()
     assert house.seatings == [RowAssignment(0, 0), RowAssignment(1, 1)]
 
 
 def test_a_cancelled_sequence_is_followed_once_its_pass_is_over():
     house = House(num_rows=1)
-    house.post(Arrived(0, 10, 50), Cancelled(0), Arrived(1, 20, 1, follows=0, kept=9))
+    house.post(RequestAdded(0, 10, 50), RequestAborted(0), RequestAdded(1, 20, 1, reuse_from=0, num_cached_tokens=9))
     assert house.seatings == [RowAssignment(0, 0)]
     house.settle()
     assert house.seatings == [RowAssignment(0, 0), RowAssignment(0, 1, 9)]
@@ -104,11 +106,14 @@ def test_a_cancelled_sequence_is_followed_once_its_pass_is_over():
 
 def test_a_little_in_common_does_not_cost_a_conversation_its_row():
     house = House(num_rows=2)
-    house.post(Arrived(0, 100, 5))
+    house.post(RequestAdded(0, 100, 5))
     house.settle()
-    house.post(Arrived(1, 40, 5, follows=0, kept=30))
+    house.post(RequestAdded(1, 40, 5, reuse_from=0, num_cached_tokens=30))
     house.settle()
-    house.post(Arrived(2, 120, 5, follows=0, kept=104), Arrived(3, 60, 1, follows=1, kept=44))
+    house.post(
+        RequestAdded(2, 120, 5, reuse_from=0, num_cached_tokens=104),
+        RequestAdded(3, 60, 1, reuse_from=1, num_cached_tokens=44),
+    )
     house.settle()
     assert house.seatings == [
         RowAssignment(0, 0),
@@ -120,17 +125,19 @@ def test_a_little_in_common_does_not_cost_a_conversation_its_row():
 
 def test_where_every_row_has_been_used_the_least_is_lost():
     house = House(num_rows=2)
-    house.post(Arrived(0, 100, 1), Arrived(1, 30, 1))
+    house.post(RequestAdded(0, 100, 1), RequestAdded(1, 30, 1))
     house.settle()
-    house.post(Arrived(2, 50, 1))
+    house.post(RequestAdded(2, 50, 1))
     assert house.seatings[-1] == RowAssignment(1, 2)
 
 
 def test_who_has_most_to_keep_chooses_first():
     house = House(num_rows=3)
-    house.post(Arrived(0, 30, 1), Arrived(1, 10, 1))
+    house.post(RequestAdded(0, 30, 1), RequestAdded(1, 10, 1))
     house.settle()
-    house.post(Arrived(2, 50, 1), Arrived(3, 50, 1), Arrived(4, 40, 1, follows=1, kept=9))
+    house.post(
+        RequestAdded(2, 50, 1), RequestAdded(3, 50, 1), RequestAdded(4, 40, 1, reuse_from=1, num_cached_tokens=9)
+    )
     house.settle()
     assert house.seatings[-3:] == [RowAssignment(2, 2), RowAssignment(1, 4, 9), RowAssignment(0, 3)]
 
@@ -150,7 +157,7 @@ def test_in_virtual_time_a_second_turn_is_spared_its_first(virtual):
     most=st.integers(1, 70),
 )
 def test_prefill_items_cover_what_is_not_kept_exactly_once(rows, most):
-    seated = {number: Row(number, length, 1, kept=kept) for number, (length, kept) in enumerate(rows)}
+    seated = {number: Row(number, length, 1, num_cached_tokens=kept) for number, (length, kept) in enumerate(rows)}
     covered = {number: [] for number in seated}
     for item in prefill_items(seated, 3, most):
         assert max(item.counts) * len(item.rows) <= most
@@ -173,23 +180,27 @@ def test_whatever_arrives_is_seated_on_what_it_follows_or_on_nothing(seed, specu
     arrivals = []
     for sequence in range(chance.randint(2, 9)):
         prompt, new = chance.randint(2, 150), chance.randint(1, 20)
-        follows, kept = None, 0
+        reuse_from, kept = None, 0
         if sequence and chance.random() < 0.7:
-            follows = chance.randrange(sequence)
-            kept = chance.randint(0, min(prompt - 1, arrivals[follows][1] - 1))
-        arrivals.append((sequence, prompt, new, follows, kept))
+            reuse_from = chance.randrange(sequence)
+            kept = chance.randint(0, min(prompt - 1, arrivals[reuse_from][1] - 1))
+        arrivals.append((sequence, prompt, new, reuse_from, kept))
     plan = make_plan(num_rows=num_rows, speculation=speculation, fixed_draft_tokens=None)
     loop = VirtualTimeLoop()
     try:
         spans, scheduler, _ = loop.run_until_complete(simulate(plan, arrivals))
     finally:
         loop.close()
-    resting = {}
-    for row, sequence, kept in ((change.row, change.sequence, change.kept) for change in assignments(spans)):
-        _, _, _, follows, offered = arrivals[sequence]
-        assert kept == (offered if follows is not None and resting.get(row) == follows else 0)
-        resting[row] = sequence
-    assert fed_tokens(spans) == sum(arrival[1] for arrival in arrivals) - sum(s.kept for s in assignments(spans))
+    retained = {}
+    for row, sequence, kept in (
+        (change.row, change.sequence, change.num_cached_tokens) for change in assignments(spans)
+    ):
+        _, _, _, reuse_from, offered = arrivals[sequence]
+        assert kept == (offered if reuse_from is not None and retained.get(row) == reuse_from else 0)
+        retained[row] = sequence
+    assert fed_tokens(spans) == sum(arrival[1] for arrival in arrivals) - sum(
+        s.num_cached_tokens for s in assignments(spans)
+    )
     assert scheduler.done
     assert sum(o.num_new for s in spans for o in s.outcomes) == sum(new for _, _, new, _, _ in arrivals)
     assert find_races(spans) == []
@@ -259,7 +270,7 @@ async def test_a_second_turn_says_what_a_fresh_engine_says_of_the_whole(models, 
                 before = fed_tokens(spans)
                 tokens, logprobs, stats = await collect(engine, prompt, **params)
                 assert (tokens, logprobs) == expected, (draft, reused)
-                assert (stats.prompt_tokens, stats.reused_tokens) == (len(prompt), reused)
+                assert (stats.prompt_tokens, stats.num_cached_tokens) == (len(prompt), reused)
                 assert fed_tokens(spans) - before == len(prompt) - reused
         assert find_races(spans) == []
 
@@ -274,7 +285,7 @@ async def test_two_conversations_keep_their_rows(models, draft):
             results = await asyncio.gather(*(collect(engine, prompt) for prompt in said))
             for index, (tokens, _, stats) in enumerate(results):
                 assert tokens == (await fresh(pair, said[index]))[0]
-                assert stats.reused_tokens == (len(said[index]) - 5 if turn else 0)
+                assert stats.num_cached_tokens == (len(said[index]) - 5 if turn else 0)
                 said[index] = [*said[index], *tokens, 60 + turn, 61, 62, 63]
 
 
@@ -284,7 +295,7 @@ async def test_a_row_taken_by_another_is_prefilled_whole(models):
         tokens, _, _ = await collect(engine, [5, 6, 7])
         await collect(engine, [8, 9])
         again, _, stats = await collect(engine, [5, 6, 7, *tokens, 11])
-    assert stats.reused_tokens == 0
+    assert stats.num_cached_tokens == 0
     assert again == (await fresh(pair, [5, 6, 7, *tokens, 11]))[0]
 
 
@@ -292,14 +303,14 @@ async def test_a_sequence_that_still_runs_lends_nothing(models):
     pair = models("llama", "float32")
     async with open_engine(**options(pair, max_batch=2)) as engine:
         results = await asyncio.gather(*(collect(engine, [5, 6, 7, 8]) for _ in range(2)))
-    assert [stats.reused_tokens for _, _, stats in results] == [0, 0]
+    assert [stats.num_cached_tokens for _, _, stats in results] == [0, 0]
     assert results[0][0] == results[1][0]
 
 
 async def test_whoever_measures_prefills_every_prompt_whole(models):
     async with open_engine(**options(models("llama", "float32"), reuse_prefix=False)) as engine:
         results = [await collect(engine, [5, 6, 7, 8]) for _ in range(2)]
-    assert [stats.reused_tokens for _, _, stats in results] == [0, 0]
+    assert [stats.num_cached_tokens for _, _, stats in results] == [0, 0]
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -315,7 +326,7 @@ async def test_what_was_said_before_a_stream_was_left_is_kept(models, draft):
         await stream.aclose()
         prompt = [5, 6, 7, *heard, 30, 31]
         tokens, _, stats = await collect(engine, prompt)
-    assert stats.reused_tokens >= len(heard) + 2
+    assert stats.num_cached_tokens >= len(heard) + 2
     assert tokens == (await fresh(pair, prompt))[0]
 
 
@@ -339,7 +350,7 @@ async def test_the_draft_goes_on_from_where_it_stood(models, draft, monkeypatch)
         prompt = [5, 6, 7, *tokens, 30, 31, 32]
         _, _, stats = await collect(engine, prompt)
         drafted, keys = draft_kv(engine)
-    assert starts[num_runs] == stood < stats.reused_tokens == 3 + NEW - 1
+    assert starts[num_runs] == stood < stats.num_cached_tokens == 3 + NEW - 1
     async with open_engine(**options(pair, draft)) as engine:
         await collect(engine, prompt)
         whole_drafted, whole_keys = draft_kv(engine)

@@ -6,13 +6,24 @@ from functools import partial
 import pytest
 
 from aspec.plan import Speculation, Tier
-from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, Profile
+from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimCosts
 from aspec.tasks.op import Op
 from aspec.tasks.passes import DRAFT_AHEAD, VERIFY
 from aspec.tasks.races import find_races
 from aspec.tasks.rows import Row, prefill_items
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Cancelled, Closing, Grown, LayerWork, RowOutcome, Span, Started, Task, WorkItem
+from aspec.tasks.task import (
+    LayerWork,
+    RequestAborted,
+    RequestAdded,
+    RowOutcome,
+    Shutdown,
+    Span,
+    Started,
+    Task,
+    TreeStatus,
+    WorkItem,
+)
 from tests.simulate import make_plan, simulate
 
 
@@ -44,7 +55,7 @@ def test_slots_fill_before_anyone_arrives():
 def test_a_pass_reads_every_part_once_and_the_stream_runs_on():
     scheduler = Scheduler(make_plan(num_layers=4, parts_per_layer=1, num_slots=3))
     scheduler.handle([Started()])
-    decision = scheduler.handle([Arrived(0, 10, 5)])
+    decision = scheduler.handle([RequestAdded(0, 10, 5)])
     assert [t.load.part for t in ops(decision, Op.READ)] == [3, 0, 1, 2], "three loads belong to the next pass"
     assert [t.layer for t in ops(decision, Op.LAYER)] == [0, 1, 2, 3]
 
@@ -52,7 +63,7 @@ def test_a_pass_reads_every_part_once_and_the_stream_runs_on():
 def test_resident_parts_are_never_read():
     scheduler = Scheduler(make_plan(num_layers=4, parts_per_layer=1, num_slots=1, resident=(0, 2)))
     started = scheduler.handle([Started()])
-    decision = scheduler.handle([Arrived(0, 10, 5)])
+    decision = scheduler.handle([RequestAdded(0, 10, 5)])
     assert {t.load.part for t in (*started, *ops(decision, Op.READ))} == {1, 3}
     assert [t.slots for t in ops(decision, Op.LAYER)] == [(), ((1, 0),), (), ((3, 0),)]
 
@@ -61,13 +72,13 @@ def test_everything_resident_reads_nothing():
     plan = make_plan(num_layers=2, parts_per_layer=1, num_slots=0, resident=(0, 1))
     scheduler = Scheduler(plan)
     assert scheduler.handle([Started()]) == []
-    assert not ops(scheduler.handle([Arrived(0, 4, 4)]), Op.READ)
+    assert not ops(scheduler.handle([RequestAdded(0, 4, 4)]), Op.READ)
 
 
 def test_a_row_never_proposes_beyond_its_limit():
     scheduler = Scheduler(make_plan(fixed_draft_tokens=4))
     scheduler.handle([Started()])
-    decision = scheduler.handle([Arrived(0, 10, 3)])
+    decision = scheduler.handle([RequestAdded(0, 10, 3)])
     decision = accept(scheduler, decision, [RowOutcome(0, 0, 0, 1, False)])
     assert len(ops(decision, Op.DRAFT)) == 1, "two tokens remain: one proposal and the bonus"
     assert ops(decision, Op.HEAD)[0].item.counts == (2,)
@@ -79,7 +90,7 @@ def test_a_row_never_proposes_beyond_its_limit():
 def test_no_draft_task_without_speculation():
     scheduler = Scheduler(make_plan(max_draft_tokens=0, fixed_draft_tokens=0))
     scheduler.handle([Started()])
-    decision = scheduler.handle([Arrived(0, 10, 3)])
+    decision = scheduler.handle([RequestAdded(0, 10, 3)])
     decision = accept(scheduler, decision, [RowOutcome(0, 0, 0, 1, False)])
     assert {t.op for t in decision} == {Op.EMBED, Op.LAYER, Op.READ, Op.HEAD, Op.ACCEPT}
 
@@ -87,8 +98,8 @@ def test_no_draft_task_without_speculation():
 def test_rows_join_only_between_passes_and_share_the_next():
     scheduler = Scheduler(make_plan())
     scheduler.handle([Started()])
-    first = scheduler.handle([Arrived(0, 10, 9)])
-    assert scheduler.handle([Arrived(1, 12, 9)]) == [], "a pass is running"
+    first = scheduler.handle([RequestAdded(0, 10, 9)])
+    assert scheduler.handle([RequestAdded(1, 12, 9)]) == [], "a pass is running"
     decision = accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
     layers = [t for t in ops(decision, Op.LAYER) if t.layer == 0]
     assert [t.item.prefill for t in layers] == [False, True]
@@ -98,9 +109,9 @@ def test_rows_join_only_between_passes_and_share_the_next():
 def test_a_full_house_waits_and_a_cancelled_row_leaves():
     scheduler = Scheduler(make_plan(num_rows=1))
     scheduler.handle([Started()])
-    first = scheduler.handle([Arrived(0, 10, 9)])
-    scheduler.handle([Arrived(1, 5, 2)])
-    scheduler.handle([Cancelled(0)])
+    first = scheduler.handle([RequestAdded(0, 10, 9)])
+    scheduler.handle([RequestAdded(1, 5, 2)])
+    scheduler.handle([RequestAborted(0)])
     decision = accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
     assert [(s.row, s.sequence) for s in assigned(decision)] == [(0, None), (0, 1)]
 
@@ -108,20 +119,20 @@ def test_a_full_house_waits_and_a_cancelled_row_leaves():
 def test_a_row_is_not_given_away_while_its_prompt_goes_through_the_draft():
     scheduler = Scheduler(make_plan(num_rows=1))
     scheduler.handle([Started()])
-    first = scheduler.handle([Arrived(0, 10, 1)])
-    scheduler.handle([Arrived(1, 5, 2)])
+    first = scheduler.handle([RequestAdded(0, 10, 1)])
+    scheduler.handle([RequestAdded(1, 5, 2)])
     (accepting,), (prefill,) = ops(first, Op.ACCEPT), ops(first, Op.DRAFT_PREFILL)
     assert scheduler.handle([Span(accepting, 0.0, 1e-3, (RowOutcome(0, 0, 0, 1, False),))]) == []
     decision = scheduler.handle([Span(prefill, 0.0, 1e-3)])
     assert [(s.row, s.sequence) for s in assigned(decision)] == [(0, None), (0, 1)]
 
 
-def grow(scheduler, decision, probabilities, promises):
+def grow(scheduler, decision, probabilities, gain_bounds):
     """Answer level after level of one row's tree; returns the last answer and the number of levels."""
-    for level, promise in enumerate(promises):
+    for level, gain_bound in enumerate(gain_bounds):
         (task,) = decision
         assert (task.op, task.draft.step, task.growth.ahead) == (Op.DRAFT, level, False)
-        decision = scheduler.handle([Span(task, 0.0, 1e-3, grown=(Grown(0, tuple(probabilities), promise),))])
+        decision = scheduler.handle([Span(task, 0.0, 1e-3, grown=(TreeStatus(0, tuple(probabilities), gain_bound),))])
         scheduler.validate()
         if len(decision) != 1:
             return decision, level + 1
@@ -132,7 +143,7 @@ def decoding(**changes):
     """A scheduler whose only row has its prompt behind it, and its first tree level."""
     scheduler = Scheduler(make_plan(speculation=Speculation.TREE, draft_ahead=False, **changes))
     scheduler.handle([Started()])
-    first = scheduler.handle([Arrived(0, 10, 30)])
+    first = scheduler.handle([RequestAdded(0, 10, 30)])
     return scheduler, accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
 
 
@@ -168,7 +179,7 @@ def test_a_node_that_costs_more_than_it_brings_is_left_out():
 
 
 def test_drafts_that_never_pay_are_tried_now_and_then(virtual):
-    bad = Profile(disk_bytes_per_s=1e12, layer_s=1e-3, layer_token_s=1e-2, acceptance=0.01, draft_s=1e-2)
+    bad = SimCosts(disk_bytes_per_s=1e12, layer_s=1e-3, layer_token_s=1e-2, acceptance=0.01, draft_s=1e-2)
     plan = make_plan(speculation=Speculation.TREE, fixed_draft_tokens=None, num_rows=1)
     spans, _, _ = virtual(lambda: simulate(plan, [(0, 20, 200)], profile=bad))
     drafts = sum(span.task.op is Op.DRAFT for span in spans)
@@ -196,7 +207,7 @@ def drafting_ahead(**changes):
     plan = make_plan(speculation=Speculation.TREE, fixed_draft_tokens=5, draft_resource="draft", **changes)
     scheduler = Scheduler(plan)
     scheduler.handle([Started()])
-    decision = scheduler.handle([Arrived(0, 10, 60)])
+    decision = scheduler.handle([RequestAdded(0, 10, 60)])
     decision = run_pass(scheduler, decision, RowOutcome(0, 0, 0, 1, False))
     return scheduler, *grow(scheduler, decision, (0.9, 0.8, 0.5, 0.4, 0.1), (0.9, 0.0))
 
@@ -218,19 +229,19 @@ def test_beside_the_layers_of_a_pass_the_tree_grows_on_one_level_at_a_time():
     (ahead,) = scheduler.handle([Span(layers[0], 0.0, 1e-3)])
     assert (ahead.op, ahead.priority, ahead.growth.ahead > 0) == (Op.DRAFT, DRAFT_AHEAD, True)
     assert scheduler.handle([Span(layers[1], 0.0, 1e-3)]) == [], "a level is under way"
-    (further,) = scheduler.handle([Span(ahead, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))])
+    (further,) = scheduler.handle([Span(ahead, 0.0, 1e-3, grown=(TreeStatus(0, (0.9,), 0.7),))])
     assert further.draft.step == ahead.draft.step + 1
     ending = scheduler.handle([Span(layers[2], 0.0, 1e-3)])
     (accepting,) = ops(ending, Op.ACCEPT)
     written = {access.buffer for access in accepting.writes}
     assert {access.buffer for access in further.writes} <= written, "it waits for the level that is under way"
-    assert scheduler.handle([Span(further, 0.0, 1e-3, grown=(Grown(0, (0.9,), 0.7),))]) == [], "the pass ends"
+    assert scheduler.handle([Span(further, 0.0, 1e-3, grown=(TreeStatus(0, (0.9,), 0.7),))]) == [], "the pass ends"
 
 
 def test_what_was_grown_ahead_is_where_the_next_round_begins():
     scheduler, decision, levels = drafting_ahead()
-    standing = Grown(0, (0.9, 0.8, 0.5, 0.4, 0.2), 0.0)
-    decision = run_pass(scheduler, decision, RowOutcome(0, 5, 3, 4, False), (standing,))
+    carried_over = TreeStatus(0, (0.9, 0.8, 0.5, 0.4, 0.2), 0.0)
+    decision = run_pass(scheduler, decision, RowOutcome(0, 5, 3, 4, False), (carried_over,))
     assert ops(decision, Op.DRAFT) == [], "it is grown already"
     assert ops(decision, Op.EMBED)[0].item.counts == (6,)
     assert levels == 2
@@ -246,7 +257,7 @@ def test_a_wrong_guess_is_planted_anew():
 def test_on_the_target_s_own_lane_nothing_is_drafted_ahead_while_a_layer_could_run():
     scheduler = Scheduler(make_plan(speculation=Speculation.TREE, fixed_draft_tokens=5))
     loads = ops(scheduler.handle([Started()]), Op.READ)
-    decision = run_pass(scheduler, scheduler.handle([Arrived(0, 10, 60)]), RowOutcome(0, 0, 0, 1, False))
+    decision = run_pass(scheduler, scheduler.handle([RequestAdded(0, 10, 60)]), RowOutcome(0, 0, 0, 1, False))
     decision, _ = grow(scheduler, decision, (0.9, 0.8, 0.5, 0.4, 0.1), (0.9, 0.0))
     for number, load in enumerate(loads):
         scheduler.handle([Span(load, number * 1.0, number + 1.0)])  # 10 MB in a second
@@ -264,7 +275,7 @@ def test_on_the_target_s_own_lane_nothing_is_drafted_ahead_while_a_layer_could_r
 def test_drafting_ahead_changes_no_count_and_costs_no_time(virtual, resources, slots):
     """A pass of 1.5 s beside 0.9 s of drafts; acceptance as the demo pair's, greedy."""
     own = resources is DEVICE_RESOURCES
-    profile = Profile(disk_bytes_per_s=8e7 / 1.5, layer_s=5e-3, layer_token_s=1e-5, draft_s=0.9 / 16, acceptance=0.92)
+    profile = SimCosts(disk_bytes_per_s=8e7 / 1.5, layer_s=5e-3, layer_token_s=1e-5, draft_s=0.9 / 16, acceptance=0.92)
     runs = []
     for ahead in (False, True):
         plan = make_plan(
@@ -291,8 +302,8 @@ def test_drafting_ahead_changes_no_count_and_costs_no_time(virtual, resources, s
 def test_closing_waits_for_rows_unless_told_not_to():
     scheduler = Scheduler(make_plan())
     scheduler.handle([Started()])
-    first = scheduler.handle([Arrived(0, 10, 1)])
-    scheduler.handle([Closing()])
+    first = scheduler.handle([RequestAdded(0, 10, 1)])
+    scheduler.handle([Shutdown()])
     assert not scheduler.done
     accept(scheduler, first, [RowOutcome(0, 0, 0, 1, False)])
     assert scheduler.done
@@ -341,7 +352,7 @@ def test_a_device_behind_a_link_copies_from_staging_and_from_host(virtual):
 
 def test_the_stream_does_not_rest_between_passes(virtual):
     """Stream-bound, with slots for the draft's time: the disk's gaps stay below one slot's read."""
-    profile = Profile(disk_bytes_per_s=1e9, layer_s=1e-3, draft_s=2e-3)
+    profile = SimCosts(disk_bytes_per_s=1e9, layer_s=1e-3, draft_s=2e-3)
     plan = make_plan(num_layers=6, parts_per_layer=2, num_slots=6, nbytes=10_000_000)
     spans, _, _ = virtual(lambda: simulate(plan, [(0, 20, 60)], profile=profile))
     reads = sorted((s for s in spans if s.task.op is Op.READ), key=lambda s: s.start_s)
@@ -350,10 +361,10 @@ def test_the_stream_does_not_rest_between_passes(virtual):
 
 
 def test_auto_drafts_long_when_streaming_and_never_when_drafts_are_useless(virtual):
-    good = Profile(disk_bytes_per_s=1e8, acceptance=0.9)
+    good = SimCosts(disk_bytes_per_s=1e8, acceptance=0.9)
     spans, _, _ = virtual(lambda: simulate(make_plan(fixed_draft_tokens=None), [(0, 20, 200)], profile=good))
     long = [s.task.item.counts[0] for s in spans if s.task.op is Op.HEAD][-12:-4]
-    bad = Profile(disk_bytes_per_s=1e12, acceptance=0.02, draft_s=0.5)
+    bad = SimCosts(disk_bytes_per_s=1e12, acceptance=0.02, draft_s=0.5)
     spans, _, _ = virtual(lambda: simulate(make_plan(fixed_draft_tokens=None), [(0, 20, 200)], profile=bad))
     short = [s.task.item.counts[0] for s in spans if s.task.op is Op.HEAD][-8:]
     assert min(long) > 4

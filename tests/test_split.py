@@ -22,7 +22,7 @@ from aspec.models.model import Model
 from aspec.models.split_layer import attend_to, finish, project
 from aspec.observe.timeline import merge, shared
 from aspec.plan import Speculation
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass
@@ -312,7 +312,7 @@ def test_a_lane_that_begins_with_attention_takes_no_more_threads_than_were_given
 # -- the schedule ------------------------------------------------------------------------------------------
 
 ARRIVALS = ((0, 20, 16), (1, 40, 16), (2, 9, 12))
-FAST = Profile(disk_bytes_per_s=1e12)
+FAST = SimCosts(disk_bytes_per_s=1e12)
 
 
 def split_plan(**changes):
@@ -345,7 +345,7 @@ def test_an_item_attends_while_the_other_computes(virtual, speculation):
 
 def test_two_items_are_done_sooner_than_one_by_what_is_hidden(virtual):
     """Where seconds go by tokens, of which a quarter is attention."""
-    profile = Profile(disk_bytes_per_s=1e12, layer_token_s=5e-4, layer_s=0.0)
+    profile = SimCosts(disk_bytes_per_s=1e12, layer_token_s=5e-4, layer_s=0.0)
 
     def seconds(**changes):
         plan = make_plan(num_slots=8, num_layers=8, max_draft_tokens=0, fixed_draft_tokens=0, **changes)

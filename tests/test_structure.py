@@ -1,4 +1,4 @@
-"""The house's own rules: import bands, the top level, what the policy may name, exports."""
+"""The house's own rules: the order of folders, what the policy may name, the top level, exports, README's tree."""
 
 import ast
 import subprocess
@@ -9,20 +9,130 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "aspec"
 
+ORDER = (
+    ("errors",),
+    ("units",),
+    ("plan",),
+    ("options",),
+    ("io",),
+    ("tasks", "models"),
+    ("backends", "generation", "observe"),
+    ("speculation",),
+    ("profiling",),
+    ("planning",),
+    ("engine",),
+    ("api",),
+    ("serving",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""Folders and modules of the top, ground first: each imports only what lies on a floor below it."""
+
+FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
+WORDS = ("errors", "units", "plan", "tasks.op", "tasks.task")
+POLICY = (
+    *(f"tasks.{name}" for name in ("graph", "passes", "scheduler", "group", "rows", "draft_sizing", "cost_model")),
+    *("tasks.races", "speculation.tree", "speculation.ngram_index", "speculation.calibration"),
+    *("profiling.hardware", "profiling.cost_tables", "planning.placement", "planning.search"),
+)
+TORCH_FREE = ("tasks", "observe", "serving")  # folders
+THREADS = ("io", "backends", "observe.ticker")  # that hold threads
+ASK_FOR_THREADS = ("models.model", "planning.virtual_time")  # that only ask which thread they are on
+MOST_FILES = 14
+
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        yield name.removesuffix(".__init__"), ast.parse(path.read_text(encoding="utf-8"))
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(tree, everywhere=True):
+MODULES = dict(modules())
+
+
+def imports(tree):
+    """Every module that is imported, and every name from one, as dotted paths."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(name):
+    """The modules of aspec that a module imports, as they are called here."""
+    found = (module.removeprefix("aspec.") for module in imports(MODULES[name]) if module.startswith("aspec."))
+    return {module for module in found if module in MODULES}
+
+
+def folder(name):
+    return name.split(".")[0]
+
+
+def test_every_module_has_a_floor():
+    assert {folder(name) for name in MODULES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_downward(name):
+    for module in own_imports(name):
+        within = folder(module) == folder(name)
+        assert within or FLOOR[folder(module)] < FLOOR[folder(name)], f"{name} imports {module}"
+
+
+def test_no_circle_of_imports():
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            path.append(name)
+            for module in own_imports(name):
+                visit(module)
+            path.pop()
+            done.add(name)
+
+    for name in MODULES:
+        visit(name)
+
+
+@pytest.mark.parametrize("name", [*WORDS, *POLICY])
+def test_words_and_policy_know_no_tensor_no_clock_and_no_loop(name):
+    forbidden = {"torch", "asyncio", "time", "threading", "random", "numpy", "transformers"}
+    assert not forbidden & {module.split(".")[0] for module in imports(MODULES[name])}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if folder(name) in TORCH_FREE])
+def test_what_needs_no_tensor_imports_no_torch(name):
+    assert not {"torch", "transformers"} & {module.split(".")[0] for module in imports(MODULES[name])}
+
+
+def test_maths_knows_no_loop():
+    for name, tree in MODULES.items():
+        if folder(name) in ("models", "generation", "speculation"):
+            assert "asyncio" not in set(imports(tree)), name
+
+
+def test_threads_are_made_in_few_places():
+    for name, tree in MODULES.items():
+        if "threading" in set(imports(tree)):
+            allowed = folder(name) in THREADS or name in (*THREADS, *ASK_FOR_THREADS)
+            assert allowed, name
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(PACKAGE.iterdir()) if (p / "__init__.py").exists()], ids=lambda path: path.name
+)
+def test_a_folder_is_a_question_and_not_a_hall(path):
+    own = ast.parse((path / "__init__.py").read_text(encoding="utf-8"))
+    question = ast.get_docstring(own)
+    assert question is not None
+    assert "\n" not in question
+    assert len(own.body) == 1, "what a folder offers stands in its modules"
+    assert len(list(path.glob("*.py"))) <= MOST_FILES
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"  {path.name}/ " in readme, "README's tree says what it is for"
 
 
 HF_NAMES = {
@@ -38,12 +148,12 @@ HF_NAMES = {
     "initialize_weights",
     "past_key_values",
 }
-"""What is private in transformers, or has another name in another version of it."""
+"""Private, renamed or moving names of transformers."""
 
 
 def test_what_transformers_may_change_is_named_in_one_module():
-    for name, tree in modules():
-        if name.endswith("hf_compat"):
+    for name, tree in MODULES.items():
+        if name == "models.hf_compat":
             continue
         nodes = list(ast.walk(tree))
         used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
@@ -104,5 +214,5 @@ def test_no_module_waits_for_a_whole_device_flushes_polls_or_calls_back():
 def test_only_the_files_of_devices_ask_torch_for_one():
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if path.name not in ("cuda.py", "capture.py", "cuda_graphs.py", "devices.py", "registry.py"):
+        if path.name not in ("cuda.py", "cuda_graphs.py", "registry.py"):
             assert "torch.cuda" not in text, path.name

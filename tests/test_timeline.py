@@ -25,7 +25,7 @@ from aspec.observe.timeline import (
     stalls,
     uses_of,
 )
-from aspec.planning.sim_backend import DEVICE_RESOURCES, Profile
+from aspec.planning.sim_backend import DEVICE_RESOURCES, SimCosts
 from aspec.tasks.op import Op
 from aspec.tasks.task import RowOutcome, Span, Task
 from tests.simulate import make_plan, simulate
@@ -112,7 +112,7 @@ def test_the_critical_path_follows_causes_and_lanes():
 
 @pytest.mark.parametrize("resources", [None, DEVICE_RESOURCES], ids=["host", "device"])
 def test_a_simulated_run_adds_up(virtual, resources):
-    profile = Profile(layer_s=1e-3, draft_s=1e-3, copy_bytes_per_s=20e9 if resources else None)
+    profile = SimCosts(layer_s=1e-3, draft_s=1e-3, copy_bytes_per_s=20e9 if resources else None)
     extra = {"num_staging": 3, "draft_resource": "draft"} if resources else {}
     plan = make_plan(num_layers=6, num_slots=5, num_rows=1, **extra)
     more = {"resources": resources} if resources else {}

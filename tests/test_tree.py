@@ -241,7 +241,7 @@ def test_growth_ends_where_nothing_can_improve():
     tree.extend(ROOT, [0, 1, 2], [-0.1, -3.0, -5.0])
     tree.prune(3)
     assert tree.frontier(9) == [0, 1], "below the worst kept node there is nothing to find"
-    assert tree.promise(9) == pytest.approx(math.exp(-0.1) + math.exp(-3.0))
+    assert tree.gain_bound(9) == pytest.approx(math.exp(-0.1) + math.exp(-3.0))
     tree.feed([0, 1])
     tree.extend(0, [0], [-8.0])
     assert tree.prune(3) == 0
@@ -307,7 +307,7 @@ def test_calibration_orders_the_tree_and_the_draft_score_stays_known():
     proposal = tree.proposal()
     for place, parent in enumerate(proposal.parents):
         above = 0.0 if parent == ROOT else proposal.scores[parent]
-        assert proposal.scores[place] == pytest.approx(above + 0.5 * proposal.offered[place])
+        assert proposal.scores[place] == pytest.approx(above + 0.5 * proposal.draft_score[place])
     assert 1 + sum(tree.probabilities()) == pytest.approx(1 + sum(map(math.exp, proposal.scores)))
 
 
@@ -330,7 +330,7 @@ def test_a_branch_shares_what_exists_and_the_draft_goes_on_from_it():
     assert tree.nodes[1].score == pytest.approx(-0.7), "descendants gain too"
     assert tree.frontier(9) == [0, 4], "a branch goes through the draft from its beginning"
     proposal = tree.proposal()
-    by_token = dict(zip(proposal.tokens, zip(proposal.offered, proposal.guessed, strict=True), strict=True))
+    by_token = dict(zip(proposal.tokens, zip(proposal.draft_score, proposal.ngram_score, strict=True), strict=True))
     assert by_token[1] == (-0.2, -0.4)
     assert by_token[9] == (-3.0, None)
     assert by_token[4] == (None, -0.1)

@@ -16,7 +16,7 @@ from aspec.cli.main import app
 from aspec.errors import InternalError
 from aspec.models.probe import examine
 from aspec.models.skeleton import load_config
-from aspec.planning.footprint import DEMO
+from aspec.options import DEMO
 
 pytestmark = pytest.mark.compat
 GOING = (FutureWarning, DeprecationWarning)

@@ -265,7 +265,7 @@ class Streamed:
     """A model whose parts go through a few slots, poisoned between uses; everything in this thread."""
 
     def __init__(self, model, max_part_bytes=40_000):
-        self.model, self.parts = model, model.plan(max_part_bytes)
+        self.model, self.parts = model, model.parts(max_part_bytes)
         self.resident = []  # buffers that must live as long as their bindings
         for part in self.of(-1):
             buffer, scratch = read_part(part), torch.empty(part.scratch_bytes, dtype=torch.uint8)

@@ -27,7 +27,7 @@ from aspec.observe.monitor import Monitor
 from aspec.observe.recorder import Recorder
 from aspec.options import EngineOptions
 from aspec.plan import Plan
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
 from aspec.tasks.executor import Observer
 from aspec.tasks.task import Span
@@ -52,7 +52,7 @@ def cost_per_span(observer: Observer, spans: list[Span]) -> float:
 def spans_of(plan: Plan) -> list[Span]:
     """The spans of a simulated run of the same plan."""
     spans: list[Span] = []
-    simulate(plan, Profile(), [(20, 200)], [spans.append])
+    simulate(plan, SimCosts(), [(20, 200)], [spans.append])
     return spans
 
 

@@ -28,7 +28,7 @@ from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.plan import Plan, Workload
 from aspec.planning.footprint import read_models, request_for
-from aspec.planning.forecast import Tally
+from aspec.planning.forecast import ThroughputMeter
 from aspec.planning.resolve import resolve
 from aspec.planning.search import Forecast
 from aspec.planning.simulation import fitted_acceptance, fitted_spread
@@ -100,10 +100,10 @@ class Job:
         return Workload(rows, prompt_tokens, self.new_tokens, sampled=self.temperature > 0.0)
 
 
-async def run_plan(options: EngineOptions, job: Job) -> tuple[Tally, Plan]:
+async def run_plan(options: EngineOptions, job: Job) -> tuple[ThroughputMeter, Plan]:
     """Serve as many prompts as the plan has rows."""
     rows = options.max_batch or len(job.prompts)
-    tally = Tally(rows, job.new_tokens)
+    tally = ThroughputMeter(rows, job.new_tokens)
     async with open_engine(observers=[tally], **as_keywords(options)) as engine:
         await asyncio.gather(*(drain(engine, job, index) for index in range(rows)))
         return tally, engine.plan

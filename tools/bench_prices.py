@@ -24,7 +24,7 @@ from aspec.generation.params import SamplingParams
 from aspec.models.model import Model
 from aspec.options import EngineOptions
 from aspec.plan import Plan
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
 from aspec.profiling.model_shape import ModelShape, shape_of
 from aspec.profiling.profile_cache import machine_profile
@@ -49,7 +49,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Line:
+class PiecewiseLinear:
     """One kind of task of one scene."""
 
     scene: Scene
@@ -103,8 +103,8 @@ async def run_scene(options: argparse.Namespace, scene: Scene) -> tuple[Plan, li
 
 
 def against_simulation(
-    options: argparse.Namespace, scene: Scene, profile: Profile, plan: Plan, spans: list[Span]
-) -> Line:
+    options: argparse.Namespace, scene: Scene, profile: SimCosts, plan: Plan, spans: list[Span]
+) -> PiecewiseLinear:
     """A pass of the run beside one of its simulation, at the run's own acceptance and rate of reading."""
     accepted, refused = (sum(f(o) for s in spans for o in s.outcomes) for f in (lambda o: o.num_accepted, _refused))
     acceptance = accepted / (accepted + refused) if accepted + refused else profile.acceptance
@@ -114,25 +114,25 @@ def against_simulation(
     profile = replace(profile, acceptance=acceptance, disk_bytes_per_s=rate)
     simulate(plan, profile, [(scene.prompt, options.tokens)] * scene.rows, [simulated.append])
     real_s, simulated_s = pass_seconds(spans), pass_seconds(simulated)
-    return Line(scene, "pass", 0, passes(spans), simulated_s, real_s, real_s)
+    return PiecewiseLinear(scene, "pass", 0, passes(spans), simulated_s, real_s, real_s)
 
 
 def _refused(outcome: object) -> int:
     return int(outcome.num_accepted < outcome.num_proposed)  # type: ignore[attr-defined]
 
 
-def compare(scene: Scene, profile: Profile, spans: list[Span]) -> list[Line]:
+def compare(scene: Scene, profile: SimCosts, spans: list[Span]) -> list[PiecewiseLinear]:
     """The lines of one scene, by operation and tokens; where weights stream, as beside reads that never rest."""
-    tariff = profile.tariff
-    assert tariff is not None
-    factor = tariff.beside_reads if any(span.task.op is Op.READ for span in spans) else 1.0
+    cost_table = profile.cost_table
+    assert cost_table is not None
+    factor = cost_table.read_contention if any(span.task.op is Op.READ for span in spans) else 1.0
     groups: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for span in spans:
         if span.task.op not in LOADS:
             key = (str(span.task.op), span.task.num_tokens)
-            groups[key].append((factor * tariff.seconds(span.task), span.stop_s - span.start_s))
+            groups[key].append((factor * cost_table.seconds(span.task), span.stop_s - span.start_s))
     return [
-        Line(
+        PiecewiseLinear(
             scene,
             op,
             tokens,
@@ -203,7 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     target, draft, dtype = shapes(options)
     options.vocab = target.vocab
-    lines: list[Line] = []
+    lines: list[PiecewiseLinear] = []
     for scene in scenes(options):
         hardware = machine_profile(options.target, dtype, options.threads, refresh=options.refresh)
         profile = prices(target, draft, hardware, exact=scene.exact, tree=scene.tree, cpu_attention=scene.apart)

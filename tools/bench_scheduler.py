@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
-from aspec.planning.sim_backend import HOST_RESOURCES, Profile, SimBackend
+from aspec.planning.sim_backend import HOST_RESOURCES, SimBackend, SimCosts
 from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.tasks.executor import Executor
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Closing, Event, Task
+from aspec.tasks.task import Event, RequestAdded, Shutdown, Task
 
 LAYERS, PARTS, SLOTS, PART_BYTES = 22, 4, 9, 20_000_000  # as a 2 GB checkpoint under 512 MiB
 
@@ -52,11 +52,11 @@ def run(rows: int, groups: int, speculation: Speculation, most: int, tokens: int
     policy = Timed(Scheduler(Plan(parts, LAYERS, SLOTS, PART_BYTES, shape)))
 
     async def main() -> None:
-        backend = SimBackend(Profile(disk_bytes_per_s=1e9, layer_s=0.02, layer_token_s=1e-4), HOST_RESOURCES)
+        backend = SimBackend(SimCosts(disk_bytes_per_s=1e9, layer_s=0.02, layer_token_s=1e-4), HOST_RESOURCES)
         executor = Executor(policy, backend)
         for sequence in range(rows):
-            executor.post(Arrived(sequence, 40, tokens))
-        executor.post(Closing())
+            executor.post(RequestAdded(sequence, 40, tokens))
+        executor.post(Shutdown())
         await executor.run()
         await backend.close()
 

@@ -139,7 +139,7 @@ def check_shape(source: Shape, target: Shape) -> None:
 
 
 @dataclass(frozen=True)
-class Growth:
+class TreeLevel:
     """A new tensor: the rows and columns of tensor `source` along two axes; a norm is one row."""
 
     name: str
@@ -206,18 +206,18 @@ class Expansion:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
-    def tensors(self) -> Iterator[Growth]:
+    def tensors(self) -> Iterator[TreeLevel]:
         """Every tensor of the new checkpoint."""
         words = identity(self.source.vocab)
-        yield Growth("model.embed_tokens.weight", "model.embed_tokens.weight", words, self.writes, self.noise)
+        yield TreeLevel("model.embed_tokens.weight", "model.embed_tokens.weight", words, self.writes, self.noise)
         for number, plan in enumerate(plan_layers(self.source.layers, self.target.layers)):
             new, old = f"model.layers.{number}.", f"model.layers.{plan.source}."
             for part in [*self._attention(new, plan), *self._mlp(new, plan)]:
                 yield replace(part, name=f"{new}{part.name}.weight", source=f"{old}{part.source}.weight")
-        yield Growth("model.norm.weight", "model.norm.weight", identity(1), self.writes, self.noise)
-        yield Growth("lm_head.weight", "lm_head.weight", words, self.reads, self.noise)
+        yield TreeLevel("model.norm.weight", "model.norm.weight", identity(1), self.writes, self.noise)
+        yield TreeLevel("lm_head.weight", "lm_head.weight", words, self.reads, self.noise)
 
-    def _attention(self, layer: str, plan: LayerPlan) -> Iterator[Growth]:
+    def _attention(self, layer: str, plan: LayerPlan) -> Iterator[TreeLevel]:
         """The attention half's tensors, with names as within a layer."""
         old, new = self.source.head_dim, self.target.head_dim
         queries, kv = grow_heads(self.source, self.target, self.generator(f"{layer}heads"))
@@ -225,31 +225,31 @@ class Expansion:
         query_rows = all_dims(queries.unscaled(), rotary_dims(old, new, math.sqrt(new / old)), old)
         key_rows = all_dims(kv, rotary_dims(old, new, 1.0), old)
         output = all_dims(queries, values, old) if plan.attention else nothing(self.target.heads * new)
-        yield Growth("input_layernorm", "input_layernorm", identity(1), self.writes, FREE)
-        yield Growth("self_attn.q_proj", "self_attn.q_proj", query_rows, self.reads, self.noise)
-        yield Growth("self_attn.k_proj", "self_attn.k_proj", key_rows, self.reads, FREE)
-        yield Growth("self_attn.v_proj", "self_attn.v_proj", all_dims(kv, values.unscaled(), old), self.reads, FREE)
-        yield Growth("self_attn.o_proj", "self_attn.o_proj", self.writes, output, self.noise)
+        yield TreeLevel("input_layernorm", "input_layernorm", identity(1), self.writes, FREE)
+        yield TreeLevel("self_attn.q_proj", "self_attn.q_proj", query_rows, self.reads, self.noise)
+        yield TreeLevel("self_attn.k_proj", "self_attn.k_proj", key_rows, self.reads, FREE)
+        yield TreeLevel("self_attn.v_proj", "self_attn.v_proj", all_dims(kv, values.unscaled(), old), self.reads, FREE)
+        yield TreeLevel("self_attn.o_proj", "self_attn.o_proj", self.writes, output, self.noise)
 
-    def _mlp(self, layer: str, plan: LayerPlan) -> Iterator[Growth]:
+    def _mlp(self, layer: str, plan: LayerPlan) -> Iterator[TreeLevel]:
         """The MLP half's tensors, with names as within a layer."""
-        yield Growth("post_attention_layernorm", "post_attention_layernorm", identity(1), self.writes, FREE)
+        yield TreeLevel("post_attention_layernorm", "post_attention_layernorm", identity(1), self.writes, FREE)
         if not self.target.experts:
             yield from self._units(layer, plan, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
             return
         router = nothing(self.target.experts), nothing(self.target.hidden)
-        yield Growth("block_sparse_moe.gate", "mlp.gate_proj", *router, FREE)
+        yield TreeLevel("block_sparse_moe.gate", "mlp.gate_proj", *router, FREE)
         for number in range(self.target.experts):
             expert = f"block_sparse_moe.experts.{number}."
             yield from self._units(f"{layer}{expert}", plan, f"{expert}w1", f"{expert}w3", f"{expert}w2")
 
-    def _units(self, place: str, plan: LayerPlan, gate: str, up: str, down: str) -> Iterator[Growth]:
+    def _units(self, place: str, plan: LayerPlan, gate: str, up: str, down: str) -> Iterator[TreeLevel]:
         """An MLP's three tensors, whose names are given; `place` seeds the shuffle of its units."""
         size = self.target.intermediate
         units = copies(self.source.intermediate, size, self.generator(f"{place}units"))
-        yield Growth(gate, "mlp.gate_proj", units.unscaled(), self.reads, FREE)
-        yield Growth(up, "mlp.up_proj", units.unscaled(), self.reads, FREE)
-        yield Growth(down, "mlp.down_proj", self.writes, units if plan.mlp else nothing(size), self.noise)
+        yield TreeLevel(gate, "mlp.gate_proj", units.unscaled(), self.reads, FREE)
+        yield TreeLevel(up, "mlp.up_proj", units.unscaled(), self.reads, FREE)
+        yield TreeLevel(down, "mlp.down_proj", self.writes, units if plan.mlp else nothing(size), self.noise)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def pack_shards(sizes: dict[str, int], shard_nbytes: int) -> list[list[str]]:
     return shards
 
 
-def header_bytes(growths: list[Growth], sizes: dict[str, int], dtype: str) -> bytes:
+def header_bytes(growths: list[TreeLevel], sizes: dict[str, int], dtype: str) -> bytes:
     """The head of a safetensors file: length, then JSON padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

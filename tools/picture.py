@@ -24,7 +24,7 @@ from aspec.observe.summary import summarise
 from aspec.observe.timeline import Slice, Timeline
 from aspec.options import DEMO
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
-from aspec.planning.sim_backend import Profile
+from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
 from aspec.tasks.task import Span
 
@@ -49,7 +49,7 @@ def simulated_snapshot() -> Snapshot:
     held = {"resident layers": 20 * part, "12 slots": 12 * part, "draft weights": 1 << 30, "KV cache": 512 << 20}
     request = PlanRequest(capacity=4096, prefill_tokens=512, max_draft_tokens=16, fixed_draft_tokens=12)
     plan = Plan(parts, 40, 12, part, request, num_staging=3, draft_resource="draft", arithmetic=held)
-    profile = Profile(
+    profile = SimCosts(
         disk_bytes_per_s=14e9, copy_bytes_per_s=25e9, layer_s=3e-3, layer_token_s=2e-4, draft_s=9e-3, acceptance=0.85
     )
     monitor = Monitor()

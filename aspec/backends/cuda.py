@@ -60,7 +60,7 @@ class TorchDevice:
         """CUDA graphs."""
         return TorchCapture()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for this thread's current stream."""
         _cuda.current_stream(self._device).synchronize()
 

@@ -86,7 +86,7 @@ class DeviceLayer(Protocol[S, E]):
         """What captures work that recurs in a stream; None where there is no such thing."""
         ...
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the device has done what this thread has launched outside of ``on``; blocks."""
         ...
 

@@ -1,4 +1,4 @@
-"""The devices that layers may run on: each is a row of the table, and a file that offers what ``backends/device.py`` asks."""
+"""The devices that layers may run on: each is a row of this table, and a file that offers what ``device.py`` asks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

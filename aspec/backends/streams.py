@@ -25,13 +25,13 @@ from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, settle, settle_all
 from aspec.models.parts import Part
 from aspec.tasks.task import (
-    BACK,
     COMPUTE,
     CPU,
     D2H,
     DISK,
     DRAFT_COMPUTE,
     H2D,
+    H2D_RESULTS,
     NOTHING,
     Completion,
     Load,
@@ -42,7 +42,7 @@ from aspec.tasks.task import (
 
 CLOSE_TIMEOUT_S = 60.0  # far longer than any task; beyond it the device counts as lost
 JOIN_S, LATE_JOIN_S = 30.0, 0.1  # for a thread to end, and for one that may wait for a lost device
-STREAM_PRIORITIES = {H2D: 0, D2H: 0, BACK: -1, COMPUTE: -1, DRAFT_COMPUTE: 0}
+STREAM_PRIORITIES = {H2D: 0, D2H: 0, H2D_RESULTS: -1, COMPUTE: -1, DRAFT_COMPUTE: 0}
 """Smaller goes first: the target before the draft, and before weights what its layers wait for."""
 LAUNCHED_AHEAD = 4  # tasks in a stream: the host's next launch is never what the device waits for
 COPIED_AHEAD = 8  # parts on their way: one takes less than a millisecond, the interpreter's lock may take as long
@@ -71,7 +71,7 @@ class StreamBackend(Generic[S, E]):
         Resource(DISK, depth=3, in_order=False),
         Resource(H2D, depth=COPIED_AHEAD, domain="device"),
         Resource(D2H, depth=2, domain="device"),
-        Resource(BACK, depth=2, domain="device"),
+        Resource(H2D_RESULTS, depth=2, domain="device"),
         Resource(COMPUTE, depth=LAUNCHED_AHEAD, domain="device"),
         Resource(DRAFT_COMPUTE, depth=2, domain="device"),
         Resource(CPU, depth=1),

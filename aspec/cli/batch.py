@@ -29,7 +29,7 @@ from aspec.io.hub import WANTED
 from aspec.io.settling import settle
 from aspec.models.model import generation_defaults
 from aspec.models.skeleton import load_config, max_context
-from aspec.observe.batch_progress import Tally, follow
+from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
@@ -37,7 +37,7 @@ from aspec.plan import Workload
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.serving.batch_input import BatchFile, BatchRow
 from aspec.serving.batch_output import Found, Output, Row, check_startable, journal_of, open_output
-from aspec.serving.dispatch import Asked, ContextExceeded, Refused, encode, serve
+from aspec.serving.dispatch import ContextExceeded, PreparedRequest, Refused, encode, serve
 from aspec.serving.openai_responses import Generated, Label, answer_body
 
 CHECK_LINE_S = 5.0
@@ -61,11 +61,11 @@ class Job:
     ties: dict[str, Any]
     console: Console
 
-    def ask(self, row: BatchRow) -> Asked:
+    def ask(self, row: BatchRow) -> PreparedRequest:
         """A row, ready for the engine; its seed follows from its custom_id where it gives none."""
         seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
         params = row.request.params(self.defaults, seed)
-        return Asked(row.custom_id, row.request, encode(self.tokenizer, row.request), params)
+        return PreparedRequest(row.custom_id, row.request, encode(self.tokenizer, row.request), params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,20 +186,20 @@ def _check_rows(
 def _serve_file(job: Job, output: Output, found: Found) -> None:
     console, total = job.console, len(job.rows.custom_ids)
     pending = [index for index, name in enumerate(job.rows.custom_ids) if name not in found.done]
-    tally = Tally(total, done=len(found.done), failed=found.num_failed)
+    tally = BatchProgress(total, done=len(found.done), failed=found.num_failed)
     if found.done:
         console.note(f"{output.path} holds {len(found.done)} of {total} rows; {len(pending)} are left")
     if found.cut_bytes:
         console.note(f"{found.cut_bytes} bytes of rows that were not finished were cut off; they are made again")
     if pending:
-        keeper = Keeper(output, job.flags.target or DEMO_NAME, tally)
+        writer = BatchWriter(output, job.flags.target or DEMO_NAME, tally)
         try:
-            run(partial(_run, job, pending, keeper, tally))
+            run(partial(_run, job, pending, writer, tally))
         except asyncio.CancelledError:
             pass  # stopped at once
         finally:
             with suppress(WriteError):  # that one is on its way already
-                keeper.flush()
+                writer.flush()
         console.note(tally.summary())
     errors = f", {tally.failed} of them errors" if tally.failed else ""
     console.note(f"{tally.done} of {total} rows are in {output.path}{errors}")
@@ -208,7 +208,7 @@ def _serve_file(job: Job, output: Output, found: Found) -> None:
         raise KeyboardInterrupt
 
 
-async def _run(job: Job, pending: list[int], keeper: "Keeper", tally: Tally) -> None:
+async def _run(job: Job, pending: list[int], writer: "BatchWriter", tally: BatchProgress) -> None:
     monitor = Monitor()
     with (
         Interrupts(job.console) as interrupts,
@@ -223,24 +223,24 @@ async def _run(job: Job, pending: list[int], keeper: "Keeper", tally: Tally) -> 
             interrupts.politely = True
             tally.begun_s = tally.ended_s = time.perf_counter()
             try:
-                await serve(engine, asked, partial(keeper.keep, engine.tokenizer), interrupts.drain)
+                await serve(engine, asked, partial(writer.keep, engine.tokenizer), interrupts.drain)
             finally:
                 tally.ended_s = time.perf_counter()
 
 
-class Keeper:
+class BatchWriter:
     """Answers to lines to the disk; mutable: lines wait while a sync is under way."""
 
-    def __init__(self, output: Output, model: str, tally: Tally) -> None:
+    def __init__(self, output: Output, model: str, tally: BatchProgress) -> None:
         self._output, self._model, self._tally = output, model, tally
         self._waiting: list[Row] = []  # made, in nobody's hands yet
         self._turn = asyncio.Lock()
 
-    async def keep(self, tokenizer: Tokenizer, one: Asked, outcome: Result | Refused) -> None:
+    async def keep(self, tokenizer: Tokenizer, one: PreparedRequest, outcome: Result | Refused) -> None:
         """Write an answer; returns when it is synced. Raises WriteError."""
         row = self._row(tokenizer, one, outcome)
         if isinstance(outcome, Result):
-            self._tally.count(len(outcome.token_ids), len(one.tokens), outcome.stats.reused_tokens)
+            self._tally.count(len(outcome.token_ids), len(one.tokens), outcome.stats.num_cached_tokens)
         self._waiting.append(row)
         async with self._turn:
             if row in self._waiting:  # otherwise whoever had the turn before has written it
@@ -257,7 +257,7 @@ class Keeper:
         self._output.append(rows)
         self._tally.keep(len(rows), sum(row.failed for row in rows))
 
-    def _row(self, tokenizer: Tokenizer, one: Asked, outcome: Result | Refused) -> Row:
+    def _row(self, tokenizer: Tokenizer, one: PreparedRequest, outcome: Result | Refused) -> Row:
         """The line of the output, which nothing but the row, the model and the options decides."""
         digest = digest_of(one.id)
         line: dict[str, Any] = {"id": f"batch_req_{digest}", "custom_id": one.id, "response": None, "error": None}

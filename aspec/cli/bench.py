@@ -29,7 +29,7 @@ from aspec.plan import Plan, format_bytes
 from aspec.planning.resolve import revise
 from aspec.planning.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
 from aspec.profiling.ceilings import Ceilings, HostInfo, host_info, measure_ceilings
-from aspec.profiling.cost_tables import Profile
+from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
 
@@ -117,7 +117,7 @@ async def _measure(job: Job, rounds: int) -> Report:
             return Report(host_info(), ceilings, engine.plan, tuple(runs), hardware, *peaks)
 
 
-def _hardware(ceilings: Ceilings, measured: Profile, dtype: torch.dtype) -> Hardware:
+def _hardware(ceilings: Ceilings, measured: SimCosts, dtype: torch.dtype) -> Hardware:
     """This machine in few figures: its ceilings, which are the CPU's, and the rates and tasks of a run."""
     host = host_info()
     name = "float32" if dtype == torch.float32 else "bfloat16"
@@ -136,7 +136,7 @@ def _hardware(ceilings: Ceilings, measured: Profile, dtype: torch.dtype) -> Hard
     )
 
 
-def _remember(job: Job, plan: Plan, measured: Profile, runs: Sequence[Run]) -> None:
+def _remember(job: Job, plan: Plan, measured: SimCosts, runs: Sequence[Run]) -> None:
     """Keep how often the pair's proposals were accepted, for plans to come.
 
     Trees tell what second choices are worth where it is known how often the first is right, otherwise that.

@@ -138,8 +138,8 @@ def footer(stats: RequestStats, reason: str | None) -> str:
         words.append(f"{stats.tokens_per_s:.2f} tokens/s")
     if stats.tokens_per_pass is not None:
         words.append(f"{stats.tokens_per_pass:.2f} tokens per pass")
-    new = stats.prompt_tokens - stats.reused_tokens
-    return ", ".join([*words, f"prompt: {new} tokens new, {stats.reused_tokens} reused"])
+    new = stats.prompt_tokens - stats.num_cached_tokens
+    return ", ".join([*words, f"prompt: {new} tokens new, {stats.num_cached_tokens} reused"])
 
 
 def read_line() -> str | None:

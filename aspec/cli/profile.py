@@ -82,7 +82,7 @@ def table(found: Found) -> Iterator[str]:
         *((label, format_rate(rate)) for label, rate in links.items() if rate is not None),
         ("memory copy", format_rate(cpu.copy_rate)),
         ("memory read, matrix x vector", format_rate(cpu.memory_bytes_per_s)),
-        ("products slower beside reads", f"{100 * (hardware.beside_reads - 1):.0f} %"),
+        ("products slower beside reads", f"{100 * (hardware.read_contention - 1):.0f} %"),
         *(
             (
                 f"1 GB of weights, {rows} rows",
@@ -131,17 +131,17 @@ def _layer_s(found: Found, *, exact: bool) -> dict[int, float]:
     made = {}
     for count in TOKENS:
         item = WorkItem(0, (0,), (CONTEXT,), (count,))
-        tariff = prices(found.target, found.draft, found.hardware, exact=exact).tariff
-        assert tariff is not None
-        made[count] = tariff.target.layer_seconds(item) / len(found.target.layers)
+        cost_table = prices(found.target, found.draft, found.hardware, exact=exact).cost_table
+        assert cost_table is not None
+        made[count] = cost_table.target.layer_seconds(item) / len(found.target.layers)
     return made
 
 
 def _draft_s(found: Found) -> float:
     """Seconds of a draft step for one row."""
-    tariff = prices(found.target, found.draft, found.hardware).tariff
-    assert tariff is not None
-    draft: ModelCost | None = tariff.draft
+    cost_table = prices(found.target, found.draft, found.hardware).cost_table
+    assert cost_table is not None
+    draft: ModelCost | None = cost_table.draft
     assert draft is not None
     item = WorkItem(-1, (0,), (CONTEXT,), (1,))
     return draft.embed_seconds(item) + draft.layer_seconds(item) + draft.head_seconds(1, 1)

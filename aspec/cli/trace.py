@@ -23,7 +23,7 @@ from aspec.plan import Plan, format_bytes
 from aspec.planning.footprint import read_models
 from aspec.planning.simulation import measured_profile, simulate, tasks_profile
 from aspec.planning.workload import CostBasis, elsewhere, pricing
-from aspec.profiling.cost_tables import Profile
+from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 
@@ -78,7 +78,7 @@ def _record(job: Job, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
     return outcome.plan, replace(timeline, facts={**timeline.facts, "started_ns": started_ns})
 
 
-def _profile(job: Job, plan: Plan, machine: Hardware) -> Profile:
+def _profile(job: Job, plan: Plan, machine: Hardware) -> SimCosts:
     """What tasks cost on a machine: as its file says of them, otherwise by the models' shapes."""
     if machine.tasks is not None:
         return tasks_profile(machine, machine.tasks)
@@ -87,7 +87,7 @@ def _profile(job: Job, plan: Plan, machine: Hardware) -> Profile:
     return pricing(models, CostBasis(machine, AcceptanceStats()), exact=models.resolved.exact, sampled=sampled)(plan)
 
 
-def _simulate(job: Job, plan: Plan, profile: Profile, max_spans: int) -> Timeline:
+def _simulate(job: Job, plan: Plan, profile: SimCosts, max_spans: int) -> Timeline:
     recorder = Recorder(max_spans)
     new = job.params.max_new_tokens
     simulate(plan, profile, [(len(prompt), new) for prompt in job.prompts], [recorder])

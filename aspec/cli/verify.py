@@ -77,7 +77,7 @@ class Verdict:
         return {"equal": self.divergence is None, "tokens": self.tokens, "divergence": divergence}
 
 
-class Referee(Sampler):
+class ReferenceSampler(Sampler):
     """Draws as any sampler does; mutable, because it notes by how much the first draw that differs was decided."""
 
     def __init__(self, claim: Claim) -> None:
@@ -140,7 +140,7 @@ def conclude(verdicts: Sequence[Verdict], *, exact: bool) -> str:
 
 async def _check(engine: Engine, index: int, claim: Claim) -> Verdict:
     """Decode one prompt, no further than to the first token that differs."""
-    referee = Referee(claim)
+    referee = ReferenceSampler(claim)
     decoded: list[int] = []
     params = replace(claim.params, logprobs=None)
     async with aclosing(engine.stream(claim.prompt, params, referee)) as stream:

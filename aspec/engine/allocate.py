@@ -72,13 +72,13 @@ def assemble(resolved: Resolved) -> EngineMemory:
         return _on_device(made, device)
     except torch.OutOfMemoryError as error:
         device.free()
-        raise DeviceError(too_little(made.plan)) from error
+        raise DeviceError(out_of_memory(made.plan)) from error
     except BaseException:
         device.free()
         raise
 
 
-def too_little(plan: Plan) -> str:
+def out_of_memory(plan: Plan) -> str:
     """What is said when a device refuses memory that the plan counts on."""
     smaller = max(plan.num_rows // 2, 1) if plan.num_rows > 1 else None
     fewer = f"--batch-size {smaller}" if smaller else f"--max-context {plan.capacity // 2}"
@@ -121,7 +121,7 @@ def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMem
     staging = [device.allocate_host(plan.slot_bytes) for _ in range(plan.num_staging if reads else 0)]
     assembly = _assembly(made, slots, [], loads, [], device)
     assembly.buffers = Buffers(slots, staging, host_parts)
-    device.settle()
+    device.synchronize()
     return assembly
 
 

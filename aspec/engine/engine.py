@@ -6,7 +6,7 @@
 
 Several streams at once share passes. One TaskGroup lives inside the executor's task; no generator ever yields to
 a caller from inside it (PEP 789). A failure surfaces in every open stream, and once more when the engine closes
-if no stream raised it. Closing ends every open stream with a ClosedError.
+if no stream raised it. Shutdown ends every open stream with a ClosedError.
 
 Opening and closing give everything back, whatever fails or is cancelled meanwhile; a cancellation of the caller is
 raised after that.
@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import torch
 
-from aspec.engine.allocate import EngineMemory, assemble, release, too_little
+from aspec.engine.allocate import EngineMemory, assemble, out_of_memory, release
 from aspec.engine.link_rate import raw_link_rate
 from aspec.engine.load import load_all
 from aspec.engine.observers import guarded
@@ -45,7 +45,7 @@ from aspec.planning.resolve import Resolved, resolve
 from aspec.tasks.backend import Backend
 from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Closing, Event
+from aspec.tasks.task import Event, Shutdown
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """A text, token ids, or a chat as role and content messages."""
@@ -94,7 +94,7 @@ class Engine:
         plan, peak_bytes = self.plan, self.device_peak_bytes
         await self._shut()
         if peak_bytes is not None and peak_bytes > (plan.budget_bytes or peak_bytes):
-            warnings.warn(_beyond(plan, peak_bytes), RuntimeWarning, stacklevel=2)
+            warnings.warn(over_budget(plan, peak_bytes), RuntimeWarning, stacklevel=2)
         if self._failure is not None and not self._heard and kind is None:
             raise self._failure
 
@@ -238,7 +238,7 @@ class Engine:
         try:
             await executor.run()
         except Exception as error:
-            self._failure = _told(error, self.plan)
+            self._failure = translate_error(error, self.plan)
             streams.end(self._failure)
         finally:
             streams.end(ClosedError("the engine's run was cancelled before this stream had ended."))
@@ -254,7 +254,7 @@ class Engine:
                 self._streams.end(ClosedError("the engine was closed before this stream had ended."))
             if self._running is not None:
                 if not self._running.done():
-                    self._executor.post(Closing(now=True))
+                    self._executor.post(Shutdown(now=True))
                     self._running.cancel()
                 await settle_all([self._running])
 
@@ -336,12 +336,12 @@ def _tokens_of(tokenizer: Tokenizer, prompt: Prompt, limit: TimeLimit) -> list[i
     return [token for token in prompt if isinstance(token, int)]
 
 
-def _told(error: Exception, plan: Plan) -> Exception:
+def translate_error(error: Exception, plan: Plan) -> Exception:
     """A device's own errors in our words; any other as it is."""
     first = first_error(error)
     told: Exception | None = None
     if isinstance(first, torch.OutOfMemoryError):
-        told = DeviceError(too_little(plan))
+        told = DeviceError(out_of_memory(plan))
     elif isinstance(first, torch.AcceleratorError):
         said = str(first).partition("\n")[0]
         told = DeviceError(f"the device failed while it ran: {said}. Nothing more can be run on it in this process.")
@@ -351,7 +351,8 @@ def _told(error: Exception, plan: Plan) -> Exception:
     return told
 
 
-def _beyond(plan: Plan, peak_bytes: int) -> str:
+def over_budget(plan: Plan, peak_bytes: int) -> str:
+    """The message for a peak that the plan did not count."""
     return (
         f"the device held {format_bytes(peak_bytes)} at its peak, more than the budget of "
         f"{format_bytes(plan.budget_bytes or 0)}; the plan counted {plan.describe()}. Please report this."

@@ -45,7 +45,7 @@ async def load_all(
             for load in loads:
                 group.create_task(one(load))
         if device is not None:
-            await settle(in_thread(device.settle))  # what binding has converted
+            await settle(in_thread(device.synchronize))  # what binding has converted
     except BaseExceptionGroup as errors:
         raise first_error(errors) from None
     finally:

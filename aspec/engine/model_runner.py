@@ -20,7 +20,7 @@ from aspec.models.model import Activation, Model
 from aspec.models.parts import Part
 from aspec.speculation.drafter import Drafter, item_of, pad
 from aspec.tasks.op import Op
-from aspec.tasks.task import NOTHING, Grown, LayerWork, Report, RowChanges, RowOutcome, Task
+from aspec.tasks.task import NOTHING, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ModelRunner:
         }
 
     def admit(self, sequence: TokenSequence) -> None:
-        """Know a sequence before the scheduler may seat it."""
+        """Know a sequence before the scheduler may give it a row."""
         self._sequences[sequence.id] = sequence
 
     def forget(self, sequence: int) -> None:
@@ -97,10 +97,10 @@ class ModelRunner:
         for change in task.payload.rows:
             sequence = None if change.sequence is None else self._sequences.pop(change.sequence)
             if sequence is not None:
-                sequence.kept = change.kept
+                sequence.num_cached_tokens = change.num_cached_tokens
                 self._rows[change.row] = sequence
             if self._drafter is not None:
-                self._drafter.seat(change.row, sequence)
+                self._drafter.assign_row(change.row, sequence)
         return NOTHING
 
     # -- target ----------------------------------------------------------------------------------------------
@@ -190,15 +190,15 @@ class ModelRunner:
         item = item_of(task)
         draws, logits = self._draws.pop(item.name), self._logits.pop(item.name, None)
         errors = self._errors.pop(item.name)
-        outcomes, standing = [], []
+        outcomes, carried_over = [], []
         for place, (row, drawn) in enumerate(zip(item.rows, draws, strict=True)):
             start, count = item.starts[place], 1 if item.prefill else item.counts[place]
             own = None if logits is None else logits[place]
             failed = {column: error for (index, column), error in errors.items() if index == place}
             outcome, grown = self._accept_row(row, start, drawn, count - 1, own, failed)
             outcomes.append(outcome)
-            standing += [] if grown is None else [grown]
-        return Report(tuple(outcomes), tuple(standing))
+            carried_over += [] if grown is None else [grown]
+        return Report(tuple(outcomes), tuple(carried_over))
 
     def _accept_row(
         self,
@@ -208,7 +208,7 @@ class ModelRunner:
         num_proposed: int,
         logits: torch.Tensor | None,
         errors: Mapping[int, NumericError],
-    ) -> tuple[RowOutcome, Grown | None]:
+    ) -> tuple[RowOutcome, TreeStatus | None]:
         """Commit the draws up to and including the first that no proposal foresaw; what the draft has below them.
 
         A draw whose logits are not numbers, which is one of ``errors`` by column, ends the sequence there.
@@ -231,7 +231,7 @@ class ModelRunner:
 
     def _settle_row(
         self, row: int, start: int, path: list[int], emitted: list[int], num_new: int, *, spoilt: bool, failed: bool
-    ) -> Grown | None:
+    ) -> TreeStatus | None:
         """Keep the KV of the accepted path; what the draft has below it.
 
         ``spoilt``: some logits behind it are not numbers, so neither may be what they left in the KV, which would spoil
@@ -245,7 +245,7 @@ class ModelRunner:
             if spoilt:
                 self._target_kv.clear(row, start + (num_new if failed else len(places)))
         if drafter is None or not failed:
-            return None if drafter is None else drafter.settle(row, path, emitted)
+            return None if drafter is None else drafter.commit(row, path, emitted)
         drafter.clear(row)
         return None
 

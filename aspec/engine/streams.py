@@ -13,7 +13,7 @@ from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.stats import Piece, RequestStats
 from aspec.plan import Plan
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Arrived, Cancelled, Event, Span
+from aspec.tasks.task import Event, RequestAborted, RequestAdded, Span
 
 
 class Streams:
@@ -51,7 +51,7 @@ class Streams:
         if sequence in self._admitted:
             self._admitted.remove(sequence)
             self._followed = {ended: by for ended, by in self._followed.items() if by != sequence}
-            self._post(Cancelled(sequence))
+            self._post(RequestAborted(sequence))
             self._admit()
         else:
             self._waiting = deque(one for one in self._waiting if one.id != sequence)
@@ -85,7 +85,7 @@ class Streams:
             if request is None or queue is None:
                 continue  # it was left
             request.take(outcome, span.stop_s)
-            request.reused_tokens = sequence.kept
+            request.num_cached_tokens = sequence.num_cached_tokens
             for text, tokens, logprobs in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None
@@ -110,8 +110,8 @@ class Streams:
             sequence = self._waiting.popleft()
             self._admitted.add(sequence.id)
             self._runner.admit(sequence)
-            follows, kept = self._shared(sequence) if self._reuse else (None, 0)
-            self._post(Arrived(sequence.id, sequence.num_prompt, sequence.max_new_tokens, follows, kept))
+            reuse_from, kept = self._shared(sequence) if self._reuse else (None, 0)
+            self._post(RequestAdded(sequence.id, sequence.num_prompt, sequence.max_new_tokens, reuse_from, kept))
 
     def _shared(self, new: TokenSequence) -> tuple[int | None, int]:
         """The ended sequence that a new one shares most leading tokens with, of those whose KV stands; how many.
@@ -123,11 +123,11 @@ class Streams:
         self._followed = {ended: by for ended, by in self._followed.items() if ended in sitting}
         ended = [one for one in sitting.values() if one.id not in self._requests and one.id not in self._followed]
         shared = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one.id) for one in ended]
-        kept, follows = max(shared, default=(0, -1))
+        kept, reuse_from = max(shared, default=(0, -1))
         if not kept:
             return None, 0
-        self._followed[follows] = new.id
-        return follows, kept
+        self._followed[reuse_from] = new.id
+        return reuse_from, kept
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -31,7 +31,7 @@ class Sequence:
     text: TextStream
     end_ids: frozenset[int]
     max_new_tokens: int  # the request's, cut to what the context holds
-    kept: int = 0  # leading tokens whose KV stood in the row when it was seated; only seating sets it
+    num_cached_tokens: int = 0  # leading tokens whose KV stood in the row when it was seated; only seating sets it
     finish_reason: FinishReason | None = None
     failure: NumericError | None = None  # that ended it in the midst, in place of a finish reason
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered

@@ -24,7 +24,7 @@ class RequestStats:
 
     prompt_tokens: int
     arrived_s: float
-    reused_tokens: int = 0  # of the prompt: their KV stood from an earlier sequence, only the others were prefilled
+    num_cached_tokens: int = 0  # of the prompt: their KV stood from an earlier sequence, only the others were prefilled
     completion_tokens: int = 0
     passes: int = 0  # target passes after the one that prefilled
     proposed: int = 0
@@ -80,7 +80,7 @@ class RequestStats:
         per_pass = self.tokens_per_pass
         ceiling = per_pass * link_rate / self.bytes_per_pass if per_pass and link_rate and self.bytes_per_pass else None
         return {
-            "reused_tokens": self.reused_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
             "passes": self.passes,
             "tokens_per_pass": per_pass,
             "acceptance_rate": self.acceptance_rate,

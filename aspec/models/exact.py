@@ -27,14 +27,14 @@ VECTORS = 64
 """Elements that a CPU's elementwise loops take at a time: two vectors of 64 bytes in bf16."""
 
 
-def products(step: StepCache) -> contextlib.AbstractContextManager[object]:
+def matmul_mode(step: StepCache) -> contextlib.AbstractContextManager[object]:
     """What a step's products are computed in."""
     if step.exact:
-        return InBlocks()
+        return FixedTileMatmul()
     return contextlib.nullcontext()
 
 
-class InBlocks(TorchFunctionMode):
+class FixedTileMatmul(TorchFunctionMode):
     """While this is entered, on this thread, activations meet weights in blocks of BLOCK_ROWS rows.
 
     A CPU library splits a product's inner length by its number of rows, so a token's last bits depend on how many

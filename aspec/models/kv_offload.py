@@ -27,7 +27,7 @@ PINNED_ROUNDING = 4
 
 
 @dataclass(slots=True, eq=False)
-class Crossing:
+class HostAttention:
     """An attention on its way to the host and back; mutable, because every stage lets go of what it has used."""
 
     step: StepCache
@@ -41,7 +41,7 @@ class Crossing:
     result: torch.Tensor | None = None  # host memory for the result
 
     @classmethod
-    def of(cls, call: tuple[Any, ...], step: StepCache, layer: int, mask: MaskKind, *, stores: bool) -> "Crossing":
+    def of(cls, call: tuple[Any, ...], step: StepCache, layer: int, mask: MaskKind, *, stores: bool) -> "HostAttention":
         """What ``attend`` was called with by a layer that stores keys and values of its own, or by one that does not.
 
         The latter looks at what another one has attended to in this step. Raises InternalError where that is not so.

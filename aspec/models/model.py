@@ -23,14 +23,14 @@ from aspec.errors import CheckpointError, InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.upload import upload
 from aspec.models.binding import Binder
-from aspec.models.exact import products
+from aspec.models.exact import matmul_mode
 from aspec.models.hf_compat import cache_argument, tied_weights
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.kv_offload import Crossing
+from aspec.models.kv_offload import HostAttention
 from aspec.models.parts import Part, plan_parts
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.models.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
-from aspec.models.split_layer import Split, attend_to, depart, finish, project
+from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.tensor_map import map_tensors
 
 
@@ -105,7 +105,7 @@ class Model:
         """Stored tensors that the model has no use for: worth a warning."""
         return self._tensors.unexpected
 
-    def plan(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
+    def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident rest (layer -1) first; see ``plan_parts``."""
         return plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
 
@@ -165,7 +165,7 @@ class Model:
         if activation.step.offloaded:
             raise InternalError("a layer whose KV is in host memory runs in one piece")
         self._binder.check(index)
-        with products(activation.step):
+        with matmul_mode(activation.step):
             activation.hidden = self._forward(index, activation)
 
     @cached_property
@@ -188,11 +188,11 @@ class Model:
         ``send`` and ``bring_back`` are around the attention, which stores.
         """
         self._binder.check(index)
-        with products(activation.step):
+        with matmul_mode(activation.step):
             activation.split = project(partial(self._forward, index, activation), activation.hidden)
         if activation.step.offloaded:
             facts = self._facts.layers[index]
-            depart(activation.split, activation.step, index, facts.mask, stores=facts.kv is not None)
+            to_host(activation.split, activation.step, index, facts.mask, stores=facts.kv is not None)
 
     @staticmethod
     def send(activation: Activation) -> None:
@@ -214,7 +214,7 @@ class Model:
     def finish(self, index: int, activation: Activation) -> None:
         """What follows the attention of a layer."""
         assert activation.split is not None
-        with products(activation.step):
+        with matmul_mode(activation.step):
             activation.hidden = finish(partial(self._forward, index, activation), activation.split)
         activation.split = None
 
@@ -253,7 +253,7 @@ class Model:
         """The model's own forward around stubs that follow ``tape``."""
         self._local.tape, cache = tape, {self._cache_argument: step}
         try:
-            with products(step):
+            with matmul_mode(step):
                 return self._frame(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **cache)
         finally:
             del self._local.tape
@@ -280,7 +280,7 @@ class Model:
         return forward
 
 
-def _crossing(activation: Activation) -> Crossing:
+def _crossing(activation: Activation) -> HostAttention:
     split = activation.split
     if split is None or split.crossing is None:
         raise InternalError("nothing crosses to the host: the KV cache is beside the layers")

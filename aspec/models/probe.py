@@ -19,9 +19,9 @@ from aspec.errors import InternalError, UnsupportedModelError
 from aspec.models.attention import attend
 from aspec.models.hf_compat import Cache, cache_argument, ignore_positions
 from aspec.models.kv_cache import KVCache, KVShape, MaskKind, StepCache
-from aspec.models.kv_offload import Crossing
+from aspec.models.kv_offload import HostAttention
 from aspec.models.skeleton import build_on_meta, find_layers, first_line
-from aspec.models.split_layer import depart, finish, project
+from aspec.models.split_layer import finish, project, to_host
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 SAMPLES = 4096  # pairs of positions at which a family's mask is compared with ours
@@ -255,7 +255,7 @@ def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: Facts) 
     )
 
 
-_Held = tuple[int, Crossing | None]
+_Held = tuple[int, HostAttention | None]
 """Bytes behind a split layer before its second half, and its attention on the way to the host."""
 
 
@@ -300,7 +300,7 @@ def _watch_split(layer: nn.Module, index: int, facts: Facts, held: list[_Held]) 
         _, query, _, value, *_ = split.call[0]
         step = next(given for given in (*args, *kwargs.values()) if isinstance(given, StepCache))
         if step.offloaded:
-            depart(split, step, index, own.mask, stores=own.kv is not None)
+            to_host(split, step, index, own.mask, stores=own.kv is not None)
         back = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         split.output = split.crossing.back if split.crossing is not None else back
         held.append((split.nbytes, split.crossing))

@@ -18,7 +18,7 @@ from aspec.errors import InternalError
 from aspec.models.attention import attend
 from aspec.models.exact import PRODUCTS
 from aspec.models.kv_cache import MaskKind, StepCache
-from aspec.models.kv_offload import Crossing
+from aspec.models.kv_offload import HostAttention
 
 KEPT = PRODUCTS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
 """Functions that run in the first half only: the dear ones, those whose bits may depend on where their operands are in
@@ -39,7 +39,7 @@ class Split:
     memory: set[int]  # of what was kept and of the hidden state: what alters it must run in the first half only
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the attention's arguments, until it has run
     output: torch.Tensor | None = None  # what it returned
-    crossing: Crossing | None = None  # of an attention beside KV in host memory, in place of ``call``
+    crossing: HostAttention | None = None  # of an attention beside KV in host memory, in place of ``call``
 
     @property
     def nbytes(self) -> int:
@@ -126,11 +126,11 @@ def project(forward: Forward, hidden: torch.Tensor) -> Split:
     raise InternalError("a split layer has ended without its attention")
 
 
-def depart(split: Split, step: StepCache, layer: int, mask: MaskKind, *, stores: bool) -> None:
+def to_host(split: Split, step: StepCache, layer: int, mask: MaskKind, *, stores: bool) -> None:
     """Make ready the way to KV in host memory; ``stores``: the layer has keys and values of its own."""
     assert split.call is not None, "what is attended to comes from the projections"
     args, _ = split.call
-    split.call, split.crossing = None, Crossing.of(args, step, layer, mask, stores=stores)
+    split.call, split.crossing = None, HostAttention.of(args, step, layer, mask, stores=stores)
 
 
 def attend_to(split: Split) -> None:

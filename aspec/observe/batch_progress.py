@@ -21,7 +21,7 @@ OPENING = ("index", "plan", "load")  # stages before the first pass
 
 
 @dataclass(slots=True)
-class Tally:
+class BatchProgress:
     """Counts of a job; mutable, because it grows."""
 
     total: int  # rows of the input
@@ -30,7 +30,7 @@ class Tally:
     made: int = 0  # rows of this run
     tokens: int = 0  # that this run's rows generated
     prompt_tokens: int = 0  # of this run's rows
-    reused_tokens: int = 0  # of those, the ones whose KV stood
+    num_cached_tokens: int = 0  # of those, the ones whose KV stood
     prefill_s: float = 0.0  # of the target's compute, on prompts
     compute_s: float = 0.0  # of the target's compute
     begun_s: float = 0.0  # when this run's first row was taken, on the clock of time.perf_counter
@@ -44,11 +44,11 @@ class Tally:
             self.compute_s += seconds
             self.prefill_s += seconds if task.item.prefill else 0.0
 
-    def count(self, tokens: int, prompt_tokens: int, reused_tokens: int) -> None:
+    def count(self, tokens: int, prompt_tokens: int, num_cached_tokens: int) -> None:
         """A row has been generated."""
         self.tokens += tokens
         self.prompt_tokens += prompt_tokens
-        self.reused_tokens += reused_tokens
+        self.num_cached_tokens += num_cached_tokens
 
     def keep(self, rows: int, failed: int) -> None:
         """Rows are in the output; whoever writes calls it."""
@@ -65,14 +65,14 @@ class Tally:
         if seconds > 0:
             words.append(f"{self.tokens / seconds:.2f} tokens/s")
         words.append(f"{self.prompt_tokens} prompt tokens")
-        if self.reused_tokens:
-            words.append(f"{self.reused_tokens} of them reused")
+        if self.num_cached_tokens:
+            words.append(f"{self.num_cached_tokens} of them reused")
         if self.compute_s > 0:
             words.append(f"prefill {100 * self.prefill_s / self.compute_s:.0f} % of the target's compute")
         return ", ".join(words)
 
 
-def batch_line(tally: Tally, snapshot: Snapshot) -> str | None:
+def batch_line(tally: BatchProgress, snapshot: Snapshot) -> str | None:
     """The state of a job in one line; None where there is nothing to say yet."""
     if snapshot.stage in OPENING:
         return progress_line(snapshot)
@@ -96,7 +96,7 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def follow(tally: Tally, monitor: Monitor, console: Console, *, live: bool = True) -> Iterator[None]:
+def follow(tally: BatchProgress, monitor: Monitor, console: Console, *, live: bool = True) -> Iterator[None]:
     """Tell how far the job is until the block ends; on the loop's thread."""
     if console.quiet:
         yield
@@ -119,7 +119,7 @@ def follow(tally: Tally, monitor: Monitor, console: Console, *, live: bool = Tru
 
 
 @contextlib.contextmanager
-def _live_line(tally: Tally, latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
+def _live_line(tally: BatchProgress, latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
     with Live(
         console=console.stderr, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
     ) as live:

@@ -2,7 +2,7 @@
 
 Rules. A frame reads a snapshot and a size, nothing else: no clock, no state between frames, no markup. It yields
 segments with ready-made styles, because rich's tables and panels hold the interpreter for tens of milliseconds while
-the loop wants to run. Glyphs carry the meaning and colours repeat it. What may NOT go in: measuring (aspec.observe.timeline).
+the loop wants to run. Glyphs carry the meaning and colours repeat it. What may NOT go in: measuring (``timeline.py``).
 """
 
 import io

@@ -75,8 +75,8 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     how: dict[str, Any] = {"dtype": resolved.dtype, "device": place, "outlined": outlined}
     target = Model(resolved.target, **how)
     draft = None if resolved.draft is None else Model(resolved.draft, **how)
-    parts = target.plan(_part_bytes(resolved.budget_bytes), alignment)
-    draft_parts = draft.plan(1 << 40, alignment) if draft else ()
+    parts = target.parts(_part_bytes(resolved.budget_bytes), alignment)
+    draft_parts = draft.parts(1 << 40, alignment) if draft else ()
     return Models(resolved, target, draft, parts, draft_parts)
 
 

@@ -13,7 +13,7 @@ from aspec.observe.timeline import DRAFT, TARGET, bottleneck, lane_use
 from aspec.plan import Plan, PlannedPart, Tier, Workload
 from aspec.planning.search import Forecast
 from aspec.planning.simulation import simulate
-from aspec.profiling.cost_tables import LayerCost, Profile
+from aspec.profiling.cost_tables import LayerCost, SimCosts
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 
@@ -25,7 +25,7 @@ COUNTED = 0.9  # of the tokens: those behind come from passes that are no longer
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # proposals at which a bound is taken
 
 
-class Tally:
+class ThroughputMeter:
     """An observer of a run, simulated or real: how fast it decodes while its rows are full.
 
     Until COUNTED of the tokens are there or, where every row gets ``new_tokens``, until the first has them all.
@@ -120,7 +120,7 @@ class Tally:
 class Forecaster:
     """Runs plans for one workload on one machine."""
 
-    profile_of: Callable[[Plan], Profile]  # what the work costs there under a plan; asked often
+    profile_of: Callable[[Plan], SimCosts]  # what the work costs there under a plan; asked often
     workload: Workload
 
     def __call__(self, plan: Plan) -> Forecast:
@@ -128,7 +128,7 @@ class Forecaster:
         plan, profile = coarse(plan, self.profile_of(plan))
         prompt, new = self._sample(plan)
         rows = min(plan.num_rows, self.workload.num_prompts)
-        tally = Tally(rows, new)
+        tally = ThroughputMeter(rows, new)
         simulate(plan, profile, [(prompt, new)] * rows, [tally])
         rate, prefill_s = tally.tokens_per_s, self._prefill_s(plan, tally.prefill_s, prompt)
         decode_s = self._decode_s(plan, rows, rate, tally.tokens_per_pass)
@@ -180,15 +180,17 @@ class Forecaster:
         Where attention has a lane of its own, on the lane that takes longer.
         """
         work, profile = self.workload, self.profile_of(plan)
-        tariff = profile.tariff
+        cost_table = profile.cost_table
         start, count = (0, prompt) if prompt else (work.prompt_tokens + work.new_tokens // 2, 1 + proposed)
         item = WorkItem(0, tuple(range(rows)), (start,) * rows, (count,) * rows, prefill=bool(prompt))
-        if tariff is None:
+        if cost_table is None:
             excess = max(0, item.num_tokens - profile.knee_tokens)
             return plan.num_layers * (profile.layer_s + profile.layer_token_s * excess)
         if plan.attention_resource == CPU:
-            return max(tariff.target.product_seconds(item), tariff.target.attention_seconds(item, tree=tariff.tree))
-        return tariff.target.layer_seconds(item, tree=tariff.tree)
+            return max(
+                cost_table.target.product_seconds(item), cost_table.target.attention_seconds(item, tree=cost_table.tree)
+            )
+        return cost_table.target.layer_seconds(item, tree=cost_table.tree)
 
     def _decode_s(self, plan: Plan, rows: int, rate: float, tokens_per_pass: float) -> float:
         """Of all prompts: waves that fill the rows, and a last one, in whose passes fewer compute."""
@@ -234,7 +236,7 @@ def tasks_per_pass(plan: Plan) -> int:
     return plan.num_layers * per_layer + len(plan.streamed) * (1 + bool(plan.num_staging)) + 8
 
 
-def coarse(plan: Plan, profile: Profile) -> tuple[Plan, Profile]:
+def coarse(plan: Plan, profile: SimCosts) -> tuple[Plan, SimCosts]:
     """A plan of about as many bytes and seconds in fewer tasks, where a pass has too many; otherwise itself."""
     if tasks_per_pass(plan) <= MOST_TASKS_PER_PASS:
         return plan, profile
@@ -243,11 +245,11 @@ def coarse(plan: Plan, profile: Profile) -> tuple[Plan, Profile]:
     if layers == 1:
         return merged, profile
     merged = _merge_parts(plan, layers)
-    tariff = profile.tariff
-    if tariff is None:
+    cost_table = profile.cost_table
+    if cost_table is None:
         return merged, replace(profile, layer_s=profile.layer_s * layers, layer_token_s=profile.layer_token_s * layers)
-    target = replace(tariff.target, layers=tuple(_together(tariff.target.layers, layers)))
-    return merged, replace(profile, tariff=replace(tariff, target=target))
+    target = replace(cost_table.target, layers=tuple(_together(cost_table.target.layers, layers)))
+    return merged, replace(profile, cost_table=replace(cost_table, target=target))
 
 
 def _merge_parts(plan: Plan, layers: int) -> Plan:

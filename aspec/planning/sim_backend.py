@@ -13,26 +13,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from aspec.profiling.cost_tables import Profile
+from aspec.profiling.cost_tables import SimCosts
 from aspec.speculation.tree import ROOT, Proposal, Tree
 from aspec.tasks.op import Cost, Op
 from aspec.tasks.task import (
-    BACK,
     COMPUTE,
     CPU,
     D2H,
     DISK,
     DRAFT_COMPUTE,
     H2D,
+    H2D_RESULTS,
     NOTHING,
     Completion,
-    Grown,
-    Growth,
     Report,
     Resource,
     RowChanges,
     RowOutcome,
     Task,
+    TreeLevel,
+    TreeStatus,
 )
 
 MAX_RANKS = 8  # tokens that a simulated draft offers behind every node
@@ -48,7 +48,7 @@ DEVICE_RESOURCES = (
     Resource(DISK, depth=3),
     Resource(H2D, depth=2, domain="device"),
     Resource(D2H, depth=2, domain="device"),
-    Resource(BACK, depth=2, domain="device"),
+    Resource(H2D_RESULTS, depth=2, domain="device"),
     Resource(COMPUTE, depth=2, domain="device"),
     Resource(DRAFT_COMPUTE, depth=2, domain="device"),
     Resource(CPU, depth=1),
@@ -76,7 +76,7 @@ class _Lane:
 class SimBackend:
     """Prices tasks on virtual time. ``fail`` injects an error at the n-th task of a kind."""
 
-    profile: Profile
+    profile: SimCosts
     resources: tuple[Resource, ...] = HOST_RESOURCES
     fail: tuple[Op, int] | None = None
     in_flight: int = 0  # tasks issued and not resolved; 0 after close
@@ -106,7 +106,7 @@ class SimBackend:
         future: asyncio.Future[Completion] = loop.create_future()
         lane = self._lanes.setdefault(task.resource, _Lane())
         start = max(loop.time(), lane.free_s, *(self._stops.get(task_id, 0.0) for task_id in after))
-        seconds = self._beside_reads(task, start, self.price(task))
+        seconds = self._with_contention(task, start, self.price(task))
         stop = round((start + seconds) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
         lane.free_s = self._stops[task.id] = stop
         if task.op is Op.RETURN and (loads := self._lanes.get(H2D, lane)).free_s > start:
@@ -131,14 +131,14 @@ class SimBackend:
             return overhead_s + task.nbytes / rates[task.op.cost]
         if task.op.cost is Cost.NOTHING:
             return 0.0
-        if self.profile.tariff is not None:
-            return self.profile.tariff.seconds(task)
+        if self.profile.cost_table is not None:
+            return self.profile.cost_table.seconds(task)
         return self._flat_s(task)
 
     @property
     def _task_s(self) -> float:
         """What any task takes."""
-        return self.profile.tariff.task_s if self.profile.tariff else 0.0
+        return self.profile.cost_table.task_s if self.profile.cost_table else 0.0
 
     @property
     def _rates(self) -> dict[Cost, float]:
@@ -146,10 +146,15 @@ class SimBackend:
         profile = self.profile
         copy_rate = profile.copy_bytes_per_s or math.inf
         back_rate = profile.d2h_bytes_per_s or copy_rate
-        return {Cost.DISK: profile.disk_bytes_per_s, Cost.H2D: copy_rate, Cost.D2H: back_rate, Cost.BACK: copy_rate}
+        return {
+            Cost.DISK: profile.disk_bytes_per_s,
+            Cost.H2D: copy_rate,
+            Cost.D2H: back_rate,
+            Cost.H2D_RESULTS: copy_rate,
+        }
 
     def _flat_s(self, task: Task) -> float:
-        """Seconds of what computes, without a tariff; the pieces of a split layer take as long as it does whole."""
+        """Seconds of what computes, without a cost_table; the pieces of a split layer take as long as it does whole."""
         profile = self.profile
         excess = max(0, task.num_tokens - profile.knee_tokens)
         flat: Mapping[Cost, float] = {
@@ -162,13 +167,18 @@ class SimBackend:
         }
         return flat[task.op.cost]
 
-    def _beside_reads(self, task: Task, start_s: float, seconds: float) -> float:
+    def _with_contention(self, task: Task, start_s: float, seconds: float) -> float:
         """Reads take memory bandwidth: what computes is slower for as long as those that are issued go on."""
-        tariff = self.profile.tariff
-        if tariff is None or tariff.beside_reads <= 1.0 or task.resource not in (COMPUTE, CPU) or not seconds:
+        cost_table = self.profile.cost_table
+        if (
+            cost_table is None
+            or cost_table.read_contention <= 1.0
+            or task.resource not in (COMPUTE, CPU)
+            or not seconds
+        ):
             return seconds
         reading_s = max(0.0, self._lanes.get(DISK, _Lane()).free_s - start_s)
-        return seconds + min(seconds, reading_s / tariff.beside_reads) * (tariff.beside_reads - 1.0)
+        return seconds + min(seconds, reading_s / cost_table.read_contention) * (cost_table.read_contention - 1.0)
 
     def _finish(self, future: asyncio.Future[Completion], task: Task, completion: Completion, faulty: bool) -> None:
         self.in_flight -= 1
@@ -202,7 +212,7 @@ class SimBackend:
         accepted = [self._accept(row, start, 1 if item.prefill else count) for row, start, count in triples]
         return Report(tuple(outcome for outcome, _ in accepted), tuple(grown for _, grown in accepted if grown))
 
-    def _grow(self, row: int, start: int, growth: Growth, budget: int, depth: int) -> Grown:
+    def _grow(self, row: int, start: int, growth: TreeLevel, budget: int, depth: int) -> TreeStatus:
         """One level of a tree whose root is at a position; nodes of one depth have the same children."""
         state = self._rows[row]
         room = budget + growth.ahead, depth
@@ -218,7 +228,7 @@ class SimBackend:
             scores = self._log_scores(state.sequence, start + depth)
             tree.extend(node, range(MAX_RANKS)[: growth.width], scores[: growth.width])
         tree.prune(room[0])
-        return Grown(row, tuple(tree.probabilities()), tree.promise(growth.beams))
+        return TreeStatus(row, tuple(tree.probabilities()), tree.gain_bound(growth.beams))
 
     def _log_scores(self, sequence: int, position: int) -> list[float]:
         """What the draft says of the ranks behind a position, and is right about.
@@ -240,7 +250,7 @@ class SimBackend:
         """What the target draws behind a position: a rank of the draft's, or one that it never offers."""
         return bisect_right(self._bounds, self._chance(sequence, position, 0))
 
-    def _accept(self, row: int, start: int, count: int) -> tuple[RowOutcome, Grown | None]:
+    def _accept(self, row: int, start: int, count: int) -> tuple[RowOutcome, TreeStatus | None]:
         """Accept proposals while they hold what the target draws; what the draft has grown below."""
         state = self._rows[row]
         draws = [self._rank(state.sequence, start + i) for i in range(count)]
@@ -260,7 +270,7 @@ class SimBackend:
         if below is None:
             return outcome, None
         below.prune(state.budget)
-        return outcome, Grown(row, tuple(below.probabilities()), below.promise(MAX_RANKS))
+        return outcome, TreeStatus(row, tuple(below.probabilities()), below.gain_bound(MAX_RANKS))
 
     def _chance(self, sequence: int, position: int, stream: int) -> float:
         """A number in [0, 1) that depends on its arguments and the seed alone (splitmix64's finaliser)."""

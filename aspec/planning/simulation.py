@@ -13,11 +13,11 @@ from aspec.plan import Plan
 from aspec.planning.placement import NUM_STAGING
 from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend
 from aspec.planning.virtual_time import VirtualTimeLoop
-from aspec.profiling.cost_tables import Profile
+from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware, TaskSeconds
 from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import DRAFT_COMPUTE, Arrived, Closing, RowOutcome
+from aspec.tasks.task import DRAFT_COMPUTE, RequestAdded, RowOutcome, Shutdown
 
 FIT_ROWS, FIT_TOKENS = 4, 300  # of a simulation that is held against a run
 FIT_STEPS = 7  # halvings of the range
@@ -28,7 +28,7 @@ Arrival = tuple[int, int]
 
 def simulate(
     plan: Plan,
-    profile: Profile,
+    profile: SimCosts,
     arrivals: Iterable[Arrival],
     observers: Sequence[Observer] = (),
     issue_observers: Sequence[IssueObserver] = (),
@@ -40,8 +40,8 @@ def simulate(
         backend = SimBackend(profile, machine)
         executor = Executor(Scheduler(plan_for(plan, profile)), backend, observers, issue_observers)
         for sequence, (prompt_tokens, new_tokens) in enumerate(arrivals):
-            executor.post(Arrived(sequence, prompt_tokens, new_tokens))
-        executor.post(Closing())
+            executor.post(RequestAdded(sequence, prompt_tokens, new_tokens))
+        executor.post(Shutdown())
         try:
             await executor.run()
         finally:
@@ -54,16 +54,16 @@ def simulate(
         loop.close()
 
 
-def plan_for(plan: Plan, profile: Profile) -> Plan:
+def plan_for(plan: Plan, profile: SimCosts) -> Plan:
     """The same plan on the machine of a profile: a device behind a link reads through staging buffers."""
     if profile.copy_bytes_per_s is None or plan.num_staging:
         return plan
     return replace(plan, num_staging=NUM_STAGING, draft_resource=DRAFT_COMPUTE)
 
 
-def tasks_profile(machine: Hardware, tasks: TaskSeconds) -> Profile:
+def tasks_profile(machine: Hardware, tasks: TaskSeconds) -> SimCosts:
     """The profile of a machine on which tasks take the seconds that its file says, whatever the models' shapes."""
-    return Profile(
+    return SimCosts(
         disk_bytes_per_s=machine.disk_bytes_per_s,
         copy_bytes_per_s=machine.h2d_bytes_per_s,
         d2h_bytes_per_s=machine.d2h_bytes_per_s,
@@ -71,12 +71,12 @@ def tasks_profile(machine: Hardware, tasks: TaskSeconds) -> Profile:
     )
 
 
-def task_seconds(profile: Profile) -> TaskSeconds:
+def task_seconds(profile: SimCosts) -> TaskSeconds:
     """The way back: what of a profile a machine's file keeps as the seconds of tasks."""
     return TaskSeconds(**{field.name: getattr(profile, field.name) for field in fields(TaskSeconds)})
 
 
-def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> float:
+def fitted_acceptance(plan: Plan, profile: SimCosts, tokens_per_pass: float) -> float:
     """The acceptance with which the simulation of a plan makes so many tokens per pass as a run did.
 
     Chains and trees alike: what of a tree is accepted depends on how it grew.
@@ -84,12 +84,12 @@ def fitted_acceptance(plan: Plan, profile: Profile, tokens_per_pass: float) -> f
     return _fitted(plan, lambda guess: replace(profile, acceptance=guess), 1.0, tokens_per_pass)
 
 
-def fitted_spread(plan: Plan, profile: Profile, tokens_per_pass: float) -> float:
+def fitted_spread(plan: Plan, profile: SimCosts, tokens_per_pass: float) -> float:
     """The spread with which trees make so many, at the profile's acceptance: what second choices are worth."""
     return _fitted(plan, lambda guess: replace(profile, spread=guess), profile.acceptance, tokens_per_pass)
 
 
-def _fitted(plan: Plan, guessed: Callable[[float], Profile], most: float, tokens_per_pass: float) -> float:
+def _fitted(plan: Plan, ngram_score: Callable[[float], SimCosts], most: float, tokens_per_pass: float) -> float:
     """The number up to ``most`` with whose profile a simulation makes so many tokens per pass, which grow with it."""
     low, high = 0.0, most
     asked = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
@@ -97,7 +97,7 @@ def _fitted(plan: Plan, guessed: Callable[[float], Profile], most: float, tokens
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []
-        profile = replace(guessed(middle), end_probability=0.0)
+        profile = replace(ngram_score(middle), end_probability=0.0)
         job = [(2, FIT_TOKENS)] * FIT_ROWS
         simulate(roomy, profile, job, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
         decoded = outcomes[FIT_ROWS:]  # the first ones are the prompts'
@@ -106,7 +106,7 @@ def _fitted(plan: Plan, guessed: Callable[[float], Profile], most: float, tokens
     return (low + high) / 2
 
 
-def measured_profile(timeline: Timeline) -> Profile:
+def measured_profile(timeline: Timeline) -> SimCosts:
     """The profile of the machine on which a run was recorded: rates while busy, median seconds of every task."""
     layer_s, layer_token_s = _line([s for lane in (TARGET, CPU) for s in timeline.lane(lane) if s.layer >= 0])
     drafts = [s for s in timeline.lane(DRAFT) if s.name != "draft_prefill"]
@@ -115,8 +115,8 @@ def measured_profile(timeline: Timeline) -> Profile:
     per_token = [max(0.0, s.stop_s - s.start_s - draft_s) / s.tokens for s in prefills]
     accepted = sum(r.accepted for r in timeline.rounds)
     refused = sum(r.accepted < r.proposed for r in timeline.rounds)
-    default = Profile()
-    return Profile(
+    default = SimCosts()
+    return SimCosts(
         disk_bytes_per_s=_rate(timeline, DISK) or default.disk_bytes_per_s,
         copy_bytes_per_s=_rate(timeline, H2D),
         d2h_bytes_per_s=_rate(timeline, D2H),

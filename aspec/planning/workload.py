@@ -13,7 +13,7 @@ from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
 from aspec.planning.forecast import Forecaster
 from aspec.planning.resolve import Resolved, revise
 from aspec.planning.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
-from aspec.profiling.cost_tables import Profile
+from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
@@ -62,12 +62,12 @@ def forecast_for(models: Models, request: PlanRequest, basis: CostBasis, work: W
     return Forecaster(pricing(models, basis, exact=request.exact, sampled=work.sampled), work)
 
 
-def pricing(models: Models, basis: CostBasis, *, exact: bool, sampled: bool) -> Callable[[Plan], Profile]:
+def pricing(models: Models, basis: CostBasis, *, exact: bool, sampled: bool) -> Callable[[Plan], SimCosts]:
     """What tasks of these models cost under a plan, by their shapes; plans that are priced alike share a profile."""
     target, draft = shape_of(models.target), None if models.draft is None else shape_of(models.draft)
 
     @cache
-    def priced(tree: bool, cpu_attention: bool) -> Profile:
+    def priced(tree: bool, cpu_attention: bool) -> SimCosts:
         return prices(
             target,
             draft,

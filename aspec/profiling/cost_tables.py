@@ -1,6 +1,6 @@
 """What every task costs on one machine for one pair of models: lines through points, and how an item is counted.
 
-Pure policy: counts in, seconds out. ``prices.py`` makes a tariff from a machine and the shapes of the models; the
+Pure policy: counts in, seconds out. ``prices.py`` makes a table from a machine and the shapes of the models; the
 simulated machine charges by it.
 """
 
@@ -19,7 +19,7 @@ TREE_DEPTH = 16  # tokens of a tree's longest path, for want of knowing: what li
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PiecewiseLinear:
     """Seconds by a count: straight between the points, level below the first, the last piece prolonged beyond.
 
     ``block``: counts are rounded up to whole blocks first. ``each_s``: per count, on top of that and never rounded.
@@ -33,7 +33,7 @@ class Line:
         if not self.points or any(a >= b for (a, _), (b, _) in pairwise(self.points)) or self.block < 1:
             raise ValueError(f"a line needs points by ascending count and blocks from 1 on, found {self}")
 
-    def times(self, factor: float) -> "Line":
+    def times(self, factor: float) -> "PiecewiseLinear":
         """The same, so many times as long."""
         return replace(self, points=tuple((x, factor * y) for x, y in self.points))
 
@@ -86,8 +86,8 @@ class Attention:
 class LayerCost:
     """One layer; the lines are over tokens, padded ones included."""
 
-    project: Line  # its norm and the projections to queries, keys and values
-    rest: Line  # the output projection and all that follows
+    project: PiecewiseLinear  # its norm and the projections to queries, keys and values
+    rest: PiecewiseLinear  # the output projection and all that follows
     attention: Attention
     bind_s: float = 0.0  # stored weights that must be converted, once per pass
 
@@ -107,8 +107,8 @@ class ModelCost:
     """One model: its layers, and what is before and behind them."""
 
     layers: tuple[LayerCost, ...]
-    embed: Line  # by padded tokens
-    head: Line  # by rows of logits
+    embed: PiecewiseLinear  # by padded tokens
+    head: PiecewiseLinear  # by rows of logits
     draw_s: float  # per drawn token
     mask_pair_s: float = 0.0  # per query token and key, once for all layers
     offer_s: float = 0.0  # per node of a tree whose children are wanted, in place of a draw
@@ -143,7 +143,7 @@ class ModelCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Tariff:
+class CostTable:
     """Seconds of every task that computes; what travels is priced by the rates of its link."""
 
     target: ModelCost
@@ -154,7 +154,7 @@ class Tariff:
     node_s: float = 0.0  # a node of a tree, for its place in it and that of its children
     task_s: float = 0.0  # of any task, what the lane itself takes
     tree: bool = False  # proposals are trees
-    beside_reads: float = 1.0  # factor of what computes while the disk lane reads
+    read_contention: float = 1.0  # factor of what computes while the disk lane reads
 
     def seconds(self, task: Task) -> float:
         """Seconds of a task that has an item. Raises KeyError for one that loads."""
@@ -164,37 +164,37 @@ class Tariff:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile(TaskSeconds):
+class SimCosts(TaskSeconds):
     """What a machine costs: rates in bytes per second, everything else in seconds.
 
-    With a ``tariff`` what computes costs what it says, and the flat seconds here count for nothing.
+    With a ``cost_table`` what computes costs what it says, and the flat seconds here count for nothing.
     """
 
     disk_bytes_per_s: float = 2e9
     copy_bytes_per_s: float | None = None  # None: the device is the host's own memory
     d2h_bytes_per_s: float | None = None  # None: the link is as fast the other way
-    tariff: Tariff | None = None
+    cost_table: CostTable | None = None
 
 
 def _whole_tiles(length: int) -> int:
     return -(-length // KEY_TILE) * KEY_TILE
 
 
-def _layer(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    layer, streams = _layer_of(tariff, task)
-    return layer.seconds(item, tree=tariff.tree) + _bind(layer, streams, item)
+def _layer(table: CostTable, task: Task, item: WorkItem) -> float:
+    layer, streams = _layer_of(table, task)
+    return layer.seconds(item, tree=table.tree) + _bind(layer, streams, item)
 
 
-def _project(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    layer, streams = _layer_of(tariff, task)
+def _project(table: CostTable, task: Task, item: WorkItem) -> float:
+    layer, streams = _layer_of(table, task)
     return layer.project.at(item.padded_tokens) + _bind(layer, streams, item)
 
 
-def _layer_of(tariff: Tariff, task: Task) -> tuple[LayerCost, bool]:
+def _layer_of(table: CostTable, task: Task) -> tuple[LayerCost, bool]:
     """What the layer of a task costs; whether it streams."""
     work = task.payload
     assert isinstance(work, LayerWork), f"{task.label} is of no layer"
-    return tariff.target.layers[work.layer], bool(work.slots)
+    return table.target.layers[work.layer], bool(work.slots)
 
 
 def _bind(layer: LayerCost, streams: bool, item: WorkItem) -> float:
@@ -202,42 +202,42 @@ def _bind(layer: LayerCost, streams: bool, item: WorkItem) -> float:
     return layer.bind_s if streams and item.index == 0 else 0.0
 
 
-def _attend(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return _layer_of(tariff, task)[0].attention.seconds(item, tree=tariff.tree)
+def _attend(table: CostTable, task: Task, item: WorkItem) -> float:
+    return _layer_of(table, task)[0].attention.seconds(item, tree=table.tree)
 
 
-def _ffn(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return _layer_of(tariff, task)[0].rest.at(item.padded_tokens)
+def _ffn(table: CostTable, task: Task, item: WorkItem) -> float:
+    return _layer_of(table, task)[0].rest.at(item.padded_tokens)
 
 
-def _embed(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return tariff.target.embed_seconds(item)
+def _embed(table: CostTable, task: Task, item: WorkItem) -> float:
+    return table.target.embed_seconds(item)
 
 
-def _head(tariff: Tariff, task: Task, item: WorkItem) -> float:
+def _head(table: CostTable, task: Task, item: WorkItem) -> float:
     if item.prefill:
-        return tariff.target.head_seconds(len(item.rows), len(item.rows))
-    return tariff.target.head_seconds(item.padded_tokens, item.num_tokens)
+        return table.target.head_seconds(len(item.rows), len(item.rows))
+    return table.target.head_seconds(item.padded_tokens, item.num_tokens)
 
 
-def _accept(tariff: Tariff, task: Task, item: WorkItem) -> float:
+def _accept(table: CostTable, task: Task, item: WorkItem) -> float:
     trees = 0 if item.prefill else sum(count > 1 for count in item.counts)
-    return tariff.accept_s + tariff.accept_row_s * len(item.rows) + tariff.tree_row_s * trees
+    return table.accept_s + table.accept_row_s * len(item.rows) + table.tree_row_s * trees
 
 
-def _draft(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    draft = tariff.draft
+def _draft(table: CostTable, task: Task, item: WorkItem) -> float:
+    draft = table.draft
     if draft is None:  # a lookup
-        return tariff.node_s * item.num_tokens
+        return table.node_s * item.num_tokens
     layers_s = draft.embed_seconds(item) + draft.layer_seconds(item)
     if task.growth is None:
         return layers_s + draft.head_seconds(len(item.rows), len(item.rows))
     nodes = item.num_tokens
-    return layers_s + draft.head_seconds(nodes, 0) + nodes * (draft.offer_s + tariff.node_s)
+    return layers_s + draft.head_seconds(nodes, 0) + nodes * (draft.offer_s + table.node_s)
 
 
-def _draft_prefill(tariff: Tariff, task: Task, item: WorkItem) -> float:
-    return 0.0 if tariff.draft is None else tariff.draft.embed_seconds(item) + tariff.draft.layer_seconds(item)
+def _draft_prefill(table: CostTable, task: Task, item: WorkItem) -> float:
+    return 0.0 if table.draft is None else table.draft.embed_seconds(item) + table.draft.layer_seconds(item)
 
 
 _PRICES = {

@@ -23,7 +23,7 @@ from aspec.io.disk import probe_rate
 from aspec.io.host_memory import total_bytes
 from aspec.io.memory import allocate
 from aspec.models.attention import NAME, attend
-from aspec.models.exact import BLOCK_ROWS, InBlocks, products
+from aspec.models.exact import BLOCK_ROWS, FixedTileMatmul, matmul_mode
 from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
@@ -82,7 +82,7 @@ def measure_disk(folder: Path) -> float | None:
 
 
 @torch.inference_mode()
-def measure_beside_reads(folder: Path, dtype: torch.dtype, threads: int) -> float | None:
+def measure_read_contention(folder: Path, dtype: torch.dtype, threads: int) -> float | None:
     """The factor by which products take longer while the files are read; None where there is too little to read."""
     segments = files_of(folder)
     if not segments:
@@ -150,7 +150,7 @@ def _products(dtype: torch.dtype) -> tuple[Table, Table]:
         turn, nbytes = cycle(weights), weights[0].nbytes
         plain, blocks = dict.fromkeys(ROWS, inf), dict.fromkeys((count * BLOCK_ROWS for count in NUM_BLOCKS), inf)
         for _ in range(ROUNDS):
-            for best, context in ((plain, contextlib.nullcontext()), (blocks, InBlocks())):
+            for best, context in ((plain, contextlib.nullcontext()), (blocks, FixedTileMatmul())):
                 for rows in best:
                     hidden = torch.randn(rows, COLUMNS).to(dtype)
                     with context:
@@ -269,7 +269,7 @@ def _with_overheads(made: Processor, dtype: torch.dtype) -> Processor:
         layer_s=fixed_s[False],
         exact_layer_s=fixed_s[True],
         element_s=max(0.0, wide.left_over(MANY) - wide.left_over(1)) / (MANY - 1) / wide.outputs,
-        hot_share=min(1.0, tiny[False].left_over(1, cold=False) / max(1e-9, fixed_s[False])),
+        cached_share=min(1.0, tiny[False].left_over(1, cold=False) / max(1e-9, fixed_s[False])),
         frame_s=max(0.0, cold_s - layers * frame_layer_s),
         frame_layer_s=frame_layer_s,
         mask_pair_s=max(0.0, small.embed_seconds(MANY) - hot_s) / (MANY * (MANY + small.context)),
@@ -320,7 +320,7 @@ class _Layer:
         mask, cache = step.layer_mask(MaskKind()), {cache_argument(self._layer): step}
 
         def once() -> None:
-            with products(step):
+            with matmul_mode(step):
                 self._layer(hidden, attention_mask=mask, position_embeddings=(angles, angles), **cache)
 
         return cold_seconds_of(once) if cold else seconds_of(once)
@@ -338,7 +338,7 @@ class _Driver:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.model = Model(folder, dtype=dtype)
-        for part in self.model.plan(1 << 30):
+        for part in self.model.parts(1 << 30):
             buffer, scratch = (torch.zeros(n, dtype=torch.uint8) for n in (part.size, part.scratch_bytes))
             self.model.bind(replace(part, scratch_at=0), buffer, scratch)
 

@@ -33,7 +33,7 @@ REPEATS, CALLS = 4, 8
 CONTEXT, VOCAB, WIDTH = 64, 32768, 8
 
 
-def gauge(device: DeviceLayer[Any, Any], dtype: torch.dtype, host: Hardware, memory_bytes: int) -> Hardware:
+def measure_device(device: DeviceLayer[Any, Any], dtype: torch.dtype, host: Hardware, memory_bytes: int) -> Hardware:
     """A machine whose layers run on a device: what ``host`` tells of the rest, and the device as it is found now."""
     there = _Device(device)
     with torch.inference_mode():
@@ -51,13 +51,13 @@ class _Device:
     def seconds(self, work: Work) -> float:
         """Seconds of one call behind others, until the device has done it; the best of a few."""
         work()
-        self._device.settle()
+        self._device.synchronize()
         best = inf
         for _ in range(REPEATS):
             start = time.perf_counter()
             for _ in range(CALLS):
                 work()
-            self._device.settle()
+            self._device.synchronize()
             best = min(best, (time.perf_counter() - start) / CALLS)
         return best
 
@@ -118,7 +118,7 @@ class _Driver:
 
     def __init__(self, folder: Any, dtype: torch.dtype, place: torch.device) -> None:
         self._model = Model(folder, dtype=dtype, device=place)
-        for part in self._model.plan(1 << 30, PAGE):
+        for part in self._model.parts(1 << 30, PAGE):
             buffer, scratch = (torch.zeros(n, dtype=torch.uint8, device=place) for n in (part.size, part.scratch_bytes))
             self._model.bind(replace(part, scratch_at=0), buffer, scratch)
         self._cache = KVCache(self._model.kv_shapes(), 1, 4 * CONTEXT, self._model.dtype, place)

@@ -145,7 +145,7 @@ class Processor:
     exact_layer_s: float | None = field(default=None, metadata=SECONDS)  # None: the same
     product_s: float = field(default=5e-6, metadata=SECONDS)  # of a product, however small
     element_s: float | None = field(default=None, metadata=SECONDS)  # elementwise, per output of a layer's products
-    hot_share: float = field(default=1.0, metadata=SECONDS)  # of overheads, for a model that a cache holds
+    cached_share: float = field(default=1.0, metadata=SECONDS)  # of overheads, for a model that a cache holds
     frame_s: float = field(default=1e-4, metadata=SECONDS)  # before the first layer, and again behind the last one
     frame_layer_s: float = field(default=1e-5, metadata=SECONDS)  # and per layer of the model
     mask_pair_s: float = field(default=0.0, metadata=SECONDS)  # per query token and key
@@ -207,7 +207,7 @@ class Hardware:
     d2h_bytes_per_s: float | None = field(default=None, metadata=RATE)  # None: as h2d
     device_memory: int | None = field(default=None, metadata=SIZE)  # bytes; None: the host's
     host_memory: int | None = field(default=None, metadata=SIZE)
-    beside_reads: float = field(default=1.05, metadata=RATE)  # factor of CPU work while the disk lane reads
+    read_contention: float = field(default=1.05, metadata=RATE)  # factor of CPU work while the disk lane reads
     threads: int = field(default=0, metadata=SIZE)  # that were measured; 0: none were
     cpu: Processor = field(default=Processor(), metadata={"kind": _processor})
     device: Processor | None = field(default=None, metadata={"kind": _processor})  # None: the CPU

@@ -76,7 +76,7 @@ def shape_of(model: Model) -> ModelShape:
     text = model.config.get_text_config()
     kv = next(shape for shape in model.kv_shapes() if shape is not None)
     converted: dict[int, int] = {}
-    for part in model.plan(1 << 62):
+    for part in model.parts(1 << 62):
         converted[part.layer] = converted.get(part.layer, 0) + part.scratch_bytes
     layers = tuple(layer_shape(layer, text, converted.get(index, 0)) for index, layer in enumerate(model.layer_modules))
     hidden = int(text.hidden_size)

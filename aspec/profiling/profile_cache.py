@@ -21,8 +21,8 @@ from aspec.backends.registry import Kind
 from aspec.errors import UserError
 from aspec.io.json_file import read_json
 from aspec.profiling.ceilings import HostInfo, host_info
-from aspec.profiling.cpu_profiler import measure_beside_reads, measure_disk, measure_processor, memory_bytes
-from aspec.profiling.device_profiler import gauge
+from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
+from aspec.profiling.device_profiler import measure_device
 from aspec.profiling.hardware import Hardware, hardware_from
 from aspec.profiling.roofline import ACCEPTANCE, SPREAD
 
@@ -74,7 +74,7 @@ def machine_profile(
     if hardware is None:
         hardware = _measure(machine, dtype, folder)
         if kind is not None:
-            hardware = _gauged(kind, dtype, hardware)
+            hardware = _measure_device(kind, dtype, hardware)
         _write(_machine_file(cache, machine, dtype), {"hardware": hardware.as_object()})
     rate = disk_rate(folder, refresh=refresh, cache=cache)
     rate = hardware.disk_bytes_per_s if rate is None else rate
@@ -141,14 +141,14 @@ def _measure(machine: HostInfo, dtype: torch.dtype, folder: Path) -> Hardware:
         threads=machine.threads,
         cpu=measure_processor(dtype, machine.threads),
     )
-    beside = measure_beside_reads(folder, dtype, machine.threads)
-    return measured if beside is None else replace(measured, beside_reads=beside)
+    beside = measure_read_contention(folder, dtype, machine.threads)
+    return measured if beside is None else replace(measured, read_contention=beside)
 
 
-def _gauged(kind: Kind, dtype: torch.dtype, host: Hardware) -> Hardware:
+def _measure_device(kind: Kind, dtype: torch.dtype, host: Hardware) -> Hardware:
     device = kind.open()
     try:
-        return gauge(device, dtype, host, kind.free_bytes())
+        return measure_device(device, dtype, host, kind.free_bytes())
     finally:
         device.free()
 

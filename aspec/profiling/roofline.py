@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from aspec.models.exact import BLOCK_ROWS
-from aspec.profiling.cost_tables import Attention, LayerCost, Line, ModelCost, Profile, Tariff
+from aspec.profiling.cost_tables import Attention, CostTable, LayerCost, ModelCost, PiecewiseLinear, SimCosts
 from aspec.profiling.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
 from aspec.profiling.model_shape import LayerShape, ModelShape, touched_experts
 
@@ -33,7 +33,7 @@ def prices(
     cpu_attention: bool = False,
     acceptance: float = ACCEPTANCE,
     spread: float = SPREAD,
-) -> Profile:
+) -> SimCosts:
     """What tasks cost on a machine.
 
     ``exact``: in blocks of rows, as exact steps compute; ``sampled``: draws with noise; ``tree``: the draft proposes
@@ -44,7 +44,7 @@ def prices(
     gathers_s = keeps.gather_s * len(target.layers) + (0.0 if draft is None else device.gather_s * len(draft.layers))
     target_cost = model_cost(target, hardware, exact=exact, sampled=sampled, cpu_attention=cpu_attention)
     draft_cost = None if draft is None else model_cost(draft, hardware, sampled=sampled)
-    tariff = Tariff(
+    cost_table = CostTable(
         target_cost,
         draft_cost,
         accept_s=device.task_s,
@@ -53,15 +53,15 @@ def prices(
         node_s=hardware.cpu.node_s,
         task_s=device.task_s,
         tree=tree,
-        beside_reads=1.0 if hardware.h2d_bytes_per_s is not None else hardware.beside_reads,
+        read_contention=1.0 if hardware.h2d_bytes_per_s is not None else hardware.read_contention,
     )
-    return Profile(
+    return SimCosts(
         disk_bytes_per_s=hardware.disk_bytes_per_s,
         copy_bytes_per_s=hardware.h2d_bytes_per_s,
         d2h_bytes_per_s=hardware.d2h_bytes_per_s,
         acceptance=acceptance,
         spread=spread,
-        tariff=tariff,
+        cost_table=cost_table,
     )
 
 
@@ -77,7 +77,7 @@ def model_cost(
         if layer not in made:
             made[layer] = _layer(layer, shape, device, attention, exact=exact)
     cached = shape.nbytes <= device.cache_bytes
-    frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * (device.hot_share if cached else 1.0)
+    frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * (device.cached_share if cached else 1.0)
     head = _line([(shape.head_bytes, 1, 1)], shape.dtype, device, frame_s, shape.vocab, exact=exact, cached=cached)
     draw_s = device.sampled_s if sampled else device.greedy_s
     draw_s = device.passes_s(DRAW_PASSES[sampled]) if draw_s is None else draw_s
@@ -85,7 +85,9 @@ def model_cost(
     offer_s = device.passes_s(OFFER_PASSES[sampled]) if offer_s is None else offer_s
     return ModelCost(
         layers=tuple(made[layer] for layer in shape.layers),
-        embed=Line(((1, frame_s), (1024, frame_s + 1024 * shape.hidden * shape.itemsize / device.copy_rate))),
+        embed=PiecewiseLinear(
+            ((1, frame_s), (1024, frame_s + 1024 * shape.hidden * shape.itemsize / device.copy_rate))
+        ),
         head=head,
         draw_s=draw_s * shape.vocab,
         offer_s=offer_s * shape.vocab,
@@ -101,7 +103,7 @@ def _layer(layer: LayerShape, shape: ModelShape, device: Processor, attention: A
     overhead_s = device.layer_s if not exact or device.exact_layer_s is None else device.exact_layer_s
     share = layer.project_bytes / max(1, layer.dense_bytes)
     cached = shape.nbytes <= device.cache_bytes
-    overhead_s *= device.hot_share if cached else 1.0
+    overhead_s *= device.cached_share if cached else 1.0
     routed: list[Weights] = [(layer.expert_bytes, layer.experts, layer.active)] if layer.experts else []
     products_s = device.product_s * layer.products
     project = _line(
@@ -134,7 +136,7 @@ def _line(
     *,
     exact: bool,
     cached: bool,
-) -> Line:
+) -> PiecewiseLinear:
     """Seconds by tokens: what is fixed, the products, and elementwise work per output."""
     per_element = device.passes_s(ELEMENT_PASSES, 2) if device.element_s is None else device.element_s
     in_blocks = exact and len(weights) == 1  # experts have blocks of their own: no stairs in tokens
@@ -145,7 +147,7 @@ def _line(
     for count in counts:
         products_s = sum(_product_s(w, count, dtype, device, exact=exact, cached=cached) for w in weights)
         points.append((count, fixed_s + products_s))
-    return Line(tuple(points), BLOCK_ROWS if in_blocks else 1, per_element * elements)
+    return PiecewiseLinear(tuple(points), BLOCK_ROWS if in_blocks else 1, per_element * elements)
 
 
 def _product_s(weights: Weights, tokens: float, dtype: str, device: Processor, *, exact: bool, cached: bool) -> float:

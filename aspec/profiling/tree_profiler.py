@@ -58,7 +58,7 @@ def _grown(logits: torch.Tensor) -> tuple[Tree, int]:
             tree.extend(node, own_tokens, own_scores)
         tree.prune(BUDGET)
         tree.probabilities()
-        tree.promise(BEAMS)
+        tree.gain_bound(BEAMS)
         levels += 1
     return tree, levels
 

@@ -21,7 +21,7 @@ class ContextExceeded(PromptError):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PreparedRequest:
     """A request, ready for an engine."""
 
     id: str
@@ -33,11 +33,11 @@ class Asked:
 Refused = PromptError | NumericError
 """Why a request has no answer, though all others may have theirs."""
 
-Answered = Callable[[Asked, Result | Refused], Awaitable[None]]
+Answered = Callable[[PreparedRequest, Result | Refused], Awaitable[None]]
 """Called with every answer, or with why there can be none; the next row is taken when it returns."""
 
 
-async def serve(engine: Engine, asked: Iterable[Asked], answered: Answered, drain: asyncio.Event) -> None:
+async def serve(engine: Engine, asked: Iterable[PreparedRequest], answered: Answered, drain: asyncio.Event) -> None:
     """Serve requests, a bounded window of them at a time, and in no order; ``asked`` is advanced in a thread.
 
     When ``drain`` is set no more are taken, those that have generated anything are finished, the others are left.
@@ -62,7 +62,7 @@ async def serve(engine: Engine, asked: Iterable[Asked], answered: Answered, drai
         drained.cancel()
 
 
-async def answer(engine: Engine, one: Asked, leave: asyncio.Future[Any]) -> Result | Refused | None:
+async def answer(engine: Engine, one: PreparedRequest, leave: asyncio.Future[Any]) -> Result | Refused | None:
     """The answer to a request, or why there can be none; None if it had generated nothing when ``leave`` was done."""
     room, wanted = engine.max_context - len(one.tokens), one.request.max_new_tokens
     if room < max(1, wanted or 0):

@@ -28,7 +28,7 @@ from aspec.speculation.candidates import best_children
 from aspec.speculation.draft_graphs import DraftGraphs
 from aspec.speculation.ngram_index import NgramIndex
 from aspec.speculation.tree import ROOT, Proposal, Tree
-from aspec.tasks.task import Grown, Growth, Task, WorkItem
+from aspec.tasks.task import Task, TreeLevel, TreeStatus, WorkItem
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))
 """Proposes the likeliest token, whatever the target will draw."""
@@ -77,11 +77,11 @@ class Drafter(ABC):
     def __init__(self) -> None:
         self._rows: dict[int, DraftState] = {}
 
-    def seat(self, row: int, sequence: TokenSequence | None) -> None:
+    def assign_row(self, row: int, sequence: TokenSequence | None) -> None:
         """A row changes hands; what the draft has seen of it stands until another sequence is seated."""
         if sequence is not None:
             before = self._rows.get(row)
-            self._rows[row] = DraftState(sequence, min(sequence.kept, before.drafted if before else 0))
+            self._rows[row] = DraftState(sequence, min(sequence.num_cached_tokens, before.drafted if before else 0))
 
     @abstractmethod
     def prefill(self, item: WorkItem) -> None:
@@ -92,11 +92,11 @@ class Drafter(ABC):
         """Propose one more token for every row."""
 
     @abstractmethod
-    def grow_trees(self, item: WorkItem, growth: Growth) -> tuple[Grown, ...]:
+    def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
         """Grow one level of every row's tree; plant those that are none."""
 
     @abstractmethod
-    def settle(self, row: int, path: list[int], emitted: list[int]) -> Grown | None:
+    def commit(self, row: int, path: list[int], emitted: list[int]) -> TreeStatus | None:
         """The target has drawn ``emitted``, the sequence has grown: learn from the accepted path, forget the proposal.
 
         Returns what stands of a tree below the last token drawn, if the draft went on there.
@@ -110,7 +110,7 @@ class Drafter(ABC):
     def propose(self, row: int, count: int) -> tuple[list[int], list[int] | None]:
         """The first ``count`` proposed tokens of a row, and their parents (-1: the last committed one); None: a chain.
 
-        From now on until ``settle`` they are what is verified.
+        From now on until ``commit`` they are what is verified.
         """
         state = self._rows[row]
         if state.tree is None:
@@ -182,7 +182,7 @@ class ModelDrafter(Drafter):
         for (index, _), error in errors.items():
             states[index].sequence.fail(error)
 
-    def grow_trees(self, item: WorkItem, growth: Growth) -> tuple[Grown, ...]:
+    def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
         """One level of every row's tree; a new one first catches up with what the draft has not seen."""
         limits = zip(item.rows, growth.budgets, growth.depths, strict=True)
         levels = [self._next_level(row, budget, depth, growth) for row, budget, depth in limits]
@@ -198,7 +198,7 @@ class ModelDrafter(Drafter):
             grown.append(self._grown(level.row, level.tree, growth.beams))
         return tuple(grown)
 
-    def _next_level(self, row: int, budget: int, depth: int, growth: Growth) -> "_Level":
+    def _next_level(self, row: int, budget: int, depth: int, growth: TreeLevel) -> "_Level":
         """What of a row's tree goes through the draft now: the committed tokens it has not seen, or the best nodes."""
         state = self._rows[row]
         room = budget + growth.ahead, depth
@@ -259,9 +259,9 @@ class ModelDrafter(Drafter):
         for node, own_tokens, own_scores in zip(level.nodes, tokens.tolist(), scores.tolist(), strict=True):
             tree.extend(node, own_tokens, own_scores)
 
-    def _grown(self, row: int, tree: Tree, beams: int) -> Grown:
+    def _grown(self, row: int, tree: Tree, beams: int) -> TreeStatus:
         """What the policy hears of a tree."""
-        return Grown(row, tuple(tree.probabilities()), tree.promise(self._beams(row, tree, beams)))
+        return TreeStatus(row, tuple(tree.probabilities()), tree.gain_bound(self._beams(row, tree, beams)))
 
     def _beams(self, row: int, tree: Tree, beams: int) -> int:
         """Forwards of a level: no more than the draft's KV has room for."""
@@ -274,7 +274,7 @@ class ModelDrafter(Drafter):
 
     # -- verification ----------------------------------------------------------------------------------------
 
-    def settle(self, row: int, path: list[int], emitted: list[int]) -> Grown | None:
+    def commit(self, row: int, path: list[int], emitted: list[int]) -> TreeStatus | None:
         """Keep what the draft has seen of the draws in its KV, and the tree below them; learn; forget the proposal."""
         state = self._rows[row]
         if state.proposal is not None:
@@ -295,11 +295,11 @@ class ModelDrafter(Drafter):
     def _learn(self, state: DraftState, proposal: Proposal, path: list[int]) -> None:
         calibration = self._calibration[state.sequence.sampler.greedy]
         for place, accepted in proposal.verdicts(path):
-            offered, guessed = proposal.offered[place], proposal.guessed[place]
-            if offered is not None:
-                calibration.observe(offered, accepted)
-            if guessed is not None:
-                self._guesses.observe(guessed, accepted)
+            draft_score, ngram_score = proposal.draft_score[place], proposal.ngram_score[place]
+            if draft_score is not None:
+                calibration.observe(draft_score, accepted)
+            if ngram_score is not None:
+                self._guesses.observe(ngram_score, accepted)
 
     # -- the model -------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The draft that needs no model: what followed the last few tokens when they stood in this text before.
 
-Source: prompt lookup decoding (Saxena, 2023); the index is ``speculation/ngram_index.py``. Its confidences are calibrated online
-by what gets accepted, so text that never repeats itself soon costs next to nothing.
+Source: prompt lookup decoding (Saxena, 2023); the index is ``ngram_index.py``. Its confidences are calibrated online by
+what gets accepted, so text that never repeats itself soon costs next to nothing.
 """
 
 from math import log
@@ -11,7 +11,7 @@ from aspec.speculation.calibration import Calibration
 from aspec.speculation.drafter import Drafter, DraftState
 from aspec.speculation.ngram_index import merge_into
 from aspec.speculation.tree import ROOT, Tree
-from aspec.tasks.task import Grown, Growth, WorkItem
+from aspec.tasks.task import TreeLevel, TreeStatus, WorkItem
 
 
 class NgramDrafter(Drafter):
@@ -30,27 +30,27 @@ class NgramDrafter(Drafter):
         """A lookup knows whole continuations, so even a chain is asked for as a tree."""
         raise InternalError("an n-gram draft grows trees only")
 
-    def grow_trees(self, item: WorkItem, growth: Growth) -> tuple[Grown, ...]:
+    def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
         """Look up every row's last tokens; there is nothing further to grow."""
         rows = zip(item.rows, growth.budgets, growth.depths, strict=True)
         return tuple(self._grow(row, self._rows[row], budget, depth, growth.width) for row, budget, depth in rows)
 
-    def _grow(self, row: int, state: DraftState, budget: int, depth: int, width: int) -> Grown:
+    def _grow(self, row: int, state: DraftState, budget: int, depth: int, width: int) -> TreeStatus:
         index = state.index
         index.extend(state.sequence.tokens[index.length :])
-        tree = Tree(depth, state.sequence.end_ids, log_guess=self._calibration.log_probability)
+        tree = Tree(depth, state.sequence.end_ids, log_ngram=self._calibration.log_probability)
         tree.feed([ROOT])
         for tokens, confidences in index.propose(depth, width if self._most is None else min(self._most, width)):
             merge_into(tree, tokens, [log(confidence) for confidence in confidences])
         tree.prune(budget)
         state.tree = tree
-        return Grown(row, tuple(tree.probabilities()), promise=0.0)
+        return TreeStatus(row, tuple(tree.probabilities()), gain_bound=0.0)
 
-    def settle(self, row: int, path: list[int], emitted: list[int]) -> None:
+    def commit(self, row: int, path: list[int], emitted: list[int]) -> None:
         """Learn from the accepted path, forget the proposal."""
         state = self._rows[row]
         proposal, state.tree, state.proposal = state.proposal, None, None
         for place, accepted in proposal.verdicts(path) if proposal else ():
-            guessed = proposal.guessed[place] if proposal else None
-            if guessed is not None:
-                self._calibration.observe(guessed, accepted)
+            ngram_score = proposal.ngram_score[place] if proposal else None
+            if ngram_score is not None:
+                self._calibration.observe(ngram_score, accepted)

@@ -28,8 +28,8 @@ class Node:
     depth: int  # 1 for the children of the root; never changes
     edge: float  # log probability given that the parent is accepted, at most 0
     score: float  # the sum of the edges from the root
-    offered: float | None = None  # the draft's own log score, before any calibration; None: it made no offer
-    guessed: float | None = None  # the log score of a branch that came without the draft; None: in no branch
+    draft_score: float | None = None  # the draft's own log score, before any calibration; None: it made no offer
+    ngram_score: float | None = None  # the log score of a branch that came without the draft; None: in no branch
     slot: int = -1  # place in the draft's KV behind the committed tokens; -1 until it is fed
     kept: bool = True  # False once pruned; then no descendant is kept either
 
@@ -47,8 +47,8 @@ class Proposal:
     parents: tuple[int, ...]  # places in this proposal, ROOT for the last committed token
     depths: tuple[int, ...]  # 1 for the children of the root: the position behind the last committed token
     scores: tuple[float, ...]  # log path probabilities, descending
-    offered: tuple[float | None, ...]  # the draft's log score of each node given its parent, as the draft gave it
-    guessed: tuple[float | None, ...]  # the same of branches that came without the draft
+    draft_score: tuple[float | None, ...]  # the draft's log score of each node given its parent, as the draft gave it
+    ngram_score: tuple[float | None, ...]  # the same of branches that came without the draft
 
     def first(self, num_nodes: int) -> "Proposal":
         """The best ``num_nodes`` of it: a tree as well, since parents come before their children."""
@@ -58,8 +58,8 @@ class Proposal:
             self.parents[cut],
             self.depths[cut],
             self.scores[cut],
-            self.offered[cut],
-            self.guessed[cut],
+            self.draft_score[cut],
+            self.ngram_score[cut],
         )
 
     def follow(self, draws: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -92,26 +92,28 @@ class Tree:
         max_depth: int,
         end_ids: Collection[int] = frozenset(),
         log_probability: Callable[[float], float] | None = None,
-        log_guess: Callable[[float], float] | None = None,
+        log_ngram: Callable[[float], float] | None = None,
     ) -> None:
         """A tree of paths of at most ``max_depth`` tokens, none of which is in ``end_ids``.
 
         A node for a token that ends the sequence would gain nothing: the draw at its parent emits that token anyway.
         ``log_probability`` maps the draft's log score of a child to the log chance of its acceptance, in ascending
-        order (``Calibration.log_probability``); without it scores are taken as they are. ``log_guess`` does so for
+        order (``Calibration.log_probability``); without it scores are taken as they are. ``log_ngram`` does so for
         branches that come without the draft.
         """
         self.nodes: list[Node] = []  # in order of addition, parents before children; nothing is ever removed
         self.slots: list[int] = []  # the nodes fed to the draft, in that order: slot -> node
         self._max_depth = max_depth
         self._end_ids = frozenset(end_ids)
-        self._log_probability, self._log_guess = log_probability, log_guess
+        self._log_probability, self._log_ngram = log_probability, log_ngram
         self._root_fed = False
         self._budget: int | None = None  # of the latest prune
         self._kept: list[int] = []  # the kept nodes, best first
         self._children: dict[tuple[int, int], int] = {}  # (parent, token) -> node, of all nodes
-        self._offers: dict[tuple[int, int], tuple[float, float]] = {}  # (parent, token) -> (edge, offered), unpruned
-        self._offered: dict[int, list[tuple[int, float, float]]] = {}  # node -> (token, edge, offered), all ever
+        self._offers: dict[
+            tuple[int, int], tuple[float, float]
+        ] = {}  # (parent, token) -> (edge, draft_score), unpruned
+        self._offered: dict[int, list[tuple[int, float, float]]] = {}  # node -> (token, edge, draft_score), all ever
 
     def __len__(self) -> int:
         """Kept nodes."""
@@ -165,15 +167,15 @@ class Tree:
         above, floor = self._score(node), -self._worst()[0]
         offers = self._offered.setdefault(node, [])
         for token, score in zip(tokens, scores, strict=True):
-            offered, place = _checked(score), (node, token)
-            if offered == -inf or token in self._end_ids:
+            draft_score, place = _checked(score), (node, token)
+            if draft_score == -inf or token in self._end_ids:
                 continue
-            edge = offered if self._log_probability is None else min(0.0, self._log_probability(offered))
-            offers.append((token, edge, offered))
+            edge = draft_score if self._log_probability is None else min(0.0, self._log_probability(draft_score))
+            offers.append((token, edge, draft_score))
             if above + edge < floor and place not in self._children:
                 continue
-            if place not in self._offers or offered > self._offers[place][1]:
-                self._offers[place] = edge, offered
+            if place not in self._offers or draft_score > self._offers[place][1]:
+                self._offers[place] = edge, draft_score
 
     def add_branch(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         """Add a path from the root that came without the draft, with its log score at each token given those before.
@@ -183,16 +185,16 @@ class Tree:
         """
         at = ROOT
         for token, score in zip(tokens, scores, strict=True):
-            guessed = _checked(score)
-            if guessed == -inf or token in self._end_ids or self._depth(at) >= self._max_depth:
+            ngram_score = _checked(score)
+            if ngram_score == -inf or token in self._end_ids or self._depth(at) >= self._max_depth:
                 break
-            edge = guessed if self._log_guess is None else min(0.0, self._log_guess(guessed))
+            edge = ngram_score if self._log_ngram is None else min(0.0, self._log_ngram(ngram_score))
             child = self._children.get((at, token))
             if child is None:
                 child = self._add(at, token, edge)
             node = self.nodes[child]
             node.kept = True  # it may have been pruned before; its ancestors are kept again by now
-            node.guessed = guessed if node.guessed is None else max(node.guessed, guessed)
+            node.ngram_score = ngram_score if node.ngram_score is None else max(node.ngram_score, ngram_score)
             self._raise_edge(child, edge)
             at = child
         self._sort()
@@ -238,8 +240,8 @@ class Tree:
             if self._depth(parent) < max_depth:
                 kept = [self._children.get((parent, token)) for token, _, _ in offers]
                 self._offers |= {
-                    (parent, token): (edge, offered)
-                    for child, (token, edge, offered) in zip(kept, offers, strict=True)
+                    (parent, token): (edge, draft_score)
+                    for child, (token, edge, draft_score) in zip(kept, offers, strict=True)
                     if child is None or not self.nodes[child].kept
                 }
 
@@ -248,7 +250,7 @@ class Tree:
 
         Returns the draft's slots of those tokens, as far as it has seen them, and then the tree below the last one,
         followed in the list by the slots of its nodes; None where the draft has not seen them all. Scores are as if
-        that token had been the root. Everything is there again that the draft ever offered: ``prune`` follows.
+        that token had been the root. Everything is there again that the draft ever draft_score: ``prune`` follows.
         """
         at, slots = ROOT, list[int]()
         for token in tokens:
@@ -256,13 +258,13 @@ class Tree:
             if at == ROOT or self.nodes[at].slot < 0:
                 return slots, None
             slots.append(self.nodes[at].slot)
-        below = Tree(self._max_depth, self._end_ids, self._log_probability, self._log_guess)
+        below = Tree(self._max_depth, self._end_ids, self._log_probability, self._log_ngram)
         below._root_fed = True
         places = {at: ROOT}
         for index, node in enumerate(self.nodes):
             if node.parent in places and (node.kept or node.slot >= 0):
-                places[index] = below._add(places[node.parent], node.token, node.edge, node.offered)
-                below.nodes[-1].guessed = node.guessed
+                places[index] = below._add(places[node.parent], node.token, node.edge, node.draft_score)
+                below.nodes[-1].ngram_score = node.ngram_score
         below._offered = {places[node]: offers for node, offers in self._offered.items() if node in places}
         seen = [index for index in self.slots if places.get(index, ROOT) != ROOT]
         below.feed([places[index] for index in seen])
@@ -281,8 +283,8 @@ class Tree:
             parents=tuple(places[node.parent] for node in nodes),
             depths=tuple(node.depth for node in nodes),
             scores=tuple(node.score for node in nodes),
-            offered=tuple(node.offered for node in nodes),
-            guessed=tuple(node.guessed for node in nodes),
+            draft_score=tuple(node.draft_score for node in nodes),
+            ngram_score=tuple(node.ngram_score for node in nodes),
         )
 
     def path(self, node: int) -> tuple[int, ...]:
@@ -301,7 +303,7 @@ class Tree:
         """Path probabilities of the kept nodes, descending."""
         return [exp(self.nodes[index].score) for index in self._kept]
 
-    def promise(self, beams: int) -> float:
+    def gain_bound(self, beams: int) -> float:
         """The most tokens one more level can gain: the probability that the next frontier is reached at all."""
         return sum(exp(self._score(index)) for index in self.frontier(beams))
 
@@ -325,9 +327,9 @@ class Tree:
 
     # -- nodes -----------------------------------------------------------------------------------------------
 
-    def _add(self, parent: int, token: int, edge: float, offered: float | None = None) -> int:
+    def _add(self, parent: int, token: int, edge: float, draft_score: float | None = None) -> int:
         index = len(self.nodes)
-        self.nodes.append(Node(token, parent, self._depth(parent) + 1, edge, self._score(parent) + edge, offered))
+        self.nodes.append(Node(token, parent, self._depth(parent) + 1, edge, self._score(parent) + edge, draft_score))
         self._children[parent, token] = index
         return index
 
@@ -337,7 +339,7 @@ class Tree:
         revived: list[int] = []
         for place in known:
             child = self._children[place]
-            edge, self.nodes[child].offered = self._offers.pop(place)
+            edge, self.nodes[child].draft_score = self._offers.pop(place)
             self._raise_edge(child, edge)
             if not self.nodes[child].kept:
                 self.nodes[child].kept = True

@@ -59,10 +59,10 @@ class Sizing:
         self._quiet_rounds += quiet > 0
         return not self.most or (quiet > 0 and quiet % TRY_AGAIN_EVERY != 0)
 
-    def learn(self, level: int, promise: float, before: Probabilities, after: Probabilities) -> None:
-        """A level promised ``promise`` tokens; these are the nodes before and after it."""
-        if promise > 0.0:
-            share = (self._worth(after) - self._worth(before)) / promise
+    def learn(self, level: int, gain_bound: float, before: Probabilities, after: Probabilities) -> None:
+        """A level promised ``gain_bound`` tokens; these are the nodes before and after it."""
+        if gain_bound > 0.0:
+            share = (self._worth(after) - self._worth(before)) / gain_bound
             self._yields[min(level, MAX_LEVELS - 1)].add(min(1.0, max(0.0, share)))
 
     def _worth(self, probabilities: Probabilities) -> float:
@@ -71,16 +71,16 @@ class Sizing:
         most = None if chosen is None else max(1, round(chosen)) * len(probabilities)
         return sum(sorted((p for own in probabilities.values() for p in own), reverse=True)[:most])
 
-    def level_pays(self, level: int, promise: float, elapsed_s: float, num_tokens: int) -> bool:
+    def level_pays(self, level: int, gain_bound: float, elapsed_s: float, num_tokens: int) -> bool:
         """Whether what a level promises is worth its seconds, after drafting for ``elapsed_s`` of ``num_tokens``."""
         plan = self._plan
         if plan.fixed_draft_tokens is not None or plan.fixed_draft_depth is not None:
             return True
         level_s = self._costs.level_seconds(plan, elapsed_s, num_tokens)
-        if promise <= LEAST_GAIN or level_s == 0.0:
-            return promise > LEAST_GAIN
+        if gain_bound <= LEAST_GAIN or level_s == 0.0:
+            return gain_bound > LEAST_GAIN
         share = self._yields[min(level, MAX_LEVELS - 1)].value
-        return another_level(promise if share is None else promise * share, self._costs.tokens_per_s, level_s)
+        return another_level(gain_bound if share is None else gain_bound * share, self._costs.tokens_per_s, level_s)
 
     def nodes(self, probabilities: Probabilities, drafted_s: float) -> dict[int, int]:
         """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""

@@ -16,11 +16,11 @@ from aspec.tasks.task import (
     CPU,
     Access,
     DraftStep,
-    Grown,
-    Growth,
     RowAssignment,
     RowChanges,
     Task,
+    TreeLevel,
+    TreeStatus,
     WorkItem,
     draft_kv_buffer,
     proposal_buffer,
@@ -39,15 +39,15 @@ class Draft:
     rows: dict[int, Row]  # those that decode
     budgets: dict[int, int]  # nodes that a row may propose
     depths: dict[int, int]  # tokens that a path of a row may have
-    found: dict[int, Grown]  # by row, the latest; a tree that is not planted promises one token
+    found: dict[int, TreeStatus]  # by row, the latest; a tree that is not planted promises one token
     levels: int = 0  # that have been emitted
     seconds: float = 0.0  # of drafting while no pass was running
     growing: bool = False  # a level is under way
 
     @property
-    def promises(self) -> dict[int, float]:
+    def gain_bounds(self) -> dict[int, float]:
         """Tokens that another level can gain, of the rows where it gains any."""
-        return {row: grown.promise for row, grown in sorted(self.found.items()) if grown.promise > 0.0}
+        return {row: grown.gain_bound for row, grown in sorted(self.found.items()) if grown.gain_bound > 0.0}
 
     @property
     def probabilities(self) -> dict[int, tuple[float, ...]]:
@@ -74,7 +74,7 @@ class Group:
         self.number = number
         self.draft: Draft | None = None  # trees that grow; their pass is not emitted yet
         self.running: Pass | None = None
-        self.standing: dict[int, Grown] = {}  # by row: what the draft has grown below the last draw
+        self.carried_over: dict[int, TreeStatus] = {}  # by row: what the draft has grown below the last draw
         self.last_pass = -1  # who waits longest is verified next
         self._plan, self._next_id = plan, next_id
         self._committed, self._proposed = "", ""  # present content of the sequence and the proposal buffer
@@ -120,7 +120,7 @@ class Group:
         numbers = tuple(rows)
         further = 2 if ahead else 1  # rounds that a path may span
         beams = AHEAD_BEAMS if ahead and self._plan.draft_resource != COMPUTE else BEAMS
-        shape = Growth(
+        shape = TreeLevel(
             beams,
             WIDTH,
             tuple(draft.budgets[row] for row in numbers),
@@ -148,7 +148,9 @@ class Group:
         self._committed = self._proposed = f"pass {running.number} item {last}"
         return tasks
 
-    def _draft_step(self, number: int, item: WorkItem, step: int, content: str, growth: Growth | None = None) -> Task:
+    def _draft_step(
+        self, number: int, item: WorkItem, step: int, content: str, growth: TreeLevel | None = None
+    ) -> Task:
         """A step of the draft, which leaves ``content`` in its buffers."""
         ahead = self.running is not None or self._plan.num_groups > 1  # a pass is to go first
         reads = self.inputs(with_proposal=step > 0)

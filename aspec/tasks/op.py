@@ -1,6 +1,6 @@
 """The operations of the dataflow. One op is one row: its name, and all that is generally true of it.
 
-Who computes an op stands in ``runner.py``, what it costs in ``tariff.py``; nobody else keeps a list of ops.
+Who computes an op stands in ``runner.py``, what it costs in ``cost_table.py``; nobody else keeps a list of ops.
 """
 
 from enum import StrEnum
@@ -23,7 +23,7 @@ class Cost(StrEnum):
     DISK = "disk"  # by the bytes that travel, as the next three
     H2D = "h2d"
     D2H = "d2h"
-    BACK = "back"
+    H2D_RESULTS = "back"
     EMBED = "embed"
     LAYER = "layer"
     HEAD = "head"
@@ -69,7 +69,7 @@ class Op(StrEnum):
     # its attention
     ATTEND = "attend", Lane.CPU, "L{layer} attention", Cost.LAYER, 0.25
     # the result of the attention, back to the device
-    RETURN = "return", Lane.H2D, "L{layer} result back", Cost.BACK
+    RETURN = "return", Lane.H2D, "L{layer} result back", Cost.H2D_RESULTS
     # and the rest of the layer
     FFN = "ffn", Lane.TARGET, "L{layer} rest", Cost.LAYER, 0.5, True
     # hidden -> logits -> the target's draws

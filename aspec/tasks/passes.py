@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from aspec.plan import Plan, PlannedPart, Tier
 from aspec.tasks.op import Op
 from aspec.tasks.task import (
-    BACK,
     COMPUTE,
     CPU,
     D2H,
     DISK,
     H2D,
+    H2D_RESULTS,
     SCRATCH,
     Access,
     LayerWork,
@@ -121,7 +121,7 @@ def emit_pass(
     """The tasks of pass ``number`` over ``items``: embed, every layer for every item; ``emit_end`` has the rest.
 
     ``inputs``: what an item's tokens come from (the committed tokens, and the proposal if there is one). One loaded
-    part serves all items before its slot frees; the load that reuses the slot follows at once.
+    part serves all items before its slot frees; the load that reuses the slot reuse_from at once.
     """
     tasks = [_embed(number, item, next_id, inputs(item)) for item in items]
     for layer in range(plan.num_layers):
@@ -194,7 +194,7 @@ class _SplitLayer:
         """All projections first, then all attention, then the rest, so that one item attends while others compute.
 
         But a chunk projects behind the attention of the chunk before it, which reads the KV that it writes; and an
-        item that shares its attention's buffer with another one follows all of that.
+        item that shares its attention's buffer with another one reuse_from all of that.
         """
         projected: list[WorkItem] = []
         unfinished: list[WorkItem] = []
@@ -233,7 +233,7 @@ class _SplitLayer:
                 continue
             arrived, made = self._crossing(item, "queries"), self._crossing(item, "result")
             yield self._task(Op.ATTEND, self.resource, item, (arrived,), (self._kv(item), made))
-            yield self._task(Op.RETURN, BACK, item, (made,), (result,), self.crossing[1])
+            yield self._task(Op.RETURN, H2D_RESULTS, item, (made,), (result,), self.crossing[1])
 
     def _finish(self, item: WorkItem) -> Task:
         reads = (self._hidden(item), self._attention(item, "result"), *self.weights.reads(first=False))

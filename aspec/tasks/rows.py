@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from aspec.tasks.task import Arrived, RowAssignment, RowOutcome, WorkItem
+from aspec.tasks.task import RequestAdded, RowAssignment, RowOutcome, WorkItem
 
 
 @dataclass(slots=True)
@@ -21,18 +21,18 @@ class Row:
     remaining: int  # tokens that may still be generated; the row retires at 0
     decoding: bool = False  # False until its prompt has gone through a pass
     cancelled: bool = False
-    kept: int = 0  # leading tokens whose KV stood in the row when it was taken: they are not prefilled
+    num_cached_tokens: int = 0  # leading tokens whose KV stood in the row when it was taken: they are not prefilled
 
 
-class Seats:
+class RowTable:
     """The rows of an engine, occupied, resting or never used, and the sequences that wait for one."""
 
     def __init__(self, num_rows: int, num_groups: int = 1, most_prompt_tokens: int | None = None) -> None:
         """``most_prompt_tokens`` may join a group at once; a longer prompt joins alone."""
         self.rows: dict[int, Row] = {}  # by row number; only occupied rows
         self._num_rows, self._num_groups, self._most_prompt_tokens = num_rows, num_groups, most_prompt_tokens
-        self._resting: dict[int, Row] = {}  # by row number; the last to sit in a free row, whose KV stands
-        self._waiting: deque[Arrived] = deque()
+        self._retained: dict[int, Row] = {}  # by row number; the last to sit in a free row, whose KV stands
+        self._waiting: deque[RequestAdded] = deque()
 
     def rows_of(self, group: int) -> dict[int, Row]:
         """The occupied rows of a group, by number."""
@@ -46,7 +46,7 @@ class Seats:
         """Those whose prompt has not."""
         return {n: row for n, row in self.rows_of(group).items() if not row.decoding}
 
-    def arrive(self, arrived: Arrived) -> None:
+    def arrive(self, arrived: RequestAdded) -> None:
         """A sequence waits."""
         self._waiting.append(arrived)
 
@@ -71,20 +71,20 @@ class Seats:
         Who has most to keep chooses first. Groups share what there is, so that none idles while another is full.
         """
         gone = [number for number, row in self.rows_of(group).items() if row.remaining <= 0 or row.cancelled]
-        self._resting |= {number: self.rows.pop(number) for number in gone}
+        self._retained |= {number: self.rows.pop(number) for number in gone}
         seatings = [RowAssignment(number, None) for number in gone]
-        arriving = sorted(self._next(group), key=lambda arrived: -arrived.kept)
+        arriving = sorted(self._next(group), key=lambda arrived: -arrived.num_cached_tokens)
         return seatings + [self._seat(arrived, group) for arrived in arriving]
 
-    def _next(self, group: int) -> list[Arrived]:
+    def _next(self, group: int) -> list[RequestAdded]:
         """Of those that wait, who joins a group now."""
         occupied = len(self.rows_of(group))
         share = -(-(len(self.rows) + len(self._waiting)) // self._num_groups)
         num_free = min(len(range(group, self._num_rows, self._num_groups)), share) - occupied
         most = self._most_prompt_tokens
-        arriving: list[Arrived] = []
+        arriving: list[RequestAdded] = []
         while self._waiting and len(arriving) < num_free:
-            tokens = sum(one.prompt_tokens - one.kept for one in (*arriving, self._waiting[0]))
+            tokens = sum(one.prompt_tokens - one.num_cached_tokens for one in (*arriving, self._waiting[0]))
             if arriving and most is not None and tokens > most:
                 break
             arriving.append(self._waiting.popleft())
@@ -93,20 +93,22 @@ class Seats:
     def validate(self, capacity: int) -> None:
         """Check the invariants; tests call it after every event."""
         assert all(0 <= row < self._num_rows for row in self.rows)
-        assert all(row.kept < row.length <= capacity for row in self.rows.values())
-        assert not self.rows.keys() & self._resting.keys()
-        assert all(row.decoding for row in self._resting.values())  # their KV stands
+        assert all(row.num_cached_tokens < row.length <= capacity for row in self.rows.values())
+        assert not self.rows.keys() & self._retained.keys()
+        assert all(row.decoding for row in self._retained.values())  # their KV stands
 
-    def _seat(self, arrived: Arrived, group: int) -> RowAssignment:
+    def _seat(self, arrived: RequestAdded, group: int) -> RowAssignment:
         """Take the group's free row in which most tokens are kept, less those that are lost; the lowest of equals."""
-        kept = {n: arrived.kept for n, row in self._resting.items() if row.sequence == arrived.follows}
-        lost = {n: row.length - kept.get(n, 0) for n, row in self._resting.items()}
+        kept = {n: arrived.num_cached_tokens for n, row in self._retained.items() if row.sequence == arrived.reuse_from}
+        lost = {n: row.length - kept.get(n, 0) for n, row in self._retained.items()}
         free = (n for n in range(group, self._num_rows, self._num_groups) if n not in self.rows)
         number = max(free, key=lambda n: (kept.get(n, 0) - lost.get(n, 0), -n))
-        self._resting.pop(number, None)
-        row = Row(arrived.sequence, arrived.prompt_tokens, arrived.max_new_tokens, kept=kept.get(number, 0))
+        self._retained.pop(number, None)
+        row = Row(
+            arrived.sequence, arrived.prompt_tokens, arrived.max_new_tokens, num_cached_tokens=kept.get(number, 0)
+        )
         self.rows[number] = row
-        return RowAssignment(number, row.sequence, row.kept)
+        return RowAssignment(number, row.sequence, row.num_cached_tokens)
 
 
 def decode_item(rows: dict[int, Row], lengths: dict[int, int], group: int = 0) -> WorkItem:
@@ -140,8 +142,8 @@ def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int, grou
     """
     items: list[WorkItem] = []
     short: list[int] = []
-    for number, row in sorted(rows.items(), key=lambda pair: pair[1].length - pair[1].kept):
-        length = row.length - row.kept
+    for number, row in sorted(rows.items(), key=lambda pair: pair[1].length - pair[1].num_cached_tokens):
+        length = row.length - row.num_cached_tokens
         if length <= most_tokens and (len(short) + 1) * length <= most_tokens:
             short.append(number)  # lengths grow, so this row's length is the item's width
             continue
@@ -156,13 +158,13 @@ def _shared_item(rows: dict[int, Row], numbers: Sequence[int], index: int, group
     if not numbers:
         return []
     ordered = tuple(sorted(numbers))
-    starts = tuple(rows[n].kept for n in ordered)
-    counts = tuple(rows[n].length - rows[n].kept for n in ordered)
+    starts = tuple(rows[n].num_cached_tokens for n in ordered)
+    counts = tuple(rows[n].length - rows[n].num_cached_tokens for n in ordered)
     return [WorkItem(index, ordered, starts, counts, prefill=True, group=group)]
 
 
 def _chunks(number: int, row: Row, index: int, most_tokens: int, group: int) -> list[WorkItem]:
-    starts = range(row.kept, row.length, most_tokens)
+    starts = range(row.num_cached_tokens, row.length, most_tokens)
     return [
         WorkItem(
             index + i,

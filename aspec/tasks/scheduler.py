@@ -21,8 +21,19 @@ from aspec.tasks.draft_sizing import Sizing
 from aspec.tasks.group import Draft, Group, Pass
 from aspec.tasks.op import Op
 from aspec.tasks.passes import Numbering, WeightStream, emit_pass
-from aspec.tasks.rows import Row, Seats, decode_item, micro_batches, prefill_items
-from aspec.tasks.task import Access, Arrived, Cancelled, Closing, Event, Grown, Span, Started, Task, WorkItem
+from aspec.tasks.rows import Row, RowTable, decode_item, micro_batches, prefill_items
+from aspec.tasks.task import (
+    Access,
+    Event,
+    RequestAborted,
+    RequestAdded,
+    Shutdown,
+    Span,
+    Started,
+    Task,
+    TreeStatus,
+    WorkItem,
+)
 
 
 class Scheduler:
@@ -36,7 +47,7 @@ class Scheduler:
         self.done = False
         self._next_id = Numbering()
         self._stream = WeightStream(plan, self._next_id)
-        self._seats = Seats(plan.num_rows, plan.num_groups, plan.prefill_pass_tokens)
+        self._rows = RowTable(plan.num_rows, plan.num_groups, plan.prefill_pass_tokens)
         self._groups = [Group(number, plan, self._next_id) for number in range(plan.num_groups)]
         self._closing = False
         self._dropped: list[int] = []  # sequences that ended before they had a row, until they are taken
@@ -48,26 +59,26 @@ class Scheduler:
             match event:
                 case Started():
                     tasks += self._stream.fill()
-                case Arrived():
-                    self._seats.arrive(event)
-                case Cancelled():
-                    self._dropped += self._seats.cancel(event.sequence)
-                case Closing():
+                case RequestAdded():
+                    self._rows.arrive(event)
+                case RequestAborted():
+                    self._dropped += self._rows.cancel(event.sequence)
+                case Shutdown():
                     self._closing = True
                     if event.now:
-                        self._dropped += self._seats.cancel()
+                        self._dropped += self._rows.cancel()
                 case Span():
                     self.costs.observe(event)
                     tasks += self._go_on(event)
         for group in self._groups:
             if group.idle:
                 tasks += self._reseat(group)
-        self.done = self._closing and self.idle and not self._seats.rows
+        self.done = self._closing and self.idle and not self._rows.rows
         return tasks
 
     def validate(self) -> None:
         """Check the invariants; tests call it after every event."""
-        self._seats.validate(self.plan.capacity)
+        self._rows.validate(self.plan.capacity)
         for group in self._groups:
             assert group.running is None or group.running.open > 0
             assert group.running is None or group.draft is None, "trees that are to be verified grow before their pass"
@@ -86,15 +97,15 @@ class Scheduler:
 
     def _reseat(self, group: Group) -> list[Task]:
         """Between two passes of a group: rows change hands, and the next round begins where any is occupied."""
-        changes = self._seats.reseat(group.number)
+        changes = self._rows.reseat(group.number)
         tasks = [group.assign(changes, self.passes)] if changes else []
-        return tasks + (self._begin_round(group) if self._seats.rows_of(group.number) else [])
+        return tasks + (self._begin_round(group) if self._rows.rows_of(group.number) else [])
 
     def _begin_round(self, group: Group) -> list[Task]:
         """Drafts for the rows that decode, then one pass that verifies them and prefills those that joined."""
-        decoding = self._seats.decoding(group.number)
+        decoding = self._rows.decoding(group.number)
         if self.plan.speculation is Speculation.TREE:
-            group.draft = self._plant(group, decoding)
+            group.draft = self._start_tree(group, decoding)
             if group.draft is not None:
                 return self._draft_or_verify(group, group.draft)
             return self._emit_pass(group, decoding, {}, [])
@@ -114,7 +125,7 @@ class Scheduler:
         self.passes += 1
         decode = [decode_item(decoding, lengths, group.number)] if decoding else []
         items = [part for item in decode for part in micro_batches(item, self.plan.micro_batches)]
-        joining = self._seats.joining(group.number)
+        joining = self._rows.joining(group.number)
         items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number)
         proposes = any(lengths.values())
 
@@ -131,7 +142,7 @@ class Scheduler:
     def _go_on(self, span: Span) -> list[Task]:
         """What follows at once from a finished task, in the midst of a round."""
         for outcome in span.outcomes:
-            self._seats.advance(outcome)
+            self._rows.advance(outcome)
         task = span.task
         if task.item is None:
             return []
@@ -142,7 +153,7 @@ class Scheduler:
         if running is None:
             return []
         if task.op in (Op.ACCEPT, Op.DRAFT_PREFILL):
-            group.standing |= {grown.row: grown for grown in span.grown}
+            group.carried_over |= {grown.row: grown for grown in span.grown}
             running.open -= 1
             if not running.open:
                 group.running = None
@@ -160,14 +171,14 @@ class Scheduler:
 
     # -- trees -----------------------------------------------------------------------------------------------
 
-    def _plant(self, group: Group, decoding: dict[int, Row]) -> Draft | None:
+    def _start_tree(self, group: Group, decoding: dict[int, Row]) -> Draft | None:
         """What the trees of this round may become; None where no row has room or speculation loses."""
-        standing, group.standing = group.standing, {}
+        carried_over, group.carried_over = group.carried_over, {}
         rows = {n: row for n, row in decoding.items() if group.most(row) > 0}
         if not rows or self.sizing.rests():
             return None
         depths = {n: min(self.sizing.deepest, group.most(row)) for n, row in rows.items()}
-        found = {n: standing.get(n, Grown(n, (), promise=1.0)) for n in rows}
+        found = {n: carried_over.get(n, TreeStatus(n, (), gain_bound=1.0)) for n in rows}
         return Draft(rows, dict.fromkeys(rows, self.sizing.most), depths, found)
 
     def _grown(self, group: Group, span: Span) -> list[Task]:
@@ -176,11 +187,11 @@ class Scheduler:
         draft = running.draft if running else group.draft
         assert draft is not None
         draft.growing = False
-        promise, before = sum(draft.promises.values()), draft.probabilities
+        gain_bound, before = sum(draft.gain_bounds.values()), draft.probabilities
         draft.found |= {grown.row: grown for grown in span.grown}
         if running is not None:
             return self._draft_ahead(group, running, span.stop_s)
-        self.sizing.learn(span.task.draft.step, promise, before, draft.probabilities)
+        self.sizing.learn(span.task.draft.step, gain_bound, before, draft.probabilities)
         if self._passing is not None:
             return self._draft_beside(span.stop_s)
         draft.seconds += span.stop_s - span.start_s
@@ -188,18 +199,20 @@ class Scheduler:
 
     def _draft_or_verify(self, group: Group, draft: Draft) -> list[Task]:
         """The next level while it pays, otherwise the pass over the nodes that pay."""
-        promise = sum(draft.promises.values())
+        gain_bound = sum(draft.gain_bounds.values())
         unplanted = not all(draft.probabilities.values())
         nodes = len(draft.rows) + sum(map(len, draft.probabilities.values()))
-        pays = self.sizing.level_pays(draft.levels, promise, draft.seconds, nodes)
-        if promise and (pays or (unplanted and not draft.levels)):
-            return [group.emit_level(self.passes, draft, draft.promises)]
+        pays = self.sizing.level_pays(draft.levels, gain_bound, draft.seconds, nodes)
+        if gain_bound and (pays or (unplanted and not draft.levels)):
+            return [group.emit_level(self.passes, draft, draft.gain_bounds)]
         if self._passing is not None:
             return []  # its turn comes
         group.draft = None
-        decoding = self._seats.decoding(group.number)
+        decoding = self._rows.decoding(group.number)
         chosen = self.sizing.nodes(draft.probabilities, draft.seconds)
-        draft.found = {n: replace(grown, promise=1.0) for n, grown in draft.found.items()}  # ahead there is more room
+        draft.found = {
+            n: replace(grown, gain_bound=1.0) for n, grown in draft.found.items()
+        }  # ahead there is more room
         return self._emit_pass(group, decoding, chosen, [], draft if any(chosen.values()) else None)
 
     @property
@@ -218,7 +231,7 @@ class Scheduler:
             passing = self._passing
             if passing is None:
                 tasks += self._draft_or_verify(group, draft)
-            elif gains := draft.promises:
+            elif gains := draft.gain_bounds:
                 loads = self._stream.loads_before(passing.next_layer)
                 if self.sizing.ahead_pays(sum(gains.values()), loads, now_s):
                     tasks.append(group.emit_level(self.passes, draft, gains))
@@ -229,7 +242,7 @@ class Scheduler:
         draft = running.draft
         if draft is None or draft.growing or running.ending or not self._may_draft_ahead:
             return []
-        gains = draft.promises
+        gains = draft.gain_bounds
         loads = self._stream.loads_before(running.next_layer)
         if not self.sizing.ahead_pays(sum(gains.values()), loads, now_s):
             return []

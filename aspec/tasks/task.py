@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from aspec.tasks.op import Op
 
 DISK, H2D, D2H, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "d2h", "compute", "draft", "cpu"
-BACK = "back"  # a second way to the device, for what the host has computed: it does not wait behind weights
+H2D_RESULTS = "back"  # a second way to the device, for what the host has computed: it does not wait behind weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class WorkItem:
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
+class TreeLevel:
     """How a DRAFT task grows one level of its rows' trees (SpecExec, arXiv 2406.02532), planting those that are none.
 
     With ``ahead`` it is for the round to come, while the target verifies what has grown: room for that many more nodes.
@@ -94,7 +94,7 @@ class RowAssignment:
 
     row: int
     sequence: int | None
-    kept: int = 0  # leading tokens whose KV stands in the row
+    num_cached_tokens: int = 0  # leading tokens whose KV stands in the row
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class DraftStep:
     """One step of the draft: the next token of chains, or with ``growth`` one level of trees."""
 
     step: int
-    growth: Growth | None = None
+    growth: TreeLevel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ class Task:
         return self.payload
 
     @property
-    def growth(self) -> Growth | None:
+    def growth(self) -> TreeLevel | None:
         """Of a DRAFT task that grows trees."""
         return self.payload.growth if isinstance(self.payload, DraftStep) else None
 
@@ -219,12 +219,12 @@ class RowOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
+class TreeStatus:
     """A row's tree after a level: what its nodes are worth, and what another level could bring."""
 
     row: int
     probabilities: tuple[float, ...]  # calibrated, of the paths to its nodes, descending
-    promise: float  # expected tokens that one more level can gain at most; 0: it is grown
+    gain_bound: float  # expected tokens that one more level can gain at most; 0: it is grown
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ class Report:
     """The counts that a task leaves: of its rows after ACCEPT, of their trees after a level or below what was drawn."""
 
     outcomes: tuple[RowOutcome, ...] = ()
-    grown: tuple[Grown, ...] = ()
+    grown: tuple[TreeStatus, ...] = ()
 
 
 NOTHING = Report()
@@ -255,7 +255,7 @@ class Span:
     start_s: float
     stop_s: float
     outcomes: tuple[RowOutcome, ...] = ()
-    grown: tuple[Grown, ...] = ()
+    grown: tuple[TreeStatus, ...] = ()
     cause: int = -1  # the task whose end let this one start; -1: something outside
 
 
@@ -268,31 +268,31 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class RequestAdded:
     """A sequence waits to be served; of its prompt ``kept`` leading tokens are those of a sequence that has ended."""
 
     sequence: int
     prompt_tokens: int
     max_new_tokens: int
-    follows: int | None = None  # the one that has ended
-    kept: int = 0  # below both lengths: all of them are in its KV, and one token is left to draw from
+    reuse_from: int | None = None  # the one that has ended
+    num_cached_tokens: int = 0  # below both lengths: all of them are in its KV, and one token is left to draw from
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
+class RequestAborted:
     """Nobody listens to a sequence any more."""
 
     sequence: int
 
 
 @dataclass(frozen=True, slots=True)
-class Closing:
+class Shutdown:
     """No further sequence will arrive; stop when those present are done, or at once if ``now``."""
 
     now: bool = False
 
 
-Event = Started | Arrived | Cancelled | Closing | Span
+Event = Started | RequestAdded | RequestAborted | Shutdown | Span
 
 
 SCRATCH = "scratch"

@@ -36,7 +36,18 @@ TAKEN = {
     | ROWS
     | {"--input", "--output", "--overwrite", "--ignore-eos", "--quiet", "--no-dashboard"},
     "profile": {"--refresh", "--output", "--json", "--quiet"},
-    "plan": ENGINE | ROWS | {"--profile", "--prompts", "--prompt-tokens", "--new-tokens", "--acceptance", "--json"},
+    "plan": ENGINE
+    | ROWS
+    | {
+        "--profile",
+        "--prompts",
+        "--prompt-tokens",
+        "--new-tokens",
+        "--acceptance",
+        "--json",
+        "--temperature",
+        "--quiet",
+    },
 }
 EVERY = set().union(*TAKEN.values())
 
@@ -58,7 +69,6 @@ def test_every_field_of_a_record_is_an_option(command):
     ("words", "option"),
     [
         (["bench", "--ignore-eos"], "--ignore-eos"),
-        (["plan", "--quiet"], "--quiet"),
         (["profile", "--device", "gpu"], "--device"),
         (["generate", "-p", "x", "--attention", "gpu"], "--attention"),
         (["batch", "--input", "x"], "--output"),

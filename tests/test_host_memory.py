@@ -10,8 +10,7 @@ import pytest
 
 from aspec.io import host_memory
 from aspec.io.host_memory import available_bytes, total_bytes
-from aspec.options import EngineOptions
-from aspec.planning import footprint as needs
+from aspec.planning import resolve
 from aspec.profiling import cpu_profiler as measuring
 
 MIB = 1 << 20
@@ -89,7 +88,7 @@ def test_default_budgets_and_the_machine_know_the_group(tmp_path, monkeypatch):
     root = tree(tmp_path, "0::/a\n", {"a": v2(1000 * MIB, 400 * MIB)})
     own = host_memory._groups
     monkeypatch.setattr(host_memory, "_groups", lambda _: own(root))
-    assert needs._default_budget(EngineOptions(target="a/model", device="cpu")) == int(600 * MIB * needs.HOST_SHARE)
+    assert resolve._host_share() == int(600 * MIB * resolve.HOST_SHARE)
     assert measuring.memory_bytes() == 1000 * MIB
 
 

@@ -196,7 +196,7 @@ def test_what_is_known_of_sampled_text_is_read_for_sampled_work(sampled, tmp_pat
 
 # -- what a request says ---------------------------------------------------------------------------------------
 
-NAMES = ("num_draft_tokens", "draft_depth", "batch_size", "num_groups")
+NAMES = ("num_draft_tokens", "draft_depth", "max_batch", "num_groups")
 OPEN = dict.fromkeys(NAMES, -1) | {"device": "cpu"}  # as the command line reads its defaults
 GREEDY_BODY = {"prompt": "a", "max_tokens": 4, "temperature": 0}
 SAYS_SO = {"do_sample": True}

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from aspec.backends.event_lane import EventLane
 from aspec.backends.streams import StreamBackend
 from aspec.backends.thread_lane import ThreadLane
 from aspec.engine import allocate as assembly
-from aspec.engine import engine
+from aspec.engine import engine, streams
 from aspec.engine import load as loading
 from aspec.engine.engine import open_engine
 from aspec.engine.model_runner import ModelRunner
@@ -31,6 +32,7 @@ from aspec.tasks.rows import RowTable
 from aspec.tasks.task import Completion, Op, RequestAdded
 from tests import tiny
 from tests.fake_device import EagerDevice
+from tests.simulate import make_plan
 from tests.test_disk import Seg
 
 SMALL = dict(max_context=96, prefill_tokens=32, device_memory=3 << 20, resident_memory=0, threads=1, max_batch=2)
@@ -594,3 +596,48 @@ def test_a_time_limit_ends_python_code_and_nothing_else():
     with TimeLimit(1e6):
         assert sum(abs(i) for i in range(1000)) == 499500
     assert sys.gettrace() is before
+
+
+class _Nobody:
+    """A runner and a scheduler that have nothing to do."""
+
+    def take_dropped(self):
+        return []
+
+    def occupants(self):
+        return []
+
+    def admit(self, sequence):
+        pass
+
+
+async def test_streams_that_begin_together_share_the_first_pass_in_the_order_of_their_calls(monkeypatch):
+    monkeypatch.setattr(streams, "GATHER_S", 1e6)
+    posted = []
+    opened = streams.Streams(make_plan(num_rows=3), _Nobody(), _Nobody(), posted.append, reuse=True)
+
+    def sequence(number):
+        return SimpleNamespace(id=number, num_prompt=4, max_new_tokens=2, tokens=[1, 2, 3, 4])
+
+    with opened.coming():
+        with opened.coming():
+            opened.open(sequence(2), 0.0)
+            assert posted == [], "two others are about to begin"
+        opened.open(sequence(1), 0.0)
+        assert posted == []
+    opened.open(sequence(0), 0.0)
+    assert [event.sequence for event in posted] == [1, 2, 0], "nobody waits once nobody comes"
+    with opened.coming():
+        opened.open(sequence(3), 0.0)
+        opened.leave(0)
+    assert posted[-1].sequence == 3, "where rows are at work nobody is waited for"
+
+
+async def test_a_prompt_that_takes_long_to_become_tokens_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(streams, "GATHER_S", 0.0)
+    posted = []
+    opened = streams.Streams(make_plan(), _Nobody(), _Nobody(), posted.append, reuse=True)
+    with opened.coming():
+        opened.open(SimpleNamespace(id=0, num_prompt=4, max_new_tokens=2, tokens=[1, 2]), 0.0)
+        while not posted:
+            await asyncio.sleep(0)

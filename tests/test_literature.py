@@ -91,7 +91,7 @@ def moe_off(micro_batches=2):
     whole = [own for own in passes.values() if sum(len(span.outcomes) for span in own) == MOE_ROWS][1:-1]
     assert len(whole) >= 8
     ends = [max(span.stop_s for span in own) for own in whole]
-    layers = [[span for span in own if span.task.layer >= 0] for own in whole]
+    layers = [[span for span in own if span.task.layer is not None] for own in whole]
     target_s = mean(max(s.stop_s for s in own) - min(s.start_s for s in own) for own in layers)
     copies = [s.stop_s - s.start_s for s in spans if s.task.op is Op.COPY]
     return mean(b - a for a, b in pairwise(ends)), target_s, LAYERS * mean(copies)

@@ -61,7 +61,7 @@ def task(op, work, **changes):
 
 
 def payload_of(op, slots=(), **changes):
-    return DraftStep(0, **changes) if op is Op.DRAFT else LayerWork(0, slots)
+    return DraftStep(0, **changes) if op is Op.DRAFT else LayerWork(0, slots, **changes)
 
 
 # -- lines ---------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_shape_holds_every_matrix_of_the_layers_once(family, tmp_path):
     built = Model(tiny.build(tmp_path, family), dtype=torch.bfloat16)
     shape = shape_of(built)
     for layer, module in zip(shape.layers, built.layer_modules, strict=True):
-        total = sum(p.numel() * 2 for p in module.parameters() if p.dim() >= 2)
+        total = sum(p.numel() * p.element_size() for p in module.parameters() if p.dim() >= 2)
         assert layer.dense_bytes + layer.experts * layer.expert_bytes == total
         assert 0 < layer.project_bytes < total
     assert shape.dtype == "bfloat16"

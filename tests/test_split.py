@@ -266,7 +266,7 @@ def test_attention_on_the_cpu_lane_changes_no_token(family, shape, exactness, tm
 
 def check_order(spans, num_layers):
     """Every layer of every item in three tasks, one behind the other, attention where it belongs."""
-    layers = [(span, span.task) for span in spans if span.task.item is not None and span.task.layer >= 0]
+    layers = [(span, span.task) for span in spans if span.task.item is not None and span.task.layer is not None]
     at = {(task.number, task.item.name, task.layer, task.op): span for span, task in layers}
     items = {key[:2] for key in at if key[3] is Op.FFN}
     assert items
@@ -350,7 +350,7 @@ def test_two_items_are_done_sooner_than_one_by_what_is_hidden(virtual):
     def seconds(**changes):
         plan = make_plan(num_slots=8, num_layers=8, max_draft_tokens=0, fixed_draft_tokens=0, **changes)
         spans, _, _ = virtual(lambda: simulate(plan, ((0, 5, 40), (1, 5, 40)), None, profile))
-        rest = sum(span.stop_s - span.start_s for span in spans if span.task.layer < 0)
+        rest = sum(span.stop_s - span.start_s for span in spans if span.task.layer is None)
         return max(span.stop_s for span in spans) - rest
 
     whole_s, alone_s = seconds(), seconds(attention_resource=CPU)
@@ -363,7 +363,7 @@ def emitted(items, **changes):
     plan, next_id = split_plan(num_layers=2, **changes), Numbering()
     stream = WeightStream(plan, next_id)
     stream.fill()
-    tasks = emit_pass(0, items, stream, next_id, plan, ())
+    tasks = emit_pass(0, items, stream, next_id, plan, lambda _: ())
     return [(task.op, task.item.index) for task in tasks if task.layer == 0 and task.item], tasks
 
 

@@ -27,7 +27,7 @@ from aspec.observe.timeline import (
 )
 from aspec.planning.sim_backend import DEVICE_RESOURCES, SimCosts
 from aspec.tasks.op import Op
-from aspec.tasks.task import RowOutcome, Span, Task
+from aspec.tasks.task import Load, RowOutcome, Span, Task
 from tests.simulate import make_plan, simulate
 
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda p: (float(p[0]), float(p[0] + p[1]))))
@@ -152,7 +152,7 @@ def span(number, start, outcomes=()):
 def test_the_recorder_takes_ids_of_a_run_of_weeks(far):
     recorder = Recorder()
     for number in (far, far + 1):
-        task = Task(number, Op.READ, "disk", 0, number=number, part=3, layer=1, nbytes=1 << 40)
+        task = Task(number, Op.READ, "disk", 0, number=number, payload=Load(3, 1, 1 << 40))
         recorder(Span(task, 0.0, 1.0, cause=number - 1))
     recorder(Span(Task(far + 2, Op.ACCEPT, "cpu", 0, number=far), 1.0, 2.0, cause=-1))
     slices = recorder.timeline().slices

@@ -270,11 +270,11 @@ def test_a_context_that_the_draft_cuts_is_cut_for_both(pair, tmp_path):
 def test_what_was_generated_is_kept_when_the_second_engine_fails(pair, monkeypatch):
     opened = []
 
-    async def failing(self, assembly):
+    async def failing(self, assembly, disk):
         opened.append(self)
         if len(opened) > 1:
             raise ReadError("injected fault")
-        await load(self, assembly)
+        await load(self, assembly, disk)
 
     load = Engine._load
     monkeypatch.setattr(Engine, "_load", failing)

@@ -131,8 +131,8 @@ class Engine:
         ``sampler`` draws in place of the one that ``params`` ask for. Raises PromptError for a prompt that cannot be
         served, and the engine's failure if it has one.
         """
-        params = params or SamplingParams()
-        sequence = self._sequence(await self._encode(prompt), params, sampler or Sampler(params))
+        params, number = params or SamplingParams(), next(self._ids)
+        sequence = self._sequence(number, await self._encode(prompt), params, sampler or Sampler(params))
         if params.max_new_tokens == 0:
             yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
             return
@@ -279,20 +279,22 @@ class Engine:
         )
 
     async def _encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens, made in a thread; ended when the engine closes or the caller is cancelled."""
-        tokenizer = self._open.tokenizer
-        self._serving()  # refuses at once
+        """A prompt's tokens; texts and chats in a thread, ended when the engine closes or the caller is cancelled."""
+        tokenizer, (streams, _) = self._open.tokenizer, self._serving()  # which refuses at once
+        if not isinstance(prompt, str) and not any(isinstance(one, dict) for one in prompt):
+            return [token for token in prompt if isinstance(token, int)]
         limit = TimeLimit(TEMPLATE_S)
         self._encoding.add(limit)
         try:
-            return await settle(in_thread(partial(_tokens_of, tokenizer, prompt, limit)), limit.stop)
+            with streams.coming():
+                return await settle(in_thread(partial(_tokens_of, tokenizer, prompt, limit)), limit.stop)
         except PromptError:
             self._serving()  # where it was ended because the engine closes, that is the error
             raise
         finally:
             self._encoding.remove(limit)
 
-    def _sequence(self, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
+    def _sequence(self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
         opened = self._open
         room = opened.plan.capacity - len(tokens)
         if not tokens:
@@ -308,7 +310,7 @@ class Engine:
                 f"{opened.target.max_context or 'any'})."
             )
         return TokenSequence(
-            id=next(self._ids),
+            id=number,
             tokens=tokens,
             num_prompt=len(tokens),
             params=params,
@@ -330,10 +332,7 @@ def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine
 def _tokens_of(tokenizer: Tokenizer, prompt: Prompt, limit: TimeLimit) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    messages = [message for message in prompt if isinstance(message, dict)]
-    if messages:
-        return tokenizer.encode_chat(messages, limit=limit)
-    return [token for token in prompt if isinstance(token, int)]
+    return tokenizer.encode_chat([message for message in prompt if isinstance(message, dict)], limit=limit)
 
 
 def translate_error(error: Exception, plan: Plan) -> Exception:

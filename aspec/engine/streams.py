@@ -5,8 +5,9 @@ of them. After that error no stream opens any more. Belongs to the loop's thread
 """
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from aspec.engine.model_runner import ModelRunner
 from aspec.generation.sequence import Sequence as TokenSequence
@@ -14,6 +15,8 @@ from aspec.generation.stats import Piece, RequestStats
 from aspec.plan import Plan
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Event, RequestAborted, RequestAdded, Span
+
+GATHER_S = 0.1  # that a ready prompt waits for those that are becoming tokens, before an idle engine begins a pass
 
 
 class Streams:
@@ -30,6 +33,8 @@ class Streams:
         self._admitted: set[int] = set()  # those that have a row, or will take one between this pass and the next
         self._followed: dict[int, int] = {}  # ended sequences whose row is to be taken, and by whom
         self._held = False  # nothing new may start: the links are measured
+        self._coming = 0  # prompts that become tokens at present
+        self._gathering: asyncio.TimerHandle | None = None  # until then those that are ready wait for those
         self.ended: Exception | None = None  # the error that ended all streams, and refuses new ones
 
     def open(self, sequence: TokenSequence, now_s: float) -> asyncio.Queue[Piece | BaseException]:
@@ -40,8 +45,21 @@ class Streams:
         self._queues[sequence.id] = queue
         self._requests[sequence.id] = RequestStats(sequence.num_prompt, now_s)
         self._waiting.append(sequence)
-        self._admit()
+        if len(self._waiting) > 1 and sequence.id < self._waiting[-2].id:
+            self._waiting = deque(sorted(self._waiting, key=lambda one: one.id))  # first called, first served
+        self._admit(gather=True)
         return queue
+
+    @contextlib.contextmanager
+    def coming(self) -> Iterator[None]:
+        """A stream opens behind this block. An idle engine waits for it a little: both then share the first pass."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            if self.ended is None:
+                self._admit(gather=True)
 
     def leave(self, sequence: int) -> None:
         """A stream has ended, or is not read any more."""
@@ -98,20 +116,30 @@ class Streams:
         if span.outcomes:
             self._admit()
 
-    def _admit(self) -> None:
-        """Tell the scheduler of as many sequences as rows are free.
+    def _admit(self, *, gather: bool = False) -> None:
+        """Tell the scheduler of as many sequences as rows are free; ``gather``: not yet, if more are coming soon.
 
         Whose KV a prompt can take over shows only then. A row that becomes free is taken in the same pass, because the
         scheduler hears of the follower before it hears of the end.
         """
         for dropped in self._scheduler.take_dropped():
             self._runner.forget(dropped)
+        if gather and self._coming and self._waiting and not self._admitted:
+            if self._gathering is None:
+                self._gathering = asyncio.get_running_loop().call_later(GATHER_S, self._gathered)
+            return
         while self._waiting and not self._held and len(self._admitted) < self._plan.num_rows:
             sequence = self._waiting.popleft()
             self._admitted.add(sequence.id)
             self._runner.admit(sequence)
             reuse_from, kept = self._shared(sequence) if self._reuse else (None, 0)
             self._post(RequestAdded(sequence.id, sequence.num_prompt, sequence.max_new_tokens, reuse_from, kept))
+
+    def _gathered(self) -> None:
+        """Those that are ready waited long enough."""
+        self._gathering = None
+        if self.ended is None:
+            self._admit()
 
     def _shared(self, new: TokenSequence) -> tuple[int | None, int]:
         """The ended sequence that a new one shares most leading tokens with, of those whose KV stands; how many.

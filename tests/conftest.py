@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: leaks are failures. Neither pytest-asyncio nor pytest-xdist has to be there."""
 
 import asyncio
+import functools
 import inspect
 import os
 import threading
@@ -15,6 +16,7 @@ import torch
 from aspec.backends import registry as devices
 from aspec.cli import bench
 from aspec.cli import generate as generation
+from aspec.models import model
 from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.profiling import ceilings as profile
 from tests.fork_server import shared_server
@@ -73,6 +75,23 @@ def short_measurements():
         patch.setattr(profile, "SHORTEST_S", 1e-3)
         patch.setattr(profile, "COPY_BYTES", 8 << 20)
         patch.setattr(profile, "MATMUL_SIZE", 256)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def probed_once():
+    """A configuration is probed once: what the probe finds depends on nothing else, and engines are opened often."""
+    found = {}
+
+    def remembered(probe, config, dtype, *facts):
+        key = probe, type(config), config.to_json_string(use_diff=False), dtype, *facts
+        if key not in found:
+            found[key] = probe(config, dtype, *facts)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("examine", "examine_split", "examine_offload"):
+            patch.setattr(model, name, functools.partial(remembered, getattr(model, name)))
         yield
 
 

@@ -64,7 +64,8 @@ class EngineMemory:
 def assemble(resolved: Resolved) -> EngineMemory:
     """Design and allocate. Raises UserError where the input cannot be used, DeviceError where memory is refused."""
     made = design(resolved)
-    give_back()  # what the search for a plan has left
+    if resolved.options.workload is not None:
+        give_back()  # the memory that the search for a plan took
     if resolved.kind is None:
         return _on_host(made)
     device = resolved.kind.open()

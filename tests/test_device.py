@@ -193,7 +193,7 @@ class HeldLayers(EagerDevice):
 
 
 def test_nothing_polls_and_no_stream_waits_for_all_others(card, monkeypatch):
-    """The loop wakes for tasks that end, and sets no clock, however long they take; copies end while layers compute."""
+    """The loop wakes for tasks that end and sets no clock for them; copies end while layers compute."""
     device, spans, loop = HeldLayers(), [], CountingLoop()
     monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], open=lambda: device))
     layer = Model.layer
@@ -202,7 +202,7 @@ def test_nothing_polls_and_no_stream_waits_for_all_others(card, monkeypatch):
         runner.run(generate(spans, new=8, device="cuda", device_memory=24 * MIB, speculation="off"))
     assert device.beside > sum(span.task.op is Op.LAYER for span in spans) / 2
     assert loop.turns < 8 * len(spans)
-    assert loop.timers == 0, "whoever polls asks to be woken later"
+    assert loop.timers <= 1, "polling asks to be woken later, again and again; one wait gathers streams that begin together"
 
 
 # -- faults --------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_nothing_polls_and_no_stream_waits_for_all_others(card, monkeypatch):
         runner.run(generate(spans, new=8, device="cuda", device_memory=24 * MIB, speculation="off"))
     assert device.beside > sum(span.task.op is Op.LAYER for span in spans) / 2
     assert loop.turns < 8 * len(spans)
-    assert loop.timers <= 1, "polling asks to be woken later, again and again; one wait gathers streams that begin together"
+    assert loop.timers <= 1, "polling asks to be woken again and again; one wait gathers streams that begin together"
 
 
 # -- faults --------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation
-from aspec.planning.simulation import Profile, simulate
+from aspec.planning.simulation import simulate
+from aspec.profiling.cost_tables import SimCosts
 from aspec.tasks.op import Op
 from aspec.tasks.task import DRAFT_COMPUTE, Span
 from aspec.units import parse_bytes, parse_rate
@@ -34,9 +35,9 @@ CHAINS = [5, 8, 12]
 AUTO = "auto"
 PASS_S, NUM_LAYERS, PART_BYTES = 1.5, 32, 32_000_000
 SHAPES = {
-    "flat": Profile(layer_s=5e-3, layer_token_s=0.0),
-    "knee": Profile(layer_s=5e-3, layer_token_s=2e-3, knee_tokens=32),
-    "steep": Profile(layer_s=5e-3, layer_token_s=4e-3),
+    "flat": SimCosts(layer_s=5e-3, layer_token_s=0.0),
+    "knee": SimCosts(layer_s=5e-3, layer_token_s=2e-3, knee_tokens=32),
+    "steep": SimCosts(layer_s=5e-3, layer_token_s=4e-3),
 }
 MACHINE = {"disk_bytes_per_s": NUM_LAYERS * PART_BYTES / PASS_S, "copy_bytes_per_s": 25e9, "draft_s": 0.05}
 
@@ -109,7 +110,7 @@ def plan_of(settings: dict[str, Any], budget: int) -> Plan:
     return Plan(parts, NUM_LAYERS, 6, PART_BYTES, PlanRequest(**{**shared, **settings}), draft_resource=DRAFT_COMPUTE)
 
 
-def simulated(plan: Plan, profile: Profile, new_tokens: int = 1000) -> Run:
+def simulated(plan: Plan, profile: SimCosts, new_tokens: int = 1000) -> Run:
     """One sequence from the first token to the last, in virtual time."""
     spans: list[Span] = []
     simulate(plan, profile, [(64, new_tokens)], [spans.append])

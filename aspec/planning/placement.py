@@ -23,9 +23,7 @@ class Footprint:
     fixed: Mapping[str, int]  # label -> bytes that every plan holds on the device
     kv_bytes_per_token: int  # of the target
     draft_kv_bytes_per_token: int = 0
-    host_fixed: Mapping[str, int] = field(
-        default_factory=dict
-    )  # label -> bytes in host memory, if the KV cache is there
+    host_fixed: Mapping[str, int] = field(default_factory=dict)  # label -> bytes, if KV is in host memory
     crossing: tuple[tuple[int, int], ...] = ()  # see ``Plan``
 
 

@@ -103,7 +103,7 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: 
         method=method,
         kind=kind,
         dtype=_dtype(options.dtype),
-        exact=kind is None if options.exact is None else options.exact,  # on a CPU exact steps are the default
+        exact=kind is None if options.exact is None else options.exact,  # a CPU's default: proved there
         budget_bytes=options.device_memory or _default_budget(options, kind),
         host_bytes=None if kind is None else options.host_memory or _host_share(),
         resident_bytes=DEMO_RESIDENT_BYTES

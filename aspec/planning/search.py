@@ -53,7 +53,7 @@ class Search:
 
     found: tuple[Candidate, ...]
     num_too_large: int  # plans that do not fit into the budget
-    num_pruned: int  # plans whose bound is not below the best plan's seconds
+    num_pruned: int  # plans that fit and were not run
     pruned: tuple[tuple[float, Plan], ...] = ()  # (lower bound of the job's seconds, plan)
 
     @property
@@ -70,7 +70,7 @@ class SearchSpace:
     groups: tuple[int, ...] = GROUPS
     speculations: tuple[tuple[Speculation | None, int], ...] = ((None, 0),)  # (shape, most proposals of a row)
     attention: tuple[str, ...] = ("compute",)
-    micro_batches: int = 2  # where attention has a lane of its own
+    micro_batches: int = 2  # if attention has its own lane
     caps: tuple[int, ...] = ()
     slots: tuple[int, ...] = SLOTS
     prefills: tuple[int, ...] = ()  # tokens of smaller prefill items, for plans that do not fit otherwise

@@ -33,7 +33,7 @@ def simulate(
     observers: Sequence[Observer] = (),
     issue_observers: Sequence[IssueObserver] = (),
 ) -> None:
-    """Run all sequences to their end; every one arrives at the start. Blocks, in virtual time."""
+    """Run all sequences to their end; every one arrives at the start. Blocks."""
 
     async def main() -> None:
         machine = HOST_RESOURCES if profile.copy_bytes_per_s is None else DEVICE_RESOURCES
@@ -93,7 +93,7 @@ def _fitted(plan: Plan, profile_with: Callable[[float], SimCosts], most: float, 
     """The number in 0..most whose profile gives so many tokens per pass, by bisection: tokens grow with the number."""
     low, high = 0.0, most
     request = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)
-    roomy = replace(plan, request=request)  # the end of a row cuts no proposal short
+    roomy = replace(plan, request=request)  # long rows, so that their ends count little
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []

@@ -128,9 +128,7 @@ class AttentionRates:
     row_s: float = field(default=0.0, metadata=SECONDS)
     kv_byte_s: float = field(default=0.0, metadata=SECONDS)  # per byte of a row's keys and values
     score_s: float = field(default=0.0, metadata=SECONDS)  # per query token, key and head
-    width_s: float = field(
-        default=0.0, metadata=SECONDS
-    )  # further seconds per query token, key, head and element of its width
+    width_s: float = field(default=0.0, metadata=SECONDS)  # further seconds, per element of a head's width
     own_score_s: float = field(default=0.0, metadata=SECONDS)  # per query token of a tree, key of its path and KV head
 
 
@@ -147,9 +145,7 @@ class Processor:
     exact_layer_s: float | None = field(default=None, metadata=SECONDS)  # None: as layer_s
     product_s: float = field(default=5e-6, metadata=SECONDS)  # fixed seconds of a product
     element_s: float | None = field(default=None, metadata=SECONDS)  # elementwise work per output of a layer's products
-    cached_share: float = field(
-        default=1.0, metadata=SECONDS
-    )  # factor on overheads, for a model that fits into a cache
+    cached_share: float = field(default=1.0, metadata=SECONDS)  # factor on overheads, if a cache holds the model
     frame_s: float = field(default=1e-4, metadata=SECONDS)  # before the first layer, and again after the last one
     frame_layer_s: float = field(default=1e-5, metadata=SECONDS)  # further seconds of both, per layer of the model
     mask_pair_s: float = field(default=0.0, metadata=SECONDS)  # per query token and key
@@ -162,9 +158,7 @@ class Processor:
     node_s: float = field(default=5e-5, metadata=SECONDS)  # per node of a tree whose children are offered
     tree_row_s: float = field(default=5e-4, metadata=SECONDS)  # per row's tree, in every pass that verifies it
     weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)
-    block_weight_s: Mapping[str, Table] = field(
-        default_factory=_nothing, metadata=TABLES
-    )  # exact products, in blocks of rows
+    block_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # exact, in blocks of rows
     cached_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # weights in a cache
     attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
     exact_attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
@@ -198,9 +192,7 @@ class TaskSeconds:
     embed_s: float = field(default=2e-4, metadata=SECONDS)
     accept_s: float = field(default=1e-4, metadata=SECONDS)
     acceptance: float = field(default=0.8, metadata=SHARE)  # chance that a proposal is accepted
-    spread: float = field(
-        default=0.25, metadata=SHARE
-    )  # chance that the next best one is accepted, if those before it were not
+    spread: float = field(default=0.25, metadata=SHARE)  # the same of the next best, if those before were not
     end_probability: float = field(default=0.0, metadata=SHARE)  # chance that a committed token ends its sequence
     seed: int = field(default=0, metadata=COUNT)  # of all random decisions
 

@@ -437,7 +437,7 @@ def test_host_memory_is_planned_for_and_bounded(card):
     assert "crossing" not in other.host_arithmetic
     needed = sum(plan.host_arithmetic.values()) - plan.host_arithmetic["pinned layers"]
     small = replace(request, host_bytes=needed - 1)
-    with pytest.raises(BudgetError, match=r"host memory of .* does not hold .* KV cache .* crossing .*--host-memory"):
+    with pytest.raises(BudgetError, match=r"host memory of .* is too small .* KV cache .* crossing .*--host-memory"):
         plan_from(models.footprint(small), small)
     everything = replace(small, budget_bytes=1 << 30)
     with pytest.raises(BudgetError, match="host memory of"):

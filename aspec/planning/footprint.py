@@ -1,4 +1,4 @@
-"""What a plan is made from: the models a user names, what was asked of them, and the bytes that any plan must hold."""
+"""The input of a plan: target and draft from their headers, the user's request, the bytes that every plan holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,18 +22,18 @@ from aspec.speculation.ngram_index import index_bytes
 from aspec.tasks.task import COMPUTE, CPU
 
 MIB = 1 << 20
-MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # proposals of a row in a pass, and tokens of a path, at most
-MOST_TREES = 8  # rows for which trees are the default: with more, compute binds
+MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # most proposals of a row in a pass (chain, tree); tokens of a path
+MOST_TREES = 8  # most rows for which trees are the default; with more rows, compute is the bottleneck
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 PREFILL_TOKENS = 512  # tokens of one prefill item
-MICRO_BATCHES = 2  # where attention has a lane of its own: one attends while the other computes
-DRAW_BYTES = 64  # per token id of the vocabulary, while one row is drawn: scores, noise and their sum
+MICRO_BATCHES = 2  # if attention has its own lane: one micro batch attends while the other one computes
+DRAW_BYTES = 64  # per vocabulary entry while one row is drawn: scores, noise and their sum
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """A target and its draft as their headers tell, or their configurations; nothing is read."""
+    """A target and its draft, known from their headers or configurations; no weights are read."""
 
     resolved: Resolved
     target: Model
@@ -42,22 +42,24 @@ class Models:
     draft_parts: tuple[Part, ...]
 
     def footprint(self, request: PlanRequest) -> Footprint:
-        """What any plan for this request holds, and the parts among which it chooses.
+        """The bytes that every plan for this request holds, and the parts that a plan places.
 
-        A draft that proposes nothing is not loaded.
+        The draft is left out if it may propose no tokens.
         """
         models = self if request.max_draft_tokens else self.without_draft()
-        made = _footprint(models.target, models.parts, models.draft, models.draft_parts, request)
+        found = _footprint(models.target, models.parts, models.draft, models.draft_parts, request)
         kind = self.resolved.kind
-        return made if kind is None else replace(made, fixed={**made.fixed, **_beside(kind, models.draft, request)})
+        if kind is None:
+            return found
+        return replace(found, fixed={**found.fixed, **_device_overheads(kind, models.draft, request)})
 
     def without_draft(self) -> "Models":
         """The target alone."""
         return replace(self, draft=None, draft_parts=())
 
 
-def _beside(kind: Kind, draft: Model | None, request: PlanRequest) -> dict[str, int]:
-    """What a device holds for itself."""
+def _device_overheads(kind: Kind, draft: Model | None, request: PlanRequest) -> dict[str, int]:
+    """Label -> bytes that a device needs for its own libraries and captured graphs."""
     held = {"workspaces": kind.workspace_bytes}
     if kind.captures and draft is not None:
         spare = draft_slots(request.speculation, request.max_draft_tokens)
@@ -66,9 +68,9 @@ def _beside(kind: Kind, draft: Model | None, request: PlanRequest) -> dict[str, 
 
 
 def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
-    """Index both checkpoints, from headers alone. Raises UserError.
+    """Index both checkpoints from their headers. Raises UserError.
 
-    ``outlined``: folders with nothing but a configuration will do.
+    ``outlined``: a folder may hold nothing but a configuration.
     """
     kind = resolved.kind
     place, alignment = (torch.device("cpu"), 1) if kind is None else (kind.place, ALIGNMENT)
@@ -81,7 +83,7 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
 
 
 def request_for(models: Models) -> PlanRequest:
-    """What was asked for, and defaults for the rest."""
+    """The user's settings, and defaults for the others."""
     resolved, options = models.resolved, models.resolved.options
     return PlanRequest(
         budget_bytes=resolved.budget_bytes,
@@ -98,14 +100,14 @@ def request_for(models: Models) -> PlanRequest:
 
 
 def _capacity(models: Models) -> int:
-    """Tokens per row: what was asked for, never beyond what both models were built for."""
+    """Tokens per row: the user's number or the default, limited by the context of both models."""
     limits = [model.max_context for model in (models.target, models.draft) if model is not None and model.max_context]
     most = min(limits, default=DEFAULT_CONTEXT)
     return min(models.resolved.options.max_context or DEFAULT_CONTEXT, most)
 
 
 def _speculation(resolved: Resolved) -> dict[str, Any]:
-    """The fields of a request that concern drafts."""
+    """The fields of a request for speculation; none if there is no draft."""
     options, shapes = resolved.options, resolved.method.shapes
     if not shapes:
         return {}
@@ -123,13 +125,13 @@ def _speculation(resolved: Resolved) -> dict[str, Any]:
 
 
 def _attention(resolved: Resolved) -> dict[str, Any]:
-    """The fields of a request that concern the place of attention."""
+    """The fields of a request for the place of attention."""
     on_cpu = resolved.options.attention == "cpu"
     return {"attention_resource": CPU, "micro_batches": MICRO_BATCHES} if on_cpu else {}
 
 
 def _part_bytes(budget: int) -> int:
-    """Parts small enough that slots take little of the budget, large enough for the disk's full rate."""
+    """The most bytes of a part: slots take little of the budget, and the disk reaches its full rate."""
     return max(PAGE, min(32 * MIB, budget // 24))
 
 
@@ -148,7 +150,7 @@ def _footprint(
     kv = KVCache.bytes_per_token(target.kv_shapes(offloaded=request.kv_on_host), target.dtype)
     draft_kv = 0 if draft is None else KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
     spare = draft_slots(request.speculation, request.max_draft_tokens)
-    nodes = request.num_rows * request.max_draft_tokens * kv if spare else 0  # that the target verifies
+    nodes = request.num_rows * request.max_draft_tokens * kv if spare else 0  # for the tokens that the target verifies
     fixed = {
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
@@ -159,8 +161,8 @@ def _footprint(
     if request.host_bytes is None and request.speculation is Speculation.TREE and request.max_draft_tokens:
         fixed["n-gram index"] = request.num_rows * index_bytes(request.capacity)
     if draft is not None and request.host_bytes is not None:
-        beside = replace(request, attention_resource=COMPUTE)  # whatever the target's layers do
-        fixed["draft activations"] = _activation_bytes(draft, beside)  # it has a stream of its own there
+        on_device = replace(request, attention_resource=COMPUTE)  # the draft's layers are never split
+        fixed["draft activations"] = _activation_bytes(draft, on_device)  # the draft has its own stream
     if not request.kv_on_host:
         return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv)
     on_host = {"draft trees": nodes, **_host_bytes(target, request)}
@@ -168,7 +170,7 @@ def _footprint(
 
 
 def _activation_bytes(target: Model, request: PlanRequest) -> int:
-    """Hidden states, and the widest of what comes by turns: attention, the rest of a layer, the head."""
+    """Bytes of hidden states, plus the largest of three steps: attention, the rest of a layer, the head."""
     verified = request.num_rows * (1 + request.max_draft_tokens)
     tokens = max(request.prefill_tokens, verified)
     text = target.config.get_text_config()
@@ -181,8 +183,8 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     logits = -(-verified // BLOCK_ROWS) * BLOCK_ROWS if request.exact else verified
     head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
     joining = min(request.prefill_pass_tokens, request.num_rows * request.capacity)
-    others = max(0, joining - request.prefill_tokens)  # that wait while one item is in a layer
-    waiting = others * (hidden * item + request.capacity)  # their hidden states, and what each may see
+    others = max(0, joining - request.prefill_tokens)  # tokens that wait while one item is in a layer
+    waiting = others * (hidden * item + request.capacity)  # their hidden states and their masks
     layer = tokens * 3 * wide * item
     if request.kv_on_host:
         held = (verified + 2 * request.prefill_tokens) * target.offload.per_token
@@ -199,7 +201,7 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
 
 
 def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
-    """Scores and weights of one item of so many tokens."""
+    """Bytes of the scores and weights of one item of so many tokens."""
     heads = int(target.config.get_text_config().num_attention_heads)
     if not request.exact:
         on_device = request.host_bytes is not None and not request.kv_on_host
@@ -210,16 +212,16 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
 
 
 def _slot_bytes(target: Model, request: PlanRequest) -> int:
-    """Keys and values of one token in the layer that keeps most of it."""
+    """Bytes of one token's keys and values in the layer where they are largest."""
     shapes = target.kv_shapes(offloaded=request.kv_on_host)
     return max(shape[0] * (shape[1] + shape[2]) * target.dtype.itemsize for shape in shapes if shape)
 
 
 def _host_bytes(target: Model, request: PlanRequest) -> dict[str, int]:
-    """What attention beside KV in host memory takes there: buffers for what crosses, and one item's attention."""
+    """Bytes in host memory for attention on the CPU: buffers for what crosses the link, and one item's attention."""
     verified = request.num_rows * (1 + request.max_draft_tokens)
     joining = min(request.prefill_pass_tokens, request.num_rows * request.capacity)
-    rows = request.num_rows * request.capacity * _slot_bytes(target, request)  # gathered, where they are apart
+    rows = request.num_rows * request.capacity * _slot_bytes(target, request)  # copies of rows that are not contiguous
     masks = (verified + joining) * request.capacity
     largest = max(map(sum, target.offload.crossing))
     return {
@@ -229,7 +231,7 @@ def _host_bytes(target: Model, request: PlanRequest) -> dict[str, int]:
 
 
 def _split_bytes(target: Model, request: PlanRequest, verified: int) -> int:
-    """What items hold between the projections and the end of a layer: all decoding rows, and two prompts or chunks."""
+    """Bytes between the projections and the end of a layer, for all decoding rows and two prompts or chunks."""
     per_token, per_slot = target.split_bytes
-    slots = (request.num_rows + 1) * request.capacity  # two chunks of a prompt see the same row
+    slots = (request.num_rows + 1) * request.capacity  # two chunks of a prompt attend to the same row
     return (verified + 2 * request.prefill_tokens) * per_token + slots * per_slot

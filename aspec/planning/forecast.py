@@ -1,7 +1,7 @@
-"""What a plan would come to on a machine: the real scheduler and executor, in virtual time, on measured costs.
+"""Forecasts the speed of a plan on a machine: runs the real scheduler and executor in virtual time on measured costs.
 
-Of a long job a few rounds are run and the rest follows from their rate. Large models run with their parts merged, so
-that a round stays a few hundred tasks.
+A forecast runs a few rounds of a long job and extrapolates from their rate. The parts of a large model are merged, so
+that a round has at most a few hundred tasks.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,32 +17,33 @@ from aspec.profiling.cost_tables import LayerCost, SimCosts
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 
-MOST_TASKS = 20_000  # of one run whose drafts adapt
-MOST_PLAIN_TASKS = 5_000  # of one without drafts, where a pass is like the other
-LEAST_PASSES = 8  # of decoding, however many tasks they take
-MOST_TASKS_PER_PASS = 400  # beyond this, parts and layers are merged
-COUNTED = 0.9  # of the tokens: those behind come from passes that are no longer full
-LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # proposals at which a bound is taken
+MOST_TASKS = 20_000  # in one run with drafts
+MOST_PLAIN_TASKS = 5_000  # in one run without drafts, where all passes are alike
+LEAST_PASSES = 8  # of decoding, even if they have more tasks
+MOST_TASKS_PER_PASS = 400  # with more tasks, parts and layers are merged
+COUNTED = 0.9  # share of the tokens that count: the last ones come from passes with free rows
+LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # numbers of proposals for which the bound is computed
 
 
 class ThroughputMeter:
-    """An observer of a run, simulated or real: how fast it decodes while its rows are full.
+    """Observes a run, simulated or real, and measures how fast it decodes while all rows are in use.
 
-    Until COUNTED of the tokens are there or, where every row gets ``new_tokens``, until the first has them all.
+    It measures from the first token of the last row until a row has ``new_tokens``; if None, until the share COUNTED of
+    all tokens is there.
     """
 
     def __init__(self, num_rows: int, new_tokens: int | None = None) -> None:
         self._num_rows, self._new_tokens = num_rows, new_tokens
-        self._had: dict[int, int] = {}  # tokens of a row
-        self._last_pass: int | None = None  # the first one in which a row got its last token
-        self._begun_s: list[float] = []  # when rows got their first token
-        self._new: list[tuple[float, int, int]] = []  # of rows that decode: when, tokens, rows; up to that pass
-        self._work: dict[str, list[tuple[float, float, int]]] = {}  # by lane
+        self._num_new: dict[int, int] = {}  # new tokens by row
+        self._last_pass: int | None = None  # number of the first pass in which a row got its last token
+        self._first_token_s: list[float] = []  # times at which rows got their first token
+        self._new: list[tuple[float, int, int]] = []  # decoding up to that pass: (time in seconds, tokens, rows)
+        self._work: dict[str, list[tuple[float, float, int]]] = {}  # by lane: (start, stop, bytes)
         self._start_s: float | None = None
-        self._stop_s = 0.0  # of the last tokens
+        self._stop_s = 0.0  # time of the last tokens
 
     def __call__(self, span: Span) -> None:
-        """Take one finished task."""
+        """Record one finished task."""
         task = span.task
         if self._start_s is None:
             self._start_s = span.start_s
@@ -52,59 +53,59 @@ class ThroughputMeter:
         self._stop_s = span.stop_s
         tokens = sum(outcome.num_new for outcome in span.outcomes)
         if task.item.prefill:
-            self._begun_s += [span.stop_s] * len(span.outcomes)
+            self._first_token_s += [span.stop_s] * len(span.outcomes)
         elif self._last_pass in (None, task.number):
             self._new.append((span.stop_s, tokens, len(span.outcomes)))
         for outcome in span.outcomes:
-            self._had[outcome.row] = self._had.get(outcome.row, 0) + outcome.num_new
-            if self._new_tokens is not None and self._had[outcome.row] >= self._new_tokens:
+            self._num_new[outcome.row] = self._num_new.get(outcome.row, 0) + outcome.num_new
+            if self._new_tokens is not None and self._num_new[outcome.row] >= self._new_tokens:
                 self._last_pass = task.number if self._last_pass is None else self._last_pass
 
     @property
     def prefill_s(self) -> float:
-        """From the first task until every row has its first token."""
+        """Seconds from the first task until every row has its first token."""
         return self._full_s - (self._start_s or 0.0)
 
     @property
     def tail_s(self) -> float:
-        """By how much decoding to the end takes longer than at the rate of full rows: some rows are done late."""
+        """Seconds that decoding takes longer than at the rate of full rows, because some rows end late."""
         if not self.tokens_per_s:
             return 0.0
-        decoded = sum(self._had.values()) - len(self._begun_s)
+        decoded = sum(self._num_new.values()) - len(self._first_token_s)
         return max(0.0, self._stop_s - self._full_s - decoded / self.tokens_per_s)
 
     @property
     def tokens_per_s(self) -> float:
-        """Of decoding, all rows together; 0 where nothing decodes."""
+        """Rate of decoding, all rows together; 0 if no row decodes."""
         new, stop_s = self._counted
         return sum(tokens for _, tokens, _ in new) / (stop_s - self._full_s) if stop_s > self._full_s else 0.0
 
     @property
     def tokens_per_pass(self) -> float:
-        """Of a row."""
+        """New tokens of one row in one pass, on average."""
         new, _ = self._counted
         return sum(tokens for _, tokens, _ in new) / max(1, sum(rows for *_, rows in new))
 
     @property
     def bottleneck(self) -> str:
-        """In words."""
+        """The lane or resource that limits the rate, in words."""
         stop_s = self._counted[1]
         return bottleneck([lane_use(lane, work, self._full_s, stop_s) for lane, work in self._work.items()])
 
     def share(self, *lanes: str) -> float:
-        """Of the same time that any of these lanes was busy."""
+        """Share of the measured time in which at least one of these lanes was busy, 0 to 1."""
         work = [one for lane in lanes for one in self._work.get(lane, ())]
         return lane_use(lanes[0], work, self._full_s, self._counted[1]).share
 
     @property
     def _full_s(self) -> float:
-        """When every row had begun."""
-        begun = sorted(self._begun_s)[: self._num_rows]
-        return begun[-1] if begun else 0.0
+        """The time at which every row had its first token."""
+        first_s = sorted(self._first_token_s)[: self._num_rows]
+        return first_s[-1] if first_s else 0.0
 
     @property
     def _counted(self) -> tuple[list[tuple[float, int, int]], float]:
-        """What decoding brought from then on, up to COUNTED of all or all there is, and when that was reached."""
+        """The entries of ``_new`` that count, and the time of the last one."""
         new = [one for one in self._new if one[0] > self._full_s]
         if self._last_pass is not None and new:
             return new, new[-1][0]
@@ -118,36 +119,36 @@ class ThroughputMeter:
 
 @dataclass(frozen=True, slots=True)
 class Forecaster:
-    """Runs plans for one workload on one machine."""
+    """Forecasts plans for one workload on one machine."""
 
-    profile_of: Callable[[Plan], SimCosts]  # what the work costs there under a plan; asked often
+    profile_of: Callable[[Plan], SimCosts]  # the costs of a plan's tasks; called often
     workload: Workload
 
     def __call__(self, plan: Plan) -> Forecast:
-        """Serve the workload, or the beginning of it."""
+        """Run a sample of the workload under a plan, and extrapolate to all of it."""
         plan, profile = coarse(plan, self.profile_of(plan))
         prompt, new = self._sample(plan)
         rows = min(plan.num_rows, self.workload.num_prompts)
-        tally = ThroughputMeter(rows, new)
-        simulate(plan, profile, [(prompt, new)] * rows, [tally])
-        rate, prefill_s = tally.tokens_per_s, self._prefill_s(plan, tally.prefill_s, prompt)
-        decode_s = self._decode_s(plan, rows, rate, tally.tokens_per_pass)
-        computing = tally.share(TARGET, DRAFT) if plan.draft_resource == COMPUTE else tally.share(TARGET)
-        tail_s = tally.tail_s * sqrt(self.workload.new_tokens / new) if self.workload.num_prompts % rows == 0 else 0.0
+        meter = ThroughputMeter(rows, new)
+        simulate(plan, profile, [(prompt, new)] * rows, [meter])
+        rate, prefill_s = meter.tokens_per_s, self._prefill_s(plan, meter.prefill_s, prompt)
+        decode_s = self._decode_s(plan, rows, rate, meter.tokens_per_pass)
+        computing = meter.share(TARGET, DRAFT) if plan.draft_resource == COMPUTE else meter.share(TARGET)
+        tail_s = meter.tail_s * sqrt(self.workload.new_tokens / new) if self.workload.num_prompts % rows == 0 else 0.0
         return Forecast(
             tokens_per_s=rate,
             prefill_s=prefill_s,
             job_s=prefill_s + decode_s + self._refill_s(plan, rows, (1.0 - computing) * decode_s) + tail_s,
-            tokens_per_pass=tally.tokens_per_pass,
-            bottleneck=tally.bottleneck,
+            tokens_per_pass=meter.tokens_per_pass,
+            bottleneck=meter.bottleneck,
         )
 
     def least_s(self, plan: Plan) -> float:
-        """Seconds that the job takes at least: no schedule beats its stream, nor its compute."""
+        """A lower bound on the job's seconds: no schedule is faster than its stream or its compute."""
         work, rows = self.workload, min(plan.num_rows, self.workload.num_prompts)
         per_group = ceil(rows / plan.num_groups)
         stream_s = self._stream_s(plan)
-        best = 0.0  # tokens per second
+        best = 0.0  # highest tokens per second
         for proposed in LENGTHS:
             if proposed and proposed > plan.max_draft_tokens:
                 break
@@ -157,17 +158,17 @@ class Forecaster:
         return work.num_prompts * (work.new_tokens - 1) / best
 
     def _sample(self, plan: Plan) -> tuple[int, int]:
-        """Prompt and new tokens of the run; with fewer new tokens it decodes in the middle of the context."""
+        """Prompt tokens and new tokens of a row in the run; a shorter run decodes in the middle of the context."""
         work = self.workload
         most = MOST_TASKS if plan.max_draft_tokens else MOST_PLAIN_TASKS
         passes = max(LEAST_PASSES, most // (tasks_per_pass(plan) * plan.num_groups))
         each = self._most_tokens(plan, min(8, plan.max_draft_tokens))
         joining = ceil(plan.num_rows * work.prompt_tokens / (plan.prefill_pass_tokens or work.prompt_tokens))
-        new = min(work.new_tokens, 1 + int((passes + joining) * each))  # rows that join first are done first
+        new = min(work.new_tokens, 1 + int((passes + joining) * each))  # rows that join first also end first
         return work.prompt_tokens + (work.new_tokens - new) // 2, new
 
     def _most_tokens(self, plan: Plan, proposed: int) -> float:
-        """Tokens of a row in a pass at most; a tree has second choices."""
+        """Upper bound on the expected tokens of a row in a pass; in a tree a second choice may be accepted."""
         profile = self.profile_of(plan)
         chance = profile.acceptance
         if plan.proposes_trees:
@@ -175,9 +176,10 @@ class Forecaster:
         return expected_tokens(chance, proposed)
 
     def _compute_s(self, rows: int, proposed: int, plan: Plan, prompt: int = 0) -> float:
-        """Of one pass over so many rows, all layers; ``prompt``: of one prompt of so many tokens for each instead.
+        """Seconds of computing all layers in one pass over so many rows.
 
-        Where attention has a lane of its own, on the lane that takes longer.
+        ``prompt``: every row prefills so many tokens instead of decoding. If attention has its own lane, the seconds of
+        the slower lane.
         """
         work, profile = self.workload, self.profile_of(plan)
         cost_table = profile.cost_table
@@ -193,37 +195,40 @@ class Forecaster:
         return cost_table.target.layer_seconds(item, tree=cost_table.tree)
 
     def _decode_s(self, plan: Plan, rows: int, rate: float, tokens_per_pass: float) -> float:
-        """Of all prompts: waves that fill the rows, and a last one, in whose passes fewer compute."""
+        """Seconds of decoding all prompts: waves that fill the rows, and a last wave with fewer rows."""
         if not rate:
             return 0.0
         new = self.workload.new_tokens - 1
         waves, last = divmod(self.workload.num_prompts, rows)
-        full_s = rows * tokens_per_pass / rate  # of a pass of every group
-        decoded_s = waves * rows * new / rate
+        full_s = rows * tokens_per_pass / rate  # one pass of every group
+        full_waves_s = waves * rows * new / rate
         if not last:
-            return decoded_s
+            return full_waves_s
         proposed = min(8, plan.max_draft_tokens)
         share = self._compute_s(last, proposed, plan) / max(1e-12, self._compute_s(rows, proposed, plan))
         last_s = min(full_s, max(plan.num_groups * self._stream_s(plan), share * full_s))
-        return decoded_s + last_s * new / tokens_per_pass
+        return full_waves_s + last_s * new / tokens_per_pass
 
     def _refill_s(self, plan: Plan, rows: int, idle_s: float) -> float:
-        """What the prompts behind the first ones cost beyond the time in which nothing computes.
+        """Seconds of prefilling the later prompts, minus the seconds in which nothing computes.
 
-        They join one by one, as rows fall free: each is an item of its own.
+        Later prompts join one by one when rows become free: each one is its own item.
         """
         later = max(0, self.workload.num_prompts - rows)
         return max(0.0, later * self._compute_s(1, 0, plan, self.workload.prompt_tokens) - idle_s)
 
-    def _prefill_s(self, plan: Plan, found_s: float, prompt: int) -> float:
-        """What a run with prompts of another length says of these: as much where the stream takes longest."""
+    def _prefill_s(self, plan: Plan, measured_s: float, prompt: int) -> float:
+        """Seconds of the workload's prefill, from a run with prompts of another length.
+
+        They are equal if the stream is the bottleneck, and proportional to the length otherwise.
+        """
         together = min(plan.num_rows, (plan.prefill_pass_tokens or prompt * plan.num_rows) // prompt)
         if together * self._compute_s(1, 0, plan, prompt) < self._stream_s(plan):
-            return found_s
-        return found_s * self.workload.prompt_tokens / prompt
+            return measured_s
+        return measured_s * self.workload.prompt_tokens / prompt
 
     def _stream_s(self, plan: Plan) -> float:
-        """Of one pass, over the slowest link: what comes from the disk passes a device's link as well."""
+        """Seconds of one pass's loads on the slower link; bytes from the disk cross a device's link too."""
         profile = self.profile_of(plan)
         copy = profile.copy_bytes_per_s
         disk_s = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK) / profile.disk_bytes_per_s
@@ -231,13 +236,13 @@ class Forecaster:
 
 
 def tasks_per_pass(plan: Plan) -> int:
-    """About how many tasks a pass of a group is."""
+    """The approximate number of tasks in one pass of a group."""
     per_layer = 1 if plan.attention_resource == "compute" else (5 if plan.kv_on_host else 3) * plan.micro_batches
     return plan.num_layers * per_layer + len(plan.streamed) * (1 + bool(plan.num_staging)) + 8
 
 
 def coarse(plan: Plan, profile: SimCosts) -> tuple[Plan, SimCosts]:
-    """A plan of about as many bytes and seconds in fewer tasks, where a pass has too many; otherwise itself."""
+    """A plan with fewer tasks and about equal bytes and seconds; the same plan if a pass has few enough tasks."""
     if tasks_per_pass(plan) <= MOST_TASKS_PER_PASS:
         return plan, profile
     merged = _merge_parts(plan, 1)
@@ -248,12 +253,12 @@ def coarse(plan: Plan, profile: SimCosts) -> tuple[Plan, SimCosts]:
     cost_table = profile.cost_table
     if cost_table is None:
         return merged, replace(profile, layer_s=profile.layer_s * layers, layer_token_s=profile.layer_token_s * layers)
-    target = replace(cost_table.target, layers=tuple(_together(cost_table.target.layers, layers)))
+    target = replace(cost_table.target, layers=tuple(_merge_layers(cost_table.target.layers, layers)))
     return merged, replace(profile, cost_table=replace(cost_table, target=target))
 
 
 def _merge_parts(plan: Plan, layers: int) -> Plan:
-    """One part for what streams of every ``layers`` layers, from each tier."""
+    """The plan with one part for each tier and each group of ``layers`` layers."""
     sizes: dict[tuple[int, str], tuple[int, int, PlannedPart]] = {}
     for part in plan.parts:
         key = part.layer // layers, part.tier
@@ -275,8 +280,8 @@ def _merge_parts(plan: Plan, layers: int) -> Plan:
     return merged(num_slots=slots, slot_bytes=slot)
 
 
-def _together(layers: tuple[LayerCost, ...], count: int) -> Iterable[LayerCost]:
-    """Every ``count`` layers as one that costs as much."""
+def _merge_layers(layers: tuple[LayerCost, ...], count: int) -> Iterable[LayerCost]:
+    """One layer for every ``count`` layers, with their summed cost."""
     for start in range(0, len(layers), count):
         own = layers[start : start + count]
         yield own[0].times(len(own))

@@ -1,6 +1,6 @@
-"""From what a model needs and what a budget allows to a plan: what is resident, how many slots.
+"""Where the parts of a model are placed: from a footprint and a budget to resident parts, slots and host memory.
 
-Pure policy: byte sizes in, a ``Plan`` out, with the arithmetic that an error or a summary shows.
+Pure policy: byte sizes in, a ``Plan`` out. The plan holds the sums that an error or a summary shows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,21 @@ NUM_STAGING = 3  # buffers between files and a device's link
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What must be held, bytes, whatever is decided; and the parts among which the plan chooses."""
+    """The bytes that every plan holds, and the parts that a plan places."""
 
     parts: tuple[PlannedPart, ...]
     num_layers: int
-    fixed: Mapping[str, int]  # label -> bytes that are held in any plan
+    fixed: Mapping[str, int]  # label -> bytes that every plan holds on the device
     kv_bytes_per_token: int  # of the target
     draft_kv_bytes_per_token: int = 0
-    host_fixed: Mapping[str, int] = field(default_factory=dict)  # in host memory, where attention runs beside its KV
+    host_fixed: Mapping[str, int] = field(default_factory=dict)  # label -> bytes, if KV is in host memory
     crossing: tuple[tuple[int, int], ...] = ()  # see ``Plan``
 
 
 def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
-    """Everything resident if it fits; otherwise the fewest useful slots, and the rest of the budget resident.
+    """Make all parts resident if they fit; otherwise take the fewest useful slots and fill the rest of the budget.
 
-    Raises BudgetError, with the arithmetic and the smallest budget that would do.
+    Raises BudgetError; its message shows the sum of bytes and the smallest budget that suffices.
     """
     slots = request.num_rows * (request.capacity + 1)
     kv, draft_kv = slots * footprint.kv_bytes_per_token, slots * footprint.draft_kv_bytes_per_token
@@ -49,9 +49,9 @@ def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
     if per_layer * slot_bytes > room:
         raise BudgetError(_too_small(held, per_layer, slot_bytes, budget))
     num_slots = min(per_layer + request.spare_slots, room // slot_bytes)
-    resident = _spread(footprint.parts, min(allowed, room - num_slots * slot_bytes))
-    hosted = _hosted(footprint.parts, resident, request, sum(on_host.values()))
-    tiers = dict.fromkeys(hosted, Tier.HOST) | dict.fromkeys(resident, Tier.DEVICE)
+    resident = _spread_evenly(footprint.parts, min(allowed, room - num_slots * slot_bytes))
+    pinned = _pinned_parts(footprint.parts, resident, request, sum(on_host.values()))
+    tiers = dict.fromkeys(pinned, Tier.HOST) | dict.fromkeys(resident, Tier.DEVICE)
     parts = tuple(replace(part, tier=tiers.get(part.index, Tier.DISK)) for part in footprint.parts)
     slot_bytes = max(part.size for part in parts if part.tier is not Tier.DEVICE)
     held |= {
@@ -62,25 +62,25 @@ def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
 
 
 def _check_host(on_host: Mapping[str, int], request: PlanRequest) -> None:
-    """Raises BudgetError where host memory does not hold what attention on the CPU takes there."""
+    """Raises BudgetError if the bytes of attention on the CPU do not fit into host memory."""
     if request.host_bytes is not None and sum(on_host.values()) > request.host_bytes:
         terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in on_host.items() if nbytes)
         raise BudgetError(
-            f"host memory of {format_bytes(request.host_bytes)} does not hold what attention on the CPU takes there: "
-            f"{terms} = {format_bytes(sum(on_host.values()))}. Give --host-memory more, lower --batch-size or "
+            f"the host memory of {format_bytes(request.host_bytes)} is too small for attention on the CPU, which needs "
+            f"{terms} = {format_bytes(sum(on_host.values()))}. Raise --host-memory, lower --batch-size or "
             f"--max-context, or run with --attention device."
         )
 
 
-def _hosted(parts: Sequence[PlannedPart], resident: set[int], request: PlanRequest, taken_bytes: int) -> set[int]:
-    """Of the parts that stream, those that host memory keeps, pinned, beside staging buffers and what is taken."""
+def _pinned_parts(parts: Sequence[PlannedPart], resident: set[int], request: PlanRequest, taken_bytes: int) -> set[int]:
+    """Indices of streamed parts to keep pinned in host memory, beside ``taken_bytes`` and the staging buffers."""
     streamed = [part for part in parts if part.index not in resident]
     if request.host_bytes is None:
         return set()
     room = request.host_bytes - taken_bytes
     if sum(part.size for part in streamed) <= room:
         return {part.index for part in streamed}
-    return _spread(streamed, room - NUM_STAGING * max(part.size for part in streamed))
+    return _spread_evenly(streamed, room - NUM_STAGING * max(part.size for part in streamed))
 
 
 def _plan(
@@ -92,7 +92,7 @@ def _plan(
     held: Mapping[str, int],
     on_host: Mapping[str, int],
 ) -> Plan:
-    hosted = sum(part.size for part in parts if part.tier is Tier.HOST)
+    pinned_bytes = sum(part.size for part in parts if part.tier is Tier.HOST)
     staged = any(part.tier is Tier.DISK for part in parts) and request.host_bytes is not None
     staging = NUM_STAGING * slot_bytes if staged else 0
     return Plan(
@@ -106,7 +106,7 @@ def _plan(
         num_staging=0 if request.host_bytes is None else NUM_STAGING,
         draft_resource=COMPUTE if request.host_bytes is None else DRAFT_COMPUTE,
         arithmetic=held,
-        host_arithmetic={"pinned layers": hosted, "staging": staging, **on_host},
+        host_arithmetic={"pinned layers": pinned_bytes, "staging": staging, **on_host},
     )
 
 
@@ -117,10 +117,10 @@ def _most_parts_per_layer(footprint: Footprint) -> int:
     return max(counts)
 
 
-def _spread(parts: Sequence[PlannedPart], room: int) -> set[int]:
-    """Indices of parts to keep resident: as many as fit, evenly over the order of use.
+def _spread_evenly(parts: Sequence[PlannedPart], room: int) -> set[int]:
+    """Indices of the parts to keep: as many as fit into ``room`` bytes, evenly over the order of use.
 
-    Evenly, so that the stream never has to hurry: between two streamed parts there is resident work to hide it.
+    They are even so that resident work between two streamed parts hides the next load.
     """
     chosen: set[int] = set()
     smallest = min(part.resident_bytes for part in parts)

@@ -1,6 +1,6 @@
-"""From what a user asks to answers: where the models are, what proposes, on which device, in how much memory.
+"""Resolves a user's options: the folders of the models, the draft method, the device, the memory budgets.
 
-Asked once, when an engine or a plan is wanted: below, no floor looks for a folder, a device or free memory again.
+An engine or a plan resolves its options once. No code below looks for a folder, a device or free memory again.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from aspec.options import DEMO, NGRAM, EngineOptions
 from aspec.plan import Speculation
 
 MIB = 1 << 20
-DEMO_BUDGET_BYTES = 14 * MIB  # below the demo target's 16 MB, so that streaming really happens
-DEMO_RESIDENT_BYTES = 4 * MIB  # of its layers on a device, for the same reason
-HOST_SHARE, DEVICE_SHARE = 0.7, 0.9  # of the memory that is free: the default budgets
+DEMO_BUDGET_BYTES = 14 * MIB  # less than the demo target's 16 MB, so that the demo streams
+DEMO_RESIDENT_BYTES = 4 * MIB  # of the demo's layers on a device, for the same reason
+HOST_SHARE, DEVICE_SHARE = 0.7, 0.9  # of the free memory: the default budgets
 
 DTYPES = {
     "auto": None,
@@ -30,43 +30,43 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-"""By the name that a user gives; None: the checkpoint's own."""
+"""Name on the command line -> dtype; None: the checkpoint's own dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftMethod:
-    """How tokens are proposed: a row of the table below."""
+    """How tokens are proposed. The three methods follow as constants."""
 
-    shapes: tuple[Speculation, ...]  # that it can propose; empty: it proposes nothing
-    has_model: bool = False  # a checkpoint of its own
-    grows_ahead: bool = False  # its trees can grow on while they are verified
+    shapes: tuple[Speculation, ...]  # of proposals; empty: no proposals
+    has_model: bool = False  # the method needs a draft checkpoint
+    grows_ahead: bool = False  # trees can grow while the target verifies them
 
 
 NO_DRAFT = DraftMethod(())
 MODEL_DRAFT = DraftMethod((Speculation.CHAIN, Speculation.TREE), has_model=True, grows_ahead=True)
-NGRAM_DRAFT = DraftMethod((Speculation.TREE,))  # a lookup's chain is a tree of one branch
+NGRAM_DRAFT = DraftMethod((Speculation.TREE,))  # the chain of an n-gram lookup is a tree with one branch
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """An engine's options and the answers to what they leave open; ``replace`` it for a machine that is not here."""
+    """An engine's options and all values that follow from them. For a machine not at hand, ``replace`` fields."""
 
-    options: EngineOptions  # what the user has fixed of a plan, and how the engine runs it
+    options: EngineOptions  # the settings of the user
     target: Path
     draft: Path | None  # None: the method needs no checkpoint
     method: DraftMethod
-    kind: Kind | None  # of device; None: the host's own memory
-    dtype: torch.dtype | None  # None: the checkpoint's own
+    kind: Kind | None  # the kind of device; None: the host's own memory
+    dtype: torch.dtype | None  # None: the checkpoint's own dtype
     exact: bool
     budget_bytes: int
-    host_bytes: int | None  # for pinned layers and KV behind a device's link; None: the device is the host's memory
-    resident_bytes: int | None  # of layers at most, even where more would fit
+    host_bytes: int | None  # host memory for pinned layers and KV; None: the device is the host's memory
+    resident_bytes: int | None  # limit on resident layers, even if more would fit
 
 
 def resolve(options: EngineOptions | Resolved) -> Resolved:
-    """Find the models, which fetches hub ids, and the device. Blocks; what is resolved stays as it is.
+    """Find the models (hub ids are downloaded) and the device. Blocks. A ``Resolved`` is returned unchanged.
 
-    Raises UserError where a model or a device cannot be found.
+    Raises UserError if a model or a device is not found.
     """
     if isinstance(options, Resolved):
         return options
@@ -75,15 +75,17 @@ def resolve(options: EngineOptions | Resolved) -> Resolved:
 
 
 def revise(resolved: Resolved, **changes: Any) -> Resolved:
-    """The same models under other options; the hub is not asked again."""
+    """The same models with changed options; the hub is not asked again."""
     options = replace(resolved.options, **changes)
     method = draft_method(options)
-    assert not method.has_model or resolved.draft is not None, "a draft model is found before options are revised"
+    assert not method.has_model or resolved.draft is not None, (
+        "the new options need a draft model, and none was resolved"
+    )
     return _resolved(options, method, resolved.target, resolved.draft if method.has_model else None)
 
 
 def draft_method(options: EngineOptions) -> DraftMethod:
-    """The row of the table that options mean."""
+    """The draft method that the options select."""
     if options.num_draft_tokens == 0 or options.speculation == "off":
         return NO_DRAFT
     if options.draft == NGRAM:
@@ -101,7 +103,7 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: 
         method=method,
         kind=kind,
         dtype=_dtype(options.dtype),
-        exact=kind is None if options.exact is None else options.exact,  # on a CPU it was proved
+        exact=kind is None if options.exact is None else options.exact,  # a CPU's default: proved there
         budget_bytes=options.device_memory or _default_budget(options, kind),
         host_bytes=None if kind is None else options.host_memory or _host_share(),
         resident_bytes=DEMO_RESIDENT_BYTES
@@ -111,10 +113,10 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: 
 
 
 def _folders(options: EngineOptions, method: DraftMethod) -> tuple[Path, Path | None]:
-    """Where target and draft are; hub ids are fetched. Raises UserError where they cannot be found."""
+    """The folders of target and draft; hub ids are downloaded. Raises UserError if one is not found."""
     if options.target is None:
         if options.draft not in (None, NGRAM):
-            raise UserError("--draft was given without --target: a draft serves one target; name both or neither.")
+            raise UserError("--draft was given without --target: a draft belongs to one target. Give both or neither.")
         return DEMO / "target", DEMO / "draft" if method.has_model else None
     target = hub.resolve(str(options.target), what="target")
     return target, hub.resolve(str(options.draft), what="draft") if method.has_model else None
@@ -127,12 +129,12 @@ def _dtype(name: str) -> torch.dtype | None:
 
 
 def _default_budget(options: EngineOptions, kind: Kind | None) -> int:
-    """Most of the memory that is free now; for the embedded demo less than its target, to show the streaming."""
+    """Bytes: most of the free memory; for the embedded demo, less than its target needs, so that it streams."""
     if kind is not None:
         return int(kind.free_bytes() * DEVICE_SHARE)
     return DEMO_BUDGET_BYTES if options.target is None else _host_share()
 
 
 def _host_share() -> int:
-    """Of the host's memory that is free now, in bytes."""
+    """Bytes: a share of the host's free memory."""
     return int(available_bytes() * HOST_SHARE)

@@ -1,8 +1,8 @@
-"""The search for a plan: what is left open is varied, and every plan is scored by a run of the scheduler itself.
+"""The search for a plan: it varies what the user left open, and scores every plan by a run of the scheduler itself.
 
-A plan whose job cannot end sooner than the best one found, whatever the schedule, is not run: ``least_s`` bounds it
-from below. Pure policy: it is handed ``forecast``, which runs the scheduler in virtual time on measured costs, so no
-formula for a schedule can drift from the schedule.
+A plan is not run if its lower bound ``least_s`` is not below the best seconds found so far. Pure policy: the caller
+passes ``forecast``, which runs the scheduler in virtual time on measured costs. So no formula can disagree with the
+real schedule.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,33 +14,33 @@ from aspec.plan import SPARE_SLOTS, Plan, PlanRequest, Speculation
 from aspec.planning.placement import Footprint, make_plan
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-TREE_ROWS = 16  # with more, the host grows trees for longer than a pass takes, and chains fill the pass as well
+TREE_ROWS = 16  # with more rows, growing trees on the host takes longer than a pass, and chains fill the pass too
 GROUPS = (1, 2, 3)
-SLOTS = (1, 10)  # spare ones, beside the usual
-CAPS = (4, 8, 32)  # proposals of a row at most, beside the usual
-MOST_FORECASTS = 40  # of one search
-MARGIN = 0.99  # a plan that can be better by less is not worth a run
+SLOTS = (1, 10)  # numbers of spare slots that are tried beside SPARE_SLOTS
+CAPS = (4, 8, 32)  # limits on the proposals of a row that are tried beside the usual limit
+MOST_FORECASTS = 40  # in one search
+MARGIN = 0.99  # a plan is run only if its bound is below this share of the best seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run of a plan in virtual time came to."""
+    """The result of running a plan in virtual time."""
 
     tokens_per_s: float  # of decoding, all rows together
-    prefill_s: float  # until the first rows have their first token
-    job_s: float  # the whole workload
-    tokens_per_pass: float  # of a row
+    prefill_s: float  # from the start until the first rows have their first token
+    job_s: float  # of the whole workload
+    tokens_per_pass: float  # per row
     bottleneck: str
 
     @property
     def order(self) -> float:
-        """What the search makes small."""
+        """The number that the search minimises."""
         return self.job_s
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan, what it was asked for, and its forecast."""
+    """A plan, the request it was made for, and its forecast."""
 
     request: PlanRequest
     plan: Plan
@@ -49,12 +49,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How the search went: plans from the best down, and what was not run."""
+    """The result of a search: the plans that were run, the best first, and those that were not run."""
 
     found: tuple[Candidate, ...]
-    num_too_large: int  # for the budget
-    num_pruned: int  # that could not have been better
-    pruned: tuple[tuple[float, Plan], ...] = ()  # those, and the seconds that the job takes with each at least
+    num_too_large: int  # plans that do not fit into the budget
+    num_pruned: int  # plans that fit and were not run
+    pruned: tuple[tuple[float, Plan], ...] = ()  # (lower bound of the job's seconds, plan)
 
     @property
     def best(self) -> Candidate:
@@ -64,20 +64,20 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """What of a plan is left open; a single entry is fixed."""
+    """The values that the search tries for each setting; a single entry is a fixed setting."""
 
     rows: tuple[int, ...]
     groups: tuple[int, ...] = GROUPS
-    speculations: tuple[tuple[Speculation | None, int], ...] = ((None, 0),)  # and what is proposed of a row at most
+    speculations: tuple[tuple[Speculation | None, int], ...] = ((None, 0),)  # (shape, most proposals of a row)
     attention: tuple[str, ...] = ("compute",)
-    micro_batches: int = 2  # where attention has a lane of its own
+    micro_batches: int = 2  # if attention has its own lane
     caps: tuple[int, ...] = ()
     slots: tuple[int, ...] = SLOTS
-    prefills: tuple[int, ...] = ()  # smaller prefill items, for plans that do not fit otherwise
+    prefills: tuple[int, ...] = ()  # tokens of smaller prefill items, for plans that do not fit otherwise
 
 
 def rows_for(num_prompts: int) -> tuple[int, ...]:
-    """Row counts worth a look for so many prompts: all of them at once is one of them."""
+    """The row counts to try for so many prompts; the last one runs all prompts at once."""
     most = min(num_prompts, ROWS[-1])
     return (*(rows for rows in ROWS if rows < most), most)
 
@@ -90,23 +90,23 @@ def search(
     forecast: Callable[[Plan], Forecast],
     progress: Callable[[int], None] = lambda _: None,
 ) -> Search:
-    """The plans that fit, best first. Raises BudgetError where none does.
+    """The plans that fit, best first. Raises BudgetError if none fits.
 
-    Rows, groups, speculation and the place of attention come first; slots and the most that is proposed are then
-    varied around the best of those.
+    The search varies rows, groups, speculation and the place of attention first. Then it varies the spare slots and
+    the limit on proposals around the best of those plans.
     """
-    hunt = _Hunt(footprint, least_s, forecast, space.prefills, progress)
-    hunt.run(_coarse(request, space))
-    if not hunt.found:
-        assert hunt.refusal is not None
-        raise hunt.refusal
-    hunt.run(_fine(hunt.ranked[0].request, space))
-    pruned = sorted(hunt.pruned, key=lambda one: one[0])
-    return Search(tuple(hunt.ranked), hunt.num_too_large, len(pruned), tuple(pruned))
+    runs = _Runs(footprint, least_s, forecast, space.prefills, progress)
+    runs.run(_main_choices(request, space))
+    if not runs.found:
+        assert runs.refusal is not None
+        raise runs.refusal
+    runs.run(_refinements(runs.ranked[0].request, space))
+    pruned = sorted(runs.pruned, key=lambda one: one[0])
+    return Search(tuple(runs.ranked), runs.num_too_large, len(pruned), tuple(pruned))
 
 
-class _Hunt:
-    """Runs candidates, those of the smallest bound first, and remembers."""
+class _Runs:
+    """Runs requests in the order of their lower bounds, and keeps the results."""
 
     def __init__(
         self,
@@ -125,31 +125,32 @@ class _Hunt:
 
     @property
     def ranked(self) -> Sequence[Candidate]:
-        """What was run, the best first."""
-        return sorted(self.found, key=lambda found: found.forecast.order)
+        """The candidates that were run, the best first."""
+        return sorted(self.found, key=lambda candidate: candidate.forecast.order)
 
-    def run(self, candidates: Iterable[PlanRequest]) -> None:
-        """Forecast every candidate that fits and could be better than what is known."""
-        for bound, request, plan in sorted(self._planned(candidates), key=lambda one: one[0]):
-            best = min((found.forecast.order for found in self.found), default=float("inf"))
+    def run(self, requests: Iterable[PlanRequest]) -> None:
+        """Forecast every request that fits and could be better than the candidates so far."""
+        for bound, request, plan in sorted(self._planned(requests), key=lambda one: one[0]):
+            best = min((candidate.forecast.order for candidate in self.found), default=float("inf"))
             if bound >= MARGIN * best or len(self.found) >= MOST_FORECASTS:
                 self.pruned.append((bound, plan))
                 continue
             self.found.append(Candidate(request, plan, self._forecast(plan)))
             self._progress(len(self.found))
 
-    def _planned(self, candidates: Iterable[PlanRequest]) -> Iterator[tuple[float, PlanRequest, Plan]]:
-        known = [found.plan for found in self.found]
-        for request in candidates:
-            found = self._fitting(request)
-            if found is None:
+    def _planned(self, requests: Iterable[PlanRequest]) -> Iterator[tuple[float, PlanRequest, Plan]]:
+        """The new plans that fit: lower bound in seconds, fitted request, plan."""
+        known = [candidate.plan for candidate in self.found]
+        for request in requests:
+            fitting = self._fitting(request)
+            if fitting is None:
                 self.num_too_large += 1
-            elif found[1] not in known:
-                known.append(found[1])
-                yield self._least_s(found[1]), *found
+            elif fitting[1] not in known:
+                known.append(fitting[1])
+                yield self._least_s(fitting[1]), *fitting
 
     def _fitting(self, request: PlanRequest) -> tuple[PlanRequest, Plan] | None:
-        """The plan, with prefill items as large as fit."""
+        """The request with the largest prefill items that fit, and its plan; None if none fits."""
         for tokens in (request.prefill_tokens, *self._prefills):
             fitted = replace(request, prefill_tokens=tokens)
             try:
@@ -159,12 +160,13 @@ class _Hunt:
         return None
 
 
-def _coarse(request: PlanRequest, space: SearchSpace) -> Iterator[PlanRequest]:
+def _main_choices(request: PlanRequest, space: SearchSpace) -> Iterator[PlanRequest]:
+    """The request with every combination of rows, groups, speculation and place of attention."""
     for rows, groups, (kind, most), place in product(space.rows, space.groups, space.speculations, space.attention):
         if kind is Speculation.TREE and rows > TREE_ROWS and len(space.rows) > 1:
             continue
         if groups > rows or (kind is None and groups > 1 and 1 in space.groups):
-            continue  # without a draft there is nothing to hide beside another group
+            continue  # without a draft there is no drafting to hide behind another group's pass
         yield replace(
             request,
             speculation=kind or Speculation.CHAIN,
@@ -178,8 +180,8 @@ def _coarse(request: PlanRequest, space: SearchSpace) -> Iterator[PlanRequest]:
         )
 
 
-def _fine(best: PlanRequest, space: SearchSpace) -> Iterator[PlanRequest]:
-    """Around the best: other numbers of slots, less that may be proposed."""
+def _refinements(best: PlanRequest, space: SearchSpace) -> Iterator[PlanRequest]:
+    """Variations of the best request: other numbers of spare slots, lower limits on proposals."""
     for spare in space.slots:
         if spare != SPARE_SLOTS:
             yield replace(best, spare_slots=spare)

@@ -1,9 +1,9 @@
-"""A simulated machine: every task is priced from a hardware profile and completes on the loop's clock.
+"""A simulated machine: every task takes the seconds of a hardware profile, and completes on the loop's clock.
 
-The same scheduler, graph and executor run on it as on the real machines; only prices and acceptance counts come
-from here. The draft's trees are real, their tokens are ranks: 0 is what the draft holds likeliest. Which rank the
-target draws comes from an integer hash of (seed, sequence, position), so it depends on no plan. How sure the draft is
-differs from position to position, so that rows grow trees of unlike size.
+The scheduler, graph and executor are those of the real machines; only seconds and acceptance counts come from here.
+The draft's trees are real, but their tokens are ranks: rank 0 is the draft's likeliest token. An integer hash of (seed,
+sequence, position) decides which rank the target draws, so the draws are the same under every plan. The draft's
+confidence differs between positions, so rows grow trees of different sizes.
 """
 
 import asyncio
@@ -35,14 +35,14 @@ from aspec.tasks.task import (
     TreeStatus,
 )
 
-MAX_RANKS = 8  # tokens that a simulated draft offers behind every node
+MAX_RANKS = 8  # children that a simulated draft offers for every node
 
 HOST_RESOURCES = (
     Resource(DISK, depth=3),
     Resource(COMPUTE, depth=2, domain="host"),
     Resource(CPU, depth=1),
 )
-"""A machine whose device is its own memory."""
+"""A machine whose device is the host's own memory."""
 
 DEVICE_RESOURCES = (
     Resource(DISK, depth=3),
@@ -57,37 +57,37 @@ DEVICE_RESOURCES = (
 
 
 @dataclass(slots=True)
-class _Row:
-    """What a row's draft has grown; mutable, because it grows."""
+class _RowState:
+    """The draft's tree of a row; mutable, because the tree grows."""
 
     sequence: int
     tree: Tree | None = None
     proposal: Proposal | None = None
-    budget: int = 0  # nodes that it may propose
-    room: tuple[int, int] = (0, 0)  # nodes and depth that its latest level had
+    budget: int = 0  # most nodes of a proposal
+    room: tuple[int, int] = (0, 0)  # (most nodes, most depth) of its latest level
 
 
 @dataclass(slots=True)
 class _Lane:
-    free_s: float = 0.0  # when an in-order resource has finished all it was issued
+    free_s: float = 0.0  # time at which an in-order resource has finished its issued tasks
 
 
 @dataclass(slots=True)
 class SimBackend:
-    """Prices tasks on virtual time. ``fail`` injects an error at the n-th task of a kind."""
+    """Runs tasks in virtual time. ``fail`` = (op, n) injects an error at the n-th task of an op."""
 
     profile: SimCosts
     resources: tuple[Resource, ...] = HOST_RESOURCES
     fail: tuple[Op, int] | None = None
-    in_flight: int = 0  # tasks issued and not resolved; 0 after close
+    in_flight: int = 0  # tasks issued and not completed; 0 after close
     closed: bool = False
     _lanes: dict[str, _Lane] = field(default_factory=dict)
-    _stops: dict[int, float] = field(default_factory=dict)  # end of issued tasks, for those behind them
-    _rows: dict[int, _Row] = field(default_factory=dict)
+    _stops: dict[int, float] = field(default_factory=dict)  # task id -> end in seconds, for the tasks that follow it
+    _rows: dict[int, _RowState] = field(default_factory=dict)
     _issued: dict[Op, int] = field(default_factory=dict)
-    _poisoned: dict[str, BaseException] = field(default_factory=dict)  # by domain
-    _bounds: list[float] = field(init=False)  # of the ranks: below the first one the target draws rank 0
-    _log_rest: list[float] = field(init=False)  # of the ranks from 1 on, given that rank 0 is not drawn
+    _poisoned: dict[str, BaseException] = field(default_factory=dict)  # errors by domain
+    _bounds: list[float] = field(init=False)  # cumulative chances of ranks: below the first one the target draws rank 0
+    _log_rest: list[float] = field(init=False)  # log chances of ranks from 1 on, given that rank 0 is not drawn
 
     def __post_init__(self) -> None:
         acceptance = self.profile.acceptance
@@ -101,7 +101,7 @@ class SimBackend:
         return asyncio.get_running_loop().time()
 
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
-        """Complete the task when its lane and the tasks it follows are done, plus its price."""
+        """Start the task when its lane is free and the tasks ``after`` are done; it takes ``price`` seconds."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Completion] = loop.create_future()
         lane = self._lanes.setdefault(task.resource, _Lane())
@@ -110,7 +110,7 @@ class SimBackend:
         stop = round((start + seconds) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
         lane.free_s = self._stops[task.id] = stop
         if task.op is Op.RETURN and (loads := self._lanes.get(H2D, lane)).free_s > start:
-            loads.free_s += seconds  # it passes the loads and takes its time from them: there is one link
+            loads.free_s += seconds  # it overtakes the loads, which end later: both use one link
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
         faulty = self.fail == (task.op, self._issued[task.op])
@@ -118,16 +118,16 @@ class SimBackend:
         return future
 
     async def close(self) -> None:
-        """Wait, in virtual time, until nothing is in flight."""
+        """Wait, in virtual time, until no task is in flight."""
         while self.in_flight:
             await asyncio.sleep(max(0.0, max(self._stops.values()) - self.now()))
         self.closed = True
 
     def price(self, task: Task) -> float:
-        """Seconds of a task by the profile, beside nothing else."""
+        """Seconds of a task by the profile, without other tasks beside it."""
         rates = self._rates
         if task.op.cost in rates:
-            overhead_s = 0.0 if task.op.loads else self._task_s  # a load is so long that it does not count
+            overhead_s = 0.0 if task.op.loads else self._task_s  # negligible for a load
             return overhead_s + task.nbytes / rates[task.op.cost]
         if task.op.cost is Cost.NOTHING:
             return 0.0
@@ -137,12 +137,12 @@ class SimBackend:
 
     @property
     def _task_s(self) -> float:
-        """What any task takes."""
+        """Fixed seconds of every task."""
         return self.profile.cost_table.task_s if self.profile.cost_table else 0.0
 
     @property
     def _rates(self) -> dict[Cost, float]:
-        """Bytes per second of what travels."""
+        """Bytes per second of the tasks that move data."""
         profile = self.profile
         copy_rate = profile.copy_bytes_per_s or math.inf
         back_rate = profile.d2h_bytes_per_s or copy_rate
@@ -154,7 +154,7 @@ class SimBackend:
         }
 
     def _flat_s(self, task: Task) -> float:
-        """Seconds of what computes, without a cost_table; the pieces of a split layer take as long as it does whole."""
+        """Seconds of a computing task without a cost table; the pieces of a split layer sum to the whole layer."""
         profile = self.profile
         excess = max(0, task.num_tokens - profile.knee_tokens)
         flat: Mapping[Cost, float] = {
@@ -168,7 +168,7 @@ class SimBackend:
         return flat[task.op.cost]
 
     def _with_contention(self, task: Task, start_s: float, seconds: float) -> float:
-        """Reads take memory bandwidth: what computes is slower for as long as those that are issued go on."""
+        """Seconds of a task beside reads: they take memory bandwidth, so computing is slower until they end."""
         cost_table = self.profile.cost_table
         if (
             cost_table is None
@@ -194,9 +194,9 @@ class SimBackend:
 
     def _report(self, task: Task) -> Report:
         item = task.item
-        if isinstance(task.payload, RowChanges):  # acceptance depends on which sequence a row serves
+        if isinstance(task.payload, RowChanges):  # acceptance depends on the sequence in a row
             changes = task.payload.rows
-            self._rows |= {one.row: _Row(one.sequence) for one in changes if one.sequence is not None}
+            self._rows |= {one.row: _RowState(one.sequence) for one in changes if one.sequence is not None}
             return NOTHING
         if item is not None and task.growth is not None:
             limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
@@ -213,7 +213,7 @@ class SimBackend:
         return Report(tuple(outcome for outcome, _ in accepted), tuple(grown for _, grown in accepted if grown))
 
     def _grow(self, row: int, start: int, growth: TreeLevel, budget: int, depth: int) -> TreeStatus:
-        """One level of a tree whose root is at a position; nodes of one depth have the same children."""
+        """Grow one level of a row's tree, whose root is at ``start``; all nodes of one depth have the same children."""
         state = self._rows[row]
         room = budget + growth.ahead, depth
         if state.tree is not None and room != state.room:
@@ -231,11 +231,11 @@ class SimBackend:
         return TreeStatus(row, tuple(tree.probabilities()), tree.gain_bound(growth.beams))
 
     def _log_scores(self, sequence: int, position: int) -> list[float]:
-        """What the draft says of the ranks behind a position, and is right about.
+        """The draft's log probabilities of the ranks after a position; they are calibrated.
 
-        Its chances for rank 0 have the Beta(a, 1) distribution whose mean is the acceptance; one is drawn here as Bayes
-        has it, given whether the target draws rank 0: from Beta(a + 1, 1) if so, otherwise from Beta(a, 2), the
-        product of a Beta(a + 1, 1) and a Beta(a, 1).
+        The chance of rank 0 has a Beta(a, 1) distribution whose mean is the acceptance. It is drawn by Bayes' rule,
+        given the target's draw: from Beta(a + 1, 1) if the target draws rank 0; otherwise from Beta(a, 2), as the
+        product of a Beta(a + 1, 1) and a Beta(a, 1) draw.
         """
         acceptance = self.profile.acceptance
         if not 0.0 < acceptance < 1.0:
@@ -247,11 +247,11 @@ class SimBackend:
         return [_log(chance), *(_log(1.0 - chance) + rest for rest in self._log_rest)]
 
     def _rank(self, sequence: int, position: int) -> int:
-        """What the target draws behind a position: a rank of the draft's, or one that it never offers."""
+        """The rank that the target draws after a position; the draft may not offer that rank."""
         return bisect_right(self._bounds, self._chance(sequence, position, 0))
 
     def _accept(self, row: int, start: int, count: int) -> tuple[RowOutcome, TreeStatus | None]:
-        """Accept proposals while they hold what the target draws; what the draft has grown below."""
+        """Accept proposals as long as they equal the target's draws; also the status of the tree that remains."""
         state = self._rows[row]
         draws = [self._rank(state.sequence, start + i) for i in range(count)]
         if state.proposal is None:
@@ -273,7 +273,7 @@ class SimBackend:
         return outcome, TreeStatus(row, tuple(below.probabilities()), below.gain_bound(MAX_RANKS))
 
     def _chance(self, sequence: int, position: int, stream: int) -> float:
-        """A number in [0, 1) that depends on its arguments and the seed alone (splitmix64's finaliser)."""
+        """A number in [0, 1) from the arguments and the seed only (finaliser of splitmix64)."""
         mask = (1 << 64) - 1
         place = position * 2 + stream % 2 + stream // 2 * 0x94D049BB133111EB
         x = (self.profile.seed * 0x9E3779B97F4A7C15 + sequence * 0xBF58476D1CE4E5B9 + place) & mask

@@ -1,7 +1,7 @@
 """Runs of the real scheduler and executor on a simulated machine, in virtual time.
 
-A profile says what the machine costs. It comes from a file, for hardware that is not at hand, or from the spans of a
-run, so that the two can be laid side by side.
+A profile (``SimCosts``) holds the costs of the machine. It comes from a file, for hardware that is not at hand, or
+from the spans of a run, so that the simulation can be compared with the run.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +19,11 @@ from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import DRAFT_COMPUTE, RequestAdded, RowOutcome, Shutdown
 
-FIT_ROWS, FIT_TOKENS = 4, 300  # of a simulation that is held against a run
-FIT_STEPS = 7  # halvings of the range
+FIT_ROWS, FIT_TOKENS = 4, 300  # of a simulation that is fitted to a run: rows, new tokens per row
+FIT_STEPS = 7  # times that a fit halves the range of its number
 
 Arrival = tuple[int, int]
-"""Prompt tokens, new tokens at most."""
+"""Prompt tokens of a sequence, and the most new tokens that it may get."""
 
 
 def simulate(
@@ -33,7 +33,7 @@ def simulate(
     observers: Sequence[Observer] = (),
     issue_observers: Sequence[IssueObserver] = (),
 ) -> None:
-    """Serve all arrivals, who are there from the start, to the end."""
+    """Run all sequences to their end; every one arrives at the start. Blocks."""
 
     async def main() -> None:
         machine = HOST_RESOURCES if profile.copy_bytes_per_s is None else DEVICE_RESOURCES
@@ -55,14 +55,14 @@ def simulate(
 
 
 def plan_for(plan: Plan, profile: SimCosts) -> Plan:
-    """The same plan on the machine of a profile: a device behind a link reads through staging buffers."""
+    """The plan on the machine of a profile: a device behind a link gets its reads through staging buffers."""
     if profile.copy_bytes_per_s is None or plan.num_staging:
         return plan
     return replace(plan, num_staging=NUM_STAGING, draft_resource=DRAFT_COMPUTE)
 
 
 def tasks_profile(machine: Hardware, tasks: TaskSeconds) -> SimCosts:
-    """The profile of a machine on which tasks take the seconds that its file says, whatever the models' shapes."""
+    """The profile of a machine whose file gives the seconds of tasks; the models' shapes do not count."""
     return SimCosts(
         disk_bytes_per_s=machine.disk_bytes_per_s,
         copy_bytes_per_s=machine.h2d_bytes_per_s,
@@ -72,77 +72,77 @@ def tasks_profile(machine: Hardware, tasks: TaskSeconds) -> SimCosts:
 
 
 def task_seconds(profile: SimCosts) -> TaskSeconds:
-    """The way back: what of a profile a machine's file keeps as the seconds of tasks."""
+    """The opposite of ``tasks_profile``: the fields of a profile that a machine's file keeps under ``tasks``."""
     return TaskSeconds(**{field.name: getattr(profile, field.name) for field in fields(TaskSeconds)})
 
 
 def fitted_acceptance(plan: Plan, profile: SimCosts, tokens_per_pass: float) -> float:
-    """The acceptance with which the simulation of a plan makes so many tokens per pass as a run did.
+    """The acceptance, 0 to 1, with which a simulated plan makes as many tokens per pass of a row as a run did.
 
-    Chains and trees alike: what of a tree is accepted depends on how it grew.
+    It is fitted for trees as well as for chains: the accepted tokens of a tree depend on how the tree grew.
     """
-    return _fitted(plan, lambda guess: replace(profile, acceptance=guess), 1.0, tokens_per_pass)
+    return _fitted(plan, lambda number: replace(profile, acceptance=number), 1.0, tokens_per_pass)
 
 
 def fitted_spread(plan: Plan, profile: SimCosts, tokens_per_pass: float) -> float:
-    """The spread with which trees make so many, at the profile's acceptance: what second choices are worth."""
-    return _fitted(plan, lambda guess: replace(profile, spread=guess), profile.acceptance, tokens_per_pass)
+    """The spread (value of second choices) with which trees make so many tokens per pass, given the acceptance."""
+    return _fitted(plan, lambda number: replace(profile, spread=number), profile.acceptance, tokens_per_pass)
 
 
-def _fitted(plan: Plan, ngram_score: Callable[[float], SimCosts], most: float, tokens_per_pass: float) -> float:
-    """The number up to ``most`` with whose profile a simulation makes so many tokens per pass, which grow with it."""
+def _fitted(plan: Plan, profile_with: Callable[[float], SimCosts], most: float, tokens_per_pass: float) -> float:
+    """The number in 0..most whose profile gives so many tokens per pass, by bisection: tokens grow with the number."""
     low, high = 0.0, most
-    asked = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)  # no end is near
-    roomy = replace(plan, request=asked)
+    request = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)
+    roomy = replace(plan, request=request)  # long rows, so that their ends count little
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []
-        profile = replace(ngram_score(middle), end_probability=0.0)
-        job = [(2, FIT_TOKENS)] * FIT_ROWS
-        simulate(roomy, profile, job, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
-        decoded = outcomes[FIT_ROWS:]  # the first ones are the prompts'
-        found = sum(o.num_new for o in decoded) / max(1, len(decoded))
-        low, high = (middle, high) if found < tokens_per_pass else (low, middle)
+        profile = replace(profile_with(middle), end_probability=0.0)
+        arrivals = [(2, FIT_TOKENS)] * FIT_ROWS
+        simulate(roomy, profile, arrivals, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
+        decoded = outcomes[FIT_ROWS:]  # the first outcomes are those of the prompts
+        simulated = sum(o.num_new for o in decoded) / max(1, len(decoded))
+        low, high = (middle, high) if simulated < tokens_per_pass else (low, middle)
     return (low + high) / 2
 
 
 def measured_profile(timeline: Timeline) -> SimCosts:
-    """The profile of the machine on which a run was recorded: rates while busy, median seconds of every task."""
-    layer_s, layer_token_s = _line([s for lane in (TARGET, CPU) for s in timeline.lane(lane) if s.layer >= 0])
+    """The profile of a recorded run's machine: rates of its links while busy, median seconds of every task."""
+    layer_s, layer_token_s = _fitted_line([s for lane in (TARGET, CPU) for s in timeline.lane(lane) if s.layer >= 0])
     drafts = [s for s in timeline.lane(DRAFT) if s.name != "draft_prefill"]
-    draft_s = _median(drafts)
+    draft_s = _median_seconds(drafts)
     prefills = [s for s in timeline.lane(DRAFT) if s.name == "draft_prefill" and s.tokens]
     per_token = [max(0.0, s.stop_s - s.start_s - draft_s) / s.tokens for s in prefills]
     accepted = sum(r.accepted for r in timeline.rounds)
     refused = sum(r.accepted < r.proposed for r in timeline.rounds)
     default = SimCosts()
     return SimCosts(
-        disk_bytes_per_s=_rate(timeline, DISK) or default.disk_bytes_per_s,
-        copy_bytes_per_s=_rate(timeline, H2D),
-        d2h_bytes_per_s=_rate(timeline, D2H),
+        disk_bytes_per_s=_busy_rate(timeline, DISK) or default.disk_bytes_per_s,
+        copy_bytes_per_s=_busy_rate(timeline, H2D),
+        d2h_bytes_per_s=_busy_rate(timeline, D2H),
         layer_s=layer_s,
         layer_token_s=layer_token_s,
         draft_s=draft_s,
         draft_token_s=median(per_token) if per_token else 0.0,
-        head_s=_median([s for s in timeline.lane(TARGET) if s.name == "head"]),
-        embed_s=_median([s for s in timeline.lane(TARGET) if s.name == "embed"]),
-        accept_s=_median([s for s in timeline.lane(CPU) if s.name == "accept"]),
+        head_s=_median_seconds([s for s in timeline.lane(TARGET) if s.name == "head"]),
+        embed_s=_median_seconds([s for s in timeline.lane(TARGET) if s.name == "embed"]),
+        accept_s=_median_seconds([s for s in timeline.lane(CPU) if s.name == "accept"]),
         acceptance=accepted / (accepted + refused) if accepted + refused else default.acceptance,
     )
 
 
-def _rate(timeline: Timeline, lane: str) -> float | None:
-    """Of what fills slots; on the way from the device, of all that goes there."""
+def _busy_rate(timeline: Timeline, lane: str) -> float | None:
+    """Bytes per second of a lane while it is busy: its loads of parts; for D2H, all its work."""
     work = [(s.start_s, s.stop_s, s.nbytes) for s in timeline.lane(lane) if s.part >= 0 or lane == D2H]
     return lane_use(lane, work, timeline.start_s, timeline.stop_s).busy_bytes_per_s
 
 
-def _median(slices: Sequence[Slice]) -> float:
+def _median_seconds(slices: Sequence[Slice]) -> float:
     return median(s.stop_s - s.start_s for s in slices) if slices else 0.0
 
 
-def _line(slices: Sequence[Slice]) -> tuple[float, float]:
-    """Seconds of a layer as a constant and a slope over tokens: least squares through the medians by token count."""
+def _fitted_line(slices: Sequence[Slice]) -> tuple[float, float]:
+    """Seconds of a layer: a constant, and a slope per token. Least squares over the medians by token count."""
     counts = sorted({s.tokens for s in slices})
     points = [(count, _whole_layer([s for s in slices if s.tokens == count])) for count in counts]
     if len(points) < 2:
@@ -158,6 +158,6 @@ def _line(slices: Sequence[Slice]) -> tuple[float, float]:
 
 
 def _whole_layer(slices: Sequence[Slice]) -> float:
-    """Seconds of a layer, from slices of whole ones or from those of the pieces that layers are split into."""
-    pieces = {s.name.partition(" ")[2] for s in slices}  # such as ``attention``; empty for a whole layer
-    return sum(_median([s for s in slices if s.name.partition(" ")[2] == piece]) for piece in pieces)
+    """Seconds of one layer, from slices of whole layers or of the pieces of split layers."""
+    pieces = {s.name.partition(" ")[2] for s in slices}  # for example ``attention``; empty for a whole layer
+    return sum(_median_seconds([s for s in slices if s.name.partition(" ")[2] == piece]) for piece in pieces)

@@ -1,8 +1,8 @@
 """An event loop in virtual time: its clock jumps to the next timer, and a schedule that cannot finish raises.
 
-Equal deadlines fire in the order they were set (the stock loop leaves it to its heap), deadlines snap to whole
-nanoseconds, threads are refused. It rests on two private names of ``asyncio`` (``_scheduled`` and
-``_clock_resolution``) that a test pins.
+Equal deadlines fire in the order of their creation (in asyncio's own loop the heap decides). Deadlines are rounded to
+whole nanoseconds. Threads are refused. The loop uses two private names of ``asyncio`` (``_scheduled`` and
+``_clock_resolution``); a test checks that they exist.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ class _Timer(asyncio.TimerHandle):
         return (self.when(), self.sequence) < (other.when(), other.sequence)
 
 
-class _Jump(selectors.SelectSelector):
-    """Never waits: moves the loop's clock to the next deadline instead."""
+class _ClockSelector(selectors.SelectSelector):
+    """A selector that never waits: it moves the loop's clock to the next deadline instead."""
 
     loop: "VirtualTimeLoop"
 
@@ -45,14 +45,14 @@ class _Jump(selectors.SelectSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop that finishes a simulated hour in the time its callbacks need."""
+    """An asyncio loop whose simulated hour takes no longer than its callbacks compute."""
 
     _scheduled: list[_Timer]
 
     def __init__(self) -> None:
         self._now = 0.0
         self._sequence = itertools.count()
-        selector = _Jump()
+        selector = _ClockSelector()
         selector.loop = self
         super().__init__(selector)
         self._clock_resolution = 5e-10
@@ -72,7 +72,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         *args: *Arguments,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """Schedule a callback; deadlines in the past fire now."""
+        """Schedule a callback at ``when``, virtual seconds; a deadline in the past fires now."""
         timer = _Timer(max(self._now, round(when * 1e9) * 1e-9), callback, args, self, context)
         timer.sequence = next(self._sequence)
         heapq.heappush(self._scheduled, timer)
@@ -92,11 +92,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def call_soon_threadsafe(
         self, callback: Callable[[*Arguments], object], *args: *Arguments, context: Context | None = None
     ) -> asyncio.Handle:
-        """As ``call_soon``; another thread cannot live in virtual time. Raises RuntimeError."""
+        """Do what ``call_soon`` does. Raises RuntimeError in another thread: virtual time has one thread."""
         if self.is_running() and threading.get_ident() != self._thread_id:  # type: ignore[attr-defined]
             raise RuntimeError("a thread cannot call into virtual time")
         return self.call_soon(callback, *args, context=context)
 
     def run_in_executor(self, *args: object) -> Never:
-        """Refused: threads cannot live in virtual time. Raises RuntimeError."""
+        """Raises RuntimeError: threads cannot run in virtual time."""
         raise RuntimeError("threads cannot run in virtual time")

@@ -1,4 +1,4 @@
-"""The plan for a known amount of work: the search, fed with this machine's costs and the models' shapes."""
+"""The plan for a known workload: runs the search on a machine's costs and the models' shapes."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,19 +20,19 @@ from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, mac
 from aspec.profiling.roofline import prices
 from aspec.tasks.task import COMPUTE, CPU
 
-PREFILLS = (256, 128, 64)  # smaller prefill items, where memory is short
+PREFILLS = (256, 128, 64)  # tokens of smaller prefill items, tried if memory is short
 
 
 @dataclass(frozen=True, slots=True)
 class CostBasis:
-    """What forecasts are made from: the machine, and how often the pair's proposals are accepted on it."""
+    """The input of forecasts: the machine, and how often the target accepts the draft's proposals."""
 
     hardware: Hardware
     known: AcceptanceStats
 
 
 def measured_basis(models: Models) -> CostBasis:
-    """Of the machine at hand, from the cache or measured now, which takes some seconds."""
+    """The basis for this machine: from the cache, or measured now, which takes some seconds."""
     resolved, options = models.resolved, models.resolved.options
     hardware = machine_profile(
         resolved.target, models.target.dtype, options.threads, kind=resolved.kind, link_rate=options.link_rate
@@ -48,9 +48,9 @@ def plan_workload(
     basis: CostBasis | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Search:
-    """Search what the options leave open. Raises BudgetError where nothing fits."""
+    """Search the settings that the options leave open. Raises BudgetError if no plan fits."""
     work = models.resolved.options.workload
-    assert work is not None, "without a workload there is nothing to search for"
+    assert work is not None, "the search needs a workload"
     basis = basis or measured_basis(models)
     forecaster = forecast_for(models, request, basis, work)
     space = search_space(models, basis.hardware, work)
@@ -58,12 +58,12 @@ def plan_workload(
 
 
 def forecast_for(models: Models, request: PlanRequest, basis: CostBasis, work: Workload) -> Forecaster:
-    """What runs a plan in virtual time, on what the work costs on the machine under that plan."""
+    """A forecaster that runs plans in virtual time, on the costs of the basis."""
     return Forecaster(pricing(models, basis, exact=request.exact, sampled=work.sampled), work)
 
 
 def pricing(models: Models, basis: CostBasis, *, exact: bool, sampled: bool) -> Callable[[Plan], SimCosts]:
-    """What tasks of these models cost under a plan, by their shapes; plans that are priced alike share a profile."""
+    """A function from a plan to the costs of its tasks, by the models' shapes. Plans with equal costs share them."""
     target, draft = shape_of(models.target), None if models.draft is None else shape_of(models.draft)
 
     @cache
@@ -84,11 +84,11 @@ def pricing(models: Models, basis: CostBasis, *, exact: bool, sampled: bool) -> 
 
 
 def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSpace:
-    """What the user has not fixed."""
+    """The values to try for each setting; one value if the user fixed it."""
     options = models.resolved.options
     rows = rows_for(work.num_prompts) if options.max_batch is None else (min(options.max_batch, work.num_prompts),)
-    both = hardware.h2d_bytes_per_s is not None and _attends_apart(models.target)
-    places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if both else (COMPUTE,)}
+    can_move = hardware.h2d_bytes_per_s is not None and _can_attend_on_host(models.target)
+    places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if can_move else (COMPUTE,)}
     return SearchSpace(
         rows=rows,
         groups=GROUPS if options.num_groups is None else (options.num_groups,),
@@ -101,26 +101,27 @@ def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSp
     )
 
 
-def _attends_apart(model: Model) -> bool:
-    """Whether its layers can attend beside KV in host memory."""
+def _can_attend_on_host(model: Model) -> bool:
+    """Whether the model's layers can attend on the CPU, with the KV cache in host memory."""
     with suppress(UnsupportedModelError):
         return bool(model.offload.kept)
     return False
 
 
 def _speculations(resolved: Resolved) -> tuple[tuple[Speculation | None, int], ...]:
+    """(shape, most proposals of a row) to try; shape None: no draft."""
     fixed, asked, shapes = resolved.options.num_draft_tokens, resolved.options.speculation, resolved.method.shapes
     if not shapes:
         return ((None, 0),)
     wanted = shapes if asked == "auto" else tuple(shape for shape in shapes if shape == asked) or shapes
     most = {Speculation.CHAIN: MAX_CHAIN, Speculation.TREE: MAX_TREE}
-    found = tuple((shape, most[shape] if fixed is None else fixed) for shape in wanted)
-    may_rest = fixed is None and (asked == "auto" or not resolved.method.has_model)
-    return ((None, 0), *found) if may_rest else found
+    drafting = tuple((shape, most[shape] if fixed is None else fixed) for shape in wanted)
+    may_skip_draft = fixed is None and (asked == "auto" or not resolved.method.has_model)
+    return ((None, 0), *drafting) if may_skip_draft else drafting
 
 
 def elsewhere(resolved: Resolved, hardware: Hardware) -> Resolved:
-    """The same on a machine that is not at hand; which device is at hand does not matter."""
+    """The same models on a machine that is not at hand; the device of this machine does not matter."""
     asked = resolved.options.exact
     exact = hardware.h2d_bytes_per_s is None if asked is None else asked
     moved = on_machine(revise(resolved, device=HOST, exact=exact), hardware)
@@ -129,7 +130,7 @@ def elsewhere(resolved: Resolved, hardware: Hardware) -> Resolved:
 
 
 def on_machine(resolved: Resolved, hardware: Hardware) -> Resolved:
-    """The same for a device behind a link, where the machine is one: host memory is that machine's."""
+    """The same models with the host memory of ``hardware``; None if its device is the host's own memory."""
     if hardware.h2d_bytes_per_s is None:
         return replace(resolved, host_bytes=None)
     return replace(resolved, host_bytes=resolved.options.host_memory or hardware.host_memory)

@@ -1,6 +1,6 @@
-"""What this machine can do at best: short measurements, each with a warm-up that does not count, the best of a few.
+"""Measures the highest rates of this machine: the best of a few short stretches, after a warm-up.
 
-They are ceilings to hold a run against, not predictions of one. Blocking: call them in a thread.
+The rates are ceilings to compare a run with, not predictions of a run. Blocking: call these functions in a thread.
 """
 
 import os
@@ -15,23 +15,23 @@ import torch
 COPY_BYTES = 64 << 20
 MATMUL_ROWS, MATMUL_SIZE = 64, 2048
 REPEATS = 3
-SHORTEST_S = 0.05  # one measurement repeats its work for at least this long
+SHORTEST_S = 0.05  # shortest duration of one stretch of repeated calls
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Rates in bytes per second and floating-point operations per second; None where nothing was measured."""
+    """Rates in bytes per second and floating-point operations per second; None if not measured."""
 
-    disk_bytes_per_s: float | None  # the checkpoint's own streamed ranges, direct reads
-    copy_bytes_per_s: float  # memory to memory; every byte is read and written
-    memory_bytes_per_s: float  # reading: a matrix times one vector
+    disk_bytes_per_s: float | None  # direct reads of the checkpoint's streamed ranges
+    copy_bytes_per_s: float  # memory to memory; each copied byte is read and written once
+    memory_bytes_per_s: float  # reading weights: a matrix times one vector
     matmul_flop_per_s: float  # 64 rows through a 2048 x 2048 matrix in the run's dtype
     draft_step_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """What a figure is worth nothing without."""
+    """The facts about a host that every measured figure needs beside it."""
 
     cpu: str
     cores: int
@@ -40,24 +40,24 @@ class HostInfo:
 
 
 def host_info() -> HostInfo:
-    """The processor, the cores this process may use, the threads torch has."""
+    """The name of the processor, the cores that this process may use, the threads of torch, its version."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return HostInfo(_cpu_name(), cores, torch.get_num_threads(), torch.__version__)
 
 
 def measure_ceilings(disk_bytes_per_s: float | None, draft_step_s: float | None, dtype: torch.dtype) -> Ceilings:
-    """Measure memory and products; the disk and the draft step are the engine's to measure."""
+    """Measure memory and products; the caller measures the disk and the draft step, with an engine."""
     return Ceilings(disk_bytes_per_s, measure_copy(), measure_memory(dtype), measure_matmul(dtype), draft_step_s)
 
 
 def measure_copy() -> float:
-    """Bytes per second of copying a buffer that no cache holds."""
+    """Bytes per second of copying a buffer that is larger than the caches."""
     source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.zeros(COPY_BYTES, dtype=torch.uint8)
     return COPY_BYTES / best_seconds(lambda: target.copy_(source))
 
 
 def measure_memory(dtype: torch.dtype) -> float:
-    """Bytes per second at which weights are read for one token: matrix times vector."""
+    """Bytes per second of reading the weights for one token: matrix times vector."""
     columns = 4096
     rows = COPY_BYTES // columns // dtype.itemsize
     weight, vector = torch.ones(rows, columns, dtype=dtype), torch.ones(1, columns, dtype=dtype)
@@ -65,7 +65,7 @@ def measure_memory(dtype: torch.dtype) -> float:
 
 
 def measure_matmul(dtype: torch.dtype) -> float:
-    """Operations per second of a verify pass's products."""
+    """Floating-point operations per second of the products in a verify pass."""
     hidden = torch.ones(MATMUL_ROWS, MATMUL_SIZE, dtype=dtype)
     weight = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype)
     seconds = best_seconds(lambda: torch.nn.functional.linear(hidden, weight))
@@ -86,7 +86,7 @@ def best_seconds(work: Callable[[], object]) -> float:
 
 
 def _cpu_name() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name; the machine's type if the system does not give a name."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -1,7 +1,7 @@
-"""What every task costs on one machine for one pair of models: lines through points, and how an item is counted.
+"""The cost table: seconds of every task on one machine for one pair of models.
 
-Pure policy: counts in, seconds out. ``prices.py`` makes a table from a machine and the shapes of the models; the
-simulated machine charges by it.
+Pure policy: counts in, seconds out. ``roofline.py`` makes a table from a machine and the shapes of the models; the
+simulated machine takes its seconds from the table.
 """
 
 from bisect import bisect_right
@@ -14,15 +14,16 @@ from aspec.profiling.hardware import TaskSeconds
 from aspec.tasks.op import Op
 from aspec.tasks.task import LayerWork, Task, WorkItem
 
-KEY_TILE = 64  # attention runs over whole tiles of keys, see ``kv.py``
-TREE_DEPTH = 16  # tokens of a tree's longest path, for want of knowing: what lies deeper is paid as that deep
+KEY_TILE = 64  # attention runs over whole tiles of keys, see ``kv_cache.py``
+TREE_DEPTH = 16  # assumed tokens of a tree's longest path; deeper nodes are not priced higher
 
 
 @dataclass(frozen=True, slots=True)
 class PiecewiseLinear:
-    """Seconds by a count: straight between the points, level below the first, the last piece prolonged beyond.
+    """Seconds by a count: linear between points, constant below the first, the last piece extended beyond the last.
 
-    ``block``: counts are rounded up to whole blocks first. ``each_s``: per count, on top of that and never rounded.
+    ``block``: counts are rounded up to whole blocks first. ``each_s``: further seconds per count, which is not rounded.
+    Raises ValueError for points that do not ascend.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -31,14 +32,14 @@ class PiecewiseLinear:
 
     def __post_init__(self) -> None:
         if not self.points or any(a >= b for (a, _), (b, _) in pairwise(self.points)) or self.block < 1:
-            raise ValueError(f"a line needs points by ascending count and blocks from 1 on, found {self}")
+            raise ValueError(f"a line needs points in ascending order of count, and blocks of at least 1, found {self}")
 
     def times(self, factor: float) -> "PiecewiseLinear":
-        """The same, so many times as long."""
+        """A line whose points take ``factor`` times as long."""
         return replace(self, points=tuple((x, factor * y) for x, y in self.points))
 
     def at(self, count: float) -> float:
-        """Seconds of a count; those of the points themselves are exact."""
+        """Seconds of a count; at a point, exactly the point's seconds."""
         return self._between(-(-count // self.block) * self.block) + self.each_s * count
 
     def _between(self, count: float) -> float:
@@ -54,24 +55,24 @@ class PiecewiseLinear:
 class Attention:
     """Seconds of a layer's attention for one item.
 
-    ``exact``: each row over its own keys; rows of trees take turns, and each of their queries looks up its own path.
-    Otherwise all rows together, over the keys of the longest.
+    ``exact``: each row attends to its own keys; rows with trees run one after another, and each query reads its own
+    path. Otherwise all rows run together, over as many keys as the longest row has.
     """
 
     call_s: float = 0.0
     row_s: float = 0.0
     key_s: float = 0.0  # per key of a row
     pair_s: float = 0.0  # per query token and key
-    own_pair_s: float = 0.0  # per query token of a tree and key of its own path, on top
+    own_pair_s: float = 0.0  # further seconds per query token of a tree and key of its path
     exact: bool = False
 
     def times(self, factor: float) -> "Attention":
-        """The same, so many times as long."""
+        """Attention that takes ``factor`` times as long."""
         names = ("call_s", "row_s", "key_s", "pair_s", "own_pair_s")
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
     def seconds(self, item: WorkItem, *, tree: bool = False) -> float:
-        """What an item costs; ``tree``: its proposals are one."""
+        """Seconds of one item; ``tree``: its proposals are trees."""
         width = max(item.counts)
         ends = [start + count for start, count in zip(item.starts, item.counts, strict=True)]
         lengths = [_whole_tiles(end if self.exact else max(ends)) for end in ends]
@@ -84,95 +85,95 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """One layer; the lines are over tokens, padded ones included."""
+    """Seconds of one layer; the lines are over padded tokens."""
 
-    project: PiecewiseLinear  # its norm and the projections to queries, keys and values
-    rest: PiecewiseLinear  # the output projection and all that follows
+    project: PiecewiseLinear  # the norm and the projections to queries, keys and values
+    rest: PiecewiseLinear  # the output projection and everything after it
     attention: Attention
-    bind_s: float = 0.0  # stored weights that must be converted, once per pass
+    bind_s: float = 0.0  # once per pass: converting stored weights to the compute dtype
 
     def times(self, factor: float) -> "LayerCost":
-        """So many of these as one."""
+        """One layer that costs as much as ``factor`` of these."""
         lines = self.project.times(factor), self.rest.times(factor)
         return LayerCost(*lines, self.attention.times(factor), factor * self.bind_s)
 
     def seconds(self, item: WorkItem, *, tree: bool = False) -> float:
-        """The whole layer for one item."""
+        """Seconds of the whole layer for one item."""
         tokens = item.padded_tokens
         return self.project.at(tokens) + self.attention.seconds(item, tree=tree) + self.rest.at(tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """One model: its layers, and what is before and behind them."""
+    """Seconds of one model: embeddings, layers, head, draws."""
 
     layers: tuple[LayerCost, ...]
     embed: PiecewiseLinear  # by padded tokens
     head: PiecewiseLinear  # by rows of logits
     draw_s: float  # per drawn token
     mask_pair_s: float = 0.0  # per query token and key, once for all layers
-    offer_s: float = 0.0  # per node of a tree whose children are wanted, in place of a draw
+    offer_s: float = 0.0  # per node of a tree: finding its children, instead of a draw
 
     def embed_seconds(self, item: WorkItem) -> float:
-        """Token ids to hidden states, positions and masks."""
+        """Seconds from token ids to hidden states, positions and masks."""
         length = max(start + count for start, count in zip(item.starts, item.counts, strict=True))
         return self.embed.at(item.padded_tokens) + self.mask_pair_s * item.padded_tokens * length
 
     def layer_seconds(self, item: WorkItem, *, tree: bool = False) -> float:
-        """All layers one after another; ``tree``: the item's proposals are one."""
+        """Seconds of all layers, one after another; ``tree``: the item's proposals are trees."""
         return self._over_layers(lambda layer: layer.seconds(item, tree=tree))
 
     def attention_seconds(self, item: WorkItem, *, tree: bool = False) -> float:
-        """Of them the attention."""
+        """Seconds of the attention in all layers."""
         return self._over_layers(lambda layer: layer.attention.seconds(item, tree=tree))
 
     def product_seconds(self, item: WorkItem) -> float:
-        """And all the rest."""
+        """Seconds of all layers without their attention."""
         tokens = item.padded_tokens
         return self._over_layers(lambda layer: layer.project.at(tokens) + layer.rest.at(tokens))
 
     def _over_layers(self, seconds_of: Callable[[LayerCost], float]) -> float:
-        """The sum over all layers; those of one kind are priced once."""
+        """The sum over all layers; equal layers are computed once."""
         kinds = {id(layer): layer for layer in self.layers}
         seconds = {key: seconds_of(layer) for key, layer in kinds.items()}
         return sum(seconds[id(layer)] for layer in self.layers)
 
     def head_seconds(self, rows: int, draws: int) -> float:
-        """So many rows of logits, and of them so many draws."""
+        """Seconds of ``rows`` rows of logits, and of ``draws`` draws from them."""
         return self.head.at(rows) + self.draw_s * draws
 
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Seconds of every task that computes; what travels is priced by the rates of its link."""
+    """Seconds of every task that computes; loads and copies are priced by the rate of their link."""
 
     target: ModelCost
     draft: ModelCost | None = None
     accept_s: float = 1e-4
     accept_row_s: float = 0.0
-    tree_row_s: float = 0.0  # on top, of a row whose tree was verified
-    node_s: float = 0.0  # a node of a tree, for its place in it and that of its children
-    task_s: float = 0.0  # of any task, what the lane itself takes
+    tree_row_s: float = 0.0  # further seconds per row whose tree was verified
+    node_s: float = 0.0  # per node of a tree: adding the node and its children to the tree
+    task_s: float = 0.0  # fixed seconds of every task on its lane
     tree: bool = False  # proposals are trees
-    read_contention: float = 1.0  # factor of what computes while the disk lane reads
+    read_contention: float = 1.0  # factor on seconds of computing while the disk lane reads
 
     def seconds(self, task: Task) -> float:
-        """Seconds of a task that has an item. Raises KeyError for one that loads."""
+        """Seconds of a task that computes an item. Raises KeyError for a task that loads."""
         item = task.item
         assert item is not None, f"{task.label} carries no work item"
-        return self.task_s + _PRICES[task.op](self, task, item)
+        return self.task_s + _SECONDS_OF[task.op](self, task, item)
 
 
 @dataclass(frozen=True, slots=True)
 class SimCosts(TaskSeconds):
-    """What a machine costs: rates in bytes per second, everything else in seconds.
+    """The costs of a machine: rates in bytes per second, and flat seconds of computing tasks.
 
-    With a ``cost_table`` what computes costs what it says, and the flat seconds here count for nothing.
+    If there is a ``cost_table``, it gives the seconds of computing tasks, and the flat seconds are ignored.
     """
 
     disk_bytes_per_s: float = 2e9
     copy_bytes_per_s: float | None = None  # None: the device is the host's own memory
-    d2h_bytes_per_s: float | None = None  # None: the link is as fast the other way
+    d2h_bytes_per_s: float | None = None  # None: the same as copy_bytes_per_s
     cost_table: CostTable | None = None
 
 
@@ -191,14 +192,14 @@ def _project(table: CostTable, task: Task, item: WorkItem) -> float:
 
 
 def _layer_of(table: CostTable, task: Task) -> tuple[LayerCost, bool]:
-    """What the layer of a task costs; whether it streams."""
+    """The cost of a task's layer, and whether the layer streams."""
     work = task.payload
-    assert isinstance(work, LayerWork), f"{task.label} is of no layer"
+    assert isinstance(work, LayerWork), f"{task.label} belongs to no layer"
     return table.target.layers[work.layer], bool(work.slots)
 
 
 def _bind(layer: LayerCost, streams: bool, item: WorkItem) -> float:
-    """The first item of a pass converts what streams in."""
+    """Seconds of converting streamed weights: the first item of a pass does it."""
     return layer.bind_s if streams and item.index == 0 else 0.0
 
 
@@ -227,7 +228,7 @@ def _accept(table: CostTable, task: Task, item: WorkItem) -> float:
 
 def _draft(table: CostTable, task: Task, item: WorkItem) -> float:
     draft = table.draft
-    if draft is None:  # a lookup
+    if draft is None:  # an n-gram lookup
         return table.node_s * item.num_tokens
     layers_s = draft.embed_seconds(item) + draft.layer_seconds(item)
     if task.growth is None:
@@ -240,7 +241,7 @@ def _draft_prefill(table: CostTable, task: Task, item: WorkItem) -> float:
     return 0.0 if table.draft is None else table.draft.embed_seconds(item) + table.draft.layer_seconds(item)
 
 
-_PRICES = {
+_SECONDS_OF = {
     Op.EMBED: _embed,
     Op.LAYER: _layer,
     Op.PROJECT: _project,

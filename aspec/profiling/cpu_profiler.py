@@ -1,6 +1,6 @@
-"""Measures this machine for ``prices.py``: products, attention and small operations, with the code that will run.
+"""Measures this machine's CPU and disk for ``roofline.py``, with the code that an engine runs.
 
-Every figure is the best of a few short stretches: whoever else works here only makes them longer. Blocking.
+Every figure is the best of a few short stretches, as other work on the machine only makes them longer. Blocking.
 """
 
 import contextlib
@@ -37,28 +37,28 @@ from aspec.profiling.tree_profiler import measure_trees
 from aspec.speculation.drafter import GREEDY
 from aspec.tasks.task import WorkItem
 
-ROUNDS = 5  # through all products: a neighbour's busy moment spoils one of them
-ROWS = (1, 4, 16, 32, 64, 100, 200, 300)  # of products; numbers as drafts and prompts have them, even ones are faster
-NUM_BLOCKS = (1, 2, 5)  # of exact ones
-ARENA_BYTES = 128 << 20  # of weights that are met in turn, so that hardly a cache holds them
+ROUNDS = 5  # over all products, so that a busy moment of the machine spoils only one round
+ROWS = (1, 4, 16, 32, 64, 100, 200, 300)  # of products, typical of drafts and prompts; powers of two are faster
+NUM_BLOCKS = (1, 2, 5)  # row counts of exact products, in blocks
+ARENA_BYTES = 128 << 20  # of weights that are read in turn: too many for most caches
 NUM_MATRICES, COLUMNS = 16, 2048
-CACHED_BYTES = 1 << 20  # of weights that any cache holds
-VOCAB = 32768  # entries of a draw
+CACHED_BYTES = 1 << 20  # of weights that fit into any cache
+VOCAB = 32768  # vocabulary entries of a measured draw
 MANY = 300  # tokens of a long item
-SMALL = 64  # hidden size of a layer that is nothing but overhead
-READ_S = 0.25  # of reading, alone and beside products
-SMALLEST_FILE = 1 << 20  # bytes; reading less says nothing of a disk
+SMALL = 64  # hidden size of a layer whose seconds are almost only overhead
+READ_S = 0.25  # of reading, with and without products beside it
+SMALLEST_FILE = 1 << 20  # bytes; smaller reads do not show the rate of a disk
 
 
 @torch.inference_mode()
 def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
-    """The CPU with so many compute threads. Takes about two seconds."""
+    """Measure the CPU with so many compute threads and products in ``dtype``. Takes about two seconds."""
     with _threads(threads):
         name = str(dtype).removeprefix("torch.")
         table, blocks = _products(dtype)
         cached = _cached_products(dtype)
         copy = torch.empty(ARENA_BYTES // 4, dtype=torch.uint8)
-        made = Processor(
+        measured = Processor(
             flop_per_s={name: 2 * ROWS[-1] / dtype.itemsize / table[-1][1]},
             memory_bytes_per_s=1 / table[0][1],
             copy_bytes_per_s=len(copy) / 2 / seconds_of(lambda: copy[: len(copy) // 2].copy_(copy[len(copy) // 2 :])),
@@ -72,33 +72,33 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             **_draws(dtype),
             **measure_trees(dtype),
         )
-        return _with_overheads(made, dtype)
+        return _with_overheads(measured, dtype)
 
 
 def measure_disk(folder: Path) -> float | None:
-    """Bytes per second of a model's own files, read as the lane reads them; None where there is too little to read."""
+    """Bytes per second of reading a model's files as the disk lane does; None if the files are too small."""
     segments = files_of(folder)
     return probe_rate(segments, READ_S) if segments else None
 
 
 @torch.inference_mode()
 def measure_read_contention(folder: Path, dtype: torch.dtype, threads: int) -> float | None:
-    """The factor by which products take longer while the files are read; None where there is too little to read."""
+    """The factor by which products take longer while files are read; None if the files are too small."""
     segments = files_of(folder)
     if not segments:
         return None
     with _threads(threads), _weights(dtype) as weights:
         turn, hidden = cycle(weights), torch.ones(4, COLUMNS, dtype=dtype)
         alone = seconds_of(lambda: linear(hidden, next(turn)))
-        found: list[float] = []
+        beside: list[float] = []
         probe_rate(
-            segments, READ_S, beside=lambda: found.append(seconds_of(lambda: linear(hidden, next(turn)), repeats=8))
+            segments, READ_S, beside=lambda: beside.append(seconds_of(lambda: linear(hidden, next(turn)), repeats=8))
         )
-    return max(1.0, found[0] / alone)
+    return max(1.0, beside[0] / alone)
 
 
 def files_of(folder: Path) -> list[Segment]:
-    """A model's files from a random place on: what was read the last time may stand in a cache below."""
+    """Byte ranges of a model's files from a random place on: earlier reads may be in a cache of the storage."""
     sizes = {str(file): file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
     total = sum(sizes.values())
     if total < SMALLEST_FILE:
@@ -114,7 +114,7 @@ def files_of(folder: Path) -> list[Segment]:
 
 
 def memory_bytes() -> int:
-    """Of this machine, or of the part of it that this process may have."""
+    """Memory of this machine in bytes, or of the part that this process may use."""
     return total_bytes()
 
 
@@ -133,7 +133,7 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weights(dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
-    """Matrices in memory of the kind that slots are made of."""
+    """Matrices in the kind of memory that slots use."""
     arena = allocate(ARENA_BYTES)
     whole = as_tensor(arena.view).view(dtype).view(NUM_MATRICES, -1, COLUMNS)
     whole.copy_(torch.randn(COLUMNS).to(dtype))  # products of zeros are faster
@@ -145,7 +145,7 @@ def _weights(dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
 
 
 def _products(dtype: torch.dtype) -> tuple[Table, Table]:
-    """Seconds per weight byte by rows, and those of exact steps by rows in whole blocks."""
+    """Seconds per byte of weights by rows: of plain products, and of exact products in whole blocks."""
     with _weights(dtype) as weights:
         turn, nbytes = cycle(weights), weights[0].nbytes
         plain, blocks = dict.fromkeys(ROWS, inf), dict.fromkeys((count * BLOCK_ROWS for count in NUM_BLOCKS), inf)
@@ -181,7 +181,7 @@ def _smallest_product(dtype: torch.dtype) -> float:
 
 
 def _cache_bytes() -> int:
-    """What the processor's own second-level cache holds; 1 MiB where the system does not tell."""
+    """Bytes of the processor's second-level cache; 1 MiB if the system does not give them."""
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="utf-8").strip()
         return int(text.removesuffix("K")) << 10
@@ -189,7 +189,7 @@ def _cache_bytes() -> int:
         return CACHED_BYTES
 
 
-# -- what is not a product -----------------------------------------------------------------------------------
+# -- draws ---------------------------------------------------------------------------------------------------
 
 
 def _draws(dtype: torch.dtype) -> dict[str, float]:
@@ -209,15 +209,14 @@ CONTEXT, NUM_ROWS = 512, 16
 
 
 def _attention(dtype: torch.dtype, *, exact: bool) -> AttentionRates:
-    """Rates that explain a few calls: short and long contexts, one token and many, one row and several."""
-    t = {width: _Calls(width, dtype, exact) for width in WIDTHS}
-    narrow, wide = (t[width] for width in WIDTHS)
+    """Rates solved from a few calls: short and long contexts, one and many tokens, one and several rows."""
+    narrow, wide = (_AttentionTimer(width, dtype, exact) for width in WIDTHS)
     long, many = CONTEXT, 64
     pairs = (many - 1) * long * HEADS
     pair_s = [max(0.0, call.seconds(many, long) - call.seconds(1, long)) / pairs for call in (narrow, wide)]
     width_s = max(0.0, pair_s[1] - pair_s[0]) / (WIDTHS[1] - WIDTHS[0])
     one, eight = wide.seconds(1, 64), wide.seconds(1, 64, rows=NUM_ROWS)
-    far = wide.seconds(1, CONTEXT, rows=NUM_ROWS)  # more keys than caches hold, as when a layer's turn comes
+    far = wide.seconds(1, CONTEXT, rows=NUM_ROWS)  # more keys than fit into caches, as in a real pass
     key_s = max(0.0, (far - eight) / (NUM_ROWS * (CONTEXT - 64)) - HEADS * pair_s[1])
     keys_s = 64 * (key_s + HEADS * pair_s[1])
     row_s = max(0.0, (eight - one) / (NUM_ROWS - 1) - keys_s)
@@ -232,15 +231,15 @@ def _attention(dtype: torch.dtype, *, exact: bool) -> AttentionRates:
     )
 
 
-class _Calls:
-    """Attention of one shape."""
+class _AttentionTimer:
+    """Measures attention with one width of heads."""
 
     def __init__(self, width: int, dtype: torch.dtype, exact: bool) -> None:
         self._cache = KVCache([(KV_HEADS, width, width)], NUM_ROWS, CONTEXT, dtype, exact=exact)
         self._width, self._dtype = width, dtype
 
     def seconds(self, tokens: int, keys: int, *, rows: int = 1, star: bool = False) -> float:
-        """Of so many new tokens in every row, which then has so many keys; ``star``: they are leaves of one root."""
+        """Seconds for so many new tokens in every row; ``keys`` include them. ``star``: they are leaves of one root."""
         parents = [[-1, *(0,) * (tokens - 1)]] * rows if star else None
         step = self._cache.step(list(range(rows)), [keys - tokens] * rows, [tokens] * rows, parents)
         query = torch.ones(rows, HEADS, tokens, self._width, dtype=self._dtype)
@@ -252,20 +251,20 @@ class _Calls:
         return seconds_of(lambda: attend(module, query, key, value, mask))
 
 
-# -- what the driver itself takes ----------------------------------------------------------------------------
+# -- overheads -----------------------------------------------------------------------------------------------
 
 
-def _with_overheads(made: Processor, dtype: torch.dtype) -> Processor:
-    """What is left of real code's seconds when all that is known of them is taken away."""
-    small, large = (_Driver(DEMO / name, dtype) for name in ("draft", "target"))
+def _with_overheads(measured: Processor, dtype: torch.dtype) -> Processor:
+    """Add the overheads: seconds of real code minus the seconds that the measured rates explain."""
+    small, large = (_SmallModel(DEMO / name, dtype) for name in ("draft", "target"))
     hot_s, cold_s = small.embed_seconds(1), small.embed_seconds(1, timed=cold_seconds_of)
     layers, more_layers = small.model.num_layers, large.model.num_layers
     frame_layer_s = max(0.0, (large.embed_seconds(1) - hot_s) / (more_layers - layers)) * cold_s / hot_s
-    tiny = {exact: _Layer(made, dtype, exact=exact) for exact in (False, True)}
+    tiny = {exact: _LayerTimer(measured, dtype, exact=exact) for exact in (False, True)}
     fixed_s = {exact: layer.left_over(1) for exact, layer in tiny.items()}
-    wide = _Layer(made, dtype, exact=False, multiplies=False)
+    wide = _LayerTimer(measured, dtype, exact=False, multiplies=False)
     return replace(
-        made,
+        measured,
         layer_s=fixed_s[False],
         exact_layer_s=fixed_s[True],
         element_s=max(0.0, wide.left_over(MANY) - wide.left_over(1)) / (MANY - 1) / wide.outputs,
@@ -277,11 +276,11 @@ def _with_overheads(made: Processor, dtype: torch.dtype) -> Processor:
     )
 
 
-class _Layer:
-    """A decoder layer, whose turn comes when other weights have gone through the caches.
+class _LayerTimer:
+    """Measures a decoder layer, with cold or warm caches.
 
-    A small one, all of whose seconds are overhead; or, if it does not multiply, a wide one whose products are there
-    already: what is left is elementwise.
+    The layer is small, so its seconds are overhead. If it does not multiply, it is wide and its products are computed
+    beforehand, so the seconds left are elementwise work.
     """
 
     def __init__(self, known: Processor, dtype: torch.dtype, *, exact: bool, multiplies: bool = True) -> None:
@@ -299,7 +298,7 @@ class _Layer:
                     setattr(module, name, nn.Parameter(values, requires_grad=False))
             else:
                 module.forward = partial(  # type: ignore[method-assign]
-                    _given, torch.randn(1, MANY, module.out_features).to(dtype)
+                    _precomputed, torch.randn(1, MANY, module.out_features).to(dtype)
                 )
         self._size, self._dtype, self.outputs = size, dtype, facts.wide
         self._cache = KVCache([(KV_HEADS, WIDTHS[1], WIDTHS[1])], 1, CONTEXT, dtype, exact=exact)
@@ -310,7 +309,7 @@ class _Layer:
         self._known = cost.seconds if multiplies else cost.attention.seconds
 
     def left_over(self, tokens: int, *, cold: bool = True) -> float:
-        """Seconds of so many tokens that neither products nor attention explain."""
+        """Seconds for so many tokens that products and attention do not explain."""
         return max(0.0, self._seconds(tokens, cold=cold) - self._known(WorkItem(0, (0,), (0,), (tokens,))))
 
     def _seconds(self, tokens: int, *, cold: bool) -> float:
@@ -326,15 +325,15 @@ class _Layer:
         return cold_seconds_of(once) if cold else seconds_of(once)
 
 
-def _given(made: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A product that nobody computes."""
-    return made[:, : rows.shape[-2]]
+def _precomputed(product: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A product ``[1, T, N]`` without computing: the first T rows of one that is given."""
+    return product[:, : rows.shape[-2]]
 
 
-class _Driver:
-    """A small model on weights that are all zero: the same seconds, nothing to read."""
+class _SmallModel:
+    """A small model whose weights are all zero: they need no reading and cost the same seconds."""
 
-    context = 64  # keys of the row before its new tokens
+    context = 64  # cached tokens of the row before its new tokens
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.model = Model(folder, dtype=dtype)
@@ -346,11 +345,11 @@ class _Driver:
         return KVCache(self.model.kv_shapes(), 1, CONTEXT, self.model.dtype, exact=exact)
 
     def embed_seconds(self, tokens: int, timed: Callable[[Work], float] = seconds_of) -> float:
-        """Token ids to a hidden state, positions and masks, in a step that is not exact."""
+        """Seconds of embedding so many token ids, with positions and masks, in a step that is not exact."""
         cache, ids = self._cache(exact=False), torch.zeros(1, tokens, dtype=torch.long)
         return timed(lambda: self.model.embed(ids, cache.step([0], [self.context], [tokens])))
 
     def gather_seconds(self) -> float:
-        """Moving an accepted path of eight tokens in all layers."""
+        """Seconds of moving an accepted path of eight tokens in the KV cache of all layers."""
         cache = self._cache(exact=True)
         return seconds_of(lambda: cache.gather(0, self.context, range(0, 16, 2)))

@@ -1,7 +1,7 @@
-"""Measures a device behind a link for ``prices.py``: products, its links, and what a launch takes the host.
+"""Measures a device behind a link for ``roofline.py``: products, links, and the host's seconds for launches.
 
-What a CPU's measuring knows in detail (``measuring.py``), caches above all, matters little here: rates and the host's
-time for a layer do. Blocking.
+It measures rates and the host's seconds per layer. Details such as caches, which ``cpu_profiler.py`` measures, matter
+little on a device. Blocking.
 """
 
 import time
@@ -27,29 +27,29 @@ from aspec.speculation.candidates import best_children
 from aspec.speculation.drafter import GREEDY
 
 ROWS = (1, 8, 32, 128, 512, 2048)
-COLUMNS, NUM_MATRICES, MATRIX_BYTES = 4096, 8, 32 << 20  # of weights that are met in turn
+COLUMNS, NUM_MATRICES, MATRIX_BYTES = 4096, 8, 32 << 20  # of weights that are read in turn
 LINK_BYTES, LINK_S = 32 << 20, 0.1
 REPEATS, CALLS = 4, 8
 CONTEXT, VOCAB, WIDTH = 64, 32768, 8
 
 
 def measure_device(device: DeviceLayer[Any, Any], dtype: torch.dtype, host: Hardware, memory_bytes: int) -> Hardware:
-    """A machine whose layers run on a device: what ``host`` tells of the rest, and the device as it is found now."""
-    there = _Device(device)
+    """``host`` with the device and its links as measured now; the layers of models run on that device."""
+    probe = _DeviceProbe(device)
     with torch.inference_mode():
-        processor = there.processor(dtype)
-    h2d, d2h = there.links()
+        processor = probe.processor(dtype)
+    h2d, d2h = probe.links()
     return replace(host, h2d_bytes_per_s=h2d, d2h_bytes_per_s=d2h, device=processor, device_memory=memory_bytes)
 
 
-class _Device:
-    """One device, and how to time it."""
+class _DeviceProbe:
+    """Measures one device."""
 
     def __init__(self, device: DeviceLayer[Any, Any]) -> None:
         self._device, self._place = device, device.torch_device
 
     def seconds(self, work: Work) -> float:
-        """Seconds of one call behind others, until the device has done it; the best of a few."""
+        """Seconds of one call in a queue of calls, until the device has finished; the best of a few stretches."""
         work()
         self._device.synchronize()
         best = inf
@@ -62,14 +62,14 @@ class _Device:
         return best
 
     def processor(self, dtype: torch.dtype) -> Processor:
-        """What computes."""
+        """The rates of the device and the seconds of its small operations, for products in ``dtype``."""
         name = str(dtype).removeprefix("torch.")
         table = self._products(dtype)
         whole = torch.empty(2 * MATRIX_BYTES, dtype=torch.uint8, device=self._place)
         copy_s = self.seconds(lambda: whole[:MATRIX_BYTES].copy_(whole[MATRIX_BYTES:]))
         logits = torch.rand(1, 4, VOCAB, device=self._place).to(dtype)
         sampled = Sampler(SamplingParams(temperature=1.0))
-        model = _Driver(DEMO / "target", dtype, self._place)
+        model = _SmallModel(DEMO / "target", dtype, self._place)
         product_s = self.seconds(partial(linear, *(torch.zeros(8, 8, dtype=dtype, device=self._place),) * 2))
         return Processor(
             flop_per_s={name: 2 * ROWS[-1] / dtype.itemsize / table[-1][1]},
@@ -102,7 +102,7 @@ class _Device:
         return h2d, d2h
 
     def _products(self, dtype: torch.dtype) -> Table:
-        """Seconds per weight byte by rows."""
+        """Seconds per byte of weights, by the rows of a product."""
         shape = MATRIX_BYTES // COLUMNS // dtype.itemsize, COLUMNS
         turn = cycle([torch.randn(shape, device=self._place).to(dtype) for _ in range(NUM_MATRICES)])
 
@@ -113,8 +113,8 @@ class _Device:
         return tuple((rows, one(rows)) for rows in ROWS)
 
 
-class _Driver:
-    """A small model on weights that are all zero: what is left of its seconds are launches."""
+class _SmallModel:
+    """A small model whose weights are all zero: its seconds are almost only launches."""
 
     def __init__(self, folder: Any, dtype: torch.dtype, place: torch.device) -> None:
         self._model = Model(folder, dtype=dtype, device=place)
@@ -130,13 +130,13 @@ class _Driver:
         return self._model.embed(self._ids, self._cache.step([0], [CONTEXT], [1]))
 
     def embed(self) -> None:
-        """Token ids to a hidden state."""
+        """Embed one token id."""
         self._embedded()
 
     def layer(self) -> None:
-        """One layer of one token."""
+        """Run one layer for one token."""
         self._model.layer(0, self._item)
 
     def gather(self) -> None:
-        """Moving an accepted path of eight tokens in all layers."""
+        """Move an accepted path of eight tokens in the KV cache of all layers."""
         self._cache.gather(0, CONTEXT, range(0, 16, 2))

@@ -1,6 +1,6 @@
-"""What a model is to a machine: bytes and widths, from headers and the configuration alone. Constructible by hand.
+"""The shape of a model, for pricing: bytes and widths, from the headers and the configuration, or written by hand.
 
-Bytes are those that the products read: in the compute dtype, whatever the files hold.
+Bytes are the bytes that the products read: in the compute dtype, which may differ from the dtype of the files.
 """
 
 import re
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from aspec.models.model import Model
 
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
-"""What families call the number of experts that a token goes through."""
+"""Configuration keys of the model families for the number of experts of a token."""
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 _OUTPUT = re.compile(r"\.(o_proj|out_proj|c_proj|dense|wo)$")
@@ -23,56 +23,56 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One layer; of routed experts a pass reads those that its tokens are sent to."""
+    """One layer. A pass reads only those routed experts to which its tokens are sent."""
 
     project_bytes: int  # weights of the projections to queries, keys and values
-    rest_bytes: int  # the output projection and what every token goes through behind it
-    wide: int = 0  # outputs of the products, per token: what elementwise work passes over
-    products: int = 7  # with weights that every token meets
-    expert_bytes: int = 0  # one routed expert
-    experts: int = 0
-    active: int = 0  # experts of a token
-    convert_bytes: int = 0  # of weights that are stored in another dtype
+    rest_bytes: int  # the output projection and all dense weights after it
+    wide: int = 0  # outputs of the products per token: the elements of elementwise work
+    products: int = 7  # number of products with dense weights
+    expert_bytes: int = 0  # weights of one routed expert
+    experts: int = 0  # number of routed experts
+    active: int = 0  # routed experts of one token
+    convert_bytes: int = 0  # weights that are stored in another dtype
 
     @property
     def dense_bytes(self) -> int:
-        """Weights that every token meets."""
+        """Bytes of the weights that every token uses."""
         return self.project_bytes + self.rest_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A model; ``layers`` in order of their use."""
+    """One model; ``layers`` are in the order of their use."""
 
     layers: tuple[LayerShape, ...]
     hidden: int
     vocab: int
     heads: int
     kv_heads: int
-    width: int  # of a head's keys
-    value_width: int
+    width: int  # elements of a head's key
+    value_width: int  # elements of a head's value
     head_bytes: int
     dtype: str = "bfloat16"
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight."""
+        """Bytes of one weight."""
         return torch.finfo(getattr(torch, self.dtype)).bits // 8
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
+        """Bytes of the keys and values of one token in one layer."""
         return self.kv_heads * (self.width + self.value_width) * self.itemsize
 
     @property
     def nbytes(self) -> int:
-        """All weights but the embeddings."""
+        """Bytes of all weights without the embeddings."""
         layers = sum(layer.dense_bytes + layer.experts * layer.expert_bytes for layer in self.layers)
         return layers + self.head_bytes
 
 
 def shape_of(model: Model) -> ModelShape:
-    """The facts of a model that is built; nothing is read."""
+    """The shape of a model; no weights are read."""
     text = model.config.get_text_config()
     kv = next(shape for shape in model.kv_shapes() if shape is not None)
     converted: dict[int, int] = {}
@@ -94,7 +94,7 @@ def shape_of(model: Model) -> ModelShape:
 
 
 def layer_shape(layer: nn.Module, config: PreTrainedConfig, convert_bytes: int = 0) -> LayerShape:
-    """The facts of a decoder layer, which may be on meta."""
+    """The shape of a decoder layer, which may be on the meta device."""
     matrices = {name: p for name, p in layer.named_parameters() if p.dim() >= 2}
     routed = {name: p for name, p in matrices.items() if p.dim() == 3 or _EXPERT.search(name)}
     dense = {name: p for name, p in matrices.items() if name not in routed}
@@ -113,7 +113,7 @@ def layer_shape(layer: nn.Module, config: PreTrainedConfig, convert_bytes: int =
 
 
 def _is_projection(name: str) -> bool:
-    """Whether a matrix is one of those that attention waits for."""
+    """Whether a matrix projects to queries, keys or values."""
     return bool(_ATTENTION.search(name)) and not _OUTPUT.search(name.rpartition(".")[0])
 
 
@@ -122,24 +122,26 @@ def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _num_experts(routed: Mapping[str, torch.Tensor]) -> int:
-    """How many a layer routes to: the leading size of a fused tensor, or the modules that are numbered."""
+    """The routed experts of a layer: the first dimension of a fused tensor, or the number of numbered modules."""
     fused = [p.shape[0] for name, p in routed.items() if p.dim() == 3]
     numbered = {match[1] for name in routed if (match := _EXPERT.search(name))}
     return max(fused, default=len(numbered))
 
 
 def _routed_width(routed: Mapping[str, torch.Tensor], experts: int, active: int) -> int:
+    """Outputs of the routed products for one token."""
     total = sum(p.numel() // max(1, p.shape[-1]) for p in routed.values())
     return total * active // experts if experts else 0
 
 
 def _active(config: PreTrainedConfig) -> int:
+    """Experts of one token; 1 if the configuration does not give them."""
     return next((int(value) for key in ACTIVE_KEYS if (value := getattr(config, key, None))), 1)
 
 
 def touched_experts(experts: int, active: int, tokens: float) -> float:
-    """Distinct experts that so many tokens are expected to meet, each of them ``active`` of ``experts`` at random.
+    """Expected number of distinct experts for n tokens, if each token uses k = ``active`` of E ``experts`` at random.
 
-    E (1 - (1 - k / E)^n): an expert is missed by a token with probability 1 - k / E.
+    E (1 - (1 - k / E)^n): one token does not use a given expert with probability 1 - k / E.
     """
     return experts * (1.0 - (1.0 - active / experts) ** tokens) if experts else 0.0

@@ -1,7 +1,7 @@
-"""What was once measured, kept from run to run: machines, disks, how often a draft's proposals are accepted.
+"""The cache of measurements between runs: machines, disks, acceptance of a pair of models.
 
-One small JSON file per machine, disk or pair, each replaced as a whole: whoever reads meanwhile reads the old one or
-the new one. A file that cannot be read is as good as none; one that cannot be written is measured again next time.
+Each machine, disk or pair has one small JSON file, which is replaced as a whole: other processes read either the old or
+the new file. An unreadable file counts as missing. If a file cannot be written, the next run measures again.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from aspec.profiling.device_profiler import measure_device
 from aspec.profiling.hardware import Hardware, hardware_from
 from aspec.profiling.roofline import ACCEPTANCE, SPREAD
 
-VERSION = 2  # of what the files say
-DISK_AGE_S = 3600.0  # after which a disk is measured again: shared ones drift
-MAX_EVIDENCE = 2000.0  # proposals that earlier runs count for at most, beside the latest
+VERSION = 2  # of the format of machine files
+DISK_AGE_S = 3600.0  # a disk is measured again after this time: the rates of shared disks change
+MAX_EVIDENCE = 2000.0  # largest weight of earlier runs beside the latest run, in proposals
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptanceStats:
-    """How often proposals of one pair of models were accepted; ``proposals`` that say so, 0: nobody has tried."""
+    """How often the target of a pair accepted proposals, and the number of proposals seen; 0: a default guess."""
 
     acceptance: float = ACCEPTANCE
     spread: float = SPREAD
@@ -41,13 +41,13 @@ class AcceptanceStats:
 
 
 def cache_folder() -> Path:
-    """Where the files are: the user's cache, as the XDG base directories say."""
+    """The folder of the files, in the user's cache folder (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "aspec"
 
 
 def default_threads() -> int:
-    """Compute threads of an engine that is not told: all cores but one."""
+    """Compute threads of an engine if the user gives no number: all cores except one."""
     return max(1, host_info().cores - 1)
 
 
@@ -61,9 +61,9 @@ def machine_profile(
     refresh: bool = False,
     cache: Path | None = None,
 ) -> Hardware:
-    """This machine as a model in ``folder`` finds it: from the cache, or measured now, which takes some seconds.
+    """This machine, with the disk that holds ``folder``: from the cache, or measured now, which takes some seconds.
 
-    ``kind``: the device that its layers run on; ``link_rate``: bytes per second at which the disk lane is throttled.
+    ``kind``: the device that runs the layers. ``link_rate``: limit on the disk lane in bytes per second.
     Blocking: call it in a thread.
     """
     cache = cache or cache_folder()
@@ -82,7 +82,7 @@ def machine_profile(
 
 
 def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None) -> float | None:
-    """Bytes per second of the disk that holds a model, measured in the last hour; None where its files say nothing."""
+    """Bytes per second of a model's disk, measured within the last hour or now; None if its files are too small."""
     file = (cache or cache_folder()) / f"disk-{folder.stat().st_dev:x}.json"
     if not refresh:
         found = _read(file)
@@ -96,7 +96,7 @@ def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None)
 
 
 def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> AcceptanceStats:
-    """What earlier runs of a pair have shown; the usual guess where there were none."""
+    """The statistics of earlier runs of a pair; the default guess if there were none."""
     found = _read(_pair_file(cache or cache_folder(), target, draft, sampled))
     values = [_number(found, name, -1.0) for name in ("acceptance", "spread", "proposals")]
     if min(values) < 0.0 or max(values[:2]) > 1.0:
@@ -114,24 +114,24 @@ def remember_acceptance(
     sampled: bool = False,
     cache: Path | None = None,
 ) -> AcceptanceStats:
-    """Take what a run has shown, weighed by its verdicts on ``proposals``, into what is known; returns that."""
+    """Merge a run's result into the statistics, weighted by its number of ``proposals``; return the statistics."""
     cache = cache or cache_folder()
     before = known_acceptance(target, draft, sampled=sampled, cache=cache)
     if proposals <= 0:
         return before
-    kept = min(before.proposals, MAX_EVIDENCE)
-    share = proposals / (kept + proposals)
+    earlier = min(before.proposals, MAX_EVIDENCE)
+    share = proposals / (earlier + proposals)
     known = AcceptanceStats(
         acceptance=before.acceptance + share * (acceptance - before.acceptance),
         spread=before.spread + share * (spread - before.spread),
-        proposals=kept + proposals,
+        proposals=earlier + proposals,
     )
     names = {"target": str(target.resolve()), "draft": str(draft.resolve()), "sampled": sampled}
     _write(_pair_file(cache, target, draft, sampled), {**asdict(known), **names})
     return known
 
 
-# -- files ---------------------------------------------------------------------------------------------------
+# -- measurements and files ----------------------------------------------------------------------------------
 
 
 def _measure(machine: HostInfo, dtype: torch.dtype, folder: Path) -> Hardware:
@@ -141,8 +141,8 @@ def _measure(machine: HostInfo, dtype: torch.dtype, folder: Path) -> Hardware:
         threads=machine.threads,
         cpu=measure_processor(dtype, machine.threads),
     )
-    beside = measure_read_contention(folder, dtype, machine.threads)
-    return measured if beside is None else replace(measured, read_contention=beside)
+    contention = measure_read_contention(folder, dtype, machine.threads)
+    return measured if contention is None else replace(measured, read_contention=contention)
 
 
 def _measure_device(kind: Kind, dtype: torch.dtype, host: Hardware) -> Hardware:
@@ -173,7 +173,7 @@ def _digest(*words: object) -> str:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """A file's object; nothing where there is none, or no JSON object in it."""
+    """The JSON object of a file; empty if the file is missing or holds no JSON object."""
     with contextlib.suppress(UserError):
         values = read_json(file, "a record of the cache")
         if isinstance(values, dict):
@@ -183,12 +183,12 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 def _number(values: Mapping[str, Any], name: str, missing: float) -> float:
     value = values.get(name)
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-    return float(value) if fine else missing  # type: ignore[arg-type]  # a number
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return float(value) if is_number else missing  # type: ignore[arg-type]  # a number
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    """Replace a file as a whole."""
+    """Replace a file as a whole; an OSError is ignored."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-")

@@ -1,7 +1,7 @@
-"""From a machine and the shapes of two models to what every task costs there: the profile that a simulation runs on.
+"""Prices every task from a machine and the shapes of two models: makes the costs on which a simulation runs.
 
-Products are read off the machine's table of seconds per weight byte by rows; without one they cost whichever is
-longer, reading the weights or multiplying. Nothing here is measured or read.
+The seconds of products come from the machine's table of seconds per weight byte by rows. Without a table, they are the
+larger of two times: reading the weights, or multiplying (roofline model). This file measures and reads nothing.
 """
 
 from bisect import bisect_right
@@ -14,12 +14,12 @@ from aspec.profiling.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, P
 from aspec.profiling.model_shape import LayerShape, ModelShape, touched_experts
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Token counts at which a line of products has a point of its own."""
+"""Token counts at which a line of products has a point."""
 
-ACCEPTANCE, SPREAD = 0.8, 0.25  # of a pair of models that nobody has run yet
-ELEMENT_PASSES = 6  # over a layer's outputs in memory, of elementwise work
-DRAW_PASSES = {False: 1, True: 12}  # over the vocabulary in fp32: the largest entry; noise, its sum and the largest
-OFFER_PASSES = {False: 8, True: 20}  # the same where several are wanted, with their probabilities
+ACCEPTANCE, SPREAD = 0.8, 0.25  # guesses for a pair of models that has not run yet
+ELEMENT_PASSES = 6  # of elementwise work over a layer's outputs in memory
+DRAW_PASSES = {False: 1, True: 12}  # over the fp32 vocabulary: largest entry; noise, sum and largest entry
+OFFER_PASSES = {False: 8, True: 20}  # the same for the children of a node, with their probabilities
 
 
 def prices(
@@ -34,14 +34,14 @@ def prices(
     acceptance: float = ACCEPTANCE,
     spread: float = SPREAD,
 ) -> SimCosts:
-    """What tasks cost on a machine.
+    """The costs of all tasks on a machine.
 
-    ``exact``: in blocks of rows, as exact steps compute; ``sampled``: draws with noise; ``tree``: the draft proposes
-    trees; ``cpu_attention``: attention runs beside the host's KV, on a machine with a device.
+    ``exact``: products in blocks of rows, as in exact steps. ``sampled``: draws with noise. ``tree``: proposals are
+    trees. ``cpu_attention``: attention runs on the CPU, with the KV cache in host memory, on a machine with a device.
     """
     device = hardware.processor
-    keeps = hardware.cpu if cpu_attention else device  # the target's KV
-    gathers_s = keeps.gather_s * len(target.layers) + (0.0 if draft is None else device.gather_s * len(draft.layers))
+    kv_owner = hardware.cpu if cpu_attention else device  # of the target's KV cache
+    gathers_s = kv_owner.gather_s * len(target.layers) + (0.0 if draft is None else device.gather_s * len(draft.layers))
     target_cost = model_cost(target, hardware, exact=exact, sampled=sampled, cpu_attention=cpu_attention)
     draft_cost = None if draft is None else model_cost(draft, hardware, sampled=sampled)
     cost_table = CostTable(
@@ -68,23 +68,25 @@ def prices(
 def model_cost(
     shape: ModelShape, hardware: Hardware, *, exact: bool = False, sampled: bool = False, cpu_attention: bool = False
 ) -> ModelCost:
-    """What a model costs where the layers run."""
+    """The costs of one model on the processor that runs the layers."""
     device = hardware.processor
     attends = hardware.cpu if cpu_attention else device
-    attention = _attention(shape, attends, exact=exact)
-    made: dict[LayerShape, LayerCost] = {}
+    attention = _attention_cost(shape, attends, exact=exact)
+    costs: dict[LayerShape, LayerCost] = {}
     for layer in shape.layers:
-        if layer not in made:
-            made[layer] = _layer(layer, shape, device, attention, exact=exact)
+        if layer not in costs:
+            costs[layer] = _layer_cost(layer, shape, device, attention, exact=exact)
     cached = shape.nbytes <= device.cache_bytes
     frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * (device.cached_share if cached else 1.0)
-    head = _line([(shape.head_bytes, 1, 1)], shape.dtype, device, frame_s, shape.vocab, exact=exact, cached=cached)
+    head = _product_line(
+        [(shape.head_bytes, 1, 1)], shape.dtype, device, frame_s, shape.vocab, exact=exact, cached=cached
+    )
     draw_s = device.sampled_s if sampled else device.greedy_s
     draw_s = device.passes_s(DRAW_PASSES[sampled]) if draw_s is None else draw_s
     offer_s = device.sampled_offer_s if sampled else device.offer_s
     offer_s = device.passes_s(OFFER_PASSES[sampled]) if offer_s is None else offer_s
     return ModelCost(
-        layers=tuple(made[layer] for layer in shape.layers),
+        layers=tuple(costs[layer] for layer in shape.layers),
         embed=PiecewiseLinear(
             ((1, frame_s), (1024, frame_s + 1024 * shape.hidden * shape.itemsize / device.copy_rate))
         ),
@@ -95,18 +97,20 @@ def model_cost(
     )
 
 
-Weights = tuple[float, int, int]
-"""Bytes of weights, how many experts they are, and how many of them a token goes through."""
+WeightGroup = tuple[float, int, int]
+"""(bytes of one expert, number of experts, experts of one token); dense weights count as one expert."""
 
 
-def _layer(layer: LayerShape, shape: ModelShape, device: Processor, attention: Attention, *, exact: bool) -> LayerCost:
+def _layer_cost(
+    layer: LayerShape, shape: ModelShape, device: Processor, attention: Attention, *, exact: bool
+) -> LayerCost:
     overhead_s = device.layer_s if not exact or device.exact_layer_s is None else device.exact_layer_s
     share = layer.project_bytes / max(1, layer.dense_bytes)
     cached = shape.nbytes <= device.cache_bytes
     overhead_s *= device.cached_share if cached else 1.0
-    routed: list[Weights] = [(layer.expert_bytes, layer.experts, layer.active)] if layer.experts else []
+    routed: list[WeightGroup] = [(layer.expert_bytes, layer.experts, layer.active)] if layer.experts else []
     products_s = device.product_s * layer.products
-    project = _line(
+    project = _product_line(
         [(layer.project_bytes, 1, 1)],
         shape.dtype,
         device,
@@ -115,7 +119,7 @@ def _layer(layer: LayerShape, shape: ModelShape, device: Processor, attention: A
         exact=exact,
         cached=cached,
     )
-    rest = _line(
+    rest = _product_line(
         [(layer.rest_bytes, 1, 1), *routed],
         shape.dtype,
         device,
@@ -127,8 +131,8 @@ def _layer(layer: LayerShape, shape: ModelShape, device: Processor, attention: A
     return LayerCost(project, rest, attention, bind_s=layer.convert_bytes / device.copy_rate)
 
 
-def _line(
-    weights: Sequence[Weights],
+def _product_line(
+    weights: Sequence[WeightGroup],
     dtype: str,
     device: Processor,
     fixed_s: float,
@@ -137,9 +141,9 @@ def _line(
     exact: bool,
     cached: bool,
 ) -> PiecewiseLinear:
-    """Seconds by tokens: what is fixed, the products, and elementwise work per output."""
+    """Seconds by tokens: fixed seconds, the products, and elementwise work per output."""
     per_element = device.passes_s(ELEMENT_PASSES, 2) if device.element_s is None else device.element_s
-    in_blocks = exact and len(weights) == 1  # experts have blocks of their own: no stairs in tokens
+    in_blocks = exact and len(weights) == 1  # each expert has its own blocks: no steps in the sum over tokens
     counts = [BLOCK_ROWS * count for count in (1, *ROWS[1:6])] if in_blocks else list(ROWS)
     if exact and not in_blocks:
         counts = sorted({*counts, *(count + 1 for count in ROWS[6:])})
@@ -150,8 +154,10 @@ def _line(
     return PiecewiseLinear(tuple(points), BLOCK_ROWS if in_blocks else 1, per_element * elements)
 
 
-def _product_s(weights: Weights, tokens: float, dtype: str, device: Processor, *, exact: bool, cached: bool) -> float:
-    """Seconds of a pass of so many tokens through weights, or through those experts that it meets."""
+def _product_s(
+    weights: WeightGroup, tokens: float, dtype: str, device: Processor, *, exact: bool, cached: bool
+) -> float:
+    """Seconds of the products of so many tokens with dense weights, or with the experts that the tokens use."""
     nbytes, experts, active = weights
     touched = touched_experts(experts, active, tokens) if experts > 1 else 1.0
     rows = tokens * active / touched if experts > 1 else tokens
@@ -168,14 +174,14 @@ def weight_seconds(device: Processor, dtype: str, rows: float, *, exact: bool = 
         tables = device.block_weight_s
     table = tables.get(dtype)
     if table is not None:
-        return _read_off(table, rows)
+        return _interpolate(table, rows)
     itemsize = 4 if dtype == "float32" else 2
     multiply_s = 2 * rows / itemsize / device.flops(dtype)
     return multiply_s if cached else max(1 / device.memory_bytes_per_s, multiply_s)
 
 
-def _read_off(table: Table, rows: float) -> float:
-    """Between two counts on the straight line; beyond the last one in proportion to its slope, never below it."""
+def _interpolate(table: Table, rows: float) -> float:
+    """Linear between two counts; beyond the last one, the last slope goes on, and seconds never fall."""
     counts = [count for count, _ in table]
     above = bisect_right(counts, rows)
     if above == 0:
@@ -188,7 +194,7 @@ def _read_off(table: Table, rows: float) -> float:
     return last_s + (rows - last) * (max(slopes[-1], 0.0) if slopes else last_s / last)
 
 
-def _attention(shape: ModelShape, device: Processor, *, exact: bool) -> Attention:
+def _attention_cost(shape: ModelShape, device: Processor, *, exact: bool) -> Attention:
     rates = (device.exact_attention or device.attention) if exact else device.attention
     if rates is None:
         multiply_s = 4 / device.flops(shape.dtype)  # a product and a sum, with keys and with values

@@ -1,4 +1,4 @@
-"""Seconds of a piece of work, the best of a few stretches: whoever else works on the machine only makes them longer."""
+"""Measures seconds of a call: the best of a few stretches, as other work on the machine only makes them longer."""
 
 import time
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from math import inf
 
 import torch
 
-REPEATS, STRETCH_S = 5, 2e-3
-COLD_BYTES, COLD_CALLS = 16 << 20, 8  # read before each of so many calls, so that it finds cold caches
+REPEATS, STRETCH_S = 5, 2e-3  # stretches, and the shortest duration of one
+COLD_BYTES, COLD_CALLS = 16 << 20, 8  # bytes read before each call, so that it finds cold caches; calls
 
 Work = Callable[[], object]
 
 
 def seconds_of(work: Work, repeats: int = REPEATS, stretch_s: float = STRETCH_S) -> float:
-    """Seconds of one call, the best of a few stretches; the first call does not count."""
+    """Seconds of one call: the best of a few stretches, after one call that does not count."""
     clock = clock_of_calls()
     work()
     best = inf
@@ -29,10 +29,10 @@ def seconds_of(work: Work, repeats: int = REPEATS, stretch_s: float = STRETCH_S)
 
 
 def cold_seconds_of(work: Work) -> float:
-    """Seconds of one call that finds other things in the caches, the best of a few."""
-    clock, elsewhere, best = clock_of_calls(), torch.ones(COLD_BYTES, dtype=torch.uint8), inf
+    """Seconds of one call with cold caches: the best of a few calls."""
+    clock, other_bytes, best = clock_of_calls(), torch.ones(COLD_BYTES, dtype=torch.uint8), inf
     for _ in range(COLD_CALLS):
-        elsewhere.sum(dtype=torch.uint8)
+        other_bytes.sum(dtype=torch.uint8)
         start = clock()
         work()
         best = min(best, clock() - start)
@@ -40,5 +40,5 @@ def cold_seconds_of(work: Work) -> float:
 
 
 def clock_of_calls() -> Callable[[], float]:
-    """With one compute thread its own time, without that in which others had the core; otherwise the wall's."""
+    """The clock for measurements: with one compute thread, the CPU time of this thread; otherwise wall time."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -1,4 +1,4 @@
-"""Measures what a tree costs besides the models' own work: its nodes, their children, its place in a pass. Blocking."""
+"""Measures the seconds of draft trees without the models' work: nodes, their children, a tree in a pass. Blocking."""
 
 import torch
 
@@ -10,23 +10,23 @@ from aspec.speculation.calibration import Calibration
 from aspec.speculation.candidates import best_children
 from aspec.speculation.tree import ROOT, Tree
 
-BEAMS, WIDTH = 8, 8  # nodes of a level, and children that each of them offers
-BUDGET, DEPTH = 64, 32  # of the tree
-FEW, MANY = 64, 32768  # entries of a vocabulary
+BEAMS, WIDTH = 8, 8  # nodes of a level, and children of each node
+BUDGET, DEPTH = 64, 32  # most nodes and most depth of the tree
+FEW, MANY = 64, 32768  # entries of a small and a large vocabulary
 CONTEXT = 64  # tokens before the tree
 
 
 def measure_trees(dtype: torch.dtype) -> dict[str, float]:
-    """Fields of a processor, each the seconds of a node, of a vocabulary entry of one, or of a row."""
+    """Fields of a ``Processor``: seconds per node, per vocabulary entry of a node, or per row."""
     few, many = _logits(FEW, dtype), _logits(MANY, dtype)
     entries = BEAMS * (MANY - FEW)
-    offers = {noisy: _offer(many, noisy=noisy) - _offer(few, noisy=noisy) for noisy in (False, True)}
+    offers = {noisy: _offer_seconds(many, noisy=noisy) - _offer_seconds(few, noisy=noisy) for noisy in (False, True)}
     levels = _grown(few)[1]
     return {
         "offer_s": max(0.0, offers[False]) / entries,
         "sampled_offer_s": max(0.0, offers[True]) / entries,
         "node_s": seconds_of(lambda: _grown(few)) / (BEAMS * levels),
-        "tree_row_s": _row(few, dtype),
+        "tree_row_s": _row_seconds(few, dtype),
     }
 
 
@@ -35,8 +35,8 @@ def _logits(vocab: int, dtype: torch.dtype) -> torch.Tensor:
     return (4 * torch.randn(BEAMS, vocab, generator=generator)).to(dtype)
 
 
-def _offer(logits: torch.Tensor, *, noisy: bool) -> float:
-    """The children of a level's nodes."""
+def _offer_seconds(logits: torch.Tensor, *, noisy: bool) -> float:
+    """Seconds of finding the children of a level's nodes; ``logits`` ``[beams, vocabulary]``."""
     sampler = Sampler(SamplingParams(temperature=1.0 if noisy else 0.0, seed=1))
 
     def offer() -> None:
@@ -47,7 +47,7 @@ def _offer(logits: torch.Tensor, *, noisy: bool) -> float:
 
 
 def _grown(logits: torch.Tensor) -> tuple[Tree, int]:
-    """A tree that is grown to its budget, and its levels; its scores are calibrated, as those of a draft are."""
+    """A tree grown to its budget, and its number of levels; scores are calibrated, as those of a draft are."""
     calibration, levels = Calibration(), 0
     tree = Tree(DEPTH, log_probability=calibration.log_probability)
     while nodes := tree.frontier(BEAMS):
@@ -63,8 +63,8 @@ def _grown(logits: torch.Tensor) -> tuple[Tree, int]:
     return tree, levels
 
 
-def _row(logits: torch.Tensor, dtype: torch.dtype) -> float:
-    """What a row's tree takes in a pass: it becomes a proposal and a mask, is followed, and left at the last draw."""
+def _row_seconds(logits: torch.Tensor, dtype: torch.dtype) -> float:
+    """Seconds of a row's tree in a pass: make a proposal and a mask, follow the accepted path, keep the rest."""
     tree, _ = _grown(logits)
     size = len(tree)
     cache = KVCache([(1, 8, 8)], 1, CONTEXT + 2 * size, dtype, exact=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from aspec.errors import InternalError
+from aspec.units import format_bytes
 
 PREFILL_ITEMS = 8  # full prefill items that one stream of the weights serves
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
@@ -267,12 +268,3 @@ def _sum(arithmetic: Mapping[str, int]) -> str:
 def draft_slots(speculation: Speculation, max_draft_tokens: int) -> int:
     """KV slots of a row of the draft behind its capacity: for the nodes of two rounds, and as many that are pruned."""
     return 4 * (max_draft_tokens + 8) if speculation is Speculation.TREE and max_draft_tokens else 0
-
-
-def format_bytes(nbytes: float) -> str:
-    """Bytes for people, in binary units: ``1.50 GiB``."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if abs(nbytes) >= scale:
-            value = nbytes / scale
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
-    return f"{nbytes:.0f} B"

@@ -38,6 +38,15 @@ def parse_rate(text: str) -> float:
         raise ValueError(f"expected a rate such as 1.0GB/s, found {text!r}") from None
 
 
+def format_bytes(nbytes: float) -> str:
+    """Bytes for people, in binary units: ``1.50 GiB``."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(nbytes) >= scale:
+            value = nbytes / scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
 def format_rate(bytes_per_s: float) -> str:
     """Bytes per second for people: ``1.80 GB/s``, ``3.20 MB/s``."""
     value, unit = (bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e8 or bytes_per_s == 0 else (bytes_per_s / 1e6, "MB/s")

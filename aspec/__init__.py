@@ -1,4 +1,4 @@
-"""aspec runs language models that do not fit in device memory: weights stream, a draft speculates meanwhile.
+"""aspec runs language models that do not fit in device memory: weights stream while a draft speculates.
 
 import aspec
 print(aspec.generate("def main():", max_new_tokens=64).text)          # the embedded demo pair

@@ -1,4 +1,4 @@
-"""``python -m aspec``."""
+"""Run the command line: ``python -m aspec``."""
 
 from aspec.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The synchronous front door: a prompt or several in, results out."""
+"""The synchronous API: one prompt or several in, results out."""
 
 import asyncio
 import sys
@@ -24,7 +24,7 @@ class Result:
     token_ids: tuple[int, ...]
     finish_reason: str  # "stop" | "length"
     stats: RequestStats
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, where they were asked for
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
 
 
 @overload
@@ -34,10 +34,10 @@ def generate(prompts: Sequence[Prompt], params: SamplingParams | None = None, **
 def generate(
     prompts: str | Sequence[Prompt], params: SamplingParams | None = None, **options: Any
 ) -> Result | list[Result]:
-    """Generate for one prompt (a Result) or a list of prompts (a list of them, sharing passes).
+    """Generate for one prompt (returns a Result) or for a list of prompts, which share passes (returns a list).
 
-    Keywords are the fields of ``SamplingParams`` and ``EngineOptions``. With several prompts each one's seed derives
-    from the given seed and the prompt's index. Raises UserError for input that cannot be used.
+    Keywords are the fields of ``SamplingParams`` and ``EngineOptions``. With several prompts the seed of each one
+    derives from the given seed and the prompt's index. Raises UserError for input that cannot be used.
     """
     given = {name: options.pop(name) for name in SamplingParams.__slots__ if name in options}
     params = replace(params or SamplingParams(), **given)
@@ -54,7 +54,7 @@ def generate(
 
 
 async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[Result]:
-    """All prompts at once, each with its own seed."""
+    """Generate for all prompts at once, each with its own seed."""
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(collect(engine, prompt, own))
@@ -64,16 +64,16 @@ async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: Sampli
 
 
 def seeded(params: SamplingParams, count: int) -> list[SamplingParams]:
-    """Each prompt's own parameters: a lone prompt keeps the seed, several derive theirs from it and their index."""
+    """The parameters of each prompt: one prompt keeps the seed; several derive theirs from the seed and their index."""
     if count == 1:
         return [params]
     return [replace(params, seed=derive_seed(params.seed, index)) for index in range(count)]
 
 
 async def collect(
-    engine: Engine, prompt: Prompt, params: SamplingParams, heard: Callable[[str], None] | None = None
+    engine: Engine, prompt: Prompt, params: SamplingParams, on_text: Callable[[str], None] | None = None
 ) -> Result:
-    """One stream to its end; ``heard`` receives the text as it arrives."""
+    """Read one stream to its end; ``on_text`` receives the text as it arrives."""
     texts: list[str] = []
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
@@ -82,15 +82,15 @@ async def collect(
             texts.append(piece.text)
             tokens.extend(piece.token_ids)
             logprobs.extend(piece.logprobs)
-            if heard is not None:
-                heard(piece.text)
+            if on_text is not None:
+                on_text(piece.text)
             if piece.finish_reason is not None and piece.stats is not None:
                 return Result("".join(texts), tuple(tokens), piece.finish_reason, piece.stats, tuple(logprobs))
     raise AssertionError("a stream ended without a finish reason")
 
 
 def run(main: Callable[[], Awaitable[T]]) -> T:
-    """Run a coroutine function on uvloop where it exists; of several errors the first one is raised."""
+    """Run a coroutine function on uvloop where it is available; raise the first of several errors."""
 
     async def body() -> T:
         return await main()
@@ -103,7 +103,7 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop where it exists."""
+    """The constructor of the event loop: uvloop's, and asyncio's on Windows."""
     if sys.platform == "win32":
         return asyncio.new_event_loop
     import uvloop

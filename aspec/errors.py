@@ -1,30 +1,30 @@
-"""What can go wrong, in three kinds: the user's input, our own bug, the device or the disk.
+"""The errors that aspec raises: the user's input, a bug of aspec, a closed engine, a failed device or disk.
 
 AspecError
-├── UserError            the input cannot be used; the message says what, expected, found and remedy   (exit 1)
+├── UserError            the input cannot be used; the message gives the problem, expected, found, remedy (exit 1)
 │   ├── CheckpointError      a model folder or a shard is missing, damaged or contradicts itself
 │   ├── UnsupportedModelError   the architecture or a config key is not supported
 │   ├── VocabularyError      draft and target do not share a vocabulary
 │   ├── BudgetError          the memory budget cannot hold the smallest plan
 │   └── PromptError          the prompt is empty, too long, or the sampling parameters contradict
-├── InternalError        a rule of aspec's own was broken (a stale slot, a schedule that cannot finish)
-│   ├── GraphError           a task reads a content its buffer does not hold, or a write comes too early
-│   └── DeadlockError        nothing runs and nothing can become ready
-├── ClosedError          the engine was closed while a stream was open, or before it was
+├── InternalError        aspec broke its own rule (a stale slot, a schedule that cannot finish)
+│   ├── GraphError           a task reads content that its buffer does not hold, or a write is emitted too early
+│   └── DeadlockError        no task runs and no task can become ready
+├── ClosedError          the engine was closed before a stream was opened, or while it was open
 └── DeviceError          a device, disk or numeric failure while running
     ├── ReadError            the disk returned an error or too few bytes
-    ├── WriteError           the output cannot be written: the disk is full, may not be written or fails
+    ├── WriteError           the output cannot be written: the disk is full, is not writable or fails
     ├── NumericError         the logits of one sequence are not numbers
-    └── DivergenceError      with a draft the target drew other tokens than without
+    └── DivergenceError      the target drew other tokens with a draft than without one
 """
 
 
 class AspecError(Exception):
-    """The root of every error aspec raises on purpose."""
+    """The root of every error that aspec raises on purpose."""
 
 
 class UserError(AspecError):
-    """The input cannot be used as it is; the message tells what to change."""
+    """The input cannot be used as it is; the message names the change that helps."""
 
 
 class CheckpointError(UserError):
@@ -48,15 +48,15 @@ class PromptError(UserError):
 
 
 class InternalError(AspecError):
-    """A rule of aspec's own was broken: a bug, never the user's fault."""
+    """aspec broke its own rule: a bug of aspec, never the user's fault."""
 
 
 class GraphError(InternalError):
-    """A task contradicts what its buffers hold."""
+    """A task contradicts the contents of its buffers."""
 
 
 class DeadlockError(InternalError):
-    """Nothing is running and nothing can become ready."""
+    """No task is running and no task can become ready."""
 
 
 class ClosedError(AspecError):
@@ -64,15 +64,15 @@ class ClosedError(AspecError):
 
 
 class DeviceError(AspecError):
-    """A device, a disk or the arithmetic failed while running."""
+    """A device, a disk or the arithmetic failed during a run."""
 
 
 class ReadError(DeviceError):
-    """The disk returned an error or fewer bytes than the index promises."""
+    """The disk returned an error or fewer bytes than the index states."""
 
 
 class WriteError(DeviceError):
-    """What is to be kept cannot be written: the disk is full, may not be written, or fails."""
+    """The output cannot be written: the disk is full, is not writable, or fails."""
 
 
 class NumericError(DeviceError):
@@ -80,11 +80,11 @@ class NumericError(DeviceError):
 
 
 class DivergenceError(DeviceError):
-    """Speculation gave other tokens than decoding without it: passes of another size rounded otherwise."""
+    """Speculation gave other tokens than decoding without it: passes of another size rounded differently."""
 
 
 def first_error(error: BaseException) -> BaseException:
-    """What failed first in a task group: whatever else failed there failed because of it."""
+    """The first error of a task group: all later errors there are consequences of it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

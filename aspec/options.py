@@ -1,4 +1,4 @@
-"""What a user may ask of an engine: one frozen record with sane defaults."""
+"""The options of an engine: one frozen record with defaults."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,23 +25,23 @@ class EngineOptions:
     device: str = "auto"
     device_memory: int | None = None  # bytes
     host_memory: int | None = None  # bytes for pinned layers and KV, behind a device's link
-    resident_memory: int | None = None  # bytes of layers kept resident at most, even where more would fit
+    resident_memory: int | None = None  # at most these bytes of layers are resident, even where more would fit
     dtype: str = "auto"
     speculation: str = "auto"  # auto, chain, tree or off
     num_draft_tokens: int | None = None  # proposals of a row in a pass: a chain's length, a tree's nodes; 0: off
     draft_depth: int | None = None  # tokens of a tree's longest path
-    draft_ahead: bool = True  # trees grow on for the next round while they are verified
-    attention: str = "auto"  # auto, device, or cpu: beside the rest of the layers, which take rows in two halves
-    exact: bool | None = None  # the same bits whatever the draft, the batch and the plan; None: where it was proved
-    shared_noise: bool = True  # the draft ranks with the noise of the target's own draws; False: by likelihood alone
-    max_batch: int | None = None  # sequences that are served at once
-    num_groups: int | None = None  # of them: the draft works for one group while another is verified
-    max_context: int | None = None  # tokens of a sequence, prompt included
-    prefill_tokens: int | None = None  # tokens of one prefill item at most
-    reuse_prefix: bool = True  # a prompt that begins as an ended sequence did prefills the rest; False: to measure
+    draft_ahead: bool = True  # trees grow for the next round while the target verifies them
+    attention: str = "auto"  # auto, device, or cpu: in parallel with the other layer work, on two halves of the rows
+    exact: bool | None = None  # the same bits for every draft, batch and plan; None: on where this was proved
+    shared_noise: bool = True  # the draft ranks with the noise of the target's draws; False: by probability alone
+    max_batch: int | None = None  # sequences served at once
+    num_groups: int | None = None  # groups of rows: the draft works for one while the target verifies another
+    max_context: int | None = None  # most tokens of a sequence, prompt included
+    prefill_tokens: int | None = None  # most tokens of one prefill item
+    reuse_prefix: bool = True  # a prompt reuses the KV of an ended sequence with the same start; False: to measure
     link_rate: float | None = None  # bytes per second; throttles the disk lane
     threads: int | None = None  # torch intra-op threads
-    workload: Workload | None = None  # what is to be done; given, what is left open is searched for
+    workload: Workload | None = None  # the expected work; if given, a search chooses the open options
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class EngineOptions:
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, found {value}.")
         if self.num_groups is not None and self.max_batch is not None and self.num_groups > self.max_batch:
-            raise UserError(f"num_groups must be at most the {self.max_batch} of max_batch, found {self.num_groups}.")
+            raise UserError(f"num_groups must be at most max_batch = {self.max_batch}, found {self.num_groups}.")
         if self.link_rate is not None and self.link_rate <= 0:
             raise UserError(f"link_rate must be a positive number of bytes per second, found {self.link_rate}.")
         if self.speculation not in SPECULATION:

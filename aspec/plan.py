@@ -1,4 +1,4 @@
-"""The plan: what is resident, how many slots, how many rows, how long a draft; and the arithmetic behind it.
+"""The plan: resident parts, the number of slots and rows, the draft's length, and the memory arithmetic behind them.
 
 Standard library only: the scheduler, the simulation and the dashboard read it.
 """
@@ -8,31 +8,32 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from aspec.errors import InternalError
+from aspec.units import format_bytes
 
-PREFILL_ITEMS = 8  # full prefill items that one stream of the weights serves
+PREFILL_ITEMS = 8  # full prefill items that share one pass over the weights
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
 class Tier(StrEnum):
-    """Where a part lives between passes."""
+    """The place of a part between passes."""
 
     DEVICE = "device"  # resident: never streams
     HOST = "host"  # pinned host memory: one copy per pass
-    DISK = "disk"  # the checkpoint's files: one read per pass (and a copy, where the device is not the host)
+    DISK = "disk"  # the checkpoint's files: one read per pass (and one copy, if the device is not the host)
 
 
 class Speculation(StrEnum):
-    """What a draft proposes."""
+    """The form of a proposal."""
 
     CHAIN = "chain"  # one continuation
-    TREE = "tree"  # the likeliest continuations, which share their beginnings
+    TREE = "tree"  # the likeliest continuations, which share their first tokens
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """One unit of weights: ``nbytes`` are read or copied, ``size`` bytes of buffer hold them.
+    """One unit of weights: ``nbytes`` are read or copied, a buffer of ``size`` bytes holds them.
 
-    ``scratch_bytes`` hold what of it must be converted; a resident part keeps its own for good.
+    ``scratch_bytes`` hold its converted weights; a resident part keeps its own scratch permanently.
     """
 
     index: int
@@ -44,68 +45,68 @@ class PlannedPart:
 
     @property
     def resident_bytes(self) -> int:
-        """What keeping the part resident costs."""
+        """Bytes that the part takes when it is resident."""
         return self.size + self.scratch_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A job: so many prompts of so many tokens, and what is to follow each."""
+    """The expected work: the number of prompts, the tokens of each, and the new tokens after each."""
 
     num_prompts: int
     prompt_tokens: int
     new_tokens: int
-    sampled: bool = False  # whether any of it is drawn with noise
+    sampled: bool = False  # whether any token is drawn with noise
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """The shape that a plan is asked to have, and the memory it may take; None means: decide."""
+    """The requested shape of a plan, and the memory it may take; None means: decide."""
 
     budget_bytes: int | None = None  # None: unbounded
     num_rows: int = 1
     capacity: int = 2048  # tokens of KV per row
-    num_groups: int = 1  # of rows; the draft works for one while another is verified
-    prefill_tokens: int = 512  # tokens of one prefill item at most
+    num_groups: int = 1  # groups of rows; the draft works for one while the target verifies another
+    prefill_tokens: int = 512  # most tokens of one prefill item
     speculation: Speculation = Speculation.CHAIN
-    max_draft_tokens: int = 0  # proposals of a row in a pass at most; 0: no speculation
+    max_draft_tokens: int = 0  # most proposed tokens per row and pass; 0: no speculation
     fixed_draft_tokens: int | None = None  # None: chosen by measured cost
-    max_draft_depth: int = 32  # tokens of a tree's longest path at most
+    max_draft_depth: int = 32  # most tokens of a tree's longest path
     fixed_draft_depth: int | None = None  # levels of a tree; None: chosen by measured cost
-    draft_ahead: bool = True  # trees grow on while they are verified
-    exact: bool = False  # products in blocks of rows: wider moments
-    attention_resource: str = "compute"  # "cpu": every layer is split, its attention runs beside other items' work
-    micro_batches: int = 1  # work items at most that the decoding rows are divided into
-    resident_bytes: int | None = None  # layers resident at most, even where more would fit
+    draft_ahead: bool = True  # trees grow while the target verifies them
+    exact: bool = False  # matrix products use fixed blocks of rows, which need larger buffers
+    attention_resource: str = "compute"  # "cpu": every layer is split, attention runs in parallel with other items
+    micro_batches: int = 1  # most work items that the decoding rows are divided into
+    resident_bytes: int | None = None  # most bytes of resident layers, even where more would fit
     spare_slots: int = field(default=SPARE_SLOTS, compare=False)  # beyond one layer's parts; the plan has the count
-    host_bytes: int | None = field(default=None, compare=False)  # behind a device's link; None: the device is the host
+    host_bytes: int | None = field(default=None, compare=False)  # host budget; None: the device is the host
 
     @property
     def kv_on_host(self) -> bool:
-        """Whether attention, and the target's KV with it, is on the other side of a device's link."""
+        """Whether attention and the target's KV are in host memory, across a device's link."""
         return self.host_bytes is not None and self.attention_resource == "cpu"
 
     @property
     def prefill_pass_tokens(self) -> int:
-        """Prompt tokens that join a pass at most, whose hidden states are all held; a longer prompt joins alone."""
+        """Most prompt tokens that join a pass (all their hidden states are held); a longer prompt joins alone."""
         return max(PREFILL_ITEMS * self.prefill_tokens, self.capacity)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is decided before the first byte is read."""
+    """All decisions that precede the first read."""
 
-    parts: tuple[PlannedPart, ...]  # of the layers, in the order of their use
+    parts: tuple[PlannedPart, ...]  # of all layers, in the order of their use
     num_layers: int
     num_slots: int
     slot_bytes: int
     request: PlanRequest = PlanRequest()
-    prefill_pass_tokens: int | None = None  # prompt tokens that join a pass at most, but for one longer prompt
-    num_staging: int = 0  # 0: reads fill slots directly (the device is the host)
+    prefill_pass_tokens: int | None = None  # most prompt tokens that join a pass, except for one longer prompt
+    num_staging: int = 0  # staging buffers; 0: reads fill slots directly (the device is the host)
     draft_resource: str = "compute"
-    crossing: tuple[tuple[int, int], ...] = ()  # by layer, of split ones: bytes of a token to host KV and back
-    arithmetic: Mapping[str, int] = field(default_factory=dict)  # what is held, label -> bytes
-    host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # the same behind a device's link
+    crossing: tuple[tuple[int, int], ...] = ()  # by split layer: bytes per token to host attention and back
+    arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held on the device, by label
+    host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held in host memory, by label
 
     def __post_init__(self) -> None:
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
@@ -114,22 +115,22 @@ class Plan:
         if not 1 <= self.num_groups <= self.num_rows:
             raise InternalError(f"{self.num_rows} rows cannot form {self.num_groups} groups")
         if self.micro_batches < 1:
-            raise InternalError(f"a plan divides rows into 1 item or more, found {self.micro_batches}")
+            raise InternalError(f"micro_batches must be at least 1, found {self.micro_batches}")
         if len(self.crossing) not in (0, self.num_layers):
-            raise InternalError(f"what crosses is told for {len(self.crossing)} of {self.num_layers} layers")
+            raise InternalError(f"crossing bytes are given for {len(self.crossing)} of {self.num_layers} layers")
         if any(part.size > self.slot_bytes for part in self.streamed):
             raise InternalError(f"a streamed part is larger than a slot of {self.slot_bytes} bytes")
 
-    # -- what was asked for, as the plan has it ------------------------------------------------------------------
+    # -- the fields of the request -------------------------------------------------------------------------------
 
     @property
     def num_rows(self) -> int:
-        """Sequences that are served at once."""
+        """Sequences served at once."""
         return self.request.num_rows
 
     @property
     def num_groups(self) -> int:
-        """Of rows; the draft works for one while another is verified."""
+        """Groups of rows; the draft works for one while the target verifies another."""
         return self.request.num_groups
 
     @property
@@ -139,27 +140,27 @@ class Plan:
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens of one prefill item at most."""
+        """Most tokens of one prefill item."""
         return self.request.prefill_tokens
 
     @property
     def speculation(self) -> Speculation:
-        """What the draft proposes."""
+        """The form of the proposals."""
         return self.request.speculation
 
     @property
     def max_draft_tokens(self) -> int:
-        """Proposals of a row in a pass at most; 0: no speculation."""
+        """Most proposed tokens per row and pass; 0: no speculation."""
         return self.request.max_draft_tokens
 
     @property
     def fixed_draft_tokens(self) -> int | None:
-        """Proposals of a row in every pass; None: chosen by measured cost."""
+        """Proposed tokens per row in every pass; None: chosen by measured cost."""
         return self.request.fixed_draft_tokens
 
     @property
     def max_draft_depth(self) -> int:
-        """Tokens of a tree's longest path at most."""
+        """Most tokens of a tree's longest path."""
         return self.request.max_draft_depth
 
     @property
@@ -169,17 +170,17 @@ class Plan:
 
     @property
     def draft_ahead(self) -> bool:
-        """Whether trees grow on while they are verified."""
+        """Whether trees grow while the target verifies them."""
         return self.request.draft_ahead
 
     @property
     def attention_resource(self) -> str:
-        """The lane of attention; "cpu": every layer is split, its attention runs beside other items' work."""
+        """The resource of attention; "cpu": every layer is split, attention runs in parallel with other items."""
         return self.request.attention_resource
 
     @property
     def micro_batches(self) -> int:
-        """Work items at most that the decoding rows are divided into."""
+        """Most work items that the decoding rows are divided into."""
         return self.request.micro_batches
 
     @property
@@ -187,50 +188,50 @@ class Plan:
         """Bytes that the plan may hold on the device; None: unbounded."""
         return self.request.budget_bytes
 
-    # -- what follows ----------------------------------------------------------------------------------------------
+    # -- derived values ----------------------------------------------------------------------------------------------
 
     @property
     def streamed(self) -> tuple[PlannedPart, ...]:
-        """The parts that travel every pass, in the order of their use."""
+        """The parts that stream in every pass, in the order of their use."""
         return tuple(part for part in self.parts if part.tier is not Tier.DEVICE)
 
     def streamed_of(self, layer: int) -> tuple[PlannedPart, ...]:
-        """The parts of one layer that travel every pass."""
+        """The parts of one layer that stream in every pass."""
         return tuple(part for part in self.parts if part.layer == layer and part.tier is not Tier.DEVICE)
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that travel in one pass."""
+        """Bytes that stream in one pass."""
         return sum(part.nbytes for part in self.streamed)
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes that can land while no layer frees a slot: what the stream does while the draft works."""
+        """Bytes that the stream can load while no layer frees a slot, as when only the draft works."""
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
         return (self.num_slots - most) * self.slot_bytes
 
     @property
     def tree_slots(self) -> int:
-        """KV slots of a row behind its capacity, for the nodes of a tree that the target verifies."""
+        """The target's KV positions per row beyond its capacity, for the nodes of a tree that it verifies."""
         return self.max_draft_tokens if self.speculation is Speculation.TREE else 0
 
     @property
     def draft_slots(self) -> int:
-        """The same for the draft, which also sees nodes that are pruned, and those it grows ahead."""
+        """The draft's KV positions per row beyond its capacity, for verified, pruned and drafted-ahead nodes."""
         return draft_slots(self.speculation, self.max_draft_tokens)
 
     @property
     def proposes_trees(self) -> bool:
-        """Whether what the target verifies are trees."""
+        """Whether the target verifies trees."""
         return self.speculation is Speculation.TREE and self.max_draft_tokens > 0
 
     @property
     def kv_on_host(self) -> bool:
-        """Whether the target's KV stays behind a device's link, where the attention goes to it."""
+        """Whether the target's KV stays in host memory, across a device's link, and attention runs there."""
         return self.attention_resource == "cpu" and self.num_staging > 0
 
     def crossing_of(self, layer: int) -> tuple[int, int] | None:
-        """Bytes of a token that go to host KV and back; None where the KV is beside the layer."""
+        """Bytes per token to host attention and back; None where the KV is in the layer's own memory."""
         if not self.kv_on_host:
             return None
         return self.crossing[layer] if self.crossing else (0, 0)
@@ -242,7 +243,7 @@ class Plan:
 
     @property
     def shape(self) -> str:
-        """In a few words, such as ``64 rows in 2 groups with chains of up to 24, 9 slots``."""
+        """The shape in a few words, such as ``64 rows in 2 groups with chains of up to 24, 9 slots``."""
         words = f"{self.num_rows} rows" + (f" in {self.num_groups} groups" if self.num_groups > 1 else "")
         kind = "trees" if self.speculation is Speculation.TREE else "chains"
         most = self.max_draft_tokens
@@ -251,11 +252,11 @@ class Plan:
         return words + (f", {self.num_slots} slots" if self.streamed else "")
 
     def describe(self) -> str:
-        """The arithmetic as one paragraph."""
+        """The device memory as one sum."""
         return _sum(self.arithmetic)
 
     def describe_host(self) -> str:
-        """The same of the host's memory behind a device's link; empty where there is none."""
+        """The host memory as one sum; empty where the device is the host."""
         return _sum(self.host_arithmetic) if any(self.host_arithmetic.values()) else ""
 
 
@@ -265,14 +266,5 @@ def _sum(arithmetic: Mapping[str, int]) -> str:
 
 
 def draft_slots(speculation: Speculation, max_draft_tokens: int) -> int:
-    """KV slots of a row of the draft behind its capacity: for the nodes of two rounds, and as many that are pruned."""
+    """The draft's KV positions per row beyond its capacity: nodes of two rounds, and as many pruned nodes."""
     return 4 * (max_draft_tokens + 8) if speculation is Speculation.TREE and max_draft_tokens else 0
-
-
-def format_bytes(nbytes: float) -> str:
-    """Bytes for people, in binary units: ``1.50 GiB``."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if abs(nbytes) >= scale:
-            value = nbytes / scale
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
-    return f"{nbytes:.0f} B"

@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them."""
+"""Parse and format sizes and rates."""
 
 import re
 
@@ -20,7 +20,7 @@ UNITS = {
 
 
 def parse_bytes(text: str) -> int:
-    """``8GiB``, ``512MiB``, ``2GB``, ``1.5g`` or plain bytes. Raises ValueError with what was expected."""
+    """Parse ``8GiB``, ``512MiB``, ``2GB``, ``1.5g`` or plain bytes. Raises ValueError that names the expected form."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS or float(match[1]) <= 0:
         raise ValueError(f"expected a size such as 512MiB, 8GiB or 2GB, found {text!r}")
@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_rate(text: str) -> float:
-    """``1.0GB/s`` or ``800MB/s``, bytes per second. Raises ValueError with what was expected."""
+    """Parse ``1.0GB/s`` or ``800MB/s`` to bytes per second. Raises ValueError that names the expected form."""
     size, slash, per = text.strip().partition("/")
     if slash and per.strip() != "s":
         raise ValueError(f"expected a rate such as 1.0GB/s, found {text!r}")
@@ -38,7 +38,16 @@ def parse_rate(text: str) -> float:
         raise ValueError(f"expected a rate such as 1.0GB/s, found {text!r}") from None
 
 
+def format_bytes(nbytes: float) -> str:
+    """Format bytes in binary units: ``1.50 GiB``."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(nbytes) >= scale:
+            value = nbytes / scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
 def format_rate(bytes_per_s: float) -> str:
-    """Bytes per second for people: ``1.80 GB/s``, ``3.20 MB/s``."""
+    """Format bytes per second in decimal units: ``1.80 GB/s``, ``3.20 MB/s``."""
     value, unit = (bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e8 or bytes_per_s == 0 else (bytes_per_s / 1e6, "MB/s")
     return f"{value:.{2 if value < 100 else 1}f} {unit}"

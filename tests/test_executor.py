@@ -105,7 +105,7 @@ def test_an_idle_engine_waits_and_a_stuck_one_is_an_error(virtual):
     virtual(idle)
 
     async def stuck():
-        with pytest.raises(DeadlockError, match="nothing runs"):
+        with pytest.raises(DeadlockError, match="no task runs"):
             await Executor(_Stuck(), SimBackend(SimCosts())).run()
 
     virtual(stuck)

@@ -104,19 +104,19 @@ def test_arrivals_that_come_together_share_the_first_pass():
 def test_groups_share_what_there_is():
     rows = RowTable(num_rows=8, num_groups=2)
     for number in range(5):
-        rows.arrive(RequestAdded(number, 4, 4))
-    assert [seating.row for seating in rows.reseat(0)] == [0, 2, 4]
-    assert [seating.row for seating in rows.reseat(1)] == [1, 3]
+        rows.add(RequestAdded(number, 4, 4))
+    assert [seating.row for seating in rows.assign_rows(0)] == [0, 2, 4]
+    assert [seating.row for seating in rows.assign_rows(1)] == [1, 3]
 
 
 def test_prompts_beyond_what_a_pass_takes_wait_and_a_longer_one_joins_alone():
     rows = RowTable(num_rows=8, most_prompt_tokens=100)
     for number, tokens in enumerate((60, 40, 10, 500, 7)):
-        rows.arrive(RequestAdded(number, tokens, 4))
-    assert [seating.sequence for seating in rows.reseat()] == [0, 1]
-    assert [seating.sequence for seating in rows.reseat()] == [2]
-    assert [seating.sequence for seating in rows.reseat()] == [3]
-    assert [seating.sequence for seating in rows.reseat()] == [4]
+        rows.add(RequestAdded(number, tokens, 4))
+    assert [seating.sequence for seating in rows.assign_rows()] == [0, 1]
+    assert [seating.sequence for seating in rows.assign_rows()] == [2]
+    assert [seating.sequence for seating in rows.assign_rows()] == [3]
+    assert [seating.sequence for seating in rows.assign_rows()] == [4]
 
 
 def test_more_groups_than_rows_cannot_be():

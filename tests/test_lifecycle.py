@@ -424,8 +424,8 @@ async def test_a_lane_that_does_not_close_keeps_no_other_from_it(kind, monkeypat
 def test_seats_tell_those_that_will_not_get_a_row():
     seats = RowTable(num_rows=1)
     for sequence in range(3):
-        seats.arrive(RequestAdded(sequence, 4, 4))
-    seats.reseat()
+        seats.add(RequestAdded(sequence, 4, 4))
+    seats.assign_rows()
     assert seats.cancel(0) == [], "it sits in a row"
     assert seats.cancel(2) == [2]
     assert seats.cancel() == [1]

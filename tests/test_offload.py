@@ -365,7 +365,7 @@ def test_merged_layers_let_as_much_cross():
     assert merged.num_layers < 80
     assert len(merged.crossing) == merged.num_layers
     assert [sum(way) for way in zip(*merged.crossing, strict=True)] == [80 * OUT + sum(range(80)), 80 * BACKWARD]
-    with pytest.raises(InternalError, match="what crosses is told for 3 of 80 layers"):
+    with pytest.raises(InternalError, match="crossing bytes are given for 3 of 80 layers"):
         replace(plan, crossing=crossing[:3])
 
 

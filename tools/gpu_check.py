@@ -40,9 +40,8 @@ import psutil
 import torch
 
 from aspec.options import DEMO
-from aspec.plan import format_bytes
 from aspec.profiling.ceilings import host_info
-from aspec.units import parse_bytes
+from aspec.units import format_bytes, parse_bytes
 from tools import contest, expand, gpu_runs, gpu_steps
 from tools.contest import Record
 from tools.gpu_report import failures, judge, lines

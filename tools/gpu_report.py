@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from aspec.plan import format_bytes
-from aspec.units import format_rate
+from aspec.units import format_bytes, format_rate
 from tools import gpu_runs, gpu_steps
 from tools.contest import Record
 

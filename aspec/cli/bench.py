@@ -25,13 +25,14 @@ from aspec.observe.monitor import Monitor
 from aspec.observe.recorder import Recorder
 from aspec.observe.summary import Summary, summarise
 from aspec.observe.timeline import DRAFT
-from aspec.plan import Plan, format_bytes
+from aspec.plan import Plan
 from aspec.planning.resolve import revise
 from aspec.planning.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
 from aspec.profiling.ceilings import Ceilings, HostInfo, host_info, measure_ceilings
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
+from aspec.units import format_bytes
 
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"
 WARM_UP_TOKENS = 8

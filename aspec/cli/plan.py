@@ -13,14 +13,14 @@ from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
-from aspec.plan import Plan, Tier, Workload, format_bytes
+from aspec.plan import Plan, Tier, Workload
 from aspec.planning.footprint import Models, read_models, request_for
 from aspec.planning.resolve import resolve, revise
 from aspec.planning.search import Candidate, Search
 from aspec.planning.workload import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
-from aspec.units import format_rate
+from aspec.units import format_bytes, format_rate
 
 RUNNERS_UP = 5
 

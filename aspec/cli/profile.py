@@ -12,7 +12,6 @@ from aspec.cli.command_flags import ProfileFlags
 from aspec.errors import UserError
 from aspec.models.model import Model
 from aspec.observe.console import Console
-from aspec.plan import format_bytes
 from aspec.planning.resolve import Resolved, resolve
 from aspec.profiling.cost_tables import ModelCost
 from aspec.profiling.hardware import Hardware, Processor
@@ -20,7 +19,7 @@ from aspec.profiling.model_shape import ModelShape, shape_of
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.profiling.roofline import prices, weight_seconds
 from aspec.tasks.task import WorkItem
-from aspec.units import format_rate
+from aspec.units import format_bytes, format_rate
 
 TOKENS = (1, 16, 64, 256)  # of the items whose prices are shown
 CONTEXT = 256  # keys before them

@@ -19,13 +19,14 @@ from aspec.observe.console import Console
 from aspec.observe.recorder import Recorder
 from aspec.observe.summary import Summary, summarise
 from aspec.observe.timeline import Timeline
-from aspec.plan import Plan, format_bytes
+from aspec.plan import Plan
 from aspec.planning.footprint import read_models
 from aspec.planning.simulation import measured_profile, simulate, tasks_profile
 from aspec.planning.workload import CostBasis, elsewhere, pricing
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
+from aspec.units import format_bytes
 
 REAL, SIMULATED = "aspec", "aspec simulated"
 

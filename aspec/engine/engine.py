@@ -40,12 +40,13 @@ from aspec.generation.tokenizer import TEMPLATE_S, TextStream, Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, in_thread, settle, settle_all
 from aspec.options import EngineOptions
-from aspec.plan import Plan, format_bytes
+from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve
 from aspec.tasks.backend import Backend
 from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Event, Shutdown
+from aspec.units import format_bytes
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """A text, token ids, or a chat as role and content messages."""

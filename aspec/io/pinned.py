@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from aspec.io.memory import SlotMemory, allocate
-from aspec.plan import format_bytes
+from aspec.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import rich.console
 
 from aspec.observe.snapshot import Snapshot
 from aspec.observe.timeline import bottleneck, lane_use
-from aspec.plan import format_bytes
+from aspec.units import format_bytes
 
 RECENT_S = 5.0  # what a line about the lanes looks back on
 

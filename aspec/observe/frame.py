@@ -18,8 +18,7 @@ from rich.style import Style
 
 from aspec.observe import timeline
 from aspec.observe.snapshot import LaneView, SlotState, Snapshot
-from aspec.plan import format_bytes
-from aspec.units import format_rate
+from aspec.units import format_bytes, format_rate
 
 CELL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # what one cell of a strip may stand for; each divides a second
 STRIP_S = 4.0  # a strip shows at least so much

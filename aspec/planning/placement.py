@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from aspec.errors import BudgetError
-from aspec.plan import Plan, PlannedPart, PlanRequest, Tier, format_bytes
+from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
 from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE
+from aspec.units import format_bytes
 
 UNBOUNDED = 1 << 62  # bytes
 NUM_STAGING = 3  # buffers between files and a device's link

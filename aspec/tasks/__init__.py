@@ -1,1 +1,1 @@
-"""What is done when: the words of the dataflow, the policy that emits tasks, the executor that runs them."""
+"""The dataflow: its terms, the policy that emits tasks, and the executor that runs them."""

@@ -1,7 +1,7 @@
-"""Running estimates of what work costs, fed by spans: how the policy sizes drafts from measured seconds.
+"""Running estimates of the seconds of each kind of work, learned from spans; the policy sizes drafts with them.
 
-Pure policy: it is handed seconds, it never reads a clock. In virtual time the same estimates come from the
-simulated spans, so a plan is judged by the code that will run it.
+Pure policy: it receives seconds and never reads a clock. In virtual time the same estimates come from simulated
+spans, so the code that runs a plan also judges it.
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from aspec.tasks.op import Cost, Op
 from aspec.tasks.task import COMPUTE, LayerWork, Span, Task
 
 SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # token counts from which a layer's seconds are kept together
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # lower bounds, in tokens, of the averages of layer seconds
 
-STEPS = (*range(1, 32), *range(32, 128, 4), *range(128, 1025, 32))  # token counts between which a pass costs a line
+COUNTS = (*range(1, 32), *range(32, 128, 4), *range(128, 1025, 32))  # token counts at which a pass is estimated
 
 
 def expected_tokens(acceptance: float, num_draft: int) -> float:
-    """Expected tokens of a round for a chain of ``num_draft`` independent proposals, the bonus token included.
+    """Expected tokens of a round for a chain of ``num_draft`` independent proposals, including the bonus token.
 
     (1 - p^(n+1)) / (1 - p), and n + 1 at p = 1: monotone in p and in n (Leviathan et al., 2023, eq. 1).
     """
@@ -27,49 +27,49 @@ def expected_tokens(acceptance: float, num_draft: int) -> float:
 
 
 class Average:
-    """An exponentially weighted mean that starts at its first sample."""
+    """An exponentially weighted mean, which starts at its first sample."""
 
     def __init__(self, smoothing: float = SMOOTHING) -> None:
         self.value: float | None = None  # None until the first sample
         self._smoothing = smoothing
 
     def add(self, sample: float) -> None:
-        """Take one more sample."""
+        """Add one sample."""
         self.value = sample if self.value is None else self.value + self._smoothing * (sample - self.value)
 
 
 @dataclass(slots=True)
 class _SplitLayer:
-    """A layer of a pass whose items go through it in three tasks each; mutable, because each one adds to it."""
+    """A split layer of one pass; mutable, because every task of every item adds its seconds."""
 
     key: tuple[int, int] = (-1, -1)  # pass and layer
-    items: int = 0  # that have finished it
+    items: int = 0  # items that have finished the layer
     tokens: int = 0
     compute_s: float = 0.0
-    aside_s: dict[Op, float] = field(default_factory=dict)  # by what has a lane of its own
+    parallel_s: dict[Op, float] = field(default_factory=dict)  # seconds of each op that runs on a lane of its own
 
     @property
     def seconds(self) -> float:
-        """What it takes: several items attend beside each other's computing, one waits for its own attention."""
-        asides = self.aside_s.values()
-        return max([self.compute_s, *asides]) if self.items > 1 else self.compute_s + sum(asides)
+        """Seconds of the layer: with several items attention overlaps compute; one item waits for its attention."""
+        parallel = self.parallel_s.values()
+        return max([self.compute_s, *parallel]) if self.items > 1 else self.compute_s + sum(parallel)
 
 
 class CostModel:
     """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
 
     def __init__(self) -> None:
-        self._layer = {bucket: (Average(), Average()) for bucket in BUCKETS}  # tokens and seconds
+        self._layer = {bucket: (Average(), Average()) for bucket in BUCKETS}  # average tokens and seconds of a layer
         self._mean = {cost: Average() for cost in Cost}
         self._link = Average()
         self._link_free_s = 0.0  # when the latest load landed
-        self._landed, self._landed_s = 0, 0.0  # loads in their slots, and when the latest got there
-        self._tokens_per_s = Average()  # over the rounds, all rows together
-        self._pieces: dict[str, dict[Op, float]] = {}  # by item: seconds of its projections, its attention, the way
-        self._split = _SplitLayer()  # the latest
-        self._round_start_s: dict[int, float] = {}  # of those that have not ended
-        self._round_tokens: dict[int, int] = {}  # of rows that decode
-        self._round_end_s = 0.0  # of the latest; rounds of several groups overlap
+        self._landed, self._landed_s = 0, 0.0  # the number of loads in their slots, and when the latest landed
+        self._tokens_per_s = Average()  # over rounds, for all rows together
+        self._pieces: dict[str, dict[Op, float]] = {}  # by item: seconds of projections, attention and transfers
+        self._split = _SplitLayer()  # the latest split layer
+        self._round_start_s: dict[int, float] = {}  # by round that has not ended
+        self._round_tokens: dict[int, int] = {}  # by round: new tokens of decoding rows
+        self._round_end_s = 0.0  # end of the latest round; rounds of several groups overlap
         self._accepted, self._refused = 4.0, 1.0  # decayed counts; the prior says p = 0.8
 
     def observe(self, span: Span) -> None:
@@ -97,7 +97,10 @@ class CostModel:
             self._round_tokens[task.number] = self._round_tokens.get(task.number, 0) + num_new
 
     def end_round(self, number: int, stop_s: float) -> None:
-        """All rows of a pass are back: what it brought, since it began or since the round before it ended."""
+        """Learn the speed of round ``number``, whose rows are all back.
+
+        Its time counts from its start, or from the end of the previous round if that is later.
+        """
         start_s = max(self._round_start_s.pop(number, stop_s), self._round_end_s)
         tokens = self._round_tokens.pop(number, 0)
         self._round_end_s = stop_s
@@ -106,12 +109,12 @@ class CostModel:
 
     @property
     def acceptance(self) -> float:
-        """The chance that one more proposal is accepted, given that those before it were."""
+        """The probability that a proposed token is accepted, given that all tokens before it were accepted."""
         return self._accepted / (self._accepted + self._refused)
 
     @property
     def tokens_per_s(self) -> float:
-        """The running speed of decoding; 0 before it is known."""
+        """Tokens per second of decoding, as a running average; 0 before it is known."""
         return self._tokens_per_s.value or 0.0
 
     @property
@@ -120,26 +123,26 @@ class CostModel:
         return self._mean[Cost.DRAFT].value or 0.0
 
     def seconds_until(self, loads: int, load_bytes: int, now_s: float) -> float:
-        """How long after ``now_s`` load number ``loads`` will have landed at the present rate; 0 if it has."""
+        """Seconds from ``now_s`` until ``loads`` loads have landed, at the present rate; 0 if they have."""
         rate, missing = self._link.value, loads - self._landed
         if rate is None or missing <= 0:
             return 0.0
         return max(0.0, self._landed_s + missing * load_bytes / rate - now_s)
 
     def round_seconds(self, plan: Plan, drafted_s: float, most: int) -> list[tuple[int, float]]:
-        """(tokens, seconds) of rounds that verify up to ``most`` tokens after drafting for ``drafted_s``.
+        """Estimated (tokens, seconds) of rounds that verify up to ``most`` tokens after ``drafted_s`` of drafting.
 
-        By the present estimates; empty before any is known.
+        The list is empty before any layer was measured.
         """
         if self._layer_seconds(1) is None:
             return []
-        counts = sorted({*(n for n in STEPS if n < most), most})
+        counts = sorted({*(n for n in COUNTS if n < most), most})
         return [(n, self._round_seconds(plan, n, drafted_s)) for n in counts]
 
     def level_seconds(self, plan: Plan, elapsed_s: float, num_tokens: int) -> float:
-        """What one more draft step costs a round that has drafted for ``elapsed_s``.
+        """Seconds that one more draft step adds to a round that has drafted for ``elapsed_s``.
 
-        Nothing while the stream goes on beside it, into slots that are free while no layer runs.
+        It adds 0 while the weight stream limits the round and still fills free slots beside the draft.
         """
         step, rate = self._mean[Cost.DRAFT].value or 0.0, self._link.value
         compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
@@ -147,7 +150,7 @@ class CostModel:
         return 0.0 if streams and rate and elapsed_s + step <= plan.spare_bytes / rate else step
 
     def best_draft_tokens(self, plan: Plan, num_rows: int) -> int:
-        """The chain length, 0 .. ``plan.max_draft_tokens``, that makes most tokens per second by the estimates."""
+        """The chain length, 0 .. ``plan.max_draft_tokens``, with the highest estimated tokens per second."""
         most = plan.max_draft_tokens
         draft = self._mean[Cost.DRAFT].value or 0.0
         if self._layer_seconds(num_rows) is None:
@@ -160,23 +163,24 @@ class CostModel:
         )
 
     def _round_seconds(self, plan: Plan, num_tokens: int, draft_s: float) -> float:
-        """Of a pass over so many tokens, and of its drafts as far as nothing hides them."""
+        """Seconds of a pass over ``num_tokens``, plus the draft seconds that do not overlap with other work."""
         rate = self._link.value or float("inf")
         compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
         stream = plan.streamed_bytes / rate
-        aside = (self._mean[Cost.HEAD].value or 0.0) + (self._mean[Cost.EMBED].value or 0.0)
-        if plan.num_groups > 1:  # other groups' passes hide all that compute has room for
+        between = (self._mean[Cost.HEAD].value or 0.0) + (self._mean[Cost.EMBED].value or 0.0)
+        if plan.num_groups > 1:  # the busiest lane bounds the round; other groups' passes overlap with the rest
             shared = plan.draft_resource == COMPUTE
-            return max(compute + aside + (draft_s if shared else 0.0), stream, draft_s) + 1e-6
-        aside += draft_s
-        hidden = min(aside, plan.spare_bytes / rate)  # the stream fills free slots meanwhile
-        return max(compute + hidden, stream) + aside - hidden + 1e-6
+            return max(compute + between + (draft_s if shared else 0.0), stream, draft_s) + 1e-6
+        between += draft_s
+        hidden = min(between, plan.spare_bytes / rate)  # meanwhile the stream fills free slots
+        return max(compute + hidden, stream) + between - hidden + 1e-6
 
     def _layer_seconds(self, num_tokens: int) -> float | None:
-        """Seconds of one layer for a token count, from the nearest counts that were measured.
+        """Seconds of one layer for a token count, interpolated between the nearest measured counts; None without any.
 
-        Below all of them it is taken as proportional: hopeful, so that fewer tokens are tried and then measured. Above
-        it goes on as between the last two; with one alone twice as many are hoped to cost the same.
+        Below all measured counts, seconds are proportional to tokens: optimistic, so that smaller passes are tried and
+        then measured. Above them, the line of the last two continues; with a single count, up to twice as many tokens
+        are assumed to cost the same.
         """
         known = [(t.value, s.value) for t, s in self._layer.values() if t.value is not None and s.value is not None]
         if not known:
@@ -199,7 +203,7 @@ class CostModel:
         mean_s.add(seconds)
 
     def _learn_split(self, task: Task, layer: int, seconds: float) -> None:
-        """A layer in pieces: it is learned as a whole, over the items of its pass, when the next one ends."""
+        """Collect the tasks of a split layer; the layer is learned, over all its items, when the next layer ends."""
         assert task.item is not None
         name = task.item.name
         if not task.op.ends_layer:
@@ -216,7 +220,7 @@ class CostModel:
             if op.lane is task.op.lane:
                 self._split.compute_s += piece_s
             else:
-                self._split.aside_s[op] = self._split.aside_s.get(op, 0.0) + piece_s
+                self._split.parallel_s[op] = self._split.parallel_s.get(op, 0.0) + piece_s
 
     def _learn_acceptance(self, num_proposed: int, num_accepted: int) -> None:
         if num_proposed == 0:
@@ -227,5 +231,5 @@ class CostModel:
 
 
 def _bucket(num_tokens: int) -> int:
-    """The largest kept count that is not above ``num_tokens``."""
+    """The largest bucket that is not above ``num_tokens``."""
     return max((b for b in BUCKETS if b <= num_tokens), default=BUCKETS[0])

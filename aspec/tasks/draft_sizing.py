@@ -1,9 +1,9 @@
-"""How much to draft: a chain's tokens, a tree's levels and nodes, and when to draft ahead. From measured costs alone.
+"""The size of drafts: a chain's tokens, a tree's levels and nodes, and when to draft ahead. From measured costs alone.
 
-A node is worth its calibrated path probability in tokens and costs seconds in which the engine makes tokens at its
-running rate: it is verified while it is worth more than it costs, and a level is drafted while it brings more than the
-same engine would make in that time. For a rate that settles this maximises tokens per second (Dinkelbach, 1967; trees
-of the kind of Sequoia, arXiv 2402.12374, and OPT-Tree, arXiv 2406.17276).
+A node brings its calibrated path probability in expected tokens, and costs seconds in which the engine would make
+tokens at its running rate. A node is verified while it brings more tokens than it costs; a level is drafted under the
+same condition. When the rate converges, this maximises tokens per second (Dinkelbach, 1967; for the trees see Sequoia,
+arXiv 2402.12374, and OPT-Tree, arXiv 2406.17276).
 Pure policy: counts, bytes and seconds only.
 """
 
@@ -15,30 +15,30 @@ from aspec.plan import Plan
 from aspec.tasks.cost_model import Average, CostModel
 from aspec.tasks.task import COMPUTE
 
-LEAST_NODES = 16  # that a tree may grow to
-MAX_LEVELS = 16  # that are told apart; those beyond count as the last one
-LEAST_GAIN = 0.02  # tokens; a level that promises less is not worth the loop's time
-TRY_AGAIN_EVERY = 32  # rounds without a draft, once proposals do not pay
+LEAST_NODES = 16  # every tree may grow to at least this many nodes
+MAX_LEVELS = 16  # levels with an average of their own; deeper levels share the last one
+LEAST_GAIN = 0.02  # tokens; a level with a smaller gain bound is not worth the loop's time
+TRY_AGAIN_EVERY = 32  # rounds between two trials of a draft, while proposals do not pay
 
 Probabilities = Mapping[int, Sequence[float]]
-"""Path probabilities of the nodes of every row, descending."""
+"""By row: the path probabilities of its nodes, descending."""
 
-Cost = Callable[[int], float] | Sequence[tuple[int, float]]
-"""Seconds that node n (from 1) adds to a pass; or measured (tokens, seconds) of whole passes, the root's included."""
+MarginalCost = Callable[[int], float] | Sequence[tuple[int, float]]
+"""Seconds that node n (from 1) adds to a pass; or measured (tokens, seconds) of whole passes, including the root."""
 
 
-class Sizing:
-    """Decides sizes for one plan; remembers only whether proposals have paid lately."""
+class DraftSizing:
+    """Decides the sizes of drafts for one plan, from costs and from the results of recent rounds."""
 
     def __init__(self, plan: Plan, costs: CostModel) -> None:
         self._plan, self._costs = plan, costs
-        self._quiet_rounds = 0  # decode rounds without a proposal since the last one with
-        self._chosen = Average()  # nodes of a row that were worth verifying
-        self._yields = [Average() for _ in range(MAX_LEVELS)]  # of what a level promised, the share that it brought
+        self._quiet_rounds = 0  # decode rounds since the last one with a proposal
+        self._chosen = Average()  # nodes per row that were worth verifying
+        self._yields = [Average() for _ in range(MAX_LEVELS)]  # by level: actual gain / gain bound
 
     @property
-    def most(self) -> int:
-        """Nodes that a row's tree may grow to: no more than could be worth verifying, by what lately was."""
+    def max_nodes(self) -> int:
+        """Most nodes of a row's tree: a bound derived from the nodes recently worth verifying."""
         fixed = self._plan.fixed_draft_tokens
         if fixed is not None:
             return fixed
@@ -46,33 +46,39 @@ class Sizing:
         return min(self._plan.max_draft_tokens, LEAST_NODES + int(2 * chosen) if chosen is not None else 1 << 30)
 
     @property
-    def deepest(self) -> int:
-        """Tokens of a tree's longest path."""
+    def max_depth(self) -> int:
+        """Most tokens of a tree's longest path."""
         fixed = self._plan.fixed_draft_depth
         return self._plan.max_draft_depth if fixed is None else fixed
 
     # -- trees -----------------------------------------------------------------------------------------------
 
-    def rests(self) -> bool:
-        """Whether this round goes without a draft: the longer proposals have not paid, the rarer one is tried."""
+    def skips_draft(self) -> bool:
+        """Whether this round has no draft: while proposals do not pay, one is tried every ``TRY_AGAIN_EVERY`` rounds.
+
+        Call it once per round: it counts the rounds.
+        """
         quiet = self._quiet_rounds
         self._quiet_rounds += quiet > 0
-        return not self.most or (quiet > 0 and quiet % TRY_AGAIN_EVERY != 0)
+        return not self.max_nodes or (quiet > 0 and quiet % TRY_AGAIN_EVERY != 0)
 
     def learn(self, level: int, gain_bound: float, before: Probabilities, after: Probabilities) -> None:
-        """A level promised ``gain_bound`` tokens; these are the nodes before and after it."""
+        """Learn the share of ``gain_bound`` tokens that a level brought, from the nodes before and after it."""
         if gain_bound > 0.0:
             share = (self._worth(after) - self._worth(before)) / gain_bound
             self._yields[min(level, MAX_LEVELS - 1)].add(min(1.0, max(0.0, share)))
 
     def _worth(self, probabilities: Probabilities) -> float:
-        """Tokens expected of the nodes of all rows, as many as lately were verified."""
+        """Expected tokens of the likeliest nodes of all rows, as many nodes as were recently verified."""
         chosen = self._chosen.value
         most = None if chosen is None else max(1, round(chosen)) * len(probabilities)
         return sum(sorted((p for own in probabilities.values() for p in own), reverse=True)[:most])
 
     def level_pays(self, level: int, gain_bound: float, elapsed_s: float, num_tokens: int) -> bool:
-        """Whether what a level promises is worth its seconds, after drafting for ``elapsed_s`` of ``num_tokens``."""
+        """Whether a level's expected gain is worth its seconds.
+
+        The round has drafted for ``elapsed_s`` and would verify ``num_tokens``.
+        """
         plan = self._plan
         if plan.fixed_draft_tokens is not None or plan.fixed_draft_depth is not None:
             return True
@@ -83,14 +89,14 @@ class Sizing:
         return another_level(gain_bound if share is None else gain_bound * share, self._costs.tokens_per_s, level_s)
 
     def nodes(self, probabilities: Probabilities, drafted_s: float) -> dict[int, int]:
-        """How many nodes of every row to verify: the likeliest of all rows, while a node is worth its seconds."""
+        """The number of nodes to verify, by row: the likeliest of all rows, while a node is worth its seconds."""
         plan = self._plan
         if plan.fixed_draft_tokens is not None:
             return {row: len(own) for row, own in probabilities.items()}
         ranked = sorted(((p, row) for row, own in probabilities.items() for p in own), reverse=True)
         points = self._costs.round_seconds(plan, drafted_s, len(probabilities) + len(ranked))
         num_rows, rate = len(probabilities), self._costs.tokens_per_s
-        best = 0 if rate else LEAST_NODES * num_rows  # until a round has told what one costs
+        best = 0 if rate else LEAST_NODES * num_rows  # before the first measured round
         if points:
             worth = worthwhile(
                 [p for p, _ in ranked], rate or num_rows / points[0][1], marginal_seconds(points, num_rows)
@@ -102,9 +108,9 @@ class Sizing:
         return chosen
 
     def ahead_pays(self, gain: float, loads: int, now_s: float) -> bool:
-        """Whether to draft a level while a pass runs, whose next layer waits for ``loads`` loads in all.
+        """Whether to draft a level while a pass runs whose next layer needs ``loads`` loads since the first pass.
 
-        On a compute lane of the draft's own always; on the target's where the level ends before they have landed.
+        Yes, if the draft has a compute lane of its own; on the target's lane only if the level ends before they landed.
         """
         if gain <= LEAST_GAIN:
             return False
@@ -115,14 +121,14 @@ class Sizing:
     # -- chains ----------------------------------------------------------------------------------------------
 
     def chains(self, limits: Mapping[int, int]) -> dict[int, int]:
-        """How many tokens to propose for every row, up to its limit."""
+        """The number of tokens to propose, by row, up to its limit."""
         fixed = self._plan.fixed_draft_tokens
         chosen = self._best_chain(len(limits)) if fixed is None else fixed
         most = min(chosen, self._plan.max_draft_tokens)
         return {row: min(most, limit) for row, limit in limits.items()}
 
     def _best_chain(self, num_rows: int) -> int:
-        """By measured cost; where speculation loses, one proposal now and then keeps the estimate alive."""
+        """The chain length by measured cost; where speculation loses, a rare proposal keeps the estimate current."""
         plan = self._plan
         if not num_rows or not plan.max_draft_tokens:
             return 0
@@ -134,12 +140,12 @@ class Sizing:
 # -- the rules of size ---------------------------------------------------------------------------------------
 
 
-def worthwhile(probabilities: Sequence[float], rate: float, marginal_s: Cost) -> int:
-    """How many of the nodes, given by descending path probability, to verify at ``rate`` tokens per second.
+def worthwhile(probabilities: Sequence[float], rate: float, marginal_s: MarginalCost) -> int:
+    """The number of nodes to verify at ``rate`` tokens per second; ``probabilities`` of their paths, descending.
 
     A node pays while its probability exceeds ``rate`` times its marginal seconds. Where costs jump (a kernel's tile
-    is full) nodes beyond the jump may pay for it together, so the number with the largest sum of gains is chosen;
-    for costs that never fall from node to node that is the same rule.
+    is full) several nodes beyond the jump may pay for it together, so the function returns the number with the largest
+    sum of gains. Where marginal costs never decrease, both rules agree.
     """
     cost = marginal_s if callable(marginal_s) else marginal_seconds(marginal_s)
     gains = accumulate(p - rate * cost(number) for number, p in enumerate(probabilities, 1))
@@ -151,10 +157,11 @@ def worthwhile(probabilities: Sequence[float], rate: float, marginal_s: Cost) ->
 
 
 def marginal_seconds(points: Sequence[tuple[int, float]], other_tokens: int = 1) -> Callable[[int], float]:
-    """What node n adds to a pass that has ``other_tokens`` without it, from measured (tokens, seconds) of passes.
+    """A function of n: the seconds that node n adds to a pass of ``other_tokens`` and n - 1 nodes.
 
-    Lines between the points, the last line prolonged beyond them; a pass measured faster than a smaller one is taken
-    as equally slow. A single point knows no slope: further nodes then cost nothing until a larger pass is measured.
+    ``points``: measured (tokens, seconds) of passes. The function interpolates between the points and extends the last
+    line. A pass measured faster than a smaller one counts as equally slow. A single point has no slope: further nodes
+    then cost 0 until a larger pass is measured.
     """
     ordered = sorted(dict(points).items())
     tokens = [count for count, _ in ordered]
@@ -173,5 +180,5 @@ def marginal_seconds(points: Sequence[tuple[int, float]], other_tokens: int = 1)
 
 
 def another_level(gain_tokens: float, rate: float, level_s: float) -> bool:
-    """Whether a draft level of ``level_s`` seconds that gains ``gain_tokens`` beats going on at ``rate`` tokens/s."""
+    """Whether a draft level that gains ``gain_tokens`` in ``level_s`` seconds beats decoding at ``rate`` tokens/s."""
     return gain_tokens > rate * level_s

@@ -1,8 +1,8 @@
 """The executor: one worker per unit of a resource's depth, a ready queue per resource, one event queue.
 
-Rules. Every spawn is a child of the one TaskGroup of ``run``. Issued work is settled, never abandoned: a
-cancelled worker waits for what the device has in flight, and only then lets go of its buffers. Tasks that were
-emitted and never issued simply drop. What may NOT go in: policy (ask the scheduler), tensors, prints.
+Rules. Every worker is a child of the one TaskGroup of ``run``. Issued work is never abandoned: a cancelled worker
+waits for its task in flight and only then releases its buffers. Tasks that were emitted and never issued are dropped.
+What may NOT go in: policy (ask the scheduler), tensors, prints.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ Observer = Callable[[Span], None]
 """Called on the loop with every finished task; must not block."""
 
 IssueObserver = Callable[[Task, float], None]
-"""Called on the loop with every task that is handed to the backend, and when; must not block."""
+"""Called on the loop with every task that is issued to the backend, and the time in seconds; must not block."""
 
 
 class Policy(Protocol):
-    """What the executor asks: synchronous, and free of anything that can wait."""
+    """The protocol of a policy: synchronous, it never waits."""
 
     done: bool
 
     @property
     def idle(self) -> bool:
-        """Whether it waits for nothing but the outside."""
+        """Whether only an event from outside can bring new tasks."""
         ...
 
     def handle(self, events: Sequence[Event]) -> Sequence[Task]:
-        """The tasks that follow from all that has happened since the last call, in program order."""
+        """The tasks that follow from the events since the last call, in program order."""
         ...
 
 
@@ -53,17 +53,17 @@ class Executor:
         self._wake = {resource.name: asyncio.Event() for resource in backend.resources}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._in_flight = 0
-        self._rests = asyncio.Event()  # nothing runs, nothing can start, and no event is on its way
-        self._recent: list[Span] = []  # the last spans, for the notes of an error
+        self._at_rest = asyncio.Event()  # set while no task runs, none can start, and no event is queued
+        self._recent: list[Span] = []  # the last 5 spans, for the notes of an error
 
     def post(self, event: Event) -> None:
-        """Tell the policy something from outside; only on the loop's thread."""
-        self._rests.clear()
+        """Send the policy an event from outside; only on the loop's thread."""
+        self._at_rest.clear()
         self._events.put_nowait(event)
 
     async def wait_rest(self) -> None:
-        """Return when nothing runs and nothing will, until something is posted; for ever where that never comes."""
-        await self._rests.wait()
+        """Wait until no task runs and none can start before the next ``post``; this may never happen."""
+        await self._at_rest.wait()
 
     async def run(self) -> None:
         """Serve until the policy is done. Raises the first error of a task, after everything has settled."""
@@ -100,14 +100,14 @@ class Executor:
                 events.append(self._events.get_nowait())
 
     def _check_progress(self) -> None:
-        """A schedule that can never finish is an error at once, with the reason."""
+        """Raise DeadlockError, with the reason, as soon as the schedule can never finish."""
         ready = any(self._graph.has_ready(name) for name in self._wake)
         if ready or self._in_flight or not self._events.empty():
             return
         if not self._policy.idle:
             blocked = "\n  ".join(self._graph.blocked()) or "none"
-            raise DeadlockError(f"nothing runs and nothing can become ready; the oldest tasks:\n  {blocked}")
-        self._rests.set()
+            raise DeadlockError(f"no task runs and no task can become ready; the oldest tasks:\n  {blocked}")
+        self._at_rest.set()
 
     def _kick(self) -> None:
         for name, wake in self._wake.items():
@@ -147,10 +147,10 @@ class Executor:
         self._events.put_nowait(span)
 
     def _explain(self, error: BaseException, task: Task) -> None:
-        """Notes on the way up: task, resource, buffers, last spans."""
+        """Add notes to an error: task, resource, buffers, last spans."""
         buffers = ", ".join(access.buffer for access in (*task.reads, *task.writes)) or "none"
         last = "; ".join(f"{s.task.label} {s.start_s:.6f}-{s.stop_s:.6f} s" for s in self._recent) or "none"
         if getattr(error, "__notes__", None):
-            return  # a poisoned lane hands the same error to everyone behind it
+            return  # a poisoned domain raises the same error for every task behind it
         error.add_note(f"while running {task.label} (task {task.id}, number {task.number}) on {task.resource}")
         error.add_note(f"buffers: {buffers}; last spans: {last}")

@@ -1,9 +1,9 @@
-"""The graph: edges derived from what tasks read and write, and a ready queue per resource.
+"""The graph: edges derived from the buffers that tasks read and write, and a ready queue per resource.
 
-Rules. Tasks arrive in program order. A task depends on the last writer of every buffer it reads or writes,
-and, where it writes, on every reader since. A read names the content it expects; ``add`` refuses a mismatch,
-so a slot reused too early is an error and never a wrong layer. An edge inside one domain is met when the
-producer is issued, any other when it completes. What may NOT go in: clocks, tensors, asyncio, policy.
+Rules. Tasks arrive in program order. A task depends on the last writer of every buffer that it reads or writes, and
+on every later reader of a buffer that it writes. A read names the content that it expects; ``add`` refuses a mismatch,
+so a slot reused too early is an error and never a wrong layer. An edge inside one domain is met when the producer is
+issued, any other edge when it completes. What may NOT go in: clocks, tensors, asyncio, policy.
 """
 
 import heapq
@@ -32,11 +32,11 @@ class _Node:
     dependencies: tuple[int, ...]
     dependents: list[int] = field(default_factory=list)
     issued: bool = False
-    cause: int = -1  # the dependency met last, or the task whose end had it emitted
+    cause: int = -1  # the dependency met last, or the task whose end led to its emission
 
 
 class Graph:
-    """Tasks that have been emitted and have not completed, and which of them may start."""
+    """The tasks that were emitted and have not completed, and a queue of those that may start."""
 
     def __init__(self, resources: Iterable[Resource]) -> None:
         self._resources: Mapping[str, Resource] = {resource.name: resource for resource in resources}
@@ -50,13 +50,13 @@ class Graph:
         return len(self._nodes)
 
     def add(self, task: Task, cause: int = -1) -> None:
-        """Take the next task of the program, emitted when task ``cause`` ended.
+        """Add the next task of the program, emitted when task ``cause`` ended.
 
-        Raises GraphError if it contradicts the buffers' contents.
+        Raises GraphError if it contradicts the buffers' contents, its id does not grow or its resource is unknown.
         """
         if task.id <= self._last_id or task.resource not in self._resources:
             raise GraphError(
-                f"task {task.id} ({task.label}) on {task.resource!r}: ids must grow and the resource exist"
+                f"task {task.id} ({task.label}) on {task.resource!r}: ids must grow and the resource must exist"
             )
         self._last_id = task.id
         dependencies = self._derive(task)
@@ -78,24 +78,24 @@ class Graph:
         return bool(self._ready[resource])
 
     def issue(self, task: Task) -> tuple[int, ...]:
-        """Mark a popped task as issued; the ids of issued tasks it must follow inside its domain."""
+        """Mark a popped task as issued; returns the ids of tasks that it must follow inside its domain."""
         node = self._nodes[task.id]
         node.issued = True
         after = tuple(d for d in node.dependencies if d in self._nodes)
         for dependent in node.dependents:
             if self._same_domain(task, self._nodes[dependent].task):
-                self._release(dependent, task.id)
+                self._meet(dependent, task.id)
         return after
 
     def complete(self, task: Task) -> int:
-        """Forget a task that has completed and free those that waited for it; returns what had let it start."""
+        """Remove a completed task and meet the edges to its dependents; returns the id of the cause of its start."""
         node = self._nodes.pop(task.id)
         for dependent in node.dependents:
-            self._release(dependent, task.id)
+            self._meet(dependent, task.id)
         return node.cause
 
     def blocked(self, limit: int = 8) -> list[str]:
-        """Why the oldest tasks do not run: one line each, for the error of a schedule that cannot finish."""
+        """One line for each of the oldest tasks with the reason why it does not run, for DeadlockError."""
         lines = []
         for node in list(self._nodes.values())[:limit]:
             waits = [self._nodes[d].task for d in sorted(node.waiting) if d in self._nodes]
@@ -105,7 +105,7 @@ class Graph:
         return lines
 
     def _derive(self, task: Task) -> set[int]:
-        """Read-after-write, write-after-read and write-after-write edges; updates the buffers."""
+        """Derive read-after-write, write-after-read and write-after-write edges; updates the buffers."""
         dependencies: set[int] = set()
         for access in task.reads:
             buffer = self._buffers.setdefault(access.buffer, _Buffer())
@@ -134,7 +134,7 @@ class Graph:
         domain = self._resources[first.resource].domain
         return domain != "" and domain == self._resources[second.resource].domain
 
-    def _release(self, dependent: int, dependency: int) -> None:
+    def _meet(self, dependent: int, dependency: int) -> None:
         node = self._nodes.get(dependent)
         if node is None or dependency not in node.waiting:
             return

@@ -1,7 +1,7 @@
-"""One group of rows and its round: the draft that grows, the pass that verifies it, and what the group's buffers hold.
+"""One group of rows and its round: the draft, the pass that verifies it, and the contents of the group's buffers.
 
-Makes the draft's tasks and the end of a pass; when they are due is the scheduler's business. Pure policy: counts, ids
-and seconds only.
+A group creates the draft's tasks and the end of a pass; the scheduler decides when. Pure policy: counts, ids and
+seconds only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,69 +27,69 @@ from aspec.tasks.task import (
     sequence_buffer,
 )
 
-BEAMS, WIDTH = 8, 8  # nodes of a row that a level expands, and children that each of them offers
-AHEAD_NODES = 256  # of a row's tree beyond those it proposes: among them what the target may draw instead
-AHEAD_BEAMS = 32  # nodes that a level expands ahead, on a compute lane of the draft's own
+BEAMS, WIDTH = 8, 8  # nodes of a row that a level expands, and candidate children of each such node
+AHEAD_NODES = 256  # nodes of a row's tree beyond the proposed ones: the target may draw tokens outside the proposal
+AHEAD_BEAMS = 32  # nodes of a row that a level expands ahead, if the draft has a compute lane of its own
 
 
 @dataclass(slots=True)
 class Draft:
     """The trees of a round; mutable, because every level adds to them."""
 
-    rows: dict[int, Row]  # those that decode
-    budgets: dict[int, int]  # nodes that a row may propose
-    depths: dict[int, int]  # tokens that a path of a row may have
-    found: dict[int, TreeStatus]  # by row, the latest; a tree that is not planted promises one token
-    levels: int = 0  # that have been emitted
-    seconds: float = 0.0  # of drafting while no pass was running
-    growing: bool = False  # a level is under way
+    rows: dict[int, Row]  # decoding rows, by number
+    budgets: dict[int, int]  # by row: most nodes to propose
+    depths: dict[int, int]  # by row: most tokens of a path
+    trees: dict[int, TreeStatus]  # by row: the latest status; the gain bound of a tree not started yet is 1 token
+    levels: int = 0  # levels emitted
+    seconds: float = 0.0  # seconds of drafting while no pass was running
+    growing: bool = False  # a level is in flight
 
     @property
     def gain_bounds(self) -> dict[int, float]:
-        """Tokens that another level can gain, of the rows where it gains any."""
-        return {row: grown.gain_bound for row, grown in sorted(self.found.items()) if grown.gain_bound > 0.0}
+        """By row: most tokens that another level can gain, without the rows where it is 0."""
+        return {row: tree.gain_bound for row, tree in sorted(self.trees.items()) if tree.gain_bound > 0.0}
 
     @property
     def probabilities(self) -> dict[int, tuple[float, ...]]:
-        """Of the paths to the nodes of every row, descending."""
-        return {row: grown.probabilities for row, grown in self.found.items()}
+        """By row: the probabilities of the paths to its nodes, descending."""
+        return {row: tree.probabilities for row, tree in self.trees.items()}
 
 
 @dataclass(slots=True)
 class Pass:
-    """A pass that runs; mutable, because it ends in two steps."""
+    """A running pass; mutable, because it ends in two steps."""
 
     number: int
     items: list[WorkItem]
-    draft: Draft | None  # whose trees may grow on
-    next_layer: int = 0  # that has not run for all items
-    open: int = 0  # tasks that use its rows and are not back: ACCEPT, DRAFT_PREFILL
-    ending: bool = False  # its end is emitted: nothing is drafted ahead any more
+    draft: Draft | None  # its trees may grow during the pass
+    next_layer: int = 0  # the first layer that has not run for all items
+    num_open: int = 0  # ACCEPT and DRAFT_PREFILL tasks that have not completed
+    ending: bool = False  # the end of the pass was emitted: no further level is drafted ahead
 
 
 class Group:
-    """Rows that draft and are verified together."""
+    """Rows whose sequences are drafted for and verified together."""
 
     def __init__(self, number: int, plan: Plan, next_id: Numbering) -> None:
         self.number = number
-        self.draft: Draft | None = None  # trees that grow; their pass is not emitted yet
+        self.draft: Draft | None = None  # trees that grow before their pass is emitted
         self.running: Pass | None = None
-        self.carried_over: dict[int, TreeStatus] = {}  # by row: what the draft has grown below the last draw
-        self.last_pass = -1  # who waits longest is verified next
+        self.carried_over: dict[int, TreeStatus] = {}  # by row: the tree that was drafted ahead below the last draw
+        self.last_pass = -1  # number of the latest pass; the group with the smallest is verified next
         self._plan, self._next_id = plan, next_id
-        self._committed, self._proposed = "", ""  # present content of the sequence and the proposal buffer
+        self._committed, self._proposed = "", ""  # present contents of the sequence buffer and the proposal buffer
 
     @property
     def idle(self) -> bool:
-        """Whether its rows may change."""
+        """Whether no round runs, so that the assignment of rows may change."""
         return self.draft is None and self.running is None
 
-    def most(self, row: Row) -> int:
-        """Tokens that may be proposed on one path of a row: never beyond what it may still generate."""
+    def max_proposal(self, row: Row) -> int:
+        """Most proposed tokens on one path of a row, limited by its remaining tokens and its capacity."""
         return max(0, min(row.remaining - 1, self._plan.capacity - row.length))
 
     def assign(self, rows: Sequence[RowAssignment], number: int) -> Task:
-        """Rows change hands before pass ``number``: the group's sequences, and what the draft knows of them."""
+        """The task that assigns rows before pass ``number``: it writes the group's sequences and the draft's state."""
         task_id = self._next_id()
         self._committed = content = f"rows of task {task_id}"
         buffers = [sequence_buffer(self.number)]
@@ -101,12 +101,12 @@ class Group:
         return Task(task_id, Op.ASSIGN_ROWS, CPU, VERIFY, (), writes, number, payload=payload)
 
     def inputs(self, *, with_proposal: bool) -> tuple[Access, ...]:
-        """What tokens come from: the committed ones, and the proposal if there is one."""
+        """The reads of an item's tokens: the committed tokens, and the proposal if the item has one."""
         committed = (Access(sequence_buffer(self.number), self._committed),)
         return (*committed, Access(proposal_buffer(self.number), self._proposed)) if with_proposal else committed
 
     def emit_chains(self, number: int, rows: dict[int, Row], lengths: dict[int, int]) -> list[Task]:
-        """One task per draft step; a row leaves when its own proposal is long enough."""
+        """One task per draft step, over the rows whose proposal is still too short."""
         tasks = []
         for step in range(max(lengths.values(), default=0)):
             active = tuple(n for n in rows if lengths[n] > step)
@@ -116,15 +116,15 @@ class Group:
         return tasks
 
     def emit_level(self, number: int, draft: Draft, rows: Iterable[int], *, ahead: bool = False) -> Task:
-        """One more level of some rows' trees; ``ahead``: below what is being verified."""
+        """One more level of the trees of ``rows``; ``ahead``: below the nodes that the target is verifying."""
         numbers = tuple(rows)
-        further = 2 if ahead else 1  # rounds that a path may span
+        num_rounds = 2 if ahead else 1  # rounds that a path may span
         beams = AHEAD_BEAMS if ahead and self._plan.draft_resource != COMPUTE else BEAMS
         shape = TreeLevel(
             beams,
             WIDTH,
             tuple(draft.budgets[row] for row in numbers),
-            tuple(min(further * draft.depths[row], self.most(draft.rows[row])) for row in numbers),
+            tuple(min(num_rounds * draft.depths[row], self.max_proposal(draft.rows[row])) for row in numbers),
             AHEAD_NODES if ahead else 0,
         )
         starts = tuple(draft.rows[row].length - 1 for row in numbers)
@@ -135,13 +135,13 @@ class Group:
         return task
 
     def emit_prefill(self, item: WorkItem, number: int) -> Task:
-        """The same chunk of prompts into the draft's KV, in the gaps of the pass."""
+        """The task that prefills the draft's KV with the prompts of ``item``, in idle times of the pass."""
         writes = (Access(draft_kv_buffer(self.number), f"pass {number} item {item.index}"),)
         resource, reads = self._plan.draft_resource, self.inputs(with_proposal=False)
         return Task(self._next_id(), Op.DRAFT_PREFILL, resource, DRAFT_AHEAD, reads, writes, number, item)
 
     def emit_end(self, running: Pass) -> list[Task]:
-        """The end of the pass; what is drafted from now on is for the next one."""
+        """The tasks at the end of the pass; later draft tasks belong to the next pass."""
         running.ending = True
         tasks = emit_end(running.number, running.items, self._next_id, self._plan)
         last = [item.index for item in running.items if item.samples][-1]
@@ -151,8 +151,8 @@ class Group:
     def _draft_step(
         self, number: int, item: WorkItem, step: int, content: str, growth: TreeLevel | None = None
     ) -> Task:
-        """A step of the draft, which leaves ``content`` in its buffers."""
-        ahead = self.running is not None or self._plan.num_groups > 1  # a pass is to go first
+        """A step of the draft, which leaves ``content`` in the group's proposal and draft KV buffers."""
+        ahead = self.running is not None or self._plan.num_groups > 1  # a pass has priority
         reads = self.inputs(with_proposal=step > 0)
         self._proposed = content
         writes = (Access(proposal_buffer(self.number), content), Access(draft_kv_buffer(self.number), content))

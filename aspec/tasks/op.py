@@ -1,13 +1,13 @@
-"""The operations of the dataflow. One op is one row: its name, and all that is generally true of it.
+"""The operations of the dataflow: one row per op, with its name and all its fixed properties.
 
-Who computes an op stands in ``runner.py``, what it costs in ``cost_table.py``; nobody else keeps a list of ops.
+``engine/model_runner.py`` computes the ops, ``profiling/cost_tables.py`` has their costs; no other file lists all ops.
 """
 
 from enum import StrEnum
 
 
 class Lane(StrEnum):
-    """The lanes on which a run is shown, from the files to the host's small work."""
+    """The lanes on which a run is displayed, in order, from disk reads to the small tasks of the host."""
 
     DISK = "disk"
     H2D = "h2d"
@@ -18,9 +18,9 @@ class Lane(StrEnum):
 
 
 class Cost(StrEnum):
-    """What the seconds of an op count as, where they are learned and where a machine charges flat ones."""
+    """The cost class of an op: where its seconds are learned, and which flat cost a simulated machine charges."""
 
-    DISK = "disk"  # by the bytes that travel, as the next three
+    DISK = "disk"  # by the bytes transferred, as are the next three
     H2D = "h2d"
     D2H = "d2h"
     H2D_RESULTS = "back"
@@ -34,43 +34,43 @@ class Cost(StrEnum):
 
 
 class Op(StrEnum):
-    """What a task does: the lane that shows it, its label, its cost, its share of a layer, whether it ends one."""
+    """The kind of a task: its lane, its label, its cost class, its share of a layer, whether it ends a layer."""
 
     lane: Lane
-    template: str  # of the label: {layer}, and {detail}: the part of a load, the step of a draft
+    template: str  # of the label: {layer}, and {detail} (the part of a load, the step of a draft)
     cost: Cost
-    layer_share: float  # of a whole layer's flat seconds
-    ends_layer: bool  # an item's layer ends with it
+    layer_share: float  # the op's share of a whole layer's flat seconds, 0 .. 1
+    ends_layer: bool  # whether the op is the last one of an item's layer
 
     def __new__(
         cls, name: str, lane: Lane, template: str, cost: Cost, layer_share: float = 0.0, ends_layer: bool = False
     ) -> "Op":
-        """One row."""
+        """Create one row."""
         op = str.__new__(cls, name)
         op._value_ = name
         op.lane, op.template, op.cost = lane, template, cost
         op.layer_share, op.ends_layer = layer_share, ends_layer
         return op
 
-    # disk -> slot (the device is the host's own memory) or staging
+    # disk -> slot (if the device is the host) or staging
     READ = "read", Lane.DISK, "read {detail}", Cost.DISK
     # staging or pinned host part -> slot
     COPY = "copy", Lane.H2D, "copy {detail}", Cost.H2D
-    # sequences take rows, or leave them
+    # assign sequences to rows, or free rows
     ASSIGN_ROWS = "assign_rows", Lane.CPU, "assign rows", Cost.NOTHING
     # token ids -> hidden, positions and masks
     EMBED = "embed", Lane.TARGET, "embed", Cost.EMBED
     # one target layer for one work item
     LAYER = "layer", Lane.TARGET, "L{layer}", Cost.LAYER, 1.0, True
-    # a layer that is split: its part up to the queries, keys and values
+    # a split layer: hidden -> queries, keys and values
     PROJECT = "project", Lane.TARGET, "L{layer} projections", Cost.LAYER, 0.25
-    # these to the host, where its KV is behind a device's link
+    # a split layer: queries, keys and values to the host, if the KV is in host memory
     SEND = "send", Lane.D2H, "L{layer} queries out", Cost.D2H
-    # its attention
+    # a split layer: attention
     ATTEND = "attend", Lane.CPU, "L{layer} attention", Cost.LAYER, 0.25
-    # the result of the attention, back to the device
+    # a split layer: the result of the attention back to the device
     RETURN = "return", Lane.H2D, "L{layer} result back", Cost.H2D_RESULTS
-    # and the rest of the layer
+    # a split layer: all work after attention
     FFN = "ffn", Lane.TARGET, "L{layer} rest", Cost.LAYER, 0.5, True
     # hidden -> logits -> the target's draws
     HEAD = "head", Lane.TARGET, "head", Cost.HEAD
@@ -82,15 +82,15 @@ class Op(StrEnum):
     DRAFT_PREFILL = "draft_prefill", Lane.DRAFT, "draft_prefill", Cost.DRAFT_PREFILL
 
     def label(self, layer: int | None, detail: int | None) -> str:
-        """The name of one task, from what tells it from others of its op."""
+        """The label of one task, from its layer and its detail."""
         return self.template.format(layer=layer, detail=detail)
 
     @property
     def loads(self) -> bool:
-        """Whether it moves weights towards a slot."""
+        """Whether the op moves weights towards a slot."""
         return self.cost in (Cost.DISK, Cost.H2D)
 
     @property
     def computes(self) -> bool:
-        """Whether it is the target's own compute."""
+        """Whether the op is compute of the target."""
         return self.cost in (Cost.EMBED, Cost.LAYER, Cost.HEAD)

@@ -1,8 +1,8 @@
 """The weight stream and the tasks of one target pass.
 
-The stream is an endless sequence of loads: the streamed parts in order, again and again, load ``n`` into slot
-``n % num_slots``. A load is emitted as soon as every reader of its slot's present content has been, which is
-why the stream runs on across the end of a pass until every slot is full: weights depend on no token.
+The stream is an endless sequence of loads: it repeats the streamed parts in order, load ``n`` into slot
+``n % num_slots``. A load is emitted as soon as every reader of its slot's present content was emitted. So the stream
+continues across the end of a pass until every slot is full: weights depend on no token.
 Pure policy: no torch, no asyncio, no clock.
 """
 
@@ -39,7 +39,7 @@ from aspec.tasks.task import (
     weights_buffer,
 )
 
-VERIFY, PREFILL, DRAFT_AHEAD = 0, 10, 20  # priorities on a compute lane: verify first, drafts fill the gaps
+VERIFY, PREFILL, DRAFT_AHEAD = 0, 10, 20  # priorities on a compute lane: verify first, drafts fill idle times
 
 
 class Numbering:
@@ -54,7 +54,7 @@ class Numbering:
 
 
 class WeightStream:
-    """Emits the loads of streamed parts into slots, and tells a pass where its parts are."""
+    """Emits the loads of streamed parts into slots, and gives a pass the slots of its parts."""
 
     def __init__(self, plan: Plan, next_id: Numbering) -> None:
         self._plan, self._next_id = plan, next_id
@@ -63,10 +63,10 @@ class WeightStream:
         self._loads = 0  # loads emitted so far
         self._uses = 0  # loads whose readers have been emitted; loads - uses <= num_slots
         self._staged = 0  # reads into staging emitted so far
-        self._last = [0] * plan.num_layers  # loads that have landed once a layer of the latest pass may run
+        self._needed = [0] * plan.num_layers  # by layer of the latest pass: loads that must have landed before it runs
 
     def fill(self) -> list[Task]:
-        """Loads for every slot whose content has found its last reader."""
+        """Emit a load for every slot whose last reader was emitted."""
         tasks: list[Task] = []
         while self._streamed and self._loads < self._uses + self._plan.num_slots:
             tasks.extend(self._load(self._loads))
@@ -74,20 +74,20 @@ class WeightStream:
         return tasks
 
     def bind(self, layer: int) -> tuple[tuple[tuple[int, int], ...], tuple[Access, ...]]:
-        """The (part, slot) pairs of a layer in the running pass, and the reads that expect them."""
+        """The (part, slot) pairs of a layer in the latest pass, and the reads that expect these parts."""
         parts = self._by_layer[layer]
         numbers = range(self._uses, self._uses + len(parts))
         pairs = tuple((part.index, n % self._plan.num_slots) for part, n in zip(parts, numbers, strict=True))
         reads = tuple(Access(slot_buffer(n % self._plan.num_slots), f"load {n}") for n in numbers)
-        self._last[layer] = numbers.stop
+        self._needed[layer] = numbers.stop
         return pairs, reads
 
     def loads_before(self, layer: int) -> int:
-        """Loads, since the first pass, without which a layer of the latest pass cannot run."""
-        return self._last[layer]
+        """The number of loads, since the first pass, that a layer of the latest pass needs before it runs."""
+        return self._needed[layer]
 
-    def release(self, layer: int) -> None:
-        """All readers of this layer's parts in the running pass have been emitted."""
+    def mark_read(self, layer: int) -> None:
+        """Note that all readers of this layer's parts in the latest pass were emitted."""
         self._uses += len(self._by_layer[layer])
 
     def _load(self, number: int) -> Iterator[Task]:
@@ -118,10 +118,10 @@ def emit_pass(
     plan: Plan,
     inputs: Callable[[WorkItem], tuple[Access, ...]],
 ) -> list[Task]:
-    """The tasks of pass ``number`` over ``items``: embed, every layer for every item; ``emit_end`` has the rest.
+    """The tasks of pass ``number`` over ``items``: embed, then every layer for every item; ``emit_end`` has the rest.
 
-    ``inputs``: what an item's tokens come from (the committed tokens, and the proposal if there is one). One loaded
-    part serves all items before its slot frees; the load that reuses the slot reuse_from at once.
+    ``inputs`` returns the buffers of an item's tokens (the committed tokens, and the proposal if there is one). One
+    loaded part serves all items before its slot is free; the load that reuses the slot is emitted directly behind them.
     """
     tasks = [_embed(number, item, next_id, inputs(item)) for item in items]
     for layer in range(plan.num_layers):
@@ -131,33 +131,33 @@ def emit_pass(
         else:
             split = _SplitLayer(number, layer, plan.attention_resource, next_id, weights, plan.crossing_of(layer))
             tasks.extend(split.emit(items))
-        stream.release(layer)
+        stream.mark_read(layer)
         tasks.extend(stream.fill())
     return tasks
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """The streamed weights of a layer in one pass: where they are, and what its tasks touch of them."""
+    """The streamed weights of a layer in one pass: their slots, and the accesses of the layer's tasks to them."""
 
-    slots: tuple[tuple[int, int], ...]
-    loaded: tuple[Access, ...]  # the slots' contents
-    bound: tuple[Access, ...]  # what the first item makes of them: parameters bound to the slots, converted weights
+    slots: tuple[tuple[int, int], ...]  # (part, slot) pairs
+    loaded: tuple[Access, ...]  # the contents of the slots
+    bound: tuple[Access, ...]  # written by the first item: parameters bound to the slots, converted weights
 
     @classmethod
     def of(cls, number: int, layer: int, stream: WeightStream, parts: Sequence[PlannedPart]) -> "_Weights":
-        """Those of pass ``number``."""
+        """The weights of a layer in pass ``number``."""
         slots, loaded = stream.bind(layer)
         names = [weights_buffer(layer)] if parts else []
         names += [SCRATCH] if any(part.scratch_bytes for part in parts) else []
         return cls(slots, loaded, tuple(Access(name, f"pass {number} L{layer}") for name in names))
 
     def reads(self, *, first: bool) -> tuple[Access, ...]:
-        """What an item reads; the first one binds."""
+        """The reads of an item; the first item binds the weights, the others read them bound."""
         return self.loaded if first else (*self.loaded, *self.bound)
 
     def writes(self, *, first: bool) -> tuple[Access, ...]:
-        """What an item writes."""
+        """The writes of an item: only the first one binds."""
         return self.bound if first else ()
 
 
@@ -177,10 +177,10 @@ def _layer(number: int, layer: int, item: WorkItem, next_id: Numbering, weights:
 
 @dataclass(frozen=True, slots=True)
 class _SplitLayer:
-    """A layer of a pass in three tasks per item, of which the attention has a resource of its own.
+    """A layer of a pass in three tasks per item; its attention has a resource of its own.
 
-    With ``crossing`` it is on the other side of a device's link, as is the KV that it stores to and reads: two more
-    tasks bring so many bytes of a token there and back.
+    With ``crossing``, attention and its KV are in host memory, across a device's link: two more tasks per item bring
+    the queries there and the result back. ``crossing`` gives the bytes per token of both ways.
     """
 
     number: int
@@ -191,16 +191,17 @@ class _SplitLayer:
     crossing: tuple[int, int] | None
 
     def emit(self, items: Sequence[WorkItem]) -> Iterator[Task]:
-        """All projections first, then all attention, then the rest, so that one item attends while others compute.
+        """Emit all projections, then all attention, then the rest, so that one item attends while others compute.
 
-        But a chunk projects behind the attention of the chunk before it, which reads the KV that it writes; and an
-        item that shares its attention's buffer with another one reuse_from all of that.
+        There are two exceptions. A chunk of a prompt projects behind the attention of the chunk before it, because
+        that attention reads the KV which the chunk writes. An item that shares its attention buffer with an earlier
+        item is emitted behind all tasks of that item.
         """
         projected: list[WorkItem] = []
         unfinished: list[WorkItem] = []
         for item in items:
-            shares = next((one for one in unfinished if attention_buffer(one) == attention_buffer(item)), None)
-            if shares is not None or any(one.rows == item.rows for one in projected):
+            shares = next((other for other in unfinished if attention_buffer(other) == attention_buffer(item)), None)
+            if shares is not None or any(other.rows == item.rows for other in projected):
                 yield from self._attend(projected)
                 projected.clear()
             if shares is not None:
@@ -260,7 +261,7 @@ class _SplitLayer:
         writes: tuple[Access, ...],
         token_bytes: int = 0,
     ) -> Task:
-        """``token_bytes`` of every token cross a link."""
+        """One task of the layer; it transfers ``token_bytes`` per token across a link."""
         priority = PREFILL if item.prefill else VERIFY
         slots = self.weights.slots if resource == COMPUTE else ()
         work = LayerWork(self.layer, slots, token_bytes * item.padded_tokens)
@@ -268,7 +269,7 @@ class _SplitLayer:
 
 
 def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access, ...]) -> Task:
-    """Token ids to hidden state, with positions and masks."""
+    """The task from token ids to hidden state, positions and masks."""
     writes = (Access(hidden_buffer(item), f"pass {number} L0"),)
     priority = PREFILL if item.prefill else VERIFY
     return Task(next_id(), Op.EMBED, COMPUTE, priority, inputs, writes, number, item)
@@ -277,8 +278,8 @@ def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access
 def emit_end(number: int, items: Sequence[WorkItem], next_id: Numbering, plan: Plan) -> list[Task]:
     """The end of a pass for every item that draws: the target's draws, then their comparison with the proposal.
 
-    What the draft was told to do before comes first: its proposal and its KV are settled here, and the KV of an
-    accepted path moves to where plain decoding would have put it.
+    These tasks run behind all draft tasks emitted before them: ACCEPT writes the proposal and the draft's KV, and
+    moves the KV of an accepted path to the positions where plain decoding would have put it.
     """
     return [task for item in items if item.samples for task in _end_item(number, item, next_id, plan)]
 
@@ -287,15 +288,15 @@ def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan) -> tu
     drawn = Access(draws_buffer(item), f"pass {number}")
     last = (Access(hidden_buffer(item), f"pass {number} L{plan.num_layers}"),)
     head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number, item)
-    settled = [sequence_buffer(item.group)]
+    written = [sequence_buffer(item.group)]
     if plan.max_draft_tokens:
-        settled += [proposal_buffer(item.group), draft_kv_buffer(item.group)]
-    settled += [_kv_of(item, layer, plan) for layer in range(plan.num_layers)]  # a row that fails is cleared
-    writes = tuple(Access(buffer, f"pass {number} item {item.index}") for buffer in settled)
+        written += [proposal_buffer(item.group), draft_kv_buffer(item.group)]
+    written += [_kv_of(item, layer, plan) for layer in range(plan.num_layers)]  # also clears a row that fails
+    writes = tuple(Access(buffer, f"pass {number} item {item.index}") for buffer in written)
     accept = Task(next_id(), Op.ACCEPT, CPU, VERIFY, (drawn,), writes, number, item)
     return head, accept
 
 
 def _kv_of(item: WorkItem, layer: int, plan: Plan) -> str:
-    """Where an item's keys and values of one layer are: split layers tell the items of a pass apart."""
+    """The buffer of an item's keys and values of one layer: one per group, or for split layers per set of rows."""
     return kv_buffer(item.group, layer) if plan.attention_resource == COMPUTE else rows_kv_buffer(item, layer)

@@ -1,8 +1,8 @@
 """The race detector: replays the spans of a run and checks every access to every buffer.
 
-Two accesses to a buffer conflict when one of them writes. In a correct run conflicting accesses never overlap
-in time, and a read finds the content it expects: the write that left it ended before the read began, and no
-other write lies between. It runs in the tests on every trace, real and simulated.
+Two accesses to a buffer conflict when one of them writes. In a correct run conflicting accesses never overlap in time,
+and a read finds the content that it expects: the write of that content ended before the read began, and no other write
+lies between them. The tests run it on every trace, real and simulated.
 """
 
 from collections import defaultdict
@@ -20,9 +20,9 @@ class _Use:
 
 
 def find_races(spans: Iterable[Span], tolerance_s: float = 0.0) -> list[str]:
-    """Every conflict of a run, in words; empty when there is none.
+    """One sentence for every conflict of a run; empty when there is none.
 
-    ``tolerance_s``: clocks of two devices may disagree by that much.
+    ``tolerance_s``: seconds by which the clocks of two devices may disagree.
     """
     uses: dict[str, list[_Use]] = defaultdict(list)
     for span in spans:
@@ -30,11 +30,11 @@ def find_races(spans: Iterable[Span], tolerance_s: float = 0.0) -> list[str]:
             uses[access.buffer].append(_Use(span, access.content, writes=False))
         for access in span.task.writes:
             uses[access.buffer].append(_Use(span, access.content, writes=True))
-    return [race for buffer, found in uses.items() for race in _check(buffer, found, tolerance_s)]
+    return [race for buffer, own in uses.items() for race in _check(buffer, own, tolerance_s)]
 
 
 def _check(buffer: str, uses: list[_Use], tolerance_s: float) -> list[str]:
-    """Walk one buffer's accesses in program order; time must agree with it."""
+    """Check one buffer's accesses in program order; their times must agree with that order."""
     races = []
     content = ""
     last_write: Span | None = None
@@ -50,7 +50,7 @@ def _check(buffer: str, uses: list[_Use], tolerance_s: float) -> list[str]:
                 reads_stop_s, last_read = span.stop_s, span
             continue
         if last_read is not None and last_read is not span and span.start_s < reads_stop_s - tolerance_s:
-            races.append(_describe(buffer, last_read, span, "writes while a reader is at work"))
+            races.append(_describe(buffer, last_read, span, "writes while a task still reads"))
         content, last_write = use.content, span
         reads_stop_s, last_read = float("-inf"), None
     return races

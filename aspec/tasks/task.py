@@ -1,8 +1,7 @@
-"""The words of the dataflow: operations, tasks, what they read and write, and the events around them.
+"""The data types of the dataflow: tasks, the buffers that they read and write, and the scheduler's events.
 
-Pure data: no torch, no asyncio, no clock. A task names buffers, never tensors; it carries ids, counts and
-byte sizes, never token values. Buffers are named by the helpers below so that policy, executor, simulation
-and race detector agree on them.
+Pure data: no torch, no asyncio, no clock. A task names buffers, never tensors; it carries ids, counts and byte sizes,
+never token values. The helpers below name the buffers, so that policy, executor, simulation and race detector agree.
 """
 
 from dataclasses import dataclass
@@ -10,16 +9,16 @@ from dataclasses import dataclass
 from aspec.tasks.op import Op
 
 DISK, H2D, D2H, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "d2h", "compute", "draft", "cpu"
-H2D_RESULTS = "back"  # a second way to the device, for what the host has computed: it does not wait behind weights
+H2D_RESULTS = "back"  # a second way to the device, for results of the host: they do not wait behind weights
 
 
 @dataclass(frozen=True, slots=True)
 class Resource:
     """One kind of worker.
 
-    ``depth`` tasks are in flight at most. ``in_order``: they complete in the order of issue. Resources that
-    share a non-empty ``domain`` order their work among themselves (one stream, or streams that wait for each
-    other's events), so a dependency inside a domain is met when the producer is *issued*.
+    At most ``depth`` tasks are in flight. ``in_order``: they complete in the order of issue. Resources with the same
+    non-empty ``domain`` order their work among themselves (one stream, or streams that wait for each other's events),
+    so a dependency inside a domain is met when the producer is *issued*.
     """
 
     name: str
@@ -30,7 +29,7 @@ class Resource:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """A buffer and the content a reader expects in it, or a writer leaves in it."""
+    """A buffer, and the content that a reader expects or a writer leaves in it."""
 
     buffer: str
     content: str
@@ -38,12 +37,12 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """The rows that go through a pass together, and which of their positions.
+    """Rows that go through a pass together, and the positions of their tokens.
 
-    Row ``rows[i]`` runs the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1``. A decode item
-    runs the last committed token and the row's proposals; a prefill item runs a chunk of prompts.
-    ``samples`` tells whether the item ends in a draw (all but the inner chunks of a long prompt do). Items of several
-    groups are in flight at once.
+    Row ``rows[i]`` runs the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1``. A decode item runs the last
+    committed token and the row's proposals; a prefill item runs a chunk of prompts. ``samples``: the item ends in a
+    draw (all items do, except the inner chunks of a long prompt). Items of several groups are in flight at once.
+    Raises ValueError if a row lacks a start or has no token.
     """
 
     index: int
@@ -60,66 +59,67 @@ class WorkItem:
 
     @property
     def name(self) -> str:
-        """What tells it from all others in flight."""
+        """A name that is unique among the items in flight."""
         return f"{self.group}.{self.index}"
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through every layer for this item, padding excluded."""
+        """Tokens that go through every layer for this item, without padding."""
         return sum(self.counts)
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens that are really worked on, or travel: every row as wide as the widest."""
+        """Tokens that are computed or transferred, with padding: every row has the width of the widest."""
         return len(self.rows) * max(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
 class TreeLevel:
-    """How a DRAFT task grows one level of its rows' trees (SpecExec, arXiv 2406.02532), planting those that are none.
+    """The limits by which a DRAFT task grows one level of its rows' trees, and starts missing trees.
 
-    With ``ahead`` it is for the round to come, while the target verifies what has grown: room for that many more nodes.
+    Source: SpecExec, arXiv 2406.02532. With ``ahead`` > 0 the level is for the next round, while the target verifies
+    the present nodes.
     """
 
     beams: int  # nodes of a row that go through the draft
-    width: int  # children that each of them offers
-    budgets: tuple[int, ...]  # nodes a row may propose, in the order of the item's rows
-    depths: tuple[int, ...]  # tokens a path may have
-    ahead: int = 0
+    width: int  # candidate children of each such node
+    budgets: tuple[int, ...]  # most nodes that a row may propose, in the order of the item's rows
+    depths: tuple[int, ...]  # most tokens of a path, in the order of the item's rows
+    ahead: int = 0  # further nodes that a row's tree may hold
 
 
 @dataclass(frozen=True, slots=True)
 class RowAssignment:
-    """Sequence ``sequence`` occupies row ``row`` from now on (None: the row is free again, its KV stands)."""
+    """From now on sequence ``sequence`` occupies row ``row`` (None: the row is free and retains its KV)."""
 
     row: int
     sequence: int | None
-    num_cached_tokens: int = 0  # leading tokens whose KV stands in the row
+    num_cached_tokens: int = 0  # leading tokens whose KV is in the row
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What READ and COPY bring: one part on its way to a slot."""
+    """The payload of READ and COPY: one part on its way to a slot."""
 
     part: int
     layer: int
     nbytes: int
-    slot: int | None = None  # that is filled; None: the part lands in staging
-    staging: int | None = None  # the host buffer it passes; None: it does not come from the disk, or needs none
+    slot: int | None = None  # the slot to fill; None: the part lands in staging
+    staging: int | None = None  # the staging buffer; None: the part is not from the disk, or needs no staging
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """What a task of a layer needs besides its item."""
+    """The payload of a layer's task, besides its item."""
 
     layer: int
-    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs that it computes with
-    nbytes: int = 0  # that cross a link (SEND, RETURN)
+    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs of the layer's streamed weights
+    nbytes: int = 0  # bytes transferred across a link (SEND, RETURN)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftStep:
-    """One step of the draft: the next token of chains, or with ``growth`` one level of trees."""
+    """The payload of DRAFT: the next token of chains, or with ``growth`` one level of trees."""
 
     step: int
     growth: TreeLevel | None = None
@@ -127,7 +127,7 @@ class DraftStep:
 
 @dataclass(frozen=True, slots=True)
 class RowChanges:
-    """What ASSIGN_ROWS does."""
+    """The payload of ASSIGN_ROWS."""
 
     rows: tuple[RowAssignment, ...]
 
@@ -145,40 +145,40 @@ class Task:
     priority: int
     reads: tuple[Access, ...] = ()
     writes: tuple[Access, ...] = ()
-    number: int = 0  # pass or round the task belongs to; for loads the running number of the load
+    number: int = 0  # number of the task's pass or round; for a load the number of the load
     item: WorkItem | None = None
-    payload: Payload | None = None  # None: the item says it all
+    payload: Payload | None = None  # None: the item is sufficient
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the task works on; 0 for loads."""
+        """Tokens that the task processes; 0 for loads."""
         return self.item.num_tokens if self.item else 0
 
     @property
     def load(self) -> Load:
-        """What a load brings."""
-        assert isinstance(self.payload, Load), f"{self.op} loads nothing"
+        """The payload of a READ or COPY task."""
+        assert isinstance(self.payload, Load), f"{self.op} is not a load"
         return self.payload
 
     @property
     def draft(self) -> DraftStep:
-        """The step of a DRAFT task."""
-        assert isinstance(self.payload, DraftStep), f"{self.op} drafts nothing"
+        """The payload of a DRAFT task."""
+        assert isinstance(self.payload, DraftStep), f"{self.op} is not a draft step"
         return self.payload
 
     @property
     def growth(self) -> TreeLevel | None:
-        """Of a DRAFT task that grows trees."""
+        """The tree level of a DRAFT task; None for all other tasks, and for chains."""
         return self.payload.growth if isinstance(self.payload, DraftStep) else None
 
     @property
     def layer(self) -> int | None:
-        """The layer it loads or computes."""
+        """The layer that the task loads or computes; None if there is none."""
         return self.payload.layer if isinstance(self.payload, LayerWork | Load) else None
 
     @property
     def detail(self) -> int | None:
-        """The part of a load, the step of a draft."""
+        """The part of a load, or the step of a draft; None for other tasks."""
         match self.payload:
             case Load(part=part):
                 return part
@@ -188,51 +188,51 @@ class Task:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that travel."""
+        """Bytes that the task transfers."""
         return self.payload.nbytes if isinstance(self.payload, LayerWork | Load) else 0
 
     @property
     def slots(self) -> tuple[tuple[int, int], ...]:
-        """The (part, slot) pairs that it computes with."""
+        """The (part, slot) pairs of the weights that the task computes with."""
         return self.payload.slots if isinstance(self.payload, LayerWork) else ()
 
     @property
     def filled_slot(self) -> int | None:
-        """The slot that a load fills."""
+        """The slot that a load fills; None for other tasks and reads into staging."""
         return self.payload.slot if isinstance(self.payload, Load) else None
 
     @property
     def label(self) -> str:
-        """A short stable name: its colour in a trace, its name in an error."""
+        """A short stable name: it sets the colour in a trace and names the task in an error."""
         return self.op.label(self.layer, self.detail)
 
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """The counts of one row after ACCEPT: all the policy ever learns of tokens."""
+    """The counts of one row after ACCEPT; the policy learns nothing else about tokens."""
 
     row: int
     num_proposed: int
     num_accepted: int
     num_new: int
-    stopped: bool  # an end-of-sequence token or a stop string ended the row
+    stopped: bool  # an end-of-sequence token or a stop string ended the sequence
 
 
 @dataclass(frozen=True, slots=True)
 class TreeStatus:
-    """A row's tree after a level: what its nodes are worth, and what another level could bring."""
+    """A row's tree after a level: the probabilities of its nodes, and the gain bound of another level."""
 
     row: int
-    probabilities: tuple[float, ...]  # calibrated, of the paths to its nodes, descending
-    gain_bound: float  # expected tokens that one more level can gain at most; 0: it is grown
+    probabilities: tuple[float, ...]  # calibrated probabilities of the paths to its nodes, descending
+    gain_bound: float  # upper bound of the expected tokens that one more level gains; 0: the tree is complete
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The counts that a task leaves: of its rows after ACCEPT, of their trees after a level or below what was drawn."""
+    """The counts that a task returns."""
 
-    outcomes: tuple[RowOutcome, ...] = ()
-    grown: tuple[TreeStatus, ...] = ()
+    outcomes: tuple[RowOutcome, ...] = ()  # after ACCEPT, by row
+    grown: tuple[TreeStatus, ...] = ()  # by row: its tree after a level, or after ACCEPT the tree below the last draw
 
 
 NOTHING = Report()
@@ -240,7 +240,7 @@ NOTHING = Report()
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a backend tells of a finished task: seconds on the backend's clock, and counts."""
+    """A backend's result of a finished task: seconds on the backend's clock, and counts."""
 
     start_s: float
     stop_s: float
@@ -249,45 +249,47 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A finished task with its start and end, seconds on the backend's clock: what observers read."""
+    """A finished task with its start and end, in seconds on the backend's clock; observers read spans."""
 
     task: Task
     start_s: float
     stop_s: float
     outcomes: tuple[RowOutcome, ...] = ()
     grown: tuple[TreeStatus, ...] = ()
-    cause: int = -1  # the task whose end let this one start; -1: something outside
+    cause: int = -1  # id of the task whose end allowed this one to start; -1: an event from outside
 
 
-# Events: all the scheduler ever hears.
+# Events: the only input of the scheduler.
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The executor is up; the slots are empty."""
+    """The executor has started; the slots are empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestAdded:
-    """A sequence waits to be served; of its prompt ``kept`` leading tokens are those of a sequence that has ended."""
+    """A new sequence waits for a row; its prompt may share its leading tokens with an ended sequence."""
 
     sequence: int
     prompt_tokens: int
     max_new_tokens: int
-    reuse_from: int | None = None  # the one that has ended
-    num_cached_tokens: int = 0  # below both lengths: all of them are in its KV, and one token is left to draw from
+    reuse_from: int | None = None  # the ended sequence
+    num_cached_tokens: int = (
+        0  # shared tokens; fewer than both lengths: all in its KV, and one prompt token left to run
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class RequestAborted:
-    """Nobody listens to a sequence any more."""
+    """The caller has abandoned a sequence."""
 
     sequence: int
 
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """No further sequence will arrive; stop when those present are done, or at once if ``now``."""
+    """No further sequence will be added; stop when all present ones are done, or at once if ``now``."""
 
     now: bool = False
 
@@ -296,16 +298,16 @@ Event = Started | RequestAdded | RequestAborted | Shutdown | Span
 
 
 SCRATCH = "scratch"
-"""Where the weights of the layer that runs are, as far as they had to be converted."""
+"""The buffer of the running layer's converted weights."""
 
 
 def slot_buffer(slot: int) -> str:
-    """A device buffer that holds one part."""
+    """The slot ``slot``, a device buffer that holds one part."""
     return f"slot:{slot}"
 
 
 def staging_buffer(index: int) -> str:
-    """A pinned host buffer between disk and device."""
+    """The staging buffer ``index``, in pinned host memory between disk and device."""
     return f"staging:{index}"
 
 
@@ -315,15 +317,15 @@ def hidden_buffer(item: WorkItem) -> str:
 
 
 def attention_buffer(item: WorkItem) -> str:
-    """What a split layer of a work item leaves for its attention, and what that makes of it.
+    """The input of a work item's attention in a split layer, and then its result.
 
-    Prompts take turns in two of them, so that what a pass holds does not grow with their number.
+    Prefill items alternate between two such buffers, so that the memory of a pass does not grow with their number.
     """
     return f"attention:{_turn(item)}"
 
 
 def crossing_buffer(item: WorkItem) -> str:
-    """The same in host memory, where a split layer attends beside its KV there."""
+    """The same contents in host memory, for a split layer whose KV is there."""
     return f"crossing:{_turn(item)}"
 
 
@@ -337,7 +339,7 @@ def draws_buffer(item: WorkItem) -> str:
 
 
 def weights_buffer(layer: int) -> str:
-    """The modules of a streamed layer: its first task in a pass binds their parameters to the slots."""
+    """The modules of a streamed layer; its first task in a pass binds their parameters to the slots."""
     return f"weights:{layer}"
 
 
@@ -347,7 +349,7 @@ def kv_buffer(group: int, layer: int) -> str:
 
 
 def rows_kv_buffer(item: WorkItem, layer: int) -> str:
-    """The same, for the rows of one item: items of a pass share all their rows (chunks of a prompt) or none."""
+    """The same, for the rows of one item: two items of a pass share all rows (chunks of a prompt) or none."""
     return f"kv:{item.group}:{layer}:{item.rows[0]}"
 
 

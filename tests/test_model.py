@@ -270,8 +270,8 @@ def change(path, edit, into):
         ("llama", lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), "1 of the 39 tensors .* not stored"),
         ("llama", lambda t: t.update({"lm_head.weight": torch.zeros(9, 64)}), "lm_head.weight does not fit"),
         ("llama", lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}), "stored as torch.int8"),
-        ("llama", lambda t: t.update({"norm.weight": torch.zeros(64)}), "2 stored tensors claim to be"),
-        ("mixtral", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.3.w1.weight"), "cannot be put together"),
+        ("llama", lambda t: t.update({"norm.weight": torch.zeros(64)}), "2 stored tensors map to"),
+        ("mixtral", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.3.w1.weight"), "cannot be combined"),
         ("mixtral", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.3.w2.weight"), "does not fit"),
     ],
 )

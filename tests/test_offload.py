@@ -64,10 +64,10 @@ def crossed(model, layer, activations):
     """All items between their halves at once; nothing that has crossed is looked at on the device any more."""
     for activation in activations:
         model.project(layer, activation)
-        crossing = activation.split.crossing
-        crossing.back.fill_(float("nan"))
+        crossing = activation.split.host_attention
+        crossing.device_result.fill_(float("nan"))
         model.send(activation)
-        for tensor in crossing.leaving[: 3 if crossing.stores else 1]:
+        for tensor in crossing.device_arguments[: 3 if crossing.stores else 1]:
             tensor.fill_(float("nan"))
     threads = [threading.Thread(target=run_attention, args=(model, activation)) for activation in activations]
     for thread in threads:
@@ -161,7 +161,7 @@ def test_no_operation_meets_memory_of_both_sides(family, exact, tmp_path, monkey
     mask = StepCache.mask
     monkeypatch.setattr(StepCache, "mask", lambda *args: sides.at("host", mask, *args))
     monkeypatch.setattr(
-        Model, "_beside", lambda *args: sides.at("return", lambda: torch.empty_like(args[2]).copy_(args[2]))
+        Model, "_on_layers_device", lambda *args: sides.at("return", lambda: torch.empty_like(args[2]).copy_(args[2]))
     )
     with sides:
         cache = sides.at("host", lambda: KVCache(shapes, 3, 96, model.dtype, exact=exact, offloaded=True))
@@ -192,14 +192,14 @@ def test_the_plan_counts_what_is_held_and_what_crosses(family, tmp_path):
         streamed.load(layer)
         model.project(layer, activation)
         most = max(most, activation.split.nbytes)
-        crossing = activation.split.crossing
+        crossing = activation.split.host_attention
         assert crossing.token_bytes == model.offload.crossing[layer]
         model.send(activation)
-        arrived = [one for one in crossing.arrived if isinstance(one, torch.Tensor)]
+        arrived = [one for one in crossing.host_arguments if isinstance(one, torch.Tensor)]
         assert sum(one.nbytes for one in arrived) == 140 * model.offload.crossing[layer][0]
-        assert crossing.result.nbytes == 140 * model.offload.crossing[layer][1]
+        assert crossing.host_result.nbytes == 140 * model.offload.crossing[layer][1]
         model.attend(activation)
-        assert not crossing.leaving, "what has crossed is let go on the device"
+        assert not crossing.device_arguments, "what has crossed is let go on the device"
         model.bring_back(activation)
         model.finish(layer, activation)
     assert most == pytest.approx(140 * model.offload.per_token, rel=0.05)
@@ -215,12 +215,12 @@ def test_stages_out_of_turn_are_errors_and_no_results(tmp_path):
         activations.append(model.embed(torch.full((1, 3), 7), cache.step([0], [0], [3])))
     streamed.load(0)
     crossed, beside = activations
-    with pytest.raises(InternalError, match="in one piece"):
+    with pytest.raises(InternalError, match="must run split"):
         model.layer(0, crossed)
-    with pytest.raises(InternalError, match="nothing crosses"):
+    with pytest.raises(InternalError, match="nothing to copy"):
         model.send(crossed)
     model.project(0, beside)
-    with pytest.raises(InternalError, match="nothing crosses"):
+    with pytest.raises(InternalError, match="nothing to copy"):
         model.send(beside)
     model.project(0, crossed)
     for stage, match in ((model.attend, "before its queries"), (model.bring_back, "never sent")):
@@ -246,7 +246,7 @@ def test_what_the_host_cannot_keep_is_refused():
     step = KVCache([(1, 8, 8)], 1, 64, torch.float32, offloaded=True).step([0], [0], [3])
     hidden, layer = torch.randn(1, 3, 8), Converting()
     split_there = project(lambda: layer(hidden, step), hidden)
-    with pytest.raises(InternalError, match="other keys and values than can be kept"):
+    with pytest.raises(InternalError, match="keys and values that cannot be stored"):
         to_host(split_there, step, 0, MaskKind(), stores=True)
 
 

@@ -187,7 +187,7 @@ def test_what_a_layer_alters_is_altered_once():
     made = project(lambda: layer(hidden), hidden)
     attend_to(made)
     assert torch.equal(finish(lambda: layer(hidden), made), layer(given.clone()))
-    assert not made.kept
+    assert not made.recorded
     assert made.call is made.output is None
 
 
@@ -214,7 +214,7 @@ def test_a_layer_that_computes_otherwise_the_second_time_is_an_error():
     hidden, layer = torch.randn(1, 5, 64), Careless()
     made = project(lambda: layer(hidden), hidden)
     attend_to(made)
-    with pytest.raises(InternalError, match="did not the first time"):
+    with pytest.raises(InternalError, match="first half did not call it"):
         finish(lambda: layer(torch.bmm(hidden, hidden.mT) @ hidden), made)
 
 

@@ -1,1 +1,1 @@
-"""How does a model of transformers run layer by layer, with weights that come and go?"""
+"""How does a model of transformers run layer by layer, with weights that are loaded and dropped?"""

@@ -1,17 +1,17 @@
 """aspec's attention: grouped-query products under an explicit bool mask, softmax in fp32.
 
-Registered with transformers under the name "aspec", for attention and for masks (a function without a mask
-function silently gets no mask). It covers what families hand to theirs: soft caps, attention sinks, value heads of
+It is registered with transformers under the name "aspec", for attention and for masks: transformers gives no mask,
+without a warning, to a function that has no mask function. It supports soft caps, attention sinks and value heads of
 another width. On a CPU it is several times faster than masked sdpa, which repeats the keys per query head.
 
-Exact steps (``KVCache.exact``) bring ``Paths`` instead of a mask and are attended so that a token's bits depend on
-its own path only, not on what shares the pass. Three things make them so:
-- a query's scores are brought into the order of its positions, whole tiles of them, before the softmax, so that
-  trailing tiles which hold nothing for it add zeros only;
-- weights times values are multiplied tile by tile and added up in fp32, in the order of the tiles, because a longer
-  product is split where its length says. A tile that a query of a tree does not share is gathered for it;
-- no product has fewer than MIN_ROWS rows, below which a CPU takes other kernels. The inner lengths are short enough
-  (a head's width, a tile) that more rows change nothing, unlike in a layer's other products.
+An exact step (``KVCache.exact``) has ``Paths`` instead of a mask. A token's bits then depend on its own path only, not
+on the other tokens of the pass. Three rules ensure this:
+- A query's scores are sorted by position, in whole tiles, before the softmax. Trailing tiles without a visible
+  position add only zeros.
+- Weights and values are multiplied tile by tile, and the results are summed in fp32 in the order of the tiles, because
+  a CPU library splits a longer product depending on its length. A tile that is a tree query's own is gathered for it.
+- Every product has at least MIN_ROWS rows, because a CPU library uses other kernels for fewer rows. The inner lengths
+  (a head's width, a tile) are so short that more rows change no bits, unlike in a layer's other products.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ from aspec.models.kv_cache import KEY_TILE, Paths
 
 NAME = "aspec"
 MAX_SCORE_BYTES, DEVICE_SCORE_BYTES = 4 << 20, 64 << 20
-"""Of one block of fp32 scores; more query tokens are worked off in blocks. On a CPU 1 to 512 MiB are equally fast; a
-device likes few launches."""
+"""Bytes of fp32 scores in one block of query tokens, on a CPU and on a device. On a CPU 1 to 512 MiB are equally fast;
+a device is faster with fewer launches."""
 
 
 def attend(
@@ -48,16 +48,16 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [B, H, T, D] over key [B, G, S, D] and value [B, G, S, Dv]; returns [B, T, H, Dv].
 
-    ``attention_mask`` is bool [B, 1, T, S], True where visible, and every query sees at least one key; or the paths
-    of every row of an exact step.
-    ``s_aux`` [H]: a learned logit per head that takes part in the softmax and contributes nothing.
-    ``out`` is where the result goes, if not to memory of its own.
-    Besides the result it holds about ``temporary_bytes`` while it runs. A torch function mode meets it like torch's own
-    functions (``split.py``).
+    ``attention_mask`` is bool [B, 1, T, S], True where visible, and every query sees at least one key; in an exact
+    step it is the paths of every row.
+    ``s_aux`` [H]: a learned logit per head that takes part in the softmax and adds no value (attention sink).
+    ``out`` [B, T, H, Dv] receives the result; None: new memory.
+    The function holds about ``temporary_bytes`` besides the result while it runs. A torch function mode can intercept
+    it like torch's own functions (``split_layer.py``).
     """
     if has_torch_function_unary(query):
-        given = (module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
-        result: tuple[torch.Tensor, None] = handle_torch_function(attend, (query,), *given)
+        arguments = (module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
+        result: tuple[torch.Tensor, None] = handle_torch_function(attend, (query,), *arguments)
         return result
     batch, heads, tokens, width = query.shape
     scoring = _Scoring(width**-0.5 if scaling is None else scaling, softcap, s_aux)
@@ -65,7 +65,7 @@ def attend(
     if isinstance(attention_mask, tuple):
         _attend_exactly(output, query, key, value, attention_mask, scoring)
         return output, None
-    block = _block(batch * heads * key.shape[2], MAX_SCORE_BYTES if query.is_cpu else DEVICE_SCORE_BYTES)
+    block = _block_tokens(batch * heads * key.shape[2], MAX_SCORE_BYTES if query.is_cpu else DEVICE_SCORE_BYTES)
     for start in range(0, tokens, block):
         stop = min(tokens, start + block)
         mask = attention_mask[:, :, start:stop]
@@ -73,48 +73,49 @@ def attend(
     return output, None
 
 
-def temporary_bytes(batch: int, heads: int, tokens: int, length: int, most: int = MAX_SCORE_BYTES) -> int:
-    """Bytes that ``attend`` holds for T = ``tokens`` and S = ``length``: scores, weights, and a cast of either.
+def temporary_bytes(batch: int, heads: int, tokens: int, length: int, max_bytes: int = MAX_SCORE_BYTES) -> int:
+    """Bytes that ``attend`` holds for T = ``tokens`` and S = ``length``: scores, weights, and a cast of one of them.
 
-    ``most``: of scores at a time.
+    ``max_bytes``: bytes of scores in one block of query tokens.
     """
-    return 3 * min(tokens, _block(batch * heads * length, most)) * batch * heads * length * 4
+    return 3 * min(tokens, _block_tokens(batch * heads * length, max_bytes)) * batch * heads * length * 4
 
 
 def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot_bytes: int) -> int:
-    """The same of an exact step of ``batch`` rows with ``tokens`` in all; ``slot_bytes``: keys and values in a slot.
+    """Bytes that ``attend`` holds in an exact step of ``batch`` rows with ``tokens`` tokens in total.
 
-    It holds one thing more than scores, weights and a cast: scores in two orders, or what every tile yields. Rows take
-    turns, or a few of them go together, with copies of their keys and values.
+    ``slot_bytes``: bytes of keys and values in one slot. Besides scores, weights and a cast, an exact step holds the
+    scores in a second order, or the result of every tile. Rows run one after another, or several together with copies
+    of their keys and values.
     """
     together = min(MAX_SCORE_BYTES, length * (heads * tokens * 4 + batch * slot_bytes)) if batch > 1 else 0
     return max(temporary_bytes(1, heads, tokens, length), 3 * together) * 4 // 3
 
 
-def _block(scores_per_token: int, most: int) -> int:
-    """Query tokens whose scores are held at a time."""
-    return max(1, most // (scores_per_token * 4))
+def _block_tokens(scores_per_token: int, max_bytes: int) -> int:
+    """Number of query tokens in one block of scores."""
+    return max(1, max_bytes // (scores_per_token * 4))
 
 
 SUM_WIDTH = 64
-"""Elements to whose multiples the tiles' results are filled up before they are summed: what is left over of a width is
-summed in another order, and what is left over depends on the number of tokens."""
+"""The tiles' results are padded to a multiple of this number of elements before they are summed: torch sums the
+remainder of a width in another order, and the remainder depends on the number of tokens."""
 
 MIN_ROWS = 16
-"""Of a product in exact attention. Measured on a Xeon with AMX: fp32 products over an inner length of 64, 128, 256
-and 512 have other last bits below 3, 6, 11 and 16 rows, and the same for any number from there on."""
+"""Smallest number of rows of a product in exact attention. Measured on a Xeon with AMX: the last bits of fp32 products
+over an inner length of 64, 128, 256 and 512 differ below 3, 6, 11 and 16 rows, and are constant from there on."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Scoring:
-    """How raw products become weights."""
+    """How products of queries and keys become weights."""
 
     scale: float
     softcap: float | None
     sinks: torch.Tensor | None  # [H]
 
     def repeated(self, count: int) -> "_Scoring":
-        """For the heads of ``count`` rows."""
+        """The same scoring for the heads of ``count`` rows."""
         return replace(self, sinks=None if self.sinks is None else self.sinks.repeat(count))
 
     def logits(self, products: torch.Tensor) -> torch.Tensor:
@@ -123,7 +124,7 @@ class _Scoring:
         return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def weights(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Softmax of [..., G, H / G, T, S], in place, where ``visible``, which broadcasts against it."""
+        """Softmax of [..., G, H / G, T, S] over the ``visible`` keys (broadcast); overwrites ``logits``."""
         logits.masked_fill_(~visible, float("-inf"))
         if self.sinks is None:
             return logits.softmax(-1)
@@ -155,22 +156,22 @@ def _attend_exactly(
     paths: tuple[Paths, ...],
     scoring: _Scoring,
 ) -> None:
-    """An exact step, into ``output`` [B, T, H, Dv]. Chains of like length go together, as heads of one wide row."""
+    """Write an exact step to ``output`` [B, T, H, Dv]. Chains of similar length run as the heads of one wide row."""
     _, heads, tokens, _ = query.shape
     groups, width = key.shape[1], key.shape[-1] + value.shape[-1]
-    for rows in _alike(paths, heads * tokens * 4 + groups * width * key.element_size()):
+    for rows in _row_groups(paths, heads * tokens * 4 + groups * width * key.element_size()):
         if len(rows) == 1:
             (row,) = rows
             output[row] = _attend_row(query[row], key[row], value[row], paths[row], scoring)
             continue
-        merged = _merged([paths[row] for row in rows], groups)
+        merged = _merge_chains([paths[row] for row in rows], groups)
         keys, values = (torch.cat([states[row, :, : merged.num_slots] for row in rows]) for states in (key, value))
         mixed = _attend_row(query[rows].flatten(0, 1), keys, values, merged, scoring.repeated(len(rows)))
         output[rows] = mixed.view(tokens, len(rows), heads, -1).transpose(0, 1)
 
 
-def _alike(paths: tuple[Paths, ...], bytes_per_slot: int) -> Iterator[list[int]]:
-    """Rows to attend together: chains whose lengths differ by a half at most, while scores and copies stay small."""
+def _row_groups(paths: tuple[Paths, ...], bytes_per_slot: int) -> Iterator[list[int]]:
+    """Rows to attend together: chains up to 1.5 times as long as the shortest, within MAX_SCORE_BYTES; a tree alone."""
     together: list[int] = []
     for row in sorted(range(len(paths)), key=lambda row: (paths[row].tail is None, paths[row].num_slots)):
         length = paths[row].num_slots
@@ -186,8 +187,8 @@ def _alike(paths: tuple[Paths, ...], bytes_per_slot: int) -> Iterator[list[int]]
         yield together
 
 
-def _merged(paths: list[Paths], groups: int) -> Paths:
-    """Several chains as the ``groups`` key heads of each: ``visible`` [B * G, 1, T, P]."""
+def _merge_chains(paths: list[Paths], groups: int) -> Paths:
+    """Several chains as one row with ``groups`` key heads per chain: ``visible`` [B * G, 1, T, P]."""
     length = paths[-1].num_slots  # the longest
     visible = torch.stack([pad(own.visible, (0, length - own.prefix)) for own in paths])
     return Paths(length, length, None, visible.repeat_interleave(groups, 0)[:, None])
@@ -199,7 +200,7 @@ def _attend_row(
     """One row of an exact step: query [H, T, D], key [G, S, D], value [G, S, Dv]; returns [T, H, Dv]."""
     heads, tokens, _ = query.shape
     groups, length, value_width = value.shape
-    if paths.num_slots > length:  # the last tile passes the end of the cache
+    if paths.num_slots > length:  # the last tile extends past the end of the cache
         key, value = (pad(states, (0, 0, 0, paths.num_slots - length)) for states in (key, value))
     tail_bytes = 0 if paths.tail is None else paths.tail.shape[1] * groups * value_width * value.element_size()
     block = max(1, MAX_SCORE_BYTES // (heads * paths.visible.shape[-1] * 4 + tail_bytes))
@@ -239,17 +240,17 @@ def _attend_paths(
 
 
 def _at_least_min_rows(rows: torch.Tensor) -> torch.Tensor:
-    """[N, M, K] with zeros behind its M rows where they are fewer than MIN_ROWS."""
+    """[N, M, K], padded with zeros after its M rows to at least MIN_ROWS rows."""
     missing = MIN_ROWS - rows.shape[1]
     return pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
 
 
 def _mix_shared(weights: torch.Tensor, value: torch.Tensor, mixed: torch.Tensor) -> None:
-    """Values [G, n * 64, Dv] by weights [G, M, n, 64] into ``mixed`` [G, n, M, Dv], every tile for itself."""
+    """Multiply weights [G, M, n, 64] by values [G, n * 64, Dv] into ``mixed`` [G, n, M, Dv], each tile separately."""
     groups, rows, count, _ = weights.shape
     if rows < MIN_ROWS:
         weights = pad(weights, (0, 0, 0, 0, 0, MIN_ROWS - rows))
-    if count <= groups:  # whichever needs fewer products; a tile of a cache and its heads are no one batch
+    if count <= groups:  # the variant with fewer products; tiles and heads of a cache cannot form one batch
         for tile in range(count):
             at = slice(tile * KEY_TILE, (tile + 1) * KEY_TILE)
             mixed[:, tile] = torch.matmul(weights[:, :, tile], value[:, at])[:, :rows]
@@ -260,7 +261,7 @@ def _mix_shared(weights: torch.Tensor, value: torch.Tensor, mixed: torch.Tensor)
 
 
 def _mix_own(weights: torch.Tensor, value: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
-    """Values at each query's own slots ``tail`` [T, W] by weights [G, H / G, T, n, 64]; returns [G, n, M, Dv]."""
+    """Multiply weights [G, H / G, T, n, 64] by the values at each query's slots ``tail`` [T, W]: [G, n, M, Dv]."""
     groups, shared, tokens, count, _ = weights.shape
     own = value[:, tail.flatten()].reshape(groups * tokens * count, KEY_TILE, -1)
     rows = weights.permute(0, 2, 3, 1, 4).reshape(groups * tokens * count, shared, KEY_TILE)

@@ -1,7 +1,7 @@
-"""Pointing a skeleton's parameters at bytes: views of a part's buffer, or of scratch where bytes must be converted.
+"""Binding of a skeleton's parameters to bytes: views of a part's buffer, or of scratch where bytes are converted.
 
-A parameter is replaced in its module's own table, which costs less than a microsecond; the tensors are made once
-per part and buffer. A parameter without bytes is on meta, and ``check`` says so before a layer runs.
+A parameter is replaced in its module's own table, which costs less than a microsecond; the tensors are created once
+per part and buffer. A parameter without bytes is on meta; ``check`` raises an error for it before a layer runs.
 """
 
 from dataclasses import dataclass
@@ -18,28 +18,28 @@ Table = dict[str, torch.Tensor | None]
 """A module's own parameters or buffers."""
 
 Assignment = tuple[Table, str, torch.Tensor]
-"""A module's table, the name in it, and the tensor that belongs there."""
+"""A module's table, the name in it, and the tensor to put there."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """A part in one buffer: what to assign; the part is held so that its id stays its own."""
+    """The assignments of a part in one buffer. It references the part, so that no other object gets the same id."""
 
     part: Part
     assignments: tuple[Assignment, ...]
 
 
 class Binder:
-    """Binds parts: the rest in ``frame``, layers in ``layers_model``."""
+    """Binds parts: layers in ``layers_model``, all other weights in ``frame``."""
 
     def __init__(self, frame: PreTrainedModel, layers_model: PreTrainedModel, layers: nn.ModuleList) -> None:
         self._frame, self._layers_model = frame, layers_model
-        self._bound: dict[tuple[int, int], _Bound] = {}  # by the part's id and the buffer's address
-        self._empty: dict[tuple[int, str], Assignment] = {}  # by layer and target: as it was before the first bind
+        self._bound: dict[tuple[int, int], _Bound] = {}  # key: the part's id and the buffer's address
+        self._empty: dict[tuple[int, str], Assignment] = {}  # by layer and target: the state before the first bind
         self._tables = [_tables(layer) for layer in layers]
 
     def bind(self, part: Part, buffer: torch.Tensor, scratch: torch.Tensor | None) -> None:
-        """See ``Model.bind``."""
+        """See ``Model.bind``. Raises InternalError where the buffer or the scratch is missing or too small."""
         key = (id(part), buffer.data_ptr())
         bound = self._bound.get(key)
         if bound is None:
@@ -64,11 +64,11 @@ class Binder:
                 table[name] = tensor
 
     def forget(self) -> None:
-        """Drop every tensor that was made, so that the buffers' memory can be given back; unbind first."""
+        """Drop all tensors over the buffers, so that the buffers can be freed. Unbind the parts first."""
         self._bound.clear()
 
     def check(self, layer: int) -> None:
-        """Raise InternalError if one of the layer's parameters has no bytes."""
+        """Raise InternalError if a parameter of the layer is not bound."""
         for table, name in self._tables[layer]:
             tensor = table[name]
             if tensor is not None and tensor.is_meta:
@@ -89,7 +89,7 @@ class Binder:
             table[name] = tensor
 
     def _place(self, part: Part, binding: Binding, memory: torch.Tensor) -> Assignment:
-        """Where a binding goes, and the tensor that belongs there; remembers what was there before the first."""
+        """The assignment of a binding to ``memory``; records the tensor that was there before the first bind."""
         path, _, name = binding.target.rpartition(".")
         module = (self._frame if part.layer == REST else self._layers_model).get_submodule(path)
         table: Table = module._parameters if name in module._parameters else module._buffers
@@ -103,7 +103,7 @@ class Binder:
 
 
 def _tables(layer: nn.Module) -> list[tuple[Table, str]]:
-    """Every parameter and stored buffer of a layer, as the table it is in and its name there."""
+    """Every parameter and stored buffer of a layer: its table and its name in the table."""
     found: list[tuple[Table, str]] = []
     for module in layer.modules():
         found += [(module._parameters, name) for name in module._parameters]  # type: ignore[misc]

@@ -1,9 +1,9 @@
-"""Products whose bits depend on nothing but the token: what makes speculative output bit-identical to plain decoding.
+"""Products whose bits depend on the token only, so that speculative output is bit-identical to plain decoding.
 
-A CPU library splits a product's inner length by its number of rows, and finishes an uneven width by other
-instructions; so a token's last bits depend on how many others are in the pass. Here neither is left to chance. The
-other half, attention in the order of a node's own path, is in ``attention.py`` and ``kv.py``. Proved at one and two
-threads (``tests/test_exact.py``); bits differ between thread counts, and from steps that are not exact.
+A CPU library splits a product's inner length depending on the number of rows, and computes the remainder of a width
+with other instructions. So a token's last bits depend on the number of tokens in the pass. This file fixes both
+sizes. ``attention.py`` and ``kv_cache.py`` do the same for attention. ``tests/test_exact.py`` checks it with one and
+two threads; bits differ between thread counts, and between exact and other steps.
 """
 
 import contextlib
@@ -19,42 +19,41 @@ from torch.overrides import TorchFunctionMode
 from aspec.models.kv_cache import StepCache
 
 BLOCK_ROWS = 64
-"""Rows of every product of an exact step but attention's: with another number, other last bits. Measured, CPU ms of a
-pass of 1 / 16 / 64 / 256 tokens, 2 layers of 2048, fp32, 2 threads: without blocks 19 / 47 / 76 / 195, of 32 rows
-68 / 61 / 128 / 347, of 64 rows 66 / 85 / 103 / 267, of 128 rows 106 / 136 / 128 / 231."""
+"""Rows of every product of an exact step except attention's. Another number gives other last bits. Measured, CPU ms of
+a pass of 1 / 16 / 64 / 256 tokens, 2 layers of 2048, fp32, 2 threads: without blocks 19 / 47 / 76 / 195, blocks of 32
+rows 68 / 61 / 128 / 347, of 64 rows 66 / 85 / 103 / 267, of 128 rows 106 / 136 / 128 / 231."""
 
-VECTORS = 64
-"""Elements that a CPU's elementwise loops take at a time: two vectors of 64 bytes in bf16."""
+VECTOR_ELEMENTS = 64
+"""Elements that one iteration of a CPU's elementwise loop computes: two vectors of 64 bytes in bf16."""
 
 
 def matmul_mode(step: StepCache) -> contextlib.AbstractContextManager[object]:
-    """What a step's products are computed in."""
+    """The context in which a step's products are computed: FixedTileMatmul if the step is exact."""
     if step.exact:
         return FixedTileMatmul()
     return contextlib.nullcontext()
 
 
 class FixedTileMatmul(TorchFunctionMode):
-    """While this is entered, on this thread, activations meet weights in blocks of BLOCK_ROWS rows.
+    """Computes products of activations and weights in blocks of BLOCK_ROWS rows, on the thread that enters the mode.
 
-    A CPU library splits a product's inner length by its number of rows, so a token's last bits depend on how many
-    others are in the pass. In a block of one size they depend on nothing but the token: not on its place in the
-    block and not on its neighbours. ``torch.matmul`` is left alone: attention's own. Activation functions of an
-    uneven width are filled up to whole vectors, because what is left over is computed by other instructions.
+    In blocks of one size a token's bits depend on the token only: not on its place in the block and not on the
+    other rows. ``torch.matmul`` is unchanged, because only attention uses it. Inputs of activation functions are padded
+    to whole vectors, because other instructions compute the remainder of a width.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _BY_VECTORS:
-            return _by_vectors(func, *args, **kwargs)
+        if func in _WHOLE_VECTORS:
+            return _in_whole_vectors(func, *args, **kwargs)
         handler = _IN_BLOCKS.get(func)
         return func(*args, **kwargs) if handler is None else handler(*args, **kwargs)
 
 
 def _in_blocks(rows: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``product`` of [..., M, K], block by block, the last one filled up with zeros; returns [..., M, N]."""
+    """``product`` of [..., M, K], block by block, the last block padded with zeros; returns [..., M, N]."""
     count = rows.shape[-2]
     filled = functional.pad(rows, (0, 0, 0, -count % BLOCK_ROWS))
     made = [product(block) for block in torch.split(filled, BLOCK_ROWS, -2)]
@@ -75,7 +74,7 @@ def _bmm(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _grouped_mm(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **options: object) -> torch.Tensor:
-    """Experts: rows [M, K] in groups that end at ``offs`` [E], weights [E, K, N]."""
+    """Product of experts: rows [M, K] in groups that end at ``offs`` [E], weights [E, K, N]; returns [M, N]."""
     assert not any(value is not None for value in options.values()), f"a grouped product with {options}"
     ends = offs.tolist()
     made = [
@@ -86,15 +85,17 @@ def _grouped_mm(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, *
     return torch.cat(made)
 
 
-def _by_vectors(func: Callable[..., torch.Tensor], values: torch.Tensor, **options: Any) -> torch.Tensor:
-    """An elementwise function over whole vectors only."""
-    if values.shape[-1] % VECTORS == 0:
+def _in_whole_vectors(func: Callable[..., torch.Tensor], values: torch.Tensor, **options: Any) -> torch.Tensor:
+    """An elementwise function of ``values``, computed over whole vectors only."""
+    if values.shape[-1] % VECTOR_ELEMENTS == 0:
         return func(values, **options)
-    filled = functional.pad(values.flatten(), (0, -values.numel() % VECTORS))  # a view with gaps goes row by row
+    filled = functional.pad(
+        values.flatten(), (0, -values.numel() % VECTOR_ELEMENTS)
+    )  # torch computes a view with gaps row by row
     return func(filled, **options)[: values.numel()].view(values.shape)
 
 
-_BY_VECTORS = frozenset({torch.sigmoid, torch.Tensor.sigmoid, functional.silu, functional.gelu, functional.softplus})
+_WHOLE_VECTORS = frozenset({torch.sigmoid, torch.Tensor.sigmoid, functional.silu, functional.gelu, functional.softplus})
 
 _IN_BLOCKS: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(
     {
@@ -106,4 +107,4 @@ _IN_BLOCKS: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(
 )
 
 PRODUCTS = frozenset(_IN_BLOCKS)
-"""The functions in which activations meet weights."""
+"""The functions that multiply activations by weights."""

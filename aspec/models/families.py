@@ -1,7 +1,7 @@
-"""What the generic driver takes and what it refuses, as rows: a new family is a row here at most, mostly none.
+"""Tables of what the generic driver refuses or does differently per family. Most families need no row.
 
-Most of what a family does is measured, not listed (``aspec/probe.py``): its keys and values, its masks, what its
-layers are called with. The rows below are what cannot be measured on meta tensors.
+``probe.py`` measures most properties of a family: keys and values, masks, arguments of layers. The tables below hold
+only properties that cannot be measured on meta tensors.
 """
 
 from collections.abc import Mapping
@@ -17,26 +17,26 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
         "add_cross_attention": "cross attention is not supported",
     }
 )
-"""Config keys that, when true, change the maths in a way the driver does not follow: key -> reason and remedy."""
+"""Config keys that, when true, change the maths in a way the driver does not support: key -> reason and remedy."""
 
 REFUSED_ROPE: Mapping[str, str] = MappingProxyType(
-    {"dynamic": "its angles change with the length of the text, so that cached keys would go stale"}
+    {"dynamic": "its angles change with the length of the text, so cached keys would become wrong"}
 )
-"""Rotary types that cannot be cached: type -> reason."""
+"""Rotary types whose keys cannot be cached: type -> reason."""
 
 CAPPED_ROPE = frozenset({"longrope"})
-"""Rotary types whose angles switch beyond the original length: served up to it, where they are constant."""
+"""Rotary types whose angles change beyond the original context length: aspec runs them up to that length only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What differs from the generic driver for one ``model_type``.
+    """Differences from the generic driver for one ``model_type``.
 
     transformers' default for experts is "grouped_mm". Measured, CPU ms on one Zen 4 thread, 64 experts of
     [256, 512], 8 per token, bf16, T = 1 / 8 / 64: grouped_mm 1.3 / 7.4 / 13.0, eager 1.3 / 9.4 / 19.0.
     """
 
-    refused: str | None = None  # why, and what to do instead
+    refused: str | None = None  # reason and remedy; None: supported
     experts: str | None = None  # implementation of experts; None: transformers' default
 
 
@@ -53,11 +53,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "xlm": Family(refused="its layers are parallel lists, not modules that run one after another"),
         "zamba": Family(refused="its layers share weights"),
         "zamba2": Family(refused="its layers share weights"),
-        "longcat_flash": Family(refused="each of its layers is two, with two caches"),
+        "longcat_flash": Family(refused="each of its layers consists of two layers with two caches"),
     }
 )
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a family; most need none."""
+    """The row of a family; the default row where the table has none."""
     return FAMILIES.get(model_type, Family())

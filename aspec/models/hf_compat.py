@@ -1,16 +1,16 @@
-"""All names of transformers that are private, renamed or moving: no other module of aspec uses one.
+"""All names of transformers that are private or differ between versions: no other module of aspec uses one.
 
-Where two versions differ, the code looks at what it finds, such as the signature of a forward, and never at a version
-number. ``tests/test_warnings.py`` and the tests marked ``compat`` were run with
+Where two versions differ, the code inspects the installed one, such as the signature of a forward, and never a version
+number. ``tests/test_warnings.py`` and the tests marked ``compat`` were run with these versions:
 
-| transformers | torch | Python | the cache in a forward is named |
+| transformers | torch | Python | name of the cache in a forward  |
 |--------------|-------|--------|---------------------------------|
 | 5.17.0       | 2.11  | 3.11   | ``past_key_values``             |
 | 5.17.0       | 2.13  | 3.11   | ``past_key_values``             |
 | 5.24.0       | 2.13  | 3.11   | ``cache``                       |
 
-The bounds in ``pyproject.toml`` are the first and the last row. From 5.24 on the name ``past_key_values`` gives a
-FutureWarning, and 5.40 removes it.
+The bounds in ``pyproject.toml`` are the first and the last row. From 5.24 on, the name ``past_key_values`` causes a
+FutureWarning; 5.40 removes it.
 """
 
 import inspect
@@ -65,7 +65,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # newest first
 
 
 def cache_argument(module: nn.Module) -> str:
-    """The name under which ``module`` takes its cache. Raises UnsupportedModelError where its forward takes none."""
+    """The name of the cache argument of ``module``'s forward. Raises UnsupportedModelError if it has none."""
     parameters = inspect.signature(type(module).forward).parameters
     for name in CACHE_NAMES:
         if name in parameters:
@@ -77,35 +77,35 @@ def cache_argument(module: nn.Module) -> str:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The decoder-only language model of a configuration; None where transformers has none."""
+    """The class of decoder-only language model for a configuration; None where transformers has none."""
     found: type[PreTrainedModel] | None = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return found
 
 
 def has_recurrent_state(family: type[PreTrainedModel]) -> bool:
-    """Whether its layers keep state that is no cache of keys and values."""
+    """Whether the family's layers keep state other than a cache of keys and values."""
     return bool(getattr(family, "_is_stateful", False))
 
 
 def takes_registered_attention(family: type[PreTrainedModel]) -> bool:
-    """Whether its layers attend with the function that ``set_attention`` names."""
+    """Whether the family's layers attend with the function that ``set_attention`` sets."""
     return bool(getattr(family, "_supports_attention_backend", False))
 
 
 def set_attention(config: PreTrainedConfig, name: str) -> None:
-    """Let models of ``config`` attend with the function that is registered as ``name``."""
+    """Make models of ``config`` attend with the function that is registered as ``name``."""
     config._attn_implementation = name
 
 
 def set_experts(config: PreTrainedConfig, name: str) -> None:
-    """Let models of ``config`` run their experts with the implementation ``name``."""
+    """Make models of ``config`` run their experts with the implementation ``name``."""
     config._experts_implementation = name
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute on ``device`` the buffers of ``model`` that no checkpoint stores; all other tensors stay on meta."""
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # transformers leaves alone what is marked so
+        parameter._is_hf_initialized = True  # transformers does not change marked tensors
     for name, buffer in list(model.named_buffers()):
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
@@ -117,9 +117,9 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def ignore_positions(model: PreTrainedModel) -> None:
-    """Let the rotary angles of ``model`` keep their shapes and not depend on positions, which on meta have no values.
+    """Make the rotary angles of ``model`` independent of the values of positions, which meta tensors do not have.
 
-    5.17 chooses the angles of longrope by the largest position; 5.24 computes them without a look at it.
+    5.17 chooses the angles of longrope by the largest position; 5.24 does not read it. Shapes stay the same.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -130,7 +130,7 @@ def ignore_positions(model: PreTrainedModel) -> None:
 
 
 def kept_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """The dtypes that the family keeps whatever the model's own dtype is, by a pattern of parameter names."""
+    """Fixed dtypes that do not follow the model's dtype: pattern of parameter names -> dtype."""
     return dict(model._get_dtype_plan(model.dtype))
 
 
@@ -140,10 +140,10 @@ def conversion_rules(model: PreTrainedModel) -> list[Any]:
 
 
 def ignored_keys(model: PreTrainedModel) -> Iterable[str]:
-    """Patterns of stored names that the model has no use for."""
+    """Patterns of stored names that the model does not use."""
     return tuple(model._keys_to_ignore_on_load_unexpected or ())
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that share another one's memory: name -> name of the other."""
+    """Parameters that share the memory of another parameter: name -> name of the other."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -1,10 +1,10 @@
 """The slot KV cache: one storage per layer for all rows, and a window of it for each work item.
 
-Rows are ragged: every row has its own length and positions, nothing is padded on the left. Committed slot ``j`` of
-a row holds position ``j``; what a pass writes behind the committed tokens is either committed or overwritten.
-New tokens form a chain unless ``parents`` makes them a tree: then slots follow the order of the nodes, positions
-their depth, and ``KVCache.gather`` moves an accepted path to where a chain would have put it. A tree may be written
-in one step or grow over several; either way a node stands in the same slot.
+Rows are ragged: every row has its own length and positions, without padding on the left. Committed slot ``j`` of a
+row holds position ``j``. The slots that a pass writes after the committed tokens are committed or overwritten later.
+New tokens form a chain, or a tree if ``parents`` is given. In a tree, slots follow the order of the nodes, positions
+follow their depth, and ``KVCache.gather`` moves an accepted path to the slots of a chain. A tree is written in one step
+or in several; a node's slot is the same in both cases.
 """
 
 from collections.abc import Sequence
@@ -23,19 +23,19 @@ KVShape = tuple[int, int, int]
 
 
 KEY_TILE = 64
-"""Attention runs over whole tiles of slots: on a CPU every new length costs a product its compiled kernel, which is
-kept, so lengths that recur save time and memory. Exact attention adds up tile by tile."""
+"""Slots in a tile. Attention runs over whole tiles: a CPU library compiles and keeps a kernel for every new length of a
+product, so fewer lengths save time and memory. Exact attention sums tile by tile."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskKind:
-    """Which of the earlier positions a query may see, besides causality."""
+    """Limits which earlier positions a query may see, in addition to causality."""
 
-    window: int | None = None  # the last ``window`` positions
-    chunk: int | None = None  # positions of the same chunk
+    window: int | None = None  # only the last ``window`` positions
+    chunk: int | None = None  # only positions of the same chunk of this size
 
     def narrow(self, query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Of what is visible, the part of this kind; positions and result broadcast against one another."""
+        """``visible`` without the positions that this kind excludes; the three tensors are broadcast together."""
         if self.window is not None:
             visible = visible & (query - key < self.window)
         if self.chunk is not None:
@@ -43,33 +43,32 @@ class MaskKind:
         return visible
 
     def visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Whether a query at one position may look at a key at another."""
+        """Bool: whether a query at position ``query`` may see a key at position ``key``; both are broadcast."""
         return self.narrow(query, key, key <= query)
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """What exact attention needs of one row: its keys in the order of their positions, as decoding would store them.
+    """The input of exact attention for one row: its keys in the order of their positions, as in plain decoding.
 
-    Positions below ``prefix`` are in slots of the same number, for every query. Behind them a query of a tree finds
+    For every query, positions below ``prefix`` are in the slots of the same number. After them each query of a tree has
     its own path: ``tail`` [T, W] int64 is the slot of position ``prefix + w``. ``visible`` [T, P] bool is over
-    positions, P = prefix + W. All three lengths are whole tiles; a chain is all prefix, without a tail.
+    positions, P = prefix + W. All three lengths are whole tiles. A chain has only a prefix and no tail.
     """
 
-    num_slots: int  # of the row, up to its last node
+    num_slots: int  # slots of the row up to its last node, in whole tiles
     prefix: int
     tail: torch.Tensor | None
     visible: torch.Tensor
 
 
 class KVCache:
-    """Keys [R, H, C + 1, Dk] and values [R, H, C + 1, Dv] per layer; slot C takes the padding, never visible.
+    """Keys [R, H, C + 1, Dk] and values [R, H, C + 1, Dv] per layer; padding is written to slot C, never visible.
 
-    ``exact``: a node's logits are bit for bit those of decoding its path token by token, at a price: attention as
-    ``aspec/attention.py`` says, all other products in blocks of rows of one size. Without it they are equal up to
-    rounding.
-    ``offloaded``: the layers are on the other side of a link. What they would store is handed through, and whoever
-    attends (``offload.py``) stores it; positions and masks are made here, beside the cache.
+    ``exact``: a node's logits are bit-identical to those of decoding its path token by token. This is slower: see
+    ``attention.py`` for attention and ``exact.py`` for all other products. Otherwise they are equal up to rounding.
+    ``offloaded``: the layers are on a device and this cache is in host memory. ``StepCache.update`` then returns the
+    new keys and values without storing them, and ``HostAttention`` stores them; positions and masks are on the host.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class KVCache:
 
     @staticmethod
     def bytes_per_token(shapes: Sequence[KVShape | None], dtype: torch.dtype) -> int:
-        """Bytes that one position of one row takes over all layers; a row holds ``capacity + 1``."""
+        """Bytes of one position of one row in all layers; a row has ``capacity + 1`` positions."""
         return sum(shape[0] * (shape[1] + shape[2]) * dtype.itemsize for shape in shapes if shape)
 
     @property
@@ -118,50 +117,50 @@ class KVCache:
         width: int = 0,
         device: torch.device | None = None,
     ) -> "StepCache":
-        """A work item's window: row ``rows[b]`` writes ``counts[b]`` nodes behind its ``starts[b]`` committed tokens.
+        """A work item's window: row ``rows[b]`` writes ``counts[b]`` nodes after its ``starts[b]`` committed tokens.
 
-        They are nodes ``firsts[b]`` (default 0) and following of the row's tree; earlier steps wrote the others.
-        ``parents[b][n]`` is the node that node ``n`` continues, -1 for the last committed token; it lists all nodes
-        so far, ``firsts[b] + counts[b]``, parents before their children. Node ``n`` stands in slot ``starts[b] + n``,
-        its position is ``starts[b]`` plus its depth. Without ``parents`` every node continues the one before.
-        Rows are padded to ``width`` tokens at least; ``device``: where the step's tensors are, if not the storage's.
-        Raises ValueError for rows that repeat or do not exist, a tree that is none, and beyond the capacity.
+        The nodes have the numbers ``firsts[b]`` (default 0) and following in the row's tree; earlier steps wrote the
+        nodes before them. ``parents[b][n]`` is the parent of node ``n``, -1 for the last committed token; it lists all
+        nodes so far, ``firsts[b] + counts[b]``, parents before their children. Node ``n`` is in slot ``starts[b] + n``,
+        its position is ``starts[b]`` plus its depth. Without ``parents`` every node continues the node before it.
+        Rows are padded to at least ``width`` tokens. The step's tensors are on ``device``, default the storage's.
+        Raises ValueError for repeated or unknown rows, for an invalid tree, and for tokens beyond the capacity.
         """
         firsts = [0] * len(rows) if firsts is None else firsts
         if not len(rows) == len(starts) == len(counts) == len(firsts) or min(counts, default=0) < 1:
             raise ValueError(f"expected a start and at least one token per row, found {rows=} {starts=} {counts=}")
         if min(*starts, *firsts) < 0:
-            raise ValueError(f"expected starts and first nodes from 0 on, found {starts=} {firsts=}")
+            raise ValueError(f"expected starts and first nodes of at least 0, found {starts=} {firsts=}")
         if len(set(rows)) != len(rows) or not 0 <= min(rows) <= max(rows) < self.num_rows:
-            raise ValueError(f"expected distinct rows of {self.num_rows}, found {rows}")
+            raise ValueError(f"expected distinct rows below {self.num_rows}, found {rows}")
         totals = [first + count for first, count in zip(firsts, counts, strict=True)]
         if max(start + total for start, total in zip(starts, totals, strict=True)) > self.capacity:
-            raise ValueError(f"rows {rows} at {starts} with {totals} tokens pass the capacity of {self.capacity}")
+            raise ValueError(f"rows {rows} at {starts} with {totals} tokens exceed the capacity of {self.capacity}")
         if parents is not None and [len(links) for links in parents] != totals:
-            raise ValueError(f"expected the parents of {totals} nodes, found {[len(links) for links in parents]}")
+            raise ValueError(f"expected parents for {totals} nodes, found {[len(links) for links in parents]}")
         return StepCache(self, rows, starts, counts, firsts, parents, width=width, device=device)
 
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
-        """Keep of the nodes a row wrote from slot ``start`` on those in ``path``, in its order, from ``start`` on."""
+        """Move the accepted nodes ``path``, numbered from slot ``start``, to the slots from ``start`` on, in order."""
         if list(path) == list(range(len(path))):
             return
         source = upload(start + torch.tensor(path), self.device)
         for storage in (*self.keys, *self.values):
-            if storage is not None:  # indexing copies before it writes, so overlap is safe
+            if storage is not None:  # indexing copies before it writes, so slots may overlap
                 storage[row, :, start : start + len(path)] = storage[row][:, source]
 
     def clear(self, row: int, start: int = 0) -> None:
-        """Zero a row from slot ``start`` on."""
+        """Set a row to zero from slot ``start`` on."""
         for storage in (*self.keys, *self.values):
             if storage is not None:
                 storage[row, :, start:].zero_()
 
 
 class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
-    """What transformers' layers see as their cache while one work item goes through them.
+    """The cache of transformers' layers while one work item runs through them.
 
-    ``position_ids`` [B, T] int64; T is the largest count or ``width``, shorter rows are padded at their end. A padded
-    token writes to the trash slot and sees what the row's last real token sees.
+    ``position_ids`` [B, T] int64; T is the larger of ``width`` and the largest count. Shorter rows are padded at their
+    end. A padding token writes to the trash slot and sees the same slots as the row's last real token.
     """
 
     is_compileable = False
@@ -187,16 +186,16 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._totals = [first + count for first, count in zip(firsts, counts, strict=True)]
         end = max(start + total for start, total in zip(starts, self._totals, strict=True))
         self.high = min(_whole_tiles(end), storage.capacity)
-        told = upload(torch.tensor([list(starts), list(counts), list(firsts), list(rows)]), device)
-        self._start, last, first = told[0][:, None], told[1][:, None] - 1, told[2][:, None]  # [B, 1]
+        uploaded = upload(torch.tensor([list(starts), list(counts), list(firsts), list(rows)]), device)
+        self._start, last, first = uploaded[0][:, None], uploaded[1][:, None] - 1, uploaded[2][:, None]  # [B, 1]
         offsets = torch.arange(width, device=device)[None]  # [1, T]
         real = offsets <= last
-        self._node = torch.minimum(offsets, last) + first  # [B, T]: the node of a token, for padding the row's last
+        self._node = torch.minimum(offsets, last) + first  # [B, T]: each token's node; padding: the row's last
         self._tree = None if parents is None else _Tree.of(parents, device)
         depth = self._node if self._tree is None else self._tree.depths.gather(1, self._node)
         self.position_ids = self._start + depth
         self.slots = torch.where(real, self._start + self._node, storage.capacity)  # [B, T]
-        self._rows = told[3]
+        self._rows = uploaded[3]
         consecutive = list(rows) == list(range(rows[0], rows[0] + len(rows)))
         self._row_slice = slice(rows[0], rows[0] + len(rows)) if consecutive else None
         begins = {start + first for start, first in zip(starts, firsts, strict=True)}
@@ -204,15 +203,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._slot_slice = slice(min(begins), min(begins) + width) if uniform else None
         self._masks: dict[MaskKind, torch.Tensor] = {}
         self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
-        self.attended: dict[int, ref[torch.Tensor]] = {}  # offloaded: by layer, the new keys that it attended to
+        self.attended: dict[int, ref[torch.Tensor]] = {}  # if offloaded, by layer: the new keys it attended to
 
     @property
     def offloaded(self) -> bool:
-        """Whether the layers are on the other side of a link."""
+        """Whether the layers are on a device while the cache is in host memory."""
         return self.storage.offloaded
 
     def layer_mask(self, kind: MaskKind) -> "torch.Tensor | tuple[Paths, ...]":
-        """What a layer gets as its mask: ``mask``, or in an exact step the paths of every row."""
+        """The mask argument of a layer: ``mask``, or in an exact step the paths of every row."""
         if not self.exact:
             return self.mask(kind)
         if kind not in self._paths:
@@ -220,7 +219,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self._paths[kind]
 
     def mask(self, kind: MaskKind | None = None) -> torch.Tensor:
-        """Bool [B, 1, T, S] over the first S slots of every row: True where a query may look."""
+        """Bool [B, 1, T, S] over the first S slots of every row: True where a query may see the slot."""
         kind = kind or MaskKind()
         if kind not in self._masks:
             self._masks[kind] = self._make_mask(kind)[:, None]
@@ -230,7 +229,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return visible_slots(kind, self.position_ids, self.high, self.tree_nodes())
 
     def tree_nodes(self) -> "TreeNodes | None":
-        """What a mask needs of the step's trees; None: chains."""
+        """The trees of the step, for its masks; None if all rows are chains."""
         if self._tree is None:
             return None
         depths = self._tree.depths
@@ -238,7 +237,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return TreeNodes(self._start, depths, seen.scatter_(2, self._node_paths(self._tree), True))
 
     def _node_paths(self, tree: "_Tree") -> torch.Tensor:
-        """[B, T, D] int64: the nodes from the root of a token's path down to itself, which fills the rest."""
+        """[B, T, D] int64: each token's path from its root to its own node, which is repeated up to D."""
         return tree.paths.gather(1, self._node[:, :, None].expand(-1, -1, tree.paths.shape[2]))
 
     def _make_paths(self, kind: MaskKind) -> tuple[Paths, ...]:
@@ -269,11 +268,14 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store [B, H, T, D] of the new tokens; returns keys and values [B, H, S, D] of the rows so far.
 
-        Offloaded, it hands the new ones back. A torch function mode meets it like torch's own functions (``split.py``).
+        If offloaded, it stores nothing and returns its arguments. A torch function mode can intercept it like torch's
+        own functions (``split_layer.py``).
         """
         if has_torch_function_unary(key_states):
-            given = (self, key_states, value_states, layer_idx)
-            result: tuple[torch.Tensor, torch.Tensor] = handle_torch_function(StepCache.update, (key_states,), *given)
+            arguments = (self, key_states, value_states, layer_idx)
+            result: tuple[torch.Tensor, torch.Tensor] = handle_torch_function(
+                StepCache.update, (key_states,), *arguments
+            )
             return result
         if self.offloaded:
             return key_states, value_states
@@ -281,7 +283,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self.stored(layer_idx)
 
     def store(self, layer: int, *states: torch.Tensor) -> None:
-        """Keys and values [B, H, T, D] of the new tokens."""
+        """Store keys and values [B, H, T, D] of the new tokens."""
         for storage, new in zip(self._storages(layer), states, strict=True):
             if self._row_slice is not None and self._slot_slice is not None:
                 storage[self._row_slice, :, self._slot_slice] = new
@@ -301,7 +303,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before this item's, for models that ask; positions are always given explicitly."""
+        """Tokens before this item's tokens. Some models ask for it; positions are always given explicitly."""
         return max(self._starts)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -315,15 +317,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
 @dataclass(frozen=True, slots=True)
 class TreeNodes:
-    """The trees of a step: where each begins, how deep its nodes are, and which of them a token has above it."""
+    """The trees of a step: their starts, the depths of their nodes, and the nodes on each token's path."""
 
-    starts: torch.Tensor  # [B, 1] int64: committed tokens
+    starts: torch.Tensor  # [B, 1] int64: number of committed tokens
     depths: torch.Tensor  # [B, N] int64
-    seen: torch.Tensor  # [B, T, N] bool: on the token's path, itself included
+    seen: torch.Tensor  # [B, T, N] bool: the nodes on the token's path, its own node included
 
 
 def visible_slots(kind: MaskKind, positions: torch.Tensor, length: int, tree: TreeNodes | None) -> torch.Tensor:
-    """Bool [B, T, S] over the first S = ``length`` slots: where tokens at ``positions`` [B, T] may look."""
+    """Bool [B, T, S] over the first S = ``length`` slots: those that tokens at ``positions`` [B, T] may see."""
     query = positions[:, :, None]
     slot = torch.arange(length, device=query.device)[None, None]
     if tree is None:
@@ -342,36 +344,37 @@ def _whole_tiles(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """The nodes of every row: ``paths`` [B, N, D] int64 from the root down to a node, which fills the rest, and
-    ``depths`` [B, N] int64; N and D are the most nodes and levels of a row. Nodes beyond a row's own are roots."""
+    """The nodes of every row. ``paths`` [B, N, D] int64 lists the nodes from the root to a node, which is repeated up
+    to D; ``depths`` is [B, N] int64. N and D are the largest numbers of nodes and levels of a row. In a row with fewer
+    than N nodes the remaining ones are roots."""
 
     paths: torch.Tensor
     depths: torch.Tensor
-    is_chain: tuple[bool, ...]  # per row: every node continues the one before
+    is_chain: tuple[bool, ...]  # per row: every node continues the node before it
 
     @staticmethod
     def of(parents: Sequence[Sequence[int]], device: torch.device) -> "_Tree":
-        """Raises ValueError where a node does not continue an earlier one."""
+        """The trees of ``parents``. Raises ValueError for a parent that is neither an earlier node nor -1."""
         size = max(len(links) for links in parents)
-        beyond = size  # stands for the last committed token, and is its own parent
-        above = np.full((len(parents), size + 1), beyond)
+        last_committed = size  # a node for the last committed token; it is its own parent
+        above = np.full((len(parents), size + 1), last_committed)
         is_chain = []
         for row, links in zip(above, parents, strict=True):
             given, nodes = np.asarray(links), np.arange(len(links))
             if (wrong := (given < -1) | (given >= nodes)).any():
                 bad = int(wrong.argmax())
                 raise ValueError(f"node {bad} continues node {links[bad]}: expected an earlier node or -1")
-            row[: len(links)] = np.where(given < 0, beyond, given)
+            row[: len(links)] = np.where(given < 0, last_committed, given)
             is_chain.append(bool((given == nodes - 1).all()))
         row_at = np.arange(len(parents))[:, None] * (size + 1)
         flat = (above + row_at).ravel()
         node = np.arange(size) + row_at
-        climbed = []  # the node itself, its parent, the parent's parent: one product per level, not per node
-        while (node - row_at != beyond).any():
+        climbed = []  # the node, its parent, the parent's parent: one operation per level, not per node
+        while (node - row_at != last_committed).any():
             climbed.append(node - row_at)
             node = flat[node]
         ancestors = np.stack(climbed, -1)  # [B, N, D]
-        depths = (ancestors != beyond).sum(-1) - 1
+        depths = (ancestors != last_committed).sum(-1) - 1
         levels = np.maximum(depths[:, :, None] - np.arange(len(climbed)), 0)
         paths = np.take_along_axis(ancestors, levels, -1)
         return _Tree(upload(torch.from_numpy(paths), device), upload(torch.from_numpy(depths), device), tuple(is_chain))

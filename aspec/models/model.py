@@ -1,10 +1,10 @@
-"""A decoder-only transformers model, driven layer by layer with weights bound from byte buffers.
+"""A decoder-only transformers model that runs layer by layer with weights bound from byte buffers.
 
-The maths is transformers' own. Two skeletons on the meta device: the *frame* runs the model's own forward with
-permanent recorder stubs in place of its layers, which yields every layer's arguments (prologue) and turns a hidden
-state into logits (epilogue); the *layers* of the other skeleton run with parameters that are views of slots.
-Nothing is patched while it runs, and whatever belongs to a work item lives in its ``Activation``, so items may be
-in flight interleaved. Callers run everything under ``torch.inference_mode``.
+The maths is transformers' own. There are two skeletons on the meta device. The *frame* runs the model's own forward
+with permanent recorder stubs in place of its layers: this gives every layer's arguments (prologue) and computes logits
+from a hidden state (epilogue). The *layers* of the other skeleton run with parameters that are views of slots.
+Nothing is patched at run time, and all state of a work item is in its ``Activation``, so several items can be in
+progress at once. Callers run everything under ``torch.inference_mode``.
 """
 
 import contextlib
@@ -36,22 +36,22 @@ from aspec.models.tensor_map import map_tensors
 
 @dataclass(slots=True)
 class Activation:
-    """A work item on its way through the layers; ``hidden`` [B, T, H] moves on, the rest stays."""
+    """A work item between layers. ``hidden`` [B, T, H] and ``split`` change from layer to layer, the rest is fixed."""
 
     step: StepCache
     input_ids: torch.Tensor  # [B, T] int64
     hidden: torch.Tensor
-    arguments: list[dict[str, Any]]  # per layer, without the hidden state
-    split: Split | None = None  # of a layer that is split, between ``project`` and ``finish``
+    arguments: list[dict[str, Any]]  # by layer, without the hidden state
+    split: Split | None = None  # the split layer, between ``project`` and ``finish``
 
 
 class _Stop(Exception):
-    """Not an error: ends the frame's forward behind the last layer."""
+    """Not an error: ends the frame's forward after the last layer."""
 
 
 @dataclass(slots=True)
 class _Tape:
-    """What the frame's stubs do: record the prologue's calls, or hand a final hidden state to the epilogue."""
+    """State of the frame's stubs: they record the calls of the prologue, or return ``final`` for the epilogue."""
 
     final: torch.Tensor | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -59,11 +59,11 @@ class _Tape:
 
 
 class Model:
-    """``folder``'s model. No weight is read here: ``plan`` tells the parts, ``bind`` points the model at them.
+    """The model in ``folder``. It reads no weights: ``parts`` lists what to read, ``bind`` uses the bytes read.
 
-    ``outlined``: where the folder has a configuration and no weights, sizes are those that a checkpoint would have.
-    Raises CheckpointError where the folder is damaged or config.json and weights do not belong together, and
-    UnsupportedModelError where the architecture cannot be run layer by layer; both before any allocation.
+    ``outlined``: if the folder has a configuration and no weights, take the sizes of tensors from the configuration.
+    Raises CheckpointError if the folder is damaged or config.json and weights do not belong together, and
+    UnsupportedModelError if the architecture cannot run layer by layer; both before any allocation.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Model:
         for index, layer in enumerate(find_layers(self._frame)[1]):
             layer.forward = self._stub(index)
         self._binder = Binder(self._frame, self._layers_model, self._layers)
-        self._local = threading.local()  # .tape: of the frame's forward that runs on this thread
+        self._local = threading.local()  # .tape: for the frame's forward on this thread
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
@@ -102,42 +102,43 @@ class Model:
 
     @property
     def unexpected(self) -> tuple[str, ...]:
-        """Stored tensors that the model has no use for: worth a warning."""
+        """Names of stored tensors that the model does not use; callers should warn of them."""
         return self._tensors.unexpected
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
-        """The parts in the order of use, the resident rest (layer -1) first; see ``plan_parts``."""
+        """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""
         return plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
 
     def kv_shapes(self, *, offloaded: bool = False) -> list[KVShape | None]:
-        """Per layer (heads, key width, value width); None where a layer uses what another one stored.
+        """By layer (heads, key width, value width); None for a layer that uses another layer's keys and values.
 
-        ``offloaded``: of a cache on the other side of a link, which keeps what is attended to (``offload.py``).
+        ``offloaded``: the shapes of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
         """
         return list(self.offload.kept) if offloaded else [layer.kv for layer in self._facts.layers]
 
     @property
     def layer_modules(self) -> tuple[torch.nn.Module, ...]:
-        """The decoder layers, parameters on meta where no part is bound: what their shapes are."""
+        """The decoder layers, for their shapes; parameters that are not bound are on meta."""
         return tuple(self._layers)
 
     # -- weights ---------------------------------------------------------------------------------------------
 
     def bind(self, part: Part, buffer: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
-        """Point the part's parameters at ``buffer`` (uint8, ``part.size`` bytes, page-aligned); cheap when repeated.
+        """Make the part's parameters views of ``buffer`` (uint8, ``part.size`` bytes, page-aligned); fast if repeated.
 
-        What must be converted is converted now, into bytes ``part.scratch_at ..`` of ``scratch`` (uint8), which
-        must keep them while the part is in use: a layer's parts may share one scratch, and layers may take turns in
-        it, but a part that stays bound needs its own (``replace(part, scratch_at=0)`` and ``part.scratch_bytes``).
+        Tensors that need a conversion are converted at every call, into ``scratch`` (uint8) from byte
+        ``part.scratch_at`` on. The caller must not change these bytes while the part is in use. The parts of one layer
+        share a scratch, and layers may use it one after another; a part that stays bound needs its own scratch
+        (``replace(part, scratch_at=0)``, ``part.scratch_bytes`` bytes). Raises InternalError if a buffer is too small.
         """
         self._binder.bind(part, buffer, scratch)
 
     def unbind(self, part: Part) -> None:
-        """Put the part's parameters back on meta: running its layer before the next ``bind`` is an InternalError."""
+        """Put the part's parameters back on meta: its layer raises InternalError until the next ``bind``."""
         self._binder.unbind(part)
 
     def forget(self, parts: tuple[Part, ...] = ()) -> None:
-        """Unbind these parts and drop all views of buffers, so that their memory can be given back."""
+        """Unbind these parts and drop all views of buffers, so that the buffers can be freed."""
         for part in parts:
             self._binder.unbind(part)
         self._binder.forget()
@@ -145,25 +146,32 @@ class Model:
     # -- forward ---------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: torch.Tensor, step: StepCache) -> Activation:
-        """The prologue: hidden state and every layer's arguments for ``input_ids`` [B, T] int64."""
+        """The prologue: hidden state and every layer's arguments for ``input_ids`` [B, T] int64.
+
+        Raises InternalError if their shape is not that of the step's positions.
+        """
         if input_ids.shape != step.position_ids.shape:
             raise InternalError(f"tokens {list(input_ids.shape)} do not fit positions {list(step.position_ids.shape)}")
         tape = _Tape()
         with contextlib.suppress(_Stop):
             self._run_frame(
-                tape, input_ids, self._beside(step, step.position_ids), self._beside(step, step.mask()), step
+                tape,
+                input_ids,
+                self._on_layers_device(step, step.position_ids),
+                self._on_layers_device(step, step.mask()),
+                step,
             )
         hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
         for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
-            # offloaded: the mask is where the attention is, and what stands for it here is looked at by nobody
+            # offloaded: the attention makes its mask on the host, and no code reads this placeholder
             arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
 
     def layer(self, index: int, activation: Activation) -> None:
-        """Run one layer on an item; its parameters must be bound."""
+        """Run one layer on an item. Raises InternalError if its parameters are not bound."""
         if activation.step.offloaded:
-            raise InternalError("a layer whose KV is in host memory runs in one piece")
+            raise InternalError("a layer whose KV is in host memory must run split, from project to finish")
         self._binder.check(index)
         with matmul_mode(activation.step):
             activation.hidden = self._forward(index, activation)
@@ -172,20 +180,20 @@ class Model:
     def split_bytes(self) -> tuple[int, int]:
         """Bytes that an item holds between ``project`` and ``finish``, per token and per slot of its rows.
 
-        Raises UnsupportedModelError where a layer's attention cannot run apart from the rest of it.
+        Raises UnsupportedModelError if a layer's attention cannot run apart from the rest of the layer.
         """
         return examine_split(self.config, self.dtype, self._facts)
 
     @cached_property
     def offload(self) -> OffloadFacts:
-        """What its split layers are beside KV in host memory. Raises UnsupportedModelError as ``split_bytes`` does."""
+        """Facts of split layers with KV in host memory. Raises UnsupportedModelError as ``split_bytes`` does."""
         return examine_offload(self.config, self.dtype, self._facts)
 
     def project(self, index: int, activation: Activation) -> None:
-        """``layer`` in three steps, to the same bits: this one goes up to the attention; keys and values are stored.
+        """Run a layer up to its attention and store its keys and values; ``attend`` and ``finish`` follow.
 
-        The parameters must be bound from here to the end of ``finish``. Beside KV in host memory there are five:
-        ``send`` and ``bring_back`` are around the attention, which stores.
+        The three calls give the same bits as ``layer``. The parameters must be bound until the end of ``finish``. With
+        KV in host memory there are five calls: ``send`` before ``attend``, which then stores, and ``bring_back`` after.
         """
         self._binder.check(index)
         with matmul_mode(activation.step):
@@ -196,38 +204,41 @@ class Model:
 
     @staticmethod
     def send(activation: Activation) -> None:
-        """To the host: what ``project`` has left for an attention there."""
-        _crossing(activation).send()
+        """Copy the attention's arguments to the host. Raises InternalError if the KV cache is not offloaded."""
+        _host_attention(activation).send()
 
     @staticmethod
     def attend(activation: Activation) -> None:
-        """The attention of the layer at which ``project`` left an item, on any thread."""
+        """Run the attention of the layer that ``project`` stopped at, on any thread."""
         assert activation.split is not None
         attend_to(activation.split)
 
     @staticmethod
     def bring_back(activation: Activation) -> None:
-        """From the host: what an attention there has made."""
+        """Copy the attention's result from the host to the device. Raises InternalError as ``send`` does."""
         assert activation.split is not None
-        activation.split.output = _crossing(activation).bring_back()
+        activation.split.output = _host_attention(activation).bring_back()
 
     def finish(self, index: int, activation: Activation) -> None:
-        """What follows the attention of a layer."""
+        """Run the rest of a layer after its attention."""
         assert activation.split is not None
         with matmul_mode(activation.step):
             activation.hidden = finish(partial(self._forward, index, activation), activation.split)
         activation.split = None
 
     def _forward(self, index: int, activation: Activation) -> torch.Tensor:
-        """The hidden state that a layer makes of an item's."""
+        """The hidden state [B, T, H] that a layer computes from an item's hidden state."""
         output = self._layers[index](activation.hidden, **activation.arguments[index])
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
     def head(self, activation: Activation, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [B, N, V] at the columns ``keep`` [B, N] int64 of every row; all columns without it."""
+        """Logits [B, N, V] at the columns ``keep`` [B, N] int64 of every row; None: all columns.
+
+        Raises InternalError if the resident part is not bound.
+        """
         step, hidden, ids = activation.step, activation.hidden, activation.input_ids
-        positions, mask = self._beside(step, step.position_ids), step.mask()
+        positions, mask = self._on_layers_device(step, step.position_ids), step.mask()
         if keep is not None:
             rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
             hidden, ids, positions = (
@@ -235,22 +246,22 @@ class Model:
                 ids.gather(1, keep),
                 positions.gather(1, keep),
             )
-            mask = mask[:, :, : keep.shape[1]]  # nothing attends any more
+            mask = mask[:, :, : keep.shape[1]]  # no layer attends here; only the shape must fit
         logits: torch.Tensor = self._run_frame(
-            _Tape(final=hidden), ids, positions, self._beside(step, mask), step
+            _Tape(final=hidden), ids, positions, self._on_layers_device(step, mask), step
         ).logits
         if logits.is_meta:
-            raise InternalError("the head runs while the resident rest of the model is not bound")
+            raise InternalError("the head runs while the resident part of the model is not bound")
         return logits
 
-    def _beside(self, step: StepCache, tensor: torch.Tensor) -> torch.Tensor:
-        """What a step tells, on the device of the layers: a cache in host memory tells it there."""
+    def _on_layers_device(self, step: StepCache, tensor: torch.Tensor) -> torch.Tensor:
+        """A step's tensor on the device of the layers; with KV in host memory it is made on the host."""
         return upload(tensor, self.device) if step.offloaded else tensor
 
     def _run_frame(
         self, tape: _Tape, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: StepCache
     ) -> Any:
-        """The model's own forward around stubs that follow ``tape``."""
+        """Run the model's own forward; the stubs of its layers use ``tape``."""
         self._local.tape, cache = tape, {self._cache_argument: step}
         try:
             with matmul_mode(step):
@@ -259,7 +270,7 @@ class Model:
             del self._local.tape
 
     def _stub(self, index: int) -> Callable[..., object]:
-        """The frame's layer ``index``: records its call, or passes the final hidden state on."""
+        """The forward of the frame's layer ``index``: it records its call, or returns the final hidden state."""
         parameters, in_tuples = self._facts.layers[index].parameters, self._facts.in_tuples
         last = len(self._facts.layers) - 1
 
@@ -270,7 +281,7 @@ class Model:
             arguments = dict(zip(parameters, args, strict=False)) | kwargs
             hidden = arguments[parameters[0]]
             if tape.returned is not None and not same_memory(hidden, tape.returned):
-                raise InternalError(f"layer {index} does not receive what layer {index - 1} returned")
+                raise InternalError(f"layer {index} does not receive the tensor that layer {index - 1} returned")
             tape.calls.append(arguments)
             tape.returned = hidden
             if index == last:
@@ -280,21 +291,21 @@ class Model:
         return forward
 
 
-def _crossing(activation: Activation) -> HostAttention:
+def _host_attention(activation: Activation) -> HostAttention:
     split = activation.split
-    if split is None or split.crossing is None:
-        raise InternalError("nothing crosses to the host: the KV cache is beside the layers")
-    return split.crossing
+    if split is None or split.host_attention is None:
+        raise InternalError("nothing to copy to the host: the KV cache is on the device of the layers")
+    return split.host_attention
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
-    """What the checkpoint's generation_config.json sets, empty without one. Raises CheckpointError if it is damaged."""
+    """Settings of the checkpoint's generation_config.json; empty without one. CheckpointError if it is damaged."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
     try:
         return dict(GenerationConfig.from_pretrained(folder).to_diff_dict())
-    except Exception as error:  # its loader and its checks may raise anything for a value they do not know
+    except Exception as error:  # the loader may raise any exception for a value it does not know
         raise CheckpointError(
             f"{path}: expected generation defaults in JSON, found {first_line(error)}. Correct or remove the file."
         ) from error
@@ -312,7 +323,7 @@ def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _compute_dtype(wished: torch.dtype | None, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """What was asked for, or the checkpoint's own; half precision becomes bfloat16 on a CPU, which is slow at it."""
-    dtype = wished or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+def _compute_dtype(requested: torch.dtype | None, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """The requested dtype, or the checkpoint's own; fp16 becomes bf16 on a CPU, where fp16 is slow."""
+    dtype = requested or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype

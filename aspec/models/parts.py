@@ -1,9 +1,9 @@
-"""From stored tensors to parts: which bytes of which file land where in a buffer, and what the model sees there.
+"""From stored tensors to parts: which bytes of which file go where in a buffer, and which parameters use them.
 
-Rules. Where a stored tensor can be used as it is, its bytes land at ``at = offset`` modulo a page, so that the disk
-can write them there itself, and the parameter is a view of them. Experts of a fused tensor are read straight into
-their places in it. Everything else (another dtype, an unknown conversion, bytes that are not aligned to their
-dtype) lands as it is stored and is converted into scratch memory when it is bound. No weight is read here.
+Rules. If a stored tensor needs no conversion, its bytes go to ``at = offset`` modulo a page, so that a direct read can
+write them there, and the parameter is a view of them. Experts of a fused tensor are read directly into their places in
+it. All other tensors (another dtype, an unknown conversion, bytes not aligned to their dtype) are read as stored and
+are converted into scratch memory when their part is bound. This file reads no weights.
 """
 
 import re
@@ -18,14 +18,16 @@ from aspec.models.hf_compat import WeightConverter
 from aspec.models.tensor_map import Entry, TensorMap
 
 PAGE = 4096  # bytes; offsets, addresses and lengths of direct reads are multiples of it
-MAX_GAP = 1 << 20  # bytes that are cheaper to read over than to seek across, see IO notes: 3 MiB reads at full rate
-ALIGNMENT = 256  # bytes, of converted tensors: the kernels' results and speed depend on alignment
-REST = -1  # the layer number of what belongs to no layer
+MAX_GAP = (
+    1 << 20
+)  # bytes; a smaller gap is read too, which costs less than a second read (3 MiB reads run at full rate)
+ALIGNMENT = 256  # bytes; of converted tensors. The kernels' results and speed depend on it
+REST = -1  # the layer number of tensors that belong to no layer
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """``file[offset : offset + nbytes]`` must land at ``buffer[at : at + nbytes]``."""
+    """Read ``file[offset : offset + nbytes]`` into ``buffer[at : at + nbytes]``."""
 
     file: str
     offset: int
@@ -35,7 +37,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """The parameter or buffer ``target`` is a view from byte ``at``, contiguous, dtype and shape as given."""
+    """The parameter or buffer ``target`` is a contiguous view from byte ``at`` on, with this dtype and shape."""
 
     target: str
     dtype: torch.dtype
@@ -50,19 +52,19 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Stored tensors in the buffer become ``targets``, whose ``at`` counts from the part's scratch."""
+    """Stored tensors in the buffer are converted to ``targets``; their ``at`` counts from the part's scratch."""
 
     name: str
-    sources: tuple[tuple[Binding, str | None], ...]  # what is stored, and the converter pattern its name matched
+    sources: tuple[tuple[Binding, str | None], ...]  # a stored tensor, and the converter pattern that its name matched
     targets: tuple[Binding, ...]
-    converter: WeightConverter | None  # None: a copy of the one source, cast where the dtypes differ
+    converter: WeightConverter | None  # None: copy the only source, with a cast if the dtypes differ
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A unit of weights that is loaded at once, and what it binds in the model.
+    """A unit of weights that is loaded at once, and its bindings in the model.
 
-    ``scratch_at`` is where its ``scratch_bytes`` begin among those of its layer: parts of one layer are bound at
+    Its scratch is ``scratch_bytes`` from byte ``scratch_at`` of its layer's scratch: parts of one layer are bound at
     the same time, so their converted tensors must not share memory.
     """
 
@@ -71,23 +73,24 @@ class Part:
     segments: tuple[Segment, ...]
     bindings: tuple[Binding, ...]
     conversions: tuple[Conversion, ...]
-    nbytes: int  # bytes that are read
-    size: int  # bytes of buffer, whole pages
+    nbytes: int  # bytes to read
+    size: int  # bytes of the buffer, whole pages
     scratch_bytes: int
     scratch_at: int
-    shift: int = 0  # from where on a device's buffer holds the bytes, so that its tensors are aligned
+    shift: int = 0  # bytes before the part in a device's buffer, so that its tensors are aligned
 
     def targets(self) -> tuple[Binding, ...]:
-        """Everything the part binds; ``at`` counts in the buffer or, for what is converted, in the scratch."""
+        """All bindings of the part; ``at`` counts in the buffer, or in the scratch for converted tensors."""
         return self.bindings + tuple(target for conversion in self.conversions for target in conversion.targets)
 
 
 def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
-    """All parts in the order of use: the rest first, then layer by layer, about ``max_part_bytes`` each at most.
+    """All parts in the order of use: first the tensors outside the layers, then layer by layer.
 
-    ``layers`` is the name of the module list that holds the decoder layers. A tensor is never cut, so a part is
-    larger where a single tensor is. Tensors are at multiples of ``alignment`` in a device's buffer, to which a part is
-    copied as it was read, ``shift`` bytes further on; those that this does not align are converted, to themselves.
+    A layer's part has about ``max_part_bytes`` at most, or one tensor if that is larger: a tensor is never cut.
+    ``layers`` is the name of the module list of the decoder layers. In a device's buffer tensors are at multiples of
+    ``alignment`` bytes: a part is copied as it was read, ``shift`` bytes further on, and the tensors that are still not
+    aligned are copied to scratch.
     """
     by_layer: dict[int, list[Entry]] = defaultdict(list)
     for entry in tensors.entries:
@@ -104,12 +107,12 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: 
 
 
 def scratch_bytes(parts: Iterable[Part]) -> int:
-    """Scratch that serves these parts when layers take turns in it."""
+    """Bytes of scratch for these parts if layers use it one after another."""
     return max((part.scratch_at + part.scratch_bytes for part in parts), default=0)
 
 
 def view(buffer: torch.Tensor, binding: Binding) -> torch.Tensor:
-    """The tensor that ``binding`` describes inside ``buffer`` (uint8 [nbytes]); a copy where it is not aligned."""
+    """The tensor of ``binding`` in ``buffer`` (uint8 [nbytes]): a view, or a copy if its bytes are not aligned."""
     stored = buffer[binding.at : binding.at + binding.nbytes]
     if stored.storage_offset() % binding.dtype.itemsize:
         stored = stored.clone()
@@ -117,7 +120,7 @@ def view(buffer: torch.Tensor, binding: Binding) -> torch.Tensor:
 
 
 def as_tensor(buffer: memoryview) -> torch.Tensor:
-    """A uint8 tensor over the same bytes."""
+    """A uint8 [nbytes] tensor over the same bytes."""
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
@@ -126,46 +129,46 @@ def _layer_of(name: str, layers: str) -> int:
     return int(match[1]) if match else REST
 
 
-def _groups(entries: Sequence[Entry], most: int | None) -> list[list[Entry]]:
-    """Entries in file order, cut into as few groups as ``most`` bytes allow, and these about equally large."""
+def _groups(entries: Sequence[Entry], max_bytes: int | None) -> list[list[Entry]]:
+    """Entries in file order, in the fewest groups of at most ``max_bytes``, of about equal size; None: one group."""
     ordered = sorted(entries, key=lambda entry: min((ref.file, ref.offset) for ref, _ in entry.sources))
-    if most is None:
+    if max_bytes is None:
         return [ordered]
     largest = max(entry.nbytes for entry in ordered)
-    count = len(_cut(ordered, max(most, largest)))
+    count = len(_cut(ordered, max(max_bytes, largest)))
     low, high = (
         largest,
-        max(most, largest),
-    )  # the smallest bound that needs no more groups: slots are as large as it
+        max(max_bytes, largest),
+    )  # search the smallest bound for this number of groups: it is the size of slots
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(_cut(ordered, middle)) <= count else (middle + 1, high)
     return _cut(ordered, high)
 
 
-def _cut(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
+def _cut(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
     groups: list[list[Entry]] = []
-    held = most
+    nbytes = max_bytes
     for entry in entries:
-        if held + entry.nbytes > most or not groups:
+        if nbytes + entry.nbytes > max_bytes or not groups:
             groups.append([])
-            held = 0
+            nbytes = 0
         groups[-1].append(entry)
-        held += entry.nbytes
+        nbytes += entry.nbytes
     return groups
 
 
 class _Builder:
-    """Places stored tensors in a part's buffer; mutable while one part is laid out."""
+    """Assigns places in a part's buffer to stored tensors; mutable while one part is laid out."""
 
     def __init__(self, gap: int) -> None:
         self.gap = gap
-        self.size = 0  # bytes of the buffer that are taken
-        self.scratch = 0  # bytes of scratch that are taken, a multiple of ALIGNMENT
+        self.size = 0  # bytes of the buffer in use
+        self.scratch = 0  # bytes of scratch in use, a multiple of ALIGNMENT
         self.segments: list[Segment] = []
 
     def place(self, refs: Iterable[TensorRef]) -> dict[str, int]:
-        """Stored tensors as they lie in their files, neighbours in one segment: name -> byte in the buffer."""
+        """Place stored tensors in file order, neighbours in one segment; returns name -> byte in the buffer."""
         places: dict[str, int] = {}
         for run in _runs(sorted(refs, key=lambda ref: (ref.file, ref.offset)), self.gap):
             first, last = run[0], run[-1]
@@ -177,9 +180,9 @@ class _Builder:
         return places
 
     def fuse(self, places: Sequence[tuple[TensorRef, int]]) -> int:
-        """Stored tensors at given bytes of one contiguous tensor; returns where that begins.
+        """Place stored tensors at given bytes of one contiguous tensor; returns the byte where this tensor begins.
 
-        It begins such that as many bytes as possible agree with their file offset modulo a page.
+        It begins where the most bytes have the same place as in their file, modulo a page.
         """
         skews: Counter[int] = Counter()
         for ref, within in places:
@@ -192,7 +195,7 @@ class _Builder:
         return base
 
     def reserve(self, nbytes: int) -> int:
-        """Room in the scratch."""
+        """Reserve ``nbytes`` of scratch; returns their first byte."""
         at = self.scratch
         self.scratch += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return at
@@ -214,7 +217,7 @@ def _runs(refs: Iterable[TensorRef], gap: int) -> Iterator[list[TensorRef]]:
 
 
 def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
-    """Segments, bindings and conversions of one part; its number, layer and scratch_at are the caller's."""
+    """Segments, bindings and conversions of one part; the caller sets its index, layer and scratch_at."""
     builder = _Builder(gap)
     fused = {entry.name: places for entry in entries if (places := _fused_places(entry)) is not None}
     bases = {name: builder.fuse(places) for name, places in fused.items()}
@@ -225,8 +228,8 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
     shift = _shift([stored for stored in found if stored is not None], alignment)
     for entry, stored in zip(entries, found, strict=True):
         aligned = stored is not None and (stored.at + shift) % alignment == 0
-        if stored is not None and aligned and _usable(stored, tensors.wanted):
-            bindings += _shared(stored, tensors.aliases)
+        if stored is not None and aligned and _is_usable(stored, tensors.wanted):
+            bindings += _with_aliases(stored, tensors.aliases)
         else:
             conversions.append(_conversion(entry, stored, plain, builder, tensors))
     return Part(
@@ -244,7 +247,7 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
 
 
 def _shift(stored: Sequence[Binding], alignment: int) -> int:
-    """By how much a part moves on so that most of its bytes are aligned."""
+    """Bytes to shift a part by, so that most of its bytes are aligned."""
     skews: Counter[int] = Counter()
     for binding in stored:
         skews[-binding.at % alignment] += binding.nbytes
@@ -252,38 +255,38 @@ def _shift(stored: Sequence[Binding], alignment: int) -> int:
 
 
 def _stored(entry: Entry, base: int | None, plain: Mapping[str, int]) -> Binding | None:
-    """The parameter as it lies in the buffer, in its stored dtype; None where a converter has to make it."""
+    """The parameter in the buffer, in its stored dtype; None if a converter must compute it."""
     if base is None and entry.converter is not None:
         return None
     (target, (shape, dtype)), *_ = entry.outputs.items()
     return Binding(target, dtype, shape, plain[entry.sources[0][0].name] if base is None else base)
 
 
-def _usable(stored: Binding, wanted: Mapping[str, torch.dtype]) -> bool:
+def _is_usable(stored: Binding, wanted: Mapping[str, torch.dtype]) -> bool:
     return stored.dtype == wanted[stored.target] and stored.at % stored.dtype.itemsize == 0
 
 
-def _shared(binding: Binding, aliases: Mapping[str, tuple[str, ...]]) -> list[Binding]:
-    """The binding, and the same memory under every tied name."""
+def _with_aliases(binding: Binding, aliases: Mapping[str, tuple[str, ...]]) -> list[Binding]:
+    """The binding, and one with the same memory for every tied name."""
     return [binding, *(replace(binding, target=alias) for alias in aliases.get(binding.target, ()))]
 
 
 def _conversion(
     entry: Entry, stored: Binding | None, plain: Mapping[str, int], builder: _Builder, tensors: TensorMap
 ) -> Conversion:
-    """A cast of what is stored, or transformers' conversion of it, with room for the result in the scratch."""
+    """A cast of the stored tensor, or transformers' conversion of it; reserves scratch for the result."""
     sources = ((stored, None),) if stored else tuple(
         (Binding(ref.name, ref.dtype, ref.shape, plain[ref.name]), pattern) for ref, pattern in entry.sources
     )  # fmt: skip
     targets: list[Binding] = []
     for target, (shape, _) in entry.outputs.items():
         made = Binding(target, tensors.wanted[target], shape, 0)
-        targets += _shared(replace(made, at=builder.reserve(made.nbytes)), tensors.aliases)
+        targets += _with_aliases(replace(made, at=builder.reserve(made.nbytes)), tensors.aliases)
     return Conversion(entry.name, sources, tuple(targets), None if stored else entry.converter)
 
 
 def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
-    """Where each stored expert goes inside its fused tensor, or None where moving bytes does not make it."""
+    """The byte of each stored expert in its fused tensor; None if moving bytes is not enough to build it."""
     if entry.converter is None or len(entry.outputs) != 1:
         return None
     if len({ref.dtype for ref, _ in entry.sources}) != 1:

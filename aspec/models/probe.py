@@ -1,8 +1,8 @@
-"""What a family's layers are called with, found by running its own forward once on meta tensors.
+"""Finds the arguments of a family's layers by running its own forward once on meta tensors.
 
-Every layer of a probe skeleton is entered with the arguments its model gives it and left where its attention
-begins. That tells, without a table: whether layers hand each other a hidden state and nothing else, what each one
-stores, which mask reaches its attention and under which name, and that its attention is the registered one.
+Every layer of a probe skeleton runs with the arguments from its model and stops where its attention begins. This
+shows, without a table: whether a layer gives the next one a hidden state and nothing else, the shapes that each layer
+stores, the mask of its attention and the name of that argument, and that its attention is the registered one.
 """
 
 import inspect
@@ -24,38 +24,38 @@ from aspec.models.skeleton import build_on_meta, find_layers, first_line
 from aspec.models.split_layer import finish, project, to_host
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
-SAMPLES = 4096  # pairs of positions at which a family's mask is compared with ours
+SAMPLES = 4096  # pairs of positions for the comparison of a family's mask with aspec's
 UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
-"""Arguments of other attention functions that change the result, and that ours does not know."""
+"""Arguments of other attention functions that change the result and that ``attend`` does not support."""
 
 MaskRule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""transformers' own form of a mask: (row, head, query positions, key positions) -> bool, True where visible."""
+"""transformers' form of a mask: (row, head, query positions, key positions) -> bool, True where visible."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """One layer: what it stores, and how its model calls it."""
+    """One layer: the shape it stores, and how its model calls it."""
 
-    kv: KVShape | None  # None: it attends to what another layer stored
+    kv: KVShape | None  # None: it attends to keys and values of another layer
     mask: MaskKind
     mask_argument: str
     parameters: tuple[str, ...]  # of its forward, in order, the hidden state first
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """A whole model."""
+class ModelFacts:
+    """All layers of a model, and how it calls them."""
 
     layers: tuple[LayerFacts, ...]
-    in_tuples: bool  # its forward unpacks what a layer returns
+    in_tuples: bool  # its forward expects a tuple from a layer
 
 
 class _UnfitError(Exception):
-    """Why the driver cannot run the model, or not with what it returns from layers."""
+    """The reason why the driver cannot run the model, or not with this type of layer result."""
 
 
-class _Reached(Exception):
-    """Not an error: a layer has come to its attention."""
+class _AttentionReached(Exception):
+    """Not an error: stops a layer at its attention."""
 
 
 def _probe_attention(
@@ -66,26 +66,26 @@ def _probe_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: object,
 ) -> NoReturn:
-    """What the probe attends with: checks the call, computes nothing, leaves the layer."""
+    """The attention function of the probe: checks the call, computes nothing, stops the layer."""
     given = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if given:
         raise _UnfitError(f"its attention uses {', '.join(given)}")
     if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
-        raise _UnfitError("its attention does not use the mask its layer is given")
-    raise _Reached
+        raise _UnfitError("its attention does not use the mask that its layer receives")
+    raise _AttentionReached
 
 
 def _probe_mask(
     *args: object, batch_size: int, q_length: int, kv_length: int, mask_function: MaskRule, **_: object
 ) -> torch.Tensor:
-    """A mask on meta that carries the rule it stands for."""
+    """A bool mask [B, 1, T, S] on meta with its rule as an attribute."""
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
     mask.aspec_rule = mask_function  # type: ignore[attr-defined]  # read by _rule_of
     return mask
 
 
 def _rule_of(value: object) -> MaskRule | None:
-    """The rule of a mask that ``_probe_mask`` made, also through a slice that takes all of it."""
+    """The rule of a mask from ``_probe_mask``, also of a slice that covers all of it; None for other values."""
     if not isinstance(value, torch.Tensor):
         return None
     base = value if value._base is None or value.shape != value._base.shape else value._base
@@ -97,8 +97,8 @@ AttentionInterface.register(NAME, _probe_attention)
 AttentionMaskInterface.register(NAME, _probe_mask)
 
 
-class _Store(Cache):  # type: ignore[misc]  # transformers is untyped
-    """An empty cache that notes the shapes a layer wants to store."""
+class _ShapeCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """An empty cache that records the shapes that layers store."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -112,44 +112,44 @@ class _Store(Cache):  # type: ignore[misc]  # transformers is untyped
         *args: object,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Note and hand back."""
+        """Record the shapes and return the arguments."""
         if not key_states.dim() == value_states.dim() == 4:
-            raise _UnfitError("its layers store other things than keys and values per head")
+            raise _UnfitError("its layers store something other than keys and values per head")
         self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
         return key_states, value_states
 
 
 @dataclass(slots=True)
-class _Visit:
-    """One run of the model through watched layers; mutable while it runs."""
+class _ProbeRun:
+    """One run of the model with watched layers; mutable while it runs."""
 
     in_tuples: bool
     returned: torch.Tensor | None = None
-    layers: list[tuple[str, MaskRule, tuple[str, ...]]] = field(default_factory=list)  # mask and parameters, as entered
+    layers: list[tuple[str, MaskRule, tuple[str, ...]]] = field(default_factory=list)  # by call: mask and parameters
 
     def watch(self, layer: nn.Module) -> Callable[..., object]:
-        """A forward that runs the layer's own up to its attention."""
+        """A forward that checks the call and runs the layer's own forward up to its attention."""
         original = type(layer).forward.__get__(layer)
         parameters = tuple(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> object:
-            self.see(parameters, dict(zip(parameters, args, strict=False)) | kwargs)
+            self.check_call(parameters, dict(zip(parameters, args, strict=False)) | kwargs)
             try:
                 original(*args, **kwargs)
-            except _Reached:
+            except _AttentionReached:
                 assert self.returned is not None
                 return (self.returned,) if self.in_tuples else self.returned
             raise _UnfitError("a layer does not attend through the registered attention function")
 
         return forward
 
-    def see(self, parameters: tuple[str, ...], arguments: dict[str, Any]) -> None:
-        """Check that a layer receives what the one before returned, and find its mask."""
+    def check_call(self, parameters: tuple[str, ...], arguments: dict[str, Any]) -> None:
+        """Check that a layer receives the result of the layer before it, and record its mask."""
         hidden = arguments.get(parameters[0])
         if not isinstance(hidden, torch.Tensor):
             raise _UnfitError("a layer receives no hidden state")
         if self.returned is not None and not same_memory(hidden, self.returned):
-            raise _UnfitError("a layer does not receive what the layer before it returned")
+            raise _UnfitError("a layer does not receive the result of the layer before it")
         self.returned = torch.empty_like(hidden)
         found = [(name, rule) for name, value in arguments.items() if (rule := _rule_of(value)) is not None]
         if len(found) != 1:
@@ -157,9 +157,9 @@ class _Visit:
         self.layers.append((*found[0], parameters))
 
 
-@torch.inference_mode(False)  # where views know their base
-def examine(config: PreTrainedConfig, dtype: torch.dtype) -> Facts:
-    """Probe a model. Raises UnsupportedModelError where its layers cannot be run one by one."""
+@torch.inference_mode(False)  # a view has its base only outside inference mode
+def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
+    """Probe a model. Raises UnsupportedModelError if its layers cannot run one by one."""
     model = _build(config, dtype, NAME)
     try:
         return _examine(config, model, in_tuples=False)
@@ -171,43 +171,43 @@ def examine(config: PreTrainedConfig, dtype: torch.dtype) -> Facts:
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
-    """The model on meta, where its forward runs on positions that have no values."""
+    """The model on meta, so that its forward runs with positions that have no values."""
     model = build_on_meta(config, dtype, attend)
     ignore_positions(model)
     return model
 
 
-def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) -> Facts:
+def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) -> ModelFacts:
     layers = find_layers(model)[1]
-    store = _Store()
-    visit = _Visit(in_tuples)
+    shape_cache = _ShapeCache()
+    probe_run = _ProbeRun(in_tuples)
     for layer in layers:
-        layer.forward = visit.watch(layer)
+        layer.forward = probe_run.watch(layer)
     tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
-    cache = {cache_argument(model): store}
+    cache = {cache_argument(model): shape_cache}
     try:
         output = model(input_ids=tokens, position_ids=tokens, use_cache=True, **cache)
-    except (_UnfitError, Warning):  # a warning that was turned into an error says nothing of the family
+    except (_UnfitError, Warning):  # a warning raised as an error is no property of the family
         raise
-    except Exception as error:  # whatever a family raises means: not with this driver
+    except Exception as error:  # any exception of a family means that this driver cannot run it
         if _is_own_fault(error):
             raise InternalError(f"the probe of {config.model_type} has failed: {first_line(error)}.") from error
         raise _UnfitError(f"its layers exchange more than a hidden state ({first_line(error)})") from error
-    if len(visit.layers) != len(layers) or tuple(output.logits.shape[:2]) != (2, 4):
-        raise _UnfitError(f"its {len(layers)} layers do not run once each (counted {len(visit.layers)} runs)")
-    if not store.shapes:
+    if len(probe_run.layers) != len(layers) or tuple(output.logits.shape[:2]) != (2, 4):
+        raise _UnfitError(f"its {len(layers)} layers do not run once each (counted {len(probe_run.layers)} runs)")
+    if not shape_cache.shapes:
         raise _UnfitError("none of its layers stores keys and values")
     facts = [
-        LayerFacts(store.shapes.get(index), _mask_kind(config, index, rule), argument, parameters)
-        for index, (argument, rule, parameters) in enumerate(visit.layers)
+        LayerFacts(shape_cache.shapes.get(index), _mask_kind(config, index, rule), argument, parameters)
+        for index, (argument, rule, parameters) in enumerate(probe_run.layers)
     ]
-    return Facts(tuple(facts), in_tuples)
+    return ModelFacts(tuple(facts), in_tuples)
 
 
 def _is_own_fault(error: Exception) -> bool:
-    """Whether code of aspec raised it that a family's forward has called back, rather than the family's own."""
+    """Whether the error comes from code of aspec that a family's forward called, not from the family's own code."""
     assert error.__traceback__ is not None
-    frames = traceback.walk_tb(error.__traceback__.tb_next)  # below the one that called the family
+    frames = traceback.walk_tb(error.__traceback__.tb_next)  # below the frame that called the family
     owners = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
     return next((owner for owner in reversed(owners) if owner in ("aspec", "transformers")), None) == "aspec"
 
@@ -216,10 +216,10 @@ AttentionInterface.register(SPLIT, attend)
 AttentionMaskInterface.register(SPLIT, _probe_mask)
 
 
-def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: Facts) -> tuple[int, int]:
-    """Bytes that a split layer holds at most, per token of an item and per slot of its rows.
+def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFacts) -> tuple[int, int]:
+    """Largest number of bytes that a split layer holds, per token of an item and per slot of its rows.
 
-    Raises UnsupportedModelError where a layer cannot be taken apart at its attention, such as one that attends twice.
+    Raises UnsupportedModelError if a layer cannot be split at its attention, for example if it attends twice.
     """
     run = _run_split(config, dtype, facts, offloaded=False)
 
@@ -232,45 +232,45 @@ def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: Facts) ->
 
 @dataclass(frozen=True, slots=True)
 class OffloadFacts:
-    """What a model's split layers are beside KV in host memory."""
+    """Sizes of a model's split layers with KV in host memory."""
 
-    per_token: int  # bytes that an item holds on the device between its projections and the end of a layer
-    kept: tuple[KVShape | None, ...]  # by layer: what the host keeps; None where it is another layer's
-    crossing: tuple[tuple[int, int], ...]  # by layer: bytes of a token that go to the host, and that come back
+    per_token: int  # device bytes that an item holds from the projections to the end of a layer
+    kept: tuple[KVShape | None, ...]  # by layer: shape on the host; None: it uses another layer's KV
+    crossing: tuple[tuple[int, int], ...]  # by layer: bytes per token to the host, and back
 
 
-def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: Facts) -> OffloadFacts:
-    """Probe a model whose layers attend beside KV in host memory.
+def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFacts) -> OffloadFacts:
+    """Probe a model whose layers attend with KV in host memory.
 
-    Raises UnsupportedModelError where one cannot be taken apart, or attends to what the host cannot keep.
+    Raises UnsupportedModelError if a layer cannot be split, or attends to tensors that the host cannot store.
     """
     run = _run_split(config, dtype, facts, offloaded=True)
     few, many = (run(num_tokens, 128) for num_tokens in (64, 128))
     more = max(nbytes for nbytes, _ in many) - max(nbytes for nbytes, _ in few)
-    crossings = [crossing for _, crossing in few if crossing is not None]
+    attentions = [attention for _, attention in few if attention is not None]
     return OffloadFacts(
         -(-more // 128),
-        tuple(crossing.kept for crossing in crossings),
-        tuple(crossing.token_bytes for crossing in crossings),
+        tuple(attention.kv_shape for attention in attentions),
+        tuple(attention.token_bytes for attention in attentions),
     )
 
 
-_Held = tuple[int, HostAttention | None]
-"""Bytes behind a split layer before its second half, and its attention on the way to the host."""
+_SplitState = tuple[int, HostAttention | None]
+"""Bytes that a split layer holds before its second half, and its attention on the host, if any."""
 
 
 def _run_split(
-    config: PreTrainedConfig, dtype: torch.dtype, facts: Facts, *, offloaded: bool
-) -> Callable[[int, int], list[_Held]]:
-    """A model on meta, its layers in halves: what each holds, for two rows of so many tokens and slots."""
+    config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFacts, *, offloaded: bool
+) -> Callable[[int, int], list[_SplitState]]:
+    """A function of tokens and slots per row; it runs two rows through split layers on meta, returns their states."""
     model = _build(config, dtype, SPLIT)
-    held: list[_Held] = []
+    held: list[_SplitState] = []
     argument = cache_argument(model)
     for index, layer in enumerate(find_layers(model)[1]):
         layer.forward = _watch_split(layer, index, facts, held)
 
-    def run(num_tokens: int, num_slots: int) -> list[_Held]:
-        """The rows are apart, so that their slots are gathered."""
+    def run(num_tokens: int, num_slots: int) -> list[_SplitState]:
+        """Rows 0 and 2 are not consecutive, so that their slots are gathered (the larger copy)."""
         held.clear()
         cache = KVCache([layer.kv for layer in facts.layers], 3, num_slots, dtype, "meta", offloaded=offloaded)
         step = cache.step([0, 2], [num_slots - num_tokens] * 2, [num_tokens] * 2)
@@ -287,10 +287,10 @@ def _run_split(
     return run
 
 
-def _watch_split(layer: nn.Module, index: int, facts: Facts, held: list[_Held]) -> Callable[..., object]:
-    """A forward that takes the layer's own apart, and tells what is held between the halves.
+def _watch_split(layer: nn.Module, index: int, facts: ModelFacts, held: list[_SplitState]) -> Callable[..., object]:
+    """A forward that runs the layer in two halves and appends its state between them to ``held``.
 
-    Behind its attention a layer may fail on meta, where it looks at numbers (experts); by then nothing is held.
+    After its attention a layer may fail on meta if it reads values (experts); at that time it holds no bytes.
     """
     original, own = layer.forward, facts.layers[index]
 
@@ -302,8 +302,8 @@ def _watch_split(layer: nn.Module, index: int, facts: Facts, held: list[_Held]) 
         if step.offloaded:
             to_host(split, step, index, own.mask, stores=own.kv is not None)
         back = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        split.output = split.crossing.back if split.crossing is not None else back
-        held.append((split.nbytes, split.crossing))
+        split.output = split.host_attention.device_result if split.host_attention is not None else back
+        held.append((split.nbytes, split.host_attention))
         try:
             finish(lambda: original(hidden, *args, **kwargs), split)
         except (InternalError, Warning):
@@ -316,7 +316,7 @@ def _watch_split(layer: nn.Module, index: int, facts: Facts, held: list[_Held]) 
 
 
 def _mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind:
-    """Which of our masks a family's rule is, by comparing the two at many pairs of positions."""
+    """The kind of mask that equals a family's rule, compared at many pairs of positions, near edges and random."""
     text = config.get_text_config()
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     kinds = [
@@ -326,13 +326,13 @@ def _mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind
     ]
     generator = torch.Generator().manual_seed(0)
     query = torch.randint(4 * max(window or 0, chunk or 0, 64), (SAMPLES,), generator=generator)
-    near = query + torch.randint(-2, 3, (SAMPLES,), generator=generator)  # around every edge, and anywhere
+    near = query + torch.randint(-2, 3, (SAMPLES,), generator=generator)  # near every edge; random pairs follow
     edges = [near - shift for shift in (0, window or 0, chunk or 0)]
     key = torch.cat([*edges, torch.randint(int(query.max()) + 1, (SAMPLES,), generator=generator)]).clamp(min=0)
     query = query.repeat(len(edges) + 1)
     try:
         visible = rule(0, 0, query, key)
-    except (RuntimeError, NotImplementedError):  # chunks look at a tensor on meta: the configuration must do
+    except (RuntimeError, NotImplementedError):  # the rule of chunks reads a tensor on meta: use the configuration
         types = getattr(text, "layer_types", None) or []
         if chunk and types[index : index + 1] == ["chunked_attention"]:
             return MaskKind(chunk=chunk)
@@ -347,7 +347,7 @@ def _mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind
 
 
 def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors show the same memory in the same way; holds on meta too."""
+    """Whether two tensors are the same view of the same memory; works on meta too."""
     return (
         first.untyped_storage()._cdata == second.untyped_storage()._cdata
         and first.storage_offset() == second.storage_offset()

@@ -1,6 +1,6 @@
-"""From a model folder's config.json to modules without weights, refusing what cannot be run, by name.
+"""From a model folder's config.json to modules without weights; refuses models that aspec cannot run, with a reason.
 
-A skeleton has its parameters on the meta device and its computed buffers (rotary frequencies, scales) real.
+A skeleton has its parameters on the meta device, and its computed buffers (rotary frequencies, scales) on a real one.
 """
 
 import copy
@@ -27,13 +27,13 @@ from aspec.models.hf_compat import (
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The model's configuration. Raises CheckpointError or UnsupportedModelError in one paragraph."""
+    """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
         )
-    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # families write Infinity
+    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # some write Infinity
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(model_type, str):
         raise CheckpointError(
@@ -47,21 +47,21 @@ def load_config(folder: Path) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Warning:  # turned into an error: no fault of the file
+    except Warning:  # raised as an error by the caller's filter; not caused by the file
         raise
-    except Exception as error:  # a config class may raise anything for a value it does not know
+    except Exception as error:  # a config class may raise any exception for a value it does not know
         raise UnsupportedModelError(
             f"{path}: transformers cannot read this {model_type} configuration: {first_line(error)}. Correct the file, "
             f"or update transformers."
         ) from error
-    reasons = _reasons(config)
+    reasons = _refusals(config)
     if reasons:
         raise UnsupportedModelError(f"{path}: {config.model_type} is not supported: {'; '.join(reasons)}.")
     return config
 
 
-def _reasons(config: PreTrainedConfig) -> list[str]:
-    """What can be refused by the configuration alone."""
+def _refusals(config: PreTrainedConfig) -> list[str]:
+    """Reasons from the configuration alone why aspec cannot run the model; empty if none."""
     text = config.get_text_config()
     reasons = [why for key, why in REFUSED_KEYS.items() if getattr(config, key, None) or getattr(text, key, None)]
     if (refused := family_of(config.model_type).refused) is not None:
@@ -83,14 +83,14 @@ def _reasons(config: PreTrainedConfig) -> list[str]:
 
 
 def rope_types(text: PreTrainedConfig) -> set[str]:
-    """The kinds of rotary positions a configuration names, over all its layer types."""
+    """The types of rotary positions in a configuration, over all its layer types."""
     rope = getattr(text, "rope_parameters", None) or {}
     entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return {str(entry.get("rope_type", entry.get("type"))) for entry in entries} - {"None"}
 
 
 def max_context(text: PreTrainedConfig) -> int | None:
-    """Tokens a row may hold: what the model was built for, and where its positions stay what they are."""
+    """Largest number of tokens in a row: the model's limit, or the original one of CAPPED_ROPE; None: no limit."""
     limit = getattr(text, "max_position_embeddings", None)
     if rope_types(text) & CAPPED_ROPE:
         key = "original_max_position_embeddings"
@@ -100,7 +100,7 @@ def max_context(text: PreTrainedConfig) -> int | None:
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder layers by name. Raises UnsupportedModelError if no module list has one module per layer."""
+    """Name and list of the decoder layers. Raises UnsupportedModelError if no module list has one per layer."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count > 0:
@@ -111,7 +111,10 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
-    """The model with everything on meta, attending with the function registered as ``attend``."""
+    """The model with all tensors on meta; it attends with the function registered as ``attend``.
+
+    Raises UnsupportedModelError if transformers cannot build it.
+    """
     config = copy.deepcopy(config)
     set_attention(config, attend)
     if (experts := family_of(config.model_type).experts) is not None:
@@ -119,9 +122,9 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     try:
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Warning:  # turned into an error: no fault of the configuration
+    except Warning:  # raised as an error by the caller's filter; not caused by the configuration
         raise
-    except Exception as error:  # a family's constructor may raise anything for a value it does not know
+    except Exception as error:  # a constructor may raise any exception for a value it does not know
         raise UnsupportedModelError(
             f"{config.model_type}: transformers cannot build a model from this configuration: {first_line(error)}. "
             f"Correct config.json, or update transformers."
@@ -137,6 +140,6 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.d
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line, for a paragraph of our own."""
+    """The type and first line of an error, for use in another message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}" if text else type(error).__name__

@@ -1,10 +1,10 @@
-"""A layer in two halves around its attention, so that the attention may run elsewhere; without code per family.
+"""Splits a layer into two halves around its attention, so that the attention can run elsewhere; no code per family.
 
-The layer's own forward runs twice. The first time it is left where it calls its attention, and what its products and
-its cache returned until then is kept. The second time they return that at once, so does the attention, and the rest
-runs as ever. What else stands before the attention, norms and rotations, is computed twice, by the same operations on
-the same numbers: no bit differs from a layer in one piece. A torch function mode is how products, cache and attention
-are met on their way, so nothing is patched, and layers may be split on several threads at once.
+The layer's own forward runs twice. The first run stops at the call of the attention, and the results of its products
+and of its cache are recorded. In the second run these calls return the recorded results, the attention returns its
+output, and the rest runs as usual. Other operations before the attention, such as norms and rotations, run twice on the
+same numbers, so all bits equal those of a layer in one piece. A torch function mode intercepts products, cache and
+attention. So nothing is patched, and several threads can split layers at the same time.
 """
 
 from collections.abc import Callable
@@ -20,55 +20,55 @@ from aspec.models.exact import PRODUCTS
 from aspec.models.kv_cache import MaskKind, StepCache
 from aspec.models.kv_offload import HostAttention
 
-KEPT = PRODUCTS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
-"""Functions that run in the first half only: the dear ones, those whose bits may depend on where their operands are in
-memory, and the one that stores."""
+RECORDED = PRODUCTS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
+"""Functions that run in the first half only: the expensive ones, those whose bits may depend on the memory address of
+their operands, and the one that stores keys and values."""
 
 IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
-"""Besides those whose names end in one underscore."""
+"""In-place functions, in addition to those whose names end in one underscore."""
 
 Forward = Callable[[], torch.Tensor]
-"""A layer's forward on its arguments; returns the hidden state."""
+"""A layer's forward with its arguments bound; returns the hidden state [B, T, H]."""
 
 
 @dataclass(slots=True)
 class Split:
-    """A layer that has come to its attention; mutable, because every stage lets go of what it has used."""
+    """A layer that has reached its attention; mutable, because every stage releases the tensors it has used."""
 
-    kept: list[tuple[object, Any]]  # functions and what they returned, in the order of the calls
-    memory: set[int]  # of what was kept and of the hidden state: what alters it must run in the first half only
+    recorded: list[tuple[object, Any]]  # functions and their results, in the order of the calls
+    memory: set[int]  # of recorded results and hidden state: functions that change it run in the first half only
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the attention's arguments, until it has run
-    output: torch.Tensor | None = None  # what it returned
-    crossing: HostAttention | None = None  # of an attention beside KV in host memory, in place of ``call``
+    output: torch.Tensor | None = None  # the attention's result [B, T, H, Dv]
+    host_attention: HostAttention | None = None  # with KV in host memory, in place of ``call``
 
     @property
     def nbytes(self) -> int:
-        """Bytes behind what is held: what was kept, what the attention is called with, what it returned."""
-        kept = [one for _, result in self.kept for one in (result if isinstance(result, tuple) else (result,))]
+        """Bytes of memory held: recorded results, query, key and value, and the attention's result."""
+        results = [one for _, result in self.recorded for one in (result if isinstance(result, tuple) else (result,))]
         call = [] if self.call is None else self.call[0][1:4]  # query, key, value
-        crossing = [] if self.crossing is None else self.crossing.tensors
-        tensors = [*kept, *call, *crossing, *([] if self.output is None else [self.output])]
+        on_device = [] if self.host_attention is None else self.host_attention.tensors
+        tensors = [*results, *call, *on_device, *([] if self.output is None else [self.output])]
         return sum({_memory(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
-    def keeps(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        """Whether a call runs in the first half only."""
-        if func in KEPT:
+    def is_recorded(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether a call runs in the first half only, so that its result is recorded."""
+        if func in RECORDED:
             return True
         name = getattr(func, "__name__", "")
         alters = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         return alters and _memory(args[0]) in self.memory
 
 
-class _Reached(Exception):
-    """Not an error: a layer has come to its attention."""
+class _AttentionCalled(Exception):
+    """Not an error: stops a layer at its attention."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__("a layer has come to its attention")
+        super().__init__("a layer has reached its attention")
         self.call = args, kwargs
 
 
 class _FirstHalf(TorchFunctionMode):
-    """Keeps what was computed and leaves the layer at its attention."""
+    """Records results and stops the layer at its attention."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()
@@ -78,73 +78,79 @@ class _FirstHalf(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is attend:
-            raise _Reached(args, kwargs or {})
+            raise _AttentionCalled(args, kwargs or {})
         result = func(*args, **kwargs or {})
-        if self._split.keeps(func, args):
-            self._split.kept.append((func, result))
+        if self._split.is_recorded(func, args):
+            self._split.recorded.append((func, result))
             if isinstance(result, torch.Tensor):
                 self._split.memory.add(_memory(result))
         return result
 
 
 class _SecondHalf(TorchFunctionMode):
-    """Hands out what was kept up to the attention, then its output, then nothing any more."""
+    """Returns the recorded results and the attention's output; computes everything after that."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()
         self._split = split
-        self._used = 0  # of what was kept; all of it is held up to the attention, so that no memory is used again
+        self._used = 0  # results returned so far; all are held until the attention, so that no memory is reused
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         split = self._split
         if func is attend:
-            if split.output is None or self._used < len(split.kept):
-                raise InternalError("a split layer calls its attention twice, or otherwise than the first time")
+            if split.output is None or self._used < len(split.recorded):
+                raise InternalError("a split layer calls its attention twice, or not where the first half called it")
             output, split.output = split.output, None
-            split.kept.clear()
+            split.recorded.clear()
             return output, None
-        if split.output is not None and split.keeps(func, args):
-            was, result = split.kept[self._used] if self._used < len(split.kept) else (None, None)
+        if split.output is not None and split.is_recorded(func, args):
+            was, result = split.recorded[self._used] if self._used < len(split.recorded) else (None, None)
             if was is not func:
-                raise InternalError(f"a split layer calls {func} where it did not the first time")
+                raise InternalError(f"a split layer calls {func}, where the first half did not call it")
             self._used += 1
             return result
         return func(*args, **kwargs or {})
 
 
 def project(forward: Forward, hidden: torch.Tensor) -> Split:
-    """Run a layer up to its attention; ``hidden`` is the state that ``forward`` hands to it."""
+    """Run a layer up to its attention; ``hidden`` [B, T, H] is the state that ``forward`` gives to it.
+
+    Raises InternalError if the layer does not call its attention.
+    """
     split = Split([], {_memory(hidden)})
     try:
         with _FirstHalf(split):
             forward()
-    except _Reached as reached:
-        split.call = reached.call
+    except _AttentionCalled as attention:
+        split.call = attention.call
         return split
     raise InternalError("a split layer has ended without its attention")
 
 
 def to_host(split: Split, step: StepCache, layer: int, mask: MaskKind, *, stores: bool) -> None:
-    """Make ready the way to KV in host memory; ``stores``: the layer has keys and values of its own."""
-    assert split.call is not None, "what is attended to comes from the projections"
+    """Prepare the attention for KV in host memory; ``stores``: the layer has its own keys and values."""
+    assert split.call is not None, "a split layer goes to the host after its projections"
     args, _ = split.call
-    split.call, split.crossing = None, HostAttention.of(args, step, layer, mask, stores=stores)
+    split.call, split.host_attention = None, HostAttention.of(args, step, layer, mask, stores=stores)
 
 
 def attend_to(split: Split) -> None:
-    """Run the attention. Needs none of the layer's weights but its sinks; any thread will do, once at a time."""
-    if split.crossing is not None:
-        split.crossing.attend()
+    """Run the attention, on any thread. It needs no weights of the layer except its sinks."""
+    if split.host_attention is not None:
+        split.host_attention.attend()
         return
-    assert split.call is not None, "a layer attends once, behind its projections"
+    assert split.call is not None, "a layer attends once, after its projections"
     args, kwargs = split.call
     split.output, split.call = attend(*args, **kwargs)[0], None
 
 
 def finish(forward: Forward, split: Split) -> torch.Tensor:
-    """Run the rest of a layer; ``forward`` is that of ``project``, its arguments the same."""
+    """Run the rest of a layer with the same ``forward`` as ``project``; returns the hidden state [B, T, H].
+
+    Raises InternalError if the calls differ from those of the first half.
+    """
     with _SecondHalf(split):
         hidden = forward()
     if split.output is not None:
@@ -153,6 +159,6 @@ def finish(forward: Forward, split: Split) -> torch.Tensor:
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """What tells a tensor's memory from all other in use."""
+    """An identifier of a tensor's memory; unique among memory in use."""
     memory: int = tensor.untyped_storage()._cdata
     return memory

@@ -1,8 +1,8 @@
-"""Which stored tensors make up which parameter of a model: transformers' own conversion rules, run once on meta.
+"""The map from stored tensors to a model's parameters: transformers' own conversion rules, run once on meta.
 
-Files keep the names and shapes a family was published with (``experts.3.w1.weight``), modules have others
-(``experts.gate_up_proj``). The rules that lead from one to the other are transformers'; here they only tell what is
-made of what, so that everything missing, ambiguous or of another shape is refused before a byte is read.
+Files have the names and shapes of a family's publication (``experts.3.w1.weight``), modules have other ones
+(``experts.gate_up_proj``). The conversion rules are transformers'. This file only finds the sources of every parameter,
+so that missing or ambiguous tensors and wrong shapes raise an error before any weight is read.
 """
 
 import copy
@@ -28,7 +28,7 @@ from aspec.models.hf_compat import (
     tied_weights,
 )
 
-COMPUTED = r"rotary_emb\.inv_freq"  # stored by old checkpoints, computed by every model
+COMPUTED = r"rotary_emb\.inv_freq"  # old checkpoints store it, every model computes it
 CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 Source = tuple[TensorRef, str | None]
@@ -37,31 +37,34 @@ Source = tuple[TensorRef, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One parameter (or several, where a conversion splits) and the stored tensors it is made of."""
+    """One parameter (or several, if a conversion splits) and its stored tensors."""
 
     name: str
     sources: tuple[Source, ...]
-    converter: WeightConverter | None  # the entry's own; None: the one source is the parameter
+    converter: WeightConverter | None  # a copy for this entry; None: the only source is the parameter
     outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # parameter -> shape and dtype as converted
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes."""
+        """Bytes of the stored tensors."""
         return sum(ref.nbytes for ref, _ in self.sources)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """A model in terms of its checkpoint."""
+    """The stored tensors of every parameter of a model."""
 
     entries: tuple[Entry, ...]
-    aliases: Mapping[str, tuple[str, ...]]  # parameter -> the tied names that share it
-    wanted: Mapping[str, torch.dtype]  # the dtype every parameter and stored buffer must have
-    unexpected: tuple[str, ...]  # stored tensors that the model has no use for
+    aliases: Mapping[str, tuple[str, ...]]  # parameter -> tied names that share its memory
+    wanted: Mapping[str, torch.dtype]  # the dtype of every parameter and stored buffer in the model
+    unexpected: tuple[str, ...]  # stored tensors that the model does not use
 
 
 def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
-    """Find every parameter of ``model`` (on meta) in ``checkpoint``. Raises CheckpointError where it is not there."""
+    """Find every parameter of ``model`` (on meta) in ``checkpoint``.
+
+    Raises CheckpointError if a parameter is missing, has several candidates, or has another shape or dtype.
+    """
     wanted = target_dtypes(model)
     found, converters, unexpected = _match(model, checkpoint)
     entries = tuple(_entry(model, checkpoint, name, sources, converters) for name, sources in found.items())
@@ -80,7 +83,7 @@ def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
 
 
 def target_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """The dtype every stored parameter must have, those included that a family keeps in fp32."""
+    """The dtype of every stored parameter in the model; some families keep a part of them in fp32."""
     dtypes: dict[str, torch.dtype] = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     kept = kept_dtypes(model)
     if not kept:
@@ -98,9 +101,9 @@ def convert(
     stored: Iterable[tuple[str, str | None, torch.Tensor]],
     model: PreTrainedModel,
 ) -> dict[str, torch.Tensor]:
-    """Run transformers' converter on stored (name, pattern, tensor): parameter name -> tensor.
+    """Run transformers' converter on stored (name, pattern, tensor); returns parameter name -> tensor.
 
-    It gives up the tensors it was given, so the same converter serves again; never on two threads at once.
+    The converter releases its tensors, so it can be used again, but not on two threads at the same time.
     """
     for key, pattern, tensor in stored:
         converter.add_tensor(name, key, pattern, _constant(tensor))
@@ -115,7 +118,7 @@ def _constant(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 def _match(
     model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[dict[str, list[Source]], dict[str, WeightConverter], list[str]]:
-    """Stored tensors by the name they belong to, the converters by pattern, and what belongs nowhere."""
+    """Stored tensors by the name of their parameter, converters by pattern, and names without a parameter."""
     rules = conversion_rules(model)
     renames = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     conversions = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -142,26 +145,26 @@ def _entry(
     sources: Sequence[Source],
     converters: Mapping[str, WeightConverter],
 ) -> Entry:
-    """One entry, its conversion rehearsed on meta tensors. Raises CheckpointError where that cannot work."""
+    """One entry; its conversion runs once on meta tensors. Raises CheckpointError if the conversion fails."""
     (first, pattern), where = sources[0], checkpoint.folder
     rules = {id(converters[p]) if p else None for _, p in sources}
     if len(rules) > 1 or (pattern is None and len(sources) > 1):
         names = ", ".join(ref.name for ref, _ in sources[:3])
         raise CheckpointError(
-            f"{where}: {len(sources)} stored tensors claim to be {name}: expected one, found {names}. Remove the shard "
+            f"{where}: {len(sources)} stored tensors map to {name}: expected one, found {names}. Remove the shard "
             f"that does not belong to this checkpoint."
         )
     if pattern is None:
         return Entry(name, tuple(sources), None, {name: (first.shape, first.dtype)})
     meta = [(ref.name, p, torch.empty(ref.shape, dtype=ref.dtype, device="meta")) for ref, p in sources]
-    own = copy.deepcopy(converters[pattern])  # a converter has state while it converts, and is used at every bind
+    own = copy.deepcopy(converters[pattern])  # a converter has state while it runs, and every bind runs it
     try:
         made = convert(own, name, meta, model)
-    except Warning:  # turned into an error: no fault of the tensors
+    except Warning:  # raised as an error by the caller's filter; not caused by the tensors
         raise
-    except Exception as error:  # whatever a conversion raises: these tensors do not make it
+    except Exception as error:  # any exception means that these tensors do not fit the conversion
         raise CheckpointError(
-            f"{where}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be put together: "
+            f"{where}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be combined: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. The checkpoint is incomplete, or "
             f"its config.json belongs to another model."
         ) from error
@@ -169,9 +172,9 @@ def _entry(
 
 
 def _aliases(model: PreTrainedModel, produced: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
-    """Tied names that are not stored, by the name that is: either side of a tie may be the stored one.
+    """Tied names that are not stored, by the tied name that is stored; this may be either side of the tie.
 
-    Where both are stored, each keeps its own bytes, as in transformers, which ties them only if they are equal.
+    If both are stored, each has its own bytes, as in transformers, which ties them only if they are equal.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for target, source in tied_weights(model).items():
@@ -196,7 +199,7 @@ def _check_shapes(
             if shapes.get(target) != shape:
                 expected = list(shapes[target]) if target in shapes else "no such tensor"
                 raise CheckpointError(
-                    f"{checkpoint.folder}: {target} does not fit: config.json makes it {expected}, found "
+                    f"{checkpoint.folder}: {target} does not fit: expected {expected} from config.json, found "
                     f"{list(shape)} in {entry.sources[0][0].file}. config.json and the weights do not belong together."
                 )
             if dtype != wanted[target] and not {dtype, wanted[target]} <= CASTABLE:

@@ -2,7 +2,7 @@
 
 from aspec.backends.device import copy_rate
 from aspec.engine.allocate import EngineMemory
-from aspec.io.disk import probe_rate
+from aspec.io.disk_probe import probe_rate
 from aspec.plan import Tier
 
 

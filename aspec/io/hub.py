@@ -1,7 +1,7 @@
 """Where a model is: a local folder, or a hub id fetched once through huggingface_hub.
 
-HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured by that library, which also shows the progress on
-stderr; the weights stay in its cache and are never copied.
+That library reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, and shows the progress on stderr. The weights
+stay in its cache and are never copied.
 """
 
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aspec.errors import CheckpointError
 
-# A checkpoint is the files at the top of its repository; what lies in folders is other formats (original/, onnx/).
+# A checkpoint is the files at the top of its repository; its folders hold other formats (original/, onnx/).
 WANTED = [
     "*.safetensors",
     "*.json",
@@ -28,7 +28,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 def resolve(name: str, *, what: str = "model") -> Path:
     """The folder of a local path or hub id; a path that exists wins.
 
-    Raises CheckpointError, one paragraph with a remedy, where there is none or it cannot be fetched.
+    Raises CheckpointError, one paragraph with a remedy, if there is no such model or it cannot be fetched.
     """
     path = Path(name).expanduser() if name.strip() else None
     if path is not None and path.is_dir():
@@ -62,7 +62,7 @@ def _fetch(name: str, what: str) -> Path:
 
 
 def _explain(error: Exception) -> str:
-    """What went wrong and what to do about it."""
+    """The problem and its remedy, to follow the model's name."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

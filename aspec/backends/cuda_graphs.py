@@ -24,7 +24,7 @@ class TorchCapture:
         self._failed: list[object] = []  # kept, because torch's allocator still asks a graph after a failed capture
 
     def capture(self, work: Callable[[], object]) -> Replay:
-        """A function that repeats the work in the same memory. Computes nothing. Raises RuntimeError if CUDA refuses."""
+        """A function that repeats the work in its memory. Raises RuntimeError if CUDA refuses; computes nothing."""
         graph = _cuda.CUDAGraph()
         with _no_garbage_collection():
             try:

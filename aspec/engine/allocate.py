@@ -204,7 +204,7 @@ def bind_load(load: ResidentLoad) -> None:
 
 
 def free_memory(assembly: EngineMemory) -> None:
-    """Drop every view of the weights and free their memory; no task may run any more."""
+    """Drop every view of the weights and free their memory; no task may run after this."""
     models = [model for model in (assembly.target, assembly.draft) if model is not None]
     parts = [tuple(load.part for load in assembly.loads if load.model is model) for model in models]
     assembly.loads.clear()

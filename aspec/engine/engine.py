@@ -324,7 +324,7 @@ class Engine:
 def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:
     """An engine for ``async with``; keywords are the fields of ``EngineOptions``.
 
-    Raises UserError where an option or a model cannot be used.
+    Raises UserError if an option or a model cannot be used.
     """
     return Engine(EngineOptions(**options), observers)
 

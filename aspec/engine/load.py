@@ -54,7 +54,7 @@ async def load_all(
 
 
 async def _read(disk: DiskLane, segments: Sequence[Segment], view: memoryview) -> None:
-    """Read into ``view``; returns or raises when no thread writes to it any more. A cancellation skips the rest."""
+    """Read into ``view``; returns or raises once no thread writes to it. A cancellation skips the rest."""
     read = disk.read(segments, view)
     await settle(read, lambda: disk.abandon(read))
 

@@ -1,7 +1,7 @@
 """The open streams of an engine: which sequence waits for a row, which KV it reuses, which pieces its stream gets.
 
 A stream ends in one of three ways: with its last piece, with an error of its own, or with the one error that ends all
-of them. After that error no stream opens any more. Only the loop's thread calls this.
+of them. After that error no new stream opens. Only the loop's thread calls this.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ class Streams:
                 self._admit(gather=True)
 
     def close(self, sequence: int) -> None:
-        """Close a stream that has ended or has no reader any more."""
+        """Close a stream that has ended or no longer has a reader."""
         self._queues.pop(sequence, None)
         if self._requests.pop(sequence, None) is None or self.ended is not None:
             return

@@ -22,7 +22,7 @@ from aspec.generation.penalties import Context, Penalties
 from aspec.io.upload import upload
 
 GREEDY_BELOW = 1e-5  # float32 logits cannot be divided by a lower temperature; the same limit as vLLM
-SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, too small to keep many more tokens
+SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far too small to cost time
 BLOCK = 1 << 17  # noise values computed at once on a CPU: three buffers of 512 KiB stay in its L2 cache
 DEVICE_BLOCK = 1 << 20  # scores drawn at once on a device: few launches, and 4 MiB per buffer
 
@@ -94,7 +94,7 @@ def _keyed(spread: torch.Tensor, seed: int, positions: Sequence[int]) -> torch.T
 def _to_gumbel(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """-log(-log(1 - v)) into ``out`` float32, where v = (bits modulo 2^32 + 0.5) / 2^32 is uniform in (0, 1).
 
-    v is small where the noise is large, so float32 resolves the tail that wins an argmax: the largest value is
+    v is small if the noise is large, so float32 resolves the tail that wins an argmax: the largest value is
     about 22.9 and all 2^32 levels count. The other end, below -2.8, never wins; there v stops at 1 - 2^-24.
     """
     minus_v = out.copy_(bits).add_(0.5).mul_(-(2.0**-32))
@@ -117,7 +117,7 @@ def _mix(x: int) -> int:
 
 
 def _signed(x: int) -> int:
-    """32 bits as torch's int32 reads them."""
+    """An unsigned 32-bit integer as torch's signed int32."""
     return x - (1 << 32) if x >> 31 else x
 
 
@@ -125,7 +125,7 @@ def _signed(x: int) -> int:
 
 
 class Sampler:
-    """One request's draws; serves the target and any draft alike.
+    """The draws of one request, for the target and any draft.
 
     Penalties come first. Temperature, top-k, top-p and min-p keep the same tokens as the warpers of ``transformers``,
     in its order. A row is first narrowed to the ids that can survive (top-k does only this), so no sort covers a whole
@@ -310,7 +310,7 @@ def _draw_numbers(
     context: Context | None,
     errors: dict[tuple[int, int], NumericError],
 ) -> list[int]:
-    """The draws of row ``index`` one by one, NO_TOKEN where logits are not numbers."""
+    """The draws of row ``index`` one by one, NO_TOKEN if its logits are not numbers."""
     drawn: list[int] = []
     for column, position in enumerate(positions):
         own = None if context is None else Context(context.counts, context.paths[column : column + 1])

@@ -55,7 +55,7 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     def commit(self, drawn: SequenceOf[int], logprobs: SequenceOf[TokenLogprob] = ()) -> int:
-        """Append accepted tokens up to an end token, a stop string or the limit; returns how many counted.
+        """Append accepted tokens up to an end token, a stop string or the limit; returns the number committed.
 
         ``logprobs`` are theirs; empty if not requested.
         """

@@ -13,7 +13,7 @@ from aspec.generation.time_limit import TimeLimit, TimeLimitError
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-MAX_WINDOW = 8  # tokens decoded again at every step; a character has at most 4 bytes, so at most 4 tokens
+MAX_WINDOW = 8  # most tokens decoded again at every step; a character has at most 4 bytes, so at most 4 tokens
 TEMPLATE_S = 10.0  # of processor time, for a chat template: a long conversation takes 1 % of it
 
 TokenKind = Literal["text", "byte", "silent"]

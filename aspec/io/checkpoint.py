@@ -69,7 +69,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Index a folder. Raises CheckpointError, naming the file or tensor, for anything damaged."""
+        """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
         tensors: dict[str, TensorRef] = {}

@@ -65,7 +65,7 @@ class Chunk:
 
 
 class _File:
-    """A descriptor that reads past the page cache where the file system allows it."""
+    """A descriptor that reads past the page cache if the file system allows it."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -15,7 +15,7 @@ NO_LIMIT = 1 << 60  # bytes; v1 writes a larger number if there is no limit
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """Where the groups are, and the names of their files."""
+    """The folder of a version's groups, and the names of their files."""
 
     mount: str
     limit: str
@@ -69,7 +69,7 @@ def _reclaimable(folder: Path, version: _Version) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where there is no file or it says "max"."""
+    """A file's number; None if there is no file or it says "max"."""
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None
 
@@ -78,4 +78,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""  # no such group here, as in a container that shows its own group as the root
+        return ""  # no such file, as in a container that shows its own group as the root

@@ -1,4 +1,4 @@
-"""Where a model is: a local folder, or a hub id fetched once through huggingface_hub.
+"""From a model's name to its folder: a local path, or a hub id fetched once through huggingface_hub.
 
 That library reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, and shows the progress on stderr. The weights
 stay in its cache and are never copied.
@@ -50,12 +50,12 @@ def _fetch(name: str, what: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    except Exception as error:  # the library lets through errors of its HTTP client, its storage client and the OS
+    except Exception as error:  # errors of the library, its HTTP client, its storage client and the OS
         raise CheckpointError(f"{what} {name!r} {_explain(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{what} {name!r} has no weights that can be read: expected *.safetensors at the top of the repository; "
-            f"found {_listing(folder)} in {folder}. Choose a repository with safetensors, or, where the local copy is "
+            f"found {_listing(folder)} in {folder}. Choose a repository with safetensors, or, if the local copy is "
             f"incomplete, run again with a network."
         )
     return folder
@@ -72,25 +72,24 @@ def _explain(error: Exception) -> str:
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "is neither a local folder nor a model on the hub. Check the spelling; where the repository is private, "
+            "is neither a local folder nor a model on the hub. Check the spelling; if the repository is private, "
             "set HF_TOKEN or run `hf auth login`."
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
             "is not a local folder, is not (or only in part) in the local hub cache, and the hub cannot be reached "
-            "(offline, HF_HUB_OFFLINE is set, or its servers fail). Fetch it where there is a network, or give a local "
-            "folder."
+            "(offline, HF_HUB_OFFLINE is set, or its servers fail). Fetch it with a network, or give a local folder."
         )
     if isinstance(error, errors.HfHubHTTPError) and _status(error) in (401, 403):
-        return "was refused by the hub: the token is invalid or may not read it. Set HF_TOKEN to one that may."
+        return "was refused by the hub: the token is invalid or may not read it. Set HF_TOKEN to a token with access."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "does not fit on the disk of the hub cache. Free some space, or set HF_HOME to a larger disk."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot be stored: {error.filename} may not be written. Set HF_HOME to a folder that may."
+        return f"cannot be stored: {error.filename} may not be written. Set HF_HOME to a folder that may be written."
     reason = " ".join(str(error).split())[:300].rstrip(".: ")
     return (
-        f"could not be fetched from the hub ({type(error).__name__}: {reason}). Try again, a download goes on where it "
-        f"stopped; or give a local folder."
+        f"could not be fetched from the hub ({type(error).__name__}: {reason}). Try again (a download continues where "
+        f"it stopped), or give a local folder."
     )
 
 

@@ -1,4 +1,4 @@
-"""Memory for weights: anonymous, page-aligned, on huge pages where the system grants them, touched beforehand.
+"""Memory for weights: anonymous, page-aligned, on huge pages if the system grants them, touched before use.
 
 Reads into 2 MiB pages cost a quarter of the CPU of reads into 4 KiB pages and keep their rate beside compute;
 touching the pages once keeps page faults out of the run.
@@ -43,7 +43,7 @@ class SlotMemory:
         ctypes.memset(self.address, 0, self.nbytes)  # touch every page; drops the interpreter lock
 
     def close(self) -> None:
-        """Give the memory back once no tensor or view uses it."""
+        """Free the memory once no tensor or view uses it."""
         self.view.release()
         self._whole.release()
         gc.collect(0)

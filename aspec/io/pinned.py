@@ -1,4 +1,4 @@
-"""Host memory that a device reads directly: a bounded number of buffers, pinned at their exact size.
+"""Host memory that a device reads directly: buffers pinned at their exact size, up to a limit in bytes.
 
 Pages are registered with the driver instead of allocated by it: torch's pinned allocator rounds up to a power of
 two, and registered memory keeps its huge pages. If the system refuses, copies still work, but slower.
@@ -42,7 +42,7 @@ class PinnedMemory:
         return sum(memory.nbytes for memory, pinned in self._buffers if pinned)
 
     def allocate(self, nbytes: int) -> HostBuffer:
-        """A buffer of whole pages, pinned where possible. Raises DeviceError if there is no memory at all."""
+        """A buffer of whole pages, pinned if possible. Raises DeviceError if there is no memory."""
         memory = allocate(nbytes)
         fits = self._limit_bytes is None or self.pinned_bytes + memory.nbytes <= self._limit_bytes
         pinned = fits and self._register(memory.address, memory.nbytes)

@@ -14,7 +14,7 @@ class RateLimit:
         self.bytes_per_s = bytes_per_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._next_s = 0.0  # when the bytes reserved so far will have passed
+        self._next_s = 0.0  # the time at which all reserved bytes may have passed
 
     def reserve(self, nbytes: int) -> float:
         """Reserve ``nbytes``; returns the clock time, in seconds, before which they must not count as read."""

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from aspec.errors import ReadError
 from aspec.io import disk
-from aspec.io.disk import DiskLane, probe_rate, split
+from aspec.io.disk import DiskLane, split
+from aspec.io.disk_probe import probe_rate
 from aspec.io.memory import HUGE_PAGE, PAGE, allocate
 
 SIZE = 3_000_017  # not a multiple of anything

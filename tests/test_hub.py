@@ -172,7 +172,7 @@ def test_a_snapshot_holds_what_is_needed_and_serves_offline(tmp_path, hub):
     refusals = ask(tmp_path, "org/good", "org/other", **offline)[0]
     for name, (message,) in refusals.items():
         assert f"target '{name}' is not a local folder, is not (or only in part) in the local hub cache" in message
-        assert "Fetch it where there is a network" in message
+        assert "Fetch it with a network" in message
 
 
 def test_every_refusal_is_one_paragraph_with_a_remedy(tmp_path, hub):

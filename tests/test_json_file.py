@@ -9,7 +9,7 @@ import pytest
 
 from aspec.errors import CheckpointError, PromptError, UserError
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
-from aspec.io.json_file import NamedTwice, NotJson, parse_json, read_json
+from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 from aspec.models.model import _end_ids, generation_defaults
 from aspec.models.skeleton import load_config
 from aspec.observe.chrome_trace import read_trace
@@ -167,7 +167,7 @@ def test_what_is_fine_is_read(tmp_path):
     assert parse_json(b'{"a": 1, "a": 2}') == {"a": 2}
     assert parse_json(b'{"a": -Infinity}', constants=True) == {"a": float("-inf")}
     assert parse_json(b"9" * 300) == int("9" * 300)
-    with pytest.raises(NamedTwice) as error:
+    with pytest.raises(DuplicateMember) as error:
         parse_json(b'[{"a": {"b": 1, "c": 0, "b": 2}}]', unique=True)
     assert error.value.name == "b"
     with pytest.raises(NotJson, match="301 digits"):

@@ -604,7 +604,7 @@ class _Nobody:
     def take_dropped(self):
         return []
 
-    def occupants(self):
+    def sequences_in_rows(self):
         return []
 
     def admit(self, sequence):
@@ -619,17 +619,17 @@ async def test_streams_that_begin_together_share_the_first_pass_in_the_order_of_
     def sequence(number):
         return SimpleNamespace(id=number, num_prompt=4, max_new_tokens=2, tokens=[1, 2, 3, 4])
 
-    with opened.coming():
-        with opened.coming():
+    with opened.encoding():
+        with opened.encoding():
             opened.open(sequence(2), 0.0)
             assert posted == [], "two others are about to begin"
         opened.open(sequence(1), 0.0)
         assert posted == []
     opened.open(sequence(0), 0.0)
     assert [event.sequence for event in posted] == [1, 2, 0], "nobody waits once nobody comes"
-    with opened.coming():
+    with opened.encoding():
         opened.open(sequence(3), 0.0)
-        opened.leave(0)
+        opened.close(0)
     assert posted[-1].sequence == 3, "where rows are at work nobody is waited for"
 
 
@@ -637,7 +637,7 @@ async def test_a_prompt_that_takes_long_to_become_tokens_holds_nobody_up(monkeyp
     monkeypatch.setattr(streams, "GATHER_S", 0.0)
     posted = []
     opened = streams.Streams(make_plan(), _Nobody(), _Nobody(), posted.append, reuse=True)
-    with opened.coming():
+    with opened.encoding():
         opened.open(SimpleNamespace(id=0, num_prompt=4, max_new_tokens=2, tokens=[1, 2]), 0.0)
         while not posted:
             await asyncio.sleep(0)

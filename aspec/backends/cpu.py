@@ -17,7 +17,7 @@ from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resou
 
 
 class Runner(Protocol):
-    """What computes: called on a lane's thread, never on the loop."""
+    """Computes tasks; a lane's thread calls it, never the loop."""
 
     def run(self, task: Task) -> Report:
         """Compute one task."""
@@ -51,7 +51,7 @@ class CpuBackend:
         return time.perf_counter()
 
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
-        """Start a task; lanes keep order, so ``after`` is met by construction."""
+        """Start a task. Lanes run tasks in order of issue, so ``after`` needs no check."""
         if self._closed:
             raise InternalError(f"{task.label} (task {task.id}) was issued to a backend that is closed")
         if isinstance(task.payload, Load):
@@ -63,7 +63,7 @@ class CpuBackend:
         return future
 
     async def close(self) -> None:
-        """Settle what is in flight and join the lanes; the disk lane belongs to whoever made it."""
+        """Settle the tasks in flight and join the lanes; the caller closes the disk lane."""
         try:
             await settle_all(self._in_flight)
         finally:

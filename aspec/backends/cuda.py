@@ -1,6 +1,7 @@
-"""CUDA by way of torch: streams and events, memory of the device, pinned memory of the host.
+"""CUDA through torch: streams and events, device memory, pinned host memory.
 
-The only module that asks torch for CUDA. What may NOT go in: device-wide synchronisation, an allocator's flush.
+Besides ``cuda_graphs.py`` the only module that runs work through ``torch.cuda``. What may NOT go in: device-wide
+synchronisation, an allocator's flush.
 """
 
 import threading
@@ -14,26 +15,26 @@ from aspec.backends.cuda_graphs import TorchCapture
 from aspec.errors import DeviceError
 from aspec.io.pinned import HostBuffer, PinnedMemory
 
-EPOCH_S = 30.0  # CUDA counts elapsed time in fp32 milliseconds: within 30 s the step is 2 us, and clocks drift little
+EPOCH_S = 30.0  # CUDA counts elapsed time in fp32 milliseconds: up to 30 s the step is 2 us, and clocks drift little
 
 WORKSPACES = 256 << 20
-"""Bytes: cuBLAS keeps up to 33 MiB per thread and stream, of which three multiply; draws in blocks hold 64 MiB."""
+"""Bytes. cuBLAS keeps up to 33 MiB for each of three threads with a stream; draws in blocks hold 64 MiB."""
 
-_cuda: Any = torch.cuda  # torch leaves the signatures of its streams and events untyped
+_cuda: Any = torch.cuda  # torch gives its streams and events no types
 
 
 def name() -> str:
-    """What the device calls itself."""
+    """The device's name, from its driver."""
     return str(_cuda.get_device_name())
 
 
 def free_bytes() -> int:
-    """Of the device's memory, what nobody uses at present."""
+    """Bytes of device memory that no process uses at present."""
     return int(_cuda.mem_get_info()[0])
 
 
 class TorchDevice:
-    """One CUDA device by way of torch."""
+    """One CUDA device, through torch."""
 
     def __init__(self, index: int = 0, pinned_limit_bytes: int | None = None) -> None:
         if not torch.cuda.is_available():
@@ -44,20 +45,20 @@ class TorchDevice:
         self._host = PinnedMemory(_register, _unregister, pinned_limit_bytes)
         self._clock: torch.cuda.Stream = _cuda.Stream(self._device)  # always empty: an event on it completes at once
         self._epoch_lock = threading.Lock()
-        self._epoch = self._new_epoch()  # an event, and when it completed on the host's clock
+        self._epoch = self._new_epoch()  # an event, and the host's clock when it completed, in seconds
 
     @property
     def torch_device(self) -> torch.device:
-        """Where its tensors live."""
+        """The device of its tensors."""
         return self._device
 
     @property
     def peak_bytes(self) -> int:
-        """The most that torch's tensors have held at once since this was opened."""
+        """The peak bytes of torch's tensors on the device since it was opened."""
         return int(_cuda.max_memory_allocated(self._device))
 
     def create_capture(self) -> TorchCapture:
-        """CUDA graphs."""
+        """A capture that makes CUDA graphs."""
         return TorchCapture()
 
     def synchronize(self) -> None:
@@ -70,12 +71,12 @@ class TorchDevice:
         return stream
 
     def create_event(self) -> torch.cuda.Event:
-        """An event whose wait sleeps (``torch.Event`` ignores ``blocking``); the driver makes it when recorded."""
+        """An event whose wait sleeps (``torch.Event`` ignores ``blocking``); its first record creates it."""
         event: torch.cuda.Event = _cuda.Event(enable_timing=True, blocking=True)
         return event
 
     def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
-        """Put the event behind everything launched on the stream so far."""
+        """Record the event after all work launched on the stream so far."""
         event.record(stream)
 
     def wait_event(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
@@ -83,16 +84,16 @@ class TorchDevice:
         stream.wait_event(event)
 
     def copy_async(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        """Copy on the stream; overlaps with compute where the source is pinned."""
+        """Copy on the stream; overlaps with compute if the source is pinned."""
         with self.on(stream):
             target.copy_(source, non_blocking=True)
 
     def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
-        """This thread's current stream, inside."""
+        """A context in which ``stream`` is this thread's current stream."""
         return torch.cuda.stream(stream)
 
     def seconds_of(self, event: torch.cuda.Event) -> float:
-        """By the distance to the epoch event, which moves on every ``EPOCH_S``."""
+        """The completion time, from the distance to the epoch event; that event is renewed every ``EPOCH_S``."""
         epoch, at_s = self._epoch
         distance_s = float(epoch.elapsed_time(event)) / 1e3
         if distance_s > EPOCH_S:
@@ -108,23 +109,23 @@ class TorchDevice:
         return buffer
 
     def allocate_host(self, nbytes: int) -> HostBuffer:
-        """A host buffer, pinned where the system allows it."""
+        """A host buffer, pinned if the system allows it. Raises DeviceError if there is no memory."""
         return self._host.allocate(nbytes)
 
     def free_host(self, buffer: HostBuffer) -> None:
-        """Unpin a buffer and give it back."""
+        """Unpin a buffer and free it."""
         self._host.free(buffer)
 
     def free(self) -> None:
-        """Let go of every buffer; streams go with their last reference."""
+        """Free every buffer; torch frees streams with their last reference."""
         self._buffers.clear()
         self._host.close()
 
     def _new_epoch(self) -> tuple[torch.cuda.Event, float]:
-        """The tightest of a few tries: the event completed between two looks at the host's clock."""
+        """The best of five tries: the event completed between two readings of the host's clock."""
         tries = []
         for _ in range(5):
-            event: torch.cuda.Event = _cuda.Event(enable_timing=True)  # spins: a sleeper would wake late
+            event: torch.cuda.Event = _cuda.Event(enable_timing=True)  # its wait spins: a sleeping one would wake late
             before = time.perf_counter()
             event.record(self._clock)
             event.synchronize()
@@ -135,10 +136,10 @@ class TorchDevice:
 
 
 def _register(address: int, nbytes: int) -> bool:
-    """Pin pages; False where the system refuses.
+    """Pin pages; False if the system refuses.
 
-    A refusal stays behind as the calling thread's last CUDA error and would surface in its next kernel launch
-    (vllm PR 50070); torch has no call that clears it, so it is left to a thread that ends.
+    A refusal stays the calling thread's last CUDA error and would surface in its next kernel launch (vllm PR 50070).
+    torch has no call that clears it, so the call runs on a short thread of its own.
     """
     codes: list[int] = []
     thread = threading.Thread(

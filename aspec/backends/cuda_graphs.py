@@ -1,7 +1,7 @@
-"""CUDA graphs by way of torch: work captured in the stream that runs it, with nothing of the device held up.
+"""CUDA graphs through torch: work is captured in the stream that runs it, without a wait for the device.
 
-``torch.cuda.graph`` would wait for the whole device and flush its allocator before every capture, so the capture is
-begun and ended by hand. It holds for the calling thread alone: others may allocate, record and wait meanwhile.
+``torch.cuda.graph`` would wait for the whole device and flush its allocator before every capture, so this file begins
+and ends the capture itself. Only the calling thread captures: others may allocate, record and wait meanwhile.
 """
 
 import contextlib
@@ -13,42 +13,42 @@ import torch
 
 from aspec.backends.device import Replay
 
-_cuda: Any = torch.cuda  # torch leaves the signatures of its graphs untyped
+_cuda: Any = torch.cuda  # torch gives its graphs no types
 
 
 class TorchCapture:
-    """Captures on torch's current device and stream, which must be a stream of its own; one thread uses it."""
+    """Captures on torch's current device and stream, which must not be the default stream; for one thread."""
 
     def __init__(self) -> None:
         self._pool = _cuda.graph_pool_handle()
-        self._failed: list[object] = []  # torch's allocator goes on asking a graph whose capture did not end well
+        self._failed: list[object] = []  # kept, because torch's allocator still asks a graph after a failed capture
 
     def capture(self, work: Callable[[], object]) -> Replay:
-        """What repeats the work over the same memory. Raises RuntimeError where CUDA refuses; nothing is computed."""
+        """A function that repeats the work in its memory. Raises RuntimeError if CUDA refuses; computes nothing."""
         graph = _cuda.CUDAGraph()
-        with _uncollected():
+        with _no_garbage_collection():
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 work()
                 graph.capture_end()
             except BaseException:
-                self._abandon(graph)
+                self._end_failed(graph)
                 raise
         replay: Replay = graph.replay
         return replay
 
-    def _abandon(self, graph: Any) -> None:
-        """The stream leaves its capture and the allocator forgets it, as far as either has begun."""
+    def _end_failed(self, graph: Any) -> None:
+        """End the capture in the stream and in the allocator, as far as each has begun."""
         self._failed.append(graph)
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
-        with contextlib.suppress(RuntimeError):  # an end that fails leaves it out
+        with contextlib.suppress(RuntimeError):  # a failed capture_end skips this
             torch._C._cuda_endAllocateToPool(_cuda.current_device(), self._pool)
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage is collected inside: what it frees may ask the device, which a stream in capture forbids."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Turn garbage collection off inside: freeing may call the device, which is forbidden during a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

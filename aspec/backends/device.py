@@ -1,6 +1,6 @@
-"""What is asked of a device behind a link: streams, events, memory. A new device is a file that offers this.
+"""The interface of a device behind a link: streams, events, memory. A file per device implements it.
 
-``backends/streams.py`` runs tasks over it; ``backends/cuda.py`` is CUDA's, by way of torch.
+``backends/streams.py`` runs tasks over it; ``backends/cuda.py`` implements it for CUDA, through torch.
 """
 
 import time
@@ -14,7 +14,7 @@ import torch
 from aspec.backends.event_lane import DeviceEvent
 from aspec.io.pinned import HostBuffer
 
-COPIES = 8  # launched at once, to measure a link
+COPIES = 8  # launched together, to measure a link
 
 S = TypeVar("S")
 E = TypeVar("E", bound=DeviceEvent)
@@ -24,38 +24,38 @@ Replay = Callable[[], object]
 
 
 class Capture(Protocol):
-    """What a device offers for work that recurs."""
+    """Captures work that recurs, so that a device can repeat it cheaply."""
 
     def capture(self, work: Callable[[], object]) -> Replay:
-        """What repeats the work over the same memory, in the stream it is called in; nothing is computed yet.
+        """A function that repeats the work in the same memory, in the current stream; nothing is computed yet.
 
-        Raises RuntimeError where the device refuses. The work has been done once before.
+        The caller has run the work once before. Raises RuntimeError if the device refuses.
         """
         ...
 
 
 class DeviceLayer(Protocol[S, E]):
-    """The little that is asked of a device; streams run in order, and beside each other."""
+    """The operations of a device. Each stream runs in order; streams run in parallel."""
 
     @property
     def torch_device(self) -> torch.device:
-        """Where its tensors live."""
+        """The device of its tensors."""
         ...
 
     def create_stream(self, priority: int) -> S:
-        """A new stream; smaller priorities go first."""
+        """A new stream; a smaller priority runs first."""
         ...
 
     def create_event(self) -> E:
-        """A new event that can be timed and waited for without spinning."""
+        """A new event that can be timed, and whose wait does not spin."""
         ...
 
     def record(self, event: E, stream: S) -> None:
-        """Put the event behind everything launched on the stream so far."""
+        """Record the event after all work launched on the stream so far."""
         ...
 
     def wait_event(self, stream: S, event: E) -> None:
-        """Hold what is launched on the stream from now on until the last recording of the event has completed."""
+        """Make later work on the stream wait until the last recording of the event has completed."""
         ...
 
     def copy_async(self, target: torch.Tensor, source: torch.Tensor, stream: S) -> None:
@@ -63,11 +63,11 @@ class DeviceLayer(Protocol[S, E]):
         ...
 
     def on(self, stream: S) -> AbstractContextManager[object]:
-        """What this thread launches inside goes to the stream."""
+        """A context in which this thread launches its work on ``stream``."""
         ...
 
     def seconds_of(self, event: E) -> float:
-        """When a completed event completed, seconds of ``time.perf_counter``."""
+        """The time at which a completed event completed, in seconds of ``time.perf_counter``."""
         ...
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -75,34 +75,34 @@ class DeviceLayer(Protocol[S, E]):
         ...
 
     def allocate_host(self, nbytes: int) -> HostBuffer:
-        """A host buffer, pinned where possible. Raises DeviceError if there is no memory at all."""
+        """A host buffer, pinned if possible. Raises DeviceError if there is no memory."""
         ...
 
     def free_host(self, buffer: HostBuffer) -> None:
-        """Unpin a buffer and give it back; nobody may use it any more."""
+        """Unpin a buffer and free it; it must not be used afterwards."""
         ...
 
     def create_capture(self) -> Capture | None:
-        """What captures work that recurs in a stream; None where there is no such thing."""
+        """A capture for work that recurs in a stream; None if the device has none."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until the device has done what this thread has launched outside of ``on``; blocks."""
+        """Block until the device has done all work that this thread launched outside of ``on``."""
         ...
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most that tensors have held on the device since it was opened; None where nobody counts."""
+        """The peak bytes of tensors on the device since it was opened; None if they are not counted."""
         ...
 
     def free(self) -> None:
-        """Let go of every buffer and stream; may be called twice."""
+        """Free every buffer and stream; may be called twice."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Where parts are: device slots, host buffers between disk and device, and parts that stay on the host."""
+    """The memory of streamed parts: device slots, staging buffers from disk to device, parts that stay on the host."""
 
     slots: Sequence[torch.Tensor]
     staging: Sequence[HostBuffer]
@@ -110,7 +110,7 @@ class Buffers:
 
 
 def copy_rate(device: DeviceLayer[Any, Any], buffers: Buffers, seconds: float) -> float:
-    """Bytes per second from the host's buffers to the slots, by the device's own clock."""
+    """Bytes per second of copies from host buffers to slots, by the device's own clock; takes about ``seconds``."""
     sources = [*buffers.host_parts.values(), *buffers.staging][:COPIES]
     stream = device.create_stream(0)
     copied, busy_s, begun = 0, 0.0, time.perf_counter()

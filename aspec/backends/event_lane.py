@@ -1,7 +1,7 @@
 """The event lane: one thread blocks on the events of one stream and hands the results to the loop.
 
-Events of one stream complete in the order of their recording, so one thread is enough and nothing polls. Every
-event is waited for, after a failure too: a future never resolves while its work may still touch a buffer.
+Events of one stream complete in the order of their recording, so one thread is enough and nothing polls. The thread
+waits for every event, also after a failure: no future resolves while its work may still touch a buffer.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from aspec.tasks.task import Completion
 
 Outcome = Completion | BaseException
 Conclude = Callable[[BaseException | None], Outcome]
-"""Called on the lane's thread when an event is over, with the error that waiting for it raised."""
+"""The lane's thread calls it after an event, with the error that the wait raised, or None."""
 
 
 class DeviceEvent(Protocol):
@@ -39,14 +39,14 @@ class EventLane:
         self._thread.start()
 
     def wait(self, event: DeviceEvent | None, conclude: Conclude, future: asyncio.Future[Completion]) -> None:
-        """Resolve ``future`` with ``conclude`` after ``event``, which is recorded already; from any thread.
+        """Resolve ``future`` with ``conclude`` after ``event``, which must be recorded; from any thread.
 
-        Without an event (nothing was launched) it resolves behind the events that were submitted before.
+        Without an event (nothing was launched) it resolves after the events that were submitted before.
         """
         self._queue.put((event, conclude, future))
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Wait for what was submitted, join, hand over the results; may be called twice.
+        """Wait for the submitted events, join, hand over the results; may be called twice.
 
         Raises DeviceError if the thread does not end in time.
         """

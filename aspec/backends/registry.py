@@ -1,4 +1,4 @@
-"""The devices that layers may run on: each is a row of this table, and a file that offers what ``device.py`` asks."""
+"""The kinds of device that can run layers: each is a row of this table, and a file that implements ``device.py``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from aspec.backends.cuda import WORKSPACES, TorchDevice, free_bytes, name
 from aspec.backends.device import DeviceLayer
 from aspec.errors import UserError
 
-ALIGNMENT = 256  # bytes, of tensors on a device: what its allocator grants, and its fastest kernels expect
+ALIGNMENT = 256  # bytes, of tensors on a device: its allocator gives it, and its fastest kernels expect it
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of device behind a link."""
 
-    place: torch.device  # of its tensors
+    place: torch.device  # the device of its tensors
     available: Callable[[], bool]
-    free_bytes: Callable[[], int]  # that nobody uses at present
+    free_bytes: Callable[[], int]  # bytes that no process uses at present
     open: Callable[[], DeviceLayer[Any, Any]]  # raises DeviceError
-    name: Callable[[], str]  # of the one that is here
-    workspace_bytes: int = 0  # that its libraries hold beside what a plan knows of
-    captures: bool = False  # whether draft steps are captured, which holds memory
+    name: Callable[[], str]  # of the device in this machine
+    workspace_bytes: int = 0  # held by its libraries, beyond what a plan counts
+    captures: bool = False  # whether draft steps are captured, which takes memory
 
 
 KINDS = {
@@ -31,15 +31,15 @@ KINDS = {
         torch.device("cuda"), torch.cuda.is_available, free_bytes, TorchDevice, name, WORKSPACES, captures=True
     ),
 }
-"""By the name that a user gives."""
+"""Kinds by the name of ``--device``."""
 
 HOST = "cpu"
 
 
 def kind_of(name: str) -> Kind | None:
-    """The device that a user means, None for the host's own memory; ``auto``: whichever is there.
+    """The kind of device that a user names; None for the host's own memory; ``auto``: the first that is available.
 
-    Raises UserError where it is not.
+    Raises UserError if the named device is not available.
     """
     if name == "auto":
         return next((kind for kind in KINDS.values() if kind.available()), None)

@@ -1,10 +1,10 @@
 """The backend of a device behind a link: a launcher and a waiter thread per stream; the device orders streams itself.
 
-Rules. A task ends when its stop event has completed, in error too. A launcher first waits, on the host, until the
-tasks it follows on other streams have recorded their events (to wait for an unrecorded event waits for nothing),
-then makes its stream wait for them. An event returns to the pool only when its own wait and the tasks behind it
-have resolved. What may NOT go in: device-wide synchronisation, Python in callbacks of the device, polling, torch on
-the loop.
+Rules. A task ends when its stop event has completed, also after an error. A launcher first waits, on the host, until
+the earlier tasks that it needs on other streams have recorded their events (a wait for an unrecorded event returns at
+once), then makes its stream wait for them. An event returns to the pool only when its own task and the tasks that wait
+for it have resolved. What may NOT go in: device-wide synchronisation, Python in callbacks of the device, polling,
+torch on the loop.
 """
 
 import asyncio
@@ -40,28 +40,28 @@ from aspec.tasks.task import (
     Task,
 )
 
-CLOSE_TIMEOUT_S = 60.0  # far longer than any task; beyond it the device counts as lost
-JOIN_S, LATE_JOIN_S = 30.0, 0.1  # for a thread to end, and for one that may wait for a lost device
+CLOSE_TIMEOUT_S = 60.0  # far longer than any task; after it the device counts as lost
+JOIN_S, LATE_JOIN_S = 30.0, 0.1  # to join a thread, and one that may wait for a lost device
 STREAM_PRIORITIES = {H2D: 0, D2H: 0, H2D_RESULTS: -1, COMPUTE: -1, DRAFT_COMPUTE: 0}
-"""Smaller goes first: the target before the draft, and before weights what its layers wait for."""
-LAUNCHED_AHEAD = 4  # tasks in a stream: the host's next launch is never what the device waits for
-COPIED_AHEAD = 8  # parts on their way: one takes less than a millisecond, the interpreter's lock may take as long
+"""A smaller number runs first: the target before the draft, and results for its layers before weights."""
+LAUNCHED_AHEAD = 4  # tasks in a stream, so that the device does not wait for the host's next launch
+COPIED_AHEAD = 8  # parts in flight: a copy takes less than 1 ms, and a wait for the interpreter's lock may take as long
 
 
 @dataclass(slots=True, eq=False)
 class _Launch(Generic[E]):
-    """A task on its way through a stream. The launcher writes it until ``launched``, the loop's thread after that."""
+    """A task in a stream. The launcher's thread writes it until ``launched``, the loop's thread after that."""
 
     task: Task
-    order: int  # of issue, in the whole domain
+    order: int  # of issue, over all streams
     start: E
     stop: E
-    after: tuple["_Launch[E]", ...]  # on other streams; emptied at the end, or the chain would keep every task
+    after: tuple["_Launch[E]", ...]  # on other streams; emptied at the end, so that no chain keeps all tasks
     future: asyncio.Future[Completion]
     report: Report = NOTHING
     recorded: bool = False  # whether ``stop`` is in the stream
     launched: threading.Event = field(default_factory=threading.Event)
-    holds: int = 1  # itself and the unresolved tasks behind it; at 0 its events are free (loop's thread only)
+    holds: int = 1  # itself and the unresolved tasks that wait for it; at 0 its events are free (loop's thread only)
 
 
 class StreamBackend(Generic[S, E]):
@@ -83,12 +83,12 @@ class StreamBackend(Generic[S, E]):
         loop = self._loop = asyncio.get_running_loop()
         self._device, self._runner, self._parts, self._buffers, self._disk = device, runner, parts, buffers, disk
         self._streams = {name: device.create_stream(priority) for name, priority in STREAM_PRIORITIES.items()}
-        self._host_stream = device.create_stream(STREAM_PRIORITIES[COMPUTE])  # for what host work asks of the device
+        self._host_stream = device.create_stream(STREAM_PRIORITIES[COMPUTE])  # for device work of host tasks
         self._order = itertools.count()
-        self._launches: dict[int, _Launch[E]] = {}  # issued to a stream and not resolved, by task id
-        self._pool: list[E] = []  # events nobody waits for; loop's thread only
+        self._launches: dict[int, _Launch[E]] = {}  # by task id: issued to a stream and not resolved
+        self._pool: list[E] = []  # free events; loop's thread only
         self._in_flight: set[asyncio.Future[Completion]] = set()
-        self._poison: tuple[int, BaseException] | None = None  # the order from which tasks fail, and with what
+        self._poison: tuple[int, BaseException] | None = None  # tasks from this order on fail, with this error
         self._poison_lock = threading.Lock()
         self._closed = False
         self._launchers: dict[str, ThreadLane] = {}
@@ -98,7 +98,7 @@ class StreamBackend(Generic[S, E]):
                 self._launchers[name] = ThreadLane(f"launch-{name}", loop)
                 self._waiters[name] = EventLane(f"wait-{name}", loop)
             self._cpu = ThreadLane(CPU, loop)
-        except BaseException:  # the system has no thread left; the device belongs to the caller
+        except BaseException:  # a thread could not start; the caller frees the device
             close_all(
                 [lane.close for lane in self._launchers.values()] + [lane.close for lane in self._waiters.values()]
             )
@@ -109,7 +109,7 @@ class StreamBackend(Generic[S, E]):
         return time.perf_counter()
 
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
-        """Start a task; on the device it runs behind ``after``."""
+        """Start a task; on the device it runs after the tasks ``after``."""
         if self._closed:
             raise InternalError(f"{task.label} (task {task.id}) was issued to a backend that is closed")
         future: asyncio.Future[Completion]
@@ -124,10 +124,10 @@ class StreamBackend(Generic[S, E]):
         return future
 
     async def close(self) -> None:
-        """Settle, join the threads, free the device's buffers; the disk lane belongs to whoever made it.
+        """Settle the tasks in flight, join the threads, free the device's buffers; the caller closes the disk lane.
 
-        Raises DeviceError if the device does not finish what it was given, or a thread does not end: then the buffers
-        stay, because the device may still write to them.
+        Raises DeviceError if the device does not finish its tasks, or a thread does not end. Then the buffers stay,
+        because the device may still write to them.
         """
         try:
             await settle_all(self._in_flight, CLOSE_TIMEOUT_S)
@@ -157,7 +157,7 @@ class StreamBackend(Generic[S, E]):
         return Completion(done.start_s, done.stop_s)
 
     def _compute(self, task: Task) -> Completion:
-        """Host work: it has ended when what it launched, such as moving KV, has ended, too."""
+        """Run host work; it ends when the device work that it launched, such as moves of KV, has also ended."""
         start = time.perf_counter()
         event = self._device.create_event()
         with self._device.on(self._host_stream):
@@ -169,21 +169,21 @@ class StreamBackend(Generic[S, E]):
     # -- device: on the loop's thread ------------------------------------------------------------------------
 
     def _issue_launch(self, task: Task, after: tuple[int, ...]) -> asyncio.Future[Completion]:
-        before = (self._launches.get(task_id) for task_id in after)  # absent: it has resolved
+        before = (self._launches.get(task_id) for task_id in after)  # absent: already resolved
         others = tuple(launch for launch in before if launch and launch.task.resource != task.resource)
         for launch in others:
             launch.holds += 1
         future: asyncio.Future[Completion] = self._loop.create_future()
         launch = _Launch(task, next(self._order), self._event(), self._event(), others, future)
         self._launches[task.id] = launch
-        future.add_done_callback(lambda _: self._resolved(launch))
+        future.add_done_callback(lambda _: self._on_resolved(launch))
         self._launchers[task.resource].submit(lambda: self._launch(launch))
         return future
 
     def _event(self) -> E:
         return self._pool.pop() if self._pool else self._device.create_event()
 
-    def _resolved(self, launch: _Launch[E]) -> None:
+    def _on_resolved(self, launch: _Launch[E]) -> None:
         del self._launches[launch.task.id]
         for held in (launch, *launch.after):
             held.holds -= 1
@@ -194,27 +194,27 @@ class StreamBackend(Generic[S, E]):
     # -- device: on a launcher's thread ----------------------------------------------------------------------
 
     def _launch(self, launch: _Launch[E]) -> Completion:
-        """Put one task into its stream, and its stop event behind it; never raises."""
+        """Launch one task on its stream, then record its stop event; never raises."""
         name = launch.task.resource
         stream = self._streams[name]
         for other in launch.after:
-            other.launched.wait()  # issued earlier, so there is no circle
+            other.launched.wait()  # issued earlier, so there is no deadlock
         try:
-            if self._poison_for(launch) is None:
-                launch.recorded = True  # from here on the stream may hold something of this task
+            if self._error_of(launch) is None:
+                launch.recorded = True  # from here on the stream may hold work of this task
                 self._fill(launch, stream)
         except BaseException as error:
-            self._poison_from(launch, error)
+            self._fail_from(launch, error)
         if launch.recorded:
             try:
                 self._device.record(launch.stop, stream)
             except BaseException as error:
-                launch.recorded = False  # the device is lost: it writes nothing any more
-                self._poison_from(launch, error)
+                launch.recorded = False  # the device is lost: it no longer writes
+                self._fail_from(launch, error)
         launch.launched.set()
         event = launch.stop if launch.recorded else None
         self._waiters[name].wait(event, lambda error: self._conclude(launch, error), launch.future)
-        return Completion(0.0, 0.0)  # of the launch; the task's own comes from the waiter
+        return Completion(0.0, 0.0)  # of the launch; the waiter makes the task's own
 
     def _fill(self, launch: _Launch[E], stream: S) -> None:
         for other in launch.after:
@@ -227,7 +227,7 @@ class StreamBackend(Generic[S, E]):
                 launch.report = self._runner.run(launch.task)
 
     def _copy(self, load: Load, stream: S) -> None:
-        """A part in one piece, from staging or from the host memory in which it stays."""
+        """Copy a part in one piece, from staging or from the host memory that keeps it."""
         assert load.slot is not None, "a copy fills a slot"
         buffers, part = self._buffers, self._parts[load.part]
         source = buffers.host_parts[load.part] if load.staging is None else buffers.staging[load.staging]
@@ -238,8 +238,8 @@ class StreamBackend(Generic[S, E]):
 
     def _conclude(self, launch: _Launch[E], error: BaseException | None) -> Outcome:
         if error is not None:
-            self._poison_from(launch, error)
-        poison = self._poison_for(launch)
+            self._fail_from(launch, error)
+        poison = self._error_of(launch)
         if poison is not None:
             return poison
         start, stop = self._device.seconds_of(launch.start), self._device.seconds_of(launch.stop)
@@ -247,13 +247,13 @@ class StreamBackend(Generic[S, E]):
 
     # -- errors: on any thread -------------------------------------------------------------------------------
 
-    def _poison_for(self, launch: _Launch[E]) -> BaseException | None:
-        """The error this task fails with because it, or one issued before it, has failed."""
+    def _error_of(self, launch: _Launch[E]) -> BaseException | None:
+        """The error of this task, because it or an earlier task has failed; None if none has."""
         poison = self._poison
         return poison[1] if poison is not None and poison[0] <= launch.order else None
 
-    def _poison_from(self, launch: _Launch[E], error: BaseException) -> None:
-        """The first error stays; it holds from the earliest task that failed."""
+    def _fail_from(self, launch: _Launch[E], error: BaseException) -> None:
+        """Fail all tasks from the earliest failed one on; the first error is kept."""
         with self._poison_lock:
             order, first = self._poison or (launch.order, error)
             self._poison = (min(order, launch.order), first)

@@ -1,7 +1,7 @@
 """A lane: one thread that runs callables in order and hands results to the loop.
 
 Used for CPU compute, for small host work, and as the launcher thread of a device stream: the loop itself never
-calls torch. A failure poisons the lane: what was issued behind it fails with the same error and does not run.
+calls torch. A failure poisons the lane: all later work fails with the same error and does not run.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ class ThreadLane:
         self._loop = loop
         self._queue: queue.SimpleQueue[tuple[Work, asyncio.Future[Completion]] | None] = queue.SimpleQueue()
         self._mailbox: LoopMailbox[Completion] = LoopMailbox(loop)
-        self._error: BaseException | None = None  # sticky
+        self._error: BaseException | None = None  # the first failure; stays
         self._thread = threading.Thread(target=self._run, name=f"aspec-{name}", daemon=True)
         self._thread.start()
 
@@ -34,7 +34,7 @@ class ThreadLane:
         return future
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Run what is queued, join, hand over the results; may be called twice.
+        """Run the queued work, join, hand over the results; may be called twice.
 
         Raises DeviceError if the thread does not end in time.
         """

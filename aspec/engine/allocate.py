@@ -1,4 +1,4 @@
-"""From a design to memory: arenas, caches, streams of a device, and what is to be read before the engine runs."""
+"""From a design to memory: arenas, caches, buffers of a device, and the parts to read before the engine runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,17 +31,17 @@ from aspec.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class ResidentLoad:
-    """A part that is read once, when the engine opens, into host memory or through it into a device's."""
+    """A part that is read once, when the engine opens: into host memory, or through it into device memory."""
 
     part: Part
     view: memoryview | None = None  # host memory that the disk fills
-    buffer: torch.Tensor | None = None  # the device's, where the part lives there
-    model: Model | None = None  # to bind; None: it streams from the host
+    buffer: torch.Tensor | None = None  # device memory, if the part stays there
+    model: Model | None = None  # to bind; None: the part streams from the host
 
 
 @dataclass(slots=True)
 class EngineMemory:
-    """What an engine owns; mutable, because closing drops the references that keep memory alive."""
+    """The models and memory of an engine; mutable, because closing drops the references that keep memory alive."""
 
     target: Model
     draft: Model | None
@@ -49,24 +49,24 @@ class EngineMemory:
     plan: Plan
     parts: dict[int, Part]  # streamed and resident layer parts of the target
     runner: ModelRunner
-    slots: list[memoryview]  # of the host's own memory
+    slots: list[memoryview]  # in host memory; none behind a device's link
     loads: list[ResidentLoad]
     memory: list[SlotMemory]
     device: DeviceLayer[Any, Any] | None = None
-    buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind the device's link
+    buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind a device's link
 
     def open_backend(self, disk: DiskLane) -> Backend:
-        """What runs the tasks; on the loop's thread."""
+        """Open the backend that runs the tasks; on the loop's thread."""
         if self.device is None:
             return CpuBackend(self.runner, self.parts, self.slots, disk)
         return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
 
 
 def assemble(resolved: Resolved) -> EngineMemory:
-    """Design and allocate. Raises UserError where the input cannot be used, DeviceError where memory is refused."""
+    """Design and allocate. Raises UserError if the input cannot be used, DeviceError if memory is refused."""
     made = design(resolved)
     if resolved.options.workload is not None:
-        give_back()  # the memory that the search for a plan took
+        give_back()  # memory that the search for a plan has freed
     if resolved.kind is None:
         return _on_host(made)
     device = resolved.kind.open()
@@ -81,19 +81,19 @@ def assemble(resolved: Resolved) -> EngineMemory:
 
 
 def out_of_memory(plan: Plan) -> str:
-    """What is said when a device refuses memory that the plan counts on."""
+    """The message for a device that refuses memory of the plan."""
     smaller = max(plan.num_rows // 2, 1) if plan.num_rows > 1 else None
     fewer = f"--batch-size {smaller}" if smaller else f"--max-context {plan.capacity // 2}"
     budget = plan.budget_bytes or plan.held_bytes
     return (
         f"the device ran out of memory: the plan holds {plan.describe()} of a budget of {format_bytes(budget)}, and "
-        f"others, or what the device keeps for itself, take the rest. Plan smaller: --device-memory "
+        f"other processes or the device itself hold the rest. Choose a smaller plan: --device-memory "
         f"{int(plan.held_bytes * 0.9) >> 20}MiB, or {fewer}."
     )
 
 
 def _on_host(made: ResolvedEngine) -> EngineMemory:
-    """Two arenas (resident, slots) and the caches; no weight is read yet."""
+    """Allocate two arenas (resident, slots) and the caches; no weight is read yet."""
     memory: list[SlotMemory] = []
     once = _residents(made)
     views = _carve(memory, [part.size for part, _ in once])
@@ -103,7 +103,7 @@ def _on_host(made: ResolvedEngine) -> EngineMemory:
 
 
 def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMemory:
-    """The same on a device, and on the host what is pinned: parts that stay there, and staging."""
+    """The same on a device; in pinned host memory the parts that stay there, and staging."""
     plan = made.plan
     once = _residents(made)
     arena = device.allocate(sum(_aligned(part.size) for part, _ in once))
@@ -135,13 +135,15 @@ def _assembly(
     memory: list[SlotMemory],
     device: DeviceLayer[Any, Any] | None = None,
 ) -> EngineMemory:
-    """The caches and what computes, around memory for weights."""
+    """Add the caches, the drafter and the runner to the memory for weights."""
     models, plan = made.models, made.plan
     resolved, target, draft = models.resolved, models.target, models.draft
     place = torch.device("cpu") if device is None else device.torch_device
     scratch = torch.empty(scratch_bytes(models.parts), dtype=torch.uint8, device=place)
     layer_parts = {part.index: part for part in models.parts if part.layer >= 0}
-    one = 1 if resolved.options.speculation == "chain" else None  # continuation of a lookup; None: as wide as a tree
+    one = (
+        1 if resolved.options.speculation == "chain" else None
+    )  # continuations of a lookup; None: as many as a tree takes
     drafter: Drafter | None = NgramDrafter(one) if resolved.method is NGRAM_DRAFT else None
     if draft is not None:
         cache = _cache(draft, plan, plan.draft_slots, place)
@@ -154,7 +156,7 @@ def _assembly(
 
 
 def _residents(made: ResolvedEngine) -> list[tuple[Part, Model]]:
-    """What is read once: the target's rest, its resident layers, and the whole draft."""
+    """The parts that are read once, and their model: the target except its streamed layers, and the whole draft."""
     models = made.models
     resident = {part.index for part in made.plan.parts if part.tier is Tier.DEVICE}
     once = [(part, models.target) for part in models.parts if part.layer < 0 or part.index in resident]
@@ -174,7 +176,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
-    """Where each of several aligned buffers begins."""
+    """The byte offset of each of several aligned buffers."""
     return [sum(map(_aligned, sizes[:index])) for index in range(len(sizes))]
 
 
@@ -192,7 +194,7 @@ def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
 
 
 def bind_load(load: ResidentLoad) -> None:
-    """Point resident parameters at their buffer, for good; what must be converted gets memory of its own."""
+    """Bind resident parameters to their buffer until the engine closes; converted ones get memory of their own."""
     if load.model is None:
         return
     buffer = load.buffer
@@ -203,8 +205,8 @@ def bind_load(load: ResidentLoad) -> None:
     load.model.bind(replace(load.part, scratch_at=0), buffer, scratch)
 
 
-def release(assembly: EngineMemory) -> None:
-    """Drop every view of the weights and give their memory back; nothing may run any more."""
+def free_memory(assembly: EngineMemory) -> None:
+    """Drop every view of the weights and free their memory; no task may run after this."""
     models = [model for model in (assembly.target, assembly.draft) if model is not None]
     parts = [tuple(load.part for load in assembly.loads if load.model is model) for model in models]
     assembly.loads.clear()

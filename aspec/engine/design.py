@@ -1,4 +1,4 @@
-"""From folders and options to what an engine will be: the models agree, a plan is decided, nothing is allocated."""
+"""From resolved options to the design of an engine: models are checked, a plan is decided, nothing is allocated."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ SMALLEST_TREE = 16
 
 @dataclass(frozen=True, slots=True)
 class ResolvedEngine:
-    """What an engine will be: headers and configs are read, the plan is decided, nothing is allocated."""
+    """The design of an engine: headers and configs are read, the plan is decided, nothing is allocated."""
 
-    models: Models  # without the draft where the plan proposes nothing
+    models: Models  # without the draft if the plan proposes nothing
     tokenizer: Tokenizer
     plan: Plan
 
@@ -41,19 +41,19 @@ def design(resolved: Resolved) -> ResolvedEngine:
 
 
 def decide(models: Models) -> Plan:
-    """The plan: found by a search where the work is known, otherwise the first of usual shapes that fits.
+    """The plan: the best of a search if the workload is known, otherwise the first of the usual shapes that fits.
 
     Raises BudgetError if even the smallest does not fit.
     """
     request = request_for(models)
     if models.resolved.options.workload is not None:
-        with suppress(BudgetError):  # what is open but not searched for, such as the context, may have to shrink
+        with suppress(BudgetError):  # a free value outside of the search, such as the context, may have to shrink
             return plan_workload(models, request).best.plan
     return _shrunk(models, request)
 
 
 def _shrunk(models: Models, request: PlanRequest) -> Plan:
-    """What was left open shrinks until the budget holds it: rows first, then context, prefill items and drafts.
+    """Halve the free values until the plan fits: drafts first, then prefill items, then the context, rows last.
 
     Raises BudgetError if even the smallest does not fit.
     """
@@ -74,7 +74,7 @@ def _shrunk(models: Models, request: PlanRequest) -> Plan:
 
 
 def _halved(start: int, fixed: int | None, least: int) -> list[int]:
-    """``start`` and its halves down to ``least``; only itself where the user has fixed it."""
+    """``start`` and its halves down to ``least``; only ``start`` if the user has fixed the value."""
     choices = [start]
     while fixed is None and choices[-1] // 2 >= least:
         choices.append(choices[-1] // 2)

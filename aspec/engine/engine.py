@@ -5,11 +5,11 @@
             print(piece.text, end="")
 
 Several streams at once share passes. One TaskGroup lives inside the executor's task; no generator ever yields to
-a caller from inside it (PEP 789). A failure surfaces in every open stream, and once more when the engine closes
-if no stream raised it. Shutdown ends every open stream with a ClosedError.
+a caller from inside it (PEP 789). Every open stream raises a failure of the engine; if no stream did, closing raises
+it. Shutdown ends every open stream with a ClosedError.
 
-Opening and closing give everything back, whatever fails or is cancelled meanwhile; a cancellation of the caller is
-raised after that.
+A failed opening and every closing free all memory, threads and files, also after an error or a cancellation; the
+cancellation of a caller is raised after that.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import torch
 
-from aspec.engine.allocate import EngineMemory, assemble, out_of_memory, release
+from aspec.engine.allocate import EngineMemory, assemble, free_memory, out_of_memory
 from aspec.engine.link_rate import raw_link_rate
 from aspec.engine.load import load_all
 from aspec.engine.observers import guarded
@@ -62,20 +62,20 @@ class Engine:
         issue_observers: Iterable[IssueObserver] = (),
     ) -> None:
         """An observer that raises is dropped with a RuntimeWarning."""
-        self._asked = options
+        self._to_resolve = options
         self._options = options.options if isinstance(options, Resolved) else options
         self._observers = [guarded(observer) for observer in observers]
         self._issue_observers = [guarded(observer) for observer in issue_observers]
         self._ids = itertools.count()
-        self._probing = asyncio.Lock()  # held while the links are measured: nothing new may start
+        self._probing = asyncio.Lock()  # held while the links are measured: no stream may start
         self._assembly: EngineMemory | None = None
         self._disk: DiskLane | None = None
         self._backend: Backend | None = None
-        self._streams: Streams | None = None  # from the opening on
+        self._streams: Streams | None = None  # None before the opening
         self._running: asyncio.Task[None] | None = None
-        self._encoding: set[TimeLimit] = set()  # of the prompts that become tokens at present
+        self._encoding: set[TimeLimit] = set()  # of the prompts that are being encoded
         self._failure: Exception | None = None
-        self._heard = False  # some stream has raised the failure
+        self._failure_raised = False  # whether a stream has raised it
 
     async def __aenter__(self) -> Self:
         if self._streams is not None:
@@ -96,17 +96,17 @@ class Engine:
         await self._shut()
         if peak_bytes is not None and peak_bytes > (plan.budget_bytes or peak_bytes):
             warnings.warn(over_budget(plan, peak_bytes), RuntimeWarning, stacklevel=2)
-        if self._failure is not None and not self._heard and kind is None:
+        if self._failure is not None and not self._failure_raised and kind is None:
             raise self._failure
 
     @property
     def plan(self) -> Plan:
-        """What is resident, what streams, and the arithmetic behind it."""
+        """The plan: which parts are resident, which stream, and the byte counts behind it."""
         return self._open.plan
 
     @property
     def device_peak_bytes(self) -> int | None:
-        """The most that was held on the device so far, as its allocator counts; None on the host's own memory."""
+        """The peak bytes held on the device so far, by its allocator's count; None for the host's own memory."""
         return None if self._open.device is None else self._open.device.peak_bytes
 
     @property
@@ -116,12 +116,12 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the target computes in."""
+        """The dtype in which the target computes."""
         return self._open.target.dtype
 
     @property
     def max_context(self) -> int:
-        """Tokens that a sequence may have, prompt included."""
+        """The most tokens of one sequence, prompt included."""
         return self._open.plan.capacity
 
     async def stream(
@@ -129,8 +129,8 @@ class Engine:
     ) -> AsyncGenerator[Piece, None]:
         """Generate; yields a piece per round, the last one with a finish reason and statistics.
 
-        ``sampler`` draws in place of the one that ``params`` ask for. Raises PromptError for a prompt that cannot be
-        served, and the engine's failure if it has one.
+        ``sampler`` replaces the sampler of ``params``. Raises PromptError for a prompt that cannot be served, and the
+        engine's failure if there is one.
         """
         params, number = params or SamplingParams(), next(self._ids)
         sequence = self._sequence(number, await self._encode(prompt), params, sampler or Sampler(params))
@@ -143,19 +143,19 @@ class Engine:
             while True:
                 piece = await queue.get()
                 if isinstance(piece, BaseException):
-                    self._heard |= piece is self._failure
+                    self._failure_raised |= piece is self._failure
                     raise piece
                 yield piece
                 if piece.finish_reason is not None:
                     return
         finally:
-            streams.leave(sequence.id)
+            streams.close(sequence.id)
 
     async def probe_link_rate(self, seconds: float = 0.5) -> float | None:
-        """Raw bytes per second at which what streams could come; None if nothing streams. See ``raw_link_rate``.
+        """The best rate of the weight stream now, in bytes per second; None if nothing streams. See ``raw_link_rate``.
 
-        Waits until the links rest: the streams under way have ended and every slot is filled again. Streams that begin
-        meanwhile wait for the probe. Raises the engine's failure if it has one.
+        Waits until the links are idle: all running streams have ended and every slot is filled again. New streams wait
+        for the probe. Raises the engine's failure if there is one.
         """
         streams, _ = self._serving()
         async with self._probing:
@@ -164,7 +164,7 @@ class Engine:
                 await self._wait_rest()
                 return await settle(in_thread(partial(raw_link_rate, self._open, seconds, self._options.link_rate)))
             finally:
-                streams.go_on()
+                streams.resume()
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -175,24 +175,24 @@ class Engine:
         return self._assembly
 
     def _serving(self) -> tuple[Streams, Backend]:
-        """What new streams need. Raises the error that refuses them, if there is one."""
+        """The streams and the backend. Raises the error that refuses new streams, if there is one."""
         streams, backend = self._streams, self._backend
         if streams is None or backend is None or streams.ended is not None:
             raise self._closed()
         return streams, backend
 
     def _closed(self) -> Exception:
-        """Why nothing can be asked of this engine."""
+        """The error for a call to an engine that is not open."""
         if self._streams is None or self._streams.ended is None:
             return InternalError("the engine is not open: use it inside `async with`")
-        self._heard |= self._streams.ended is self._failure
+        self._failure_raised |= self._streams.ended is self._failure
         return self._streams.ended
 
     async def _start(self) -> None:
-        assembling = in_thread(lambda: assemble(resolve(self._asked)))
+        assembling = in_thread(lambda: assemble(resolve(self._to_resolve)))
         try:
             await settle(assembling)
-        finally:  # if this was cancelled meanwhile, too: what was allocated is ours
+        finally:  # also after a cancellation: the allocated memory must be freed
             if not assembling.cancelled() and assembling.exception() is None:
                 self._assembly = assembling.result()
         opened = self._open
@@ -206,13 +206,13 @@ class Engine:
         observers = [streams.observe, *self._observers]
         self._executor = Executor(scheduler, self._backend, observers, self._issue_observers)
         self._running = asyncio.create_task(self._run(self._executor, streams), name="aspec engine")
-        gc.freeze()  # what lives now lives until the end: keep it out of collections
+        gc.freeze()  # these objects live until the end: keep them out of collections
 
     def _post(self, event: Event) -> None:
         self._executor.post(event)
 
     async def _load(self, assembly: EngineMemory, disk: DiskLane) -> None:
-        """Read what is read once, several parts in flight; report bytes as they land."""
+        """Read the parts that are read once, several at a time; report the bytes that are loaded."""
         total, done = sum(load.part.nbytes for load in assembly.loads), 0
 
         def report(nbytes: int) -> None:
@@ -224,7 +224,7 @@ class Engine:
         await load_all(assembly.loads, disk, assembly.device, report)
 
     async def _wait_rest(self) -> None:
-        """Return when no lane has work. Raises the engine's failure if it ends first."""
+        """Wait until no lane has work. Raises the engine's failure if it ends first."""
         assert self._running is not None, "the engine is open"
         rest = asyncio.ensure_future(self._executor.wait_rest())
         try:
@@ -235,7 +235,7 @@ class Engine:
             raise self._closed()
 
     async def _run(self, executor: Executor, streams: Streams) -> None:
-        """The executor's whole life; however it ends, every stream hears of it."""
+        """Run the executor to its end; then end every open stream with an error."""
         try:
             await executor.run()
         except Exception as error:
@@ -245,9 +245,9 @@ class Engine:
             streams.end(ClosedError("the engine's run was cancelled before this stream had ended."))
 
     async def _shut(self) -> None:
-        """End the streams, settle what runs, and give everything back: what fails or is cancelled stops nothing."""
+        """End the streams, settle the tasks, free everything; an error or a cancellation skips no step."""
         async with AsyncExitStack() as stack:
-            stack.callback(self._release)
+            stack.callback(self._free_memory)
             stack.push_async_callback(self._close_backend)
             for limit in self._encoding:
                 limit.stop()
@@ -265,32 +265,32 @@ class Engine:
                 await self._backend.close()
         except DeviceError:
             if self._assembly is not None:
-                self._assembly.device = None  # it may still write: its memory stays
+                self._assembly.device = None  # the device may still write: its memory stays
             raise
 
-    def _release(self) -> None:
-        """Join the readers and give the memory back; the models die with the assembly."""
+    def _free_memory(self) -> None:
+        """Join the disk threads and free the memory; the models are freed with the assembly."""
         assembly, self._assembly = self._assembly, None
         gc.unfreeze()
         close_all(
             [
                 *([] if self._disk is None else [self._disk.close]),
-                *([] if assembly is None else [partial(release, assembly)]),
+                *([] if assembly is None else [partial(free_memory, assembly)]),
             ]
         )
 
     async def _encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens; texts and chats in a thread, ended when the engine closes or the caller is cancelled."""
-        tokenizer, (streams, _) = self._open.tokenizer, self._serving()  # which refuses at once
+        """A prompt's tokens. A thread encodes texts and chats; a closing engine or a cancelled caller ends it."""
+        tokenizer, (streams, _) = self._open.tokenizer, self._serving()  # raises if the engine has ended
         if not isinstance(prompt, str) and not any(isinstance(one, dict) for one in prompt):
             return [token for token in prompt if isinstance(token, int)]
         limit = TimeLimit(TEMPLATE_S)
         self._encoding.add(limit)
         try:
-            with streams.coming():
+            with streams.encoding():
                 return await settle(in_thread(partial(_tokens_of, tokenizer, prompt, limit)), limit.stop)
         except PromptError:
-            self._serving()  # where it was ended because the engine closes, that is the error
+            self._serving()  # if the closing engine has stopped it, raise that error
             raise
         finally:
             self._encoding.remove(limit)
@@ -325,7 +325,7 @@ class Engine:
 def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:
     """An engine for ``async with``; keywords are the fields of ``EngineOptions``.
 
-    Raises UserError where an option or a model cannot be used.
+    Raises UserError if an option or a model cannot be used.
     """
     return Engine(EngineOptions(**options), observers)
 
@@ -337,22 +337,24 @@ def _tokens_of(tokenizer: Tokenizer, prompt: Prompt, limit: TimeLimit) -> list[i
 
 
 def translate_error(error: Exception, plan: Plan) -> Exception:
-    """A device's own errors in our words; any other as it is."""
+    """A DeviceError for an error of the device; any other error unchanged."""
     first = first_error(error)
-    told: Exception | None = None
+    translated: Exception | None = None
     if isinstance(first, torch.OutOfMemoryError):
-        told = DeviceError(out_of_memory(plan))
+        translated = DeviceError(out_of_memory(plan))
     elif isinstance(first, torch.AcceleratorError):
         said = str(first).partition("\n")[0]
-        told = DeviceError(f"the device failed while it ran: {said}. Nothing more can be run on it in this process.")
-    if told is None:
+        translated = DeviceError(
+            f"the device failed while it ran: {said}. Nothing more can be run on it in this process."
+        )
+    if translated is None:
         return error
-    told.__cause__ = error
-    return told
+    translated.__cause__ = error
+    return translated
 
 
 def over_budget(plan: Plan, peak_bytes: int) -> str:
-    """The message for a peak that the plan did not count."""
+    """The message for a peak above the plan's budget."""
     return (
         f"the device held {format_bytes(peak_bytes)} at its peak, more than the budget of "
         f"{format_bytes(plan.budget_bytes or 0)}; the plan counted {plan.describe()}. Please report this."
@@ -360,7 +362,7 @@ def over_budget(plan: Plan, peak_bytes: int) -> str:
 
 
 def _warn_of_unexpected(assembly: EngineMemory) -> None:
-    """Stored tensors that a model has no use for: the folder may hold more than its config.json tells."""
+    """Warn of stored tensors that a model does not use: the folder may hold more than its config.json describes."""
     for model in (assembly.target, assembly.draft):
         if model is not None and (unused := model.unexpected):
             names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
@@ -369,9 +371,9 @@ def _warn_of_unexpected(assembly: EngineMemory) -> None:
 
 
 def _tune_process(threads: int | None) -> None:
-    """Leave the interpreter responsive beside compute threads, and a core to the readers and the loop.
+    """Keep the interpreter responsive beside compute threads; leave one core to the disk threads and the loop.
 
-    With a thread per core, whatever else runs makes every parallel region wait for a scheduler slice at its barrier.
+    With a compute thread per core, any other thread makes every parallel region wait at its barrier for a time slice.
     """
     sys.setswitchinterval(1e-3)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -379,6 +381,6 @@ def _tune_process(threads: int | None) -> None:
 
 
 def describe_plan(plan: Plan) -> str:
-    """One line for people: what streams per pass, what is held."""
+    """One line for people: parts and bytes streamed per pass, bytes held."""
     streamed = format_bytes(plan.streamed_bytes)
     return f"{len(plan.streamed)} of {len(plan.parts)} parts stream, {streamed} per pass; held: {plan.describe()}"

@@ -1,16 +1,16 @@
-"""What the links of an engine's plan can do at best, at this moment: what its stream is held against."""
+"""The best rate of a plan's links at this moment, with which its weight stream is compared."""
 
 from aspec.backends.device import copy_rate
 from aspec.engine.allocate import EngineMemory
-from aspec.io.disk import probe_rate
+from aspec.io.disk_probe import probe_rate
 from aspec.plan import Tier
 
 
 def raw_link_rate(assembly: EngineMemory, seconds: float, limit_bytes_per_s: float | None = None) -> float | None:
-    """Bytes per second at which what streams could come, over the slower of disk and link; None if nothing streams.
+    """The best rate of the weight stream, bytes per second, over the slower of disk and link; None if nothing streams.
 
-    Reads the very parts as the lane reads, and copies what the lane copies. Blocks for ``seconds`` per link; nothing
-    may run meanwhile.
+    Reads the streamed parts in the way of the disk lane, and copies the same buffers as the device's lane. Blocks for
+    ``seconds`` per link; no task may run meanwhile.
     """
     plan = assembly.plan
     if not plan.streamed:

@@ -1,4 +1,4 @@
-"""What is read once, when an engine opens: resident weights, and what host memory keeps behind a device's link."""
+"""Loading when an engine opens: resident weights, and the parts that stay in host memory behind a device's link."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -16,26 +16,26 @@ from aspec.io.pinned import HostBuffer
 from aspec.io.settling import close_all, in_thread, settle
 from aspec.models.parts import PAGE, Part, Segment
 
-WINDOW_BYTES = 32 << 20  # of a part on its way through the host to a device
-WINDOWS = 3  # one is read while another is copied
+WINDOW_BYTES = 32 << 20  # of a part that goes through the host to a device
+WINDOWS = 3  # buffers: one is read while another is copied
 
 
 async def load_all(
     loads: Sequence[ResidentLoad], disk: DiskLane, device: DeviceLayer[Any, Any] | None, report: Callable[[int], None]
 ) -> None:
-    """Read and bind every part; ``report`` hears of the bytes that have landed.
+    """Read and bind every part; ``report`` receives the bytes of each part that is loaded.
 
-    Raises ReadError for files that end early or fail, after everything under way has settled.
+    Raises ReadError for a file that ends early or fails, after all reads in flight have settled.
     """
-    carrier = _Carrier(disk, device) if device is not None else None
-    turn = asyncio.Lock()  # one part is converted at a time: what it takes beside its buffer is counted once
+    loader = _DeviceLoader(disk, device) if device is not None else None
+    turn = asyncio.Lock()  # converts one part at a time, so that the memory for it is counted once
 
     async def one(load: ResidentLoad) -> None:
         if load.view is not None:
             await _read(disk, load.part.segments, load.view)
         else:
-            assert carrier is not None, "a device's part needs a device"
-            await carrier.carry(load)
+            assert loader is not None, "a device's part needs a device"
+            await loader.load(load)
         async with turn:
             await settle(in_thread(partial(_bind, load)))
         report(load.part.nbytes)
@@ -45,27 +45,27 @@ async def load_all(
             for load in loads:
                 group.create_task(one(load))
         if device is not None:
-            await settle(in_thread(device.synchronize))  # what binding has converted
+            await settle(in_thread(device.synchronize))  # binding has launched conversions
     except BaseExceptionGroup as errors:
         raise first_error(errors) from None
     finally:
-        if carrier is not None:
-            carrier.close()
+        if loader is not None:
+            loader.close()
 
 
 async def _read(disk: DiskLane, segments: Sequence[Segment], view: memoryview) -> None:
-    """Returns, or raises, when nothing is written to ``view`` any more; if cancelled, without reading all of it."""
+    """Read into ``view``; returns or raises once no thread writes to it. A cancellation skips the rest."""
     read = disk.read(segments, view)
     await settle(read, lambda: disk.abandon(read))
 
 
 def _bind(load: ResidentLoad) -> None:
-    torch.get_num_threads()  # a thread that has never asked takes every core for its first product
+    torch.get_num_threads()  # without this call the thread's first product would use every core
     bind_load(load)
 
 
-class _Carrier:
-    """Brings parts into a device's memory, window by window through a few pinned buffers."""
+class _DeviceLoader:
+    """Loads parts into device memory, window by window through a few pinned buffers."""
 
     def __init__(self, disk: DiskLane, device: DeviceLayer[Any, Any]) -> None:
         self._disk, self._device = disk, device
@@ -81,13 +81,13 @@ class _Carrier:
         for window in self._all:
             self._windows.put_nowait(window)
 
-    async def carry(self, load: ResidentLoad) -> None:
-        """A whole part; windows of several parts take turns."""
+    async def load(self, load: ResidentLoad) -> None:
+        """Load a whole part; the windows of several parts take turns."""
         async with asyncio.TaskGroup() as group:
             for begin, segments in windows(load.part):
-                group.create_task(self._bring(load, begin, segments))
+                group.create_task(self._load_window(load, begin, segments))
 
-    async def _bring(self, load: ResidentLoad, begin: int, segments: list[Segment]) -> None:
+    async def _load_window(self, load: ResidentLoad, begin: int, segments: list[Segment]) -> None:
         window = await self._windows.get()
         try:
             await _read(self._disk, segments, window.view)
@@ -104,13 +104,13 @@ class _Carrier:
         event.synchronize()
 
     def close(self) -> None:
-        """Give the buffers back; may be called twice."""
+        """Free the buffers; may be called twice."""
         windows, self._all = self._all, []
         close_all(partial(self._device.free_host, window) for window in windows)
 
 
 def windows(part: Part, nbytes: int = WINDOW_BYTES) -> Iterator[tuple[int, list[Segment]]]:
-    """A part's buffer in windows of ``nbytes``, whole pages: where each begins, and what of the files lands in it."""
+    """A part's buffer in windows of ``nbytes``, whole pages: the start of each, and its segments of the files."""
     assert nbytes % PAGE == 0, "offsets in files and buffers agree modulo a page"
     for begin in range(0, part.size, nbytes):
         own = [cut for segment in part.segments if (cut := _within(segment, begin, begin + nbytes)) is not None]
@@ -119,7 +119,7 @@ def windows(part: Part, nbytes: int = WINDOW_BYTES) -> Iterator[tuple[int, list[
 
 
 def _within(segment: Segment, begin: int, end: int) -> Segment | None:
-    """What of a segment lands in a window, as seen from there."""
+    """The piece of a segment in a window, relative to the window; None if there is none."""
     first, last = max(segment.at, begin), min(segment.at + segment.nbytes, end)
     if first >= last:
         return None

@@ -1,8 +1,8 @@
-"""What each operation computes: the tensors behind the task records.
+"""The computation of each op: the tensors behind the task records.
 
-Called on lane threads, never on the loop. The graph orders every two tasks that touch the same state, so
-nothing here locks. Source of the acceptance rule: the target draws with noise keyed by (request seed, position),
-and a proposal is accepted while it is the very token drawn (Daliri et al., "Coupling without communication").
+Lane threads call this, never the loop. The graph orders every two tasks that touch the same state, so this file needs
+no locks. Source of the acceptance rule: the target draws with noise keyed by (request seed, position), and proposals
+are accepted up to the first that differs from the drawn token (Daliri et al., "Coupling without communication").
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +25,24 @@ from aspec.tasks.task import NOTHING, LayerWork, Report, RowChanges, RowOutcome,
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where a model's streamed parts land: the slots as uint8 tensors, the parts by index, one scratch buffer."""
+    """The memory of streamed parts: the slots as uint8 tensors, the parts by index, one scratch buffer."""
 
     parts: Mapping[int, Part]
     slots: Sequence[torch.Tensor]
     scratch: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _VerifiedRow:
+    """One row after its verification."""
+
+    row: int
+    start: int  # position of the last committed token before
+    path: list[int]  # accepted places in the proposal
+    emitted: list[int]  # drawn tokens
+    num_new: int  # of them committed
+    spoilt: bool  # some logits behind the path are not numbers, so their KV may hold NaN, which spoils every sum
+    failed: bool  # the last logits of the path itself are not numbers
 
 
 class ModelRunner:
@@ -44,14 +57,14 @@ class ModelRunner:
     ) -> None:
         self._target, self._target_kv, self._weights = target, target_kv, weights
         self._drafter = drafter
-        self._sequences: dict[int, TokenSequence] = {}  # those that wait for a row
-        self._rows: dict[int, TokenSequence] = {}  # who sits in a row, or sat there last
+        self._sequences: dict[int, TokenSequence] = {}  # by id: waiting for a row
+        self._rows: dict[int, TokenSequence] = {}  # the sequence in each row, or the last one there
         self._activations: dict[str, Activation] = {}  # by item, between EMBED and HEAD
-        self._depths: dict[str, list[list[int]]] = {}  # likewise: of every row's tokens, counted from its start
+        self._depths: dict[str, list[list[int]]] = {}  # likewise: the depths of each row's tokens
         self._bound: dict[int, int] = {}  # streamed part -> the pass it was last bound in
         self._draws: dict[str, list[list[int]]] = {}  # by item, between HEAD and ACCEPT
-        self._errors: dict[str, dict[tuple[int, int], NumericError]] = {}  # likewise, by place and column of the draws
-        self._logits: dict[str, torch.Tensor] = {}  # likewise, where logprobs are asked for
+        self._errors: dict[str, dict[tuple[int, int], NumericError]] = {}  # likewise, by row and column of the draws
+        self._logits: dict[str, torch.Tensor] = {}  # likewise, if logprobs are requested
         self._ops: Mapping[Op, Callable[[Task], Report]] = {
             Op.ASSIGN_ROWS: self._assign_rows,
             Op.EMBED: self._embed,
@@ -68,31 +81,31 @@ class ModelRunner:
         }
 
     def admit(self, sequence: TokenSequence) -> None:
-        """Know a sequence before the scheduler may give it a row."""
+        """Add a sequence, before the scheduler may assign it a row."""
         self._sequences[sequence.id] = sequence
 
     def forget(self, sequence: int) -> None:
-        """A sequence will not be seated."""
+        """Remove a sequence that will get no row."""
         self._sequences.pop(sequence, None)
 
     def sequence_in(self, row: int) -> TokenSequence:
-        """The sequence that sits in a row."""
+        """The sequence in a row, or the last one there."""
         return self._rows[row]
 
-    def occupants(self) -> list[TokenSequence]:
-        """Who sits in a row, or sat there last: its KV, of all tokens but the last, stands until another is seated.
+    def sequences_in_rows(self) -> list[TokenSequence]:
+        """The sequences in the rows, or the last ones there, without failed ones, which have no KV.
 
-        One that has failed left no KV.
+        The KV of all their tokens but the last stays until the row is assigned again.
         """
         return [sequence for sequence in self._rows.values() if sequence.failure is None]
 
     @torch.inference_mode()
     def run(self, task: Task) -> Report:
-        """Compute one task; a sequence whose logits are not numbers fails alone."""
+        """Compute one task; logits that are not numbers fail only their own sequence."""
         return self._ops[task.op](task)
 
     def _assign_rows(self, task: Task) -> Report:
-        """Rows change hands between passes."""
+        """Assign rows to other sequences, between passes."""
         assert isinstance(task.payload, RowChanges)
         for change in task.payload.rows:
             sequence = None if change.sequence is None else self._sequences.pop(change.sequence)
@@ -120,7 +133,7 @@ class ModelRunner:
         return NOTHING
 
     def _tokens(self, row: int, start: int, count: int) -> tuple[list[int], list[int] | None]:
-        """The committed tokens from ``start`` on, then the row's proposal; its tree, the first token its root."""
+        """The committed tokens from ``start`` on, then the proposal, and the parents of its tree from there."""
         committed = self._rows[row].tokens[start : start + count]
         if len(committed) == count or self._drafter is None:
             return committed, None
@@ -136,7 +149,7 @@ class ModelRunner:
         return NOTHING
 
     def _attend(self, task: Task) -> Report:
-        torch.get_num_threads()  # a thread that has never asked takes every core for its first product: other bits
+        torch.get_num_threads()  # without this call the first product would use every core: other bits
         self._target.attend(self._activations[item_of(task).name])
         return NOTHING
 
@@ -154,7 +167,7 @@ class ModelRunner:
         return NOTHING
 
     def _bound_layer(self, task: Task) -> int:
-        """The layer of a task, its parameters bound to the slots: once in a pass, its items share what is converted."""
+        """The layer of a task, its parameters bound to the slots once per pass, so that items share conversions."""
         work, weights = task.payload, self._weights
         assert isinstance(work, LayerWork)
         for part, slot in work.slots:
@@ -180,7 +193,7 @@ class ModelRunner:
         return NOTHING
 
     def _context(self, row: int, num_proposed: int) -> Context | None:
-        """What leads to the positions that are drawn for a row; None where no penalty asks."""
+        """The tokens that lead to the drawn positions of a row; None without penalties."""
         sequence, drafter = self._rows[row], self._drafter
         if sequence.counts is None or drafter is None or not num_proposed:
             return sequence.context()
@@ -209,9 +222,9 @@ class ModelRunner:
         logits: torch.Tensor | None,
         errors: Mapping[int, NumericError],
     ) -> tuple[RowOutcome, TreeStatus | None]:
-        """Commit the draws up to and including the first that no proposal foresaw; what the draft has below them.
+        """Commit the draws up to and including the first that was not proposed; also return the draft's tree below.
 
-        A draw whose logits are not numbers, which is one of ``errors`` by column, ends the sequence there.
+        ``errors`` holds, by column, the draws whose logits are not numbers: such a draw ends the sequence.
         """
         sequence, drafter = self._rows[row], self._drafter
         path, emitted = drafter.follow(row, drawn, num_proposed) if drafter and num_proposed else ([], drawn[:1])
@@ -225,27 +238,26 @@ class ModelRunner:
         num_new = sequence.commit(emitted, logprobs)
         if error is not None:
             sequence.fail(error)
-        grown = self._settle_row(row, start, path, emitted, num_new, spoilt=bool(errors), failed=error is not None)
-        accepted = min(len(path), num_new)  # behind a stop nothing counts
+        verified = _VerifiedRow(row, start, path, emitted, num_new, bool(errors), error is not None)
+        grown = self._settle_row(verified)
+        accepted = min(len(path), num_new)  # proposals after a stop do not count
         return RowOutcome(row, num_proposed, accepted, num_new, sequence.ended), grown
 
-    def _settle_row(
-        self, row: int, start: int, path: list[int], emitted: list[int], num_new: int, *, spoilt: bool, failed: bool
-    ) -> TreeStatus | None:
-        """Keep the KV of the accepted path; what the draft has below it.
+    def _settle_row(self, verified: _VerifiedRow) -> TreeStatus | None:
+        """Keep only the KV of the accepted path; returns the draft's tree below it.
 
-        ``spoilt``: some logits behind it are not numbers, so neither may be what they left in the KV, which would spoil
-        even a sum in which its weight is 0. ``failed``: so are the last ones of the path itself.
+        KV from logits that are not numbers is cleared: NaN would spoil even a sum in which its weight is 0.
         """
-        drafter, places = self._drafter, [0, *(place + 1 for place in path)]
+        row, start, failed = verified.row, verified.start, verified.failed
+        drafter, places = self._drafter, [0, *(place + 1 for place in verified.path)]
         if self._rows[row].failure is not None:
             self._target_kv.clear(row)
         elif drafter is not None:
             self._target_kv.gather(row, start, places)
-            if spoilt:
-                self._target_kv.clear(row, start + (num_new if failed else len(places)))
+            if verified.spoilt:
+                self._target_kv.clear(row, start + (verified.num_new if failed else len(places)))
         if drafter is None or not failed:
-            return None if drafter is None else drafter.commit(row, path, emitted)
+            return None if drafter is None else drafter.commit(row, verified.path, verified.emitted)
         drafter.clear(row)
         return None
 

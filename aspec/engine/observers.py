@@ -1,4 +1,4 @@
-"""Observers that others bring: one that raises is dropped with a warning, and what it observed goes on."""
+"""Observers from users: one that raises is dropped with a warning, and the run goes on."""
 
 import warnings
 from collections.abc import Callable
@@ -8,7 +8,7 @@ P = ParamSpec("P")
 
 
 def guarded(observer: Callable[P, object]) -> Callable[P, None]:
-    """The same observer until it raises: then a RuntimeWarning says so once, and it is not called again."""
+    """The same observer until it raises; then it is not called again, and one RuntimeWarning says so."""
     dropped = False
 
     def observe(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -17,7 +17,7 @@ def guarded(observer: Callable[P, object]) -> Callable[P, None]:
             return
         try:
             observer(*args, **kwargs)
-        except Exception as error:  # it is not ours: it may raise anything
+        except Exception as error:  # code of a user may raise anything
             dropped = True
             name = getattr(observer, "__qualname__", type(observer).__qualname__)
             warnings.warn(

@@ -1,7 +1,7 @@
-"""The open streams of an engine: who waits for a row, whose KV a prompt takes over, and what every stream receives.
+"""The open streams of an engine: which sequence waits for a row, which KV it reuses, which pieces its stream gets.
 
 A stream ends in one of three ways: with its last piece, with an error of its own, or with the one error that ends all
-of them. After that error no stream opens any more. Belongs to the loop's thread.
+of them. After that error no new stream opens. Only the loop's thread calls this.
 """
 
 import asyncio
@@ -16,29 +16,29 @@ from aspec.plan import Plan
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Event, RequestAborted, RequestAdded, Span
 
-GATHER_S = 0.1  # that a ready prompt waits for those that are becoming tokens, before an idle engine begins a pass
+GATHER_S = 0.1  # the longest wait of a ready prompt for others that are being encoded, while the engine is idle
 
 
 class Streams:
-    """Between those who listen and the scheduler; mutable, because streams come and go."""
+    """Connects streams to the scheduler; mutable, because streams open and close."""
 
     def __init__(
         self, plan: Plan, runner: ModelRunner, scheduler: Scheduler, post: Callable[[Event], None], *, reuse: bool
     ) -> None:
-        """``post`` tells the scheduler; ``reuse``: prompts take over the KV of those that began like them."""
+        """``post`` sends an event to the scheduler; ``reuse``: a prompt reuses the KV of one that begins like it."""
         self._plan, self._runner, self._scheduler, self._post, self._reuse = plan, runner, scheduler, post, reuse
         self._queues: dict[int, asyncio.Queue[Piece | BaseException]] = {}
         self._requests: dict[int, RequestStats] = {}
-        self._waiting: deque[TokenSequence] = deque()  # those that the scheduler has not heard of: no row is free
-        self._admitted: set[int] = set()  # those that have a row, or will take one between this pass and the next
-        self._followed: dict[int, int] = {}  # ended sequences whose row is to be taken, and by whom
-        self._held = False  # nothing new may start: the links are measured
-        self._coming = 0  # prompts that become tokens at present
-        self._gathering: asyncio.TimerHandle | None = None  # until then those that are ready wait for those
+        self._waiting: deque[TokenSequence] = deque()  # unknown to the scheduler: no row is free
+        self._admitted: set[int] = set()  # with a row, or with one after this pass
+        self._reused_by: dict[int, int] = {}  # ended sequence -> the new one that reuses its row
+        self._held = False  # no stream may start: the links are measured
+        self._num_encoding = 0  # prompts that are being encoded
+        self._gather_timer: asyncio.TimerHandle | None = None  # ends the wait of ready prompts for them
         self.ended: Exception | None = None  # the error that ended all streams, and refuses new ones
 
     def open(self, sequence: TokenSequence, now_s: float) -> asyncio.Queue[Piece | BaseException]:
-        """What ``sequence`` brings from now on. Raises the error that ended all streams, if one did."""
+        """The queue of a new sequence's pieces. Raises the error that ended all streams, if there is one."""
         if self.ended is not None:
             raise self.ended
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -51,41 +51,41 @@ class Streams:
         return queue
 
     @contextlib.contextmanager
-    def coming(self) -> Iterator[None]:
-        """A stream opens behind this block. An idle engine waits for it a little: both then share the first pass."""
-        self._coming += 1
+    def encoding(self) -> Iterator[None]:
+        """A stream opens after this block. An idle engine delays ready prompts for it, to share the first pass."""
+        self._num_encoding += 1
         try:
             yield
         finally:
-            self._coming -= 1
+            self._num_encoding -= 1
             if self.ended is None:
                 self._admit(gather=True)
 
-    def leave(self, sequence: int) -> None:
-        """A stream has ended, or is not read any more."""
+    def close(self, sequence: int) -> None:
+        """Close a stream that has ended or no longer has a reader."""
         self._queues.pop(sequence, None)
         if self._requests.pop(sequence, None) is None or self.ended is not None:
             return
         if sequence in self._admitted:
             self._admitted.remove(sequence)
-            self._followed = {ended: by for ended, by in self._followed.items() if by != sequence}
+            self._reused_by = {ended: by for ended, by in self._reused_by.items() if by != sequence}
             self._post(RequestAborted(sequence))
             self._admit()
         else:
             self._waiting = deque(one for one in self._waiting if one.id != sequence)
 
     def hold(self) -> None:
-        """No stream begins until ``go_on``; those that have begun go on."""
+        """Start no stream until ``resume``; running streams continue."""
         self._held = True
 
-    def go_on(self) -> None:
-        """Those that were held back begin."""
+    def resume(self) -> None:
+        """Start the streams that were held back."""
         self._held = False
         if self.ended is None:
             self._admit()
 
     def end(self, error: Exception) -> None:
-        """Every open stream ends with ``error``, and new ones are refused with it; only the first error counts."""
+        """End every open stream with ``error``, and refuse new ones with it; only the first error counts."""
         if self.ended is None:
             self.ended = error
             for queue in self._queues.values():
@@ -101,7 +101,7 @@ class Streams:
             request = self._requests.get(sequence.id)
             queue = self._queues.get(sequence.id)
             if request is None or queue is None:
-                continue  # it was left
+                continue  # its stream is closed
             request.take(outcome, span.stop_s)
             request.num_cached_tokens = sequence.num_cached_tokens
             for text, tokens, logprobs in sequence.take_pieces():
@@ -117,48 +117,48 @@ class Streams:
             self._admit()
 
     def _admit(self, *, gather: bool = False) -> None:
-        """Tell the scheduler of as many sequences as rows are free; ``gather``: not yet, if more are coming soon.
+        """Send a waiting sequence to the scheduler for every free row; ``gather``: not while others are being encoded.
 
-        Whose KV a prompt can take over shows only then. A row that becomes free is taken in the same pass, because the
-        scheduler hears of the follower before it hears of the end.
+        The KV that a prompt reuses is chosen only here. A row is assigned again in the same pass, because the scheduler
+        gets the new sequence before it gets the end of the old one.
         """
         for dropped in self._scheduler.take_dropped():
             self._runner.forget(dropped)
-        if gather and self._coming and self._waiting and not self._admitted:
-            if self._gathering is None:
-                self._gathering = asyncio.get_running_loop().call_later(GATHER_S, self._gathered)
+        if gather and self._num_encoding and self._waiting and not self._admitted:
+            if self._gather_timer is None:
+                self._gather_timer = asyncio.get_running_loop().call_later(GATHER_S, self._end_gathering)
             return
         while self._waiting and not self._held and len(self._admitted) < self._plan.num_rows:
             sequence = self._waiting.popleft()
             self._admitted.add(sequence.id)
             self._runner.admit(sequence)
-            reuse_from, kept = self._shared(sequence) if self._reuse else (None, 0)
-            self._post(RequestAdded(sequence.id, sequence.num_prompt, sequence.max_new_tokens, reuse_from, kept))
+            reuse_from, num_cached = self._find_reusable(sequence) if self._reuse else (None, 0)
+            self._post(RequestAdded(sequence.id, sequence.num_prompt, sequence.max_new_tokens, reuse_from, num_cached))
 
-    def _gathered(self) -> None:
-        """Those that are ready waited long enough."""
-        self._gathering = None
+    def _end_gathering(self) -> None:
+        """The ready prompts have waited long enough: send them."""
+        self._gather_timer = None
         if self.ended is None:
             self._admit()
 
-    def _shared(self, new: TokenSequence) -> tuple[int | None, int]:
-        """The ended sequence that a new one shares most leading tokens with, of those whose KV stands; how many.
+    def _find_reusable(self, new: TokenSequence) -> tuple[int | None, int]:
+        """The ended sequence in a row that shares most leading tokens with a new one, and their number.
 
-        One that was left may still be in its pass: its row is free only when that pass has committed, so its KV, too,
-        stands up to its last token. The prompt's last token never counts: it is fed, so that there is a draw.
+        An aborted sequence may still be in a pass; its row is free only when that pass has committed, so its KV also
+        stays up to its last token. The prompt's last token never counts: the target runs it to draw the next one.
         """
-        sitting = {one.id: one for one in self._runner.occupants()}
-        self._followed = {ended: by for ended, by in self._followed.items() if ended in sitting}
-        ended = [one for one in sitting.values() if one.id not in self._requests and one.id not in self._followed]
+        in_rows = {one.id: one for one in self._runner.sequences_in_rows()}
+        self._reused_by = {ended: by for ended, by in self._reused_by.items() if ended in in_rows}
+        ended = [one for one in in_rows.values() if one.id not in self._requests and one.id not in self._reused_by]
         shared = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one.id) for one in ended]
-        kept, reuse_from = max(shared, default=(0, -1))
-        if not kept:
+        num_cached, reuse_from = max(shared, default=(0, -1))
+        if not num_cached:
             return None, 0
-        self._followed[reuse_from] = new.id
-        return reuse_from, kept
+        self._reused_by[reuse_from] = new.id
+        return reuse_from, num_cached
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
+    """The number of leading tokens that two sequences share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

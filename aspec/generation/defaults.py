@@ -1,4 +1,4 @@
-"""How a text is drawn where the user has not said: as the checkpoint does, otherwise greedily."""
+"""Default sampling parameters: the user's, otherwise the checkpoint's, otherwise greedy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,12 @@ TAKEN_FROM_CHECKPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_p
 
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
-    """Flags first, then generation_config.json, then greedy."""
+    """Values of the flags first, then of generation_config.json (``defaults``), then greedy. May raise PromptError."""
     values = dict(given)
     sampled = bool(defaults.get("do_sample"))
     for name in TAKEN_FROM_CHECKPOINT:
         if values[name] is None:
-            applies = sampled or name == "repetition_penalty"  # which transformers applies to greedy text as well
+            applies = sampled or name == "repetition_penalty"  # transformers applies it to greedy text too
             values[name] = defaults.get(name) if applies else None
     if values["temperature"] is None and sampled:
         values["temperature"] = 1.0

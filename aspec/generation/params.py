@@ -13,7 +13,7 @@ MAX_LOGPROBS = 20  # as in OpenAI's and vLLM's interfaces
 class SamplingParams:
     """How to draw one request's tokens.
 
-    Raises PromptError at construction where a value makes no sense. ``stop`` may be given as one string or any
+    Raises PromptError at construction if a value is not valid. ``stop`` may be given as one string or any
     sequence of strings; it is kept as a tuple.
     """
 
@@ -24,8 +24,8 @@ class SamplingParams:
     min_p: float = 0.0  # 0: off
     repetition_penalty: float = 1.0  # of prompt and generated tokens, as in transformers; 1: off
     presence_penalty: float = 0.0  # of generated tokens, as OpenAI defines it; 0: off
-    frequency_penalty: float = 0.0  # of generated tokens, each time again, as OpenAI defines it; 0: off
-    logprobs: int | None = None  # None: off; 0: of the drawn tokens; k: also of the k likeliest at each position
+    frequency_penalty: float = 0.0  # of generated tokens, per occurrence, as OpenAI defines it; 0: off
+    logprobs: int | None = None  # None: off; 0: of the drawn tokens; k: also of the k likeliest tokens at each position
     seed: int = 0  # any integer; taken modulo 2^64
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -42,7 +42,7 @@ class SamplingParams:
                 )
 
     def _checks(self) -> dict[str, tuple[bool, str]]:
-        """Whether each field makes sense, and what is expected of it."""
+        """For each field: whether its value is valid, and the expected values in words."""
         top_p, repetition, logprobs = self.top_p, self.repetition_penalty, self.logprobs
         penalty = "between -2 and 2; 0 switches it off"
         return {

@@ -1,8 +1,8 @@
-"""Penalties for repetition: the tokens that lead to a position lower, or raise, their logits there.
+"""Penalties for repetition: tokens before a position change their own logits at that position.
 
-What leads to a position is the prompt, the committed tokens and the proposals on its own path, never a token of
-another branch. So a position is penalised as if its path were committed, and what it draws does not depend on
-drafts. Committed tokens are counted once, as they are committed; a position adds the few of its path.
+The tokens before a position are the prompt, the committed tokens and the proposals on its own path, never a token of
+another branch. So a position is penalised as if its path were committed, and its draw does not depend on drafts.
+Committed tokens are counted once, when they are committed; a position adds the few tokens of its path.
 
 Sources: transformers' ``RepetitionPenaltyLogitsProcessor`` (Keskar et al., CTRL) over prompt and generated tokens,
 then OpenAI's ``mu[j] - c[j] * frequency - (c[j] > 0) * presence`` over generated tokens; vLLM keeps this order.
@@ -22,17 +22,17 @@ import torch
 from aspec.generation.params import SamplingParams
 from aspec.io.upload import upload
 
-FARTHEST = 1e30  # from 1: beyond it float32 may lose a penalised logit to infinity, and no penalty could be stronger
+FARTHEST = 1e30  # largest factor: a larger one may make a float32 logit infinite, and has no stronger effect
 
 
 class TokenCounts:
-    """One request's tokens, counted; mutable, because the request grows.
+    """Counts of one request's tokens; mutable, because the request grows.
 
-    Whoever commits tokens to the sequence commits the very same tokens here.
+    Every commit to the sequence must also commit the same tokens here.
     """
 
     def __init__(self, prompt: Iterable[int] = ()) -> None:
-        self._slots: dict[int, int] = {}  # token -> where the two arrays hold it, in order of first appearance
+        self._slots: dict[int, int] = {}  # token -> its index in the two arrays, in order of first appearance
         self._ids = array("q")
         self._generated = array("f")  # how often the token was generated; 0: only the prompt has it
         self._largest = -1
@@ -41,7 +41,7 @@ class TokenCounts:
 
     @classmethod
     def of(cls, params: SamplingParams, prompt: Iterable[int]) -> Self | None:
-        """What a request's penalties need to know; None where none is set."""
+        """The counts for a request's penalties; None if no penalty is set."""
         if Penalties.of(params) is None:
             return None
         return cls(prompt if params.repetition_penalty != 1 else ())
@@ -58,7 +58,7 @@ class TokenCounts:
 
     def table(self, limit: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct tokens below ``limit`` [U] int64, and how often each was generated [U] float32."""
-        ids, generated = np.array(self._ids), np.array(self._generated)  # copies: arrays in use cannot grow
+        ids, generated = np.array(self._ids), np.array(self._generated)  # copies: an exported array cannot grow
         if self._largest >= limit:  # a draft may know fewer tokens than its target
             ids, generated = ids[ids < limit], generated[ids < limit]
         return upload(torch.from_numpy(ids), device), upload(torch.from_numpy(generated), device)
@@ -74,10 +74,10 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What leads to each of the N positions that are drawn together for one request.
+    """The tokens before each of the N positions that are drawn together for one request.
 
     ``paths[n]`` holds the proposals between the committed tokens and position ``n``, first to last; ``((),)`` is
-    the one position that follows the committed tokens.
+    the one position after the committed tokens.
     """
 
     counts: TokenCounts
@@ -85,10 +85,10 @@ class Context:
 
 
 def proposal_paths(proposals: Sequence[int], parents: Sequence[int] | None = None) -> list[tuple[int, ...]]:
-    """The path to the position behind the last committed token, then the path behind every proposal: N + 1 of them.
+    """N + 1 paths: to the position after the last committed token, then to the position after each of N proposals.
 
     ``parents[n]`` is the proposal that proposal ``n`` continues, -1 for the last committed token; parents come
-    before their children. Without it every proposal continues the one before.
+    before their children. Without ``parents`` every proposal continues the one before.
     """
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(proposals, range(-1, len(proposals) - 1) if parents is None else parents, strict=True):
@@ -98,7 +98,7 @@ def proposal_paths(proposals: Sequence[int], parents: Sequence[int] | None = Non
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """How strong each penalty is; 1, 0 and 0 switch them off."""
+    """The strength of each penalty; 1, 0 and 0 switch them off."""
 
     repetition: float
     presence: float
@@ -106,14 +106,14 @@ class Penalties:
 
     @classmethod
     def of(cls, params: SamplingParams) -> Self | None:
-        """A request's penalties; None where none is set."""
+        """A request's penalties; None if none is set."""
         wanted = float(params.repetition_penalty), float(params.presence_penalty), float(params.frequency_penalty)
         if wanted == (1, 0, 0):
             return None
         return cls(min(max(wanted[0], 1 / FARTHEST), FARTHEST), *wanted[1:])
 
     def apply(self, scores: torch.Tensor, context: Context) -> None:
-        """Penalise raw logits [N, V] float32 in place, every position by what leads to it."""
+        """Penalise raw logits [N, V] float32 in place, each position by the tokens before it."""
         device, counts = scores.device, context.counts
         ids, generated = counts.table(scores.shape[-1], device)
         on_paths = [
@@ -122,13 +122,13 @@ class Penalties:
             for token, times in Counter(path).items()
             if token < scores.shape[-1]
         ]
-        told = upload(torch.tensor(on_paths, dtype=torch.int64), device)
-        rows, tokens, totals = told.reshape(-1, 3).unbind(1)
+        extra = upload(torch.tensor(on_paths, dtype=torch.int64), device)
+        rows, tokens, totals = extra.reshape(-1, 3).unbind(1)
         raw = scores[rows, tokens]
         scores[:, ids] = self._penalised(scores[:, ids], generated)
         scores[rows, tokens] = self._penalised(raw, totals.float())
 
     def _penalised(self, raw: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
-        """Raw logits [..., U] of tokens that appeared, ``generated`` [U] float32 times since the prompt."""
+        """Penalised logits from raw ones [..., U]; each token was generated ``generated`` [U] float32 times."""
         repeated = torch.where(raw < 0, raw * self.repetition, raw / self.repetition)
         return repeated - (generated * self.frequency + (generated > 0) * self.presence)

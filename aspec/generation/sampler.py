@@ -2,11 +2,11 @@
 
 token = argmax(processed logits + g), g = Gumbel noise over the vocabulary from an integer counter hash of (the
 request's seed, t, token id). That is an exact draw from the processed distribution (the Gumbel-max trick), and it
-does not depend on drafts, batches or plans. A draft that ranks with the same noise chases the very token the
+does not depend on drafts, batches or plans. A draft that ranks with the same noise aims at the same token that the
 target will draw (Daliri et al., "Coupling without communication and drafter-invariant speculative decoding").
 
-Rules: nothing here keeps state between draws; no row of a batch may change what another row draws; the tokens
-kept are those that ``transformers`` keeps.
+Rules: this file keeps no state between draws; no row of a batch changes the draw of another row; filters keep the same
+tokens as ``transformers``.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, Penalties
 from aspec.io.upload import upload
 
-GREEDY_BELOW = 1e-5  # temperatures that float32 logits cannot be divided by; vLLM draws the same line
-SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far below anything that costs time
+GREEDY_BELOW = 1e-5  # float32 logits cannot be divided by a lower temperature; the same limit as vLLM
+SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far too small to cost time
 BLOCK = 1 << 17  # noise values computed at once on a CPU: three buffers of 512 KiB stay in its L2 cache
-DEVICE_BLOCK = 1 << 20  # scores drawn from at once on a device: few launches, and 4 MiB for each of their buffers
+DEVICE_BLOCK = 1 << 20  # scores drawn at once on a device: few launches, and 4 MiB per buffer
 
 # splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
 GOLDEN = 0x9E3779B97F4A7C15
@@ -34,7 +34,7 @@ MASK = (1 << 64) - 1
 ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 LAST_SHIFT = 14
 
-NO_TOKEN = -1  # stands for the draw at a position whose logits are not numbers
+NO_TOKEN = -1  # the draw at a position whose logits are not numbers
 
 # -- noise -----------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ NO_TOKEN = -1  # stands for the draw at a position whose logits are not numbers
 def derive_seed(seed: int, index: int) -> int:
     """The seed of prompt ``index`` of a run with one seed, in 0 .. 2^63 - 1.
 
-    The index (or custom id) of the prompt counts, never its row in a batch. Index 0 is derived like every other.
+    It depends on the index (or custom id) of the prompt, never on its row in a batch. Index 0 is no exception.
     """
     return _mix(_mix(seed + GOLDEN) ^ _mix(index + MIX_1)) >> 1
 
@@ -74,7 +74,7 @@ def noise_bits(seed: int, positions: Sequence[int], tokens: torch.Tensor) -> tor
 
 
 def _spread(tokens: torch.Tensor) -> torch.Tensor:
-    """The first round, which needs no key: one call serves every position."""
+    """The first round, which needs no key: one result serves all positions."""
     shift, factor = ROUNDS[0]
     return _xor_shift(tokens.clone(), shift, torch.empty_like(tokens)).mul_(_signed(factor))
 
@@ -94,7 +94,7 @@ def _keyed(spread: torch.Tensor, seed: int, positions: Sequence[int]) -> torch.T
 def _to_gumbel(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """-log(-log(1 - v)) into ``out`` float32, where v = (bits modulo 2^32 + 0.5) / 2^32 is uniform in (0, 1).
 
-    v is small where the noise is large, so float32 resolves the tail that wins an argmax: the largest value is
+    v is small if the noise is large, so float32 resolves the tail that wins an argmax: the largest value is
     about 22.9 and all 2^32 levels count. The other end, below -2.8, never wins; there v stops at 1 - 2^-24.
     """
     minus_v = out.copy_(bits).add_(0.5).mul_(-(2.0**-32))
@@ -103,7 +103,7 @@ def _to_gumbel(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def _xor_shift(x: torch.Tensor, shift: int, scratch: torch.Tensor) -> torch.Tensor:
-    """x ^= x >> shift on unsigned bits, in place; torch only shifts with the sign."""
+    """x ^= x >> shift on unsigned bits, in place; torch has only signed shifts."""
     torch.bitwise_right_shift(x, shift, out=scratch)
     return x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
 
@@ -117,7 +117,7 @@ def _mix(x: int) -> int:
 
 
 def _signed(x: int) -> int:
-    """32 bits as torch's int32 reads them."""
+    """An unsigned 32-bit integer as torch's signed int32."""
     return x - (1 << 32) if x >> 31 else x
 
 
@@ -125,10 +125,10 @@ def _signed(x: int) -> int:
 
 
 class Sampler:
-    """One request's draws; serves the target and any draft alike.
+    """The draws of one request, for the target and any draft.
 
-    Penalties come first. Temperature, top-k, top-p and min-p keep what the warpers of ``transformers`` keep, in its
-    order. A row is first narrowed to the ids that can survive (which is all that top-k does), so nothing sorts a whole
+    Penalties come first. Temperature, top-k, top-p and min-p keep the same tokens as the warpers of ``transformers``,
+    in its order. A row is first narrowed to the ids that can survive (top-k does only this), so no sort covers a whole
     vocabulary.
     """
 
@@ -145,12 +145,12 @@ class Sampler:
             *([MinPLogitsWarper(self._min_p)] if self._min_p > 0 else []),
         ]
         self.temperature = 1.0 if self.greedy else temperature
-        self.shares_argmax = self.greedy and self.penalties is None  # its draws are the likeliest ids, nothing else
+        self.shares_argmax = self.greedy and self.penalties is None  # its draws are the largest raw logits
 
     def noise(
         self, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor | None:
-        """The Gumbel noise [N, V] float32 that the draws at N absolute positions add; None where none is added."""
+        """The Gumbel noise [N, V] float32 that the draws at N absolute positions add; None if greedy."""
         return None if self.greedy else gumbel(self._seed, positions, vocab_size, device)
 
     def draw(
@@ -162,8 +162,8 @@ class Sampler:
     ) -> list[int]:
         """The tokens at absolute ``positions`` [N] from logits [N, V] of any float dtype; ties go to the lowest id.
 
-        Ids from ``limit`` on are never drawn. ``context`` has a path for each of the N positions; only penalties read
-        it, and they cannot do without. Raises NumericError where a row holds NaN or +inf, or only -inf.
+        Ids from ``limit`` on are never drawn. ``context`` has a path for each of the N positions; penalties
+        require it, and only they read it. Raises NumericError if a row holds NaN or +inf, or only -inf.
         """
         logits = self.penalised(logits[..., :limit], context)
         if self.greedy:
@@ -183,7 +183,7 @@ class Sampler:
         return scores if self._temperature is None else self._temperature(None, scores)
 
     def _draw_in_blocks(self, logits: torch.Tensor, positions: Sequence[int]) -> list[int]:
-        """What ``draw`` draws, as a device likes it: many rows in few launches, a few buffers of DEVICE_BLOCK."""
+        """The same draws as ``draw``, fast on a device: many rows in few launches, a few buffers of DEVICE_BLOCK."""
         rows, drawn = max(1, DEVICE_BLOCK // logits.shape[-1]), []
         for start in range(0, len(logits), rows):
             own = positions[start : start + rows]
@@ -199,9 +199,10 @@ class Sampler:
         return noise.add_(scores).max(-1).indices
 
     def penalised(self, logits: torch.Tensor, context: Context | None) -> torch.Tensor:
-        """A penalised copy [N, V] float32 of raw logits [N, V]; without penalties the very logits, whatever context.
+        """A penalised copy [N, V] float32 of raw logits [N, V]; without penalties the same tensor.
 
-        What a draft ranks goes through here too: children as much as draws.
+        Drafts also rank with these logits, both their draws and the children of tree nodes. Raises InternalError if
+        ``context`` has no path per position.
         """
         if self.penalties is None:
             return logits
@@ -213,9 +214,9 @@ class Sampler:
         return scores
 
     def scores(self, logits: torch.Tensor, position: int, context: Context | None = None) -> torch.Tensor:
-        """What a draw takes the largest of: scores [V] float32 of one absolute position, from its raw logits [V].
+        """The scores [V] float32 of one absolute position, from its raw logits [V]; a draw takes the largest.
 
-        In nats: processed logits, plus the noise unless greedy; -inf where a filter has removed the token.
+        In nats: processed logits, plus the noise unless greedy; -inf for tokens that a filter removes.
         """
         scores = self.penalised(logits[None], context)[0].float()
         if self.greedy:
@@ -237,12 +238,12 @@ class Sampler:
         return ids[_to_gumbel(bits, torch.empty_like(kept)).add_(kept).max(-1).indices]
 
     def _survivors(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids [K] int64, ascending, and processed scores [K]; what the warpers remove is absent or -inf."""
+        """Ids [K] int64, ascending, and processed scores [K]; tokens that the warpers remove are absent or -inf."""
         num_ids, share = scores.shape[-1], 1.0
         if 0 < self._top_k < num_ids:
             ids = (scores >= scores.topk(self._top_k).values[-1]).nonzero()[:, 0]  # ties stay, as in transformers
         elif self._top_p < 1:
-            # Tokens below (1 - top_p) / V sum to less than what top-p removes from the bottom: they all go.
+            # Tokens below (1 - top_p) / V sum to less than the share that top-p removes: it removes all of them.
             total = scores.logsumexp(-1)
             ids = (scores >= total + (log((1 - self._top_p) / num_ids) - SLACK)).nonzero()[:, 0]
             share = float((scores[ids].logsumexp(-1) - total).exp())
@@ -269,8 +270,8 @@ def draw_rows(
     Columns beyond a row's positions are padding: neither drawn nor checked. Ids from ``limit`` on are never drawn
     (a draft's vocabulary may be padded further than the target's). ``contexts[b]`` has a path for each of the row's
     positions; rows without penalties need none. All greedy rows without penalties share one argmax.
-    ``errors`` takes the NumericError of every (row, column) whose logits are not numbers, and NO_TOKEN is drawn there;
-    all else is drawn as without it. Where there is no ``errors``, it is raised.
+    ``errors`` receives the NumericError of every (row, column) whose logits are not numbers, and NO_TOKEN is drawn
+    there; all other draws are unchanged. Without ``errors`` the NumericError is raised.
     """
     drawn: list[list[int]] = [[] for _ in samplers]
     greedy = [index for index, sampler in enumerate(samplers) if sampler.shares_argmax]
@@ -309,7 +310,7 @@ def _draw_numbers(
     context: Context | None,
     errors: dict[tuple[int, int], NumericError],
 ) -> list[int]:
-    """The draws of row ``index`` one by one, NO_TOKEN where logits are not numbers."""
+    """The draws of row ``index`` one by one, NO_TOKEN if its logits are not numbers."""
     drawn: list[int] = []
     for column, position in enumerate(positions):
         own = None if context is None else Context(context.counts, context.paths[column : column + 1])
@@ -322,7 +323,7 @@ def _draw_numbers(
 
 
 def _draw_greedy(logits: torch.Tensor, positions: Sequence[int]) -> list[int]:
-    best, tokens = logits.max(-1)  # the first of several maxima, and NaN where there is one: documented by torch
+    best, tokens = logits.max(-1)  # the first of equal maxima, or NaN if there is one: documented by torch
     _check(best, positions)
     return [int(token) for token in tokens.tolist()]
 
@@ -349,7 +350,7 @@ def _check_values(best: Sequence[float], positions: Sequence[int]) -> None:
 class TokenLogprob:
     """A drawn token, the log of its probability under the model, and the likeliest tokens at its position.
 
-    ``top``: (token, logprob) pairs, likeliest first, of equals the lowest id first; the drawn token may be among them.
+    ``top``: (token, logprob) pairs, likeliest first, equal ones by ascending id; the drawn token may be among them.
     """
 
     token: int
@@ -361,22 +362,20 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], num_top: int = 0
     """Natural logprobs of drawn ``tokens`` [N] and of the ``num_top`` likeliest, from logits [N, V] of any float dtype.
 
     They are the model's own: log-softmax of the raw logits in float32, before penalties, temperature and filters
-    (what vLLM calls ``raw_logprobs``). ``top`` is shorter where fewer tokens are possible at all. Give it only what
-    is emitted: every row costs a log-softmax. A row's result does not depend on the others.
+    (what vLLM calls ``raw_logprobs``). ``top`` is shorter if fewer tokens are possible. Pass only emitted
+    tokens: every row costs a log-softmax. A row's result does not depend on the others.
     """
     return [_token_logprob(row.float(), token, num_top) for row, token in zip(logits, tokens, strict=True)]
 
 
 def _token_logprob(row: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
-    """One position, from logits [V] float32; rows go one by one, so that none is summed in another's company."""
+    """One position, from logits [V] float32; rows go one by one, so that the other rows do not change a sum."""
     logprobs = row.log_softmax(-1)
     num_top = min(num_top, len(row))
     if num_top == 0:
         return TokenLogprob(token, float(logprobs[token]))
     least = row.topk(num_top).values[-1]
-    ids = ((row >= least) & (row > -torch.inf)).nonzero()[
-        :, 0
-    ]  # all that equal the last, which topk picks from at whim
+    ids = ((row >= least) & (row > -torch.inf)).nonzero()[:, 0]  # with all equals of the last: topk picks any
     ids = ids[row[ids].sort(descending=True, stable=True).indices[:num_top]]
     drawn, *values = logprobs[torch.cat([ids.new_tensor([token]), ids])].tolist()
     return TokenLogprob(token, drawn, tuple(zip(ids.tolist(), values, strict=True)))

@@ -11,14 +11,14 @@ from aspec.generation.sampler import Sampler, TokenLogprob
 from aspec.generation.tokenizer import TextStream
 
 Committed = tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]]
-"""What a round brought: text, token ids, and their logprobs where they were asked for."""
+"""The text, token ids and, if requested, logprobs of one round."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(slots=True)
 class Sequence:
-    """Mutable, because it grows: only ACCEPT commits to it, on the worker that runs ACCEPT.
+    """One sequence; mutable, because it grows. Only ACCEPT commits to it, on the worker that runs ACCEPT.
 
     ``tokens`` holds the prompt and all committed tokens; nothing after an end token is ever committed.
     """
@@ -30,23 +30,23 @@ class Sequence:
     sampler: Sampler
     text: TextStream
     end_ids: frozenset[int]
-    max_new_tokens: int  # the request's, cut to what the context holds
-    num_cached_tokens: int = 0  # leading tokens whose KV stood in the row when it was seated; only seating sets it
+    max_new_tokens: int  # the request's, cut to the free context
+    num_cached_tokens: int = 0  # leading tokens with KV when the row was assigned; only assignment sets it
     finish_reason: FinishReason | None = None
-    failure: NumericError | None = None  # that ended it in the midst, in place of a finish reason
+    failure: NumericError | None = None  # the error that ended it, in place of a finish reason
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
-    counts: TokenCounts | None = None  # what penalties count; None where none is set
+    counts: TokenCounts | None = None  # for penalties; None if none is set
 
     def __post_init__(self) -> None:
         self.counts = TokenCounts.of(self.params, self.tokens)
 
     def context(self, proposals: SequenceOf[int] = (), parents: SequenceOf[int] | None = None) -> Context | None:
-        """What leads to the position behind the committed tokens and behind every proposal; None without penalties."""
+        """The tokens before the position after the committed tokens and after each proposal; None without penalties."""
         return None if self.counts is None else Context(self.counts, proposal_paths(proposals, parents))
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will be committed."""
+        """Whether the sequence is complete: no more tokens are committed."""
         return self.finish_reason is not None or self.failure is not None
 
     @property
@@ -55,9 +55,9 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     def commit(self, drawn: SequenceOf[int], logprobs: SequenceOf[TokenLogprob] = ()) -> int:
-        """Append accepted tokens up to an end token, a stop string or the limit; returns how many counted.
+        """Append accepted tokens up to an end token, a stop string or the limit; returns the number committed.
 
-        ``logprobs`` are theirs, or nobody has asked for any.
+        ``logprobs`` are theirs; empty if not requested.
         """
         if not drawn:
             return 0
@@ -83,11 +83,11 @@ class Sequence:
         return len(new)
 
     def fail(self, error: NumericError) -> None:
-        """End in the midst; the first error counts, and none after a finish reason."""
+        """End the sequence with an error; only the first counts, and none after a finish reason."""
         if not self.ended:
             self.failure = error
 
     def take_pieces(self) -> list[Committed]:
-        """What was committed since the last call, round by round."""
+        """The rounds that were committed since the last call."""
         pieces, self.pieces = self.pieces, []
         return pieces

@@ -1,4 +1,4 @@
-"""What a request cost: counts and seconds, from the same spans everything else reads."""
+"""The statistics of a request: counts and seconds, from the same spans that all observers read."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from aspec.tasks.task import RowOutcome
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A round's worth of one stream; the last piece carries a reason and the statistics."""
+    """The output of one round of a stream; the last piece has a finish reason and the statistics."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None  # "stop" | "length"
     stats: "RequestStats | None" = None
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, where they were asked for
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
 
 
 @dataclass(slots=True)
@@ -24,9 +24,9 @@ class RequestStats:
 
     prompt_tokens: int
     arrived_s: float
-    num_cached_tokens: int = 0  # of the prompt: their KV stood from an earlier sequence, only the others were prefilled
+    num_cached_tokens: int = 0  # of the prompt: their KV came from an earlier sequence, the others were prefilled
     completion_tokens: int = 0
-    passes: int = 0  # target passes after the one that prefilled
+    passes: int = 0  # target passes after the prefill
     proposed: int = 0
     accepted: int = 0
     streamed_bytes: int = 0  # loads that finished between arrival and end
@@ -37,7 +37,7 @@ class RequestStats:
     _decode_from_bytes: int = 0
 
     def take(self, outcome: RowOutcome, now_s: float) -> None:
-        """One ACCEPT of this request."""
+        """Add the outcome of one ACCEPT of this request."""
         self.completion_tokens += outcome.num_new
         if self._first_token_s is None:
             self._first_token_s = now_s
@@ -48,7 +48,7 @@ class RequestStats:
         self.accepted += outcome.num_accepted
 
     def close(self, plan: Plan, now_s: float) -> "RequestStats":
-        """The request has ended."""
+        """Complete the statistics at the end of the request; returns itself."""
         first = self._first_token_s if self._first_token_s is not None else now_s
         self.prefill_s, self.decode_s = first - self.arrived_s, now_s - first
         self.bytes_per_pass = plan.streamed_bytes
@@ -56,27 +56,27 @@ class RequestStats:
 
     @property
     def tokens_per_pass(self) -> float | None:
-        """Tokens that one pass of the target brought, the prefill's own token excluded."""
+        """Tokens per pass of the target, without the prefill and its token."""
         return (self.completion_tokens - 1) / self.passes if self.passes else None
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Share of the proposals that were accepted."""
+        """The share of proposals that were accepted."""
         return self.accepted / self.proposed if self.proposed else None
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Decoding speed, the prefill excluded."""
+        """Decoded tokens per second, without the prefill and its token."""
         return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else None
 
     @property
     def stream_bytes_per_s(self) -> float | None:
-        """Rate of the weight stream while this request decoded; None if nothing streamed."""
+        """Bytes per second of the weight stream during this request's decoding; None if nothing streamed."""
         nbytes = self.streamed_bytes - self._decode_from_bytes
         return nbytes / self.decode_s if nbytes and self.decode_s > 0 else None
 
     def as_dict(self, link_rate: float | None, peak_rss_bytes: int) -> dict[str, float | int | None]:
-        """The ``stats`` object of ``--json``; ``link_rate`` is the raw rate probed on the same files."""
+        """The ``stats`` object of ``--json``; ``link_rate``: the raw bytes per second, probed on the same files."""
         per_pass = self.tokens_per_pass
         ceiling = per_pass * link_rate / self.bytes_per_pass if per_pass and link_rate and self.bytes_per_pass else None
         return {

@@ -1,8 +1,9 @@
-"""A time limit for Python code that is not ours: a checkpoint's chat template may loop for ever.
+"""A time limit for foreign Python code: a checkpoint's chat template may loop for ever.
 
-A thread cannot be killed, so the code is traced: every so many lines and calls it is looked at how long it took, and
-an exception is raised in it. The clock is the thread's own, so that a busy machine ends nothing. Loops in Python are
-ended, and those of a template are; a single step in C is not (``2 ** 10 ** 9`` runs to its end).
+A thread cannot be killed, so the code is traced: after every ``CHECK_EVERY`` lines and calls the tracer reads the
+clock, and raises an exception in the code if its time is over. The clock counts the thread's own processor time, so a
+busy machine ends nothing. This ends loops in Python, and a template's loops are; it cannot end a single step in C
+(``2 ** 10 ** 9`` runs to its end).
 """
 
 import sys
@@ -10,25 +11,25 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-LOOKED_AT_EVERY = 256  # lines and calls: about 50 us apart
+CHECK_EVERY = 256  # lines and calls: about every 50 us
 
 
 class TimeLimitError(Exception):
-    """The code was ended: it took too long, or nobody waits for it any more."""
+    """The code was ended: it took too long, or ``stop`` was called."""
 
 
 class TimeLimit:
-    """A context in which this thread's Python code may take ``seconds`` of its processor time, if not stopped before.
+    """A context that limits this thread's Python code to ``seconds`` of processor time, and that ``stop`` ends early.
 
-    Raises TimeLimitError in the midst of that code. Mutable, because any thread may stop it.
+    Raises TimeLimitError inside that code. Mutable, because any thread may stop it.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._stopped = False
         self._deadline_s = 0.0
-        self._left = LOOKED_AT_EVERY
-        self._before: Any = None  # the trace function that was there: a debugger's, or one that measures coverage
+        self._left = CHECK_EVERY
+        self._before: Any = None  # the earlier trace function, of a debugger or of a coverage tool
 
     def stop(self) -> None:
         """End the code soon; from any thread, also before it has begun."""
@@ -46,7 +47,7 @@ class TimeLimit:
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         self._left -= 1
         if self._left <= 0:
-            self._left = LOOKED_AT_EVERY
+            self._left = CHECK_EVERY
             if self._stopped or time.thread_time() > self._deadline_s:
                 raise TimeLimitError
         return self._trace

@@ -1,7 +1,7 @@
 """A header-only index of one or many safetensors shards: where each tensor's bytes are.
 
-Nothing but headers is read, and everything that can be checked without the data is: a header that lies about
-offsets, a truncated shard or two shards that hold the same tensor are refused before the first weight travels.
+Only headers are read, and they are checked completely. Wrong offsets, a truncated shard, or two shards that hold the
+same tensor are refused before the first weight is read.
 Format: https://github.com/huggingface/safetensors (8-byte little-endian header length, JSON, data).
 """
 
@@ -18,7 +18,7 @@ from typing import NoReturn, Self
 import torch
 
 from aspec.errors import CheckpointError
-from aspec.io.json_file import NamedTwice, NotJson, parse_json, read_json
+from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -69,11 +69,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Index a folder. Raises CheckpointError, naming the file or tensor, for anything damaged."""
+        """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
-        promised = _promised(folder)
+        weight_map = _read_weight_map(folder)
         tensors: dict[str, TensorRef] = {}
-        for file in sorted(set(promised.values())) or [SINGLE]:
+        for file in sorted(set(weight_map.values())) or [SINGLE]:
             for ref in read_header(folder / file):
                 if (other := tensors.get(ref.name)) is not None:
                     raise CheckpointError(
@@ -81,10 +81,10 @@ class Checkpoint:
                         f"{other.file} too. Remove the shard that does not belong to this checkpoint."
                     )
                 tensors[ref.name] = ref
-        missing = [name for name in promised if name not in tensors]
+        missing = [name for name in weight_map if name not in tensors]
         if missing:
             raise CheckpointError(
-                f"{folder / INDEX}: expected tensor {missing[0]} in {promised[missing[0]]}, found no shard that holds "
+                f"{folder / INDEX}: expected tensor {missing[0]} in {weight_map[missing[0]]}, found no shard with "
                 f"it ({len(missing)} such tensors). {FETCH_AGAIN}"
             )
         files = tuple(dict.fromkeys(ref.file for ref in tensors.values()))
@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
-    """A checkpoint that is not there, as it would be: for plans from a configuration alone. Nothing can be read."""
+    """A checkpoint made of ``shapes`` alone, for plans without weights. Its tensors cannot be read."""
     tensors: dict[str, TensorRef] = {}
     end, file = 0, str(folder / SINGLE)
     for name, tensor in shapes.items():
@@ -102,17 +102,17 @@ def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is anything that could be read, or should be: an index without shards counts."""
+    """Whether a folder has safetensors files, or an index of them."""
     return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
 
 
-def _promised(folder: Path) -> dict[str, str]:
-    """Tensor name -> shard as the index tells, empty for a single shard without an index."""
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard, from the index; empty for a single shard without an index."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder: expected a model folder with config.json and *.safetensors. Check the path."
         )
-    if (folder / SINGLE).is_file():  # transformers, too, prefers it to an index
+    if (folder / SINGLE).is_file():  # transformers also prefers it to an index
         return {}
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_shards(folder))
@@ -130,11 +130,11 @@ def _no_shards(folder: Path) -> str:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The index's weight map. Raises CheckpointError where it is no index or a shard it names is missing."""
+    """The index's weight map. Raises CheckpointError if it is no index, or if a shard is missing."""
     content = read_json(index, "an index of shards", error=CheckpointError)
     try:
-        promised: dict[str, str] = dict(content["weight_map"])
-        files = sorted(set(promised.values()))
+        weight_map: dict[str, str] = dict(content["weight_map"])
+        files = sorted(set(weight_map.values()))
         missing = [name for name in files if Path(name).name != name or not os.path.isfile(index.parent / name)]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -146,11 +146,11 @@ def _read_index(index: Path) -> dict[str, str]:
             f"{index} names {len(files)} shards: expected each of them in the same folder, found {len(missing)} missing"
             f"{': ' if missing else ''}{', '.join(missing[:3])}. {FETCH_AGAIN}"
         )
-    return promised
+    return weight_map
 
 
 def read_header(path: Path) -> list[TensorRef]:
-    """The tensors of one shard in file order. Raises CheckpointError if the header lies or the file is cut."""
+    """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut."""
     entries, base, size = _read_entries(path)
     entries.pop("__metadata__", None)
     refs = [_ref(path, name, entry, base) for name, entry in entries.items()]
@@ -176,7 +176,7 @@ def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
-    except NamedTwice as error:
+    except DuplicateMember as error:
         raise CheckpointError(f"{path}: tensor {error.name} is stored twice: expected once. {FETCH_AGAIN}") from error
     except NotJson as error:
         raise CheckpointError(f"{path}: expected a header in JSON, found none: {error}. {FETCH_AGAIN}") from error
@@ -186,10 +186,10 @@ def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
 
 
 def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
-    """A header entry, checked. Raises CheckpointError."""
+    """The tensor of one header entry. Raises CheckpointError if the entry is damaged."""
 
     def refuse(expected: str, found: object) -> NoReturn:
-        raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {_shown(found)}. {FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {_shorten(found)}. {FETCH_AGAIN}")
 
     if not isinstance(entry, dict):
         refuse("a header entry with dtype, shape and data_offsets", entry)
@@ -208,20 +208,20 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     return TensorRef(name, str(path), dtype, shape, base + begin, nbytes)
 
 
-def _shown(value: object) -> str:
-    """A value of the header for a message: a text as it is, anything else cut where it is long or deep."""
+def _shorten(value: object) -> str:
+    """A header value for a message: a text as it is, any other value shortened."""
     return value if isinstance(value, str) else reprlib.repr(value)
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
-    """A list of whole numbers as such, None for anything else."""
+    """A list of whole numbers, at least 0, as a tuple; None for any other value."""
     if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
         return None
     return tuple(value)
 
 
 def _check_cover(path: Path, refs: list[TensorRef], base: int, size: int) -> None:
-    """Tensors follow one another without overlap or hole, and the file ends where the last one does."""
+    """Raise CheckpointError unless the tensors fill the file without overlap or gap, up to its end."""
     end = base
     for ref in refs:
         if ref.offset < end:

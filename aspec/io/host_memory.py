@@ -1,7 +1,7 @@
-"""How much memory this process may still take: what the host has free, and what its control groups leave.
+"""How much memory this process may still take: the host's free memory, within the limits of its control groups.
 
 Files: cgroup v2 of the kernel's documentation (``memory.max``, ``memory.current``, ``memory.stat``), and the memory
-controller of v1 (``memory.limit_in_bytes``, ``memory.usage_in_bytes``). A group's limit holds for all below it.
+controller of v1 (``memory.limit_in_bytes``, ``memory.usage_in_bytes``). A group's limit also binds the groups below it.
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-NO_LIMIT = 1 << 60  # bytes; v1 says that there is no limit with a number above it
+NO_LIMIT = 1 << 60  # bytes; v1 writes a larger number if there is no limit
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """Where the groups are, and the names of their files."""
+    """The folder of a version's groups, and the names of their files."""
 
     mount: str
     limit: str
@@ -28,7 +28,7 @@ _V2 = _Version("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Bytes that can be taken now without being killed for it; ``root``: where the system's files are."""
+    """Bytes that this process can take now without being killed; ``root``: the root of the system's files."""
     return min([int(psutil.virtual_memory().available), *(max(0, limit - used) for limit, used in _groups(root))])
 
 
@@ -38,7 +38,7 @@ def total_bytes(root: Path = Path("/")) -> int:
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of every group around this process that has a limit; none where the system has no groups."""
+    """Limit and use, in bytes, of every control group around this process that has a limit."""
     for version, group in _own_groups(root):
         mount = root / version.mount
         for folder in (mount / str(group).lstrip("/"), *(mount / str(up).lstrip("/") for up in group.parents)):
@@ -52,7 +52,7 @@ def _own_groups(root: Path) -> Iterator[tuple[_Version, PurePosixPath]]:
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if ".." in path.split("/"):  # outside of the namespace: its own root is all that can be seen
+        if ".." in path.split("/"):  # outside of the namespace: only its own root is visible
             path = "/"
         if number == "0" and not controllers:
             yield _V2, PurePosixPath("/", path)
@@ -69,7 +69,7 @@ def _reclaimable(folder: Path, version: _Version) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where there is no file or it says "max"."""
+    """A file's number; None if there is no file or it says "max"."""
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None
 
@@ -78,4 +78,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""  # no such group here, as in a container that shows its own group as the root
+        return ""  # no such file, as in a container that shows its own group as the root

@@ -1,4 +1,4 @@
-"""JSON that others wrote: however hostile the bytes are, they are a value or one sentence that says what is wrong."""
+"""JSON from untrusted files: any bytes become a value, or an error of one sentence."""
 
 import json
 from collections import Counter
@@ -7,15 +7,15 @@ from typing import Any, NoReturn
 
 from aspec.errors import UserError
 
-MAX_DIGITS = 300  # of a whole number: what has more is no float, and readers compute with floats
+MAX_DIGITS = 300  # of a whole number: a longer one does not fit a float, and readers compute with floats
 
 
 class NotJson(ValueError):
-    """Some bytes are not the JSON that was expected; the text says why, and begins in lower case."""
+    """The bytes are not the expected JSON; the text gives the reason and begins in lower case."""
 
 
-class NamedTwice(NotJson):
-    """An object has two members of one name; JSON itself would let the last one win."""
+class DuplicateMember(NotJson):
+    """An object has two members of the same name; Python's json would keep the last one."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} is there twice in one object")
@@ -23,9 +23,9 @@ class NamedTwice(NotJson):
 
 
 def parse_json(data: bytes, *, unique: bool = False, constants: bool = False) -> Any:
-    """A JSON value. Raises NotJson, whatever the bytes are.
+    """The JSON value of ``data``. Raises NotJson, and nothing else, for any bytes.
 
-    ``unique``: no object may have a name twice. ``constants``: NaN and Infinity are numbers, as Python writes them.
+    ``unique``: refuse two members of the same name. ``constants``: NaN and Infinity are numbers, as Python writes them.
     """
     try:
         return json.loads(
@@ -45,7 +45,7 @@ def parse_json(data: bytes, *, unique: bool = False, constants: bool = False) ->
 
 
 def read_json(path: Path, what: str, *, error: type[UserError] = UserError, constants: bool = False) -> Any:
-    """A file's JSON value. Raises ``error`` in one paragraph; ``what``: what the file is meant to be, "a profile"."""
+    """A file's JSON value. Raises ``error`` in one paragraph; ``what`` names the expected file, such as "a profile"."""
     try:
         data = path.read_bytes()
     except OSError as failure:
@@ -61,7 +61,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise NamedTwice(name)
+        raise DuplicateMember(name)
     return made
 
 

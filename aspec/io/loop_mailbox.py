@@ -1,8 +1,7 @@
-"""The hand-over from threads to the loop: results that a lane's threads post resolve their futures on the loop.
+"""From threads to the loop: a lane's threads post results, and their futures resolve on the loop.
 
-Wake-ups are batched: a burst of results costs the loop one call. Results of one thread are handed over in the order
-in which they were posted. None is lost: a loop that has closed, or that closes with a result on its way, gets it from
-``empty``, which a lane calls when its threads have ended.
+Wake-ups are batched: a burst of results costs the loop one call. Results of one thread arrive in the order of posting.
+No result is lost: a lane calls ``empty`` when its threads have ended, which sets the results that a closed loop missed.
 """
 
 import asyncio
@@ -19,24 +18,24 @@ class LoopMailbox(Generic[T]):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._posted: deque[tuple[asyncio.Future[T], T | BaseException]] = deque()
-        self._armed = False  # ``empty`` is on its way to the loop; a race costs one empty call
+        self._armed = False  # the loop will call ``empty``; a race costs one needless call
 
     def post(self, future: asyncio.Future[T], result: T | BaseException) -> None:
-        """Leave a result, or the error in its place; from any thread."""
+        """Hand over a result, or an error in its place; from any thread."""
         self._posted.append((future, result))
         if not self._armed:
             self._armed = True
-            with contextlib.suppress(RuntimeError):  # the loop has closed: ``empty`` comes with the lane's end
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the lane calls ``empty`` at its end
                 self._loop.call_soon_threadsafe(self.empty)
 
     def empty(self) -> None:
         """Resolve the futures of all results that were posted; on the loop's thread, or when the loop has closed."""
-        self._armed = False  # before the first result is taken: one that is posted from now on calls again
+        self._armed = False  # before the first result is taken: a later one makes the loop call again
         while self._posted:
             future, result = self._posted.popleft()
             if future.done():
                 continue
-            with contextlib.suppress(RuntimeError):  # the loop has closed: the result is set, its callbacks are not run
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the result is set, its callbacks do not run
                 if isinstance(result, BaseException):
                     future.set_exception(result)
                 else:

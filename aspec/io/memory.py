@@ -1,4 +1,4 @@
-"""Memory for weights: anonymous, page-aligned, on huge pages where the system grants them, touched beforehand.
+"""Memory for weights: anonymous, page-aligned, on huge pages if the system grants them, touched before use.
 
 Reads into 2 MiB pages cost a quarter of the CPU of reads into 4 KiB pages and keep their rate beside compute;
 touching the pages once keeps page faults out of the run.
@@ -43,16 +43,16 @@ class SlotMemory:
         ctypes.memset(self.address, 0, self.nbytes)  # touch every page; drops the interpreter lock
 
     def close(self) -> None:
-        """Give the memory back, as soon as nothing points into it any more."""
+        """Free the memory once no tensor or view uses it."""
         self.view.release()
         self._whole.release()
         gc.collect(0)
-        with contextlib.suppress(BufferError):  # a tensor still looks: the map goes when the tensor does
+        with contextlib.suppress(BufferError):  # a tensor still uses it: the map is freed with the tensor
             self._map.close()
 
 
 def allocate(nbytes: int) -> SlotMemory:
-    """Memory for weights, rounded up to whole pages. Raises DeviceError if the system has not got it."""
+    """Memory for weights, rounded up to whole pages. Raises DeviceError if the system refuses it."""
     return SlotMemory(nbytes)
 
 
@@ -62,10 +62,10 @@ def address_of(buffer: memoryview) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this program has held so far.
+    """The peak resident memory of this process so far, in bytes.
 
-    On Linux from the address space's own high-water mark: what getrusage reports survives exec, so a process started
-    by a large one would show its parent's size.
+    On Linux this is VmHWM: the value of getrusage survives exec, so a process started by a large one would show its
+    parent's size.
     """
     with contextlib.suppress(OSError, IndexError, ValueError), open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -76,7 +76,7 @@ def peak_rss_bytes() -> int:
 
 
 def give_back() -> None:
-    """Return memory that nobody uses to the system, where the C library can."""
+    """Return unused memory to the system, if the C library can."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

@@ -1,7 +1,7 @@
-"""Host memory that a device reads directly: a bounded number of buffers, pinned at their exact size.
+"""Host memory that a device reads directly: buffers pinned at their exact size, up to a limit in bytes.
 
 Pages are registered with the driver instead of allocated by it: torch's pinned allocator rounds up to a power of
-two, and registered memory keeps its huge pages. Where the system refuses, copies still work, only slower.
+two, and registered memory keeps its huge pages. If the system refuses, copies still work, but slower.
 """
 
 import warnings
@@ -24,7 +24,7 @@ class HostBuffer:
 
 
 class PinnedMemory:
-    """Allocates host buffers, pins them up to a limit and lets go of all at once."""
+    """Allocates host buffers, pins them up to a limit in bytes, and frees them."""
 
     def __init__(
         self,
@@ -33,16 +33,16 @@ class PinnedMemory:
         limit_bytes: int | None = None,
     ) -> None:
         self._register, self._unregister, self._limit_bytes = register, unregister, limit_bytes
-        self._buffers: list[tuple[SlotMemory, bool]] = []  # with whether they are pinned
+        self._buffers: list[tuple[SlotMemory, bool]] = []  # and whether they are pinned
         self._warned = False
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes that the system cannot move at present."""
+        """Bytes that are pinned at present."""
         return sum(memory.nbytes for memory, pinned in self._buffers if pinned)
 
     def allocate(self, nbytes: int) -> HostBuffer:
-        """A buffer of whole pages, pinned where possible. Raises DeviceError if there is no memory at all."""
+        """A buffer of whole pages, pinned if possible. Raises DeviceError if there is no memory."""
         memory = allocate(nbytes)
         fits = self._limit_bytes is None or self.pinned_bytes + memory.nbytes <= self._limit_bytes
         pinned = fits and self._register(memory.address, memory.nbytes)
@@ -59,18 +59,18 @@ class PinnedMemory:
         return HostBuffer(memory.view, torch.frombuffer(memory.view, dtype=torch.uint8), pinned)
 
     def free(self, buffer: HostBuffer) -> None:
-        """Unpin one buffer and give it back; nobody may use it any more."""
+        """Unpin one buffer and free it; it must not be used afterwards."""
         for place, (memory, _) in enumerate(self._buffers):
             if memory.view is buffer.view:
-                self._let_go(*self._buffers.pop(place))
+                self._unpin_and_close(*self._buffers.pop(place))
                 return
 
     def close(self) -> None:
-        """Unpin and free every buffer; may be called twice. Nobody may use one any more."""
+        """Unpin and free every buffer; may be called twice. The buffers must not be used afterwards."""
         while self._buffers:
-            self._let_go(*self._buffers.pop())
+            self._unpin_and_close(*self._buffers.pop())
 
-    def _let_go(self, memory: SlotMemory, pinned: bool) -> None:
+    def _unpin_and_close(self, memory: SlotMemory, pinned: bool) -> None:
         if pinned:
             self._unregister(memory.address)
         memory.close()

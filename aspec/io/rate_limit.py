@@ -1,10 +1,10 @@
-"""A token bucket shared by the threads of a lane: ``--link-rate`` makes runs comparable on a drifting disk."""
+"""A token bucket shared by the threads of a lane: ``--link-rate`` makes runs comparable on a disk whose rate drifts."""
 
 import threading
 import time
 from collections.abc import Callable
 
-BURST_S = 0.02  # credit that a lane may save up while it is idle or oversleeps
+BURST_S = 0.02  # credit that a lane may save while it is idle or sleeps too long
 
 
 class RateLimit:
@@ -14,10 +14,10 @@ class RateLimit:
         self.bytes_per_s = bytes_per_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._next_s = 0.0  # when the bytes reserved so far will have passed
+        self._next_s = 0.0  # the time at which all reserved bytes may have passed
 
     def reserve(self, nbytes: int) -> float:
-        """Book ``nbytes``; returns the clock reading before which they must not count as arrived."""
+        """Reserve ``nbytes``; returns the clock time, in seconds, before which they must not count as read."""
         if self.bytes_per_s is None:
             return 0.0
         with self._lock:
@@ -26,6 +26,6 @@ class RateLimit:
             return self._next_s
 
     def wait_until(self, deadline_s: float, stopping: threading.Event) -> None:
-        """Sleep to a deadline of ``reserve``, or until the lane stops."""
+        """Sleep until a deadline from ``reserve``, or until the lane stops."""
         if self.bytes_per_s is not None and (left := deadline_s - self._clock()) > 0:
             stopping.wait(left)

@@ -1,4 +1,4 @@
-"""Waiting to the very end for what cannot be taken back, even when the waiter is cancelled; closing all of many."""
+"""Waiting for work that cannot be cancelled, even if its waiter is; closing several resources."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 async def settle(future: asyncio.Future[T], on_cancel: Callable[[], object] = lambda: None) -> T:
-    """The result of ``future``, which is waited for to its very end: what it uses is not ours before.
+    """Wait until ``future`` has ended, and return its result; until then it uses its buffers.
 
-    A cancellation of the caller is raised only then; ``on_cancel`` hears of it at once.
+    A cancellation of the caller is raised only after that; ``on_cancel`` is called at once.
     """
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
@@ -22,7 +22,7 @@ async def settle(future: asyncio.Future[T], on_cancel: Callable[[], object] = la
             on_cancel()
     if cancelled is not None:
         if not future.cancelled():
-            future.exception()  # retrieved: whoever cancelled does not want it
+            future.exception()  # marks it as retrieved: the cancelled caller does not need it
         raise cancelled
     return future.result()
 
@@ -36,9 +36,9 @@ def in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
 
 
 async def settle_all(futures: Iterable[asyncio.Future[T]], timeout_s: float | None = None) -> None:
-    """Wait until all have ended, however they end, or the time is over.
+    """Wait until all futures have ended, in error too, or ``timeout_s`` seconds have passed.
 
-    A cancellation of the caller is raised only then.
+    A cancellation of the caller is raised only after that.
     """
     loop = asyncio.get_running_loop()
     deadline = None if timeout_s is None else loop.time() + timeout_s
@@ -56,7 +56,7 @@ async def settle_all(futures: Iterable[asyncio.Future[T]], timeout_s: float | No
 
 
 def close_all(closers: Iterable[Callable[[], object]]) -> None:
-    """Call all of them, also when one raises; the last error is raised at the end, its context the others."""
+    """Call every closer, also after one raises. The last error is raised at the end; the others are its context."""
     with ExitStack() as stack:
         for close in reversed(list(closers)):
             stack.callback(close)

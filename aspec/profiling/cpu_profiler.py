@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
-from aspec.io.disk import probe_rate
+from aspec.io.disk_probe import probe_rate
 from aspec.io.host_memory import total_bytes
 from aspec.io.memory import allocate
 from aspec.models.attention import NAME, attend

@@ -27,29 +27,30 @@ from aspec.speculation.tree import ROOT, Proposal, Tree
 from aspec.tasks.task import TreeLevel, TreeStatus, WorkItem
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))
-"""Proposes the likeliest token, whatever the target will draw."""
+"""Proposes the likeliest token, without the noise of the target's draw."""
 
-LOOKUPS, LIKELY = 2, log(0.25)  # branches of a tree that need no model, and how likely their paths are at least
+NUM_NGRAM_BRANCHES = 2  # of a new tree
+MIN_LOG_PROBABILITY = log(0.25)  # of a path in an n-gram branch
 
-GREEDY_TEMPERATURE = 0.5  # of the scores where the target takes the likeliest token: 10.3 tokens per pass against 7.8
+GREEDY_TEMPERATURE = 0.5  # of scores for a greedy target: 10.3 tokens per pass; 7.8 at 1 (see ``best_children``)
 
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """Nodes of a row's tree that go through the draft in one step, and what is fed for them."""
+    """The nodes of a row's tree that go through the draft in one step, and the tokens fed for them."""
 
     row: int
     state: DraftState
     tree: Tree
     nodes: list[int]
-    start: int  # committed tokens that the draft had seen
-    tokens: list[int]  # of the nodes; of a new tree all that the draft has not seen, the root last
-    parents: list[int]  # of every token in a slot behind the committed ones
+    start: int  # committed tokens that the draft had seen before
+    tokens: list[int]  # of the nodes; for a new tree all tokens that the draft has not seen, the root last
+    parents: list[int]  # slots of the parents, for every slot after the committed tokens; -1: the root
     first: int = 0  # slots that earlier levels filled
 
 
 class ModelDrafter(Drafter):
-    """A small model with the target's vocabulary; its steps are captured where there is a ``capture``."""
+    """A small model with the target's vocabulary proposes; with a ``capture`` its steps run as captured graphs."""
 
     def __init__(
         self,
@@ -65,12 +66,12 @@ class ModelDrafter(Drafter):
         self._graphs = None if capture is None else DraftGraphs(model, kv, capture)
         self._shared_noise = shared_noise
         self._calibration = {greedy: Calibration() for greedy in (True, False)}
-        self._guesses = Calibration()  # of what the text itself suggests
+        self._ngram_calibration = Calibration()  # of n-gram branches
 
     # -- growth ----------------------------------------------------------------------------------------------
 
     def prefill(self, item: WorkItem) -> None:
-        """A chunk of prompts into the draft's KV, and before it what the draft has not seen of what was kept."""
+        """Bring a chunk of prompts into the draft's KV, and before it the cached tokens that it has not seen."""
         states = [self._rows[row] for row in item.rows]
         begins = [state.drafted for state in states]
         ends = [start + count for start, count in zip(item.starts, item.counts, strict=True)]
@@ -80,7 +81,7 @@ class ModelDrafter(Drafter):
             state.drafted = end
 
     def extend_chains(self, item: WorkItem) -> None:
-        """Propose one more token for every row: the draft catches up with what it has not seen, then draws."""
+        """Propose one more token for every row, after the tokens that the draft has not seen yet."""
         states = [self._rows[row] for row in item.rows]
         fed = [(state.sequence.tokens + state.chain)[state.drafted :] for state in states]
         logits = self._run(item.rows, [state.drafted for state in states], fed)
@@ -96,33 +97,33 @@ class ModelDrafter(Drafter):
             states[index].sequence.fail(error)
 
     def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
-        """One level of every row's tree; a new one first catches up with what the draft has not seen."""
+        """Grow one level of every row's tree; a new tree starts with the tokens that the draft has not seen yet."""
         limits = zip(item.rows, growth.budgets, growth.depths, strict=True)
         levels = [self._next_level(row, budget, depth, growth) for row, budget, depth in limits]
         logits = iter(self._run_levels([level for level in levels if level.nodes]))
-        grown = []
+        statuses = []
         for level, budget in zip(levels, growth.budgets, strict=True):
             if level.nodes:
                 try:
-                    self._offer(level, next(logits), growth.width)
+                    self._add_candidates(level, next(logits), growth.width)
                 except NumericError as error:
                     level.state.sequence.fail(error)
                 level.tree.prune(budget + growth.ahead)
-            grown.append(self._grown(level.row, level.tree, growth.beams))
-        return tuple(grown)
+            statuses.append(self._status(level.row, level.tree, growth.beams))
+        return tuple(statuses)
 
     def _next_level(self, row: int, budget: int, depth: int, growth: TreeLevel) -> "_Level":
-        """What of a row's tree goes through the draft now: the committed tokens it has not seen, or the best nodes."""
+        """The next level of a row's tree: the committed tokens that the draft has not seen, or the best nodes."""
         state = self._rows[row]
         room = budget + growth.ahead, depth
         state.budget, state.beams = budget, growth.beams
         if state.tree is None:
             state.room = room
             calibration = self._calibration[state.sequence.sampler.greedy]
-            guess = self._guesses.log_probability
-            tree = state.tree = Tree(depth, state.sequence.end_ids, calibration.log_probability, guess)
+            log_ngram = self._ngram_calibration.log_probability
+            tree = state.tree = Tree(depth, state.sequence.end_ids, calibration.log_probability, log_ngram)
             tree.feed([ROOT])
-            self._look_up(state, tree, depth)
+            self._add_ngram_branches(state, tree, depth)
             start, tokens = state.drafted, state.sequence.tokens[state.drafted :]
             state.drafted += len(tokens)
             return _Level(row, state, tree, [ROOT], start, tokens, list(range(-1, len(tokens) - 1)))
@@ -136,17 +137,17 @@ class ModelDrafter(Drafter):
         tokens = [tree.nodes[node].token for node in nodes]
         return _Level(row, state, tree, nodes, state.drafted, tokens, tree.slot_parents(), first)
 
-    def _look_up(self, state: DraftState, tree: Tree, depth: int) -> None:
-        """Branches of a new tree that need no model: how this text went on before, as far as that is likely."""
+    def _add_ngram_branches(self, state: DraftState, tree: Tree, depth: int) -> None:
+        """Add n-gram branches to a new tree: earlier continuations of this text, as long as they are likely."""
         state.index.extend(state.sequence.tokens[state.index.length :])
-        for tokens, confidences in state.index.propose(depth, LOOKUPS):
+        for tokens, confidences in state.index.propose(depth, NUM_NGRAM_BRANCHES):
             scores = [log(confidence) for confidence in confidences]
-            paths = accumulate(self._guesses.log_probability(score) for score in scores)
-            likely = sum(1 for _ in takewhile(lambda path: path > LIKELY, paths))
+            paths = accumulate(self._ngram_calibration.log_probability(score) for score in scores)
+            likely = sum(1 for _ in takewhile(lambda path: path > MIN_LOG_PROBABILITY, paths))
             tree.add_branch(tokens[:likely], scores[:likely])
 
     def _run_levels(self, levels: Sequence["_Level"]) -> list[torch.Tensor]:
-        """The draft's logits [N, V] at the nodes of every level."""
+        """The draft's logits [N, V] at the N nodes of every level, one tensor per level."""
         if not levels:
             return []
         logits = self._run(
@@ -159,8 +160,8 @@ class ModelDrafter(Drafter):
         ends = [len(level.tokens) for level in levels]
         return [own[end - len(level.nodes) : end] for own, end, level in zip(logits, ends, levels, strict=True)]
 
-    def _offer(self, level: "_Level", logits: torch.Tensor, width: int) -> None:
-        """Children of a level's nodes, scored for the positions they would stand at."""
+    def _add_candidates(self, level: "_Level", logits: torch.Tensor, width: int) -> None:
+        """Add the candidates for children of a level's nodes, scored with the noise of their own positions."""
         state, tree = level.state, level.tree
         sampler = state.sequence.sampler
         depths = [0 if node == ROOT else tree.nodes[node].depth for node in level.nodes]
@@ -172,23 +173,23 @@ class ModelDrafter(Drafter):
         for node, own_tokens, own_scores in zip(level.nodes, tokens.tolist(), scores.tolist(), strict=True):
             tree.extend(node, own_tokens, own_scores)
 
-    def _grown(self, row: int, tree: Tree, beams: int) -> TreeStatus:
-        """What the policy hears of a tree."""
+    def _status(self, row: int, tree: Tree, beams: int) -> TreeStatus:
+        """The status of a tree for the policy."""
         return TreeStatus(row, tuple(tree.probabilities()), tree.gain_bound(self._beams(row, tree, beams)))
 
     def _beams(self, row: int, tree: Tree, beams: int) -> int:
-        """Forwards of a level: no more than the draft's KV has room for."""
+        """The number of forwards of a level: at most the free slots of the row in the draft's KV."""
         return min(beams, self._kv.capacity - self._rows[row].drafted - len(tree.slots))
 
     def clear(self, row: int) -> None:
-        """Nor anything in the draft's KV."""
+        """Drop all state of a row whose sequence has failed, and its KV."""
         super().clear(row)
         self._kv.clear(row)
 
     # -- verification ----------------------------------------------------------------------------------------
 
     def commit(self, row: int, path: list[int], emitted: list[int]) -> TreeStatus | None:
-        """Keep what the draft has seen of the draws in its KV, and the tree below them; learn; forget the proposal."""
+        """Learn, drop the proposal; keep the KV of the draws that the draft has seen, and the tree below them."""
         state = self._rows[row]
         if state.proposal is not None:
             self._learn(state, state.proposal, path)
@@ -203,7 +204,7 @@ class ModelDrafter(Drafter):
         if below is None or state.sequence.finish_reason is not None:
             return None
         below.prune(state.budget)
-        return self._grown(row, below, state.beams)
+        return self._status(row, below, state.beams)
 
     def _learn(self, state: DraftState, proposal: Proposal, path: list[int]) -> None:
         calibration = self._calibration[state.sequence.sampler.greedy]
@@ -212,7 +213,7 @@ class ModelDrafter(Drafter):
             if draft_score is not None:
                 calibration.observe(draft_score, accepted)
             if ngram_score is not None:
-                self._guesses.observe(ngram_score, accepted)
+                self._ngram_calibration.observe(ngram_score, accepted)
 
     # -- the model -------------------------------------------------------------------------------------------
 
@@ -226,10 +227,13 @@ class ModelDrafter(Drafter):
         firsts: Sequence[int] | None = None,
         want_logits: bool = True,
     ) -> torch.Tensor:
-        """One forward of the draft; logits [B, 1, V] at every row's last token, of trees [B, T, V] at all nodes."""
+        """One forward of the draft: logits [B, 1, V] at every row's last token, or [B, T, V] at all nodes of trees.
+
+        Without ``want_logits`` it returns hidden states, which are not used.
+        """
         counts = [len(tokens) for tokens in fed]
         ids = pad(fed)
-        ids = ids.where(ids < self._model.vocab_size, 0)  # padding may differ: what the draft cannot know costs a miss
+        ids = ids.where(ids < self._model.vocab_size, 0)  # a token that the draft does not know only costs a miss
         if self._graphs is not None and want_logits:
             logits = self._graphs.run(ids, rows, starts, counts, parents, firsts)
             if logits is not None:

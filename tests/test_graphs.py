@@ -21,7 +21,7 @@ from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.speculation import draft_graphs as graphs
 from aspec.speculation.capture_check import RefusedError, warm_up
-from aspec.speculation.drafter import ModelDrafter
+from aspec.speculation.model_drafter import ModelDrafter
 from tests import tiny
 from tests.fake_capture import CaptureError, FakeCapture
 from tests.peak import Peak

@@ -13,7 +13,7 @@ from aspec.engine.streams import common_prefix
 from aspec.generation.params import SamplingParams
 from aspec.plan import Speculation
 from aspec.planning.virtual_time import VirtualTimeLoop
-from aspec.speculation.drafter import ModelDrafter
+from aspec.speculation.model_drafter import ModelDrafter
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from aspec.tasks.rows import Row, prefill_items

@@ -91,7 +91,7 @@ def test_stalls_name_what_was_waited_for():
     found = stalls(Timeline(slices), 0.0, 4.0)
     assert [round(stall.seconds, 6) for stall in found] == [0.9, 0.1]
     assert found[0].cause == "read 1 waited for L0 of round 3 on target"
-    assert found[1].cause == "read 2 had only just been asked for"
+    assert found[1].cause == "read 2 was requested only then"
     assert stalls(Timeline(slices), 0.0, 4.0, least_s=0.5) == found[:1]
     assert stalls(Timeline(()), 0.0, 1.0) == []
 

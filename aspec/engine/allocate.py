@@ -23,7 +23,8 @@ from aspec.models.model import Model
 from aspec.models.parts import Part, as_tensor, scratch_bytes
 from aspec.plan import Plan, Tier
 from aspec.planning.resolve import NGRAM_DRAFT, Resolved
-from aspec.speculation.drafter import Drafter, ModelDrafter
+from aspec.speculation.drafter import Drafter
+from aspec.speculation.model_drafter import ModelDrafter
 from aspec.speculation.ngram_drafter import NgramDrafter
 from aspec.tasks.backend import Backend
 from aspec.units import format_bytes

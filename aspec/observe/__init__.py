@@ -1,1 +1,1 @@
-"""What is a run doing, and what was it waiting for?"""
+"""What is a run doing, and what does it wait for?"""

@@ -1,4 +1,4 @@
-"""How far a batch job is: one live line on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Shows the progress of a batch job: one live line on a terminal, plain lines elsewhere, nothing when quiet."""
 
 import asyncio
 import contextlib
@@ -22,22 +22,22 @@ OPENING = ("index", "plan", "load")  # stages before the first pass
 
 @dataclass(slots=True)
 class BatchProgress:
-    """Counts of a job; mutable, because it grows."""
+    """Counts of a job; mutable, because they grow while it runs."""
 
     total: int  # rows of the input
-    done: int = 0  # rows in the output, those of earlier runs included
-    failed: int = 0  # of them, those that are errors
-    made: int = 0  # rows of this run
-    tokens: int = 0  # that this run's rows generated
-    prompt_tokens: int = 0  # of this run's rows
-    num_cached_tokens: int = 0  # of those, the ones whose KV stood
-    prefill_s: float = 0.0  # of the target's compute, on prompts
-    compute_s: float = 0.0  # of the target's compute
-    begun_s: float = 0.0  # when this run's first row was taken, on the clock of time.perf_counter
-    ended_s: float = 0.0
+    done: int = 0  # rows in the output, including those of earlier runs
+    failed: int = 0  # errors among ``done``
+    made: int = 0  # rows that this run wrote
+    tokens: int = 0  # generated in this run
+    prompt_tokens: int = 0  # in this run
+    num_cached_tokens: int = 0  # prompt tokens whose KV was cached
+    prefill_s: float = 0.0  # seconds of the target's compute on prompts
+    compute_s: float = 0.0  # seconds of the target's compute
+    begun_s: float = 0.0  # start of this run's first row, on the clock of time.perf_counter
+    ended_s: float = 0.0  # end of this run, on the same clock
 
     def __call__(self, span: Span) -> None:
-        """A task has ended."""
+        """Count a finished task."""
         task = span.task
         if task.op.computes and task.item is not None:
             seconds = span.stop_s - span.start_s
@@ -45,21 +45,21 @@ class BatchProgress:
             self.prefill_s += seconds if task.item.prefill else 0.0
 
     def count(self, tokens: int, prompt_tokens: int, num_cached_tokens: int) -> None:
-        """A row has been generated."""
+        """Count the tokens of a generated row."""
         self.tokens += tokens
         self.prompt_tokens += prompt_tokens
         self.num_cached_tokens += num_cached_tokens
 
     def keep(self, rows: int, failed: int) -> None:
-        """Rows are in the output; whoever writes calls it."""
+        """Count ``rows`` that are now in the output, ``failed`` of them errors."""
         self.done, self.made, self.failed = self.done + rows, self.made + rows, self.failed + failed
 
     def left_s(self, now_s: float) -> float | None:
-        """Seconds to the end, if the rows to come are like those of this run; None before any."""
+        """Seconds to the end, if the remaining rows are like those of this run; None before the first one."""
         return (self.total - self.done) * (now_s - self.begun_s) / self.made if self.made else None
 
     def summary(self) -> str:
-        """One line on this run."""
+        """One line about this run."""
         seconds = self.ended_s - self.begun_s
         words = [f"{self.made} rows, {self.tokens} tokens in {duration(seconds)}"]
         if seconds > 0:
@@ -72,15 +72,15 @@ class BatchProgress:
         return ", ".join(words)
 
 
-def batch_line(tally: BatchProgress, snapshot: Snapshot) -> str | None:
-    """The state of a job in one line; None where there is nothing to say yet."""
+def batch_line(progress: BatchProgress, snapshot: Snapshot) -> str | None:
+    """The state of a job in one line; None if there is nothing to show yet."""
     if snapshot.stage in OPENING:
         return progress_line(snapshot)
-    errors = f" ({tally.failed} errors)" if tally.failed else ""
-    words = [f"{tally.done} of {tally.total} rows{errors}", f"{snapshot.tokens} tokens"]
+    errors = f" ({progress.failed} errors)" if progress.failed else ""
+    words = [f"{progress.done} of {progress.total} rows{errors}", f"{snapshot.tokens} tokens"]
     if snapshot.tokens_per_s:
         words.append(f"{snapshot.tokens_per_s:.2f} tokens/s")
-    left_s = tally.left_s(snapshot.now_s)
+    left_s = progress.left_s(snapshot.now_s)
     words.append("time left not known yet" if left_s is None else f"{duration(left_s)} left")
     since = snapshot.now_s - RECENT_S
     words.append(bottleneck([lane_use(lane.name, lane.work, since, snapshot.now_s) for lane in snapshot.lanes]))
@@ -88,7 +88,7 @@ def batch_line(tally: BatchProgress, snapshot: Snapshot) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: ``42 s``, ``12 min``, ``3 h 05 min``."""
+    """A duration as text: ``42 s``, ``12 min``, ``3 h 05 min``."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -96,22 +96,22 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def follow(tally: BatchProgress, monitor: Monitor, console: Console, *, live: bool = True) -> Iterator[None]:
-    """Tell how far the job is until the block ends; on the loop's thread."""
+def follow(progress: BatchProgress, monitor: Monitor, console: Console, *, live: bool = True) -> Iterator[None]:
+    """Show the job's progress until the block ends; call it on the loop's thread."""
     if console.quiet:
         yield
         return
     latest = OnLoop(asyncio.get_running_loop(), lambda: monitor.snapshot(time.perf_counter()))
     if live and console.stderr.is_terminal and not console.stderr.is_dumb_terminal:
-        with _live_line(tally, latest, console):
+        with _live_line(progress, latest, console):
             yield
         return
 
-    def say() -> None:
-        if line := batch_line(tally, latest.get(ANSWER_S)):
+    def print_line() -> None:
+        if line := batch_line(progress, latest.get(ANSWER_S)):
             console.note(line)
 
-    ticker = Ticker(LINE_S, say, "progress")
+    ticker = Ticker(LINE_S, print_line, "progress")
     try:
         yield
     finally:
@@ -119,13 +119,13 @@ def follow(tally: BatchProgress, monitor: Monitor, console: Console, *, live: bo
 
 
 @contextlib.contextmanager
-def _live_line(tally: BatchProgress, latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
+def _live_line(progress: BatchProgress, latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
     with Live(
         console=console.stderr, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
     ) as live:
 
         def draw() -> None:
-            text = Text(batch_line(tally, latest.get(ANSWER_S)) or "", no_wrap=True, overflow="ellipsis")
+            text = Text(batch_line(progress, latest.get(ANSWER_S)) or "", no_wrap=True, overflow="ellipsis")
             live.update(text, refresh=True)
 
         ticker = Ticker(FRAME_S, draw, "progress")

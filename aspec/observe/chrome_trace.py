@@ -1,8 +1,8 @@
-"""Chrome trace JSON: timelines to a file that Perfetto and chrome://tracing open, and such a file back to timelines.
+"""Chrome trace JSON: writes timelines to a file for Perfetto and chrome://tracing, and reads such a file back.
 
-A lane with several tasks in flight gets a track per task, so nothing on a track overlaps. Times are whole
-microseconds from the first task: a slice ends where its rounded stop is, so neighbours still meet. Format: "Trace
-Event Format", Google, 2016: X slices, which flows join by ``bind_id``, C counters, i instants, M names.
+A lane with several tasks in flight gets several tracks, so slices on a track do not overlap. Times are whole
+microseconds from the first task; start and stop are rounded alike, so neighbours still meet. Format: "Trace Event
+Format", Google, 2016: X slices (``bind_id`` joins them to flows), C counters, i instants, M names.
 """
 
 import gzip
@@ -22,31 +22,31 @@ from aspec.tasks.op import Op
 
 ROUNDS = "rounds"
 ROUNDS_TRACK = 1
-TRACKS_PER_LANE = 16  # track ids of a lane start at a multiple of it
-COUNTER_STEPS = 1000  # values of a counter at most
-SHORTEST_STEP_S = 0.02
-STALL_S = 1e-3  # a shorter stretch is not worth a mark
-MOST_STALLS = 1000
+TRACKS_PER_LANE = 16  # the track ids of a lane start at a multiple of this
+COUNTER_STEPS = 1000  # most values of a counter
+SHORTEST_STEP_S = 0.02  # between two values of a counter
+STALL_S = 1e-3  # a shorter stall gets no mark
+MOST_STALLS = 1000  # marked, the longest ones
 
-Event = tuple[int, int, str]  # microseconds, rank among equals, JSON
+Event = tuple[int, int, str]  # microseconds, rank among events of the same time, JSON
 
-LOADS = tuple(op for op in Op if op.loads)  # their names begin what they are called
+LOADS = tuple(op for op in Op if op.loads)  # a load's slice name begins with one of these
 
 
 def write_trace(path: Path, processes: Mapping[str, Timeline]) -> int:
-    """Write one process per timeline, all from time 0; gzipped where the name ends in .gz. Returns the events.
+    """Write one process per timeline, each from time 0; gzip if the name ends in .gz. Return the number of events.
 
-    Raises UserError where the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     try:
         with _open(path) as file:
             return _write(file, processes)
     except OSError as error:
-        raise UserError(f"{path}: the trace cannot be written: {error.strerror}.") from error
+        raise UserError(f"{path}: the trace cannot be written: {error.strerror}. Choose another path.") from error
 
 
 def read_trace(path: Path) -> dict[str, Timeline]:
-    """The timelines of a file that ``write_trace`` wrote, by process. Raises UserError for anything else."""
+    """The timelines, by process, of a file that ``write_trace`` wrote. Raises UserError for any other file."""
     try:
         packed = path.read_bytes()
         data = parse_json(gzip.decompress(packed) if path.suffix == ".gz" else packed)
@@ -66,7 +66,7 @@ def read_trace(path: Path) -> dict[str, Timeline]:
 
 
 def _open(path: Path) -> IO[str]:
-    """For writing."""
+    """Open a trace file for writing."""
     if path.suffix == ".gz":
         return gzip.open(path, "wt", compresslevel=1, encoding="utf-8")
     return path.open("w", encoding="utf-8")
@@ -90,14 +90,14 @@ def _write(file: IO[str], processes: Mapping[str, Timeline]) -> int:
 
 
 def _events(pid: int, name: str, timeline: Timeline) -> Iterator[str]:
-    """Everything of one process: its names, then its events in order of time."""
+    """The events of one process: its names, then its slices and marks in order of time."""
     tracks = assign_tracks(timeline)
     yield _named(pid, 0, "process_name", name)
     for track, title in sorted({ROUNDS_TRACK: ROUNDS, **_titles(timeline, tracks)}.items()):
         yield _named(pid, track, "thread_name", title)
         yield f'{{"ph":"M","pid":{pid},"tid":{track},"name":"thread_sort_index","args":{{"sort_index":{track}}}}}'
     zero = timeline.start_s
-    served = list(_served_loads(timeline))
+    served = list(_layer_loads(timeline))
     marks = sorted([*_counters(timeline, served), *_stalls(timeline)])
     streams = (
         _slices(timeline, tracks, _flows(timeline, served)),
@@ -117,7 +117,7 @@ def _micros(seconds: float) -> int:
 
 
 def assign_tracks(timeline: Timeline) -> dict[int, int]:
-    """A track for every slice, by id: the lowest one of its lane on which nothing is running."""
+    """The track of every slice, by slice id: the lowest free track of its lane."""
     tracks: dict[int, int] = {}
     for index, lane in enumerate(timeline.lanes, start=1):
         free: list[int] = []
@@ -135,7 +135,7 @@ def assign_tracks(timeline: Timeline) -> dict[int, int]:
 
 
 def _titles(timeline: Timeline, tracks: Mapping[int, int]) -> dict[int, str]:
-    """A name for every track: its lane's, numbered where the lane has several."""
+    """The name of every track: its lane, with a number if the lane has several tracks."""
     used = set(tracks.values())
     titles: dict[int, str] = {}
     for index, lane in enumerate(timeline.lanes, start=1):
@@ -145,7 +145,7 @@ def _titles(timeline: Timeline, tracks: Mapping[int, int]) -> dict[int, str]:
 
 
 def _slices(timeline: Timeline, tracks: Mapping[int, int], flows: Mapping[int, str]) -> Iterator[Event]:
-    """The tasks. ``after`` names the task that let this one start; only tasks so named show their ``id``."""
+    """The tasks' slices. ``after`` is the id of the task that let this one start; only such tasks show their ``id``."""
     zero = timeline.start_s
     named = {s.cause for s in timeline.slices}
     for s in timeline.slices:
@@ -166,7 +166,7 @@ def _slices(timeline: Timeline, tracks: Mapping[int, int], flows: Mapping[int, s
 
 
 def _rounds(timeline: Timeline) -> Iterator[Event]:
-    """The top lane: a slice per round, and a mark where proposals were rejected."""
+    """The top track: one slice per round, and a mark where proposals were rejected."""
     zero = timeline.start_s
     for r in timeline.rounds:
         start, stop = _micros(r.start_s - zero), _micros(r.stop_s - zero)
@@ -179,38 +179,38 @@ def _rounds(timeline: Timeline) -> Iterator[Event]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
-    """The loads that one layer of one pass used, by landing, and that layer's slices."""
+class _LayerLoads:
+    """The loads that one layer of one pass used, in order of arrival, and the extent of that layer's slices."""
 
     loads: tuple[Slice, ...]
-    first: Slice
-    stop_s: float  # of the layer's last slice: the slots are free from then on
+    first: Slice  # the layer's first slice
+    stop_s: float  # end of the layer's last slice: its slots are free from then on
 
 
-def _served_loads(timeline: Timeline) -> Iterator[_Served]:
-    """Which loads served which layer: those of its parts that landed since its last pass."""
+def _layer_loads(timeline: Timeline) -> Iterator[_LayerLoads]:
+    """The loads of each layer in each pass: loads of its parts that arrived since its previous pass."""
     landed: dict[int, list[Slice]] = defaultdict(list)
     layers: dict[tuple[int, int], list[Slice]] = defaultdict(list)
     for s in timeline.slices:
         if s.lane == TARGET and s.layer >= 0:
             layers[s.round, s.layer].append(s)
     loads = iter(sorted(_loads(timeline), key=lambda s: s.stop_s))
-    waiting = next(loads, None)
+    next_load = next(loads, None)
     for (_, layer), slices in sorted(layers.items(), key=lambda pair: pair[1][0].start_s):
-        while waiting is not None and waiting.stop_s <= slices[0].start_s:
-            landed[waiting.layer].append(waiting)
-            waiting = next(loads, None)
-        if mine := landed.pop(layer, None):
-            yield _Served(tuple(mine), slices[0], max(s.stop_s for s in slices))
+        while next_load is not None and next_load.stop_s <= slices[0].start_s:
+            landed[next_load.layer].append(next_load)
+            next_load = next(loads, None)
+        if own := landed.pop(layer, None):
+            yield _LayerLoads(tuple(own), slices[0], max(s.stop_s for s in slices))
 
 
 def _loads(timeline: Timeline) -> list[Slice]:
-    """What brings parts into slots."""
+    """The slices that load parts into slots."""
     return [s for s in timeline.lane(H2D if H2D in timeline.lanes else DISK) if s.part >= 0]
 
 
-def _flows(timeline: Timeline, served: Iterable[_Served]) -> dict[int, str]:
-    """One arrow per layer and pass, along the load that landed last: read -> copy -> layer. By slice, its JSON."""
+def _flows(timeline: Timeline, served: Iterable[_LayerLoads]) -> dict[int, str]:
+    """One flow per layer and pass, along its last load: read -> copy -> layer. By slice id, the JSON of the flow."""
     reads: dict[int, list[Slice]] = defaultdict(list)
     if H2D in timeline.lanes:
         for s in timeline.lane(DISK):
@@ -227,8 +227,8 @@ def _flows(timeline: Timeline, served: Iterable[_Served]) -> dict[int, str]:
     return flows
 
 
-def _counters(timeline: Timeline, served: Iterable[_Served]) -> Iterator[tuple[float, str]]:
-    """GB/s of every link, free slots, reads in flight, accepted tokens; a value where it changes."""
+def _counters(timeline: Timeline, served: Iterable[_LayerLoads]) -> Iterator[tuple[float, str]]:
+    """Counters: GB/s of every link, free slots, reads in flight, accepted tokens; one value at each change."""
     start, stop = timeline.start_s, timeline.stop_s
     step = max(SHORTEST_STEP_S, (stop - start) / COUNTER_STEPS)
     steps = int((stop - start) / step) + 1
@@ -261,7 +261,7 @@ def _value(name: str, value: float) -> str:
 
 
 def _rates(slices: Iterable[Slice], start: float, step: float, steps: int) -> list[float]:
-    """GB/s in every step; a load's bytes are spread evenly over its time."""
+    """GB/s in every step; the bytes of a slice are spread evenly over its time."""
     nbytes = [0.0] * steps
     for s in slices:
         first, last = int((s.start_s - start) / step), min(steps - 1, int((s.stop_s - start) / step))
@@ -273,7 +273,7 @@ def _rates(slices: Iterable[Slice], start: float, step: float, steps: int) -> li
 
 
 def _sampled(changes: Iterable[tuple[float, int]], at: list[float]) -> list[float]:
-    """The running sum of changes at given times."""
+    """The running sum of changes at the times ``at``."""
     values: list[float] = []
     pending, total = iter(sorted(changes)), 0
     change = next(pending, None)
@@ -286,7 +286,7 @@ def _sampled(changes: Iterable[tuple[float, int]], at: list[float]) -> list[floa
 
 
 def _stalls(timeline: Timeline) -> Iterator[tuple[float, str]]:
-    """A mark where the lane that binds the run fell idle."""
+    """A mark at each stall of the busiest lane."""
     for stall in stalls(timeline, *decode_stretch(timeline), STALL_S)[:MOST_STALLS]:
         track = TRACKS_PER_LANE * (1 + timeline.lanes.index(stall.lane))
         args = f'{{"ms":{stall.seconds * 1e3:.1f},"cause":{json.dumps(stall.cause)}}}'

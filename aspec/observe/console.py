@@ -1,4 +1,4 @@
-"""What a command says: messages and plain progress on stderr, generated text on stdout."""
+"""The output of a command: messages and plain progress on stderr, generated text on stdout."""
 
 import sys
 
@@ -8,45 +8,45 @@ from aspec.observe.snapshot import Snapshot
 from aspec.observe.timeline import bottleneck, lane_use
 from aspec.units import format_bytes
 
-RECENT_S = 5.0  # what a line about the lanes looks back on
+RECENT_S = 5.0  # a progress line measures the lanes over this time
 
 
 class Console:
-    """The terminal of one command; mutable while a dashboard covers it and messages must wait."""
+    """The terminal of one command; mutable, because it holds output back while a dashboard covers it."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet
         self._covered = False
-        self._notes: list[str] = []  # held back while covered
-        self._text: list[str] = []  # likewise, where stdout is the covered terminal
-        self._warnings: dict[str, bool] = {}  # by text: whether it has been shown; of any thread
+        self._notes: list[str] = []  # held back while the dashboard covers the terminal
+        self._text: list[str] = []  # likewise, if stdout is the same terminal
+        self._warnings: dict[str, bool] = {}  # text -> whether it has been shown; any thread may add
 
     def note(self, text: str) -> None:
-        """A line of information; nothing when quiet."""
+        """Print a line of information; nothing when quiet."""
         if self._covered:
             self._notes.append(text)
         elif not self.quiet:
             self.stderr.print(f"aspec: {text}", markup=False, style="dim")
 
     def error(self, text: str) -> None:
-        """The one paragraph of an error; never silenced."""
+        """Print an error in one paragraph, also when quiet."""
         self.stderr.print("error:", style="bold red", end=" ")
         self.stderr.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """Hold a warning back until ``show_warnings``; one that came before is the same one. Any thread may call."""
+        """Hold a warning back until ``show_warnings``; the same text is shown once. Any thread may call it."""
         self._warnings.setdefault(" ".join(text.split()), False)
 
     def show_warnings(self) -> None:
-        """Show what was held back and not shown yet, one line each; nothing when quiet."""
+        """Print the warnings that were not shown yet, one line each; nothing when quiet."""
         for text in [text for text, shown in self._warnings.items() if not (shown or self.quiet)]:
             self._warnings[text] = True
             self.stderr.print("warning:", style="bold yellow", end=" ")
             self.stderr.print(text, markup=False)
 
     def write(self, text: str) -> None:
-        """Generated text to stdout: at once, or when the dashboard has gone from the same terminal."""
+        """Write generated text to stdout: at once, or after the dashboard if it covers the same terminal."""
         if self._covered and sys.stdout.isatty():
             self._text.append(text)
             return
@@ -54,11 +54,11 @@ class Console:
         sys.stdout.flush()
 
     def cover(self) -> None:
-        """A dashboard takes the terminal."""
+        """Hold output back from now on: a dashboard covers the terminal."""
         self._covered = True
 
     def uncover(self) -> None:
-        """The dashboard has gone: say what was held back."""
+        """The dashboard has closed: print the output that was held back."""
         self._covered = False
         notes, self._notes = self._notes, []
         text, self._text = "".join(self._text), []
@@ -70,7 +70,7 @@ class Console:
 
 
 def progress_line(snapshot: Snapshot) -> str | None:
-    """The state of a run in one plain line; None where there is nothing to say yet."""
+    """The state of a run in one plain line; None if there is nothing to show yet."""
     done, total = snapshot.done, snapshot.total
     if snapshot.stage == "decode":
         words = [f"decode: {done} of at most {total} tokens"]

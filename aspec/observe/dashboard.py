@@ -1,7 +1,7 @@
-"""Who watches a run: a live picture on a terminal, plain lines elsewhere, nothing when quiet.
+"""Shows a run while it runs: a live dashboard on a terminal, plain lines elsewhere, nothing when quiet.
 
-The picture is drawn in a thread of its own, 4 times a second, from a snapshot that the loop makes when asked:
-a slow terminal never holds up the loop, and a busy loop never freezes the picture.
+A thread of its own draws the dashboard 4 times per second, from a snapshot that the loop makes on request. So a slow
+terminal never blocks the loop, and a busy loop never freezes the dashboard.
 """
 
 import asyncio
@@ -17,28 +17,28 @@ from aspec.observe.monitor import Monitor
 from aspec.observe.snapshot import Snapshot
 from aspec.observe.ticker import OnLoop, Ticker
 
-FRAME_S = 0.25
-LINE_S = 5.0
-ANSWER_S = 0.05  # how long a frame waits for the loop; then it shows the state before
+FRAME_S = 0.25  # between two frames
+LINE_S = 5.0  # between two plain lines
+ANSWER_S = 0.05  # longest wait of a frame for the loop; after it the frame shows the previous state
 
 
 @contextlib.contextmanager
 def watch(monitor: Monitor, console: Console, *, dashboard: bool = True) -> Iterator[None]:
-    """Show a run until the block ends; on the loop's thread."""
+    """Show a run until the block ends; call it on the loop's thread."""
     if console.quiet:
         yield
         return
     latest = OnLoop(asyncio.get_running_loop(), lambda: monitor.snapshot(time.perf_counter()))
     if dashboard and console.stderr.is_terminal and not console.stderr.is_dumb_terminal:
-        with _picture(latest, console):
+        with _live_frames(latest, console):
             yield
     else:
-        with _lines(latest, console):
+        with _plain_lines(latest, console):
             yield
 
 
 @contextlib.contextmanager
-def _picture(latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
+def _live_frames(latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
     console.cover()
     try:
         with Live(
@@ -54,12 +54,12 @@ def _picture(latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lines(latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
-    def say() -> None:
+def _plain_lines(latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
+    def print_line() -> None:
         if line := progress_line(latest.get(ANSWER_S)):
             console.note(line)
 
-    ticker = Ticker(LINE_S, say, "progress")
+    ticker = Ticker(LINE_S, print_line, "progress")
     try:
         yield
     finally:

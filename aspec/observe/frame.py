@@ -1,8 +1,8 @@
 """One frame of the live dashboard, drawn from a snapshot.
 
-Rules. A frame reads a snapshot and a size, nothing else: no clock, no state between frames, no markup. It yields
-segments with ready-made styles, because rich's tables and panels hold the interpreter for tens of milliseconds while
-the loop wants to run. Glyphs carry the meaning and colours repeat it. What may NOT go in: measuring (``timeline.py``).
+Rules. A frame reads only a snapshot and a size: no clock, no state between frames, no markup. It yields segments with
+ready-made styles, because rich's tables and panels hold the interpreter for tens of milliseconds, and the loop waits.
+Glyphs carry the meaning and colours repeat it. May NOT go in: measuring (it is in ``timeline.py``).
 """
 
 import io
@@ -20,13 +20,13 @@ from aspec.observe import timeline
 from aspec.observe.snapshot import LaneView, SlotState, Snapshot
 from aspec.units import format_bytes, format_rate
 
-CELL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # what one cell of a strip may stand for; each divides a second
-STRIP_S = 4.0  # a strip shows at least so much
+CELL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # possible seconds per cell of a strip; each divides a second
+STRIP_S = 4.0  # a strip shows at least so many seconds
 LABEL = 11  # cells of the left column
 FIGURES = 19  # cells of the right column: `` 100 %  18.91 GB/s `` and a margin
-NARROW = 56  # below it the right column has the share only
-MOST_ROWS = 2  # that slots or layers may take
-LEAST_BUSY = 1e-4  # of a cell: less than this is the rounding of a clock
+NARROW = 56  # below this width the right column shows only the share
+MOST_ROWS = 2  # most rows for the slots, and for the layers
+LEAST_BUSY = 1e-4  # of a cell: a smaller share is a rounding error of the clock
 
 PLAIN, BOLD, DIM = Style(), Style(bold=True), Style(color="bright_black")
 TITLE = Style(color="color(110)", bold=True)
@@ -52,12 +52,12 @@ SLOT_STYLES = {
 class Glyphs:
     """The characters of a frame, each one cell wide."""
 
-    levels: str  # one to eight eighths
-    stall: str  # a link that rests
-    rest: str  # any other lane that rests
-    streams: str  # a layer that is not on the device
+    levels: str  # from 1/8 to 8/8
+    stall: str  # an idle link
+    rest: str  # any other idle lane
+    streams: str  # a layer that streams: none of it is on the device
     slots: str  # in the order of SLOT_STYLES
-    bar: str  # done, and to do
+    bar: str  # done, remaining
     tick: str
     dot: str
     more: str
@@ -69,30 +69,30 @@ ASCII = Glyphs("__--==##", "x", ".", ".", "vo@.", "=-", "'", "-", "~")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The stretch of time that the strips show; cell ``i`` covers ``(first + i) * cell_s`` and ``cell_s`` more."""
+    """The time that the strips show; cell ``i`` covers ``cell_s`` seconds from ``(first + i) * cell_s`` on."""
 
     cell_s: float
     first: int
     num_cells: int
-    start_s: float  # not before the run's first work
+    start_s: float  # at or after the run's first work
     stop_s: float
 
     @classmethod
     def of(cls, lanes: Sequence[LaneView], now_s: float, num_cells: int) -> "Window":
-        """The last seconds, on cells that are multiples of their length so that they do not flicker."""
+        """The last seconds; cells begin at multiples of their length, so that they do not flicker."""
         cell_s = next((cell for cell in CELL_S if num_cells * cell >= STRIP_S), CELL_S[-1])
         first = ceil(now_s / cell_s - 1e-6) - num_cells
         starts = (start for lane in lanes for start in (*(w[0] for w in lane.work), *lane.running))
         return cls(cell_s, first, num_cells, max(first * cell_s, min(starts, default=now_s)), now_s)
 
-    def measured(self, view: LaneView) -> tuple[timeline.LaneUse, list[timeline.Interval]]:
-        """A lane's figures, and when it was busy. What is in flight is busy until now; its bytes are yet to arrive."""
+    def measure(self, view: LaneView) -> tuple[timeline.LaneUse, list[timeline.Interval]]:
+        """A lane's figures and busy intervals. A task in flight counts as busy until now; its bytes count as 0."""
         work = [*view.work, *((start, self.stop_s, 0) for start in view.running)]
         merged = timeline.merge(timeline.clip(view.until(self.stop_s), self.start_s, self.stop_s))
         return timeline.lane_use(view.name, work, self.start_s, self.stop_s), merged
 
-    def spread(self, merged: Iterable[timeline.Interval]) -> list[float]:
-        """How much of each cell disjoint intervals cover."""
+    def cell_cover(self, merged: Iterable[timeline.Interval]) -> list[float]:
+        """The covered share of each cell, for disjoint intervals."""
         cells = [0.0] * self.num_cells
         for start, stop in merged:
             begin, end = max(0.0, start / self.cell_s - self.first), stop / self.cell_s - self.first
@@ -102,18 +102,19 @@ class Window:
         return cells
 
     def shares(self, merged: Iterable[timeline.Interval]) -> list[float | None]:
-        """The busy share of what each cell saw of the run; None where there is nothing to judge yet."""
-        seen = self.spread([(self.start_s, self.stop_s)])
-        shares = [b / s if s > 1e-6 else None for b, s in zip(self.spread(merged), seen, strict=True)]
+        """The busy share of each cell's part of the run; None where a cell has no such part yet."""
+        seen = self.cell_cover([(self.start_s, self.stop_s)])
+        shares = [b / s if s > 1e-6 else None for b, s in zip(self.cell_cover(merged), seen, strict=True)]
         if seen[-1] < 1 - 1e-6 and (shares[-1] or 0.0) <= LEAST_BUSY:
-            shares[-1] = None  # it may still become busy: no alarm that is taken back
+            shares[-1] = None  # it may still become busy: show no alarm that would disappear again
         return shares
 
 
 class Frame:
-    """Draws a snapshot: stage, lanes, bottleneck, slots, layers, accepted lengths and the text as it arrives.
+    """Draws a snapshot: stage, lanes, bottleneck, slots, layers, accepted lengths, and the text generated so far.
 
-    Fits any console from 40 columns on: never wider, never higher, no line wraps; what matters least goes first.
+    It fits any console of 40 columns or more: never wider, never higher, no wrapped line. If the height is too small,
+    the least important sections are left out first.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -121,18 +122,18 @@ class Frame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The frame's segments, each line ended by a newline."""
-        sheet = Sheet(self._snapshot, max(1, options.max_width), ASCII if options.ascii_only else UNICODE)
-        for line in sheet.lines(max(1, options.max_height)):
-            if Segment.get_line_length(line) <= sheet.width:
+        layout = Layout(self._snapshot, max(1, options.max_width), ASCII if options.ascii_only else UNICODE)
+        for line in layout.lines(max(1, options.max_height)):
+            if Segment.get_line_length(line) <= layout.width:
                 yield from line
             else:
-                yield from Segment.adjust_line_length(line, sheet.width - 1, pad=False)
-                yield Segment(sheet.glyphs.more, DIM)
+                yield from Segment.adjust_line_length(line, layout.width - 1, pad=False)
+                yield Segment(layout.glyphs.more, DIM)
             yield Segment.line()
 
 
 def frame_text(snapshot: Snapshot, width: int, height: int, color: bool = False) -> str:
-    """A frame as text; with escape sequences where ``color`` is set."""
+    """A frame as text; with escape sequences if ``color`` is set."""
     terminal = Console(file=io.StringIO(), width=width, height=height, force_terminal=color, no_color=not color)
     with terminal.capture() as capture:
         terminal.print(Frame(snapshot), end="")
@@ -140,8 +141,8 @@ def frame_text(snapshot: Snapshot, width: int, height: int, color: bool = False)
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
-    """What every section needs: the snapshot, the width, the characters."""
+class Layout:
+    """Lays out the sections of a frame: snapshot, width in cells, characters."""
 
     snapshot: Snapshot
     width: int
@@ -149,17 +150,18 @@ class Sheet:
 
     @property
     def room(self) -> int:
-        """Cells right of the labels."""
+        """Cells to the right of the labels."""
         return max(1, self.width - LABEL - 1)
 
     def lines(self, height: int) -> list[list[Segment]]:
-        """The sections that fit, top to bottom; the text takes what is left."""
+        """The sections that fit, from top to bottom; the text takes the remaining lines."""
         s = self.snapshot
         num_cells = max(5, self.width - LABEL - (FIGURES if self.width >= NARROW else 7))
         window = Window.of(s.lanes, s.now_s, num_cells)
-        lanes = [window.measured(view) for view in s.lanes]
+        lanes = [window.measure(view) for view in s.lanes]
         strips, bound = [self.strip(use, window.shares(merged)) for use, merged in lanes], self.bound(lanes)
-        sections: list[tuple[int, list[list[Segment]]]] = [  # rank and lines: the highest goes first, rank 0 stays
+        # (rank, lines): the highest rank is left out first, rank 0 never
+        sections: list[tuple[int, list[list[Segment]]]] = [
             (2, [self.headline()]),
             (8, [[]]),
             (0, strips),
@@ -173,13 +175,13 @@ class Sheet:
             (6, self.accepted() if any(s.accepted) else []),
             (1, [[Segment(" " + self.glyphs.bar[1] * (self.width - 2), DIM)]]),
         ]
-        least = max(1, min(3, height // 6))  # lines of text
+        least = max(1, min(3, height // 6))  # fewest lines of text
         for rank in range(8, 0, -1):
             if sum(len(part) for _, part in sections) + least <= height:
                 break
             sections = [section for section in sections if section[0] != rank]
         lines = [line for _, part in sections for line in part]
-        if len(lines) >= height:  # not even the lanes fit: those nearest to the files stay
+        if len(lines) >= height:  # not all lanes fit: keep those nearest to the files
             lines = [*strips[: max(0, height - 2)], *bound[:1]][:height]
         encoding = "ascii" if self.glyphs is ASCII else "utf-8"
         end = tail(s.text, max(1, self.width - 2), height - len(lines), encoding)
@@ -191,14 +193,14 @@ class Sheet:
         return [Segment(f" {label[: LABEL - 1]:<{LABEL - 1}}", DIM), *Segment.simplify(segments)]
 
     def joined(self, facts: Sequence[str], room: int) -> str:
-        """The first facts that fit."""
+        """The first facts that fit in ``room`` cells, in one line."""
         separator = f" {self.glyphs.dot} "
         while len(facts) > 1 and len(separator.join(facts)) > room:
             facts = facts[:-1]
         return separator.join(facts)
 
     def headline(self) -> list[Segment]:
-        """The stage and how far it is: a bar while there is something to load, tokens while decoding."""
+        """The stage and its progress: a bar while loading, tokens while decoding."""
         s = self.snapshot
         head = [Segment(" aspec  ", TITLE), Segment(f"{s.stage}  ", BOLD)]
         room = self.width - sum(len(segment.text) for segment in head) - 1
@@ -225,7 +227,7 @@ class Sheet:
     def strip(self, use: timeline.LaneUse, shares: Iterable[float | None]) -> list[Segment]:
         """A lane's last seconds, its busy share and the rate while it was busy."""
         style = LANE_STYLES.get(use.lane, PLAIN)
-        must_run = use.lane in timeline.LINKS and min(self.snapshot.residency, default=0) < 1  # else nothing streams
+        must_run = use.lane in timeline.LINKS and min(self.snapshot.residency, default=0) < 1  # else no weights stream
         idle, idle_style = (self.glyphs.stall, ALARM) if must_run else (self.glyphs.rest, DIM)
         levels = idle + self.glyphs.levels
         cells = "".join(
@@ -241,7 +243,7 @@ class Sheet:
         return line
 
     def axis(self, window: Window) -> list[Segment]:
-        """How long ago a cell was."""
+        """The time axis below the strips: seconds before now."""
         second = round(1 / window.cell_s)  # cells
         step = next(step for step in (1, 2, 5) if step * second >= 9)
         axis = [" "] * window.num_cells
@@ -254,7 +256,7 @@ class Sheet:
         return self.row("", [("".join(axis), DIM)])
 
     def bound(self, lanes: Sequence[tuple[timeline.LaneUse, list[timeline.Interval]]]) -> list[list[Segment]]:
-        """The bottleneck in words, and how much of the compute ran under the stream."""
+        """The bottleneck in words, and the share of compute that ran while weights streamed."""
         known = [use for use, _ in lanes if use.lane in timeline.LANES]
         most, hidden = timeline.busiest(known), timeline.hidden_share({use.lane: merged for use, merged in lanes})
         words = timeline.bottleneck(known)
@@ -263,11 +265,11 @@ class Sheet:
         return [self.row("" if i else "overlap", [(line, style)]) for i, line in enumerate(wrap(words, self.room))]
 
     def slots(self) -> list[list[Segment]]:
-        """What each slot does and for which layer, and how many do it."""
+        """The state and layer of each slot, and the number of slots in each state."""
         slots, room = self.snapshot.slots, self.room
         glyph = dict(zip(SLOT_STYLES, self.glyphs.slots, strict=True))
         size = len(str(max(layer for _, layer in slots))) + 2
-        size = size if len(slots) <= room // size * MOST_ROWS else 1  # no room: without the layers
+        size = size if len(slots) <= room // size * MOST_ROWS else 1  # too many slots: leave their layers out
         cells = [
             (f"{glyph[state]}{layer if size > 1 and layer >= 0 else '':<{size - 1}}", SLOT_STYLES[state])
             for state, layer in slots[: MOST_ROWS * room]
@@ -276,7 +278,7 @@ class Sheet:
         return self.legended("slots", cells, size, legend)
 
     def layers(self) -> list[list[Segment]]:
-        """Where each layer lives; where there are more than two rows hold, a cell stands for several."""
+        """The resident share of each layer; if there are too many layers for two rows, a cell shows several."""
         residency, room = self.snapshot.residency, self.room
         each = ceil(len(residency) / (MOST_ROWS * room))
         means = [sum(group) / len(group) for i in range(0, len(residency), each) if (group := residency[i : i + each])]
@@ -291,7 +293,7 @@ class Sheet:
         return self.legended("layers", cells, 1, words)
 
     def legended(self, label: str, cells: list[tuple[str, Style]], size: int, legend: str) -> list[list[Segment]]:
-        """Rows of cells, with their legend behind the last one where it fits and below where it does not."""
+        """Rows of cells and their legend: after the last cell if it fits, otherwise in a row below."""
         fit = self.room // size
         lines = [self.row("" if i else label, cells[i : i + fit]) for i in range(0, len(cells), fit)]
         if (len(cells) - 1) % fit * size + size + 2 + len(legend) <= self.room:
@@ -301,13 +303,13 @@ class Sheet:
         return lines
 
     def accepted(self) -> list[list[Segment]]:
-        """How often how many proposals were accepted: a column per length, its count below, and the mean."""
+        """The accepted lengths: a column for each length, its count below, and the mean."""
         counts = list(self.snapshot.accepted)
         mean = sum(i * count for i, count in enumerate(counts)) / sum(counts)
         size = max(3, len(str(sum(counts)))) + 1
         fit = max(1, self.room // size)
         names = [str(i) for i in range(len(counts))]
-        if len(counts) > fit:  # what does not fit shares the last column
+        if len(counts) > fit:  # longer lengths share the last column
             counts, names = [*counts[: fit - 1], sum(counts[fit - 1 :])], [*names[: fit - 1], f"{fit - 1}+"]
         levels = " " + self.glyphs.levels
         bars = (levels[max(count > 0, round(8 * count / max(counts)))] * (size - 1) for count in counts)
@@ -322,7 +324,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.{0 if seconds >= 10 else 1}f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-# Control characters are shown, not obeyed. Joiners and variation selectors go: terminals disagree on their width.
+# Control characters become visible signs. Joiners and variation selectors are dropped: terminals differ on their width.
 _VISIBLE: dict[int, str | None] = {
     **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
     127: "␡",
@@ -332,12 +334,12 @@ _VISIBLE: dict[int, str | None] = {
 
 
 def tail(text: str, width: int, height: int, encoding: str = "utf-8") -> list[str]:
-    """The last lines of a text, wrapped to a width, with nothing in them that moves a cursor."""
+    """The last lines of a text, wrapped to a width, without characters that move the cursor."""
     lines: list[str] = []
     page = width * height
     text = text.replace("\r\n", "\n").removesuffix("\n")
     for line in reversed(text.rsplit("\n", height)[-height:] if page and text else ()):
-        # Whole pages of a very long line are left out, so that its breaks stay where they are while it grows.
+        # A very long line loses whole pages, so that its breaks do not move while it grows.
         kept = line[max(0, len(line) // page - 1) * page :]
         clean = kept.translate(_VISIBLE).expandtabs(4).encode(encoding, "replace").decode()
         lines = wrap(clean, width) + lines
@@ -345,10 +347,10 @@ def tail(text: str, width: int, height: int, encoding: str = "utf-8") -> list[st
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """One line broken to a width: after a space in its second half, or wherever it must."""
+    """Break one line to a width: after a space in the second half of the width, otherwise at the width."""
     lines = []
     while len(text) > width or cell_len(text) > width:
-        fits = max(1, len((chop_cells(text[:width], width) or [text])[0]))  # nothing but marks of no width: no chunk
+        fits = max(1, len((chop_cells(text[:width], width) or [text])[0]))  # only marks without width: no chunk
         space = text.rfind(" ", fits // 2, fits + 1)
         fits = space + 1 if space > 0 else fits
         lines.append(text[:fits].rstrip())

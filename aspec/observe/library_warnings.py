@@ -1,7 +1,7 @@
-"""Warnings of libraries while a command runs: they are held back, and shown as one line each after the answer.
+"""Holds back the warnings of libraries while a command runs, and shows them after the answer, one line each.
 
-Two roads lead to a terminal: Python's ``warnings``, and the loggers of those libraries that bring a handler of their
-own. Filters (``-W``, PYTHONWARNINGS) stay as they are: a warning that they turn into an error still is one.
+Libraries warn in two ways: through Python's ``warnings``, and through loggers with a handler of their own. Filters
+(``-W``, PYTHONWARNINGS) stay in force: a warning that they turn into an error is still an error.
 """
 
 import logging
@@ -15,23 +15,23 @@ from aspec.observe.console import Console
 LOGGERS = ("transformers", "huggingface_hub")
 
 
-class _Held(logging.Handler):
-    """Messages of a library, to whom they concern."""
+class _HoldingHandler(logging.Handler):
+    """Passes the messages of a logger to ``hold``."""
 
     def __init__(self, hold: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
         self._hold = hold
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hold one."""
+        """Pass one message on."""
         self._hold(record.getMessage())
 
 
 @contextmanager
 def held_back(console: Console) -> Iterator[None]:
-    """Hold warnings back while the block runs; ``console`` shows them at its end, where it has not done so before.
+    """Hold warnings back while the block runs; at its end ``console`` shows those that were not shown before.
 
-    Only loggers whose library is imported already are held back.
+    This covers only the loggers of libraries that are imported already.
     """
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -40,7 +40,7 @@ def held_back(console: Console) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in LOGGERS if name in sys.modules]
     handlers, before = [logger.handlers for logger in loggers], warnings.showwarning
     for logger in loggers:
-        logger.handlers = [_Held(console.warn)]
+        logger.handlers = [_HoldingHandler(console.warn)]
     warnings.showwarning = show
     try:
         yield

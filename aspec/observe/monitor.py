@@ -1,7 +1,7 @@
-"""The monitor: watches a run on the loop and answers with a ``Snapshot`` whenever the dashboard asks.
+"""The monitor: observes a run on the loop's thread and makes a ``Snapshot`` when the dashboard asks for one.
 
-It only reads: spans when tasks end, tasks when they are issued, the stages before the first token, the text. Every
-call costs microseconds; figures are worked out by whoever draws.
+It only reads: tasks when they are issued, spans when they end, the stages before the first token, the text. Every
+call takes microseconds; the dashboard computes the figures.
 """
 
 from collections import deque
@@ -11,20 +11,20 @@ from aspec.observe.timeline import LANES, LINKS
 from aspec.plan import Plan, Tier
 from aspec.tasks.task import LayerWork, Load, Span, Task
 
-WINDOW_S = 20.0  # work that ended earlier is forgotten
-RATE_ROUNDS = 8  # rounds over which tokens per second are taken
-TEXT_CHARS = 4000
+WINDOW_S = 20.0  # work that ended earlier is dropped
+RATE_ROUNDS = 8  # tokens per second are measured over this many rounds
+TEXT_CHARS = 4000  # kept from the end of the generated text
 
 
 class Monitor:
-    """Mutable: it follows a run. All calls but ``progress`` belong to the loop's thread."""
+    """Mutable, because it follows a run. Call all methods but ``progress`` on the loop's thread."""
 
     def __init__(self) -> None:
         self._stage, self._done, self._total = "index", 0, 0
         self._stage_from_s: float | None = None
         self._work: dict[str, deque[tuple[float, float, int]]] = {lane: deque() for lane in LANES}
-        self._lanes: set[str] = set()  # those that did anything
-        self._running: dict[int, tuple[str, float]] = {}  # issued tasks: lane, when
+        self._lanes: set[str] = set()  # lanes that have done any work
+        self._running: dict[int, tuple[str, float]] = {}  # issued tasks by id: lane, time of issue
         self._slots: dict[int, tuple[SlotState, int]] = {}
         self._plan: Plan | None = None
         self._layer_bytes: tuple[int, ...] = ()
@@ -36,13 +36,13 @@ class Monitor:
         self._last_round = -1
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """A stage before the engine runs; any thread may say so."""
+        """Report a stage before the engine runs; any thread may call it."""
         if stage != self._stage:
             self._stage_from_s = None
         self._stage, self._done, self._total = stage, done, total
 
     def opened(self, plan: Plan, wanted_tokens: int) -> None:
-        """The engine is open; so many tokens will be asked for."""
+        """The engine is open; the run may generate up to ``wanted_tokens`` tokens."""
         layers = [[part for part in plan.parts if part.layer == layer] for layer in range(plan.num_layers)]
         self._plan = plan
         self._layer_bytes = tuple(sum(part.nbytes for part in parts) for parts in layers)
@@ -50,23 +50,23 @@ class Monitor:
         self._residency = tuple(h / max(1, whole) for h, whole in zip(held, self._layer_bytes, strict=True))
         self._slots = dict.fromkeys(range(plan.num_slots), (SlotState.FREE, -1))
         self._wanted = wanted_tokens
-        self._enter("prefill", sum(self._layer_bytes))
+        self._enter_stage("prefill", sum(self._layer_bytes))
 
     def heard(self, text: str) -> None:
-        """A piece of generated text."""
+        """Add a piece of generated text."""
         self._text = (self._text + text)[-TEXT_CHARS:]
 
     def issued(self, task: Task, at_s: float) -> None:
-        """A task was handed to the backend."""
+        """Record that a task was handed to the backend, at ``at_s`` on the backend's clock."""
         self._running[task.id] = (task.op.lane, at_s)
         if self._stage_from_s is None:
             self._stage_from_s = at_s
-        self._mark(task, SlotState.LOADING)
+        self._set_slot(task, SlotState.LOADING)
         if isinstance(task.payload, LayerWork):
             self._slots |= {slot: (SlotState.IN_USE, task.payload.layer) for _, slot in task.payload.slots}
 
     def __call__(self, span: Span) -> None:
-        """A task has ended."""
+        """Record a finished task."""
         task = span.task
         lane, _ = self._running.pop(task.id, (task.op.lane, 0.0))
         self._lanes.add(lane)
@@ -74,21 +74,21 @@ class Monitor:
         work.append((span.start_s, span.stop_s, task.nbytes))
         while work[0][1] < span.stop_s - WINDOW_S:
             work.popleft()
-        self._mark(task, SlotState.READY)
+        self._set_slot(task, SlotState.READY)
         if task.op.ends_layer and isinstance(task.payload, LayerWork):
             self._slots |= {slot: (SlotState.FREE, -1) for _, slot in task.payload.slots}
             if self._stage == "prefill":
                 self._done = max(self._done, sum(self._layer_bytes[: task.payload.layer + 1]))
         if span.outcomes:
-            self._accept(span)
+            self._add_outcomes(span)
 
-    def _mark(self, task: Task, state: SlotState) -> None:
-        """The state of the slot that a load fills."""
+    def _set_slot(self, task: Task, state: SlotState) -> None:
+        """Set the state of the slot that a load fills."""
         if isinstance(task.payload, Load) and task.payload.slot is not None:
             self._slots[task.payload.slot] = (state, task.payload.layer)
 
     def snapshot(self, now_s: float) -> Snapshot:
-        """Everything as of ``now_s``, seconds on the backend's clock."""
+        """The state of the run at ``now_s``, seconds on the backend's clock."""
         if self._stage_from_s is None:
             self._stage_from_s = now_s
         return Snapshot(
@@ -97,35 +97,37 @@ class Monitor:
             done=self._done,
             total=self._total,
             stage_s=now_s - self._stage_from_s,
-            lanes=tuple(self._view(lane, now_s) for lane in LANES if lane in self._lanes or self._is_running(lane)),
+            lanes=tuple(
+                self._lane_view(lane, now_s) for lane in LANES if lane in self._lanes or self._is_running(lane)
+            ),
             slots=tuple(self._slots[slot] for slot in sorted(self._slots)),
             residency=self._residency,
             accepted=tuple(self._accepted),
             tokens=self._tokens,
             rounds=self._num_rounds,
-            tokens_per_s=self._rate(),
-            tokens_per_pass=self._per_pass(),
+            tokens_per_s=self._tokens_per_s(),
+            tokens_per_pass=self._tokens_per_pass(),
             held=self._plan.describe() if self._plan else "",
             text=self._text,
         )
 
-    def _enter(self, stage: str, total: int) -> None:
+    def _enter_stage(self, stage: str, total: int) -> None:
         self._stage, self._done, self._total, self._stage_from_s = stage, 0, total, None
 
     def _is_running(self, lane: str) -> bool:
         return any(running == lane for running, _ in self._running.values())
 
-    def _view(self, lane: str, now_s: float) -> LaneView:
+    def _lane_view(self, lane: str, now_s: float) -> LaneView:
         work = tuple(w for w in self._work[lane] if w[1] >= now_s - WINDOW_S)
         last_s = work[-1][1] if work else 0.0
-        # a lane in order works on one task at a time: what is queued behind it has not begun
+        # an in-order lane works on one task at a time: queued tasks have not begun
         starts = [at for running, at in self._running.values() if running == lane]
         running = tuple(starts) if lane in LINKS or not starts else (max(min(starts), last_s),)
         return LaneView(lane, work, running)
 
-    def _accept(self, span: Span) -> None:
+    def _add_outcomes(self, span: Span) -> None:
         if self._stage == "prefill":
-            self._enter("decode", self._wanted)
+            self._enter_stage("decode", self._wanted)
             self._stage_from_s = span.stop_s
         for outcome in span.outcomes:
             self._tokens += outcome.num_new
@@ -142,12 +144,12 @@ class Monitor:
         self._first_tokens = self._tokens if self._num_rounds == 1 else self._first_tokens
         self._done = self._tokens
 
-    def _rate(self) -> float | None:
+    def _tokens_per_s(self) -> float | None:
         if len(self._rounds) < 2:
             return None
         seconds = self._rounds[-1][0] - self._rounds[0][0]
         return sum(new for _, new in list(self._rounds)[1:]) / seconds if seconds > 0 else None
 
-    def _per_pass(self) -> float | None:
+    def _tokens_per_pass(self) -> float | None:
         passes = self._num_rounds - 1
         return (self._tokens - self._first_tokens) / passes if passes > 0 else None

@@ -1,6 +1,6 @@
-"""The recorder: an observer that keeps every span in 61 packed bytes, or the last so many.
+"""The recorder: an observer that keeps all spans, or the latest ones, in 61 packed bytes each.
 
-It is on the loop's path, so it does one pack and one append; everything else waits until ``timeline`` is asked for.
+It runs on the loop, so it does one pack and one append per span; ``timeline`` does the rest of the work later.
 """
 
 from collections import deque
@@ -20,7 +20,10 @@ BLOCK_SPANS = 4096
 
 
 class Recorder:
-    """Takes spans; mutable, because a run goes on. ``max_spans``: older ones are dropped, whole blocks at a time."""
+    """Records spans; mutable, because a run goes on. ``max_spans`` limits them: whole old blocks are dropped.
+
+    Raises UserError if ``max_spans`` is below 1.
+    """
 
     def __init__(self, max_spans: int | None = None) -> None:
         if max_spans is not None and max_spans < 1:
@@ -28,12 +31,12 @@ class Recorder:
         blocks = None if max_spans is None else -(-max_spans // BLOCK_SPANS)
         self._max_spans = max_spans
         self._full: deque[bytes] = deque(maxlen=blocks)
-        self._block = bytearray()  # the block that is being filled
-        self._left = BLOCK_SPANS  # records that still fit it
+        self._block = bytearray()  # the block in progress
+        self._left = BLOCK_SPANS  # number of records that still fit in it
         self._rounds: deque[tuple[int, float, int, int, int]] = deque(maxlen=max_spans)
 
     def __call__(self, span: Span) -> None:
-        """Take one finished task."""
+        """Record a finished task."""
         task, layer, detail = span.task, span.task.layer, span.task.detail
         self._block += _RECORD.pack(
             span.start_s,
@@ -59,19 +62,19 @@ class Recorder:
             self._rounds.append((task.number, span.stop_s, proposed, accepted, tokens))
 
     def __len__(self) -> int:
-        """Spans that are kept."""
+        """The number of spans kept."""
         kept = len(self._full) * BLOCK_SPANS + BLOCK_SPANS - self._left
         return kept if self._max_spans is None else min(kept, self._max_spans)
 
     def clear(self) -> None:
-        """Forget everything so far."""
+        """Drop all records."""
         self._full.clear()
         self._block.clear()
         self._left = BLOCK_SPANS
         self._rounds.clear()
 
     def timeline(self, facts: Mapping[str, str | int | float] | None = None) -> Timeline:
-        """What was recorded, by start."""
+        """The recorded run, slices in order of start."""
         kept = list(self._slices())[-len(self) :] if len(self) else []
         slices = tuple(sorted(kept, key=lambda s: (s.start_s, s.id)))
         first_s = slices[0].start_s if slices else 0.0
@@ -82,15 +85,15 @@ class Recorder:
             for start, stop, nbytes, number, cause, round_, layer, detail, tokens, code in _RECORD.iter_unpack(block):
                 op = _OPS[code]
                 name = op.label(layer, detail)
-                part, shown = (detail, -1) if op.loads else (-1, round_)  # loads are counted: they belong to no round
+                part, shown = (detail, -1) if op.loads else (-1, round_)  # a load belongs to no round
                 yield Slice(number, op.lane, name, start, stop, shown, layer, part, tokens, nbytes, cause)
 
     def _merged_rounds(self, first_s: float) -> Iterator[Round]:
-        """One round per pass: its work items accept one by one."""
+        """One round per pass; its work items are accepted one by one."""
         merged: dict[int, tuple[float, int, int, int]] = {}
         for number, stop, proposed, accepted, tokens in self._rounds:
             _, p, a, t = merged.get(number, (0.0, 0, 0, 0))
-            if stop > first_s:  # of earlier ones no task is kept
+            if stop > first_s:  # no task of an earlier round is kept
                 merged[number] = (stop, p + proposed, a + accepted, t + tokens)
         ends = [first_s, *(stop for stop, *_ in merged.values())]
         for (number, (_, p, a, t)), (start, stop) in zip(merged.items(), pairwise(ends), strict=True):

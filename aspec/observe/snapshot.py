@@ -1,4 +1,4 @@
-"""What the dashboard shows at one moment: an immutable record, made on the loop and drawn in another thread."""
+"""The state of a run at one moment: an immutable record; the loop makes it, the dashboard's thread draws it."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,7 +7,7 @@ from aspec.observe.timeline import Interval
 
 
 class SlotState(StrEnum):
-    """What a slot is doing."""
+    """The state of a slot."""
 
     FREE = "free"
     LOADING = "loading"
@@ -17,14 +17,14 @@ class SlotState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LaneView:
-    """The recent work of one lane: (start, stop, bytes), and the starts of what is in flight."""
+    """The recent work of one lane: (start, stop, bytes), and the starts of its tasks in flight."""
 
     name: str
     work: tuple[tuple[float, float, int], ...]
     running: tuple[float, ...] = ()
 
     def until(self, now_s: float) -> list[Interval]:
-        """What ran, and what runs as if it ended now."""
+        """The busy intervals; tasks in flight end at ``now_s``."""
         return [(a, b) for a, b, _ in self.work] + [(a, now_s) for a in self.running]
 
 
@@ -34,16 +34,16 @@ class Snapshot:
 
     now_s: float
     stage: str  # "index", "plan", "load", "prefill", "decode"
-    done: int = 0  # of the stage: bytes, or tokens while decoding
+    done: int = 0  # of the stage: bytes; tokens while decoding
     total: int = 0  # 0: unknown
     stage_s: float = 0.0  # seconds since the stage began
     lanes: tuple[LaneView, ...] = ()
-    slots: tuple[tuple[SlotState, int], ...] = ()  # (state, layer) by slot; layer -1 while free
-    residency: tuple[float, ...] = ()  # by layer: the share of its bytes that stays on the device
-    accepted: tuple[int, ...] = ()  # [n]: how often n proposals of a row were accepted in a round
+    slots: tuple[tuple[SlotState, int], ...] = ()  # [slot]: (state, layer); layer -1 while free
+    residency: tuple[float, ...] = ()  # [layer]: the share of its bytes that stays on the device
+    accepted: tuple[int, ...] = ()  # [n]: number of times that a row accepted n proposals in a round
     tokens: int = 0  # generated so far, all rows
     rounds: int = 0
     tokens_per_s: float | None = None  # over the last rounds
     tokens_per_pass: float | None = None
     held: str = ""  # the memory plan in one line
-    text: str = ""  # the end of what was generated
+    text: str = ""  # the end of the generated text

@@ -1,4 +1,4 @@
-"""A run in words and figures: what ``aspec trace --summary`` prints."""
+"""The summary of a run in words and figures, as ``aspec trace --summary`` prints it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,29 +18,29 @@ from aspec.observe.timeline import (
 )
 from aspec.units import format_rate
 
-MOST_STALLS = 3
+MOST_STALLS = 3  # listed, the longest ones
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Figures of a run; lanes, overlap and stalls are of its decoding, the critical path of all of it."""
+    """Figures of a run: lanes, overlap and stalls of its decoding, the critical path of the whole run."""
 
     seconds: float
     decode_s: float
     rounds: int
     tokens: int
-    tokens_per_s: float | None  # decoding
+    tokens_per_s: float | None  # while decoding
     tokens_per_pass: float | None
     ceiling_tokens_per_s: float | None  # tokens per pass x rate while the link was busy / bytes per pass
     lanes: tuple[LaneUse, ...]
-    hidden: float | None  # share of target and draft compute that ran under the stream
-    draft_wait_s: float  # that the target stood behind running drafts, over all of the run
+    hidden: float | None  # share of target and draft compute that ran while weights streamed
+    draft_wait_s: float  # seconds that the target waited for running drafts, in the whole run
     bottleneck: str
     critical_path: dict[str, float]  # seconds by lane
     stalls: tuple[Stall, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The figures for ``--json``."""
         return {
             "seconds": self.seconds,
             "decode_s": self.decode_s,
@@ -58,7 +58,7 @@ class Summary:
         }
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """The summary as lines of text."""
         yield f"{self.seconds:.2f} s, decoding {self.decode_s:.2f} s of it: {self.rounds} passes, {self.tokens} tokens"
         if self.tokens_per_s is not None and self.tokens_per_pass is not None:
             line = f"{self.tokens_per_s:.2f} tokens/s, {self.tokens_per_pass:.2f} tokens per pass"
@@ -73,7 +73,7 @@ class Summary:
             rate = format_rate(use.busy_bytes_per_s) if use.busy_bytes_per_s else ""
             yield f"{use.lane:8} {100 * use.share:4.0f} %   {rate}".rstrip()
         if self.hidden is not None:
-            yield f"overlap: {100 * self.hidden:.0f} % of target and draft compute ran under the stream"
+            yield f"overlap: {100 * self.hidden:.0f} % of target and draft compute ran while weights streamed"
         if self.draft_wait_s > 0:
             share = 100 * self.draft_wait_s / self.seconds
             yield f"the target waited {self.draft_wait_s * 1e3:.1f} ms for running drafts, {share:.2f} % of the run"
@@ -86,13 +86,13 @@ class Summary:
             yield f"stall: {stall.lane} idle for {stall.seconds * 1e3:.1f} ms at {stall.start_s:.3f} s: {stall.cause}"
 
 
-def _since(zero_s: float, stall: Stall) -> Stall:
-    """The same stall in seconds since the run began."""
+def _relative_to(zero_s: float, stall: Stall) -> Stall:
+    """The same stall, in seconds since the start of the run."""
     return replace(stall, start_s=stall.start_s - zero_s, stop_s=stall.stop_s - zero_s)
 
 
 def summarise(timeline: Timeline) -> Summary:
-    """Work a run out."""
+    """Compute the summary of a run."""
     start, stop = decode_stretch(timeline)
     uses = uses_of(timeline, start, stop)
     passes = len(timeline.rounds) - 1
@@ -113,5 +113,5 @@ def summarise(timeline: Timeline) -> Summary:
         draft_wait_s=draft_wait_s(timeline),
         bottleneck=bottleneck(uses),
         critical_path=critical_path(timeline),
-        stalls=tuple(_since(timeline.start_s, stall) for stall in stalls(timeline, start, stop)[:MOST_STALLS]),
+        stalls=tuple(_relative_to(timeline.start_s, stall) for stall in stalls(timeline, start, stop)[:MOST_STALLS]),
     )

@@ -1,4 +1,4 @@
-"""A thread that calls a function again and again, and how it asks the loop: for what a busy loop must not stop."""
+"""A thread that calls a function periodically, and asks the loop for values: a busy loop must not stop it."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ LONGEST_JOIN_S = 5.0
 
 
 class Ticker:
-    """Calls ``tick`` every ``period_s`` seconds until closed; an error ends it and surfaces on ``close``."""
+    """Calls ``tick`` every ``period_s`` seconds until ``close``; an error ends it, and ``close`` raises the error."""
 
     def __init__(self, period_s: float, tick: Callable[[], None], name: str = "ticker") -> None:
         self._period_s, self._tick = period_s, tick
@@ -22,7 +22,7 @@ class Ticker:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop and join; may be called twice. Raises what ``tick`` raised."""
+        """Stop and join; it may be called twice. Raises the error of ``tick``, if there was one."""
         self._stopping.set()
         self._thread.join(LONGEST_JOIN_S)
         error, self._error = self._error, None
@@ -38,21 +38,21 @@ class Ticker:
 
 
 class OnLoop(Generic[T]):
-    """A function of the loop's thread that another thread may ask for; a busy loop leaves the answer before."""
+    """Lets another thread call a function on the loop's thread; if the loop is busy, it gets the previous value."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, make: Callable[[], T]) -> None:
         self._loop, self._make = loop, make
         self._fresh = threading.Event()
-        self._answer = make()
+        self._value = make()
 
     def get(self, timeout_s: float) -> T:
-        """A new answer, or the last one where the loop does not give one in time."""
+        """A new value, or the previous one if the loop gives none within ``timeout_s``."""
         self._fresh.clear()
         with contextlib.suppress(RuntimeError):  # the loop has closed
             self._loop.call_soon_threadsafe(self._renew)
         self._fresh.wait(timeout_s)
-        return self._answer
+        return self._value
 
     def _renew(self) -> None:
-        self._answer = self._make()
+        self._value = self._make()
         self._fresh.set()

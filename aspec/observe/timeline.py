@@ -1,7 +1,7 @@
-"""A run as slices on lanes, and what can be said of it: utilisation, overlap, bottleneck, stalls, critical path.
+"""A run as slices on lanes, and its figures: utilisation, overlap, bottleneck, stalls, critical path.
 
-The dashboard, ``aspec trace``, ``aspec bench`` and the tests measure with these functions and no others. Pure:
-seconds and bytes in, figures out; a slice may come from an engine, from virtual time or from a trace file.
+The dashboard, ``aspec trace``, ``aspec bench`` and the tests measure only with these functions. Pure: seconds and
+bytes in, figures out; a slice may come from an engine, from virtual time or from a trace file.
 """
 
 from bisect import bisect_left
@@ -14,21 +14,21 @@ from aspec.tasks.op import Lane
 from aspec.units import format_rate
 
 DISK, H2D, D2H, TARGET, DRAFT, CPU = LANES = tuple(Lane)
-"""The lanes that a run can have, from the files to the host's small work."""
+"""The lanes of a run, from the files to the host's small tasks."""
 
 LINKS = (DISK, H2D)
-"""Lanes that the weights travel over."""
+"""The lanes that carry the weights to the device."""
 
 BOUND: Mapping[str, str] = {
     DISK: "disk-bound",
     H2D: "link-bound",
-    D2H: "bound by the link back",
+    D2H: "bound by the link to the host",
     TARGET: "compute-bound",
     DRAFT: "draft-bound",
     CPU: "host-bound",
 }
-SHORTEST_STALL_S = 1e-5  # less is the time between two tasks
-UNBOUND_BELOW = 0.6  # a lane that is busy for less of the time does not bind the run
+SHORTEST_STALL_S = 1e-5  # a shorter one is the gap between two tasks
+UNBOUND_BELOW = 0.6  # a lane with a smaller busy share does not bind the run
 
 Interval = tuple[float, float]
 
@@ -47,12 +47,12 @@ class Slice:
     part: int = -1
     tokens: int = 0
     nbytes: int = 0
-    cause: int = -1  # the task whose end let this one start; -1: something outside
+    cause: int = -1  # id of the task whose end let this one start; -1: no task
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one pass of the target brought, all rows together."""
+    """The result of one pass of the target, all rows together."""
 
     number: int
     start_s: float
@@ -85,34 +85,34 @@ class Timeline:
         return [s for s in self.slices if s.lane == name]
 
     def work(self, start_s: float, stop_s: float) -> dict[str, list[Interval]]:
-        """What every lane did in a stretch of time."""
+        """The busy intervals of every lane between ``start_s`` and ``stop_s``."""
         return {name: clip(((s.start_s, s.stop_s) for s in self.lane(name)), start_s, stop_s) for name in self.lanes}
 
     @property
     def lanes(self) -> list[str]:
-        """The lanes that did anything, in their usual order."""
+        """The lanes that have slices, in their usual order."""
         present = {s.lane for s in self.slices}
         return [name for name in LANES if name in present]
 
 
 @dataclass(frozen=True, slots=True)
 class LaneUse:
-    """How busy a lane was over a stretch of time."""
+    """The use of a lane between two times."""
 
     lane: str
     busy_s: float
-    share: float  # of the stretch
-    nbytes: float
+    share: float  # busy share of the time
+    nbytes: float  # that it moved in the time
 
     @property
     def busy_bytes_per_s(self) -> float | None:
-        """The rate while it was busy; None for a lane that moves no weights."""
+        """The rate while the lane was busy; None if it moved no bytes."""
         return self.nbytes / self.busy_s if self.nbytes and self.busy_s > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """A stretch in which the lane that binds the run did nothing."""
+    """An idle time of the busiest lane."""
 
     lane: str
     start_s: float
@@ -121,7 +121,7 @@ class Stall:
 
     @property
     def seconds(self) -> float:
-        """How long."""
+        """The duration."""
         return self.stop_s - self.start_s
 
 
@@ -138,12 +138,12 @@ def merge(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def clip(intervals: Iterable[Interval], start_s: float, stop_s: float) -> list[Interval]:
-    """What of the intervals lies in a stretch of time."""
+    """The parts of the intervals between ``start_s`` and ``stop_s``."""
     return [(max(a, start_s), min(b, stop_s)) for a, b in intervals if b > start_s and a < stop_s]
 
 
 def length(merged: Iterable[Interval]) -> float:
-    """Seconds that disjoint intervals cover."""
+    """The total seconds of disjoint intervals."""
     return sum(stop - start for start, stop in merged)
 
 
@@ -160,7 +160,7 @@ def shared(first: Sequence[Interval], second: Sequence[Interval]) -> float:
 
 
 def lane_use(lane: str, work: Iterable[tuple[float, float, int]], start_s: float, stop_s: float) -> LaneUse:
-    """A lane's use of a stretch; work at its edges counts for the part inside."""
+    """A lane's use between two times, from (start, stop, bytes); work at the edges counts in proportion."""
     inside = [(max(a, start_s), min(b, stop_s), b - a, n) for a, b, n in work if b > start_s and a < stop_s]
     busy = length(merge((a, b) for a, b, _, _ in inside))
     nbytes = sum(n * (b - a) / whole for a, b, whole, n in inside if whole > 0)
@@ -168,14 +168,14 @@ def lane_use(lane: str, work: Iterable[tuple[float, float, int]], start_s: float
 
 
 def hidden_share(work: Mapping[str, Sequence[Interval]]) -> float | None:
-    """Overlap: the share of target and draft compute that ran while weights travelled; None if nothing streamed."""
+    """Overlap: the share of target and draft compute that ran while weights streamed; None if one of them is absent."""
     stream = merge(interval for lane in LINKS for interval in work.get(lane, ()))
     compute = merge(interval for lane in (TARGET, DRAFT) for interval in work.get(lane, ()))
     return shared(stream, compute) / length(compute) if stream and compute else None
 
 
 def busiest(uses: Sequence[LaneUse]) -> LaneUse | None:
-    """The lane that binds the run; the one nearer to the files where two are even."""
+    """The lane with the largest busy share; of equal ones the one nearer to the files. None without lanes."""
     return max(uses, key=lambda use: (round(use.share, 2), -LANES.index(use.lane)), default=None)
 
 
@@ -192,7 +192,7 @@ def bottleneck(uses: Sequence[LaneUse]) -> str:
 
 
 def uses_of(timeline: Timeline, start_s: float, stop_s: float) -> list[LaneUse]:
-    """The use of every lane of a run over a stretch of it."""
+    """The use of every lane of a run between two times."""
     return [
         lane_use(name, ((s.start_s, s.stop_s, s.nbytes) for s in timeline.lane(name)), start_s, stop_s)
         for name in timeline.lanes
@@ -200,14 +200,14 @@ def uses_of(timeline: Timeline, start_s: float, stop_s: float) -> list[LaneUse]:
 
 
 def decode_stretch(timeline: Timeline) -> Interval:
-    """From the end of the first round to the end of the last; the whole run where there is only one."""
+    """From the end of the first round to the end of the last one; the whole run if there are fewer than two rounds."""
     if len(timeline.rounds) > 1:
         return timeline.rounds[0].stop_s, timeline.rounds[-1].stop_s
     return timeline.start_s, timeline.stop_s
 
 
 def stalls(timeline: Timeline, start_s: float, stop_s: float, least_s: float = SHORTEST_STALL_S) -> list[Stall]:
-    """Idle stretches of the busiest lane, the longest first, each with what its next task had waited for."""
+    """Idle times of the busiest lane above ``least_s``, longest first; the cause is the wait of the next task."""
     use = busiest(uses_of(timeline, start_s, stop_s))
     if use is None:
         return []
@@ -219,19 +219,19 @@ def stalls(timeline: Timeline, start_s: float, stop_s: float, least_s: float = S
     for (_, idle_from), (idle_to, _) in pairwise(merged):
         if idle_to - idle_from > least_s:
             after = by_id[begins[bisect_left(begins, (idle_to, -1))][1]]
-            found.append(Stall(use.lane, idle_from, idle_to, _why(after, by_id.get(after.cause))))
+            found.append(Stall(use.lane, idle_from, idle_to, _cause_of(after, by_id.get(after.cause))))
     return sorted(found, key=lambda stall: stall.start_s - stall.stop_s)
 
 
-def _why(waiting: Slice, cause: Slice | None) -> str:
+def _cause_of(waiting: Slice, cause: Slice | None) -> str:
     if cause is None:
-        return f"{waiting.name} had only just been asked for"
+        return f"{waiting.name} was requested only then"
     when = f" of round {cause.round}" if cause.round >= 0 else ""
     return f"{waiting.name} waited for {cause.name}{when} on {cause.lane}"
 
 
 def draft_wait_s(timeline: Timeline) -> float:
-    """Seconds that the target's work, ready to run, stood behind a draft that was running already."""
+    """Seconds that ready tasks of the target waited for a draft that was already running."""
     ended = {s.id: s.stop_s for s in timeline.slices}
     drafts = merge((s.start_s, s.stop_s) for s in timeline.lane(DRAFT))
     waited = 0.0
@@ -245,10 +245,10 @@ def draft_wait_s(timeline: Timeline) -> float:
 
 
 def critical_path(timeline: Timeline) -> dict[str, float]:
-    """Seconds by lane along the chain of tasks that decided when the run ended; ``hand-off`` is time between tasks.
+    """Seconds by lane along the chain of tasks that determined the end of the run; ``hand-off``: between tasks.
 
-    Walks back from the last task: before each one came either the task it waited for or the one that held its lane,
-    whichever ended later. On a lane with several tasks in flight a task counts from the end of the one before it.
+    It walks back from the last task. The predecessor of a task is the later end of two: the task that it waited for,
+    and the task before it on its lane. With several tasks in flight, a task counts from the end of its predecessor.
     """
     by_id = {s.id: s for s in timeline.slices}
     ordered: dict[str, list[tuple[float, int]]] = defaultdict(list)  # by lane: (stop, id)

@@ -34,7 +34,7 @@ from aspec.profiling.model_shape import ModelShape, layer_shape
 from aspec.profiling.roofline import model_cost
 from aspec.profiling.stopwatch import STRETCH_S, Work, cold_seconds_of, seconds_of
 from aspec.profiling.tree_profiler import measure_trees
-from aspec.speculation.drafter import GREEDY
+from aspec.speculation.model_drafter import GREEDY
 from aspec.tasks.task import WorkItem
 
 ROUNDS = 5  # over all products, so that a busy moment of the machine spoils only one round

@@ -24,7 +24,7 @@ from aspec.options import DEMO
 from aspec.profiling.hardware import Hardware, Processor, Table
 from aspec.profiling.stopwatch import Work
 from aspec.speculation.candidates import best_children
-from aspec.speculation.drafter import GREEDY
+from aspec.speculation.model_drafter import GREEDY
 
 ROWS = (1, 8, 32, 128, 512, 2048)
 COLUMNS, NUM_MATRICES, MATRIX_BYTES = 4096, 8, 32 << 20  # of weights that are read in turn

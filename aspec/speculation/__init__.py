@@ -1,1 +1,1 @@
-"""Who proposes tokens, and how likely are they?"""
+"""Where do proposed tokens come from, and how likely is it that the target accepts them?"""

@@ -1,40 +1,41 @@
-"""How likely a proposal is accepted, learnt online from the draft's own scores.
+"""The probability that the target accepts a proposal, learnt online from the draft's own scores.
 
-Pure policy: it is handed log scores and verdicts. Source: isotonic regression by pool adjacent violators (Zadrozny and
-Elkan, 2002), here over decayed counts.
+Pure policy: log scores and verdicts in, probabilities out. Source: isotonic regression by pool adjacent violators
+(Zadrozny and Elkan, 2002), here over decayed counts.
 """
 
 from math import exp, inf, log, log1p
 
 NUM_BUCKETS = 16
-LOWEST, STEP = -4.625, 0.75  # log odds of the first bucket and from one to the next: probabilities 0.01 .. 0.9987
-PRIOR = 0.5  # observations that a bucket's own probability counts for; never decays, so no estimate reaches 0 or 1
-KEEP = 0.98  # what remains of a bucket's counts after one more observation there: the last 50 count
-TILT = 1 / 64  # share of the draft's own probability in every estimate: pooled buckets keep the draft's order
+LOWEST_BUCKET = -4.625  # log odds of the first bucket: probability 0.01; that of the last one is 0.9987
+BUCKET_STEP = 0.75  # log odds between neighbours
+PRIOR = 0.5  # weight of a bucket's own probability, in observations; no decay, so no estimate reaches 0 or 1
+DECAY = 0.98  # factor on a bucket's counts at each observation there: about the last 50 count
+DRAFT_SHARE = 1 / 64  # share of the draft's own probability in every estimate: it keeps its order in pooled buckets
 
 
 class Calibration:
     """Maps the log score of a child, given its parent was accepted, to the chance that the child is accepted.
 
-    Counts stand at 16 points evenly spaced in log odds. An observation counts at the two points around it, an
-    estimate lies on the line between them, so without observations the draft is believed. A path's probability is
-    the product over its nodes. One object serves one kind of scores: keep greedy, sampled and n-gram rows apart.
+    It keeps counts at 16 points, evenly spaced in log odds. An observation counts at the two points around it. An
+    estimate is interpolated between them, so without observations it is the draft's own probability. A path's
+    probability is the product over its nodes. Use one object for each kind of scores: greedy, sampled, n-gram.
     """
 
     def __init__(self) -> None:
         self._accepted = [0.0] * NUM_BUCKETS  # decayed counts, at most those of _seen
-        self._seen = [0.0] * NUM_BUCKETS  # decayed counts, below 1 / (1 - KEEP)
-        self._log_odds: list[float] | None = None  # ascending estimates at the points; None: to be pooled again
+        self._seen = [0.0] * NUM_BUCKETS  # decayed counts, below 1 / (1 - DECAY)
+        self._log_odds: list[float] | None = None  # estimates at the points, ascending; None: pool them again
 
     def observe(self, log_score: float, accepted: bool) -> None:
         """Learn one verdict on a child whose parent was accepted; a log score of -inf teaches nothing."""
         if log_score == -inf:
             return
-        low, share = _place(log_score)
+        low, share = _interpolate(log_score)
         for bucket, weight in ((low, 1.0 - share), (low + 1, share)):
             if weight > 0.0:
-                self._seen[bucket] = self._seen[bucket] * KEEP + weight
-                self._accepted[bucket] = self._accepted[bucket] * KEEP + weight * accepted
+                self._seen[bucket] = self._seen[bucket] * DECAY + weight
+                self._accepted[bucket] = self._accepted[bucket] * DECAY + weight * accepted
         self._log_odds = None
 
     def probability(self, log_score: float) -> float:
@@ -43,21 +44,21 @@ class Calibration:
             return 0.0
         if self._log_odds is None:
             self._log_odds = self._pool()
-        low, share = _place(log_score)
+        low, share = _interpolate(log_score)
         odds = self._log_odds[low] + share * (self._log_odds[low + 1] - self._log_odds[low])
-        odds += min(0.0, _to_log_odds(log_score) - LOWEST)  # below all points the draft's own slope goes on
-        return (1.0 - TILT) * _to_probability(odds) + TILT * exp(min(0.0, log_score))
+        odds += min(0.0, _to_log_odds(log_score) - LOWEST_BUCKET)  # below all points follow the draft's log odds
+        return (1.0 - DRAFT_SHARE) * _to_probability(odds) + DRAFT_SHARE * exp(min(0.0, log_score))
 
     def log_probability(self, log_score: float) -> float:
-        """The logarithm of ``probability``: what ``Tree`` adds up along a path."""
+        """The logarithm of ``probability``; ``Tree`` adds it up along a path."""
         chance = self.probability(log_score)
-        return log(chance) if chance > 0.0 else log_score  # the smallest scores underflow, the draft's word stands
+        return log(chance) if chance > 0.0 else log_score  # the smallest scores underflow: return them as they are
 
     def _pool(self) -> list[float]:
         """Log odds at the points, ascending: neighbours out of order share their counts (pool adjacent violators)."""
         blocks: list[tuple[float, float, int]] = []  # accepted, seen, points
         for bucket, (accepted, seen) in enumerate(zip(self._accepted, self._seen, strict=True)):
-            prior = _to_probability(LOWEST + STEP * bucket)
+            prior = _to_probability(LOWEST_BUCKET + BUCKET_STEP * bucket)
             block = (accepted + PRIOR * prior, seen + PRIOR, 1)
             while blocks and blocks[-1][0] * block[1] >= block[0] * blocks[-1][1]:
                 before = blocks.pop()
@@ -66,9 +67,9 @@ class Calibration:
         return [log(accepted / (seen - accepted)) for accepted, seen, points in blocks for _ in range(points)]
 
 
-def _place(log_score: float) -> tuple[int, float]:
-    """The point below a log score, and how far towards the next one it lies, in 0 .. 1; the ends are cut."""
-    at = (_to_log_odds(log_score) - LOWEST) / STEP
+def _interpolate(log_score: float) -> tuple[int, float]:
+    """The point below a log score, and the share of the way to the next point, 0 .. 1; clamped at both ends."""
+    at = (_to_log_odds(log_score) - LOWEST_BUCKET) / BUCKET_STEP
     at = min(max(at, 0.0), NUM_BUCKETS - 1.0)
     low = min(int(at), NUM_BUCKETS - 2)
     return low, at - low

@@ -1,10 +1,10 @@
-"""Draft steps that are captured once and replayed: a GPU runs a small model faster than Python can launch it.
+"""Captures draft steps once and replays them: a GPU runs a small model faster than Python can launch it.
 
-A captured step repeats its kernels over the same memory, so all that differs from step to step is data: token ids,
-positions, slots, trees. One copy brings them into the step's own inputs; the masks are made from them in the graph.
-Steps are rounded up to few shapes. A shape is captured when it recurs, in the stream that runs it, and given up when
-it has not been seen for long. What cannot be captured runs eagerly, for good, after one warning.
-All captured steps share one pool of memory: nothing in it outlives a replay, because the logits are copied out of it.
+A captured step repeats its kernels over the same memory, so only data differs from step to step: token ids, positions,
+slots, trees. One copy brings them into the step's own inputs; the graph makes the masks from them. Steps are rounded
+up to a few shapes. A shape is captured when it recurs, in the stream that runs it; the least recently used one is
+dropped. If a model cannot be captured, one warning is given and all its steps run eagerly from then on.
+All captured steps share one memory pool: nothing in it outlives a replay, because the logits are copied out of it.
 """
 
 import warnings
@@ -23,42 +23,42 @@ from aspec.models.model import Model
 from aspec.speculation.capture_check import RefusedError, warm_up
 
 MAX_COLUMNS = 32
-"""Tokens of a row in a captured step: what a tree's level has at most. Prompts are longer, and no launch binds them."""
+"""Most tokens per row in a captured step, as in a tree level. Prompts are longer; launches do not limit them."""
 
 MAX_TOKENS = 256
-"""Tokens of a captured step, of all rows."""
+"""Most tokens of a captured step, all rows together."""
 
 MIN_LENGTH, MIN_NODES = 256, 64
-"""Slots and nodes below which a step is rounded up to them."""
+"""Fewest slots and nodes of a captured step; smaller steps are rounded up."""
 
 ROW_STEPS = 8
-"""Into how many steps the rows of a large batch are divided: as rows come and go there, most steps keep their shape."""
+"""Both ends of a span of rows are rounded to 1 / ROW_STEPS of its size, so most changes of rows keep the shape."""
 
 MAX_GRAPHS = 32
-"""Captured steps that are kept. A context that grows leaves its shapes behind."""
+"""Most captured steps that are kept. A growing context leaves old shapes behind."""
 
-CAPTURED_AT = 2
-"""The use of a shape at which it is captured: most that come once never come again."""
+CAPTURE_AT_USE = 2
+"""A shape is captured at this use: most shapes that occur once never occur again."""
 
-KINDS = 3
-"""Masks of one step at most: what a model's layers see, and the plain one that its own forward is given."""
+MAX_MASKS = 3
+"""Most masks of one step: those of the model's layers, and the plain one for its own forward."""
 
 POOL_ROUNDING = 24 << 20
-"""What torch's allocator takes at once for small blocks and for middling ones: 2 MiB and 20 MiB, and 2 MiB to round."""
+"""Bytes that torch's allocator takes at once: 2 MiB for small blocks, 20 MiB for medium ones, 2 MiB of rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is fixed in a captured step."""
+    """The fixed sizes of a captured step."""
 
-    rows: range  # keys are read where they are, so rows between others come along
-    columns: int  # tokens of a row
-    length: int  # slots of a row that are attended to
-    nodes: int  # of a row's tree; 0: a chain
+    rows: range  # keys are read in place, so rows between the wanted ones are included
+    columns: int  # tokens per row
+    length: int  # slots per row that the step attends to
+    nodes: int  # of each row's tree; 0: a chain
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """Tokens of all rows together."""
         return len(self.rows) * self.columns
 
     @property
@@ -69,14 +69,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """A step's data as views of one buffer."""
+    """The inputs of a step, as views of one buffer."""
 
     flat: torch.Tensor  # uint8
-    ids: torch.Tensor  # [B, T] int64, as all but the last
+    ids: torch.Tensor  # [B, T] int64, as all below but the last
     positions: torch.Tensor  # [B, T]
     slots: torch.Tensor  # [B, T]
     starts: torch.Tensor  # [B, 1]
-    keep: torch.Tensor  # [B, 1]: the column whose logits a chain is asked for
+    keep: torch.Tensor  # [B, 1]: the column whose logits a chain needs
     depths: torch.Tensor  # [B, N]
     seen: torch.Tensor  # [B, T, N] bool
 
@@ -95,10 +95,10 @@ class _Inputs:
         return _Inputs(flat, ids, positions, slots, starts, keep, depths, seen)
 
     def fill(self, ids: torch.Tensor, step: StepCache, places: Sequence[int], counts: Sequence[int]) -> None:
-        """From a step as wide as this that was made on the host; its rows stand at ``places`` here.
+        """Fill from a step on the host that has this width; its row i goes to row ``places[i]`` here.
 
-        Its ids [B, T] are padded by their last column. Rows that only come along write to the trash slot, see the
-        first slot, whatever is in it, and nobody reads what they bring.
+        ``ids`` [B, T] are padded with their last column. The other rows write to the trash slot and attend to the
+        first slot; their results are not used.
         """
         self.flat.zero_()
         self.slots.fill_(step.storage.capacity)
@@ -116,12 +116,12 @@ class _Inputs:
 
     @property
     def trees(self) -> TreeNodes | None:
-        """What masks need of them; None: chains."""
+        """The trees, as masks need them; None: chains."""
         return TreeNodes(self.starts, self.depths, self.seen) if self.depths.shape[1] else None
 
 
 class FixedStep(StepCache):
-    """A step of one shape over inputs that are filled later; nothing of it is known to Python but the shape."""
+    """A step of one shape over inputs that are filled later; Python knows only its shape."""
 
     def __init__(self, storage: KVCache, shape: Shape, inputs: _Inputs) -> None:
         Cache.__init__(self, layers=[])
@@ -134,13 +134,13 @@ class FixedStep(StepCache):
         self._masks: dict[MaskKind, torch.Tensor] = {}
 
     def tree_nodes(self) -> TreeNodes | None:
-        """What a mask needs of the step's trees; None: chains."""
+        """The step's trees, as masks need them; None: chains."""
         return self._trees
 
 
 @dataclass(slots=True)
 class _Captured:
-    """One shape's graph, its inputs, and where its logits are."""
+    """The graph of one shape, its inputs, and the logits that it writes."""
 
     replay: Replay
     inputs: _Inputs
@@ -148,14 +148,14 @@ class _Captured:
 
 
 class DraftGraphs:
-    """The captured steps of one model and its KV; used by one thread, inside the stream that runs the model."""
+    """The captured steps of one model and its KV. One thread uses it, inside the stream that runs the model."""
 
     def __init__(self, model: Model, kv: KVCache, capture: Capture) -> None:
         self._model, self._kv, self._capture = model, kv, capture
-        self._captured: OrderedDict[Shape, _Captured] = OrderedDict()  # the latest used last
-        self._uses: OrderedDict[Shape, int] = OrderedDict()  # of shapes that are not captured
-        self._logits: torch.Tensor | None = None  # flat; where every captured step leaves what it is asked for
-        self._refused = kv.exact  # whether everything runs eagerly from now on
+        self._captured: OrderedDict[Shape, _Captured] = OrderedDict()  # the most recently used last
+        self._uses: OrderedDict[Shape, int] = OrderedDict()  # of shapes that are not captured yet
+        self._logits: torch.Tensor | None = None  # flat; every captured step writes its logits here
+        self._refused = kv.exact  # whether all steps run eagerly from now on
 
     def run(
         self,
@@ -168,7 +168,7 @@ class DraftGraphs:
     ) -> torch.Tensor | None:
         """One forward over ``ids`` [B, T] int64 on the host, the rest as in ``KVCache.step``; None: run it eagerly.
 
-        Logits [B, 1, V] of a chain's last token or [B, T, V] of a tree's nodes, to be read before the next run.
+        Returns logits [B, 1, V] of a chain's last token, or [B, T, V] of a tree's nodes; read them before the next run.
         """
         shape = self._shape(ids.shape[1], rows, starts, counts, parents, firsts)
         if shape is None or not self._is_due(shape):
@@ -181,7 +181,7 @@ class DraftGraphs:
         if captured is None:
             return None
         self._captured.move_to_end(shape)
-        _send(data.flat, captured.inputs.flat)
+        _copy_inputs(data.flat, captured.inputs.flat)
         captured.replay()
         logits = captured.logits[:, : ids.shape[1]]
         return logits if places == list(range(len(logits))) else torch.stack([logits[place] for place in places])
@@ -195,31 +195,31 @@ class DraftGraphs:
         parents: Sequence[Sequence[int]] | None,
         firsts: Sequence[int] | None,
     ) -> Shape | None:
-        """What the step is rounded up to; None where it is too large, or too scattered, to be worth a graph."""
-        columns, span = _power(columns), self._span(rows)
+        """The step's shape, rounded up; None if it is too large for a graph, or its rows are too far apart."""
+        columns, span = _power_of_two(columns), self._span(rows)
         if self._refused or columns > MAX_COLUMNS or columns * len(span) > MAX_TOKENS or len(span) > 2 * len(rows):
             return None
         firsts = firsts or [0] * len(rows)
         end = max(sum(ends) for ends in zip(starts, firsts, counts, strict=True))
-        length = min(_power(end, MIN_LENGTH), self._kv.capacity)
-        nodes = 0 if parents is None else _power(max(map(len, parents)), MIN_NODES)
+        length = min(_power_of_two(end, MIN_LENGTH), self._kv.capacity)
+        nodes = 0 if parents is None else _power_of_two(max(map(len, parents)), MIN_NODES)
         return Shape(span, columns, length, nodes)
 
     def _span(self, rows: Sequence[int]) -> range:
-        """Rows at even distances, as those of a group are, with all of these among them."""
+        """Evenly spaced rows, as a group has them, that include all of ``rows``."""
         first = min(rows)
         stride = gcd(*(row - first for row in rows)) or 1
         low, high = first // stride, max(rows) // stride
-        granule = max(1, _power(high - low + 1) // ROW_STEPS)
+        granule = max(1, _power_of_two(high - low + 1) // ROW_STEPS)
         begin, end = low // granule * granule, (high // granule + 1) * granule
         return range(begin * stride + first % stride, self._kv.num_rows, stride)[: end - begin]
 
     def _is_due(self, shape: Shape) -> bool:
-        """Whether a shape is captured or to be captured; counts its uses until then."""
+        """Whether a shape is captured, or is to be captured now; count its uses until then."""
         if shape in self._captured:
             return True
         uses = self._uses.pop(shape, 0) + 1
-        if uses >= CAPTURED_AT:
+        if uses >= CAPTURE_AT_USE:
             return True
         self._uses[shape] = uses
         if len(self._uses) > MAX_GRAPHS:
@@ -227,14 +227,14 @@ class DraftGraphs:
         return False
 
     def _prepare(self, shape: Shape, data: _Inputs) -> _Captured | None:
-        """Capture a shape; None, and one warning, where this model cannot be captured."""
+        """Capture a shape; None, with one warning, if this model cannot be captured."""
         device = self._kv.device
         inputs = _Inputs.of(shape, device)
-        _send(data.flat, inputs.flat)
+        _copy_inputs(data.flat, inputs.flat)
         if len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
         try:
-            logits = self._room_for(warm_up(lambda: self._forward(shape, inputs), device), shape)
+            logits = self._logits_buffer(warm_up(lambda: self._forward(shape, inputs), device), shape)
             replay = self._capture.capture(lambda: logits.copy_(self._forward(shape, inputs)))
         except (RefusedError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -242,14 +242,14 @@ class DraftGraphs:
             self._refused = True
             self._captured.clear()
             warnings.warn(
-                f"the draft ({self._model.config.model_type}) cannot be captured: {error}. Its steps run one by one, "
-                f"which takes longer.",
+                f"the draft ({self._model.config.model_type}) cannot be captured: {error}. Its steps run "
+                f"without a graph, which is slower.",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return None
-        made = self._captured[shape] = _Captured(replay, inputs, logits)
-        return made
+        captured = self._captured[shape] = _Captured(replay, inputs, logits)
+        return captured
 
     def _forward(self, shape: Shape, inputs: _Inputs) -> torch.Tensor:
         """The model's own forward over a shape's inputs."""
@@ -259,43 +259,43 @@ class DraftGraphs:
             self._model.layer(layer, activation)
         return self._model.head(activation, None if shape.nodes else inputs.keep)
 
-    def _room_for(self, like: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """Where a shape's logits go; shapes share it."""
+    def _logits_buffer(self, like: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """The buffer for a shape's logits, in the shape of ``like``; all shapes share it."""
         count = like.numel()
         if self._logits is None or self._logits.numel() < count or self._logits.dtype != like.dtype:
-            most = logits_kept(self._kv.num_rows, trees=bool(shape.nodes)) * like.shape[-1]
-            self._logits = torch.empty(most, dtype=like.dtype, device=like.device)
+            max_numel = logits_kept(self._kv.num_rows, trees=bool(shape.nodes)) * like.shape[-1]
+            self._logits = torch.empty(max_numel, dtype=like.dtype, device=like.device)
         return self._logits[:count].view(like.shape)
 
 
 def logits_kept(num_rows: int, *, trees: bool) -> int:
-    """Tokens whose logits the captured steps of a cache of so many rows leave behind at most."""
+    """Most tokens whose logits stay allocated for the captured steps of a cache of ``num_rows`` rows."""
     return min(num_rows * MAX_COLUMNS, MAX_TOKENS) if trees else num_rows
 
 
 def graph_bytes(model: Model, num_rows: int, capacity: int, tree_slots: int) -> int:
-    """Bytes of torch's memory that captured steps hold at most, over a cache of ``capacity`` slots a row.
+    """Most bytes of torch's memory that captured steps hold, for a cache of ``capacity`` slots per row.
 
-    ``tree_slots`` of them are for the nodes of trees; 0: chains. It is
+    ``tree_slots`` of these slots are for tree nodes; 0: chains. The bytes are
 
-        MAX_GRAPHS x a step's inputs  +  logits  +  2 x what the largest step holds while it runs  +  POOL_ROUNDING
+        MAX_GRAPHS x a step's inputs  +  logits  +  2 x temporaries of the largest step  +  POOL_ROUNDING
 
-    The pool of all graphs keeps what the largest step needs. Blocks that smaller shapes left in it are reused only as
-    far as they fit; shapes grow by powers of two, so all of them together are at most as much again.
+    The pool of all graphs keeps the memory of the largest step. Blocks that smaller shapes left in it are reused only
+    if they fit; shapes grow by powers of two, so these blocks together take at most the same amount again.
     """
     rows, tokens = min(num_rows, MAX_TOKENS), min(num_rows * MAX_COLUMNS, MAX_TOKENS)
-    inputs = _input_bytes(tokens, rows, _power(tree_slots, MIN_NODES) if tree_slots else 0)
+    inputs = _input_bytes(tokens, rows, _power_of_two(tree_slots, MIN_NODES) if tree_slots else 0)
     logits = logits_kept(rows, trees=bool(tree_slots)) * model.vocab_size * model.dtype.itemsize
     return MAX_GRAPHS * inputs + logits + 2 * _step_bytes(model, rows, tokens, capacity, logits) + POOL_ROUNDING
 
 
 def _input_bytes(tokens: int, num_rows: int, nodes: int) -> int:
-    """Ids, positions and slots of every token, start and column of every row; of trees depths, and who sees whom."""
+    """Bytes of ids, positions and slots per token, start and column per row; for trees also depths and visibility."""
     return 8 * (3 * tokens + num_rows * (2 + nodes)) + tokens * nodes
 
 
 def _step_bytes(model: Model, num_rows: int, tokens: int, capacity: int, logits: int) -> int:
-    """What a step holds while it runs: hidden states and masks, and the widest of attention, rest of a layer, head."""
+    """Bytes of a running step: hidden states, masks, and the largest of attention, the rest of a layer, the head."""
     text, item = model.config.get_text_config(), model.dtype.itemsize
     shapes = [shape for shape in model.kv_shapes() if shape]
     heads, experts = int(text.num_attention_heads), int(getattr(text, "num_experts_per_tok", None) or 1)
@@ -303,9 +303,9 @@ def _step_bytes(model: Model, num_rows: int, tokens: int, capacity: int, logits:
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
     hidden = tokens * text.hidden_size * (2 * item + 12)
-    masks = tokens * capacity * (KINDS + 12)
-    copies = -(-num_rows // 2) * max(shape[0] * max(shape[1:]) for shape in shapes)  # of rows with others between
-    if getattr(text, "kv_lora_rank", None):  # keys and values are made of what is stored, for every head
+    masks = tokens * capacity * (MAX_MASKS + 12)
+    copies = -(-num_rows // 2) * max(shape[0] * max(shape[1:]) for shape in shapes)  # for rows that are not neighbours
+    if getattr(text, "kv_lora_rank", None):  # keys and values of every head are computed from the stored ones
         copies += 2 * num_rows * heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
     attention = tokens * inner * (4 * item + 8) + copies * capacity * item
     attention += temporary_bytes(num_rows, heads, MAX_COLUMNS, capacity)
@@ -313,11 +313,11 @@ def _step_bytes(model: Model, num_rows: int, tokens: int, capacity: int, logits:
     return int(hidden + masks + max(attention, layer, 2 * logits))
 
 
-def _power(count: int, least: int = 1) -> int:
-    """The smallest power of two that is not below."""
+def _power_of_two(count: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``count`` and ``least``."""
     return max(least, 1 << (count - 1).bit_length())
 
 
-def _send(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Host bytes to where a captured step finds them, without waiting; torch keeps pinned memory until it is read."""
+def _copy_inputs(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy host bytes into a captured step's inputs, without waiting; torch keeps pinned memory until it is read."""
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

@@ -1,91 +1,55 @@
-"""The draft of every row: chains and trees of proposals, the draft model's KV, and what acceptance teaches.
+"""The common part of all draft methods: the interface that the engine calls, and the draft's state of each row.
 
-Called on a lane's thread, never on the loop; the graph orders tasks that touch the same state. A chain grows by one
-token a step; a tree grows by one level a step, best-first by calibrated path probability, and goes on growing while
-its best nodes are verified: what then stands below the target's draws is the next round's tree. Wherever a draw of
-the target is chased, the draft ranks with the noise of that very draw.
+A lane's thread calls it, never the loop. The task graph orders the tasks that touch the same state.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
-from math import log
 
 import torch
 
-from aspec.backends.device import Capture
-from aspec.errors import NumericError
-from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context
-from aspec.generation.sampler import Sampler, draw_rows
 from aspec.generation.sequence import Sequence as TokenSequence
-from aspec.io.upload import upload
-from aspec.models.kv_cache import KVCache
-from aspec.models.model import Model
-from aspec.speculation.calibration import Calibration
-from aspec.speculation.candidates import best_children
-from aspec.speculation.draft_graphs import DraftGraphs
 from aspec.speculation.ngram_index import NgramIndex
-from aspec.speculation.tree import ROOT, Proposal, Tree
+from aspec.speculation.tree import Proposal, Tree
 from aspec.tasks.task import Task, TreeLevel, TreeStatus, WorkItem
-
-GREEDY = Sampler(SamplingParams(temperature=0.0))
-"""Proposes the likeliest token, whatever the target will draw."""
-
-LOOKUPS, LIKELY = 2, log(0.25)  # branches of a tree that need no model, and how likely their paths are at least
-
-GREEDY_TEMPERATURE = 0.5  # of the scores where the target takes the likeliest token: 10.3 tokens per pass against 7.8
 
 
 @dataclass(slots=True)
 class DraftState:
-    """What the draft keeps of an occupied row; mutable, because tasks of one row are ordered by the graph."""
+    """The draft's state of an occupied row; mutable, and safe: the task graph orders the tasks of one row."""
 
     sequence: TokenSequence
-    drafted: int = 0  # positions of the draft's KV that hold committed tokens or the live chain
+    drafted: int = 0  # positions of the draft's KV that hold committed tokens or the chain
     chain: list[int] = field(default_factory=list)
     tree: Tree | None = None  # its root is the last committed token
-    proposal: Proposal | None = None  # of the tree, once it is to be verified
-    budget: int = 0  # nodes that the tree may propose
+    proposal: Proposal | None = None  # of the tree; None until ``propose``
+    budget: int = 0  # most nodes that the tree may propose
     index: NgramIndex = field(default_factory=NgramIndex)  # of the row's own text
-    room: tuple[int, int] = (0, 0)  # nodes and depth that its latest level had
-    beams: int = 0  # likewise
+    room: tuple[int, int] = (0, 0)  # (most nodes, maximum depth) of the tree's latest level
+    beams: int = 0  # of the tree's latest level
 
     def context(self, paths: Sequence[tuple[int, ...]]) -> Context | None:
-        """What leads to the positions behind some paths; None where no penalty asks."""
+        """The context of penalties at the positions after some paths; None if no penalty is set."""
         return None if self.sequence.counts is None else Context(self.sequence.counts, paths)
 
 
-@dataclass(frozen=True, slots=True)
-class _Level:
-    """Nodes of a row's tree that go through the draft in one step, and what is fed for them."""
-
-    row: int
-    state: DraftState
-    tree: Tree
-    nodes: list[int]
-    start: int  # committed tokens that the draft had seen
-    tokens: list[int]  # of the nodes; of a new tree all that the draft has not seen, the root last
-    parents: list[int]  # of every token in a slot behind the committed ones
-    first: int = 0  # slots that earlier levels filled
-
-
 class Drafter(ABC):
-    """Proposes for the rows it is told of; a draft method is a subclass."""
+    """Proposes tokens for the assigned rows; each draft method is a subclass."""
 
     def __init__(self) -> None:
         self._rows: dict[int, DraftState] = {}
 
     def assign_row(self, row: int, sequence: TokenSequence | None) -> None:
-        """A row changes hands; what the draft has seen of it stands until another sequence is seated."""
+        """Assign a row to a sequence; None frees the row, and its KV in the draft stays until the next sequence."""
         if sequence is not None:
             before = self._rows.get(row)
             self._rows[row] = DraftState(sequence, min(sequence.num_cached_tokens, before.drafted if before else 0))
 
     @abstractmethod
     def prefill(self, item: WorkItem) -> None:
-        """Take a chunk of prompts."""
+        """Process a chunk of prompts."""
 
     @abstractmethod
     def extend_chains(self, item: WorkItem) -> None:
@@ -93,24 +57,24 @@ class Drafter(ABC):
 
     @abstractmethod
     def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
-        """Grow one level of every row's tree; plant those that are none."""
+        """Grow one level of every row's tree; start a tree where there is none."""
 
     @abstractmethod
     def commit(self, row: int, path: list[int], emitted: list[int]) -> TreeStatus | None:
-        """The target has drawn ``emitted``, the sequence has grown: learn from the accepted path, forget the proposal.
+        """Learn from the accepted ``path``, then drop the proposal; ``emitted`` are already part of the sequence.
 
-        Returns what stands of a tree below the last token drawn, if the draft went on there.
+        Returns the status of the tree below the last token drawn; None if the draft has grown none there.
         """
 
     def clear(self, row: int) -> None:
-        """A row's sequence has failed: nothing of it is kept."""
+        """Drop all state of a row whose sequence has failed."""
         state = self._rows[row]
         state.drafted, state.chain, state.tree, state.proposal = 0, [], None, None
 
     def propose(self, row: int, count: int) -> tuple[list[int], list[int] | None]:
         """The first ``count`` proposed tokens of a row, and their parents (-1: the last committed one); None: a chain.
 
-        From now on until ``commit`` they are what is verified.
+        The target verifies these tokens; they stay the proposal until ``commit``.
         """
         state = self._rows[row]
         if state.tree is None:
@@ -119,14 +83,14 @@ class Drafter(ABC):
         return self.proposed(row, count)
 
     def proposed(self, row: int, count: int) -> tuple[list[int], list[int] | None]:
-        """What ``propose`` returned, however the tree has grown since."""
+        """The result of the latest ``propose``; later growth of the tree does not change it."""
         state = self._rows[row]
         if state.proposal is None:
             return state.chain[:count], None
         return list(state.proposal.tokens), list(state.proposal.parents)
 
     def follow(self, row: int, drawn: list[int], count: int) -> tuple[list[int], list[int]]:
-        """The accepted path, as places in the proposal, and the tokens that the target has thereby drawn."""
+        """The accepted path, as places in the proposal, and the emitted tokens: the path's and the draw after it."""
         state = self._rows[row]
         if state.proposal is not None:
             return state.proposal.follow(drawn)
@@ -135,204 +99,8 @@ class Drafter(ABC):
         return list(range(accepted)), drawn[: accepted + 1]
 
 
-class ModelDrafter(Drafter):
-    """A small model with the target's vocabulary; its steps are captured where there is a ``capture``."""
-
-    def __init__(
-        self,
-        model: Model,
-        kv: KVCache,
-        target_vocab_size: int,
-        *,
-        shared_noise: bool = True,
-        capture: Capture | None = None,
-    ) -> None:
-        super().__init__()
-        self._model, self._kv, self._limit = model, kv, target_vocab_size
-        self._graphs = None if capture is None else DraftGraphs(model, kv, capture)
-        self._shared_noise = shared_noise
-        self._calibration = {greedy: Calibration() for greedy in (True, False)}
-        self._guesses = Calibration()  # of what the text itself suggests
-
-    # -- growth ----------------------------------------------------------------------------------------------
-
-    def prefill(self, item: WorkItem) -> None:
-        """A chunk of prompts into the draft's KV, and before it what the draft has not seen of what was kept."""
-        states = [self._rows[row] for row in item.rows]
-        begins = [state.drafted for state in states]
-        ends = [start + count for start, count in zip(item.starts, item.counts, strict=True)]
-        spans = zip(states, begins, ends, strict=True)
-        self._run(item.rows, begins, [state.sequence.tokens[a:b] for state, a, b in spans], want_logits=False)
-        for state, end in zip(states, ends, strict=True):
-            state.drafted = end
-
-    def extend_chains(self, item: WorkItem) -> None:
-        """Propose one more token for every row: the draft catches up with what it has not seen, then draws."""
-        states = [self._rows[row] for row in item.rows]
-        fed = [(state.sequence.tokens + state.chain)[state.drafted :] for state in states]
-        logits = self._run(item.rows, [state.drafted for state in states], fed)
-        positions = [[state.drafted + len(tokens)] for state, tokens in zip(states, fed, strict=True)]
-        samplers = [state.sequence.sampler if self._shared_noise else GREEDY for state in states]
-        contexts = [state.context([tuple(state.chain)]) for state in states]
-        errors: dict[tuple[int, int], NumericError] = {}
-        drawn = draw_rows(samplers, logits, positions, self._limit, contexts, errors)
-        for state, tokens, row_draw in zip(states, fed, drawn, strict=True):
-            state.drafted += len(tokens)
-            state.chain.append(max(row_draw[0], 0))
-        for (index, _), error in errors.items():
-            states[index].sequence.fail(error)
-
-    def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
-        """One level of every row's tree; a new one first catches up with what the draft has not seen."""
-        limits = zip(item.rows, growth.budgets, growth.depths, strict=True)
-        levels = [self._next_level(row, budget, depth, growth) for row, budget, depth in limits]
-        logits = iter(self._run_levels([level for level in levels if level.nodes]))
-        grown = []
-        for level, budget in zip(levels, growth.budgets, strict=True):
-            if level.nodes:
-                try:
-                    self._offer(level, next(logits), growth.width)
-                except NumericError as error:
-                    level.state.sequence.fail(error)
-                level.tree.prune(budget + growth.ahead)
-            grown.append(self._grown(level.row, level.tree, growth.beams))
-        return tuple(grown)
-
-    def _next_level(self, row: int, budget: int, depth: int, growth: TreeLevel) -> "_Level":
-        """What of a row's tree goes through the draft now: the committed tokens it has not seen, or the best nodes."""
-        state = self._rows[row]
-        room = budget + growth.ahead, depth
-        state.budget, state.beams = budget, growth.beams
-        if state.tree is None:
-            state.room = room
-            calibration = self._calibration[state.sequence.sampler.greedy]
-            guess = self._guesses.log_probability
-            tree = state.tree = Tree(depth, state.sequence.end_ids, calibration.log_probability, guess)
-            tree.feed([ROOT])
-            self._look_up(state, tree, depth)
-            start, tokens = state.drafted, state.sequence.tokens[state.drafted :]
-            state.drafted += len(tokens)
-            return _Level(row, state, tree, [ROOT], start, tokens, list(range(-1, len(tokens) - 1)))
-        tree, first = state.tree, len(state.tree.slots)
-        if state.room != room:
-            tree.reopen(depth)
-            tree.prune(room[0])
-            state.room = room
-        nodes = tree.frontier(self._beams(row, tree, growth.beams))
-        tree.feed(nodes)
-        tokens = [tree.nodes[node].token for node in nodes]
-        return _Level(row, state, tree, nodes, state.drafted, tokens, tree.slot_parents(), first)
-
-    def _look_up(self, state: DraftState, tree: Tree, depth: int) -> None:
-        """Branches of a new tree that need no model: how this text went on before, as far as that is likely."""
-        state.index.extend(state.sequence.tokens[state.index.length :])
-        for tokens, confidences in state.index.propose(depth, LOOKUPS):
-            scores = [log(confidence) for confidence in confidences]
-            paths = accumulate(self._guesses.log_probability(score) for score in scores)
-            likely = sum(1 for _ in takewhile(lambda path: path > LIKELY, paths))
-            tree.add_branch(tokens[:likely], scores[:likely])
-
-    def _run_levels(self, levels: Sequence["_Level"]) -> list[torch.Tensor]:
-        """The draft's logits [N, V] at the nodes of every level."""
-        if not levels:
-            return []
-        logits = self._run(
-            [level.row for level in levels],
-            [level.start for level in levels],
-            [level.tokens for level in levels],
-            parents=[level.parents for level in levels],
-            firsts=[level.first for level in levels],
-        )
-        ends = [len(level.tokens) for level in levels]
-        return [own[end - len(level.nodes) : end] for own, end, level in zip(logits, ends, levels, strict=True)]
-
-    def _offer(self, level: "_Level", logits: torch.Tensor, width: int) -> None:
-        """Children of a level's nodes, scored for the positions they would stand at."""
-        state, tree = level.state, level.tree
-        sampler = state.sequence.sampler
-        depths = [0 if node == ROOT else tree.nodes[node].depth for node in level.nodes]
-        positions = [state.drafted + depth for depth in depths]
-        noise = sampler.noise(positions, logits.shape[-1], logits.device) if self._shared_noise else None
-        logits = sampler.penalised(logits[..., : self._limit], state.context([tree.path(node) for node in level.nodes]))
-        temperature = GREEDY_TEMPERATURE if sampler.greedy else sampler.temperature
-        tokens, scores = best_children(logits, width, noise, temperature=temperature, limit=self._limit)
-        for node, own_tokens, own_scores in zip(level.nodes, tokens.tolist(), scores.tolist(), strict=True):
-            tree.extend(node, own_tokens, own_scores)
-
-    def _grown(self, row: int, tree: Tree, beams: int) -> TreeStatus:
-        """What the policy hears of a tree."""
-        return TreeStatus(row, tuple(tree.probabilities()), tree.gain_bound(self._beams(row, tree, beams)))
-
-    def _beams(self, row: int, tree: Tree, beams: int) -> int:
-        """Forwards of a level: no more than the draft's KV has room for."""
-        return min(beams, self._kv.capacity - self._rows[row].drafted - len(tree.slots))
-
-    def clear(self, row: int) -> None:
-        """Nor anything in the draft's KV."""
-        super().clear(row)
-        self._kv.clear(row)
-
-    # -- verification ----------------------------------------------------------------------------------------
-
-    def commit(self, row: int, path: list[int], emitted: list[int]) -> TreeStatus | None:
-        """Keep what the draft has seen of the draws in its KV, and the tree below them; learn; forget the proposal."""
-        state = self._rows[row]
-        if state.proposal is not None:
-            self._learn(state, state.proposal, path)
-        tree, below = state.tree, None
-        if tree is not None:
-            slots, below = tree.descend(emitted)
-            self._kv.gather(row, state.drafted, slots)
-            state.drafted += len(emitted) if below is not None else len(slots)
-        if below is None:
-            state.drafted = min(state.drafted, len(state.sequence.tokens) - 1)
-        state.chain, state.tree, state.proposal = [], below, None
-        if below is None or state.sequence.finish_reason is not None:
-            return None
-        below.prune(state.budget)
-        return self._grown(row, below, state.beams)
-
-    def _learn(self, state: DraftState, proposal: Proposal, path: list[int]) -> None:
-        calibration = self._calibration[state.sequence.sampler.greedy]
-        for place, accepted in proposal.verdicts(path):
-            draft_score, ngram_score = proposal.draft_score[place], proposal.ngram_score[place]
-            if draft_score is not None:
-                calibration.observe(draft_score, accepted)
-            if ngram_score is not None:
-                self._guesses.observe(ngram_score, accepted)
-
-    # -- the model -------------------------------------------------------------------------------------------
-
-    def _run(
-        self,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        fed: list[list[int]],
-        *,
-        parents: Sequence[Sequence[int]] | None = None,
-        firsts: Sequence[int] | None = None,
-        want_logits: bool = True,
-    ) -> torch.Tensor:
-        """One forward of the draft; logits [B, 1, V] at every row's last token, of trees [B, T, V] at all nodes."""
-        counts = [len(tokens) for tokens in fed]
-        ids = pad(fed)
-        ids = ids.where(ids < self._model.vocab_size, 0)  # padding may differ: what the draft cannot know costs a miss
-        if self._graphs is not None and want_logits:
-            logits = self._graphs.run(ids, rows, starts, counts, parents, firsts)
-            if logits is not None:
-                return logits
-        ids = upload(ids, self._kv.device)
-        activation = self._model.embed(ids, self._kv.step(rows, starts, counts, parents, firsts))
-        for layer in range(self._model.num_layers):
-            self._model.layer(layer, activation)
-        if not want_logits:
-            return activation.hidden
-        last = torch.tensor([[count - 1] for count in counts])
-        return self._model.head(activation, None if parents is not None else upload(last, self._kv.device))
-
-
 def pad(rows: list[list[int]]) -> torch.Tensor:
-    """Token ids as [B, T] int64; shorter rows repeat their last token, whose results nobody reads."""
+    """Token ids as [B, T] int64; shorter rows repeat their last token, and those results are not used."""
     width = max(len(tokens) for tokens in rows)
     return torch.tensor([tokens + [tokens[-1]] * (width - len(tokens)) for tokens in rows])
 

@@ -1,7 +1,7 @@
-"""The draft that needs no model: what followed the last few tokens when they stood in this text before.
+"""A draft method without a model: it proposes the tokens that followed earlier occurrences of the last few tokens.
 
-Source: prompt lookup decoding (Saxena, 2023); the index is ``ngram_index.py``. Its confidences are calibrated online by
-what gets accepted, so text that never repeats itself soon costs next to nothing.
+Source: prompt lookup decoding (Saxena, 2023); the index is ``ngram_index.py``. Acceptance calibrates its confidences
+online, so a text without repetitions soon costs almost nothing.
 """
 
 from math import log
@@ -15,23 +15,23 @@ from aspec.tasks.task import TreeLevel, TreeStatus, WorkItem
 
 
 class NgramDrafter(Drafter):
-    """Proposes continuations of every row's own text, as a tree of one level of work."""
+    """Proposes continuations of every row's own text, as a tree that is complete after one level of work."""
 
     def __init__(self, most: int | None = None) -> None:
-        """At most ``most`` continuations for a row; None: as many as a level is wide."""
+        """At most ``most`` continuations per row; None: the width of the tree level."""
         super().__init__()
         self._most = most
         self._calibration = Calibration()
 
     def prefill(self, item: WorkItem) -> None:
-        """Prompts are indexed with the first proposal."""
+        """Do nothing: the first proposal indexes the prompt."""
 
     def extend_chains(self, item: WorkItem) -> None:
-        """A lookup knows whole continuations, so even a chain is asked for as a tree."""
-        raise InternalError("an n-gram draft grows trees only")
+        """Raises InternalError: a lookup finds whole continuations, so even a chain is planned as a tree."""
+        raise InternalError("an n-gram draft grows trees only: expected a DRAFT task with a tree level")
 
     def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
-        """Look up every row's last tokens; there is nothing further to grow."""
+        """Look up every row's last tokens; the trees are complete after that."""
         rows = zip(item.rows, growth.budgets, growth.depths, strict=True)
         return tuple(self._grow(row, self._rows[row], budget, depth, growth.width) for row, budget, depth in rows)
 
@@ -47,7 +47,7 @@ class NgramDrafter(Drafter):
         return TreeStatus(row, tuple(tree.probabilities()), gain_bound=0.0)
 
     def commit(self, row: int, path: list[int], emitted: list[int]) -> None:
-        """Learn from the accepted path, forget the proposal."""
+        """Learn from the accepted path, then drop the proposal."""
         state = self._rows[row]
         proposal, state.tree, state.proposal = state.proposal, None, None
         for place, accepted in proposal.verdicts(path) if proposal else ():

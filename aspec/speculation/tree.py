@@ -1,10 +1,10 @@
-"""The draft tree of one row: grown best-first by path probability, verified in one pass, followed by the draws.
+"""The draft tree of one row: it grows best first by path probability, and the target verifies it in one pass.
 
-Source: SpecExec (Svirschevski et al., arXiv 2406.02532), batched best-first search over the draft's paths. A level:
-``frontier`` names the nodes worth a draft forward, ``feed`` gives them their slots, ``extend`` takes the children
-the draft offers, ``prune`` keeps the best. Nodes have two numberings: the draft's KV keeps them in the order they
-were fed (slots; a pruned node still owns one), the target sees those that were kept, best first (``Proposal``).
-Once the target has drawn, ``descend`` leaves what stands below its draws: the next round's tree, grown ahead.
+Source: SpecExec (Svirschevski et al., arXiv 2406.02532), batched best-first search over the draft's paths. For a level
+``frontier`` returns the nodes worth a draft forward, ``feed`` gives them their slots, ``extend`` takes the draft's
+candidates for children, ``prune`` keeps the best. Nodes have two numberings: the draft's KV keeps them in the order in
+which they were fed (slots; a pruned node still owns one), the target sees the kept nodes, best first (``Proposal``).
+After the target's draws ``descend`` returns the part below them: the next round's tree, grown ahead.
 May not go in: asyncio, clocks, randomness, tensors.
 """
 
@@ -16,42 +16,42 @@ from math import exp, inf
 from aspec.errors import InternalError, NumericError
 
 ROOT = -1  # the last committed token: the parent of the first nodes
-ROUNDING = 1e-3  # in nats: how far above 0 a log score may stand by rounding alone
+ROUNDING = 1e-3  # in nats: rounding may put a log score at most this far above 0
 
 
 @dataclass(slots=True)
 class Node:
-    """A proposed token; mutable, because it is scored, fed and pruned after it was added."""
+    """A proposed token; mutable, because the tree scores, feeds and prunes it later."""
 
     token: int
     parent: int  # a smaller node index, or ROOT; never changes
     depth: int  # 1 for the children of the root; never changes
     edge: float  # log probability given that the parent is accepted, at most 0
-    score: float  # the sum of the edges from the root
-    draft_score: float | None = None  # the draft's own log score, before any calibration; None: it made no offer
-    ngram_score: float | None = None  # the log score of a branch that came without the draft; None: in no branch
+    score: float  # the sum of the edges from the root: log path probability
+    draft_score: float | None = None  # the draft's own log score, not calibrated; None: no candidate of the draft
+    ngram_score: float | None = None  # the log score in an n-gram branch, not calibrated; None: in no branch
     slot: int = -1  # place in the draft's KV behind the committed tokens; -1 until it is fed
-    kept: bool = True  # False once pruned; then no descendant is kept either
+    kept: bool = True  # False after pruning; then no descendant is kept either
 
     @property
     def order(self) -> tuple[float, int, int, int]:
-        """What nodes are sorted by, best first: score, then small depth, small parent, small token id."""
+        """The sort key, best first: score, then small depth, small parent, small token id."""
         return -self.score, self.depth, self.parent, self.token
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What the target verifies: N nodes, best first, parents before children; any prefix of it is a tree as well."""
+    """The N nodes that the target verifies, best first, parents before children; any prefix is a tree as well."""
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]  # places in this proposal, ROOT for the last committed token
     depths: tuple[int, ...]  # 1 for the children of the root: the position behind the last committed token
     scores: tuple[float, ...]  # log path probabilities, descending
-    draft_score: tuple[float | None, ...]  # the draft's log score of each node given its parent, as the draft gave it
-    ngram_score: tuple[float | None, ...]  # the same of branches that came without the draft
+    draft_score: tuple[float | None, ...]  # as in Node, of each node given its parent
+    ngram_score: tuple[float | None, ...]  # likewise
 
     def first(self, num_nodes: int) -> "Proposal":
-        """The best ``num_nodes`` of it: a tree as well, since parents come before their children."""
+        """The best ``num_nodes`` nodes: a tree as well, because parents come before their children."""
         cut = slice(num_nodes)
         return Proposal(
             self.tokens[cut],
@@ -63,10 +63,11 @@ class Proposal:
         )
 
     def follow(self, draws: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The accepted path (places in this proposal) and the emitted tokens: the path's and the one drawn after it.
+        """The accepted path (places in this proposal), and the emitted tokens: those of the path and the draw after it.
 
         ``draws[0]`` is the target's token after the last committed one, ``draws[1 + i]`` the one after node ``i``.
-        Every emitted token is the target's own draw at its own prefix, whatever the tree.
+        Every emitted token is the target's own draw at its own prefix, for any tree. Raises ValueError for another
+        number of draws.
         """
         if len(draws) != len(self.tokens) + 1:
             raise ValueError(f"expected a draw at the root and at each of {len(self.tokens)} nodes, found {len(draws)}")
@@ -79,13 +80,13 @@ class Proposal:
         return path, emitted
 
     def verdicts(self, path: Sequence[int]) -> list[tuple[int, bool]]:
-        """(place, accepted) of each node whose parent was accepted: all that a verified path tells of the draft."""
+        """(place, accepted) of each node whose parent was accepted; the path tells nothing of the other nodes."""
         accepted = {ROOT, *path}
         return [(place, place in accepted) for place, parent in enumerate(self.parents) if parent in accepted]
 
 
 class Tree:
-    """Grows one row's proposal; the kept nodes are always the best ``budget`` of all paths offered so far."""
+    """Grows one row's proposal; the kept nodes are always the best ``budget`` of all candidates so far."""
 
     def __init__(
         self,
@@ -94,14 +95,14 @@ class Tree:
         log_probability: Callable[[float], float] | None = None,
         log_ngram: Callable[[float], float] | None = None,
     ) -> None:
-        """A tree of paths of at most ``max_depth`` tokens, none of which is in ``end_ids``.
+        """A tree of paths of at most ``max_depth`` tokens; no token is in ``end_ids``.
 
-        A node for a token that ends the sequence would gain nothing: the draw at its parent emits that token anyway.
-        ``log_probability`` maps the draft's log score of a child to the log chance of its acceptance, in ascending
-        order (``Calibration.log_probability``); without it scores are taken as they are. ``log_ngram`` does so for
-        branches that come without the draft.
+        A node for an end token would gain nothing: the draw at its parent emits that token anyway.
+        ``log_probability`` maps the draft's log score of a child to the log probability of its acceptance and keeps
+        the order (``Calibration.log_probability``); None: use the scores as they are. ``log_ngram`` does the same
+        for n-gram branches.
         """
-        self.nodes: list[Node] = []  # in order of addition, parents before children; nothing is ever removed
+        self.nodes: list[Node] = []  # in order of addition, parents before children; never removed
         self.slots: list[int] = []  # the nodes fed to the draft, in that order: slot -> node
         self._max_depth = max_depth
         self._end_ids = frozenset(end_ids)
@@ -110,22 +111,21 @@ class Tree:
         self._budget: int | None = None  # of the latest prune
         self._kept: list[int] = []  # the kept nodes, best first
         self._children: dict[tuple[int, int], int] = {}  # (parent, token) -> node, of all nodes
-        self._offers: dict[
-            tuple[int, int], tuple[float, float]
-        ] = {}  # (parent, token) -> (edge, draft_score), unpruned
-        self._offered: dict[int, list[tuple[int, float, float]]] = {}  # node -> (token, edge, draft_score), all ever
+        # candidates since the latest prune, (parent, token) -> (edge, draft_score); all ever, node -> (token, edge, ..)
+        self._candidates: dict[tuple[int, int], tuple[float, float]] = {}
+        self._history: dict[int, list[tuple[int, float, float]]] = {}
 
     def __len__(self) -> int:
-        """Kept nodes."""
+        """The number of kept nodes."""
         return len(self._kept)
 
     # -- growth ----------------------------------------------------------------------------------------------
 
     def frontier(self, beams: int) -> list[int]:
-        """At most ``beams`` nodes worth a draft forward, best first; ROOT alone at first; empty: the tree is grown.
+        """At most ``beams`` nodes worth a draft forward, best first; only ROOT at first; empty: the tree is complete.
 
-        Their parents have been fed, they are above the depth cap, and a child of theirs could still beat the worst
-        kept node if the budget is used up.
+        Each node's parent is fed, its depth is below the maximum, and while the budget is used up a child of it could
+        still beat the worst kept node. Raises InternalError before ``prune``.
         """
         self._expect_pruned()
         if not self._root_fed:
@@ -136,52 +136,56 @@ class Tree:
             if len(found) >= beams:
                 break
             node = self.nodes[index]
-            waits = node.slot < 0 and node.depth < self._max_depth and self._is_fed(node.parent)
-            if waits and (-node.score, node.depth + 1, index, -1) < worst:  # the best place a child could take
+            is_open = node.slot < 0 and node.depth < self._max_depth and self._is_fed(node.parent)
+            if is_open and (-node.score, node.depth + 1, index, -1) < worst:  # the best order that a child could have
                 found.append(index)
         return found
 
     def feed(self, nodes: Sequence[int]) -> list[int]:
-        """The draft's slots of nodes that go through it now, in this order; -1 for ROOT, which is committed."""
+        """Assign slots of the draft's KV to nodes, in this order, and return them; -1 for ROOT, which is committed.
+
+        Raises InternalError for a node that is fed already or pruned, or whose parent is not fed.
+        """
         for index in nodes:
             if index == ROOT:
                 self._root_fed = True
                 continue
             node = self.nodes[index]
             if node.slot >= 0 or not node.kept or not self._is_fed(node.parent):
-                raise InternalError(f"node {index} cannot be fed: expected a kept node, its parent fed, found {node}")
+                raise InternalError(f"node {index} cannot be fed: expected a kept node with a fed parent, found {node}")
             node.slot = len(self.slots)
             self.slots.append(index)
         return [self._slot(index) for index in nodes]
 
     def extend(self, node: int, tokens: Sequence[int], scores: Sequence[float]) -> None:
-        """Take the draft's offers at one fed node: tokens and their log scores given that node, in any order.
+        """Take the draft's candidates at one fed node: tokens and their log scores given that node, in any order.
 
-        Scores are at most 0 (rounding above is cut); -inf marks a banned token, which is left out, as is what could
-        not enter a budget like the last one. The others wait for ``prune``. Raises NumericError for NaN and +inf.
+        Scores are at most 0 (a rounding error above 0 is cut); -inf marks a banned token. Banned tokens are left out,
+        and so are candidates that could not enter a budget like the last one. The others wait for ``prune``. Raises
+        NumericError for NaN and +inf, ValueError for other scores above 0, InternalError for a node that is not fed.
         """
         if not self._is_fed(node):
             raise InternalError(f"node {node} was extended before it was fed to the draft")
         if node != ROOT and (not self.nodes[node].kept or self.nodes[node].depth >= self._max_depth):
             return
         above, floor = self._score(node), -self._worst()[0]
-        offers = self._offered.setdefault(node, [])
+        history = self._history.setdefault(node, [])
         for token, score in zip(tokens, scores, strict=True):
             draft_score, place = _checked(score), (node, token)
             if draft_score == -inf or token in self._end_ids:
                 continue
             edge = draft_score if self._log_probability is None else min(0.0, self._log_probability(draft_score))
-            offers.append((token, edge, draft_score))
+            history.append((token, edge, draft_score))
             if above + edge < floor and place not in self._children:
                 continue
-            if place not in self._offers or draft_score > self._offers[place][1]:
-                self._offers[place] = edge, draft_score
+            if place not in self._candidates or draft_score > self._candidates[place][1]:
+                self._candidates[place] = edge, draft_score
 
     def add_branch(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
-        """Add a path from the root that came without the draft, with its log score at each token given those before.
+        """Add an n-gram branch: a path from the root, with the log score of each token given those before it.
 
-        Nodes that exist are shared and keep the better of both scores. The branch ends at an end token or at the
-        depth cap. The budget may be passed until the next ``prune``.
+        Existing nodes are shared and keep the better of both scores. The branch ends before an end token, before a
+        banned one (-inf), and at the maximum depth. It may exceed the budget until the next ``prune``.
         """
         at = ROOT
         for token, score in zip(tokens, scores, strict=True):
@@ -193,64 +197,65 @@ class Tree:
             if child is None:
                 child = self._add(at, token, edge)
             node = self.nodes[child]
-            node.kept = True  # it may have been pruned before; its ancestors are kept again by now
+            node.kept = True  # it may have been pruned before; its ancestors are kept again
             node.ngram_score = ngram_score if node.ngram_score is None else max(node.ngram_score, ngram_score)
             self._raise_edge(child, edge)
             at = child
         self._sort()
 
     def prune(self, budget: int) -> int:
-        """Keep the best ``budget`` of all nodes and offers; returns how many of the offers became nodes.
+        """Keep the best ``budget`` of all nodes and candidates; return how many candidates became nodes.
 
-        Ancestor-closed by construction: no score is above its parent's, and the parent's depth is smaller. Numbers
-        follow the nodes' order, so they do not depend on the order of ``extend``.
+        The ancestors of a kept node are kept: no score is above its parent's, and the parent's depth is smaller.
+        New nodes get indices in sort order, so the order of ``extend`` does not matter.
         """
         budget = max(0, budget)
-        revived = self._settle_known()
+        revived = self._merge_known()
         kept = [(*self.nodes[index].order, index) for index in self._kept]
         fresh = [
             (-self._score(parent) - edge, self._depth(parent) + 1, parent, token, ROOT)
-            for (parent, token), (edge, _) in self._offers.items()
+            for (parent, token), (edge, _) in self._candidates.items()
         ]
-        ranked = sorted(kept + fresh)  # no two have the same parent and token, so the index never decides
+        ranked = sorted(kept + fresh)  # no two have the same parent and token, so the index is never compared
         for *_, index in ranked[budget:]:
             if index != ROOT:
                 self.nodes[index].kept = False
         before = len(self.nodes)
         self._kept = [
-            self._add(parent, token, *self._offers[parent, token]) if index == ROOT else index
+            self._add(parent, token, *self._candidates[parent, token]) if index == ROOT else index
             for _, _, parent, token, index in ranked[:budget]
         ]
-        self._offers.clear()
+        self._candidates.clear()
         self._budget = budget
         return len(self.nodes) - before + sum(self.nodes[index].kept for index in revived)
 
     # -- between rounds --------------------------------------------------------------------------------------
 
     def reopen(self, max_depth: int) -> None:
-        """Take back all that pruning dropped, up to another depth cap: what the draft has seen, and its offers there.
+        """Restore what pruning dropped, up to a new maximum depth: all fed nodes, and the draft's candidates at them.
 
-        For a larger budget than before; ``prune`` follows.
+        It serves a change of budget or depth. Call ``prune`` after it.
         """
         self._max_depth = max_depth
         for node in self.nodes:
-            node.kept = (node.kept or node.slot >= 0) and node.depth <= max_depth  # ancestors of what is fed are fed
+            node.kept = (node.kept or node.slot >= 0) and node.depth <= max_depth  # ancestors of a fed node are fed
         self._sort()
-        for parent, offers in self._offered.items():
+        for parent, history in self._history.items():
             if self._depth(parent) < max_depth:
-                kept = [self._children.get((parent, token)) for token, _, _ in offers]
-                self._offers |= {
+                kept = [self._children.get((parent, token)) for token, _, _ in history]
+                self._candidates |= {
                     (parent, token): (edge, draft_score)
-                    for child, (token, edge, draft_score) in zip(kept, offers, strict=True)
+                    for child, (token, edge, draft_score) in zip(kept, history, strict=True)
                     if child is None or not self.nodes[child].kept
                 }
 
     def descend(self, tokens: Sequence[int]) -> tuple[list[int], "Tree | None"]:
-        """The target drew ``tokens`` behind the root: what of this tree outlives them.
+        """The part of this tree below ``tokens``, which the target drew after the root.
 
-        Returns the draft's slots of those tokens, as far as it has seen them, and then the tree below the last one,
-        followed in the list by the slots of its nodes; None where the draft has not seen them all. Scores are as if
-        that token had been the root. Everything is there again that the draft ever draft_score: ``prune`` follows.
+        Returns slots of the draft's KV and a tree. The slots are those of the leading tokens that the draft has seen.
+        If it has seen all of them, the tree is the part below the last one, and the list continues with the slots of
+        its fed nodes; otherwise the tree is None. Its scores count from its new root. It holds all candidates that the
+        draft ever scored there: call ``prune`` after it.
         """
         at, slots = ROOT, list[int]()
         for token in tokens:
@@ -265,16 +270,16 @@ class Tree:
             if node.parent in places and (node.kept or node.slot >= 0):
                 places[index] = below._add(places[node.parent], node.token, node.edge, node.draft_score)
                 below.nodes[-1].ngram_score = node.ngram_score
-        below._offered = {places[node]: offers for node, offers in self._offered.items() if node in places}
+        below._history = {places[node]: history for node, history in self._history.items() if node in places}
         seen = [index for index in self.slots if places.get(index, ROOT) != ROOT]
         below.feed([places[index] for index in seen])
         below.reopen(self._max_depth)
         return slots + [self.nodes[index].slot for index in seen], below
 
-    # -- what has grown --------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     def proposal(self) -> Proposal:
-        """The kept nodes as the target verifies them."""
+        """The kept nodes as the target verifies them. Raises InternalError before ``prune``."""
         self._expect_pruned()
         nodes = [self.nodes[index] for index in self._kept]
         places = {index: place for place, index in enumerate(self._kept)} | {ROOT: ROOT}
@@ -288,7 +293,7 @@ class Tree:
         )
 
     def path(self, node: int) -> tuple[int, ...]:
-        """The tokens from behind the last committed one to a node; of ROOT none."""
+        """The tokens after the last committed one, down to a node; empty for ROOT."""
         tokens: list[int] = []
         while node != ROOT:
             tokens.append(self.nodes[node].token)
@@ -296,7 +301,7 @@ class Tree:
         return tuple(reversed(tokens))
 
     def slot_parents(self) -> list[int]:
-        """For every slot that of the node's parent, -1 for the root: the ancestry the draft's mask is built from."""
+        """The parent's slot of the node in every slot, -1 for the root; the draft's attention mask is built from it."""
         return [self._slot(self.nodes[index].parent) for index in self.slots]
 
     def probabilities(self) -> list[float]:
@@ -304,25 +309,25 @@ class Tree:
         return [exp(self.nodes[index].score) for index in self._kept]
 
     def gain_bound(self, beams: int) -> float:
-        """The most tokens one more level can gain: the probability that the next frontier is reached at all."""
+        """Most tokens that one more level can gain: the sum of the path probabilities of the next frontier."""
         return sum(exp(self._score(index)) for index in self.frontier(beams))
 
     def validate(self) -> None:
-        """Check the invariants; tests call it after every step."""
+        """Check the invariants; tests call it after every step. Raises AssertionError."""
         for index, node in enumerate(self.nodes):
             assert ROOT <= node.parent < index, "parents come before their children"
-            assert self._children[node.parent, node.token] == index, "no token stands twice under one parent"
+            assert self._children[node.parent, node.token] == index, "a parent has each token once"
             assert node.depth == self._depth(node.parent) + 1
-            assert node.depth <= self._max_depth or not node.kept, "kept nodes are above the depth cap"
+            assert node.depth <= self._max_depth or not node.kept, "kept nodes have at most the maximum depth"
             assert node.edge <= 0.0
             assert node.score == self._score(node.parent) + node.edge
             assert node.token not in self._end_ids
             parent_kept = node.parent == ROOT or self.nodes[node.parent].kept
             assert parent_kept or not node.kept, "an ancestor of a kept node is kept"
-            assert node.slot < 0 or self._slot(node.parent) < node.slot, "the draft saw the parent first"
+            assert node.slot < 0 or self._slot(node.parent) < node.slot, "the parent is fed first"
         assert sorted(self._kept) == [index for index, node in enumerate(self.nodes) if node.kept]
         orders = [self.nodes[index].order for index in self._kept]
-        assert all(a < b for a, b in pairwise(orders)), "the kept nodes stand best first"
+        assert all(a < b for a, b in pairwise(orders)), "the kept nodes are sorted, best first"
         assert [self.nodes[index].slot for index in self.slots] == list(range(len(self.slots)))
 
     # -- nodes -----------------------------------------------------------------------------------------------
@@ -333,13 +338,13 @@ class Tree:
         self._children[parent, token] = index
         return index
 
-    def _settle_known(self) -> list[int]:
-        """Take the offers that name an existing node off the list; returns those among them that were pruned."""
-        known = [place for place in self._offers if place in self._children]
+    def _merge_known(self) -> list[int]:
+        """Merge candidates of existing nodes into these nodes; return the nodes that were pruned before."""
+        known = [place for place in self._candidates if place in self._children]
         revived: list[int] = []
         for place in known:
             child = self._children[place]
-            edge, self.nodes[child].draft_score = self._offers.pop(place)
+            edge, self.nodes[child].draft_score = self._candidates.pop(place)
             self._raise_edge(child, edge)
             if not self.nodes[child].kept:
                 self.nodes[child].kept = True
@@ -348,7 +353,7 @@ class Tree:
         return revived
 
     def _raise_edge(self, index: int, edge: float) -> None:
-        """Let a node and its descendants gain from a better score; the kept nodes are to be sorted afterwards."""
+        """Raise a node's edge to ``edge``, and the scores of its descendants; sort the kept nodes afterwards."""
         if edge > self.nodes[index].edge:
             self.nodes[index].edge = edge
             for node in self.nodes[index:]:
@@ -359,16 +364,16 @@ class Tree:
         self._kept = sorted(kept, key=lambda index: self.nodes[index].order)
 
     def _worst(self) -> tuple[float, int, int, int]:
-        """The order of the last node inside the budget; while there is room, one that everything comes before."""
+        """The order of the last node inside the budget; one after all nodes while the budget is not used up."""
         if not self._budget or len(self._kept) < self._budget:
             return inf, 0, 0, 0
         return self.nodes[self._kept[self._budget - 1]].order
 
     def _expect_pruned(self) -> None:
-        if self._offers or (self._budget is not None and len(self._kept) > self._budget):
+        if self._candidates or (self._budget is not None and len(self._kept) > self._budget):
             raise InternalError(
-                f"{len(self._kept)} nodes with {len(self._offers)} offers for a budget of {self._budget}: expected "
-                f"prune() before the tree is read"
+                f"{len(self._kept)} nodes with {len(self._candidates)} candidates for a budget of {self._budget}: "
+                f"expected prune() before the tree is read"
             )
 
     def _is_fed(self, index: int) -> bool:
@@ -385,11 +390,11 @@ class Tree:
 
 
 def _checked(score: float) -> float:
-    """A log score, at most 0. Raises NumericError for NaN and +inf, ValueError for what rounding does not explain."""
+    """The log score, cut at 0. Raises NumericError for NaN and +inf, ValueError for one above ``ROUNDING``."""
     if score <= 0.0:
         return score
     if score < ROUNDING:
         return 0.0
     if score < inf:
-        raise ValueError(f"a log score of {score}: expected at most 0, a probability's logarithm")
-    raise NumericError(f"a log score of {score}: expected a finite number or -inf; the draft's logits are damaged")
+        raise ValueError(f"a log score of {score}: expected at most 0, the logarithm of a probability")
+    raise NumericError(f"a log score of {score}: expected a finite number or -inf; the draft's logits are not valid")

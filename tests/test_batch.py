@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from aspec.api import collect, run
-from aspec.cli.batch import digest_of
 from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
@@ -23,6 +22,7 @@ from aspec.observe.batch_progress import BatchProgress, batch_line, duration
 from aspec.observe.snapshot import Snapshot
 from aspec.serving.batch_input import parse_row
 from aspec.serving.batch_output import journal_of
+from aspec.serving.batch_writer import digest_of
 from aspec.serving.dispatch import WINDOW, PreparedRequest, serve
 from aspec.serving.openai_requests import CHAT, COMPLETION, Request
 from tests import tiny
@@ -258,7 +258,7 @@ def test_what_cannot_be_read_or_written_is_refused_before_anything_else(pair, tm
 def test_a_folder_that_may_not_be_written_is_refused(pair, tmp_path):
     write(tmp_path / "in.jsonl", make_rows(2))
     (tmp_path / "folder").mkdir(mode=0o500)
-    assert "may not be written" in refused(pair, tmp_path, "folder/out.jsonl")
+    assert "is not writable" in refused(pair, tmp_path, "folder/out.jsonl")
 
 
 def test_all_rows_are_checked_before_any_is_served(pair, tmp_path):
@@ -269,7 +269,7 @@ def test_all_rows_are_checked_before_any_is_served(pair, tmp_path):
     rows[8] = {**rows[1], "custom_id": "surrogate", "body": {"prompt": "\ud800"}}
     write(tmp_path / "in.jsonl", rows)
     told = refused(pair, tmp_path)
-    assert "4 problems; nothing was done" in told
+    assert "4 problems. No row was served" in told
     for number, words in ((3, "n must be 1"), (5, "'row-1'"), (7, "context holds 256"), (9, "not valid Unicode")):
         assert any(line.startswith(f"  line {number}: ") and words in line for line in told.splitlines())
 

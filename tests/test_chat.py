@@ -87,7 +87,7 @@ def test_help_and_what_is_no_command(pair):
     made = chat("--target", pair[0], *SMALL, "-q", stdin="/help\n/quit\n")
     assert (made.exit_code, made.stdout) == (0, "")
     assert all(word in made.stderr for word in ("/new", "/exit", "Ctrl-C"))
-    assert "/quit is no command" in made.stderr
+    assert "/quit is not a command" in made.stderr
 
 
 def test_beyond_the_context_there_is_a_message_and_a_way_on(pair, dressed):

@@ -12,7 +12,7 @@ import zlib
 import pytest
 
 from aspec.errors import UserError, WriteError
-from aspec.serving.batch_output import Row, journal_of, open_output, seal, unseal
+from aspec.serving.batch_output import OutputRow, journal_of, open_output, seal, unseal
 
 TIES = {"input": "sha256 1234", "seed": 0, "stop": ["a"]}
 
@@ -21,7 +21,9 @@ def make_rows(count):
     """Lines of many lengths, one in three of them an error."""
     noise = random.Random(3)
     return [
-        Row(f"row {i} é", json.dumps({"custom_id": i, "text": "x" * noise.randrange(60)}).encode() + b"\n", i % 3 == 0)
+        OutputRow(
+            f"row {i} é", json.dumps({"custom_id": i, "text": "x" * noise.randrange(60)}).encode() + b"\n", i % 3 == 0
+        )
         for i in range(count)
     ]
 
@@ -67,7 +69,7 @@ def test_a_cut_at_any_byte_of_either_file_costs_the_rows_behind_it_only(tmp_path
     write(whole, rows)
     journal = journal_of(whole).read_bytes()
     header = len(seal({"aspec": "batch journal", "format": 1, "created": 7, "ties": TIES}))
-    records = [header + end for end in borders([Row("", line + b"\n") for line in journal[header:].splitlines()])]
+    records = [header + end for end in borders([OutputRow("", line + b"\n") for line in journal[header:].splitlines()])]
     ends = borders(rows)
     cuts = [(size, len(journal)) for size in range(ends[-4], ends[-1] + 1)]
     cuts += [(ends[-1], size) for size in range(records[-4], len(journal) + 1)]

@@ -236,7 +236,7 @@ BAD_LINES = {
     "JSON": "{",
     "a JSON object": "[]",
     "custom_id must": line(custom_id=None),
-    "custom_id 'first' is that of line 1": line("first"),
+    "custom_id 'first' is already used in line 1": line("first"),
     "method must be POST": line(method="GET"),
     "url must be": line(url="/v1/embeddings"),
     "body must be an object": line(body=[]),
@@ -249,7 +249,7 @@ BAD_LINES = {
 def test_a_bad_line_is_told_by_its_number(tmp_path, expected):
     with pytest.raises(UserError) as error:
         scan(tmp_path / "in.jsonl", "\n".join([line("first"), "", BAD_LINES[expected], line("last")]))
-    assert "one problem; nothing was done" in str(error.value)
+    assert "one problem. No row was served" in str(error.value)
     assert "\n  line 3: " in str(error.value)
     assert expected in str(error.value)
 
@@ -263,7 +263,7 @@ def test_all_problems_are_counted_and_the_first_ten_told(tmp_path):
     with pytest.raises(UserError) as error:
         scan(tmp_path / "in.jsonl", text, check)
     first, *listed = str(error.value).split("\n")
-    assert "17 problems, of which these are the first 10" in first
+    assert "17 problems; the first 10 are listed" in first
     assert [int(one.split()[1].rstrip(":")) for one in listed] == [1, 3, 4, 5, 7, 9, 11, 13, 14, 15]
     assert listed[2].endswith("too long")
 

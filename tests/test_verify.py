@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from aspec.cli.main import app
-from aspec.cli.verify import Claim, Divergence, ReferenceSampler, Verdict, conclude, first_difference
+from aspec.cli.verify import Divergence, Generation, ReferenceSampler, Verdict, conclude, first_difference
 from aspec.engine.engine import Engine
 from aspec.errors import DivergenceError, ReadError
 from aspec.generation.params import SamplingParams
@@ -87,7 +87,7 @@ def test_a_draw_is_the_largest_score(params, dtype):
 
 def referee(logits, claimed, **params):
     """One that has seen a prompt of three and a draw at position 3."""
-    made = ReferenceSampler(Claim([7, 8, 9], SamplingParams(**params), (claimed,)))
+    made = ReferenceSampler(Generation([7, 8, 9], SamplingParams(**params), (claimed,)))
     made.draw(logits[None], [3])
     return made
 
@@ -107,7 +107,7 @@ def test_the_margin_is_of_the_scores_that_decided():
 
 
 def test_a_referee_notes_the_first_difference_only():
-    made = ReferenceSampler(Claim([7], SamplingParams(), (1, 0, 0)))
+    made = ReferenceSampler(Generation([7], SamplingParams(), (1, 0, 0)))
     wide = torch.tensor([[0.0, 4.0]])
     for position, logits in ((0, wide), (1, wide), (2, wide / 2), (3, wide), (4, wide)):
         assert made.draw(logits, [position]) == [1]
@@ -123,8 +123,8 @@ def test_the_verdict_names_the_first_prompt_that_differs():
     with pytest.raises(DivergenceError) as error:
         conclude(verdicts, exact=False)
     assert str(error.value) == (
-        "not verified: prompt 1: after 5 equal tokens speculation gave token 40 ('\\n'), decoding without it token 41 "
-        "(' x'); preferred by 0.012 nats. --exact makes them equal."
+        "not verified: prompt 1: after 5 equal tokens speculation gave token 40 ('\\n'), decoding without it gave "
+        "token 41 (' x'); preferred by 0.012 nats. --exact makes them equal."
     )
     with pytest.raises(DivergenceError, match="report") as error:
         conclude(verdicts, exact=True)

@@ -1,1 +1,1 @@
-"""What can be asked at the command line? One file per command."""
+"""What can a user do at the command line? One file per command."""

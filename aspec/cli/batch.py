@@ -1,32 +1,30 @@
-"""What ``aspec batch`` does: the rows of a file to answers in another one, none of which is ever lost.
+"""What ``aspec batch`` does: serve the rows of an input file and write each answer to an output file.
 
-The input is checked whole before anything is opened. A bounded window of rows is in the engine's hands, so that a
-row that ends is followed at once; each answer is on the disk before its worker takes the next row. Rows that end
-while a sync is under way share the next one.
+The whole input is checked before the engine opens. The engine holds a bounded window of rows, so the next row begins
+as soon as one ends. An answer is on the disk before its worker takes the next row, so no finished row is lost. Rows
+that end while a sync runs share the next sync.
 """
 
 import asyncio
 import hashlib
-import json
 import os
-import signal
 import time
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from aspec.api import Result, run
+from aspec.api import run
 from aspec.cli.command_flags import BatchFlags
+from aspec.cli.interrupts import Interrupts
 from aspec.engine.engine import Engine, describe_plan
-from aspec.errors import NumericError, PromptError, UserError, WriteError
+from aspec.errors import PromptError, UserError, WriteError
 from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
-from aspec.io.settling import settle
 from aspec.models.model import generation_defaults
 from aspec.models.skeleton import load_config, max_context
 from aspec.observe.batch_progress import BatchProgress, follow
@@ -36,60 +34,60 @@ from aspec.observe.ticker import Ticker
 from aspec.plan import Workload
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.serving.batch_input import BatchFile, BatchRow
-from aspec.serving.batch_output import Found, Output, Row, check_startable, journal_of, open_output
-from aspec.serving.dispatch import ContextExceeded, PreparedRequest, Refused, encode, serve
-from aspec.serving.openai_responses import Generated, Label, answer_body
+from aspec.serving.batch_output import FinishedRows, Output, check_startable, journal_of, open_output
+from aspec.serving.batch_writer import BatchWriter, digest_of
+from aspec.serving.dispatch import PreparedRequest, encode, serve
 
-CHECK_LINE_S = 5.0
-LARGE_BYTES = 64 << 20  # files up to here are small: tokenizers, configurations
-SAMPLE_BYTES = 1 << 16  # of a shard's beginning, middle and end, by which its weights are told from others
+CHECK_LINE_S = 5.0  # seconds between two progress lines of the check
+LARGE_BYTES = 64 << 20  # largest size of a small file, such as a tokenizer or a configuration
+SAMPLE_BYTES = 1 << 16  # bytes that are hashed at the beginning, the middle and the end of a large file
 DEMO_NAME = "aspec-demo"
 
 
-# -- a job -----------------------------------------------------------------------------------------------------
+# -- the job ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A checked input, and all that its answers follow from."""
+class BatchJob:
+    """A checked input, and everything that decides its answers."""
 
     flags: BatchFlags
     resolved: Resolved
     rows: BatchFile
     tokenizer: Tokenizer
     defaults: SamplingParams
-    ties: dict[str, Any]
+    ties: dict[str, Any]  # what the output rows depend on; the journal's header records it
     console: Console
 
-    def ask(self, row: BatchRow) -> PreparedRequest:
-        """A row, ready for the engine; its seed follows from its custom_id where it gives none."""
+    def request(self, row: BatchRow) -> PreparedRequest:
+        """Prepare a row for the engine; a row without a seed derives it from its custom_id."""
         seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
         params = row.request.params(self.defaults, seed)
         return PreparedRequest(row.custom_id, row.request, encode(self.tokenizer, row.request), params)
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """How much the rows are."""
+class RowTotals:
+    """The size of the rows."""
 
-    longest: int  # tokens of a row, what it asks for included
+    longest: int  # tokens of the longest row, prompt and requested tokens together
     workload: Workload
 
 
 def batch_to_console(flags: BatchFlags, console: Console) -> None:
-    """Serve a file. Raises AspecError where it cannot be, and KeyboardInterrupt where it was stopped before its end."""
+    """Serve a file. Raises AspecError when it cannot be served, KeyboardInterrupt when it is stopped before its end."""
     assert flags.input is not None
     assert flags.output is not None
     check_paths(flags.input, flags.output, overwrite=flags.overwrite)
     with BatchFile(flags.input) as rows:
         job = prepare(flags, rows, console)
-        output, found = open_output(flags.output, job.ties, int(time.time()), overwrite=flags.overwrite)
+        output, finished = open_output(flags.output, job.ties, int(time.time()), overwrite=flags.overwrite)
         with output:
-            _serve_file(job, output, found)
+            _serve_file(job, output, finished)
 
 
 def check_paths(source: Path, output: Path, *, overwrite: bool) -> None:
-    """Refuse what cannot be meant, before anything is read. Raises UserError."""
+    """Refuse paths that cannot work, before any file is read. Raises UserError."""
     target = Path(os.path.realpath(output))
     for file in (target, journal_of(target)):
         if source.exists() and file.exists() and source.samefile(file):
@@ -99,23 +97,23 @@ def check_paths(source: Path, output: Path, *, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise UserError(f"the output's folder {target.parent} does not exist. Make it, or give another -o.")
     if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise UserError(f"the output's folder {target.parent} may not be written. Change its mode, or give another -o.")
+        raise UserError(f"the output's folder {target.parent} is not writable. Change its mode, or give another -o.")
     check_startable(target, overwrite=overwrite)
 
 
-def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> Job:
-    """Find the models and check every row; blocks for long where a model is fetched or rows are many.
+def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
+    """Find the models and check every row. Blocks for long when a model is downloaded or the file has many rows.
 
-    Raises UserError where anything cannot be used.
+    Raises UserError when a model or a row cannot be used.
     """
     resolved = resolve(flags.options())
     folders = [folder for folder in (resolved.target, resolved.draft) if folder is not None]
     tokenizer = Tokenizer.load(resolved.target)
     defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
     limit = min(filter(None, map(_context_limit, folders)), default=None)
-    extent = _check_rows(rows, tokenizer, defaults, limit, console)
-    context = min(filter(None, (resolved.options.max_context or extent.longest, limit)))
-    resolved = revise(resolved, max_context=context, workload=extent.workload)
+    totals = _check_rows(rows, tokenizer, defaults, limit, console)
+    context = min(filter(None, (resolved.options.max_context or totals.longest, limit)))
+    resolved = revise(resolved, max_context=context, workload=totals.workload)
     ties = {
         "input": f"sha256 {rows.digest}",
         "target": f"sha256 {fingerprint(resolved.target)}",
@@ -124,16 +122,11 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> Job:
         "max_context": context,
         **{name: getattr(defaults, name) for name in SamplingParams.__slots__},
     }
-    return Job(flags, resolved, rows, tokenizer, defaults, ties, console)
-
-
-def digest_of(custom_id: str) -> str:
-    """24 hexadecimal digits that stand for a row in the ids of its answer, and in its seed."""
-    return hashlib.sha256(custom_id.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    return BatchJob(flags, resolved, rows, tokenizer, defaults, ties, console)
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over a checkpoint's small files and over samples of its large ones."""
+    """SHA-256 of a checkpoint's small files and of samples of its large files, in hexadecimal digits."""
     digest = hashlib.sha256()
     wanted = {path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(wanted):
@@ -153,8 +146,8 @@ def _context_limit(folder: Path) -> int | None:
 
 def _check_rows(
     rows: BatchFile, tokenizer: Tokenizer, defaults: SamplingParams, limit: int | None, console: Console
-) -> Extent:
-    """Encode every row once. Raises UserError that lists what is wrong."""
+) -> RowTotals:
+    """Encode every row once. Raises a UserError that lists the problems."""
     longest = checked = prompts = new = 0
     sampled = False
 
@@ -171,145 +164,58 @@ def _check_rows(
         checked, prompts, new = checked + 1, prompts + count, new + wanted
         sampled = sampled or row.request.params(defaults, seed=0).temperature > 0.0
 
-    ticker = Ticker(CHECK_LINE_S, lambda: console.note(f"check: {checked} rows"), "check")
+    ticker = Ticker(CHECK_LINE_S, lambda: console.note(f"{checked} rows checked"), "check")
     try:
         rows.scan(check)
     finally:
         ticker.close()
     mean_prompt, mean_new = max(1, round(prompts / checked)), max(2, round(new / checked))
-    return Extent(longest, Workload(checked, mean_prompt, mean_new, sampled=sampled))
+    return RowTotals(longest, Workload(checked, mean_prompt, mean_new, sampled=sampled))
 
 
-# -- its run ---------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------------------
 
 
-def _serve_file(job: Job, output: Output, found: Found) -> None:
+def _serve_file(job: BatchJob, output: Output, finished: FinishedRows) -> None:
     console, total = job.console, len(job.rows.custom_ids)
-    pending = [index for index, name in enumerate(job.rows.custom_ids) if name not in found.done]
-    tally = BatchProgress(total, done=len(found.done), failed=found.num_failed)
-    if found.done:
-        console.note(f"{output.path} holds {len(found.done)} of {total} rows; {len(pending)} are left")
-    if found.cut_bytes:
-        console.note(f"{found.cut_bytes} bytes of rows that were not finished were cut off; they are made again")
+    pending = [index for index, name in enumerate(job.rows.custom_ids) if name not in finished.done]
+    progress = BatchProgress(total, done=len(finished.done), failed=finished.num_failed)
+    if finished.done:
+        console.note(f"{output.path} holds {len(finished.done)} of {total} rows; {len(pending)} rows are left")
+    if finished.cut_bytes:
+        console.note(f"{finished.cut_bytes} bytes of unfinished rows were removed; these rows are generated again")
     if pending:
-        writer = BatchWriter(output, job.flags.target or DEMO_NAME, tally)
+        writer = BatchWriter(output, job.flags.target or DEMO_NAME, progress)
         try:
-            run(partial(_run, job, pending, writer, tally))
+            run(partial(_run, job, pending, writer, progress))
         except asyncio.CancelledError:
-            pass  # stopped at once
+            pass  # a signal stopped the run at once
         finally:
-            with suppress(WriteError):  # that one is on its way already
+            with suppress(WriteError):  # serve() has raised the same error already
                 writer.flush()
-        console.note(tally.summary())
-    errors = f", {tally.failed} of them errors" if tally.failed else ""
-    console.note(f"{tally.done} of {total} rows are in {output.path}{errors}")
-    if tally.done < total:
-        console.note("run the same command again to go on")
+        console.note(progress.summary())
+    errors = f", {progress.failed} of them errors" if progress.failed else ""
+    console.note(f"{progress.done} of {total} rows are in {output.path}{errors}")
+    if progress.done < total:
+        console.note("to continue, run the same command again")
         raise KeyboardInterrupt
 
 
-async def _run(job: Job, pending: list[int], writer: "BatchWriter", tally: BatchProgress) -> None:
+async def _run(job: BatchJob, pending: list[int], writer: BatchWriter, progress: BatchProgress) -> None:
     monitor = Monitor()
     with (
         Interrupts(job.console) as interrupts,
-        follow(tally, monitor, job.console, live=not job.flags.no_dashboard),
+        follow(progress, monitor, job.console, live=not job.flags.no_dashboard),
     ):
         async with AsyncExitStack() as stack:
             resolved = revise(job.resolved, progress=monitor.progress)
-            engine = await stack.enter_async_context(Engine(resolved, [monitor, tally], [monitor.issued]))
+            engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
-            asked = (job.ask(job.rows.read(index)) for index in pending)
-            interrupts.politely = True
-            tally.begun_s = tally.ended_s = time.perf_counter()
+            requests = (job.request(job.rows.read(index)) for index in pending)
+            interrupts.can_drain = True
+            progress.begun_s = progress.ended_s = time.perf_counter()
             try:
-                await serve(engine, asked, partial(writer.keep, engine.tokenizer), interrupts.drain)
+                await serve(engine, requests, partial(writer.keep, engine.tokenizer), interrupts.drain)
             finally:
-                tally.ended_s = time.perf_counter()
-
-
-class BatchWriter:
-    """Answers to lines to the disk; mutable: lines wait while a sync is under way."""
-
-    def __init__(self, output: Output, model: str, tally: BatchProgress) -> None:
-        self._output, self._model, self._tally = output, model, tally
-        self._waiting: list[Row] = []  # made, in nobody's hands yet
-        self._turn = asyncio.Lock()
-
-    async def keep(self, tokenizer: Tokenizer, one: PreparedRequest, outcome: Result | Refused) -> None:
-        """Write an answer; returns when it is synced. Raises WriteError."""
-        row = self._row(tokenizer, one, outcome)
-        if isinstance(outcome, Result):
-            self._tally.count(len(outcome.token_ids), len(one.tokens), outcome.stats.num_cached_tokens)
-        self._waiting.append(row)
-        async with self._turn:
-            if row in self._waiting:  # otherwise whoever had the turn before has written it
-                rows, self._waiting = self._waiting, []
-                await settle(asyncio.ensure_future(asyncio.to_thread(self._commit, rows)))
-
-    def flush(self) -> None:
-        """Write and sync what waits, when the loop has ended. Raises WriteError."""
-        rows, self._waiting = self._waiting, []
-        if rows:
-            self._commit(rows)
-
-    def _commit(self, rows: list[Row]) -> None:
-        self._output.append(rows)
-        self._tally.keep(len(rows), sum(row.failed for row in rows))
-
-    def _row(self, tokenizer: Tokenizer, one: PreparedRequest, outcome: Result | Refused) -> Row:
-        """The line of the output, which nothing but the row, the model and the options decides."""
-        digest = digest_of(one.id)
-        line: dict[str, Any] = {"id": f"batch_req_{digest}", "custom_id": one.id, "response": None, "error": None}
-        if not isinstance(outcome, Result):
-            line["error"] = {"code": _code_of(outcome), "message": str(outcome)}
-        else:
-            made = Generated(
-                outcome.text, len(one.tokens), len(outcome.token_ids), outcome.finish_reason, outcome.logprobs
-            )
-            label = Label(digest, self._output.created, one.request.model or self._model)
-            body = answer_body(one.request, made, label, tokenizer)
-            line["response"] = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
-        return Row(one.id, json.dumps(line).encode() + b"\n", not isinstance(outcome, Result))
-
-
-def _code_of(refused: Refused) -> str:
-    """What the line of a row without an answer gives as its error's code."""
-    if isinstance(refused, NumericError):
-        return "numeric_error"
-    return "context_length_exceeded" if isinstance(refused, ContextExceeded) else "invalid_prompt"
-
-
-class Interrupts:
-    """What SIGINT and SIGTERM do to the running task: end it, or at first, once ``politely`` is set, drain.
-
-    Mutable, because the second signal means more than the first. Belongs to the loop's thread.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self.drain = asyncio.Event()
-        self.politely = False
-        self._console = console
-        self._cancelled = False  # once is enough: what closes then must not be cancelled, too
-
-    def __enter__(self) -> Self:
-        self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
-        self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        self._loop.add_signal_handler(signal.SIGTERM, self._stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.remove_signal_handler(signal.SIGINT)
-        self._loop.remove_signal_handler(signal.SIGTERM)
-
-    def _interrupt(self) -> None:
-        if not self.politely or self.drain.is_set():
-            self._stop()
-            return
-        self.drain.set()
-        self._console.note("no new rows; those under way are finished. Ctrl-C again stops at once: no row is lost")
-
-    def _stop(self) -> None:
-        if not self._cancelled and self._main is not None:
-            self._cancelled = True
-            self._main.cancel()
+                progress.ended_s = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What ``aspec bench`` does: this machine's ceilings, then runs of the engine, in one table.
+"""What ``aspec bench`` does: measure this machine's ceilings and some runs of the engine, and print one table.
 
-Every run is held against the raw link rate probed just before and after it: shared disks drift, only neighbours
-compare.
+Each run is compared with the raw link rate that was probed just before and after it, because the rate of a shared disk
+changes over time.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import torch
 
 from aspec.api import Result, collect, run, seeded
 from aspec.cli.command_flags import BenchFlags
-from aspec.cli.generate import PROBE_S, Job, prepare
+from aspec.cli.generate import PROBE_S, GenerateJob, prepare
 from aspec.engine.engine import Engine, describe_plan
 from aspec.io.memory import peak_rss_bytes
 from aspec.observe.console import Console
@@ -43,32 +43,32 @@ class Run:
     """One measured generation of all prompts."""
 
     summary: Summary
-    link_bytes_per_s: float | None  # raw, the mean of the probes around it
-    prefill_s: float
+    link_bytes_per_s: float | None  # raw, the mean of the probes before and after the run
+    prefill_s: float  # median over the prompts
     bytes_per_pass: int
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes that travelled for one token of decoding."""
+        """Bytes that streamed per decoded token; None without a decoding pass."""
         per_pass = self.summary.tokens_per_pass
         return self.bytes_per_pass / per_pass if per_pass else None
 
     @property
     def ceiling_tokens_per_s(self) -> float | None:
-        """Tokens per pass times raw link rate over bytes per pass; None where nothing streams."""
+        """Tokens per pass times raw link rate over bytes per pass; None if no weights stream."""
         per_pass, rate = self.summary.tokens_per_pass, self.link_bytes_per_s
         return per_pass * rate / self.bytes_per_pass if per_pass and rate and self.bytes_per_pass else None
 
     @property
     def ceiling_fraction(self) -> float | None:
-        """How near the run came to its ceiling."""
+        """The run's speed as a share of its ceiling."""
         ceiling, speed = self.ceiling_tokens_per_s, self.summary.tokens_per_s
         return speed / ceiling if ceiling and speed else None
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """All that was measured."""
+class BenchReport:
+    """All measurements."""
 
     machine: HostInfo
     ceilings: Ceilings
@@ -76,7 +76,7 @@ class Report:
     runs: tuple[Run, ...]
     hardware: Hardware  # this machine, with the tasks of the last run
     peak_rss_bytes: int
-    device_peak_bytes: int | None  # by its allocator's count; None where the device is the host's own memory
+    device_peak_bytes: int | None  # as its allocator counts; None for a CPU
 
 
 def bench_to_console(flags: BenchFlags, console: Console) -> None:
@@ -92,9 +92,11 @@ def bench_to_console(flags: BenchFlags, console: Console) -> None:
             print(line)
 
 
-async def _measure(job: Job, rounds: int) -> Report:
+async def _measure(job: GenerateJob, rounds: int) -> BenchReport:
     monitor, recorder = Monitor(), Recorder()
-    resolved = revise(job.resolved, progress=monitor.progress, reuse_prefix=False)  # every run prefills its prompt
+    resolved = revise(
+        job.resolved, progress=monitor.progress, reuse_prefix=False
+    )  # so that every run prefills its prompts
     with watch(monitor, job.console, dashboard=not job.flags.no_dashboard):
         async with Engine(resolved, [monitor, recorder], [monitor.issued]) as engine:
             job.console.note(describe_plan(engine.plan))
@@ -108,18 +110,18 @@ async def _measure(job: Job, rounds: int) -> Report:
                 before = await engine.probe_link_rate(PROBE_S)
                 results = await _generate(engine, job, monitor)
                 after = await engine.probe_link_rate(PROBE_S)
-                runs.append(_run(recorder, results, [rate for rate in (before, after) if rate], engine.plan))
+                runs.append(_as_run(recorder, results, [rate for rate in (before, after) if rate], engine.plan))
                 speed = runs[-1].summary.tokens_per_s or 0.0
                 job.console.note(f"run {index + 1} of {rounds}: {speed:.2f} tokens/s")
             measured = measured_profile(recorder.timeline())
             hardware = _hardware(ceilings, measured, engine.dtype)
             await asyncio.to_thread(_remember, job, engine.plan, measured, runs)
             peaks = peak_rss_bytes(), engine.device_peak_bytes
-            return Report(host_info(), ceilings, engine.plan, tuple(runs), hardware, *peaks)
+            return BenchReport(host_info(), ceilings, engine.plan, tuple(runs), hardware, *peaks)
 
 
 def _hardware(ceilings: Ceilings, measured: SimCosts, dtype: torch.dtype) -> Hardware:
-    """This machine in few figures: its ceilings, which are the CPU's, and the rates and tasks of a run."""
+    """This machine's figures: ceilings of the CPU, and rates and task costs that a run measured."""
     host = host_info()
     name = "float32" if dtype == torch.float32 else "bfloat16"
     return Hardware(
@@ -137,10 +139,11 @@ def _hardware(ceilings: Ceilings, measured: SimCosts, dtype: torch.dtype) -> Har
     )
 
 
-def _remember(job: Job, plan: Plan, measured: SimCosts, runs: Sequence[Run]) -> None:
-    """Keep how often the pair's proposals were accepted, for plans to come.
+def _remember(job: GenerateJob, plan: Plan, measured: SimCosts, runs: Sequence[Run]) -> None:
+    """Store the measured acceptance of the pair for later plans.
 
-    Trees tell what second choices are worth where it is known how often the first is right, otherwise that.
+    A run with trees determines the spread (the value of further choices) if the acceptance of the first choice is
+    known; every other run determines the acceptance.
     """
     target, draft = job.resolved.target, job.resolved.draft
     per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
@@ -158,15 +161,15 @@ def _remember(job: Job, plan: Plan, measured: SimCosts, runs: Sequence[Run]) -> 
     remember_acceptance(target, draft, acceptance, spread, proposals=rounds, sampled=sampled)
 
 
-async def _warm_up(engine: Engine, job: Job, recorder: Recorder) -> float | None:
-    """A few tokens that count for nothing but the seconds of a draft step."""
+async def _warm_up(engine: Engine, job: GenerateJob, recorder: Recorder) -> float | None:
+    """Generate a few tokens; returns the median seconds of a draft step, None without a draft."""
     await collect(engine, job.prompts[0], replace(job.params, max_new_tokens=WARM_UP_TOKENS))
     steps = [s.stop_s - s.start_s for s in recorder.timeline().lane(DRAFT) if s.name != "draft_prefill"]
     return median(steps) if steps else None
 
 
-async def _generate(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:
-    """All prompts at once."""
+async def _generate(engine: Engine, job: GenerateJob, monitor: Monitor) -> list[Result]:
+    """Serve all prompts at once."""
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(collect(engine, prompt, params, monitor.heard))
@@ -175,7 +178,7 @@ async def _generate(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:
     return [task.result() for task in tasks]
 
 
-def _run(recorder: Recorder, results: Sequence[Result], rates: Sequence[float], plan: Plan) -> Run:
+def _as_run(recorder: Recorder, results: Sequence[Result], rates: Sequence[float], plan: Plan) -> Run:
     summary = summarise(recorder.timeline({"bytes_per_pass": plan.streamed_bytes}))
     prefill_s = median(result.stats.prefill_s for result in results)
     return Run(summary, sum(rates) / len(rates) if rates else None, prefill_s, plan.streamed_bytes)
@@ -184,8 +187,8 @@ def _run(recorder: Recorder, results: Sequence[Result], rates: Sequence[float], 
 # -- the table -----------------------------------------------------------------------------------------------
 
 
-def table(report: Report) -> Iterator[str]:
-    """The one table, for people: medians over the runs, least and most behind them."""
+def table(report: BenchReport) -> Iterator[str]:
+    """The lines of the table: the median over the runs, then least and most."""
     machine, ceilings = report.machine, report.ceilings
     yield f"{machine.cpu}, {machine.cores} cores, {machine.threads} compute threads, torch {machine.torch}"
     yield describe_plan(report.plan)
@@ -210,9 +213,13 @@ def table(report: Report) -> Iterator[str]:
         ("ceiling, tokens/s", _spread([run.ceiling_tokens_per_s for run in report.runs], 1, "")),
         ("fraction of the ceiling", _spread([run.ceiling_fraction for run in report.runs], 1, "")),
         ("compute hidden under the stream", _spread([run.summary.hidden for run in report.runs], 0.01, "%")),
-        ("to the first token", _spread([run.prefill_s for run in report.runs], 1, "s")),
+        ("time to the first token", _spread([run.prefill_s for run in report.runs], 1, "s")),
         ("peak memory of the process", format_bytes(report.peak_rss_bytes)),
-        *([] if report.device_peak_bytes is None else [("and of the device", format_bytes(report.device_peak_bytes))]),
+        *(
+            []
+            if report.device_peak_bytes is None
+            else [("peak memory of the device", format_bytes(report.device_peak_bytes))]
+        ),
         ("bottleneck", report.runs[-1].summary.bottleneck),
     )
 
@@ -234,8 +241,8 @@ def _spread(values: Sequence[float | None], unit: float, name: str) -> str:
     return f"{median(known):.2f} {name}".rstrip() + spread
 
 
-def as_object(report: Report) -> dict[str, Any]:
-    """The JSON object; bytes, seconds, tokens. ``hardware`` is what a machine file holds."""
+def as_object(report: BenchReport) -> dict[str, Any]:
+    """The JSON object, in bytes, seconds and tokens. ``hardware`` is the content of a machine file."""
     return {
         "machine": asdict(report.machine),
         "ceilings": asdict(report.ceilings),

@@ -1,7 +1,7 @@
-"""What ``aspec chat`` does: lines to turns of a conversation, answers streamed to stdout.
+"""What ``aspec chat`` does: each input line is a turn of a conversation, and answers stream to stdout.
 
-The loop runs while the engine opens, answers and closes. At the prompt it rests, so that a line is read on the main
-thread as in any program: with line editing, and with a Ctrl-C that ends the read.
+The loop runs only while the engine opens, answers and closes. It does not run at the prompt, so the main thread reads
+the line as usual: with line editing, and Ctrl-C ends the read.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ from aspec.planning.resolve import Resolved, resolve, revise
 
 PROMPT = "> "
 HELP = """\
-/new     start afresh: all that was said is forgotten
-/help    this list
-/exit    leave; so does Ctrl-D
-Ctrl-C   stop an answer and keep what was said of it; at the prompt drop the line, and leave where it is empty"""
+/new     start a new conversation and forget the old one
+/help    show this list
+/exit    leave; Ctrl-D leaves, too
+Ctrl-C   stop an answer and keep its text so far; at the prompt, drop the line, or leave if the line is empty"""
 
 
 class Conversation:
-    """What was said so far, and its tokens; mutable, because every turn adds to it."""
+    """The messages so far and their tokens; mutable, because every turn adds to them."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
         self._tokenizer = tokenizer
@@ -43,23 +43,23 @@ class Conversation:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all but the system message."""
+        """Forget all messages except the system message."""
         self._messages = list(self._system)
-        self._said: list[int] = []  # the tokens that the next prompt should begin with: their KV stands
+        self._tokens: list[int] = []  # the next prompt should begin with these tokens: their KV is cached
 
     def prompt(self, line: str) -> list[int]:
-        """All that was said, and a new line. Raises PromptError where the template refuses it."""
-        return self._tokenizer.encode_chat([*self._messages, {"role": "user", "content": line}], self._said)
+        """The tokens of all messages and a new line. Raises PromptError if the chat template refuses them."""
+        return self._tokenizer.encode_chat([*self._messages, {"role": "user", "content": line}], self._tokens)
 
-    def add(self, line: str, answer: str, said: list[int]) -> None:
-        """A turn is over."""
+    def add(self, line: str, answer: str, tokens: list[int]) -> None:
+        """Add a finished turn; ``tokens``: its prompt and its answer."""
         self._messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
-        self._said = said
+        self._tokens = tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation with an open engine; ``runner`` has its loop, which runs while an answer is generated."""
+    """A conversation with an open engine; ``runner`` owns the engine's loop, which runs during an answer."""
 
     runner: asyncio.Runner
     engine: Engine
@@ -67,8 +67,8 @@ class Chat:
     params: SamplingParams
     console: Console
 
-    def take(self, line: str) -> bool:
-        """Do what a line says; False: leave. Raises AspecError where the machine fails."""
+    def execute(self, line: str) -> bool:
+        """Execute a line, a command or a message; False: leave. Raises AspecError if the machine fails."""
         match line.split():
             case []:
                 pass
@@ -76,11 +76,11 @@ class Chat:
                 return False
             case ["/new"]:
                 self.conversation.restart()
-                self._remark("a new conversation")
+                self._note_on_terminal("a new conversation")
             case ["/help"]:
                 self.console.stderr.print(HELP, markup=False)
             case [word] if word.startswith("/"):
-                self.console.error(f"{word} is no command: expected /new, /help, /exit or a message.")
+                self.console.error(f"{word} is not a command: expected /new, /help, /exit or a message.")
             case _:
                 try:
                     self._turn(line)
@@ -89,50 +89,50 @@ class Chat:
         return True
 
     def _turn(self, line: str) -> None:
-        """Raises PromptError where the line cannot be answered; then nothing was said."""
+        """Answer a message. Raises PromptError if that is impossible; the conversation is then unchanged."""
         prompt = self.conversation.prompt(line)
         if len(prompt) >= self.engine.max_context:
             raise PromptError(
                 f"with this line the conversation has {len(prompt)} tokens; the context holds "
-                f"{self.engine.max_context}, and at least one must stay free for the answer. Start afresh with /new, "
-                f"say less, or begin with a larger --max-context."
+                f"{self.engine.max_context}, and at least one must stay free for the answer. Begin a new "
+                f"conversation with /new, write a shorter message, or restart with a larger --max-context."
             )
         pieces: list[Piece] = []
         self.runner.run(_answer(self.engine, prompt, self.params, pieces, self.console.write))
         self.console.write("\n")
         self.console.show_warnings()
-        answer, said = "".join(piece.text for piece in pieces), [*prompt]
-        said += [token for piece in pieces for token in piece.token_ids]
+        answer, tokens = "".join(piece.text for piece in pieces), [*prompt]
+        tokens += [token for piece in pieces for token in piece.token_ids]
         stats = pieces[-1].stats if pieces else None
         if answer or stats:
-            self.conversation.add(line, answer, said)
-        full = "; the context is full: /new starts afresh" if len(said) >= self.engine.max_context else ""
-        self._remark((footer(stats, pieces[-1].finish_reason) if stats else "stopped") + full)
+            self.conversation.add(line, answer, tokens)
+        full = "; the context is full: /new starts a new conversation" if len(tokens) >= self.engine.max_context else ""
+        self._note_on_terminal((footer(stats, pieces[-1].finish_reason) if stats else "stopped") + full)
 
-    def _remark(self, text: str) -> None:
-        """A dim line for whoever sits at a terminal."""
+    def _note_on_terminal(self, text: str) -> None:
+        """Print a dim line, on a terminal only."""
         if self.console.stderr.is_terminal:
             self.console.note(text)
 
 
 def chat_on_console(flags: ChatFlags, console: Console) -> None:
-    """Talk until the input ends. Raises AspecError where the input cannot be used or the machine fails."""
+    """Answer lines until the input ends. Raises AspecError for unusable input or a failure of the machine."""
     resolved, tokenizer, params = _prepare(flags)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused line by line
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused later, alone
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         stack = AsyncExitStack()
         engine = runner.run(_open(stack, resolved, console))
         try:
             chat = Chat(runner, engine, Conversation(tokenizer, flags.system), params, console)
-            while (line := read_line()) is not None and chat.take(line):
+            while (line := read_line()) is not None and chat.execute(line):
                 pass
         finally:
             runner.run(stack.aclose())
 
 
 def footer(stats: RequestStats, reason: str | None) -> str:
-    """One line: how much was said, how fast, and what of the prompt was new."""
+    """One line: tokens of the answer, speed, and how many prompt tokens were new."""
     words = [f"{stats.completion_tokens} tokens ({reason})"]
     if stats.tokens_per_s is not None:
         words.append(f"{stats.tokens_per_s:.2f} tokens/s")
@@ -143,10 +143,10 @@ def footer(stats: RequestStats, reason: str | None) -> str:
 
 
 def read_line() -> str | None:
-    """The next line; None at the end of the input. A terminal is asked for it."""
+    """Read the next line; None at the end of the input. On a terminal, print a prompt first."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         return _ask()
-    if sys.stdin.isatty():  # answers go elsewhere, the prompt must not follow them
+    if sys.stdin.isatty():  # stdout is not a terminal: print the prompt to stderr, apart from the answers
         sys.stderr.write(PROMPT)
         sys.stderr.flush()
     line = sys.stdin.readline()
@@ -154,8 +154,10 @@ def read_line() -> str | None:
 
 
 def _ask() -> str | None:
-    """A line from a terminal, with editing; Ctrl-C drops what was typed, and leaves where nothing was."""
-    editor = importlib.import_module("readline") if importlib.util.find_spec("readline") else None  # input() uses it
+    """Read a line from a terminal, with editing. Ctrl-C drops a typed line; on an empty line it leaves."""
+    editor = (
+        importlib.import_module("readline") if importlib.util.find_spec("readline") else None
+    )  # input() uses readline once it is imported
     while True:
         try:
             return input(PROMPT)
@@ -169,7 +171,7 @@ def _ask() -> str | None:
 
 
 def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
-    """Everything that may block for long (a download) or refuse, before the loop starts. Raises UserError."""
+    """Find the models, which may block for long (a download), before the loop starts. Raises UserError."""
     resolved = resolve(flags.options())
     tokenizer = Tokenizer.load(resolved.target)
     if not tokenizer.has_chat_template:
@@ -182,7 +184,7 @@ def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
 
 
 async def _open(stack: AsyncExitStack, resolved: Resolved, console: Console) -> Engine:
-    """The engine, which closes with the stack."""
+    """Open an engine, which closes with the stack."""
     monitor = Monitor()
     with watch(monitor, console, dashboard=False):
         engine = await stack.enter_async_context(Engine(revise(resolved, progress=monitor.progress)))
@@ -193,8 +195,8 @@ async def _open(stack: AsyncExitStack, resolved: Resolved, console: Console) -> 
 async def _answer(
     engine: Engine, prompt: list[int], params: SamplingParams, pieces: list[Piece], write: Callable[[str], None]
 ) -> None:
-    """One answer, written as it arrives; where Ctrl-C stops it, the last of the pieces has no finish reason."""
-    with suppress(asyncio.CancelledError):  # the answer ends, the conversation goes on
+    """Write an answer as it arrives. If Ctrl-C stops it, the last piece has no finish reason."""
+    with suppress(asyncio.CancelledError):  # the answer ends, the conversation continues
         async with aclosing(engine.stream(prompt, params)) as stream:
             async for piece in stream:
                 pieces.append(piece)

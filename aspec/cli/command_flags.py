@@ -1,4 +1,4 @@
-"""The flags of every command: a record that composes the shared ones, and adds its own."""
+"""The flags of each command: a record that inherits shared flags and adds its own."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,25 +30,25 @@ from aspec.cli.flags import (
 from aspec.generation.defaults import TAKEN_FROM_CHECKPOINT
 from aspec.options import EngineOptions
 
-TRACE, BENCH, WORK = "Trace", "Benchmark", "The work"
+TRACE, BENCH, WORK = "Trace", "Benchmark", "Workload"
 
 
 @dataclass(frozen=True)
 class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
-    """A run, and whether to hold its text against plain decoding."""
+    """A run, and whether to compare its tokens with decoding without speculation."""
 
     verify: Annotated[
         bool,
         option(
             OUTPUT,
-            "Decode once more without speculation; say that the tokens are equal, or where they part and by how much "
-            "(exit code 1).",
+            "Decode again without speculation and compare the tokens; a difference is printed with its position and "
+            "margin (exit code 1).",
             "--verify",
         ),
     ] = False
 
     def check(self) -> None:
-        """Without speculation there is nothing to verify. Raises typer.BadParameter."""
+        """Refuse --verify without speculation. Raises typer.BadParameter."""
         super().check()
         off = self.speculation == "off" or self.num_draft_tokens == 0
         if self.verify and (off or (self.target is not None and self.draft is None)):
@@ -58,27 +58,27 @@ class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
 
 @dataclass(frozen=True)
 class TraceFlags(LogprobFlags, EndFlags, RunFlags):
-    """A run to record, or a trace to read back."""
+    """A run to record, or a recorded trace to summarise."""
 
-    recorded: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A trace to read back, with --summary.")] = (
-        None
-    )
+    recorded: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A recorded trace to read; needs --summary.")
+    ] = None
     summary: Annotated[
         bool,
         option(
             TRACE,
-            "Print utilisation by lane, overlap, the critical path and the longest stalls: of FILE, or of the run.",
+            "Print the use of each lane, overlap, the critical path and the longest stalls, of FILE or of the run.",
             "--summary",
         ),
     ] = False
     output: Annotated[
-        Path | None, option(TRACE, "The file to write; gzipped when it ends in .gz.", "--output", "-o")
+        Path | None, option(TRACE, "The file to write; a name that ends in .gz is compressed.", "--output", "-o")
     ] = None
     simulate: Annotated[
         Path | None,
         option(
             TRACE,
-            "Run in virtual time on the machine of this JSON file (aspec profile -o writes one): no weight is read.",
+            "Run in virtual time on the machine of this JSON file (aspec profile -o writes it); no weights are read.",
             "--simulate",
             metavar="FILE",
         ),
@@ -87,78 +87,88 @@ class TraceFlags(LogprobFlags, EndFlags, RunFlags):
         bool,
         option(
             TRACE,
-            "Write the run and its simulation side by side; without --simulate from the costs that were measured.",
+            "Write the run and its simulation into one trace; without --simulate, from the measured costs of the run.",
             "--compare",
         ),
     ] = False
     max_spans: Annotated[
-        int, option(TRACE, "Keep the last so many tasks; a million take 150 MB.", "--max-spans", min=1)
+        int, option(TRACE, "Number of tasks to keep, the last ones; a million tasks take 150 MB.", "--max-spans", min=1)
     ] = 1_000_000
 
     def check(self) -> None:
-        """Either a trace to read back or a file to write. Raises typer.BadParameter."""
+        """Require either a trace to read or a file to write. Raises typer.BadParameter."""
         super().check()
         if self.recorded is None and self.output is None:
             raise typer.BadParameter("give the file to write: -o run.json.gz", param_hint="--output")
         if self.recorded is not None and (self.output is not None or not self.summary):
-            raise typer.BadParameter("FILE is read back with --summary; a new trace goes to -o FILE", param_hint="FILE")
+            raise typer.BadParameter(
+                "FILE is a trace to read and needs --summary; to write a new trace, give -o FILE", param_hint="FILE"
+            )
 
 
 @dataclass(frozen=True)
 class BenchFlags(RunFlags):
-    """A run, and how often to measure it; no text ends before its last token."""
+    """A run, and how often to measure it; end-of-sequence tokens are ignored."""
 
-    rounds: Annotated[int, option(BENCH, "Runs; the table shows their median and spread.", "--rounds", min=1)] = 3
+    rounds: Annotated[
+        int, option(BENCH, "Number of runs; the table shows their median, least and most.", "--rounds", min=1)
+    ] = 3
 
 
 @dataclass(frozen=True)
 class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, SystemFlags, ModelFlags):
-    """A conversation: one sequence at a time."""
+    """A conversation; one sequence at a time."""
 
     target: Annotated[
         str | None,
-        option(MODELS, "The big model, with a chat template: a folder or a hub id.", "--target", "--model"),
+        option(MODELS, "The big model: a folder or a hub id. It needs a chat template.", "--target", "--model"),
     ] = None
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Tokens of an answer at most.", "--max-new-tokens", "-n", min=1)
+        int, option(SAMPLING, "Maximum number of tokens of an answer.", "--max-new-tokens", "-n", min=1)
     ] = 1024
     max_context: Annotated[
         int | None,
-        option(PLACE, "Tokens of the whole conversation. Default: 4096, less where memory is short.", min=2),
+        option(PLACE, "Maximum tokens of the whole conversation. Default: 4096, less if memory is short.", min=2),
     ] = None
-    quiet: Annotated[bool, option(OUTPUT, "Nothing but answers and errors.", "--quiet", "-q")] = False
+    quiet: Annotated[bool, option(OUTPUT, "Print only answers and errors.", "--quiet", "-q")] = False
 
     def options(self) -> EngineOptions:
-        """How to open the engine. Raises UserError for values that no engine takes."""
+        """The engine's options, for one row. Raises UserError for invalid values."""
         return replace(super().options(), max_batch=1, num_groups=1)
 
 
 @dataclass(frozen=True)
 class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, DashboardFlags, QuietFlags, ModelFlags):
-    """Which rows to serve, and where their answers go."""
+    """A file of rows to serve, and a file for their answers."""
 
     input: Annotated[
-        Path | None, option(OUTPUT, "The requests: a file in OpenAI's batch format, one per line.", "--input", "-i")
+        Path | None,
+        option(OUTPUT, "The requests: a file in OpenAI's batch format, one request per line.", "--input", "-i"),
     ] = None
     output: Annotated[
         Path | None,
-        option(OUTPUT, "The answers, one per line; a journal beside it lets a job go on.", "--output", "-o"),
+        option(
+            OUTPUT,
+            "The answers, one per line. A journal beside the file lets a stopped job continue.",
+            "--output",
+            "-o",
+        ),
     ] = None
     overwrite: Annotated[
-        bool, option(OUTPUT, "Start afresh where the output exists: what it holds is lost.", "--overwrite")
+        bool, option(OUTPUT, "Start anew if the output exists; its content is lost.", "--overwrite")
     ] = False
-    quiet: Annotated[bool, option(OUTPUT, "No progress, no summary.", "--quiet", "-q")] = False
+    quiet: Annotated[bool, option(OUTPUT, "Print no progress and no summary.", "--quiet", "-q")] = False
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Tokens at most of a row that gives no max_tokens.", "--max-new-tokens", "-n", min=0)
+        int, option(SAMPLING, "Maximum new tokens of a row without max_tokens.", "--max-new-tokens", "-n", min=0)
     ] = 128
     seed: Annotated[
-        int, option(SAMPLING, "Rows that give no seed derive theirs from it and their custom_id.", "--seed")
+        int, option(SAMPLING, "A row without a seed derives its seed from this one and its custom_id.", "--seed")
     ] = 0
     max_batch: Annotated[
         int,
         option(
             PLACE,
-            "Rows that are served at once. auto: as the plan says that is found for this job.",
+            "Number of rows that share a pass. auto: aspec searches for the fastest plan of this job.",
             "--batch-size",
             parser=count_or_auto,
             metavar="auto|N",
@@ -167,12 +177,14 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
     max_context: Annotated[
         int | None,
         option(
-            PLACE, "Tokens of a row, prompt included; longer ones become error rows. Default: what rows need.", min=2
+            PLACE,
+            "Maximum tokens of a row, prompt included; longer rows get an error. Default: the longest row.",
+            min=2,
         ),
     ] = None
 
     def check(self) -> None:
-        """Both files must be named. Raises typer.BadParameter."""
+        """Require both files. Raises typer.BadParameter."""
         super().check()
         if self.input is None:
             raise typer.BadParameter("give the file of requests: -i in.jsonl", param_hint="--input")
@@ -182,68 +194,68 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
 
 @dataclass(frozen=True)
 class ProfileFlags(MachineFlags, DebugFlags, QuietFlags, JsonFlags, ModelFlags):
-    """What to measure this machine for, and where the figures go."""
+    """The models to measure this machine for, and the form of the result."""
 
     target: Annotated[
         str | None,
-        option(MODELS, "The big model: its files are read. Without it: the embedded demo's.", "--target", "--model"),
+        option(MODELS, "The big model; its files are read. Default: the embedded demo pair.", "--target", "--model"),
     ] = None
     draft: Annotated[str | None, option(MODELS, "The small model.", "--draft", "--draft-model")] = None
     as_json: Annotated[bool, option(OUTPUT, "JSON on stdout instead of a table.", "--json")] = False
-    quiet: Annotated[bool, option(OUTPUT, "No progress.", "--quiet", "-q")] = False
+    quiet: Annotated[bool, option(OUTPUT, "Print no progress.", "--quiet", "-q")] = False
     refresh: Annotated[
-        bool, option(PLACE, "Measure again: the figures of this machine are kept in the user's cache.", "--refresh")
+        bool, option(PLACE, "Measure again; otherwise aspec uses the figures in the user's cache.", "--refresh")
     ] = False
     output: Annotated[
-        Path | None, option(OUTPUT, "Write the machine to this JSON file, to be read on another.", "--output", "-o")
+        Path | None,
+        option(OUTPUT, "Write the figures to this JSON file, to plan on another machine.", "--output", "-o"),
     ] = None
 
     def check(self) -> None:
-        """A draft serves one target. Raises typer.BadParameter."""
+        """A draft needs a target. Raises typer.BadParameter."""
         super().check()
         if self.draft is not None and self.target is None:
-            raise typer.BadParameter("was given without --target: name both or neither", param_hint="--draft")
+            raise typer.BadParameter("it was given without --target: give both or neither", param_hint="--draft")
 
 
 @dataclass(frozen=True)
 class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
-    """What is to be done, and on which machine; nothing is generated."""
+    """The workload and the machine to plan for; no token is generated."""
 
     profile: Annotated[
         Path | None,
         option(
             PLACE,
-            "A machine that is not here, as a JSON file (aspec profile -o there writes it). Default: this "
-            "machine, measured once.",
+            "The JSON file of another machine; aspec profile -o writes it there. Default: this machine, measured once.",
             "--profile",
             metavar="FILE",
         ),
     ] = None
-    num_prompts: Annotated[int, option(WORK, "Prompts to serve.", "--prompts", min=1)] = 1
-    prompt_tokens: Annotated[int, option(WORK, "Tokens of a prompt.", "--prompt-tokens", min=1)] = 256
-    new_tokens: Annotated[int, option(WORK, "Tokens to generate for each.", "--new-tokens", min=2)] = 128
+    num_prompts: Annotated[int, option(WORK, "Number of prompts.", "--prompts", min=1)] = 1
+    prompt_tokens: Annotated[int, option(WORK, "Tokens per prompt.", "--prompt-tokens", min=1)] = 256
+    new_tokens: Annotated[int, option(WORK, "Tokens to generate per prompt.", "--new-tokens", min=2)] = 128
     acceptance: Annotated[
         float | None,
         option(
             WORK,
-            "How often a proposal of the draft is accepted. Default: what aspec bench has seen of the pair, or 0.8.",
+            "Share of draft proposals that are accepted. Default: the value that aspec bench measured, or 0.8.",
             "--acceptance",
             min=0.0,
             max=1.0,
         ),
     ] = None
-    quiet: Annotated[bool, option(OUTPUT, "No progress.", "--quiet", "-q")] = False
+    quiet: Annotated[bool, option(OUTPUT, "Print no progress.", "--quiet", "-q")] = False
     temperature: Annotated[
         float | None,
         option(
             WORK,
-            "How tokens will be drawn, 0: greedily. With noise a draw costs more, and other proposals are accepted. "
-            "Default: as the checkpoint says.",
+            "0: greedy decoding. Sampling costs more per token and changes the share of accepted proposals. "
+            "Default: the checkpoint's value.",
             "--temperature",
             min=0.0,
         ),
     ] = None
 
     def sampling(self) -> dict[str, float | None]:
-        """What was said of sampling; None where nothing was."""
+        """The sampling flags; None for flags that were not given."""
         return dict.fromkeys(TAKEN_FROM_CHECKPOINT) | {"temperature": self.temperature}

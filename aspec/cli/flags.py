@@ -1,7 +1,7 @@
-"""The flags that the commands share: small records that a command's own record composes, and how it takes that one.
+"""The flags that several commands share: small records that each command's record inherits, and ``takes``.
 
-A dataclass lists the fields of its last base first, so bases are named from the bottom of the help to its top. They
-have no slots: several bases with slots cannot be combined.
+A dataclass lists the fields of its last base first. So a record names its bases in the reverse order of the help. The
+records have no slots, because Python cannot combine several bases with slots.
 """
 
 import inspect
@@ -17,12 +17,12 @@ from aspec.generation.params import SamplingParams
 from aspec.options import ATTENTION, SPECULATION, EngineOptions
 from aspec.units import parse_bytes, parse_rate
 
-AUTO = -1  # a count that is left to the planner
+AUTO = -1  # a count that the planner chooses
 MODELS, SAMPLING, PLACE, OUTPUT = "Models", "Sampling", "Memory and speed", "Input and output"
 
 
 def size(text: str) -> int:
-    """Bytes as people write them. Raises typer.BadParameter."""
+    """Parse a number of bytes such as 8GiB. Raises typer.BadParameter."""
     try:
         return parse_bytes(text)
     except ValueError as error:
@@ -30,7 +30,7 @@ def size(text: str) -> int:
 
 
 def rate(text: str) -> float:
-    """Bytes per second as people write them. Raises typer.BadParameter."""
+    """Parse bytes per second such as 1.0GB/s. Raises typer.BadParameter."""
     try:
         return parse_rate(text)
     except ValueError as error:
@@ -38,61 +38,64 @@ def rate(text: str) -> float:
 
 
 def count_or_auto(text: str) -> int:
-    """A count, or AUTO."""
+    """Parse a count of at least 0; ``auto`` is AUTO. Raises typer.BadParameter."""
     if text == "auto":
         return AUTO
     if text.isdigit():
         return int(text)
-    raise typer.BadParameter(f"expected auto or a number from 0 up, found {text!r}")
+    raise typer.BadParameter(f"expected auto or a whole number of at least 0, found {text!r}")
 
 
 def option(panel: str, help: str, *names: str, **rest: Any) -> Any:
-    """An option of a command, under a heading of its help."""
+    """An option of a command; ``panel`` is its heading in the help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
 
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which models."""
+    """The models to run."""
 
     target: Annotated[
         str | None,
-        option(
-            MODELS, "The big model: a folder or a hub id. Without it: the embedded demo pair.", "--target", "--model"
-        ),
+        option(MODELS, "The big model: a folder or a hub id. Default: the embedded demo pair.", "--target", "--model"),
     ] = None
     draft: Annotated[
         str | None,
         option(
             MODELS,
-            "A small model with the same vocabulary that proposes tokens while the target's weights travel; or ngram: "
-            "look up what the text has said before.",
+            "A small model with the same vocabulary; it proposes tokens while the target's weights stream. Or ngram: "
+            "proposals come from earlier text, without a model.",
             "--draft",
             "--draft-model",
         ),
     ] = None
-    dtype: Annotated[str, option(MODELS, "auto, bfloat16, float16 or float32. auto: the checkpoint's own.")] = "auto"
+    dtype: Annotated[str, option(MODELS, "auto, bfloat16, float16 or float32. auto: the dtype of the checkpoint.")] = (
+        "auto"
+    )
 
 
 @dataclass(frozen=True)
 class SystemFlags:
-    """What stands before a conversation."""
+    """The system message."""
 
     system: Annotated[str | None, option(OUTPUT, "A system message, for models with a chat template.")] = None
 
 
 @dataclass(frozen=True)
 class PromptFlags:
-    """What to say to the model."""
+    """The prompts."""
 
-    prompt: Annotated[list[str] | None, option(OUTPUT, "A prompt; repeat for several.", "--prompt", "-p")] = None
-    file: Annotated[
-        list[Path] | None, option(OUTPUT, "A file that holds a prompt; repeat for several.", "--file", "-f")
+    prompt: Annotated[
+        list[str] | None, option(OUTPUT, "A prompt; repeat the option for several prompts.", "--prompt", "-p")
     ] = None
-    raw: Annotated[bool, option(OUTPUT, "Give the prompt as it is: no chat template.", "--raw")] = False
+    file: Annotated[
+        list[Path] | None,
+        option(OUTPUT, "A file with one prompt; repeat the option for several files.", "--file", "-f"),
+    ] = None
+    raw: Annotated[bool, option(OUTPUT, "Do not apply the chat template to the prompt.", "--raw")] = False
 
     def prompts(self) -> list[str]:
-        """--prompt, then --file, then standard input where it is piped. Raises typer.BadParameter without any."""
+        """The texts of --prompt and --file, otherwise of piped input. Raises typer.BadParameter if there is none."""
         texts = list(self.prompt or [])
         for path in self.file or []:
             try:
@@ -110,61 +113,66 @@ class PromptFlags:
 
 @dataclass(frozen=True)
 class DebugFlags:
-    """How errors are shown."""
+    """How errors are printed."""
 
-    debug: Annotated[bool, option(OUTPUT, "Show tracebacks.", "--debug")] = False
+    debug: Annotated[bool, option(OUTPUT, "Print the traceback of an error.", "--debug")] = False
 
 
 @dataclass(frozen=True)
 class QuietFlags:
-    """How much is said beside the result."""
+    """The output besides the result."""
 
     quiet: Annotated[bool, option(OUTPUT, "No dashboard, no progress, no summary.", "--quiet", "-q")] = False
 
 
 @dataclass(frozen=True)
 class JsonFlags:
-    """The form of the result."""
+    """The format of the result."""
 
     as_json: Annotated[bool, option(OUTPUT, "JSON on stdout instead of text.", "--json")] = False
 
 
 @dataclass(frozen=True)
 class DashboardFlags:
-    """How progress is shown."""
+    """How progress is displayed."""
 
     no_dashboard: Annotated[
-        bool, option(OUTPUT, "Plain progress lines even where stderr is a terminal.", "--no-dashboard")
+        bool, option(OUTPUT, "Print plain progress lines, also when stderr is a terminal.", "--no-dashboard")
     ] = False
 
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """How the text is drawn; None: as the checkpoint says."""
+    """How tokens are drawn; None: the checkpoint's value."""
 
-    max_new_tokens: Annotated[int, option(SAMPLING, "Tokens to generate at most.", "--max-new-tokens", "-n", min=0)] = (
-        128
-    )
+    max_new_tokens: Annotated[
+        int, option(SAMPLING, "Maximum number of tokens to generate.", "--max-new-tokens", "-n", min=0)
+    ] = 128
     temperature: Annotated[
-        float | None, option(SAMPLING, "0 is greedy. Default: the checkpoint's generation_config.json.", min=0.0)
+        float | None,
+        option(SAMPLING, "0: greedy decoding. Default: the value in the checkpoint's generation_config.json.", min=0.0),
     ] = None
-    top_p: Annotated[float | None, option(SAMPLING, "Nucleus sampling, in (0, 1].")] = None
-    top_k: Annotated[int | None, option(SAMPLING, "Keep the k likeliest; 0 is off.", min=0)] = None
-    min_p: Annotated[float | None, option(SAMPLING, "Keep tokens this likely relative to the best.")] = None
+    top_p: Annotated[float | None, option(SAMPLING, "Nucleus sampling: a probability in (0, 1].")] = None
+    top_k: Annotated[int | None, option(SAMPLING, "Keep the K most likely tokens; 0 is off.", min=0)] = None
+    min_p: Annotated[
+        float | None, option(SAMPLING, "Keep tokens with at least this share of the highest probability.")
+    ] = None
     repetition_penalty: Annotated[
-        float | None, option(SAMPLING, "Of tokens in prompt and text, as in transformers; 1 is off.")
+        float | None, option(SAMPLING, "Penalty for tokens in the prompt and the text, as in transformers; 1 is off.")
     ] = None
     presence_penalty: Annotated[
-        float | None, option(SAMPLING, "Of tokens in the text, as in OpenAI's interface, -2 .. 2; 0 is off.")
+        float | None, option(SAMPLING, "Penalty for tokens in the text, as in OpenAI's interface, -2 to 2; 0 is off.")
     ] = None
     frequency_penalty: Annotated[
-        float | None, option(SAMPLING, "The same for every time a token has come, -2 .. 2; 0 is off.")
+        float | None, option(SAMPLING, "Penalty for each occurrence of a token in the text, -2 to 2; 0 is off.")
     ] = None
     seed: Annotated[int, option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
-    stop: Annotated[list[str] | None, option(SAMPLING, "Stop before this text; repeat for several.")] = None
+    stop: Annotated[
+        list[str] | None, option(SAMPLING, "Stop before this text; repeat the option for several texts.")
+    ] = None
 
     def sampling(self) -> dict[str, Any]:
-        """What was said of sampling: the fields of ``SamplingParams``; None where nothing was."""
+        """The sampling flags as fields of ``SamplingParams``; None for flags that were not given."""
         known = SamplingParams.__dataclass_fields__
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
         return {**given, "stop": tuple(self.stop or ())}
@@ -172,58 +180,59 @@ class SamplingFlags:
 
 @dataclass(frozen=True)
 class LogprobFlags:
-    """What is told of every token."""
+    """The log probabilities in the result."""
 
     logprobs: Annotated[
-        int | None, option(SAMPLING, "With --json: logprobs of the tokens and of the K likeliest.", metavar="K")
+        int | None,
+        option(SAMPLING, "With --json: log probabilities of each token and of the K most likely tokens.", metavar="K"),
     ] = None
 
 
 @dataclass(frozen=True)
 class EndFlags:
-    """Where a text ends."""
+    """When generation ends."""
 
-    ignore_eos: Annotated[bool, option(SAMPLING, "Go on behind an end-of-sequence token.", "--ignore-eos")] = False
+    ignore_eos: Annotated[bool, option(SAMPLING, "Continue after an end-of-sequence token.", "--ignore-eos")] = False
 
 
 @dataclass(frozen=True)
 class MachineFlags:
-    """On what a command runs."""
+    """The machine that a command uses."""
 
-    device: Annotated[str, option(PLACE, "auto, cpu or cuda. auto: a GPU where there is one.")] = "auto"
+    device: Annotated[str, option(PLACE, "auto, cpu or cuda. auto: a GPU if there is one.")] = "auto"
     threads: Annotated[int | None, option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
     link_rate: Annotated[
         float | None,
         option(
             PLACE,
-            "Throttle the disk lane, such as 1.0GB/s: comparisons on a shared disk need a fixed rate.",
+            "Limit the rate of disk reads, for example 1.0GB/s; comparisons on a shared disk need a fixed rate.",
             parser=rate,
             metavar="RATE",
         ),
     ] = None
 
     def options(self) -> EngineOptions:
-        """How to open the engine: the fields that are its options. Raises UserError for values that no engine takes."""
+        """The engine's options, from the flags with the same names. Raises UserError for invalid values."""
         known = EngineOptions.__dataclass_fields__
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
         decided: dict[str, Any] = {name: None if value == AUTO else value for name, value in given.items()}
         return EngineOptions(**decided)
 
     def check(self) -> None:
-        """Refuse what cannot be meant. Raises typer.BadParameter, which ends with exit code 2."""
+        """Refuse invalid flags. Raises typer.BadParameter, which ends the command with exit code 2."""
         if self.device not in ("auto", "cpu", "cuda"):
             raise typer.BadParameter(f"expected auto, cpu or cuda, found {self.device!r}", param_hint="--device")
 
 
 @dataclass(frozen=True)
 class EngineFlags(MachineFlags):
-    """How an engine runs; None or AUTO: decide."""
+    """How an engine runs; None and AUTO: aspec decides."""
 
     device_memory: Annotated[
         int | None,
         option(
             PLACE,
-            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of what is free, of a GPU 90.",
+            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of free memory, on a GPU 90 %.",
             parser=size,
             metavar="SIZE",
         ),
@@ -232,21 +241,21 @@ class EngineFlags(MachineFlags):
         int | None,
         option(
             PLACE,
-            "Host memory for layers and KV behind a device's link, such as 64GiB; what does not fit streams from disk. "
-            "Default: 70 % of what is free.",
+            "Host memory for layers and KV that the device reads over its link, for example 64GiB; layers that do not "
+            "fit stream from disk. Default: 70 % of free host memory.",
             "--host-memory",
             parser=size,
             metavar="SIZE",
         ),
     ] = None
     speculation: Annotated[
-        str, option(PLACE, "auto, chain, tree or off: what the draft proposes.", "--speculation")
+        str, option(PLACE, "What the draft proposes: auto, chain, tree or off.", "--speculation")
     ] = "auto"
     num_draft_tokens: Annotated[
         int,
         option(
             PLACE,
-            "Proposals per pass, a chain's length or a tree's nodes; auto follows measured cost, 0 is off.",
+            "Proposals per pass: the length of a chain or the nodes of a tree. auto: from measured costs; 0 is off.",
             "--draft-budget",
             "--num-draft-tokens",
             parser=count_or_auto,
@@ -255,18 +264,20 @@ class EngineFlags(MachineFlags):
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     draft_depth: Annotated[
         int,
-        option(PLACE, "Tokens of a tree's longest path.", "--draft-depth", parser=count_or_auto, metavar="auto|N"),
+        option(PLACE, "Maximum depth of a tree, in tokens.", "--draft-depth", parser=count_or_auto, metavar="auto|N"),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     draft_ahead: Annotated[
         bool,
-        option(PLACE, "Trees grow on for the next round while they are verified.", "--draft-ahead/--no-draft-ahead"),
+        option(
+            PLACE, "Extend trees for the next round while the target verifies them.", "--draft-ahead/--no-draft-ahead"
+        ),
     ] = True
     attention: Annotated[
         str,
         option(
             PLACE,
-            "Where attention runs: device, in its layer; cpu, on a lane of its own, behind a link beside KV in host "
-            "memory: half of the rows attend while the others compute. The same tokens either way. auto: device.",
+            "Where attention runs. device: in its layer. cpu: on a separate lane, next to KV in host memory; half of "
+            "the rows attend while the other half computes. The tokens are the same. auto: device.",
             "--attention",
         ),
     ] = "auto"
@@ -274,18 +285,18 @@ class EngineFlags(MachineFlags):
         bool | None,
         option(
             PLACE,
-            "Speculation changes no bit: tokens equal decoding without it, in bf16 too, at a fixed thread count; takes "
-            "1.3 to 1.8 times the compute. Default: on a CPU.",
+            "Tokens equal decoding without speculation bit by bit, also in bf16, at a fixed thread count; costs 1.3 to "
+            "1.8 times the compute. Default: on for a CPU.",
             "--exact/--no-exact",
         ),
     ] = None
     max_context: Annotated[
         int | None,
-        option(PLACE, "Tokens of a sequence, prompt included. Default: what the prompts need.", min=2),
+        option(PLACE, "Maximum tokens of a sequence, prompt included. Default: the need of the prompts.", min=2),
     ] = None
 
     def check(self) -> None:
-        """Likewise. Raises typer.BadParameter."""
+        """Refuse invalid flags. Raises typer.BadParameter."""
         super().check()
         if self.speculation not in SPECULATION:
             known = ", ".join(SPECULATION)
@@ -297,16 +308,17 @@ class EngineFlags(MachineFlags):
 
 @dataclass(frozen=True)
 class RowFlags:
-    """How many sequences share a pass."""
+    """The number of sequences in a pass, and of their groups."""
 
     max_batch: Annotated[
-        int, option(PLACE, "Prompts that share a pass.", "--batch-size", parser=count_or_auto, metavar="auto|N")
+        int,
+        option(PLACE, "Number of prompts that share a pass.", "--batch-size", parser=count_or_auto, metavar="auto|N"),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     num_groups: Annotated[
         int,
         option(
             PLACE,
-            "Groups that prompts form: the draft works for one while another is verified.",
+            "Number of groups of prompts: the draft works for one group while the target verifies another.",
             "--groups",
             parser=count_or_auto,
             metavar="auto|N",
@@ -327,16 +339,16 @@ class RunFlags(
     PromptFlags,
     ModelFlags,
 ):
-    """A run of prompts that are given."""
+    """A run of given prompts."""
 
 
 class Checked(Protocol):
-    """A record of flags, a dataclass."""
+    """A dataclass of flags."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def check(self) -> None:
-        """Refuse what cannot be meant. Raises typer.BadParameter."""
+        """Refuse invalid flags. Raises typer.BadParameter."""
         ...
 
 
@@ -344,7 +356,7 @@ Flags = TypeVar("Flags", bound=Checked)
 
 
 def takes(record: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:
-    """Give a command the fields of a flags record as its options; it receives the record, checked."""
+    """Turn the fields of a flags record into options of a command, which receives the checked record."""
     hints = get_type_hints(record, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -358,7 +370,7 @@ def takes(record: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[.
             command(flags)
 
         call.__name__, call.__doc__ = command.__name__, command.__doc__
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return call
 

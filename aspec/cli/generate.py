@@ -1,4 +1,4 @@
-"""What ``aspec generate`` does: prompts to tokens, streams to stdout, a summary to stderr."""
+"""What ``aspec generate`` does: generate text for prompts to stdout, and a summary to stderr."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from aspec.api import Result, collect, seeded
 from aspec.cli.flags import RunFlags
-from aspec.cli.verify import Claim, Verdict, conclude, verify
+from aspec.cli.verify import Generation, Verdict, conclude, verify
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.generation.defaults import sampling_params
@@ -26,14 +26,14 @@ from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.tasks.executor import Observer
 from aspec.units import format_rate
 
-SEARCHED_FROM = 8  # prompts; for more, the plan is searched for
-PROBE_S = 0.5
-RECENT_SPANS = 100_000  # what the closing line looks back on
+SEARCH_ABOVE = 8  # prompts; for more prompts than this, a plan is searched
+PROBE_S = 0.5  # seconds of a probe of the link rate
+RECENT_SPANS = 100_000  # the last spans, from which the closing line is computed
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A request whose models are found and whose prompts are token ids."""
+class GenerateJob:
+    """A run that is ready to start: resolved models, prompts as token ids."""
 
     flags: RunFlags
     resolved: Resolved
@@ -44,32 +44,36 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a job brought: a result per prompt, the plan it ran under, the raw link rate before and after it."""
+    """The results of a job, one per prompt; its plan; the raw link rates before and after it, in bytes per second."""
 
     results: list[Result]
     plan: Plan
     link_rates: tuple[float | None, float | None]
-    device_peak_bytes: int | None = None  # by its allocator's count; None where the device is the host's own memory
+    device_peak_bytes: int | None = None  # as its allocator counts; None for a CPU
 
     @property
     def link_rate(self) -> float | None:
-        """The better of the two probes, bytes per second; None where nothing streams or nothing was probed."""
+        """The higher of the two probes, in bytes per second; None without weights to stream or without a probe."""
         return max((rate for rate in self.link_rates if rate), default=None)
 
 
-def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> Job:
-    """Everything that may block for long (a download) or refuse, before the loop starts and Ctrl-C is its business."""
+def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> GenerateJob:
+    """Find models and encode prompts, which may block for long (a download). Raises AspecError.
+
+    It runs before the loop starts, so Ctrl-C works as usual.
+    """
     resolved = resolve(flags.options())
     tokenizer = Tokenizer.load(resolved.target)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
     params = sampling_params(generation_defaults(resolved.target), flags.sampling())
-    return Job(flags, _fit(resolved, tokens, params), tokens, params, console)
+    return GenerateJob(flags, _fit(resolved, tokens, params), tokens, params, console)
 
 
-async def generate_to_console(job: Job, verified: bool) -> None:
-    """Serve every prompt; ``verified``: and once more without speculation.
+async def generate_to_console(job: GenerateJob, verified: bool) -> None:
+    """Serve every prompt; with ``verified`` decode again without speculation and compare.
 
-    Raises AspecError where the input cannot be used, the machine fails or, the text printed, speculation changed it.
+    Raises AspecError for unusable input, for a failure of the machine, and for a token that speculation changed; in
+    this case the text is already printed.
     """
     console = job.console
     recorder = Recorder(RECENT_SPANS)
@@ -83,17 +87,17 @@ async def generate_to_console(job: Job, verified: bool) -> None:
         if verified:
             verdicts = await _verify(job, outcome)
             entries = [{**e, "verified": verdict.as_dict()} for e, verdict in zip(entries, verdicts, strict=True)]
-    finally:  # what was generated is kept, come what may
+    finally:  # print the generated text, also after an error
         if job.flags.as_json:
             console.write("".join(json.dumps(entry) + "\n" for entry in entries))
     if verified:
         console.note(conclude(verdicts, exact=job.resolved.exact))
 
 
-async def run_job(job: Job, observers: Sequence[Observer] = (), *, probe: bool = False) -> Outcome:
-    """Open an engine, serve every prompt under the eyes of whoever watches, close it.
+async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe: bool = False) -> Outcome:
+    """Open an engine, serve every prompt, close the engine; ``observers`` see the spans.
 
-    ``probe``: measure the raw link rate before and after. Raises AspecError.
+    ``probe``: measure the raw link rate before and after the prompts. Raises AspecError.
     """
     monitor, console = Monitor(), job.console
     with watch(monitor, console, dashboard=not job.flags.no_dashboard):
@@ -118,25 +122,25 @@ def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
 
 
 def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -> Resolved:
-    """Rows and context that these prompts need, and no more."""
+    """Set the context, and the rows or the workload, that these prompts need."""
     longest = max(len(tokens) for tokens in prompts)
     context = resolved.options.max_context or max(2, longest + params.max_new_tokens)
-    if len(prompts) > SEARCHED_FROM and params.max_new_tokens > 1:
+    if len(prompts) > SEARCH_ABOVE and params.max_new_tokens > 1:
         mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
         work = Workload(len(prompts), mean, params.max_new_tokens, sampled=params.temperature > 0.0)
         return revise(resolved, max_context=context, workload=work)
     return revise(resolved, max_context=context, max_batch=resolved.options.max_batch or len(prompts))
 
 
-async def _verify(job: Job, outcome: Outcome) -> list[Verdict]:
+async def _verify(job: GenerateJob, outcome: Outcome) -> list[Verdict]:
     params = seeded(job.params, len(job.prompts))
     tokens = (result.token_ids for result in outcome.results)
-    claims = [Claim(*claim) for claim in zip(job.prompts, params, tokens, strict=True)]
-    return await verify(job.resolved, outcome.plan, claims, job.console)
+    generations = [Generation(*fields) for fields in zip(job.prompts, params, tokens, strict=True)]
+    return await verify(job.resolved, outcome.plan, generations, job.console)
 
 
-async def _serve(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:
-    """All prompts share passes; a single prompt's text streams, several are printed whole, in order."""
+async def _serve(engine: Engine, job: GenerateJob, monitor: Monitor) -> list[Result]:
+    """Serve all prompts in shared passes. Print a single text as it comes, several texts one after the other."""
     alone, as_json = len(job.prompts) == 1, job.flags.as_json
 
     def hear(text: str) -> None:
@@ -159,7 +163,7 @@ async def _serve(engine: Engine, job: Job, monitor: Monitor) -> list[Result]:
 
 
 def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
-    """The JSON object of one prompt; raw link rates in bytes per second."""
+    """The JSON object of one prompt; link rates are in bytes per second."""
     stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
     before, after = outcome.link_rates
     more = {"logprobs": [asdict(logprob) for logprob in result.logprobs]} if result.logprobs else {}
@@ -175,7 +179,7 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
 
 
 def summarise(result: Result, rate: float | None) -> str:
-    """One line: speed, tokens per pass, and how the weight stream did."""
+    """One line: speed, tokens per pass, and the rate of the weight stream. ``rate``: raw link, bytes per second."""
     stats = result.stats
     words = [f"{stats.completion_tokens} tokens ({result.finish_reason})", f"prefill {stats.prefill_s:.2f} s"]
     if stats.tokens_per_s is not None:
@@ -192,7 +196,7 @@ def summarise(result: Result, rate: float | None) -> str:
 
 
 def summarise_lanes(recorder: Recorder) -> str:
-    """One line on the decoding: what bound it, and how much of the compute the stream hid."""
+    """One line on decoding: its bottleneck, and the share of compute that the weight stream hides."""
     timeline = recorder.timeline()
     stretch = decode_stretch(timeline)
     words = [bottleneck(uses_of(timeline, *stretch))]

@@ -1,6 +1,6 @@
-"""The command line. Text goes to stdout, everything else to stderr; torch is imported inside the commands.
+"""The commands and their exit codes. Results go to stdout, all else to stderr; commands import torch when they run.
 
-Exit codes: 0 done, 1 an error (one paragraph; the traceback with --debug), 2 usage, 130 Ctrl-C.
+Exit codes: 0 success, 1 an error (one paragraph; with --debug the traceback), 2 wrong usage, 130 Ctrl-C.
 """
 
 import os
@@ -29,8 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run language models that do not fit in device memory: weights stream through a few buffers while a small "
-    "draft model proposes tokens, and one pass of the big model verifies many of them.",
+    help="Run language models that do not fit in device memory. Weights stream through a few buffers while a small "
+    "draft model proposes tokens; one pass of the big model verifies many proposals.",
 )
 
 
@@ -62,11 +62,12 @@ def generate(flags: GenerateFlags) -> None:
 @app.command()
 @takes(ChatFlags)
 def chat(flags: ChatFlags) -> None:
-    """Talk with a model in the terminal. Every turn prefills its new tokens only.
+    """Chat with a model in the terminal. Each turn prefills only its new tokens.
 
-    A line of standard input is a turn. /new starts afresh, /help lists the
-    commands, /exit or Ctrl-D leaves; Ctrl-C stops an answer and keeps what was
-    said of it. Needs a chat template, as instruction-tuned checkpoints have.
+    Each line of standard input is a turn. /new starts a new conversation, /help
+    lists the commands, /exit or Ctrl-D leaves. Ctrl-C stops an answer and keeps
+    its text so far. The model needs a chat template, as instruction-tuned
+    checkpoints have.
 
     Examples:
 
@@ -85,7 +86,7 @@ def chat(flags: ChatFlags) -> None:
 @app.command()
 @takes(TraceFlags)
 def trace(flags: TraceFlags) -> None:
-    """Record a generation as Chrome trace JSON, for ui.perfetto.dev and chrome://tracing; or read one back.
+    """Record a run as a Chrome trace for ui.perfetto.dev and chrome://tracing, or summarise a recorded trace.
 
     Examples:
 
@@ -111,7 +112,7 @@ def trace(flags: TraceFlags) -> None:
 @app.command()
 @takes(BenchFlags)
 def bench(flags: BenchFlags) -> None:
-    """Measure this machine's ceilings, then a run, and say how near to the ceiling it came.
+    """Measure this machine's limits and some runs; report which share of the limit the runs reach.
 
     Examples:
 
@@ -128,7 +129,7 @@ def bench(flags: BenchFlags) -> None:
 @app.command()
 @takes(BatchFlags)
 def batch(flags: BatchFlags) -> None:
-    """Serve a file of requests, overnight if need be: no finished row is lost, whatever ends the job.
+    """Serve a file of requests. A finished row is never lost, even if the job is killed.
 
     Rows are in OpenAI's batch format, one JSON object per line:
 
@@ -138,14 +139,15 @@ def batch(flags: BatchFlags) -> None:
       {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions",
        "body": {"messages": [{"role": "user", "content": "Why?"}]}}
 
-    All rows are checked before anything is done. Each answer is synced to the
-    disk as it comes, in any order; custom_id tells whose it is. The same
-    command again goes on where a job was stopped, with the journal beside the
-    output (OUT.journal); the rows it makes are those of a job that nothing
-    stopped. Draft, memory, batch size and threads may change in between; the
-    input, the model and the sampling may not.
+    All rows are checked before the first is served. Each answer is synced to
+    the disk when it is complete; answers come in any order and carry the row's
+    custom_id. To continue a stopped job, run the same command again: aspec
+    reads the journal beside the output (OUT.journal). The rows are the same as
+    without the stop. Draft, memory, batch size and threads may change between
+    the runs; the input, the model and the sampling must stay the same.
 
-    Ctrl-C takes no new rows and finishes those under way; again stops at once.
+    Ctrl-C starts no new rows and finishes the rows in progress; a second Ctrl-C
+    stops at once.
 
     Examples:
 
@@ -164,7 +166,7 @@ def batch(flags: BatchFlags) -> None:
 @app.command()
 @takes(ProfileFlags)
 def profile(flags: ProfileFlags) -> None:
-    """Measure this machine once, and say what a pair of models costs on it.
+    """Measure this machine once, and show the costs of a pair of models on it.
 
     Examples:
 
@@ -183,11 +185,11 @@ def profile(flags: ProfileFlags) -> None:
 @app.command()
 @takes(PlanFlags)
 def plan(flags: PlanFlags) -> None:
-    """Say what would run best, and why: placement, memory, speed, bottleneck.
+    """Find the fastest plan and explain it: placement, memory, speed, bottleneck.
 
-    Reads headers only, or nothing but a config.json. Every plan is judged by a
-    run of the real scheduler in virtual time, on this machine's costs or on
-    those of a machine that is not here.
+    It reads only the headers of the checkpoints; a config.json alone is enough.
+    The real scheduler runs each plan in virtual time, with the costs of this
+    machine or of another machine.
 
     Examples:
 
@@ -204,7 +206,7 @@ def plan(flags: PlanFlags) -> None:
 
 
 def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:
-    """Run a command to its exit code: warnings at its end, one paragraph for errors, 130 for Ctrl-C, nothing lost."""
+    """Run a command and exit with its code: 1 and one paragraph for an error, 130 for Ctrl-C; warnings come last."""
     try:
         with held_back(console):
             work()

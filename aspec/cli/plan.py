@@ -1,4 +1,4 @@
-"""What `aspec plan` does: searches a plan from headers alone, and explains it."""
+"""What ``aspec plan`` does: search for a plan with the headers of the checkpoints alone, and explain it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.units import format_bytes, format_rate
 
-RUNNERS_UP = 5
+RUNNERS_UP = 5  # most other plans that are listed
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
-    """A search and what it was about."""
+class PlanExplanation:
+    """A search and its input: models, costs and workload."""
 
     models: Models
     basis: CostBasis
@@ -50,10 +50,12 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         print(line)
 
 
-def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) -> Explained:
-    """The plans for what the flags describe; ``progress`` hears how many were tried. Raises AspecError."""
+def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) -> PlanExplanation:
+    """Search plans for the flags; ``progress`` receives the number of tried plans. Raises AspecError."""
     hardware = None if flags.profile is None else _read_rates(flags.profile)
-    options = flags.options() if hardware is None else replace(flags.options(), device=HOST)  # whatever device is here
+    options = (
+        flags.options() if hardware is None else replace(flags.options(), device=HOST)
+    )  # independent of this machine's devices
     resolved = resolve(options)
     sampled = sampling_params(generation_defaults(resolved.target), flags.sampling()).temperature > 0.0
     work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=sampled)
@@ -68,27 +70,27 @@ def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) 
         basis = CostBasis(hardware, AcceptanceStats())
     if flags.acceptance is not None:
         basis = replace(basis, known=replace(basis.known, acceptance=flags.acceptance))
-    return Explained(models, basis, work, plan_workload(models, request_for(models), basis, progress))
+    return PlanExplanation(models, basis, work, plan_workload(models, request_for(models), basis, progress))
 
 
 def _read_rates(path: Path) -> Hardware:
-    """A machine that any models can be planned for. Raises UserError."""
+    """Read a machine file and require its rates, so that it serves any models. Raises UserError."""
     hardware = read_machine(path)
     if hardware.missing_rates:
         raise UserError(
-            f"{path}: its tasks hold the seconds of one pair of models, for aspec trace --simulate; a plan needs the "
-            f"rates of the machine: expected {' and '.join(hardware.missing_rates)} besides, found neither."
+            f"{path}: its tasks hold the seconds of one pair of models, for aspec trace --simulate. A plan needs the "
+            f"rates of the machine: expected {' and '.join(hardware.missing_rates)}, found neither."
         )
     return hardware
 
 
-# -- what is said --------------------------------------------------------------------------------------------
+# -- the output --------------------------------------------------------------------------------------------
 
 
-def lines(explained: Explained) -> Iterator[str]:
-    """For people."""
+def lines(explained: PlanExplanation) -> Iterator[str]:
+    """The explanation as lines of text."""
     models, work, best = explained.models, explained.work, explained.search.best
-    yield f"{explained.basis.hardware.name or 'this machine'}: {_machine(explained)}"
+    yield f"{explained.basis.hardware.name or 'this machine'}: {_machine_line(explained)}"
     layers = models.target.num_layers
     nbytes = sum(part.nbytes for part in models.parts)
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
@@ -104,31 +106,31 @@ def lines(explained: Explained) -> Iterator[str]:
     others = list(runners_up(explained))[:RUNNERS_UP]
     if others:
         yield ""
-        yield "behind it"
-        width = max(len(words) for words, _ in others)
-        yield from (f"  {words:{width}}  {said}" for words, said in others)
+        yield "other plans"
+        width = max(len(shape) for shape, _ in others)
+        yield from (f"  {shape:{width}}  {forecast}" for shape, forecast in others)
     yield ""
     search = explained.search
     yield (
-        f"{_count(len(search.found), 'plan')} ran in virtual time, {search.num_pruned} could not have been better, "
+        f"{_count(len(search.found), 'plan')} ran in virtual time, {search.num_pruned} cannot be faster, "
         f"{search.num_too_large} do not fit"
     )
 
 
-def _machine(explained: Explained) -> str:
+def _machine_line(explained: PlanExplanation) -> str:
     hardware, known = explained.basis.hardware, explained.basis.known
     link = hardware.h2d_bytes_per_s
     words = [f"disk {format_rate(hardware.disk_bytes_per_s)}"]
     words += [f"link {format_rate(link)}"] if link else []
     words.append(f"budget {format_bytes(explained.models.resolved.budget_bytes)}")
     if explained.models.draft is not None:
-        said = "measured" if known.proposals else "a guess, which aspec bench mends"
-        words.append(f"acceptance {known.acceptance:.2f} ({said})")
+        source = "measured" if known.proposals else "a guess; aspec bench measures it"
+        words.append(f"acceptance {known.acceptance:.2f} ({source})")
     return ", ".join(words)
 
 
 def placement(plan: Plan) -> Iterator[str]:
-    """Where the weights are, and what is held."""
+    """The placement of the weights, and the memory that the plan uses."""
     for tier, words in (
         (Tier.DEVICE, "stay resident"),
         (Tier.HOST, "stream from host memory"),
@@ -144,11 +146,11 @@ def placement(plan: Plan) -> Iterator[str]:
         yield f"host memory: {plan.describe_host()}"
 
 
-def outlook(found: Candidate, work: Workload) -> str:
-    """What is predicted."""
-    forecast = found.forecast
+def outlook(candidate: Candidate, work: Workload) -> str:
+    """The predicted speed and times in one line."""
+    forecast = candidate.forecast
     words = [f"{forecast.tokens_per_s:.4g} tokens/s", f"{forecast.tokens_per_pass:.2f} tokens of a row per pass"]
-    prompts = min(work.num_prompts, found.plan.num_rows)
+    prompts = min(work.num_prompts, candidate.plan.num_rows)
     words.append(f"{_time(forecast.prefill_s)} to prefill {prompts}")
     return ", ".join([*words, f"{_time(forecast.job_s)} in all"])
 
@@ -163,27 +165,27 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def runners_up(explained: Explained) -> Iterator[tuple[str, str]]:
-    """Plans of other shapes, and what is said of them: those that ran, then those that could not have been better."""
+def runners_up(explained: PlanExplanation) -> Iterator[tuple[str, str]]:
+    """Plans of other shapes, each with its forecast: first the simulated plans, then the pruned ones."""
     search = explained.search
-    seen = {_kind(search.best.plan)}
-    for found in search.found:
-        if _kind(found.plan) not in seen:
-            seen.add(_kind(found.plan))
-            yield found.plan.shape, f"{outlook(found, explained.work)}; {found.forecast.bottleneck}"
+    seen = {_shape(search.best.plan)}
+    for candidate in search.found:
+        if _shape(candidate.plan) not in seen:
+            seen.add(_shape(candidate.plan))
+            yield candidate.plan.shape, f"{outlook(candidate, explained.work)}; {candidate.forecast.bottleneck}"
     for least_s, plan in search.pruned:
-        if _kind(plan) not in seen:
-            seen.add(_kind(plan))
+        if _shape(plan) not in seen:
+            seen.add(_shape(plan))
             yield plan.shape, f"at least {_time(least_s)} in all, not run"
 
 
-def _kind(plan: Plan) -> tuple[object, ...]:
-    """What tells plans apart but for slots and caps."""
+def _shape(plan: Plan) -> tuple[object, ...]:
+    """The shape of a plan, without its slots and limits."""
     return plan.num_rows, plan.num_groups, plan.speculation, plan.max_draft_tokens > 0, plan.attention_resource
 
 
-def as_object(explained: Explained) -> dict[str, Any]:
-    """The JSON object; bytes, seconds."""
+def as_object(explained: PlanExplanation) -> dict[str, Any]:
+    """The JSON object, in bytes and seconds."""
     search = explained.search
     return {
         "work": asdict(explained.work),
@@ -191,7 +193,7 @@ def as_object(explained: Explained) -> dict[str, Any]:
         "acceptance": explained.basis.known.acceptance,
         "budget_bytes": explained.models.resolved.budget_bytes,
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
-        "plans": [_plan_object(found.plan) | {"forecast": asdict(found.forecast)} for found in search.found],
+        "plans": [_plan_object(one.plan) | {"forecast": asdict(one.forecast)} for one in search.found],
         "not_run": [_plan_object(plan) | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,
         "pruned": search.num_pruned,

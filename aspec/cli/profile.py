@@ -1,4 +1,4 @@
-"""What ``aspec profile`` does: this machine's figures from the cache or measured now, and what a pair costs on it."""
+"""What ``aspec profile`` does: print this machine's figures, cached or measured now, and the costs of a pair."""
 
 import asyncio
 import json
@@ -21,13 +21,13 @@ from aspec.profiling.roofline import prices, weight_seconds
 from aspec.tasks.task import WorkItem
 from aspec.units import format_bytes, format_rate
 
-TOKENS = (1, 16, 64, 256)  # of the items whose prices are shown
-CONTEXT = 256  # keys before them
+TOKENS = (1, 16, 64, 256)  # sizes of the work items whose costs are shown
+CONTEXT = 256  # keys before these tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A machine, and a pair as it finds it."""
+class PairOnMachine:
+    """A machine, and a pair of models on it."""
 
     hardware: Hardware
     dtype: str
@@ -37,20 +37,20 @@ class Found:
 
 
 def profile_to_console(flags: ProfileFlags, console: Console) -> None:
-    """Measure or recall, print, and write the file that was asked for. Raises AspecError."""
+    """Get the figures, print them, and write them to --output. Raises AspecError."""
     resolved = resolve(flags.options())
-    found = run(lambda: asyncio.to_thread(_find, resolved, flags))
+    pair = run(lambda: asyncio.to_thread(_pair_on_machine, resolved, flags))
     if flags.output is not None:
-        _write(flags.output, found.hardware)
-        console.note(f"{flags.output}: this machine, for plans made elsewhere")
+        _write(flags.output, pair.hardware)
+        console.note(f"{flags.output}: the figures of this machine, to plan for it on another machine")
     if flags.as_json:
-        print(json.dumps(as_object(found)))
+        print(json.dumps(as_object(pair)))
         return
-    for line in table(found):
+    for line in table(pair):
         print(line)
 
 
-def _find(resolved: Resolved, flags: ProfileFlags) -> Found:
+def _pair_on_machine(resolved: Resolved, flags: ProfileFlags) -> PairOnMachine:
     target, draft = resolved.target, resolved.draft
     big = Model(target, dtype=resolved.dtype)
     small = None if draft is None else Model(draft, dtype=resolved.dtype)
@@ -58,7 +58,7 @@ def _find(resolved: Resolved, flags: ProfileFlags) -> Found:
     hardware = machine_profile(target, big.dtype, flags.threads, **how)
     known = AcceptanceStats() if draft is None else known_acceptance(target, draft)
     shape = shape_of(big)
-    return Found(hardware, shape.dtype, shape, None if small is None else shape_of(small), known)
+    return PairOnMachine(hardware, shape.dtype, shape, None if small is None else shape_of(small), known)
 
 
 def _write(path: Path, hardware: Hardware) -> None:
@@ -68,12 +68,12 @@ def _write(path: Path, hardware: Hardware) -> None:
         raise UserError(f"{path}: the machine profile cannot be written: {error.strerror}.") from error
 
 
-# -- what is said --------------------------------------------------------------------------------------------
+# -- the output --------------------------------------------------------------------------------------------
 
 
-def table(found: Found) -> Iterator[str]:
-    """For people."""
-    hardware, cpu, dtype = found.hardware, found.hardware.processor, found.dtype
+def table(pair: PairOnMachine) -> Iterator[str]:
+    """The figures as lines of text."""
+    hardware, cpu, dtype = pair.hardware, pair.hardware.processor, pair.dtype
     yield f"{hardware.name}, {hardware.threads} compute threads, {dtype}"
     links = {"host to device": hardware.h2d_bytes_per_s, "device to host": hardware.d2h_bytes_per_s}
     yield from _rows(
@@ -81,7 +81,7 @@ def table(found: Found) -> Iterator[str]:
         *((label, format_rate(rate)) for label, rate in links.items() if rate is not None),
         ("memory copy", format_rate(cpu.copy_rate)),
         ("memory read, matrix x vector", format_rate(cpu.memory_bytes_per_s)),
-        ("products slower beside reads", f"{100 * (hardware.read_contention - 1):.0f} %"),
+        ("matrix products slower beside reads", f"{100 * (hardware.read_contention - 1):.0f} %"),
         *(
             (
                 f"1 GB of weights, {rows} rows",
@@ -93,52 +93,54 @@ def table(found: Found) -> Iterator[str]:
         ("a draw of 100 000 entries", _both(1e5 * (cpu.greedy_s or 0.0), 1e5 * (cpu.sampled_s or 0.0), "with noise")),
     )
     yield ""
-    layers = len(found.target.layers)
-    yield f"the target: {layers} layers, {format_bytes(found.target.nbytes)}"
-    plain, exact = (_layer_s(found, exact=exact) for exact in (False, True))
+    layers = len(pair.target.layers)
+    yield f"the target: {layers} layers, {format_bytes(pair.target.nbytes)}"
+    plain, exact = (_layer_s(pair, exact=exact) for exact in (False, True))
     yield from _rows(
         *((f"a layer, {count} tokens", _both(plain[count], exact[count])) for count in TOKENS),
-        ("all layers from disk", f"{found.target.nbytes / found.hardware.disk_bytes_per_s:.2f} s"),
+        ("all layers from disk", f"{pair.target.nbytes / pair.hardware.disk_bytes_per_s:.2f} s"),
     )
-    if found.draft is not None:
-        said = f"from {found.known.proposals:.0f} rounds" if found.known.proposals else "a guess, aspec bench learns it"
+    if pair.draft is not None:
+        source = (
+            f"from {pair.known.proposals:.0f} rounds" if pair.known.proposals else "a guess; aspec bench measures it"
+        )
         yield "the draft"
         yield from _rows(
-            ("one step", f"{1e3 * _draft_s(found):.2f} ms"),
-            ("acceptance", f"{found.known.acceptance:.2f}, {said}"),
+            ("one step", f"{1e3 * _draft_s(pair):.2f} ms"),
+            ("acceptance", f"{pair.known.acceptance:.2f}, {source}"),
         )
 
 
-def as_object(found: Found) -> dict[str, Any]:
-    """The JSON object; seconds, bytes. ``hardware`` is what a machine file holds."""
-    made: dict[str, Any] = {"hardware": found.hardware.as_object(), "dtype": found.dtype}
+def as_object(pair: PairOnMachine) -> dict[str, Any]:
+    """The JSON object, in seconds and bytes. ``hardware`` is the content of a machine file."""
+    made: dict[str, Any] = {"hardware": pair.hardware.as_object(), "dtype": pair.dtype}
     made["target"] = {
-        "layers": len(found.target.layers),
-        "bytes": found.target.nbytes,
-        "layer_s": _layer_s(found, exact=False),
-        "exact_layer_s": _layer_s(found, exact=True),
+        "layers": len(pair.target.layers),
+        "bytes": pair.target.nbytes,
+        "layer_s": _layer_s(pair, exact=False),
+        "exact_layer_s": _layer_s(pair, exact=True),
     }
-    if found.draft is not None:
-        made["draft"] = {"step_s": _draft_s(found), "bytes": found.draft.nbytes}
-        made["acceptance"] = {"value": found.known.acceptance, "spread": found.known.spread}
-        made["acceptance"]["proposals"] = found.known.proposals
+    if pair.draft is not None:
+        made["draft"] = {"step_s": _draft_s(pair), "bytes": pair.draft.nbytes}
+        made["acceptance"] = {"value": pair.known.acceptance, "spread": pair.known.spread}
+        made["acceptance"]["proposals"] = pair.known.proposals
     return made
 
 
-def _layer_s(found: Found, *, exact: bool) -> dict[int, float]:
-    """Seconds of an average layer by the tokens of an item."""
+def _layer_s(pair: PairOnMachine, *, exact: bool) -> dict[int, float]:
+    """Seconds of an average layer for each size in TOKENS, by the tokens of an item."""
     made = {}
     for count in TOKENS:
         item = WorkItem(0, (0,), (CONTEXT,), (count,))
-        cost_table = prices(found.target, found.draft, found.hardware, exact=exact).cost_table
+        cost_table = prices(pair.target, pair.draft, pair.hardware, exact=exact).cost_table
         assert cost_table is not None
-        made[count] = cost_table.target.layer_seconds(item) / len(found.target.layers)
+        made[count] = cost_table.target.layer_seconds(item) / len(pair.target.layers)
     return made
 
 
-def _draft_s(found: Found) -> float:
+def _draft_s(pair: PairOnMachine) -> float:
     """Seconds of a draft step for one row."""
-    cost_table = prices(found.target, found.draft, found.hardware).cost_table
+    cost_table = prices(pair.target, pair.draft, pair.hardware).cost_table
     assert cost_table is not None
     draft: ModelCost | None = cost_table.draft
     assert draft is not None
@@ -147,7 +149,7 @@ def _draft_s(found: Found) -> float:
 
 
 def _gigabyte_s(cpu: Processor, dtype: str, rows: int) -> tuple[float, float]:
-    """Of a step that is not exact, and of one that is."""
+    """Seconds for 1 GB of weights with ``rows`` rows, without and with exact passes."""
     return 1e9 * weight_seconds(cpu, dtype, rows), 1e9 * weight_seconds(cpu, dtype, rows, exact=True)
 
 

@@ -1,4 +1,4 @@
-"""What ``aspec trace`` does: record a run, simulate one, lay both side by side, read a file back."""
+"""What ``aspec trace`` does: record a run, simulate it, write both into one trace, or summarise a trace."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aspec.api import run
 from aspec.cli.command_flags import TraceFlags
-from aspec.cli.generate import Job, as_object, prepare, run_job
+from aspec.cli.generate import GenerateJob, as_object, prepare, run_job
 from aspec.cli.generate import summarise as summarise_result
 from aspec.engine.design import design
 from aspec.errors import InternalError, UserError
@@ -32,10 +32,10 @@ REAL, SIMULATED = "aspec", "aspec simulated"
 
 
 def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
-    """Run, really or in virtual time or both, and write the trace. Raises AspecError."""
+    """Run on this machine, in virtual time, or both, and write the trace. Raises AspecError."""
     output = flags.output
     if output is None:
-        raise InternalError("a trace to record needs a file to go to")
+        raise InternalError("recording a trace needs an output file")
     machine = read_machine(flags.simulate) if flags.simulate else None
     _check_writable(output)
     job = prepare(flags, prompts, console)
@@ -45,22 +45,22 @@ def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
     else:
         plan, timelines[REAL] = _record(job, flags.max_spans, output)
     if machine is not None:
-        timelines[SIMULATED] = _simulate(job, plan, _profile(job, plan, machine), flags.max_spans)
+        timelines[SIMULATED] = _simulate(job, plan, _task_costs(job, plan, machine), flags.max_spans)
     elif flags.compare:
         timelines[SIMULATED] = _simulate(job, plan, measured_profile(timelines[REAL]), flags.max_spans)
     write_trace(output, timelines)
-    _report(output, timelines, console)
+    _note_written(output, timelines, console)
     if flags.summary:
         _print_summaries(timelines, flags.as_json)
 
 
 def summarise_file(path: Path, as_json: bool) -> None:
-    """Print what a trace says. Raises UserError where it is none."""
+    """Print the summary of a trace. Raises UserError if the file is not a trace."""
     _print_summaries(read_trace(path), as_json)
 
 
-def _record(job: Job, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
-    """A run and its timeline; of a run that does not finish, what there is goes to the file all the same."""
+def _record(job: GenerateJob, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
+    """Run, and return the plan and the timeline. If the run fails, the spans so far are still written."""
     recorder = Recorder(max_spans)
     epoch_ns = time.time_ns() - time.perf_counter_ns()
     try:
@@ -68,19 +68,19 @@ def _record(job: Job, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
     except BaseException:
         if len(recorder):
             write_trace(output, {REAL: recorder.timeline(_facts(job, None))})
-            job.console.note(f"the run did not finish; what was recorded of it is in {output}")
+            job.console.note(f"the run did not finish; its recorded part is in {output}")
         raise
     for result in outcome.results:
         if job.flags.as_json:
             job.console.write(json.dumps(as_object(result, outcome)) + "\n")
         job.console.note(summarise_result(result, None))
     timeline = recorder.timeline(_facts(job, outcome.plan))
-    started_ns = epoch_ns + round(timeline.start_s * 1e9)  # to lay other traces of the same time beside this one
+    started_ns = epoch_ns + round(timeline.start_s * 1e9)  # wall-clock time, to align other traces
     return outcome.plan, replace(timeline, facts={**timeline.facts, "started_ns": started_ns})
 
 
-def _profile(job: Job, plan: Plan, machine: Hardware) -> SimCosts:
-    """What tasks cost on a machine: as its file says of them, otherwise by the models' shapes."""
+def _task_costs(job: GenerateJob, plan: Plan, machine: Hardware) -> SimCosts:
+    """The costs of tasks on a machine: from its file, otherwise from the shapes of the models."""
     if machine.tasks is not None:
         return tasks_profile(machine, machine.tasks)
     models = read_models(elsewhere(job.resolved, machine))
@@ -88,15 +88,15 @@ def _profile(job: Job, plan: Plan, machine: Hardware) -> SimCosts:
     return pricing(models, CostBasis(machine, AcceptanceStats()), exact=models.resolved.exact, sampled=sampled)(plan)
 
 
-def _simulate(job: Job, plan: Plan, profile: SimCosts, max_spans: int) -> Timeline:
+def _simulate(job: GenerateJob, plan: Plan, costs: SimCosts, max_spans: int) -> Timeline:
     recorder = Recorder(max_spans)
     new = job.params.max_new_tokens
-    simulate(plan, profile, [(len(prompt), new) for prompt in job.prompts], [recorder])
+    simulate(plan, costs, [(len(prompt), new) for prompt in job.prompts], [recorder])
     return recorder.timeline(_facts(job, plan))
 
 
-def _facts(job: Job, plan: Plan | None) -> dict[str, str | int | float]:
-    """What the figures hold for; without a plan the run did not finish."""
+def _facts(job: GenerateJob, plan: Plan | None) -> dict[str, str | int | float]:
+    """The facts of a trace: version, models, plan. ``plan`` is None if the run did not finish."""
     options = job.resolved.options
     models = {"target": str(options.target or "demo"), "draft": str(options.draft or "none")}
     facts: dict[str, str | int | float] = {"version": version("aspec"), **models}
@@ -106,7 +106,7 @@ def _facts(job: Job, plan: Plan | None) -> dict[str, str | int | float]:
 
 
 def _check_writable(path: Path) -> None:
-    """A run may take long: refuse a file that cannot be written before it begins. Raises UserError."""
+    """Refuse a file that cannot be written, before a run that may take long. Raises UserError."""
     existed = path.exists()
     try:
         with path.open("ab"):
@@ -117,19 +117,19 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"{path}: the trace cannot be written: {error.strerror}.") from error
 
 
-def _report(output: Path, timelines: Mapping[str, Timeline], console: Console) -> None:
+def _note_written(output: Path, timelines: Mapping[str, Timeline], console: Console) -> None:
     tasks = sum(len(timeline.slices) for timeline in timelines.values())
     size = format_bytes(output.stat().st_size)
     console.note(f"{output}: {tasks} tasks, {size}; open it at https://ui.perfetto.dev")
     if len(timelines) == 2:
         real_s, simulated_s = (_pass_s(summarise(timelines[name])) for name in (REAL, SIMULATED))
         if real_s and simulated_s:
-            off = 100 * (simulated_s / real_s - 1)
-            console.note(f"a pass took {real_s:.4f} s, simulated {simulated_s:.4f} s ({off:+.1f} %)")
+            error_percent = 100 * (simulated_s / real_s - 1)
+            console.note(f"a pass took {real_s:.4f} s, simulated {simulated_s:.4f} s ({error_percent:+.1f} %)")
 
 
 def _pass_s(summary: Summary) -> float:
-    """Seconds of a decoding pass; 0 where there was none. How many there are is the acceptance's luck."""
+    """Seconds per decoding pass, because the number of passes depends on random acceptance; 0 without a pass."""
     return summary.decode_s / (summary.rounds - 1) if summary.rounds > 1 else 0.0
 
 

@@ -1,7 +1,7 @@
-"""What ``aspec generate --verify`` does: decode the same prompts without speculation, and compare token by token.
+"""What ``aspec generate --verify`` does: decode the same prompts without speculation and compare the tokens.
 
-The reference is a second engine under the plan of the first, which has closed by then: one memory budget holds both,
-one after the other. Its draws are watched, so where one differs the scores that decided say by how much.
+The reference is a second engine with the plan of the first. It opens after the first has closed, so both use the same
+memory budget. Its sampler records the scores of the first draw that differs; their difference is the margin.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ MAKES_EQUAL = "--exact makes them equal"
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """A prompt, how its tokens are drawn, and what speculation says they are."""
+class Generation:
+    """A prompt, its sampling parameters, and the tokens that speculation generated."""
 
     prompt: list[int]
     params: SamplingParams
@@ -39,26 +39,26 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first token of a prompt that decoding without speculation draws otherwise; None: there the text has ended."""
+    """The first token that differs from decoding without speculation. A token is None where a text has ended."""
 
-    prompt: int
-    position: int  # in the generated tokens
-    token: int | None  # as speculation has it
-    expected: int | None  # as the reference draws it
+    prompt: int  # index
+    position: int  # number of generated tokens before it
+    token: int | None  # from speculation
+    expected: int | None  # from the reference
     token_text: str | None
     expected_text: str | None
-    margin: float | None  # nats by which the reference preferred its own; None: the other was out of the question
+    margin: float | None  # nats by which the reference prefers its own token; None: it rules the other token out
 
     def __str__(self) -> str:
         ours, theirs = _named(self.token, self.token_text), _named(self.expected, self.expected_text)
         return (
             f"prompt {self.prompt}: after {self.position} equal tokens speculation gave {ours}, decoding without it "
-            f"{theirs}; {self._preference()}."
+            f"gave {theirs}; {self._preference()}."
         )
 
     def _preference(self) -> str:
         if self.token is None or self.expected is None:
-            return "one text ends where the other goes on"
+            return "one text ends, the other continues"
         if self.margin is None:
             return "top-k, top-p or min-p rule the other token out"
         return f"preferred by {self.margin:.2g} nats"
@@ -66,9 +66,9 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found of one prompt."""
+    """The result of the comparison for one prompt."""
 
-    tokens: int  # that are equal, from the first
+    tokens: int  # number of equal tokens before the first difference
     divergence: Divergence | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,13 +78,13 @@ class Verdict:
 
 
 class ReferenceSampler(Sampler):
-    """Draws as any sampler does; mutable, because it notes by how much the first draw that differs was decided."""
+    """A sampler that records the margin of the first draw that differs; mutable for that."""
 
-    def __init__(self, claim: Claim) -> None:
-        super().__init__(claim.params)
-        self.shares_argmax = False  # it must see its logits
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(generation.params)
+        self.shares_argmax = False  # draw() needs the logits
         self.margin: float | None = None  # of the first draw that differs, in nats; None until there is one
-        self._claim = claim
+        self._generation = generation
 
     def draw(
         self,
@@ -93,21 +93,21 @@ class ReferenceSampler(Sampler):
         limit: int | None = None,
         context: Context | None = None,
     ) -> list[int]:
-        """The draws at ``positions``, of which there is one: nothing is proposed here."""
+        """Draw at ``positions``, a single position, because the reference has no proposals."""
         drawn = super().draw(logits, positions, limit, context)
         [position], [token] = positions, drawn
-        index = position - len(self._claim.prompt)
-        claimed = self._claim.tokens[index] if 0 <= index < len(self._claim.tokens) else token
+        index = position - len(self._generation.prompt)
+        claimed = self._generation.tokens[index] if 0 <= index < len(self._generation.tokens) else token
         if claimed != token and self.margin is None:
             scores = self.scores(logits[0, :limit], position, context)
             self.margin = float(scores[token] - scores[claimed])
         return drawn
 
 
-async def verify(resolved: Resolved, plan: Plan, claims: Sequence[Claim], console: Console) -> list[Verdict]:
-    """Decode every claim's prompt without speculation, as the engine of ``plan`` would; a verdict for each.
+async def verify(resolved: Resolved, plan: Plan, generations: Sequence[Generation], console: Console) -> list[Verdict]:
+    """Decode the prompt of each generation without speculation; returns a verdict for each.
 
-    ``resolved`` and ``plan`` are of the engine that drew the claims; it must have closed. Raises AspecError.
+    ``resolved`` and ``plan`` belong to the engine that made the generations; it must be closed. Raises AspecError.
     """
     monitor = Monitor()
     console.note("verifying: the same prompts once more, without speculation")
@@ -120,52 +120,54 @@ async def verify(resolved: Resolved, plan: Plan, claims: Sequence[Claim], consol
         prefill_tokens=plan.prefill_tokens,
         progress=monitor.progress,
     )
-    with watch(monitor, console, dashboard=False):  # which would hide the text that has just been printed
+    with watch(monitor, console, dashboard=False):  # a dashboard would hide the printed text
         async with Engine(reference, [monitor], [monitor.issued]) as engine:
-            monitor.opened(engine.plan, sum(len(claim.tokens) for claim in claims))
+            monitor.opened(engine.plan, sum(len(generation.tokens) for generation in generations))
             console.note(describe_plan(engine.plan))
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_check(engine, index, claim)) for index, claim in enumerate(claims)]
+                tasks = [
+                    group.create_task(_check(engine, index, generation)) for index, generation in enumerate(generations)
+                ]
             return [task.result() for task in tasks]
 
 
 def conclude(verdicts: Sequence[Verdict], *, exact: bool) -> str:
-    """All verdicts in one line. Raises DivergenceError, which tells of the first prompt that differs, if one does."""
+    """All verdicts in one line. Raises a DivergenceError for the first prompt that differs."""
     for verdict in verdicts:
         if verdict.divergence is not None:
-            remedy = "exact passes must not differ: please report this" if exact else MAKES_EQUAL
+            remedy = "exact passes must not differ: please report this bug" if exact else MAKES_EQUAL
             raise DivergenceError(f"not verified: {verdict.divergence} {remedy}.")
     return f"verified: {sum(verdict.tokens for verdict in verdicts)} tokens equal those decoded without speculation"
 
 
-async def _check(engine: Engine, index: int, claim: Claim) -> Verdict:
-    """Decode one prompt, no further than to the first token that differs."""
-    referee = ReferenceSampler(claim)
+async def _check(engine: Engine, index: int, generation: Generation) -> Verdict:
+    """Decode one prompt, up to the first token that differs."""
+    sampler = ReferenceSampler(generation)
     decoded: list[int] = []
-    params = replace(claim.params, logprobs=None)
-    async with aclosing(engine.stream(claim.prompt, params, referee)) as stream:
+    params = replace(generation.params, logprobs=None)
+    async with aclosing(engine.stream(generation.prompt, params, sampler)) as stream:
         async for piece in stream:
             decoded.extend(piece.token_ids)
-            if tuple(decoded) != claim.tokens[: len(decoded)]:
+            if tuple(decoded) != generation.tokens[: len(decoded)]:
                 break
-    position = first_difference(claim.tokens, decoded)
+    position = first_difference(generation.tokens, decoded)
     if position is None:
         return Verdict(len(decoded), None)
-    token, expected = (tokens[position] if position < len(tokens) else None for tokens in (claim.tokens, decoded))
+    token, expected = (tokens[position] if position < len(tokens) else None for tokens in (generation.tokens, decoded))
     ours, theirs = (_text_of(one, engine.tokenizer) for one in (token, expected))
-    margin = referee.margin if referee.margin is not None and isfinite(referee.margin) else None
+    margin = sampler.margin if sampler.margin is not None and isfinite(sampler.margin) else None
     return Verdict(position, Divergence(index, position, token, expected, ours, theirs, margin))
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Where two lists of tokens part, or the shorter one ends; None where they are equal."""
+    """The first index where two lists of tokens differ or one ends; None if they are equal."""
     shorter = min(len(one), len(other))
-    parted = next((at for at in range(shorter) if one[at] != other[at]), shorter)
-    return None if parted == len(one) == len(other) else parted
+    index = next((at for at in range(shorter) if one[at] != other[at]), shorter)
+    return None if index == len(one) == len(other) else index
 
 
 def _text_of(token: int | None, tokenizer: Tokenizer) -> str | None:
-    """What a token says; a special one, which says nothing, goes by its name."""
+    """The text of a token; for a special token without text, its name."""
     return None if token is None else tokenizer.decode([token]) or tokenizer.vocab().get(token, "")
 
 

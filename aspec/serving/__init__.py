@@ -1,1 +1,1 @@
-"""How do OpenAI's forms become sequences, and answers?"""
+"""How do OpenAI's requests become sequences, and sequences answers?"""

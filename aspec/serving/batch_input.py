@@ -1,7 +1,7 @@
-"""The rows of a batch file: all of them checked before any work, then read again one by one where they stand.
+"""The rows of a batch file: all rows are checked before any work, then each is read again from its offset.
 
-Of a row only its place, a checksum and its custom_id are held. What was checked is what is served: the file stays
-open, and a row that has changed meanwhile is an error.
+Memory holds only the offset, the size, a checksum and the custom_id of each row. The file stays open, and a row that
+has changed since the check is an error.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any, Self
 from aspec.errors import PromptError, UserError
 from aspec.serving.openai_requests import CHAT, COMPLETION, Request, parse_json, parse_request
 
-MAX_LISTED = 10  # problems of a file that are told
+MAX_LISTED = 10  # most problems that a message lists
 FIELDS = ("custom_id", "method", "url", "body")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -31,7 +31,7 @@ class BatchRow:
 
 
 class BatchFile:
-    """An open input whose rows are known; mutable while it is scanned."""
+    """An open input file and the places of its rows; mutable while ``scan`` runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class BatchFile:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             self.close()
             raise UserError(
-                f"the input {path} is not a regular file: its rows are read twice. Save it to a file first."
+                f"the input {path} is not a regular file, but its rows are read twice. Save it to a file first."
             )
 
     @property
@@ -56,9 +56,9 @@ class BatchFile:
         return self._sha256.hexdigest()
 
     def scan(self, check: Callable[[BatchRow], None]) -> None:
-        """Know every row. ``check`` raises PromptError for one that cannot be served.
+        """Read and check every row; ``check`` raises PromptError for a row that cannot be served.
 
-        Raises UserError that lists what is wrong, by line, if anything is.
+        Raises a UserError that lists the problems by line, if there are any.
         """
         seen: dict[str, int] = {}
         problems: list[str] = []
@@ -76,26 +76,26 @@ class BatchFile:
                         problems.append(f"\n  line {number}: {' '.join(str(error).split())}")
                 start += len(line)
         if problems:
-            first = f", of which these are the first {MAX_LISTED}" if num_problems > MAX_LISTED else ""
+            first = f"; the first {MAX_LISTED} are listed" if num_problems > MAX_LISTED else ""
             count = "one problem" if num_problems == 1 else f"{num_problems} problems"
             raise UserError(
-                f"{self.path} has {count}{first}; nothing was done. Correct the file and run again.{''.join(problems)}"
+                f"{self.path} has {count}{first}. No row was served. Correct the file and run again.{''.join(problems)}"
             )
         if not seen:
             raise self._empty()
 
     def read(self, index: int) -> BatchRow:
-        """A row, from the file. Raises UserError where the file is not what it was."""
+        """Read a row from the file. Raises UserError when the row has changed since the check."""
         line = os.pread(self._file, self._sizes[index], self._starts[index])
         if zlib.crc32(line) != self._checksums[index]:
             raise UserError(
-                f"{self.path} was changed while its rows were served: the row {self.custom_ids[index]!r} is another "
-                f"now. The rows that are finished belong to the file as it was; restore it and run the same command."
+                f"{self.path} was changed while its rows were served: the row {self.custom_ids[index]!r} is "
+                f"different now. The finished rows belong to the old file: restore it and run the same command."
             )
         return parse_row(line)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._file)
 
     def __enter__(self) -> Self:
@@ -115,7 +115,7 @@ class BatchFile:
     ) -> None:
         row = parse_row(line)
         if row.custom_id in seen:
-            raise PromptError(f"custom_id {row.custom_id!r} is that of line {seen[row.custom_id]}, too")
+            raise PromptError(f"custom_id {row.custom_id!r} is already used in line {seen[row.custom_id]}")
         seen[row.custom_id] = number
         check(row)
         self.custom_ids.append(row.custom_id)
@@ -125,16 +125,16 @@ class BatchFile:
 
 
 def parse_row(line: bytes) -> BatchRow:
-    """A row from its line. Raises PromptError, which names the field."""
+    """Parse a row. Raises a PromptError that names the field."""
     row = parse_json(line)
     if not isinstance(row, dict):
         raise PromptError("expected a JSON object")
     for name in row:
         if name not in FIELDS:
-            raise PromptError(f"{name} is not supported beside {', '.join(FIELDS)}: remove it")
+            raise PromptError(f"{name} is not supported; a row has {', '.join(FIELDS)}: remove it")
     custom_id = row.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        raise PromptError("custom_id must be a text that is not empty, by which the answer is found")
+        raise PromptError("custom_id must be a text that is not empty: it identifies the answer")
     return BatchRow(custom_id, _request(row))
 
 

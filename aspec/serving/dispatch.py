@@ -1,4 +1,4 @@
-"""Requests over an engine: a bounded window of them at a time, each answered on its own."""
+"""How an engine serves many requests: a bounded window of requests at a time, one answer per request."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -13,7 +13,7 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer
 from aspec.serving.openai_requests import Request
 
-WINDOW = 2  # requests in the engine's hands, per row of its plan: a row that ends is followed at once
+WINDOW = 2  # requests in the engine per row of its plan; 2, so that the next request begins as soon as one ends
 
 
 class ContextExceeded(PromptError):
@@ -22,7 +22,7 @@ class ContextExceeded(PromptError):
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request, ready for an engine."""
+    """A request that is ready for the engine: encoded, with its sampling parameters."""
 
     id: str
     request: Request
@@ -31,24 +31,24 @@ class PreparedRequest:
 
 
 Refused = PromptError | NumericError
-"""Why a request has no answer, though all others may have theirs."""
+"""The error of one request; other requests are not affected."""
 
 Answered = Callable[[PreparedRequest, Result | Refused], Awaitable[None]]
-"""Called with every answer, or with why there can be none; the next row is taken when it returns."""
+"""Called with every answer or error; a worker takes its next request when this returns."""
 
 
-async def serve(engine: Engine, asked: Iterable[PreparedRequest], answered: Answered, drain: asyncio.Event) -> None:
-    """Serve requests, a bounded window of them at a time, and in no order; ``asked`` is advanced in a thread.
+async def serve(engine: Engine, requests: Iterable[PreparedRequest], answered: Answered, drain: asyncio.Event) -> None:
+    """Serve requests, a bounded window at a time; answers come in any order. A thread advances ``requests``.
 
-    When ``drain`` is set no more are taken, those that have generated anything are finished, the others are left.
+    After ``drain`` is set no new request begins; requests that have generated a token finish, the others get no answer.
     """
-    rows, turn = iter(asked), asyncio.Lock()
+    remaining, turn = iter(requests), asyncio.Lock()
     drained = asyncio.ensure_future(drain.wait())
 
     async def work() -> None:
         while True:
             async with turn:
-                one = None if drain.is_set() else await asyncio.to_thread(next, rows, None)
+                one = None if drain.is_set() else await asyncio.to_thread(next, remaining, None)
             outcome = None if one is None else await answer(engine, one, drained)
             if one is None or outcome is None:
                 return
@@ -63,12 +63,12 @@ async def serve(engine: Engine, asked: Iterable[PreparedRequest], answered: Answ
 
 
 async def answer(engine: Engine, one: PreparedRequest, leave: asyncio.Future[Any]) -> Result | Refused | None:
-    """The answer to a request, or why there can be none; None if it had generated nothing when ``leave`` was done."""
+    """The answer to a request, or its error; None if it had generated no token when ``leave`` was done."""
     room, wanted = engine.max_context - len(one.tokens), one.request.max_new_tokens
     if room < max(1, wanted or 0):
         return ContextExceeded(
             f"the row needs {len(one.tokens)} prompt tokens and {wanted if wanted is not None else 'at least 1'} to "
-            f"generate; the context holds {engine.max_context}. Shorten the prompt, lower max_tokens or raise "
+            f"generate; the context holds {engine.max_context} tokens. Shorten the prompt, lower max_tokens or raise "
             f"--max-context."
         )
     begun = asyncio.Event()
@@ -86,7 +86,7 @@ async def answer(engine: Engine, one: PreparedRequest, leave: asyncio.Future[Any
 
 
 def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
-    """A request's prompt as tokens. Raises PromptError where it cannot be."""
+    """The prompt of a request as token ids. Raises PromptError when it cannot be encoded."""
     if request.is_chat:
         return tokenizer.encode_chat([message for message in request.prompt if isinstance(message, dict)])
     if isinstance(request.prompt, str):

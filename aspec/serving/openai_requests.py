@@ -1,7 +1,7 @@
-"""What is asked for in OpenAI's form: bodies of chat and text completions, read strictly.
+"""How requests are read from OpenAI's form: the bodies of chat and text completions, read strictly.
 
-A field that is not known, or that means what aspec does not do, is refused by its name and never ignored; null is as
-good as absent. vLLM's extensions (top_k, min_p, repetition_penalty, ignore_eos) are known. Standard library only.
+An unknown or unsupported field is an error that names the field; no field is ignored. A field that is null counts as
+absent. vLLM's extensions (top_k, min_p, repetition_penalty, ignore_eos) are supported. Standard library only.
 """
 
 import json
@@ -28,36 +28,36 @@ AS_GIVEN = (
     "seed",
     "stop",
     "ignore_eos",
-)  # fields that SamplingParams knows by the same name
+)  # fields that have the same name in SamplingParams
 KNOWN = frozenset((*AS_GIVEN, *MAX_TOKENS, "model", "n", "stream", "logprobs"))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: what to continue, and what was said of how."""
+    """One request: the prompt, and the sampling fields that it gives."""
 
     url: str  # CHAT or COMPLETION
     prompt: str | tuple[int, ...] | tuple[Mapping[str, str], ...]  # a text, token ids, or messages
-    sampling: Mapping[str, Any]  # fields of SamplingParams that were given
-    model: str | None = None  # as it was given
+    sampling: Mapping[str, Any]  # the given fields of SamplingParams
+    model: str | None = None  # as the request names it
 
     @property
     def is_chat(self) -> bool:
-        """Whether it is a conversation."""
+        """Whether the request is a chat completion."""
         return self.url == CHAT
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The tokens asked for; None: not said."""
+        """The requested number of new tokens; None if the request does not say."""
         return self.sampling.get("max_new_tokens")
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
-        """How to draw: as asked for, otherwise as the defaults say; ``seed`` where none was given."""
+        """The sampling parameters: the request's fields over the defaults; ``seed`` if the request gives none."""
         return replace(defaults, **{"seed": seed, **self.sampling})
 
 
 def parse_json(text: bytes) -> Any:
-    """A JSON value. Raises PromptError for anything that is none, names twice in an object or numbers that are none."""
+    """Parse a JSON value. Raises PromptError for invalid JSON, a repeated name in an object, NaN and Infinity."""
     try:
         return parse_any_json(text, unique=True)
     except NotJson as error:
@@ -65,7 +65,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def parse_request(url: str, body: object) -> Request:
-    """A request from its body. Raises PromptError, which names the field."""
+    """Parse a request's body. Raises a PromptError that names the field."""
     if url not in (CHAT, COMPLETION):
         _refuse("url", f"{CHAT} or {COMPLETION}", url)
     if not isinstance(body, dict):
@@ -80,7 +80,7 @@ def parse_request(url: str, body: object) -> Request:
         raise PromptError(f"{source} is missing: {url} needs it")
     _check(given, "model", "a text", lambda value: isinstance(value, str))
     _check(given, "n", "1: one choice per request", lambda value: value == 1 and not isinstance(value, bool))
-    _check(given, "stream", "false: the whole answer comes at once", lambda value: value is False)
+    _check(given, "stream", "false: the answer is not streamed", lambda value: value is False)
     prompt = _messages(given[source]) if url == CHAT else _prompt(given[source])
     sampling = {name: given[name] for name in AS_GIVEN if name in given}
     sampling |= _max_tokens(given) | (_chat_logprobs(given) if url == CHAT else _completion_logprobs(given))
@@ -89,7 +89,7 @@ def parse_request(url: str, body: object) -> Request:
     try:
         SamplingParams(**sampling)
     except PromptError as error:
-        raise PromptError(str(error).partition(". Change it")[0]) from error  # the default may be another here
+        raise PromptError(str(error).partition(". Change it")[0]) from error  # the remedy would name the wrong default
     except OverflowError as error:
         raise PromptError("a number of the body is too large for a floating-point value") from error
     return Request(url, prompt, sampling, given.get("model"))
@@ -122,7 +122,7 @@ def _message(name: str, value: object) -> Mapping[str, str]:
 
 
 def _content(name: str, value: object) -> str:
-    """A text, or parts of type text, which are lines of one."""
+    """A text; parts of type text are joined as its lines."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -130,7 +130,7 @@ def _content(name: str, value: object) -> str:
     for index, part in enumerate(value):
         fine = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
         if not fine or not isinstance(part["text"], str):
-            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}; nothing else is supported', part)
+            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}; other parts are not supported', part)
     return "\n".join(part["text"] for part in value)
 
 

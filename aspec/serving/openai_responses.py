@@ -1,4 +1,4 @@
-"""What is answered in OpenAI's form: bodies of chat and text completions from what was generated."""
+"""How answers are written in OpenAI's form: the bodies of chat and text completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from aspec.generation.sampler import TokenLogprob
 from aspec.generation.tokenizer import REPLACEMENT, Tokenizer
 from aspec.serving.openai_requests import Request
 
-UNREACHABLE = -9999.0  # a logprob
+UNREACHABLE = -9999.0  # the logprob of an impossible token, in place of -inf
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What a request brought; ``logprobs`` of its tokens, where they were asked for."""
+    """The generated text of a request; ``logprobs`` of its tokens if they were requested."""
 
     text: str
-    num_prompt: int
-    num_tokens: int
+    num_prompt: int  # tokens
+    num_tokens: int  # generated
     finish_reason: str  # "stop" | "length"
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What tells one answer from another."""
+    """The identity of an answer."""
 
     id: str
     created: int  # seconds since the epoch
@@ -60,7 +60,7 @@ def answer_body(request: Request, made: Generated, label: Label, tokenizer: Toke
 def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.spell([token])
-        # part of a character has no text of its own; OpenAI's interface allows null there
+        # a token that is only part of a character has no text; OpenAI's interface allows null for its bytes
         return {
             "token": text,
             "logprob": _finite(logprob),
@@ -80,7 +80,7 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer)
     for text, one in zip(tokens, logprobs, strict=True):
         top: dict[str, float] = {}
         for token, logprob in one.top:
-            top.setdefault(tokenizer.spell([token]), _finite(logprob))  # of tokens that read alike the likeliest
+            top.setdefault(tokenizer.spell([token]), _finite(logprob))  # the likeliest of the tokens with this text
         tops.append(top if text in top else {**top, text: _finite(one.logprob)})
     return {
         "tokens": tokens,
@@ -91,5 +91,5 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer)
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's interface writes this number for what is out of reach."""
+    """Replace -inf by UNREACHABLE: JSON has no infinity, and OpenAI's interface uses this number."""
     return max(logprob, UNREACHABLE)

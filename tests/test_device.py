@@ -285,7 +285,7 @@ def test_bench_names_the_links_and_the_device_s_peak(card, monkeypatch):
     found = CliRunner().invoke(app, ["bench", "-n", "8", "--rounds", "1"])
     assert found.exit_code == 0, found.stderr
     assert "links, raw" in found.stdout
-    assert "and of the device                      20.00 MiB" in found.stdout
+    assert "peak memory of the device              20.00 MiB" in found.stdout
 
 
 def test_a_device_that_is_not_here_is_one_paragraph():

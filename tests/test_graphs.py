@@ -200,7 +200,11 @@ async def demo(monkeypatch, capture, *, temperature, requests, **options):
 
         async def one(index, prompt, new):
             params = SamplingParams(max_new_tokens=new, ignore_eos=True, temperature=temperature, seed=index)
-            return [token async for piece in engine.stream(prompt, params) for token in piece.token_ids]
+            return [
+                token
+                async for piece in engine.stream(engine.tokenizer.encode(prompt), params)
+                for token in piece.token_ids
+            ]
 
         said = await asyncio.gather(*(one(index, *request) for index, request in enumerate(requests)))
     return said, proposals

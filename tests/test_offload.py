@@ -24,8 +24,8 @@ from aspec.observe.recorder import Recorder
 from aspec.observe.timeline import length, merge, shared
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
+from aspec.planning.coarsening import coarse
 from aspec.planning.footprint import read_models, request_for
-from aspec.planning.forecast import coarse
 from aspec.planning.placement import make_plan as plan_from
 from aspec.planning.resolve import resolve
 from aspec.planning.sim_backend import DEVICE_RESOURCES, SimCosts

@@ -242,7 +242,7 @@ def test_a_plan_names_the_rates_that_a_file_of_tasks_lacks(pair, tmp_path, machi
 def test_help_teaches():
     for command, words in {
         "trace": ("--simulate", "--compare", "--summary", "perfetto"),
-        "bench": ("--rounds", "ceiling"),
+        "bench": ("--rounds", "limit"),
     }.items():
         text = run(command, "--help").stdout
         assert all(word in text for word in words), text

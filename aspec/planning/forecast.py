@@ -4,23 +4,22 @@ A forecast runs a few rounds of a long job and extrapolates from their rate. The
 that a round has at most a few hundred tasks.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil, sqrt
 
 from aspec.observe.timeline import DRAFT, TARGET, bottleneck, lane_use
-from aspec.plan import Plan, PlannedPart, Tier, Workload
+from aspec.plan import Plan, Tier, Workload
+from aspec.planning.coarsening import coarse, tasks_per_pass
 from aspec.planning.search import Forecast
 from aspec.planning.simulation import simulate
-from aspec.profiling.cost_tables import LayerCost, SimCosts
+from aspec.profiling.cost_tables import SimCosts
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 
 MOST_TASKS = 20_000  # in one run with drafts
 MOST_PLAIN_TASKS = 5_000  # in one run without drafts, where all passes are alike
 LEAST_PASSES = 8  # of decoding, even if they have more tasks
-MOST_TASKS_PER_PASS = 400  # with more tasks, parts and layers are merged
 COUNTED = 0.9  # share of the tokens that count: the last ones come from passes with free rows
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # numbers of proposals for which the bound is computed
 
@@ -233,55 +232,3 @@ class Forecaster:
         copy = profile.copy_bytes_per_s
         disk_s = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK) / profile.disk_bytes_per_s
         return disk_s if copy is None else max(disk_s, plan.streamed_bytes / copy)
-
-
-def tasks_per_pass(plan: Plan) -> int:
-    """The approximate number of tasks in one pass of a group."""
-    per_layer = 1 if plan.attention_resource == "compute" else (5 if plan.kv_on_host else 3) * plan.micro_batches
-    return plan.num_layers * per_layer + len(plan.streamed) * (1 + bool(plan.num_staging)) + 8
-
-
-def coarse(plan: Plan, profile: SimCosts) -> tuple[Plan, SimCosts]:
-    """A plan with fewer tasks and about equal bytes and seconds; the same plan if a pass has few enough tasks."""
-    if tasks_per_pass(plan) <= MOST_TASKS_PER_PASS:
-        return plan, profile
-    merged = _merge_parts(plan, 1)
-    layers = ceil(tasks_per_pass(merged) / MOST_TASKS_PER_PASS)
-    if layers == 1:
-        return merged, profile
-    merged = _merge_parts(plan, layers)
-    cost_table = profile.cost_table
-    if cost_table is None:
-        return merged, replace(profile, layer_s=profile.layer_s * layers, layer_token_s=profile.layer_token_s * layers)
-    target = replace(cost_table.target, layers=tuple(_merge_layers(cost_table.target.layers, layers)))
-    return merged, replace(profile, cost_table=replace(cost_table, target=target))
-
-
-def _merge_parts(plan: Plan, layers: int) -> Plan:
-    """The plan with one part for each tier and each group of ``layers`` layers."""
-    sizes: dict[tuple[int, str], tuple[int, int, PlannedPart]] = {}
-    for part in plan.parts:
-        key = part.layer // layers, part.tier
-        nbytes, size, _ = sizes.get(key, (0, 0, part))
-        sizes[key] = nbytes + part.nbytes, size + part.size, part
-    parts = tuple(
-        replace(part, index=index, layer=layer, nbytes=nbytes, size=size)
-        for index, ((layer, _), (nbytes, size, part)) in enumerate(sorted(sizes.items(), key=lambda one: one[0]))
-    )
-    groups = (plan.crossing[start : start + layers] for start in range(0, len(plan.crossing), layers))
-    crossing = tuple((sum(out for out, _ in own), sum(back for _, back in own)) for own in groups)
-    merged = partial(replace, plan, parts=parts, num_layers=ceil(plan.num_layers / layers), crossing=crossing)
-    streamed = [part for part in parts if part.tier != "device"]
-    if not streamed:
-        return merged()
-    slot = max(part.size for part in streamed)
-    least = max(sum(part.layer == layer for part in streamed) for layer in {part.layer for part in streamed})
-    slots = max(least, round(plan.num_slots * plan.slot_bytes / slot))
-    return merged(num_slots=slots, slot_bytes=slot)
-
-
-def _merge_layers(layers: tuple[LayerCost, ...], count: int) -> Iterable[LayerCost]:
-    """One layer for every ``count`` layers, with their summed cost."""
-    for start in range(0, len(layers), count):
-        own = layers[start : start + count]
-        yield own[0].times(len(own))

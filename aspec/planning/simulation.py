@@ -10,6 +10,7 @@ from statistics import median
 
 from aspec.observe.timeline import CPU, D2H, DISK, DRAFT, H2D, TARGET, Slice, Timeline, lane_use
 from aspec.plan import Plan
+from aspec.planning.coarsening import coarse
 from aspec.planning.placement import NUM_STAGING
 from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend
 from aspec.planning.virtual_time import VirtualTimeLoop
@@ -20,6 +21,7 @@ from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import DRAFT_COMPUTE, RequestAdded, RowOutcome, Shutdown
 
 FIT_ROWS, FIT_TOKENS = 4, 300  # of a simulation that is fitted to a run: rows, new tokens per row
+FIT_TASKS = 24  # in a pass of it: acceptance does not depend on how many layers share the seconds
 FIT_STEPS = 7  # times that a fit halves the range of its number
 
 Arrival = tuple[int, int]
@@ -97,9 +99,9 @@ def _fitted(plan: Plan, profile_with: Callable[[float], SimCosts], most: float, 
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []
-        profile = replace(profile_with(middle), end_probability=0.0)
+        small, profile = coarse(roomy, replace(profile_with(middle), end_probability=0.0), FIT_TASKS)
         arrivals = [(2, FIT_TOKENS)] * FIT_ROWS
-        simulate(roomy, profile, arrivals, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
+        simulate(small, profile, arrivals, [lambda span, seen=outcomes: seen.extend(span.outcomes)])  # type: ignore[misc]
         decoded = outcomes[FIT_ROWS:]  # the first outcomes are those of the prompts
         simulated = sum(o.num_new for o in decoded) / max(1, len(decoded))
         low, high = (middle, high) if simulated < tokens_per_pass else (low, middle)

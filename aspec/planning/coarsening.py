@@ -1,0 +1,63 @@
+"""Plans in fewer tasks: parts and layers are merged, so that a simulated pass of a large model stays small."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from math import ceil
+
+from aspec.plan import Plan, PlannedPart
+from aspec.profiling.cost_tables import LayerCost, SimCosts
+
+MAX_TASKS = 400  # of a pass: with more tasks, parts and layers are merged
+
+
+def tasks_per_pass(plan: Plan) -> int:
+    """The approximate number of tasks in one pass of a group."""
+    per_layer = 1 if plan.attention_resource == "compute" else (5 if plan.kv_on_host else 3) * plan.micro_batches
+    return plan.num_layers * per_layer + len(plan.streamed) * (1 + bool(plan.num_staging)) + 8
+
+
+def coarse(plan: Plan, profile: SimCosts, max_tasks: int = MAX_TASKS) -> tuple[Plan, SimCosts]:
+    """A plan with about ``max_tasks`` tasks in a pass and about equal bytes and seconds; itself if it has fewer."""
+    if tasks_per_pass(plan) <= max_tasks:
+        return plan, profile
+    merged = _merge_parts(plan, 1)
+    layers = ceil(tasks_per_pass(merged) / max_tasks)
+    if layers == 1:
+        return merged, profile
+    merged = _merge_parts(plan, layers)
+    cost_table = profile.cost_table
+    if cost_table is None:
+        return merged, replace(profile, layer_s=profile.layer_s * layers, layer_token_s=profile.layer_token_s * layers)
+    target = replace(cost_table.target, layers=tuple(_merge_layers(cost_table.target.layers, layers)))
+    return merged, replace(profile, cost_table=replace(cost_table, target=target))
+
+
+def _merge_parts(plan: Plan, layers: int) -> Plan:
+    """The plan with one part for each tier and each group of ``layers`` layers."""
+    sizes: dict[tuple[int, str], tuple[int, int, PlannedPart]] = {}
+    for part in plan.parts:
+        key = part.layer // layers, part.tier
+        nbytes, size, _ = sizes.get(key, (0, 0, part))
+        sizes[key] = nbytes + part.nbytes, size + part.size, part
+    parts = tuple(
+        replace(part, index=index, layer=layer, nbytes=nbytes, size=size)
+        for index, ((layer, _), (nbytes, size, part)) in enumerate(sorted(sizes.items(), key=lambda one: one[0]))
+    )
+    groups = (plan.crossing[start : start + layers] for start in range(0, len(plan.crossing), layers))
+    crossing = tuple((sum(out for out, _ in own), sum(back for _, back in own)) for own in groups)
+    merged = partial(replace, plan, parts=parts, num_layers=ceil(plan.num_layers / layers), crossing=crossing)
+    streamed = [part for part in parts if part.tier != "device"]
+    if not streamed:
+        return merged()
+    slot = max(part.size for part in streamed)
+    least = max(sum(part.layer == layer for part in streamed) for layer in {part.layer for part in streamed})
+    slots = max(least, round(plan.num_slots * plan.slot_bytes / slot))
+    return merged(num_slots=slots, slot_bytes=slot)
+
+
+def _merge_layers(layers: tuple[LayerCost, ...], count: int) -> Iterable[LayerCost]:
+    """One layer for every ``count`` layers, with their summed cost."""
+    for start in range(0, len(layers), count):
+        own = layers[start : start + count]
+        yield own[0].times(len(own))

@@ -29,11 +29,11 @@ from aspec.planning.simulation import simulate
 from aspec.profiling.model_shape import ModelShape, shape_of
 from aspec.profiling.profile_cache import machine_profile
 from aspec.profiling.roofline import prices
-from aspec.tasks.op import Op
+from aspec.tasks.op import Cost, Op
 from aspec.tasks.task import Span
 from aspec.units import parse_bytes
 
-LOADS = (Op.READ, Op.COPY)
+UNPRICED = tuple(op for op in Op if op.loads or op.cost is Cost.NOTHING)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def compare(scene: Scene, profile: SimCosts, spans: list[Span]) -> list[Piecewis
     factor = cost_table.read_contention if any(span.task.op is Op.READ for span in spans) else 1.0
     groups: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for span in spans:
-        if span.task.op not in LOADS:
+        if span.task.op not in UNPRICED:
             key = (str(span.task.op), span.task.num_tokens)
             groups[key].append((factor * cost_table.seconds(span.task), span.stop_s - span.start_s))
     return [

@@ -12,7 +12,7 @@ from aspec.models.exact import FixedTileMatmul
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
 from tests import tiny
-from tests.compat import marked
+from tests.compat import of_kinds
 from tests.test_kv import grow, permuted, random_parents, slow_path
 
 LENGTH = 134  # committed tokens of the reference: a little more than two tiles
@@ -148,7 +148,7 @@ def check(engine, seeds):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-@pytest.mark.parametrize("family", marked(QUICK))
+@pytest.mark.parametrize("family", of_kinds(QUICK))
 def test_steps_equal_decoding(engine, family, dtype):
     check(engine(family, dtype, 1), range(2))
 

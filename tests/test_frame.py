@@ -109,7 +109,7 @@ SNAPSHOTS = {
 }
 
 
-@pytest.mark.parametrize(("name", "text"), goldens(), ids=lambda v: v if v.endswith(".txt") else "")
+@pytest.mark.parametrize(("name", "text"), list(goldens()), ids=lambda v: v if v.endswith(".txt") else "")
 def test_frames_are_as_they_were(name, text):
     expected = (GOLDEN / name).read_text(encoding="utf-8")
     assert text == expected, "if the new look is meant: python -m tests.test_frame"

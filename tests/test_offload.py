@@ -37,6 +37,7 @@ from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from aspec.tasks.task import COMPUTE, CPU, D2H, H2D_RESULTS, LayerWork, Span, Task, WorkItem
 from tests import tiny
+from tests.compat import of_kinds
 from tests.fake_device import EagerDevice
 from tests.simulate import asking, make_plan, simulate
 from tests.test_equality import NAMED, OTHERS
@@ -93,7 +94,7 @@ def check_bits(family, dtype, folder):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("family", [*NAMED, "gemma3n_text"])
+@pytest.mark.parametrize("family", of_kinds([*NAMED, "gemma3n_text"]))
 def test_attention_beside_kv_in_host_memory_gives_the_bits_of_a_split_layer(family, dtype, tmp_path):
     check_bits(family, dtype, tmp_path)
 

@@ -42,7 +42,7 @@ from aspec.tasks.task import (
     rows_kv_buffer,
 )
 from tests import tiny
-from tests.compat import marked
+from tests.compat import marked, of_kinds
 from tests.simulate import make_plan, simulate
 from tests.test_equality import NAMED, OTHERS
 
@@ -124,7 +124,7 @@ def check_bits(family, dtype, folder):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("family", marked([*NAMED, "gemma3n_text"]))
+@pytest.mark.parametrize("family", of_kinds([*NAMED, "gemma3n_text"]))
 def test_a_split_layer_gives_the_bits_of_a_whole_one(family, dtype, tmp_path):
     check_bits(family, dtype, tmp_path)
 

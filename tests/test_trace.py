@@ -109,7 +109,7 @@ def test_the_last_spans_are_kept_where_a_trace_is_capped(pair, tmp_path):
 
 def test_a_run_that_is_stopped_leaves_its_trace(pair, tmp_path):
     out = tmp_path / "run.json"
-    slow = [*pair, *SMALL, "-n", "2000", "--max-context", "2048", "--device-memory", "8MiB", "--num-draft-tokens", "0"]
+    slow = [*pair, *SMALL, "-n", "200", "--num-draft-tokens", "0", "--link-rate", "5MB/s"]
     process = Command(["trace", "-o", out, *slow])
     assert os.read(process.stdout.fileno(), 4096)
     process.send_signal(signal.SIGINT)

@@ -7,7 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
-from aspec.engine.engine import Engine, Prompt, open_engine
+from aspec.engine.admission import Prompt
+from aspec.engine.engine import Engine, open_engine
 from aspec.errors import first_error
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob, derive_seed

@@ -19,7 +19,7 @@ from aspec.backends.streams import StreamBackend
 from aspec.errors import ReadError
 from aspec.io.disk import DiskLane
 from aspec.io.memory import PAGE, allocate
-from aspec.models.parts import Part, Segment
+from aspec.models.weights.parts import Part, Segment
 from aspec.plan import Tier
 from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimBackend, SimCosts
 from aspec.tasks.executor import Executor

@@ -14,8 +14,8 @@ from aspec.errors import CheckpointError
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.parts import PAGE, REST, plan_parts
-from aspec.models.tensor_map import map_tensors
+from aspec.models.weights.parts import PAGE, REST, plan_parts
+from aspec.models.weights.tensor_map import map_tensors
 from tests import tiny
 
 TENSORS = {

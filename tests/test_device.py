@@ -23,7 +23,7 @@ from aspec.generation import sampler as sampling
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
 from aspec.models.model import Model
-from aspec.models.parts import PAGE
+from aspec.models.weights.parts import PAGE
 from aspec.options import DEMO, EngineOptions
 from aspec.plan import Tier, Workload
 from aspec.planning.resolve import resolve

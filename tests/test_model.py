@@ -10,9 +10,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from aspec.errors import CheckpointError, InternalError, UnsupportedModelError, UserError
-from aspec.models import parts as layout
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model, generation_defaults
+from aspec.models.weights import parts as layout
 from tests import tiny
 
 TOLERANCE = 2e-5  # of fp32 logits

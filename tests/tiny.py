@@ -10,7 +10,7 @@ import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from aspec.models.parts import scratch_bytes
+from aspec.models.weights.parts import scratch_bytes
 
 VOCAB = 256
 COMMON = dict(

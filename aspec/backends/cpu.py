@@ -12,7 +12,7 @@ from aspec.backends.thread_lane import ThreadLane
 from aspec.errors import InternalError
 from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, settle, settle_all
-from aspec.models.parts import Part
+from aspec.models.weights.parts import Part
 from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resource, Task
 
 

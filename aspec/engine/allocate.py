@@ -20,7 +20,7 @@ from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.io.settling import close_all
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.parts import Part, as_tensor, scratch_bytes
+from aspec.models.weights.parts import Part, as_tensor, scratch_bytes
 from aspec.plan import Plan, Tier
 from aspec.planning.resolve import NGRAM_DRAFT, Resolved
 from aspec.speculation.drafter import Drafter

@@ -18,13 +18,14 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Self
 
 import torch
 
+from aspec.engine.admission import Admission, Prompt
 from aspec.engine.allocate import EngineMemory, assemble, free_memory, out_of_memory
 from aspec.engine.link_rate import raw_link_rate
 from aspec.engine.load import load_all
@@ -33,10 +34,9 @@ from aspec.engine.streams import Streams
 from aspec.errors import ClosedError, DeviceError, InternalError, PromptError, first_error
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
-from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.time_limit import TimeLimit
-from aspec.generation.tokenizer import TEMPLATE_S, TextStream, Tokenizer
+from aspec.generation.tokenizer import TEMPLATE_S, Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, in_thread, settle, settle_all
 from aspec.options import EngineOptions
@@ -47,9 +47,6 @@ from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Event, Shutdown
 from aspec.units import format_bytes
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""A text, token ids, or a chat as role and content messages."""
 
 
 class Engine:
@@ -133,7 +130,8 @@ class Engine:
         engine's failure if there is one.
         """
         params, number = params or SamplingParams(), next(self._ids)
-        sequence = self._sequence(number, await self._encode(prompt), params, sampler or Sampler(params))
+        tokens = await self._encode(prompt)
+        sequence = self._admission.sequence(number, tokens, params, sampler or Sampler(params))
         if params.max_new_tokens == 0:
             yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
             return
@@ -173,6 +171,10 @@ class Engine:
         if self._assembly is None:
             raise self._closed()
         return self._assembly
+
+    @property
+    def _admission(self) -> Admission:
+        return Admission(self._open.tokenizer, self._open.target, self._open.plan.capacity)
 
     def _serving(self) -> tuple[Streams, Backend]:
         """The streams and the backend. Raises the error that refuses new streams, if there is one."""
@@ -281,45 +283,19 @@ class Engine:
 
     async def _encode(self, prompt: Prompt) -> list[int]:
         """A prompt's tokens. A thread encodes texts and chats; a closing engine or a cancelled caller ends it."""
-        tokenizer, (streams, _) = self._open.tokenizer, self._serving()  # raises if the engine has ended
-        if not isinstance(prompt, str) and not any(isinstance(one, dict) for one in prompt):
-            return [token for token in prompt if isinstance(token, int)]
+        admission, (streams, _) = self._admission, self._serving()  # raises if the engine has ended
+        if (tokens := admission.ready(prompt)) is not None:
+            return tokens
         limit = TimeLimit(TEMPLATE_S)
         self._encoding.add(limit)
         try:
             with streams.encoding():
-                return await settle(in_thread(partial(_tokens_of, tokenizer, prompt, limit)), limit.stop)
+                return await settle(in_thread(partial(admission.encode, prompt, limit)), limit.stop)
         except PromptError:
             self._serving()  # if the closing engine has stopped it, raise that error
             raise
         finally:
             self._encoding.remove(limit)
-
-    def _sequence(self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
-        opened = self._open
-        room = opened.plan.capacity - len(tokens)
-        if not tokens:
-            raise PromptError("the prompt is empty: expected at least one token; give --prompt some text.")
-        if max(tokens) >= opened.target.vocab_size or min(tokens) < 0:
-            raise PromptError(
-                f"the prompt holds token {max(tokens)}; the target knows 0 .. {opened.target.vocab_size - 1}."
-            )
-        if room < 1:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens; the context holds {opened.plan.capacity}, and at least one must "
-                f"stay free to generate. Shorten the prompt or raise --max-context (the model allows "
-                f"{opened.target.max_context or 'any'})."
-            )
-        return TokenSequence(
-            id=number,
-            tokens=tokens,
-            num_prompt=len(tokens),
-            params=params,
-            sampler=sampler,
-            text=TextStream(opened.tokenizer, stop=params.stop),
-            end_ids=frozenset() if params.ignore_eos else frozenset(opened.target.end_ids),
-            max_new_tokens=min(params.max_new_tokens, room),
-        )
 
 
 def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:
@@ -328,12 +304,6 @@ def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine
     Raises UserError if an option or a model cannot be used.
     """
     return Engine(EngineOptions(**options), observers)
-
-
-def _tokens_of(tokenizer: Tokenizer, prompt: Prompt, limit: TimeLimit) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    return tokenizer.encode_chat([message for message in prompt if isinstance(message, dict)], limit=limit)
 
 
 def translate_error(error: Exception, plan: Plan) -> Exception:

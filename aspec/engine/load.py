@@ -14,7 +14,7 @@ from aspec.errors import first_error
 from aspec.io.disk import DiskLane
 from aspec.io.pinned import HostBuffer
 from aspec.io.settling import close_all, in_thread, settle
-from aspec.models.parts import PAGE, Part, Segment
+from aspec.models.weights.parts import PAGE, Part, Segment
 
 WINDOW_BYTES = 32 << 20  # of a part that goes through the host to a device
 WINDOWS = 3  # buffers: one is read while another is copied

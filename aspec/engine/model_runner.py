@@ -17,7 +17,7 @@ from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.io.upload import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Activation, Model
-from aspec.models.parts import Part
+from aspec.models.weights.parts import Part
 from aspec.speculation.drafter import Drafter, item_of, pad
 from aspec.tasks.op import Op
 from aspec.tasks.task import NOTHING, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus

@@ -22,16 +22,16 @@ from transformers import GenerationConfig, PreTrainedConfig
 from aspec.errors import CheckpointError, InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.upload import upload
-from aspec.models.binding import Binder
 from aspec.models.exact import matmul_mode
 from aspec.models.hf_compat import cache_argument, tied_weights
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
-from aspec.models.parts import Part, plan_parts
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.models.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
-from aspec.models.tensor_map import map_tensors
+from aspec.models.weights.binding import Binder
+from aspec.models.weights.parts import Part, plan_parts
+from aspec.models.weights.tensor_map import map_tensors
 
 
 @dataclass(slots=True)

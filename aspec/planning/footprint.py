@@ -13,7 +13,7 @@ from aspec.models.exact import BLOCK_ROWS
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
-from aspec.models.parts import Part, scratch_bytes
+from aspec.models.weights.parts import Part, scratch_bytes
 from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planning.placement import Footprint
 from aspec.planning.resolve import Resolved

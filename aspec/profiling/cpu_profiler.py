@@ -27,7 +27,7 @@ from aspec.models.exact import BLOCK_ROWS, FixedTileMatmul, matmul_mode
 from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
-from aspec.models.parts import Segment, as_tensor
+from aspec.models.weights.parts import Segment, as_tensor
 from aspec.options import DEMO
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor, Table
 from aspec.profiling.model_shape import ModelShape, layer_shape

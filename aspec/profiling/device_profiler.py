@@ -19,7 +19,7 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.parts import PAGE
+from aspec.models.weights.parts import PAGE
 from aspec.options import DEMO
 from aspec.profiling.hardware import Hardware, Processor, Table
 from aspec.profiling.stopwatch import Work

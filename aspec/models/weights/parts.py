@@ -15,7 +15,7 @@ import torch
 
 from aspec.io.checkpoint import TensorRef
 from aspec.models.hf_compat import WeightConverter
-from aspec.models.tensor_map import Entry, TensorMap
+from aspec.models.weights.tensor_map import Entry, TensorMap
 
 PAGE = 4096  # bytes; offsets, addresses and lengths of direct reads are multiples of it
 MAX_GAP = (

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from aspec.errors import InternalError
-from aspec.models.parts import REST, Binding, Conversion, Part, view
-from aspec.models.tensor_map import convert
+from aspec.models.weights.parts import REST, Binding, Conversion, Part, view
+from aspec.models.weights.tensor_map import convert
 
 Table = dict[str, torch.Tensor | None]
 """A module's own parameters or buffers."""

@@ -1,0 +1,1 @@
+"""How do stored tensors become the parameters of a layer?"""

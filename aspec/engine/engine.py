@@ -21,25 +21,28 @@ import warnings
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
-from aspec.engine.admission import Admission, Prompt
+from aspec.engine.admission import Admission
 from aspec.engine.allocate import EngineMemory, assemble, free_memory, out_of_memory
 from aspec.engine.link_rate import raw_link_rate
 from aspec.engine.load import load_all
 from aspec.engine.observers import guarded
 from aspec.engine.streams import Streams
-from aspec.errors import ClosedError, DeviceError, InternalError, PromptError, first_error
+from aspec.errors import ClosedError, DeviceError, PromptError, UserError, first_error
+from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
+from aspec.generation.prompts import PromptLike, as_prompt, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import TEMPLATE_S, Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.settling import close_all, in_thread, settle, settle_all
-from aspec.options import EngineOptions
+from aspec.models.model import generation_defaults
+from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve
 from aspec.tasks.backend import Backend
@@ -71,12 +74,13 @@ class Engine:
         self._streams: Streams | None = None  # None before the opening
         self._running: asyncio.Task[None] | None = None
         self._encoding: set[TimeLimit] = set()  # of the prompts that are being encoded
+        self._defaults: dict[str, Any] | None = None  # of generation_config.json; None: not read
         self._failure: Exception | None = None
         self._failure_raised = False  # whether a stream has raised it
 
     async def __aenter__(self) -> Self:
         if self._streams is not None:
-            raise InternalError("an engine opens once: make another one")
+            raise UserError("an engine opens once, and this one was opened before. Make another one.")
         _tune_process(self._options.threads)
         try:
             await self._start()
@@ -121,16 +125,43 @@ class Engine:
         """The most tokens of one sequence, prompt included."""
         return self._open.plan.capacity
 
+    def sampling(self, **given: Any) -> SamplingParams:
+        """Sampling parameters: the given ones, then those of the checkpoint's generation_config.json, then greedy."""
+        if self._defaults is None:
+            self._defaults = generation_defaults(self._open.target.folder)
+        return sampling_params(self._defaults, {**dict.fromkeys(SamplingParams.__dataclass_fields__), **given})
+
+    async def encode(self, prompt: PromptLike) -> list[int]:
+        """A prompt's tokens; see ``stream``. Raises PromptError, and ClosedError if the engine ends meanwhile.
+
+        A thread encodes texts and chats; a closing engine or a cancelled caller ends it.
+        """
+        admission, (streams, _) = self._admission, self._serving()  # raises if the engine has ended
+        plain = as_prompt(prompt)
+        if not isinstance(plain, str) and not is_chat(plain):
+            return cast("list[int]", plain)
+        limit = TimeLimit(TEMPLATE_S)
+        self._encoding.add(limit)
+        try:
+            with streams.encoding():
+                return await settle(in_thread(partial(admission.encode, plain, limit)), limit.stop)
+        except PromptError:
+            self._serving()  # if the closing engine has stopped it, raise that error
+            raise
+        finally:
+            self._encoding.remove(limit)
+
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, sampler: Sampler | None = None
+        self, prompt: PromptLike, params: SamplingParams | None = None, sampler: Sampler | None = None
     ) -> AsyncGenerator[Piece, None]:
         """Generate; yields a piece per round, the last one with a finish reason and statistics.
 
-        ``sampler`` replaces the sampler of ``params``. Raises PromptError for a prompt that cannot be served, and the
-        engine's failure if there is one.
+        A text is continued as it is; messages pass through the model's chat template. ``params``: by default the
+        checkpoint's own, as ``sampling()`` returns them; ``sampler`` replaces the sampler of ``params``. Raises
+        PromptError for a prompt that cannot be served, and the engine's failure if there is one.
         """
-        params, number = params or SamplingParams(), next(self._ids)
-        tokens = await self._encode(prompt)
+        params, number = params or self.sampling(), next(self._ids)
+        tokens = await self.encode(prompt)
         sequence = self._admission.sequence(number, tokens, params, sampler or Sampler(params))
         if params.max_new_tokens == 0:
             yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
@@ -186,7 +217,7 @@ class Engine:
     def _closed(self) -> Exception:
         """The error for a call to an engine that is not open."""
         if self._streams is None or self._streams.ended is None:
-            return InternalError("the engine is not open: use it inside `async with`")
+            return UserError("the engine is not open: expected a call inside `async with engine`. Open it first.")
         self._failure_raised |= self._streams.ended is self._failure
         return self._streams.ended
 
@@ -281,29 +312,13 @@ class Engine:
             ]
         )
 
-    async def _encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens. A thread encodes texts and chats; a closing engine or a cancelled caller ends it."""
-        admission, (streams, _) = self._admission, self._serving()  # raises if the engine has ended
-        if (tokens := admission.ready(prompt)) is not None:
-            return tokens
-        limit = TimeLimit(TEMPLATE_S)
-        self._encoding.add(limit)
-        try:
-            with streams.encoding():
-                return await settle(in_thread(partial(admission.encode, prompt, limit)), limit.stop)
-        except PromptError:
-            self._serving()  # if the closing engine has stopped it, raise that error
-            raise
-        finally:
-            self._encoding.remove(limit)
-
 
 def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:
     """An engine for ``async with``; keywords are the fields of ``EngineOptions``.
 
     Raises UserError if an option or a model cannot be used.
     """
-    return Engine(EngineOptions(**options), observers)
+    return Engine(engine_options(options), observers)
 
 
 def translate_error(error: Exception, plan: Plan) -> Exception:

@@ -318,3 +318,21 @@ def test_an_interrupted_call_ends_before_it_returns():
             loop.call(nested)
     with pytest.raises(ClosedError):
         loop.call(endless)
+
+
+def test_a_forked_process_is_told_to_open_its_own():
+    async def one():
+        return 1
+
+    with LoopThread("test", asyncio.new_event_loop) as loop:
+        child = os.fork()
+        if child == 0:
+            try:
+                loop.close()  # it is the parent's: nothing happens
+                loop.call(one)
+            except UserError as error:
+                os._exit(0 if "forked" in str(error) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert loop.call(one) == 1

@@ -7,6 +7,7 @@ it, ``at_end`` runs on it last.
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ class LoopThread:
     def __init__(self, name: str, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self.at_end: Callable[[], Coroutine[Any, Any, object]] | None = None  # the owner sets it once
         self._factory = loop_factory
+        self._process = os.getpid()  # threads do not follow a fork
         self._ended: Future[None] = Future()
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()  # set on the loop's thread
@@ -42,8 +44,14 @@ class LoopThread:
     def call(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of a coroutine function, which runs on the loop.
 
-        Raises what it raises, ClosedError if the loop has ended, and UserError if the loop's own thread calls.
+        Raises what it raises, ClosedError if the loop has ended, and UserError for a call from the loop's own thread or
+        from another process.
         """
+        if os.getpid() != self._process:
+            raise UserError(
+                "the engine belongs to the process that opened it: expected a call there, found one in a forked process. "
+                "Open an engine in each process, or call it from threads."
+            )
         if threading.current_thread() is self._thread:
             raise UserError(
                 "a call from inside the engine would wait for itself: expected a call from another thread, found one "
@@ -69,7 +77,7 @@ class LoopThread:
 
         What still runs is cancelled after ``at_end``. May be called twice; later calls do nothing.
         """
-        if self._ended.done():
+        if self._ended.done() or os.getpid() != self._process:
             return
         self._post(self._stop.set, closed_is_fine=True)
         if threading.current_thread() is not self._thread:

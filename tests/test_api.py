@@ -331,7 +331,7 @@ def test_a_forked_process_is_told_to_open_its_own():
                 loop.close()  # it is the parent's: nothing happens
                 loop.call(one)
             except UserError as error:
-                os._exit(0 if "forked" in str(error) else 1)
+                os._exit(0 if "in a fork" in str(error) else 1)
             finally:
                 os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

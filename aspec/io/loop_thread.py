@@ -49,7 +49,7 @@ class LoopThread:
         """
         if os.getpid() != self._process:
             raise UserError(
-                "the engine belongs to the process that opened it: expected a call there, found one in a forked process. "
+                "the engine belongs to the process that opened it: expected a call there, found one in a fork of it. "
                 "Open an engine in each process, or call it from threads."
             )
         if threading.current_thread() is self._thread:

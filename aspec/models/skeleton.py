@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.json_file import read_json
 from aspec.models import attention
-from aspec.models.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+from aspec.models.context import rope_types
+from aspec.models.families import REFUSED_KEYS, family_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
@@ -69,9 +70,7 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     if text is not config:
         reasons.append("it is multimodal; only text-only checkpoints are supported")
     for kind in sorted(rope_types(text)):
-        if kind in REFUSED_ROPE:
-            reasons.append(f"rotary positions of type {kind}: {REFUSED_ROPE[kind]}")
-        elif kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
@@ -80,23 +79,6 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     elif not reasons and not takes_registered_attention(family):
         reasons.append("its attention does not take a registered attention function")
     return reasons
-
-
-def rope_types(text: PreTrainedConfig) -> set[str]:
-    """The types of rotary positions in a configuration, over all its layer types."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return {str(entry.get("rope_type", entry.get("type"))) for entry in entries} - {"None"}
-
-
-def max_context(text: PreTrainedConfig) -> int | None:
-    """Largest number of tokens in a row: the model's limit, or the original one of CAPPED_ROPE; None: no limit."""
-    limit = getattr(text, "max_position_embeddings", None)
-    if rope_types(text) & CAPPED_ROPE:
-        key = "original_max_position_embeddings"
-        original = (getattr(text, "rope_parameters", None) or {}).get(key) or getattr(text, key, None)
-        limit = min(filter(None, (original, limit)), default=None)
-    return None if limit is None else int(limit)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import CheckpointError, UnsupportedModelError
+from aspec.errors import CheckpointError, UnsupportedModelError, reason_of
 from aspec.io.json_file import read_json
 from aspec.models import attention
 from aspec.models.context import rope_types
@@ -52,7 +52,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # a config class may raise any exception for a value it does not know
         raise UnsupportedModelError(
-            f"{path}: transformers cannot read this {model_type} configuration: {first_line(error)}. Correct the file, "
+            f"{path}: transformers cannot read this {model_type} configuration: {reason_of(error)}. Correct the file, "
             f"or update transformers."
         ) from error
     reasons = _refusals(config)
@@ -108,7 +108,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
         raise
     except Exception as error:  # a constructor may raise any exception for a value it does not know
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build a model from this configuration: {first_line(error)}. "
+            f"{config.model_type}: transformers cannot build a model from this configuration: {reason_of(error)}. "
             f"Correct config.json, or update transformers."
         ) from error
     return model.eval()
@@ -119,9 +119,3 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.d
     model = build_on_meta(config, dtype, attention.NAME)
     compute_buffers(model, device)
     return model
-
-
-def first_line(error: BaseException) -> str:
-    """The type and first line of an error, for use in another message."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}" if text else type(error).__name__

@@ -25,8 +25,9 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
+from aspec.models.context import context_limit
 from aspec.models.model import generation_defaults
-from aspec.models.skeleton import load_config, max_context
+from aspec.models.skeleton import load_config
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
@@ -107,10 +108,9 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     Raises UserError when a model or a row cannot be used.
     """
     resolved = resolve(flags.options())
-    folders = [folder for folder in (resolved.target, resolved.draft) if folder is not None]
     tokenizer = Tokenizer.load(resolved.target)
     defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
-    limit = min(filter(None, map(_context_limit, folders)), default=None)
+    limit = context_limit(load_config(resolved.target).get_text_config()).most(resolved.asked_context)
     totals = _check_rows(rows, tokenizer, defaults, limit, console)
     context = min(filter(None, (resolved.options.max_context or totals.longest, limit)))
     resolved = revise(resolved, max_context=context, workload=totals.workload)
@@ -138,10 +138,6 @@ def fingerprint(folder: Path) -> str:
                 file.seek(start)
                 digest.update(file.read(LARGE_BYTES if small else SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _context_limit(folder: Path) -> int | None:
-    return max_context(load_config(folder).get_text_config())
 
 
 def _check_rows(

@@ -147,11 +147,12 @@ def _assembly(
     )  # continuations of a lookup; None: as many as a tree takes
     drafter: Drafter | None = NgramDrafter(one) if resolved.method is NGRAM_DRAFT else None
     if draft is not None:
-        cache = _cache(draft, plan, plan.draft_slots, place)
+        cache = _cache(draft, plan, plan.draft_capacity + plan.draft_slots, place)
         capture = None if device is None else device.create_capture()
         shared = resolved.options.shared_noise
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
-    cache = _cache(target, plan, plan.tree_slots, place, exact=resolved.exact, offloaded=plan.kv_on_host)
+    capacity = plan.capacity + plan.tree_slots
+    cache = _cache(target, plan, capacity, place, exact=resolved.exact, offloaded=plan.kv_on_host)
     runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
     return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
@@ -165,10 +166,9 @@ def _residents(made: ResolvedEngine) -> list[tuple[Part, Model]]:
 
 
 def _cache(
-    model: Model, plan: Plan, slots: int, place: torch.device, *, exact: bool = False, offloaded: bool = False
+    model: Model, plan: Plan, capacity: int, place: torch.device, *, exact: bool = False, offloaded: bool = False
 ) -> KVCache:
-    shapes, capacity = model.kv_shapes(offloaded=offloaded), plan.capacity + slots
-    where = "cpu" if offloaded else place
+    shapes, where = model.kv_shapes(offloaded=offloaded), "cpu" if offloaded else place
     return KVCache(shapes, plan.num_rows, capacity, model.dtype, where, exact=exact, offloaded=offloaded)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from transformers import AutoTokenizer
 
-from aspec.errors import CheckpointError, PromptError, VocabularyError
+from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
 from aspec.generation.time_limit import TimeLimit, TimeLimitError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
@@ -40,7 +40,7 @@ class Tokenizer:
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
         except Exception as error:  # the loaders, and the Rust one, raise many types
-            raise _unusable(folder, _reason(error)) from error
+            raise _unusable(folder, reason_of(error)) from error
         if not inner.get_vocab():
             raise _unusable(folder, "its vocabulary is empty")
         inner.encode("")  # resets the file's padding and truncation before threads share it
@@ -82,8 +82,8 @@ class Tokenizer:
             ) from error
         except Exception as error:  # a template is the checkpoint's code and may raise anything
             raise PromptError(
-                f"the chat template of {self.folder} refuses the conversation ({_reason(error)}). Change the messages' "
-                f"roles or order to what the model expects, or give plain text (--raw)."
+                f"the chat template of {self.folder} refuses the conversation ({reason_of(error)}). Change the "
+                f"messages' roles or order to what the model expects, or give plain text (--raw)."
             ) from error
         for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # the last ones may end inside a character
             begun = self.spell(said[:count])
@@ -269,8 +269,3 @@ def _unusable(folder: Path, reason: str) -> CheckpointError:
         f"the tokenizer of {folder} cannot be used: expected tokenizer.json or the files its family needs "
         f"({reason}). Copy the tokenizer files of the original model into the folder."
     )
-
-
-def _reason(error: Exception) -> str:
-    """An error of a library in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".: ")

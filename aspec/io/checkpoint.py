@@ -7,7 +7,6 @@ Format: https://github.com/huggingface/safetensors (8-byte little-endian header 
 
 import math
 import os
-import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import NoReturn, Self
 
 import torch
 
-from aspec.errors import CheckpointError
+from aspec.errors import CheckpointError, shown
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -77,15 +76,15 @@ class Checkpoint:
             for ref in read_header(folder / file):
                 if (other := tensors.get(ref.name)) is not None:
                     raise CheckpointError(
-                        f"{ref.file}: tensor {ref.name} is stored a second time: expected once, found it in "
+                        f"{ref.file}: tensor {shown(ref.name)} is stored a second time: expected once, found it in "
                         f"{other.file} too. Remove the shard that does not belong to this checkpoint."
                     )
                 tensors[ref.name] = ref
         missing = [name for name in weight_map if name not in tensors]
         if missing:
             raise CheckpointError(
-                f"{folder / INDEX}: expected tensor {missing[0]} in {weight_map[missing[0]]}, found no shard with "
-                f"it ({len(missing)} such tensors). {FETCH_AGAIN}"
+                f"{folder / INDEX}: expected tensor {shown(missing[0])} in {weight_map[missing[0]]}, found no shard "
+                f"with it ({len(missing)} such tensors). {FETCH_AGAIN}"
             )
         files = tuple(dict.fromkeys(ref.file for ref in tensors.values()))
         return cls(folder, MappingProxyType(tensors), sum(ref.nbytes for ref in tensors.values()), files)
@@ -139,12 +138,12 @@ def _read_index(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{index} is not an index of shards: expected JSON with a weight_map from tensors to files, found "
-            f"{error!r}. {FETCH_AGAIN}"
+            f"{shown(repr(error))}. {FETCH_AGAIN}"
         ) from error
     if missing or not files:
         raise CheckpointError(
             f"{index} names {len(files)} shards: expected each of them in the same folder, found {len(missing)} missing"
-            f"{': ' if missing else ''}{', '.join(missing[:3])}. {FETCH_AGAIN}"
+            f"{': ' if missing else ''}{', '.join(map(shown, missing[:3]))}. {FETCH_AGAIN}"
         )
     return weight_map
 
@@ -177,7 +176,9 @@ def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
             f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
     except DuplicateMember as error:
-        raise CheckpointError(f"{path}: tensor {error.name} is stored twice: expected once. {FETCH_AGAIN}") from error
+        raise CheckpointError(
+            f"{path}: tensor {shown(error.name)} is stored twice: expected once. {FETCH_AGAIN}"
+        ) from error
     except NotJson as error:
         raise CheckpointError(f"{path}: expected a header in JSON, found none: {error}. {FETCH_AGAIN}") from error
     if not isinstance(header, dict):
@@ -189,7 +190,7 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     """The tensor of one header entry. Raises CheckpointError if the entry is damaged."""
 
     def refuse(expected: str, found: object) -> NoReturn:
-        raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {_shorten(found)}. {FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: tensor {shown(name)}: expected {expected}, found {shown(found)}. {FETCH_AGAIN}")
 
     if not isinstance(entry, dict):
         refuse("a header entry with dtype, shape and data_offsets", entry)
@@ -208,11 +209,6 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     return TensorRef(name, str(path), dtype, shape, base + begin, nbytes)
 
 
-def _shorten(value: object) -> str:
-    """A header value for a message: a text as it is, any other value shortened."""
-    return value if isinstance(value, str) else reprlib.repr(value)
-
-
 def _sizes(value: object) -> tuple[int, ...] | None:
     """A list of whole numbers, at least 0, as a tuple; None for any other value."""
     if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
@@ -226,13 +222,13 @@ def _check_cover(path: Path, refs: list[TensorRef], base: int, size: int) -> Non
     for ref in refs:
         if ref.offset < end:
             raise CheckpointError(
-                f"{path}: tensor {ref.name} overlaps the one before it: expected it at byte {end}, found it at "
+                f"{path}: tensor {shown(ref.name)} overlaps the one before it: expected it at byte {end}, found it at "
                 f"{ref.offset}. {FETCH_AGAIN}"
             )
         if ref.offset > end:
             raise CheckpointError(
-                f"{path}: {ref.offset - end} bytes before tensor {ref.name} belong to no tensor: expected it at byte "
-                f"{end}, found it at {ref.offset}. {FETCH_AGAIN}"
+                f"{path}: {ref.offset - end} bytes before tensor {shown(ref.name)} belong to no tensor: expected it at "
+                f"byte {end}, found it at {ref.offset}. {FETCH_AGAIN}"
             )
         end = ref.offset + ref.nbytes
     if end != size:

@@ -35,6 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from aspec.errors import UnsupportedModelError
+from aspec.models.context import CHANGING
 
 __all__ = [
     "ROPE_INIT_FUNCTIONS",
@@ -119,13 +120,13 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def ignore_positions(model: PreTrainedModel) -> None:
     """Make the rotary angles of ``model`` independent of the values of positions, which meta tensors do not have.
 
-    5.17 chooses the angles of longrope by the largest position; 5.24 does not read it. Shapes stay the same.
+    Angles of type dynamic depend on the largest position, in 5.17 those of longrope too. Shapes stay the same.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, dict):
-            module.rope_type = {layer: "default" if kind == "longrope" else kind for layer, kind in kinds.items()}
-        elif kinds == "longrope":
+            module.rope_type = {layer: "default" if kind in CHANGING else kind for layer, kind in kinds.items()}
+        elif kinds in CHANGING:
             module.rope_type = "default"
 
 

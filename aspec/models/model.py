@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from aspec.errors import CheckpointError, InternalError
+from aspec.errors import CheckpointError, InternalError, reason_of
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.upload import upload
+from aspec.models.context import context_limit
 from aspec.models.exact import matmul_mode
 from aspec.models.hf_compat import cache_argument, tied_weights
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
-from aspec.models.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
+from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.parts import Part, plan_parts
@@ -97,8 +98,13 @@ class Model:
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
-        self.max_context = max_context(text)
+        self.context = context_limit(text)
         self.end_ids = _end_ids(self.folder, text)
+
+    @property
+    def max_context(self) -> int | None:
+        """The most tokens of a row that the model was made for; None: no limit."""
+        return self.context.trained
 
     @property
     def unexpected(self) -> tuple[str, ...]:
@@ -307,7 +313,7 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         return dict(GenerationConfig.from_pretrained(folder).to_diff_dict())
     except Exception as error:  # the loader may raise any exception for a value it does not know
         raise CheckpointError(
-            f"{path}: expected generation defaults in JSON, found {first_line(error)}. Correct or remove the file."
+            f"{path}: expected generation defaults in JSON, found {reason_of(error)}. Correct or remove the file."
         ) from error
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import CheckpointError, UnsupportedModelError
+from aspec.errors import CheckpointError, UnsupportedModelError, reason_of
 from aspec.io.json_file import read_json
 from aspec.models import attention
-from aspec.models.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+from aspec.models.context import rope_types
+from aspec.models.families import REFUSED_KEYS, family_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
@@ -51,7 +52,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # a config class may raise any exception for a value it does not know
         raise UnsupportedModelError(
-            f"{path}: transformers cannot read this {model_type} configuration: {first_line(error)}. Correct the file, "
+            f"{path}: transformers cannot read this {model_type} configuration: {reason_of(error)}. Correct the file, "
             f"or update transformers."
         ) from error
     reasons = _refusals(config)
@@ -69,9 +70,7 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     if text is not config:
         reasons.append("it is multimodal; only text-only checkpoints are supported")
     for kind in sorted(rope_types(text)):
-        if kind in REFUSED_ROPE:
-            reasons.append(f"rotary positions of type {kind}: {REFUSED_ROPE[kind]}")
-        elif kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
@@ -80,23 +79,6 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     elif not reasons and not takes_registered_attention(family):
         reasons.append("its attention does not take a registered attention function")
     return reasons
-
-
-def rope_types(text: PreTrainedConfig) -> set[str]:
-    """The types of rotary positions in a configuration, over all its layer types."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return {str(entry.get("rope_type", entry.get("type"))) for entry in entries} - {"None"}
-
-
-def max_context(text: PreTrainedConfig) -> int | None:
-    """Largest number of tokens in a row: the model's limit, or the original one of CAPPED_ROPE; None: no limit."""
-    limit = getattr(text, "max_position_embeddings", None)
-    if rope_types(text) & CAPPED_ROPE:
-        key = "original_max_position_embeddings"
-        original = (getattr(text, "rope_parameters", None) or {}).get(key) or getattr(text, key, None)
-        limit = min(filter(None, (original, limit)), default=None)
-    return None if limit is None else int(limit)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -126,7 +108,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
         raise
     except Exception as error:  # a constructor may raise any exception for a value it does not know
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build a model from this configuration: {first_line(error)}. "
+            f"{config.model_type}: transformers cannot build a model from this configuration: {reason_of(error)}. "
             f"Correct config.json, or update transformers."
         ) from error
     return model.eval()
@@ -137,9 +119,3 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.d
     model = build_on_meta(config, dtype, attention.NAME)
     compute_buffers(model, device)
     return model
-
-
-def first_line(error: BaseException) -> str:
-    """The type and first line of an error, for use in another message."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}" if text else type(error).__name__

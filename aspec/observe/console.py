@@ -4,6 +4,7 @@ import sys
 
 import rich.console
 
+from aspec.errors import printable
 from aspec.observe.snapshot import Snapshot
 from aspec.observe.timeline import bottleneck, lane_use
 from aspec.units import format_bytes
@@ -27,16 +28,16 @@ class Console:
         if self._covered:
             self._notes.append(text)
         elif not self.quiet:
-            self.stderr.print(f"aspec: {text}", markup=False, style="dim")
+            self.stderr.print(f"aspec: {printable(text)}", markup=False, style="dim")
 
     def error(self, text: str) -> None:
         """Print an error in one paragraph, also when quiet."""
         self.stderr.print("error:", style="bold red", end=" ")
-        self.stderr.print(text, markup=False)
+        self.stderr.print(printable(text), markup=False)
 
     def warn(self, text: str) -> None:
         """Hold a warning back until ``show_warnings``; the same text is shown once. Any thread may call it."""
-        self._warnings.setdefault(" ".join(text.split()), False)
+        self._warnings.setdefault(printable(" ".join(text.split())), False)
 
     def show_warnings(self) -> None:
         """Print the warnings that were not shown yet, one line each; nothing when quiet."""

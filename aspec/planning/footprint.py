@@ -1,6 +1,7 @@
 """The input of a plan: target and draft from their headers, the user's request, the bytes that every plan holds."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +64,7 @@ def _device_overheads(kind: Kind, draft: Model | None, request: PlanRequest) -> 
     held = {"workspaces": kind.workspace_bytes}
     if kind.captures and draft is not None:
         spare = draft_slots(request.speculation, request.max_draft_tokens)
-        held["draft graphs"] = graph_bytes(draft, request.num_rows, request.capacity + spare, spare)
+        held["draft graphs"] = graph_bytes(draft, request.num_rows, request.draft_capacity + spare, spare)
     return held
 
 
@@ -79,7 +80,28 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     draft = None if resolved.draft is None else Model(resolved.draft, **how)
     parts = target.parts(_part_bytes(resolved.budget_bytes), alignment)
     draft_parts = draft.parts(1 << 40, alignment) if draft else ()
-    return Models(resolved, target, draft, parts, draft_parts)
+    models = Models(resolved, target, draft, parts, draft_parts)
+    for text in _context_warnings(models):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return models
+
+
+def _context_warnings(models: Models) -> Iterator[str]:
+    """Sentences on rows that may be longer than a model was made for, or shorter than the user has asked for."""
+    target, draft, asked = models.target, models.draft, models.resolved.asked_context
+    capacity = _capacity(models)
+    if asked is not None and target.max_context is not None and capacity > target.max_context:
+        yield (
+            f"--max-context {asked} exceeds the {target.max_context} tokens that {target.folder} was made for: the "
+            f"text beyond them may be poor"
+        )
+    if asked is not None and (possible := target.context.possible) is not None and asked > possible:
+        yield f"--max-context {asked} exceeds the {possible} positions of {target.folder}: rows end there"
+    if draft is not None and draft.max_context is not None and capacity > draft.max_context:
+        yield (
+            f"the draft {draft.folder} reads {draft.max_context} tokens, a row may have {capacity}: longer rows go on "
+            f"without proposals"
+        )
 
 
 def request_for(models: Models) -> PlanRequest:
@@ -90,6 +112,7 @@ def request_for(models: Models) -> PlanRequest:
         num_rows=options.max_batch or max(DEFAULT_ROWS, options.num_groups or 1),
         num_groups=options.num_groups or 1,
         capacity=_capacity(models),
+        draft_context=None if models.draft is None else models.draft.max_context,
         prefill_tokens=options.prefill_tokens or PREFILL_TOKENS,
         **_speculation(resolved),
         **_attention(resolved),
@@ -100,10 +123,9 @@ def request_for(models: Models) -> PlanRequest:
 
 
 def _capacity(models: Models) -> int:
-    """Tokens per row: the user's number or the default, limited by the context of both models."""
-    limits = [model.max_context for model in (models.target, models.draft) if model is not None and model.max_context]
-    most = min(limits, default=DEFAULT_CONTEXT)
-    return min(models.resolved.options.max_context or DEFAULT_CONTEXT, most)
+    """Tokens per row: the user's number or the default, limited by the target's context."""
+    wanted = models.resolved.options.max_context or DEFAULT_CONTEXT
+    return min(wanted, models.target.context.most(models.resolved.asked_context) or wanted)
 
 
 def _speculation(resolved: Resolved) -> dict[str, Any]:
@@ -161,7 +183,8 @@ def _footprint(
     if request.host_bytes is None and request.speculation is Speculation.TREE and request.max_draft_tokens:
         fixed["n-gram index"] = request.num_rows * index_bytes(request.capacity)
     if draft is not None and request.host_bytes is not None:
-        on_device = replace(request, attention_resource=COMPUTE)  # the draft's layers are never split
+        # the draft's layers are never split, and its rows end at its own context
+        on_device = replace(request, attention_resource=COMPUTE, capacity=request.draft_capacity)
         fixed["draft activations"] = _activation_bytes(draft, on_device)  # the draft has its own stream
     if not request.kv_on_host:
         return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv)

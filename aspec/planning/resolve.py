@@ -61,6 +61,7 @@ class Resolved:
     budget_bytes: int
     host_bytes: int | None  # host memory for pinned layers and KV; None: the device is the host's memory
     resident_bytes: int | None  # limit on resident layers, even if more would fit
+    asked_context: int | None = None  # the user's own max_context, which may exceed the length the target was made for
 
 
 def resolve(options: EngineOptions | Resolved) -> Resolved:
@@ -71,7 +72,7 @@ def resolve(options: EngineOptions | Resolved) -> Resolved:
     if isinstance(options, Resolved):
         return options
     method = draft_method(options)
-    return _resolved(options, method, *_folders(options, method))
+    return replace(_resolved(options, method, *_folders(options, method)), asked_context=options.max_context)
 
 
 def revise(resolved: Resolved, **changes: Any) -> Resolved:
@@ -81,7 +82,8 @@ def revise(resolved: Resolved, **changes: Any) -> Resolved:
     assert not method.has_model or resolved.draft is not None, (
         "the new options need a draft model, and none was resolved"
     )
-    return _resolved(options, method, resolved.target, resolved.draft if method.has_model else None)
+    revised = _resolved(options, method, resolved.target, resolved.draft if method.has_model else None)
+    return replace(revised, asked_context=resolved.asked_context)
 
 
 def draft_method(options: EngineOptions) -> DraftMethod:

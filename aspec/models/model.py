@@ -30,6 +30,7 @@ from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_s
 from aspec.models.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
+from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.parts import Part, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
 
@@ -61,6 +62,7 @@ class _Tape:
 class Model:
     """The model in ``folder``. It reads no weights: ``parts`` lists what to read, ``bind`` uses the bytes read.
 
+    ``adapter``: the folder of a LoRA adapter, which is merged while parts are bound.
     ``outlined``: if the folder has a configuration and no weights, take the sizes of tensors from the configuration.
     Raises CheckpointError if the folder is damaged or config.json and weights do not belong together, and
     UnsupportedModelError if the architecture cannot run layer by layer; both before any allocation.
@@ -72,6 +74,7 @@ class Model:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        adapter: Path | None = None,
         outlined: bool = False,
     ) -> None:
         self.folder = Path(folder)
@@ -88,6 +91,8 @@ class Model:
             self.checkpoint = outline(self.folder, stored)
         self._layers_name, self._layers = find_layers(self._layers_model)
         self._tensors = map_tensors(self._layers_model, self.checkpoint)
+        if adapter is not None:
+            self._tensors = adapt(self._tensors, Adapter.open(adapter), self._layers_model)
         self._frame = build_skeleton(self.config, self.dtype, self.device)
         self._cache_argument = cache_argument(self._frame)
         for index, layer in enumerate(find_layers(self._frame)[1]):
@@ -126,6 +131,7 @@ class Model:
     def bind(self, part: Part, buffer: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
         """Make the part's parameters views of ``buffer`` (uint8, ``part.size`` bytes, page-aligned); fast if repeated.
 
+        A part with updates of an adapter must have been read anew: they are merged into the buffer at every call.
         Tensors that need a conversion are converted at every call, into ``scratch`` (uint8) from byte
         ``part.scratch_at`` on. The caller must not change these bytes while the part is in use. The parts of one layer
         share a scratch, and layers may use it one after another; a part that stays bound needs its own scratch

@@ -199,7 +199,8 @@ class Engine:
                 self._assembly = assembling.result()
         opened = self._open
         _warn_of_unexpected(opened)
-        self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
+        loop, rate = asyncio.get_running_loop(), self._options.link_rate
+        self._disk = DiskLane(loop, rate_bytes_per_s=rate, versions=opened.files)
         await self._load(opened, self._disk)
         self._backend = opened.open_backend(self._disk)
         scheduler = Scheduler(opened.plan)

@@ -83,7 +83,7 @@ class Model:
         self.dtype = _compute_dtype(dtype, self.config, self.device)
         self._facts = examine(self.config, self.dtype)
         missing = outlined and not has_weights(self.folder)
-        self.checkpoint = Checkpoint(self.folder, {}, 0, ()) if missing else Checkpoint.open(self.folder)
+        self.checkpoint = Checkpoint(self.folder, {}, 0, {}) if missing else Checkpoint.open(self.folder)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         if missing:
             tied = tied_weights(self._layers_model)
@@ -91,8 +91,11 @@ class Model:
             self.checkpoint = outline(self.folder, stored)
         self._layers_name, self._layers = find_layers(self._layers_model)
         self._tensors = map_tensors(self._layers_model, self.checkpoint)
+        self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
-            self._tensors = adapt(self._tensors, Adapter.open(adapter), self._layers_model)
+            opened = Adapter.open(adapter)
+            self._tensors = adapt(self._tensors, opened, self._layers_model)
+            self.files |= opened.files
         self._frame = build_skeleton(self.config, self.dtype, self.device)
         self._cache_argument = cache_argument(self._frame)
         for index, layer in enumerate(find_layers(self._frame)[1]):

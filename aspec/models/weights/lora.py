@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from aspec.errors import CheckpointError, UnsupportedModelError
-from aspec.io.checkpoint import TensorRef, read_header
+from aspec.io.checkpoint import TensorRef, read_header, version_of
+from aspec.io.disk import FileVersion
 from aspec.models.hf_compat import is_transposed_linear
 from aspec.models.weights.adapter_config import REMEDY, AdapterConfig, read_adapter_config
 from aspec.models.weights.merge import LowRank
@@ -37,6 +38,7 @@ class Adapter:
 
     config: AdapterConfig
     tensors: Mapping[str, TensorRef]
+    files: Mapping[str, FileVersion]  # the one file, as it was when its header was read
 
     @classmethod
     def open(cls, folder: Path) -> "Adapter":
@@ -48,7 +50,8 @@ class Adapter:
                 f"{folder} has no adapter that can be read: expected {WEIGHTS}, found {others}. Save the adapter in "
                 f"safetensors format, or fetch it again."
             )
-        return cls(config, {ref.name: ref for ref in read_header(path)})
+        files = {str(path): version_of(path)}
+        return cls(config, {ref.name: ref for ref in read_header(path)}, files)
 
 
 def adapt(tensors: TensorMap, adapter: Adapter, model: PreTrainedModel) -> TensorMap:

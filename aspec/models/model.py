@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from aspec.errors import CheckpointError, InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.upload import upload
+from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
 from aspec.models.exact import matmul_mode
 from aspec.models.hf_compat import cache_argument, tied_weights
 from aspec.models.kv_cache import KVShape, StepCache
@@ -33,6 +34,7 @@ from aspec.models.weights.binding import Binder
 from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.parts import Part, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
+from aspec.models.weights.unused import check_unused, unused_text
 
 
 @dataclass(slots=True)
@@ -80,10 +82,12 @@ class Model:
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
-        self.dtype = _compute_dtype(dtype, self.config, self.device)
-        self._facts = examine(self.config, self.dtype)
+        named = named_dtype(dtype, self.config)
+        self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         missing = outlined and not has_weights(self.folder)
         self.checkpoint = Checkpoint(self.folder, {}, 0, {}) if missing else Checkpoint.open(self.folder)
+        self._named_dtype = named or stored_dtype(self.checkpoint.tensors) or torch.float32
+        self.dtype = computed_on(self.device, self._named_dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         if missing:
             tied = tied_weights(self._layers_model)
@@ -91,6 +95,7 @@ class Model:
             self.checkpoint = outline(self.folder, stored)
         self._layers_name, self._layers = find_layers(self._layers_model)
         self._tensors = map_tensors(self._layers_model, self.checkpoint)
+        check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
             opened = Adapter.open(adapter)
@@ -110,8 +115,28 @@ class Model:
 
     @property
     def unexpected(self) -> tuple[str, ...]:
-        """Names of stored tensors that the model does not use; callers should warn of them."""
+        """Names of stored tensors that the model does not use."""
         return self._tensors.unexpected
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know, a text each: tensors that are not read, and another dtype than the one named."""
+        texts = list(self._tensors.remarks)
+        if self.unexpected:
+            texts.append(unused_text(self.folder, self.unexpected))
+        if self.dtype != self._named_dtype:
+            texts.append(
+                f"{self.folder}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
+                f"slower. bfloat16 keeps 8 of its 11 significant bits; --dtype float32 keeps all, in twice the memory"
+            )
+        return tuple(texts)
+
+    @property
+    def dtypes(self) -> str:
+        """The dtype in which the model computes, and those in which its weights are stored, if they differ."""
+        stored = [dtype_name(dtype) for dtype, _ in bytes_by_dtype(self.checkpoint.tensors.values()).most_common()]
+        computed = dtype_name(self.dtype)
+        return computed if stored in ([], [computed]) else f"{computed} (stored in {' and '.join(stored)})"
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""
@@ -330,9 +355,3 @@ def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
             f"generation_config.json or config.json."
         )
     return frozenset(ids)
-
-
-def _compute_dtype(requested: torch.dtype | None, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """The requested dtype, or the checkpoint's own; fp16 becomes bf16 on a CPU, where fp16 is slow."""
-    dtype = requested or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype

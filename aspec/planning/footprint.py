@@ -41,6 +41,11 @@ class Models:
     parts: tuple[Part, ...]
     draft_parts: tuple[Part, ...]
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the models, a text each."""
+        return self.target.remarks + (() if self.draft is None else self.draft.remarks)
+
     def footprint(self, request: PlanRequest) -> Footprint:
         """The bytes that every plan for this request holds, and the parts that a plan places.
 

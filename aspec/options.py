@@ -31,6 +31,7 @@ class EngineOptions:
 
     target: str | Path | None = None  # folder or hub id; None: the embedded demo pair
     draft: str | Path | None = None
+    adapter: str | Path | None = None  # folder or hub id of a LoRA adapter for the target
     device: str = "auto"
     device_memory: int | None = None  # bytes, or a text such as 8GiB (as for every size and rate here)
     host_memory: int | None = None  # bytes for pinned layers and KV, behind a device's link

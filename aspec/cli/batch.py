@@ -108,7 +108,7 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     Raises UserError when a model or a row cannot be used.
     """
     resolved = resolve(flags.options())
-    tokenizer = Tokenizer.load(resolved.target)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
     defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
     limit = context_limit(load_config(resolved.target).get_text_config()).most(resolved.asked_context)
     totals = _check_rows(rows, tokenizer, defaults, limit, console)
@@ -117,6 +117,7 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     ties = {
         "input": f"sha256 {rows.digest}",
         "target": f"sha256 {fingerprint(resolved.target)}",
+        **({} if resolved.adapter is None else {"adapter": f"sha256 {fingerprint(resolved.adapter)}"}),
         "dtype": resolved.options.dtype,
         "exact": resolved.exact,
         "max_context": context,

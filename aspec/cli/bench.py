@@ -145,7 +145,7 @@ def _remember(job: GenerateJob, plan: Plan, measured: SimCosts, runs: Sequence[R
     A run with trees determines the spread (the value of further choices) if the acceptance of the first choice is
     known; every other run determines the acceptance.
     """
-    target, draft = job.resolved.target, job.resolved.draft
+    target, draft = job.resolved.trained, job.resolved.draft
     per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
     if draft is None or not plan.max_draft_tokens or not per_pass:
         return

@@ -173,7 +173,7 @@ def _ask() -> str | None:
 def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
     """Find the models, which may block for long (a download), before the loop starts. Raises UserError."""
     resolved = resolve(flags.options())
-    tokenizer = Tokenizer.load(resolved.target)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
     if not tokenizer.has_chat_template:
         name = "the embedded demo pair" if resolved.options.target is None else str(resolved.target)
         raise UserError(

@@ -69,6 +69,12 @@ class ModelFlags:
             "--draft-model",
         ),
     ] = None
+    adapter: Annotated[
+        str | None,
+        option(
+            MODELS, "A LoRA adapter of the target, which is merged while loading: a folder or a hub id.", "--adapter"
+        ),
+    ] = None
     dtype: Annotated[str, option(MODELS, "auto, bfloat16, float16 or float32. auto: the dtype of the checkpoint.")] = (
         "auto"
     )

@@ -63,7 +63,7 @@ def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> Genera
     It runs before the loop starts, so Ctrl-C works as usual.
     """
     resolved = resolve(flags.options())
-    tokenizer = Tokenizer.load(resolved.target)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
     params = sampling_params(generation_defaults(resolved.target), flags.sampling())
     return GenerateJob(flags, _fit(resolved, tokens, params), tokens, params, console)

@@ -11,6 +11,7 @@ from aspec.cli.command_flags import PlanFlags
 from aspec.errors import UserError
 from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
+from aspec.models.compute_dtype import dtype_name
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
@@ -43,6 +44,8 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
             console.note(f"{_count(num_tried, 'plan')} tried")
 
     explained = explain(flags, progress)
+    for remark in explained.models.remarks:
+        console.warn(remark)
     if flags.as_json:
         print(json.dumps(as_object(explained)))
         return
@@ -94,7 +97,8 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     layers = models.target.num_layers
     nbytes = sum(part.nbytes for part in models.parts)
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
-    yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
+    adapter = f", with the adapter {models.resolved.adapter}" if models.resolved.adapter is not None else ""
+    yield f"target: {layers} layers, {format_bytes(nbytes)}, {models.target.dtypes}{source}{adapter}"
     prompts = _count(work.num_prompts, "prompt")
     how = ", sampled" if work.sampled else ""
     yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{how}"
@@ -192,11 +196,13 @@ def as_object(explained: PlanExplanation) -> dict[str, Any]:
         "hardware": explained.basis.hardware.as_object(),
         "acceptance": explained.basis.known.acceptance,
         "budget_bytes": explained.models.resolved.budget_bytes,
+        "dtype": dtype_name(explained.models.target.dtype),
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
         "plans": [_plan_object(one.plan) | {"forecast": asdict(one.forecast)} for one in search.found],
         "not_run": [_plan_object(plan) | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,
         "pruned": search.num_pruned,
+        "remarks": list(explained.models.remarks),
     }
 
 

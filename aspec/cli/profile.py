@@ -52,8 +52,8 @@ def profile_to_console(flags: ProfileFlags, console: Console) -> None:
 
 def _pair_on_machine(resolved: Resolved, flags: ProfileFlags) -> PairOnMachine:
     target, draft = resolved.target, resolved.draft
-    big = Model(target, dtype=resolved.dtype)
-    small = None if draft is None else Model(draft, dtype=resolved.dtype)
+    big = Model(target, dtype=resolved.dtype, adapter=resolved.adapter)
+    small = None if draft is None else Model(draft, dtype=resolved.dtype, adapter=resolved.draft_adapter)
     how: dict[str, Any] = {"kind": resolved.kind, "link_rate": resolved.options.link_rate, "refresh": flags.refresh}
     hardware = machine_profile(target, big.dtype, flags.threads, **how)
     known = AcceptanceStats() if draft is None else known_acceptance(target, draft)

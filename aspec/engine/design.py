@@ -30,7 +30,7 @@ def design(resolved: Resolved) -> ResolvedEngine:
     tell = resolved.options.progress or (lambda *_: None)
     tell("index", 0, 0)
     models = read_models(resolved)
-    tokenizer = Tokenizer.load(resolved.target)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
     check_tokenizer(tokenizer, models.target.vocab_size)
     if models.draft is not None and resolved.draft is not None:
         own = Tokenizer.load(resolved.draft)

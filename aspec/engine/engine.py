@@ -229,8 +229,9 @@ class Engine:
             if not assembling.cancelled() and assembling.exception() is None:
                 self._assembly = assembling.result()
         opened = self._open
-        _warn_of_unexpected(opened)
-        self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
+        _warn(opened)
+        loop, rate = asyncio.get_running_loop(), self._options.link_rate
+        self._disk = DiskLane(loop, rate_bytes_per_s=rate, versions=opened.files)
         await self._load(opened, self._disk)
         self._backend = opened.open_backend(self._disk)
         scheduler = Scheduler(opened.plan)
@@ -346,13 +347,10 @@ def over_budget(plan: Plan, peak_bytes: int) -> str:
     )
 
 
-def _warn_of_unexpected(assembly: EngineMemory) -> None:
-    """Warn of stored tensors that a model does not use: the folder may hold more than its config.json describes."""
-    for model in (assembly.target, assembly.draft):
-        if model is not None and (unused := model.unexpected):
-            names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-            text = f"{model.folder}: {len(unused)} stored tensors have no use in this model and are not read: {names}"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+def _warn(assembly: EngineMemory) -> None:
+    """Warn of what the user should know of the models."""
+    for text in dict.fromkeys(remark for model in assembly.models for remark in model.remarks):
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _tune_process(threads: int | None) -> None:

@@ -17,6 +17,7 @@ from typing import NoReturn, Self
 import torch
 
 from aspec.errors import CheckpointError, shown
+from aspec.io.disk import FileVersion
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -64,7 +65,7 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, TensorRef]
     nbytes: int
-    files: tuple[str, ...]
+    files: Mapping[str, FileVersion]  # as they were when their headers were read
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -72,7 +73,9 @@ class Checkpoint:
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
         tensors: dict[str, TensorRef] = {}
+        files: dict[str, FileVersion] = {}
         for file in sorted(set(weight_map.values())) or [SINGLE]:
+            files[str(folder / file)] = version_of(folder / file)  # first: what changes from now on is found
             for ref in read_header(folder / file):
                 if (other := tensors.get(ref.name)) is not None:
                     raise CheckpointError(
@@ -86,7 +89,6 @@ class Checkpoint:
                 f"{folder / INDEX}: expected tensor {shown(missing[0])} in {weight_map[missing[0]]}, found no shard "
                 f"with it ({len(missing)} such tensors). {FETCH_AGAIN}"
             )
-        files = tuple(dict.fromkeys(ref.file for ref in tensors.values()))
         return cls(folder, MappingProxyType(tensors), sum(ref.nbytes for ref in tensors.values()), files)
 
 
@@ -97,7 +99,7 @@ def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
     for name, tensor in shapes.items():
         tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes)
         end += tensor.nbytes
-    return Checkpoint(folder, MappingProxyType(tensors), end, (file,))
+    return Checkpoint(folder, MappingProxyType(tensors), end, {})
 
 
 def has_weights(folder: Path) -> bool:
@@ -158,6 +160,18 @@ def read_header(path: Path) -> list[TensorRef]:
     return refs
 
 
+def version_of(path: Path) -> FileVersion:
+    """The version of a shard. Raises CheckpointError if there is none."""
+    try:
+        return FileVersion.of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.")
+
+
 def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
     """The header's JSON object, the byte where the data begins, and the file's size."""
     try:
@@ -172,9 +186,7 @@ def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
                 )
             header = parse_json(file.read(length), unique=True)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
     except DuplicateMember as error:
         raise CheckpointError(
             f"{path}: tensor {shown(error.name)} is stored twice: expected once. {FETCH_AGAIN}"

@@ -33,6 +33,7 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.pytorch_utils import Conv1D
 
 from aspec.errors import UnsupportedModelError
 from aspec.models.context import CHANGING
@@ -51,6 +52,7 @@ __all__ = [
     "has_recurrent_state",
     "ignore_positions",
     "ignored_keys",
+    "is_transposed_linear",
     "kept_dtypes",
     "model_class",
     "no_init_weights",
@@ -128,6 +130,11 @@ def ignore_positions(model: PreTrainedModel) -> None:
             module.rope_type = {layer: "default" if kind in CHANGING else kind for layer, kind in kinds.items()}
         elif kinds in CHANGING:
             module.rope_type = "default"
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is [in, out], as in GPT-2."""
+    return isinstance(module, Conv1D)
 
 
 def kept_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

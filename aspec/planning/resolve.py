@@ -13,6 +13,7 @@ from aspec.backends.registry import Kind, kind_of
 from aspec.errors import UserError
 from aspec.io import hub
 from aspec.io.host_memory import available_bytes
+from aspec.models.weights.adapter_config import has_adapter, read_adapter_config
 from aspec.options import DEMO, NGRAM, EngineOptions
 from aspec.plan import Speculation
 
@@ -62,6 +63,23 @@ class Resolved:
     host_bytes: int | None  # host memory for pinned layers and KV; None: the device is the host's memory
     resident_bytes: int | None  # limit on resident layers, even if more would fit
     asked_context: int | None = None  # the user's own max_context, which may exceed the length the target was made for
+    adapter: Path | None = None  # of the target
+    draft_adapter: Path | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the target's tokenizer: an adapter may bring one of its own."""
+        own = self.adapter
+        return self.target if own is None or not (own / "tokenizer_config.json").is_file() else own
+
+    @property
+    def trained(self) -> Path:
+        """The folder that tells the target from others: its adapter's, or its own."""
+        return self.adapter or self.target
+
+
+Weights = tuple[Path, Path | None]
+"""The folder of a model and the folder of its adapter."""
 
 
 def resolve(options: EngineOptions | Resolved) -> Resolved:
@@ -82,7 +100,8 @@ def revise(resolved: Resolved, **changes: Any) -> Resolved:
     assert not method.has_model or resolved.draft is not None, (
         "the new options need a draft model, and none was resolved"
     )
-    revised = _resolved(options, method, resolved.target, resolved.draft if method.has_model else None)
+    draft = (resolved.draft, resolved.draft_adapter) if resolved.draft is not None and method.has_model else None
+    revised = _resolved(options, method, (resolved.target, resolved.adapter), draft)
     return replace(revised, asked_context=resolved.asked_context)
 
 
@@ -95,13 +114,13 @@ def draft_method(options: EngineOptions) -> DraftMethod:
     return MODEL_DRAFT if options.draft is not None or options.target is None else NO_DRAFT
 
 
-def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: Path | None) -> Resolved:
+def _resolved(options: EngineOptions, method: DraftMethod, target: Weights, draft: Weights | None) -> Resolved:
     kind = kind_of(options.device)
     shows_streaming = options.target is None and options.device_memory is None and kind is not None
     return Resolved(
         options=options,
-        target=target,
-        draft=draft,
+        target=target[0],
+        draft=None if draft is None else draft[0],
         method=method,
         kind=kind,
         dtype=_dtype(options.dtype),
@@ -111,17 +130,62 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: 
         resident_bytes=DEMO_RESIDENT_BYTES
         if options.resident_memory is None and shows_streaming
         else options.resident_memory,
+        adapter=target[1],
+        draft_adapter=None if draft is None else draft[1],
     )
 
 
-def _folders(options: EngineOptions, method: DraftMethod) -> tuple[Path, Path | None]:
+def _folders(options: EngineOptions, method: DraftMethod) -> tuple[Weights, Weights | None]:
     """The folders of target and draft; hub ids are downloaded. Raises UserError if one is not found."""
     if options.target is None:
-        if options.draft not in (None, NGRAM):
-            raise UserError("--draft was given without --target: a draft belongs to one target. Give both or neither.")
-        return DEMO / "target", DEMO / "draft" if method.has_model else None
-    target = hub.resolve(str(options.target), what="target")
-    return target, hub.resolve(str(options.draft), what="draft") if method.has_model else None
+        for name, value in (("draft", options.draft), ("adapter", options.adapter)):
+            if value not in (None, NGRAM):
+                raise UserError(
+                    f"--{name} was given without --target: a {name} belongs to one target. Give both or neither."
+                )
+        return (DEMO / "target", None), (DEMO / "draft", None) if method.has_model else None
+    target = _weights(str(options.target), "target", options.adapter)
+    return target, _weights(str(options.draft), "draft") if method.has_model else None
+
+
+def _weights(name: str, what: str, adapter: str | Path | None = None) -> Weights:
+    """The folders of a model and of its adapter, which may be beside the model's weights, or name the model.
+
+    Raises UserError if one is not found, or if there are two adapters.
+    """
+    folder = hub.resolve(name, what=what)
+    if not has_adapter(folder):
+        return folder, None if adapter is None else _adapter(str(adapter))
+    if adapter is not None:
+        raise UserError(
+            f"{what} {name!r} holds a LoRA adapter of its own, and --adapter {adapter} is a second one. Give one of "
+            f"them; to stack adapters, merge the first with peft (merge_and_unload)."
+        )
+    if (folder / "config.json").is_file():
+        return folder, folder
+    config = read_adapter_config(folder)
+    if config.base is None:
+        raise UserError(
+            f"{config.path} names no base model: expected base_model_name_or_path, found none. Give the base as "
+            f"--{what}, and the adapter with --adapter."
+        )
+    beside = folder / config.base  # a relative path may be relative to the adapter
+    base = hub.resolve(str(beside if beside.is_dir() else config.base), what=f"the base of {what} {name!r},")
+    if has_adapter(base):
+        raise UserError(
+            f"{config.path}: its base {config.base!r} holds an adapter, too. Merge that one with peft first."
+        )
+    return base, folder
+
+
+def _adapter(name: str) -> Path:
+    folder = hub.resolve(name, what="adapter")
+    if not has_adapter(folder):
+        raise UserError(
+            f"adapter {name!r}: expected a folder with adapter_config.json and adapter_model.safetensors, found no "
+            f"adapter_config.json in {folder}. Check the path."
+        )
+    return folder
 
 
 def _dtype(name: str) -> torch.dtype | None:

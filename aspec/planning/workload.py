@@ -38,7 +38,7 @@ def measured_basis(models: Models) -> CostBasis:
         resolved.target, models.target.dtype, options.threads, kind=resolved.kind, link_rate=options.link_rate
     )
     draft, sampled = resolved.draft, options.workload is not None and options.workload.sampled
-    known = AcceptanceStats() if draft is None else known_acceptance(resolved.target, draft, sampled=sampled)
+    known = AcceptanceStats() if draft is None else known_acceptance(resolved.trained, draft, sampled=sampled)
     return CostBasis(hardware, known)
 
 

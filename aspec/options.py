@@ -24,6 +24,7 @@ class EngineOptions:
     draft: str | Path | None = None
     device: str = "auto"
     device_memory: int | None = None  # bytes
+    process_memory: int | None = None  # bytes of the whole process, on a CPU; instead of device_memory
     host_memory: int | None = None  # bytes for pinned layers and KV, behind a device's link
     resident_memory: int | None = None  # at most these bytes of layers are resident, even where more would fit
     dtype: str = "auto"
@@ -47,6 +48,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         counts = {
             "device_memory": (self.device_memory, 1),
+            "process_memory": (self.process_memory, 1),
             "host_memory": (self.host_memory, 1),
             "resident_memory": (self.resident_memory, 0),
             "num_draft_tokens": (self.num_draft_tokens, 0),
@@ -60,6 +62,11 @@ class EngineOptions:
         for name, (value, least) in counts.items():
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, found {value}.")
+        if self.device_memory is not None and self.process_memory is not None:
+            raise UserError(
+                "device_memory and process_memory were given: expected one of them; process_memory counts the "
+                "interpreter and torch, too."
+            )
         if self.num_groups is not None and self.max_batch is not None and self.num_groups > self.max_batch:
             raise UserError(f"num_groups must be at most max_batch = {self.max_batch}, found {self.num_groups}.")
         if self.link_rate is not None and self.link_rate <= 0:

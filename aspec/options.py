@@ -34,6 +34,7 @@ class EngineOptions:
     adapter: str | Path | None = None  # folder or hub id of a LoRA adapter for the target
     device: str = "auto"
     device_memory: int | None = None  # bytes, or a text such as 8GiB (as for every size and rate here)
+    process_memory: int | None = None  # bytes of the whole process, on a CPU; instead of device_memory
     host_memory: int | None = None  # bytes for pinned layers and KV, behind a device's link
     resident_memory: int | None = None  # at most these bytes of layers are resident, even where more would fit
     dtype: str = "auto"
@@ -62,6 +63,11 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, found {value}.")
+        if self.device_memory is not None and self.process_memory is not None:
+            raise UserError(
+                "device_memory and process_memory were given: expected one of them; process_memory counts the "
+                "interpreter and torch, too."
+            )
         if self.num_groups is not None and self.max_batch is not None and self.num_groups > self.max_batch:
             raise UserError(f"num_groups must be at most max_batch = {self.max_batch}, found {self.num_groups}.")
         if self.link_rate is not None and self.link_rate <= 0:
@@ -143,6 +149,7 @@ def _dtype(name: str, value: object) -> str:
 
 LEAST = {
     "device_memory": 1,
+    "process_memory": 1,
     "host_memory": 1,
     "resident_memory": 0,
     "num_draft_tokens": 0,
@@ -157,9 +164,10 @@ CHOICES = {"speculation": SPECULATION, "attention": ATTENTION, "device": DEVICES
 CONVERTED: dict[str, Callable[[str, object], object]] = {
     "target": _model,
     "draft": _model,
+    "adapter": _model,
     "dtype": _dtype,
     **dict.fromkeys(LEAST, _count),
-    **dict.fromkeys(("device_memory", "host_memory", "resident_memory"), _size),
+    **dict.fromkeys(("device_memory", "process_memory", "host_memory", "resident_memory"), _size),
     **dict.fromkeys(("draft_ahead", "exact", "shared_noise", "reuse_prefix"), _flag),
     "link_rate": _rate,
 }

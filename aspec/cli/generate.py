@@ -22,11 +22,11 @@ from aspec.observe.monitor import Monitor
 from aspec.observe.recorder import Recorder
 from aspec.observe.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.plan import Plan, Workload
+from aspec.planning.fit import fit
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.tasks.executor import Observer
 from aspec.units import format_rate
 
-SEARCH_ABOVE = 8  # prompts; for more prompts than this, a plan is searched
 PROBE_S = 0.5  # seconds of a probe of the link rate
 RECENT_SPANS = 100_000  # the last spans, from which the closing line is computed
 
@@ -122,14 +122,11 @@ def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
 
 
 def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -> Resolved:
-    """Set the context, and the rows or the workload, that these prompts need."""
-    longest = max(len(tokens) for tokens in prompts)
-    context = resolved.options.max_context or max(2, longest + params.max_new_tokens)
-    if len(prompts) > SEARCH_ABOVE and params.max_new_tokens > 1:
-        mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
-        work = Workload(len(prompts), mean, params.max_new_tokens, sampled=params.temperature > 0.0)
-        return revise(resolved, max_context=context, workload=work)
-    return revise(resolved, max_context=context, max_batch=resolved.options.max_batch or len(prompts))
+    """Set the context and the workload of these prompts. Raises PromptError for a prompt that is too long."""
+    lengths, new = [len(tokens) for tokens in prompts], params.max_new_tokens
+    mean = max(1, round(sum(lengths) / len(lengths)))
+    work = Workload(len(prompts), mean, max(2, new), sampled=params.temperature > 0.0)
+    return fit(resolved, work, max(lengths), new)
 
 
 async def _verify(job: GenerateJob, outcome: Outcome) -> list[Verdict]:

@@ -15,10 +15,12 @@ from aspec.models.compute_dtype import dtype_name
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
-from aspec.planning.footprint import Models, read_models, request_for
-from aspec.planning.resolve import resolve, revise
-from aspec.planning.search import Candidate, Search
-from aspec.planning.workload import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
+from aspec.planning.fit import fit
+from aspec.planning.footprint import Models, read_models
+from aspec.planning.memory_check import check_memory
+from aspec.planning.resolve import resolve
+from aspec.planning.search import GUESS_MARGIN, Candidate, Search
+from aspec.planning.workload import CostBasis, best_plans, elsewhere, measured_basis
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.units import format_bytes, format_rate
@@ -62,18 +64,16 @@ def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) 
     resolved = resolve(options)
     sampled = sampling_params(generation_defaults(resolved.target), flags.sampling()).temperature > 0.0
     work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=sampled)
-    context = flags.max_context or work.prompt_tokens + work.new_tokens
-    resolved = revise(resolved, workload=work, max_context=context)
-    if hardware is None:
-        models = read_models(resolved, outlined=True)
-        basis = measured_basis(models)
-        models = replace(models, resolved=on_machine(models.resolved, basis.hardware))
-    else:
-        models = read_models(elsewhere(resolved, hardware), outlined=True)
-        basis = CostBasis(hardware, AcceptanceStats())
+    resolved = fit(resolved, work, work.prompt_tokens, work.new_tokens)
+    resolved = resolved if hardware is None else elsewhere(resolved, hardware)
+    models = read_models(resolved, outlined=True)
+    basis = measured_basis(models) if hardware is None else CostBasis(hardware, AcceptanceStats())
     if flags.acceptance is not None:
         basis = replace(basis, known=replace(basis.known, acceptance=flags.acceptance))
-    return PlanExplanation(models, basis, work, plan_workload(models, request_for(models), basis, progress))
+    search = best_plans(models, basis, progress)
+    if hardware is None:
+        check_memory(search.best.plan, resolved)
+    return PlanExplanation(models, basis, work, search)
 
 
 def _read_rates(path: Path) -> Hardware:
@@ -115,6 +115,11 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
         yield from (f"  {shape:{width}}  {forecast}" for shape, forecast in others)
     yield ""
     search = explained.search
+    if min(candidate.forecast.job_s for candidate in search.found) < best.forecast.job_s:
+        yield (
+            f"another form of proposals is taken only where it is {GUESS_MARGIN:g} times as fast, because the "
+            f"acceptance is a guess"
+        )
     yield (
         f"{_count(len(search.found), 'plan')} ran in virtual time, {search.num_pruned} cannot be faster, "
         f"{search.num_too_large} do not fit"

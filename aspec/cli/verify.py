@@ -114,6 +114,7 @@ async def verify(resolved: Resolved, plan: Plan, generations: Sequence[Generatio
     reference = revise(
         resolved,
         speculation="off",
+        workload=None,
         device_memory=plan.budget_bytes,
         max_batch=plan.num_rows,
         max_context=plan.capacity,

@@ -51,6 +51,8 @@ from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Event, Shutdown
 from aspec.units import format_bytes
 
+MOST_KERNELS = 64  # compiled products that torch keeps
+
 
 class Engine:
     """A target, its draft and one run of the dataflow; use as an async context manager."""
@@ -357,7 +359,11 @@ def _tune_process(threads: int | None) -> None:
     """Keep the interpreter responsive beside compute threads; leave one core to the disk threads and the loop.
 
     With a compute thread per core, any other thread makes every parallel region wait at its barrier for a time slice.
+    A CPU's bf16 products are compiled for every new shape and kept, 0.6 MB each, in two caches of 1,024. Fewer suffice:
+    a batch's shapes are seldom the same again. torch reads the variables at its first such product.
     """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(MOST_KERNELS))
     sys.setswitchinterval(1e-3)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores - 1))

@@ -12,10 +12,11 @@ import torch
 from aspec.backends.registry import Kind, kind_of
 from aspec.errors import UserError
 from aspec.io import hub
-from aspec.io.host_memory import available_bytes
+from aspec.io.host_memory import available_bytes, growth_bytes, process_bytes
 from aspec.models.weights.adapter_config import has_adapter, read_adapter_config
 from aspec.options import DEMO, NGRAM, EngineOptions
 from aspec.plan import Speculation
+from aspec.units import format_bytes
 
 MIB = 1 << 20
 DEMO_BUDGET_BYTES = 14 * MIB  # less than the demo target's 16 MB, so that the demo streams
@@ -125,7 +126,7 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Weights, draf
         kind=kind,
         dtype=_dtype(options.dtype),
         exact=kind is None if options.exact is None else options.exact,  # a CPU's default: proved there
-        budget_bytes=options.device_memory or _default_budget(options, kind),
+        budget_bytes=options.device_memory or _process_budget(options, kind) or _default_budget(options, kind),
         host_bytes=None if kind is None else options.host_memory or _host_share(),
         resident_bytes=DEMO_RESIDENT_BYTES
         if options.resident_memory is None and shows_streaming
@@ -194,6 +195,24 @@ def _dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def _process_budget(options: EngineOptions, kind: Kind | None) -> int | None:
+    """Bytes: the rest of --process-memory beside the interpreter and torch; None if the option was not given."""
+    if options.process_memory is None:
+        return None
+    if kind is not None:
+        raise UserError(
+            f"--process-memory is for a CPU, whose device memory is the process's own; the device is {kind.name()}. "
+            f"Give --device-memory and --host-memory."
+        )
+    own = process_bytes()
+    if options.process_memory <= own:
+        raise UserError(
+            f"--process-memory {format_bytes(options.process_memory)} leaves nothing for a model: the interpreter and "
+            f"torch take about {format_bytes(own)}. Give more than that."
+        )
+    return options.process_memory - own
+
+
 def _default_budget(options: EngineOptions, kind: Kind | None) -> int:
     """Bytes: most of the free memory; for the embedded demo, less than its target needs, so that it streams."""
     if kind is not None:
@@ -202,5 +221,6 @@ def _default_budget(options: EngineOptions, kind: Kind | None) -> int:
 
 
 def _host_share() -> int:
-    """Bytes: a share of the host's free memory."""
-    return int(available_bytes() * HOST_SHARE)
+    """Bytes: a share of the host's free memory, less if the process itself needs the rest."""
+    free = available_bytes()
+    return max(MIB, min(int(free * HOST_SHARE), free - growth_bytes()))

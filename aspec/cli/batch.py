@@ -20,7 +20,7 @@ from aspec.cli.command_flags import BatchFlags
 from aspec.cli.interrupts import Interrupts
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.tokenizer import Tokenizer
@@ -109,7 +109,10 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     resolved = resolve(flags.options())
     folders = [folder for folder in (resolved.target, resolved.draft) if folder is not None]
     tokenizer = Tokenizer.load(resolved.target)
-    defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
+    asked, given = generation_defaults(resolved.target), flags.sampling()
+    defaults = sampling_params(asked, given)
+    if asked_for := describe(asked, given):
+        console.note(asked_for)
     limit = min(filter(None, map(_context_limit, folders)), default=None)
     totals = _check_rows(rows, tokenizer, defaults, limit, console)
     context = min(filter(None, (resolved.options.max_context or totals.longest, limit)))

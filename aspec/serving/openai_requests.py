@@ -53,7 +53,8 @@ class Request:
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """The sampling parameters: the request's fields over the defaults; ``seed`` if the request gives none."""
-        return replace(defaults, **{"seed": seed, **self.sampling})
+        own = {"max_length": None} if "max_new_tokens" in self.sampling else {}  # its own limit has precedence
+        return replace(defaults, **{"seed": seed, **own, **self.sampling})
 
 
 def parse_json(text: bytes) -> Any:

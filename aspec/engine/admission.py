@@ -1,7 +1,7 @@
 """What a request must be to run: its prompt becomes tokens, its tokens and limits are checked, a sequence is made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
@@ -61,7 +61,9 @@ class Admission:
         limit = min(params.max_new_tokens, room, most - len(tokens))
         processors = None
         if needs_processors(params):
-            processors = Processors(params, tokens, end_ids, len(tokens) + limit, self.target.vocab_size)
+            words = [ids for text in params.bad_words for ids in self.tokenizer.spellings(text)]
+            known = replace(params, bad_words_ids=(*params.bad_words_ids, *map(tuple, words)))
+            processors = Processors(known, tokens, end_ids, len(tokens) + limit, self.target.vocab_size)
         return TokenSequence(
             id=number,
             tokens=tokens,

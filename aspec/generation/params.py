@@ -43,6 +43,7 @@ class SamplingParams:
     no_repeat_ngram_size: int = 0  # no n-gram of prompt and text occurs twice; 0: off
     encoder_no_repeat_ngram_size: int = 0  # no n-gram of the prompt occurs in the text; 0: off
     bad_words_ids: tuple[TokenIds, ...] = ()  # sequences of tokens that the text never completes
+    bad_words: tuple[str, ...] = ()  # likewise as texts, alone and after a space, as in vLLM
     suppress_tokens: TokenIds = ()  # never drawn
     begin_suppress_tokens: TokenIds = ()  # never drawn as the first token
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, addition to its logit), as OpenAI defines it
@@ -134,6 +135,7 @@ PENALTY: Check = (lambda value: _number(value, -2, 2), "between -2 and 2; 0 swit
 SHARE: Check = (lambda value: _positive(value, 1), "above 0 and at most 1; 1 switches it off")
 CUTOFF: Check = (lambda value: _number(value, 0, 1) and value < 1, "at least 0 and below 1; 0 switches it off")
 TOKENS: Check = (_tokens, "a list of token ids")
+TEXTS: Check = (lambda value: all(isinstance(text, str) and text for text in value), "made of texts that are not empty")
 
 CHECKS: Mapping[str, Check] = {
     "max_new_tokens": COUNT,
@@ -155,6 +157,7 @@ CHECKS: Mapping[str, Check] = {
     "no_repeat_ngram_size": OFF_COUNT,
     "encoder_no_repeat_ngram_size": OFF_COUNT,
     "bad_words_ids": (lambda value: all(map(_sequence, value)), "a list of lists of token ids, none of them empty"),
+    "bad_words": TEXTS,
     "suppress_tokens": TOKENS,
     "begin_suppress_tokens": TOKENS,
     "logit_bias": (
@@ -173,9 +176,6 @@ CHECKS: Mapping[str, Check] = {
         f"a whole number from 0 to {MAX_LOGPROBS}, or None, which switches it off",
     ),
     "seed": (_whole, "a whole number"),
-    "stop": (
-        lambda value: all(isinstance(text, str) and text for text in value),
-        "made of texts that are not empty",
-    ),
+    "stop": TEXTS,
     "ignore_eos": (_flag, "true or false"),
 }

@@ -36,7 +36,14 @@ Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 USES = (
     *("logit_bias", "sequence_bias", "encoder_repetition_penalty", "no_repeat_ngram_size"),
-    *("encoder_no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id"),
+    *(
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "bad_words",
+        "min_length",
+        "min_new_tokens",
+        "forced_bos_token_id",
+    ),
     *("forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
 )
 """The fields of SamplingParams that need a processor."""
@@ -48,7 +55,10 @@ def needs_processors(params: SamplingParams) -> bool:
 
 
 class Processors:
-    """The processors of one request, made for each device at the first use there."""
+    """The processors of one request, made for each device at the first use there.
+
+    ``bad_words`` must be among ``bad_words_ids``, too: no tokenizer is known here.
+    """
 
     def __init__(
         self, params: SamplingParams, prompt: Sequence[int], end_ids: frozenset[int], max_length: int, vocab_size: int

@@ -20,19 +20,18 @@ from aspec.cli.command_flags import BatchFlags
 from aspec.cli.interrupts import Interrupts
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
-from aspec.models.context import context_limit
 from aspec.models.model import generation_defaults
-from aspec.models.skeleton import load_config
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
 from aspec.plan import Workload
+from aspec.planning.fit import most_context
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.serving.batch_input import BatchFile, BatchRow
 from aspec.serving.batch_output import FinishedRows, Output, check_startable, journal_of, open_output
@@ -109,8 +108,11 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     """
     resolved = resolve(flags.options())
     tokenizer = Tokenizer.load(resolved.tokenizer)
-    defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
-    limit = context_limit(load_config(resolved.target).get_text_config()).most(resolved.asked_context)
+    asked, given = generation_defaults(resolved.target), flags.sampling()
+    defaults = sampling_params(asked, given)
+    if asked_for := describe(asked, given):
+        console.note(asked_for)
+    limit = most_context(resolved)
     totals = _check_rows(rows, tokenizer, defaults, limit, console)
     context = min(filter(None, (resolved.options.max_context or totals.longest, limit)))
     resolved = revise(resolved, max_context=context, workload=totals.workload)

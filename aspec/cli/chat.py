@@ -13,10 +13,10 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 
 from aspec.api import loop_factory
-from aspec.cli.command_flags import ChatFlags
+from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ class Chat:
 
 def chat_on_console(flags: ChatFlags, console: Console) -> None:
     """Answer lines until the input ends. Raises AspecError for unusable input or a failure of the machine."""
-    resolved, tokenizer, params = _prepare(flags)
+    resolved, tokenizer, params = _prepare(flags, console)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused later, alone
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -170,7 +170,7 @@ def _ask() -> str | None:
                 raise
 
 
-def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
+def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, Tokenizer, SamplingParams]:
     """Find the models, which may block for long (a download), before the loop starts. Raises UserError."""
     resolved = resolve(flags.options())
     tokenizer = Tokenizer.load(resolved.tokenizer)
@@ -180,7 +180,11 @@ def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
             f"{name} has no chat template: expected one in tokenizer_config.json or chat_template.jinja, found none. "
             f"Choose an instruction-tuned model with --target, or continue plain text with `aspec generate`."
         )
-    return resolved, tokenizer, sampling_params(generation_defaults(resolved.target), flags.sampling())
+    defaults, given = generation_defaults(resolved.target), flags.sampling()
+    params = sampling_params(defaults, given, ANSWER_TOKENS)
+    if asked_for := describe(defaults, given):
+        console.note(asked_for)
+    return resolved, tokenizer, params
 
 
 async def _open(stack: AsyncExitStack, resolved: Resolved, console: Console) -> Engine:

@@ -27,10 +27,10 @@ from aspec.cli.flags import (
     count_or_auto,
     option,
 )
-from aspec.generation.defaults import TAKEN_FROM_CHECKPOINT
 from aspec.options import EngineOptions
 
 TRACE, BENCH, WORK = "Trace", "Benchmark", "Workload"
+ANSWER_TOKENS = 1024  # most tokens of an answer of a chat
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,15 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
         option(MODELS, "The big model: a folder or a hub id. It needs a chat template.", "--target", "--model"),
     ] = None
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Maximum number of tokens of an answer.", "--max-new-tokens", "-n", min=1)
-    ] = 1024
+        int | None,
+        option(
+            SAMPLING,
+            f"Maximum number of tokens of an answer. Default: the checkpoint's value, otherwise {ANSWER_TOKENS}.",
+            "--max-new-tokens",
+            "-n",
+            min=1,
+        ),
+    ] = None
     max_context: Annotated[
         int | None,
         option(PLACE, "Maximum tokens of the whole conversation. Default: 4096, less if memory is short.", min=2),
@@ -159,8 +166,15 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
     ] = False
     quiet: Annotated[bool, option(OUTPUT, "Print no progress and no summary.", "--quiet", "-q")] = False
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Maximum new tokens of a row without max_tokens.", "--max-new-tokens", "-n", min=0)
-    ] = 128
+        int | None,
+        option(
+            SAMPLING,
+            "Maximum new tokens of a row without max_tokens. Default: the checkpoint's value, otherwise 128.",
+            "--max-new-tokens",
+            "-n",
+            min=0,
+        ),
+    ] = None
     seed: Annotated[
         int, option(SAMPLING, "A row without a seed derives its seed from this one and its custom_id.", "--seed")
     ] = 0
@@ -258,4 +272,4 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
 
     def sampling(self) -> dict[str, float | None]:
         """The sampling flags; None for flags that were not given."""
-        return dict.fromkeys(TAKEN_FROM_CHECKPOINT) | {"temperature": self.temperature}
+        return {"temperature": self.temperature}

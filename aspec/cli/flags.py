@@ -152,8 +152,19 @@ class SamplingFlags:
     """How tokens are drawn; None: the checkpoint's value."""
 
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Maximum number of tokens to generate.", "--max-new-tokens", "-n", min=0)
-    ] = 128
+        int | None,
+        option(
+            SAMPLING,
+            "Maximum number of tokens to generate. Default: the checkpoint's value, otherwise 128.",
+            "--max-new-tokens",
+            "-n",
+            min=0,
+        ),
+    ] = None
+    min_new_tokens: Annotated[
+        int | None,
+        option(SAMPLING, "No end of the text before this number of tokens.", "--min-new-tokens", "--min-tokens", min=0),
+    ] = None
     temperature: Annotated[
         float | None,
         option(SAMPLING, "0: greedy decoding. Default: the value in the checkpoint's generation_config.json.", min=0.0),
@@ -172,6 +183,9 @@ class SamplingFlags:
     frequency_penalty: Annotated[
         float | None, option(SAMPLING, "Penalty for each occurrence of a token in the text, -2 to 2; 0 is off.")
     ] = None
+    no_repeat_ngram_size: Annotated[
+        int | None, option(SAMPLING, "No sequence of N tokens occurs twice in prompt and text; 0 is off.", min=0)
+    ] = None
     seed: Annotated[int, option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
     stop: Annotated[
         list[str] | None, option(SAMPLING, "Stop before this text; repeat the option for several texts.")
@@ -181,7 +195,7 @@ class SamplingFlags:
         """The sampling flags as fields of ``SamplingParams``; None for flags that were not given."""
         known = SamplingParams.__dataclass_fields__
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
-        return {**given, "stop": tuple(self.stop or ())}
+        return {**given, "stop": tuple(self.stop) if self.stop else None}
 
 
 @dataclass(frozen=True)

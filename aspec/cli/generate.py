@@ -11,7 +11,7 @@ from aspec.cli.flags import RunFlags
 from aspec.cli.verify import Generation, Verdict, conclude, verify
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
@@ -65,7 +65,10 @@ def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> Genera
     resolved = resolve(flags.options())
     tokenizer = Tokenizer.load(resolved.tokenizer)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
-    params = sampling_params(generation_defaults(resolved.target), flags.sampling())
+    defaults, given = generation_defaults(resolved.target), flags.sampling()
+    params = sampling_params(defaults, given)
+    if asked_for := describe(defaults, given):
+        console.note(asked_for)
     return GenerateJob(flags, _fit(resolved, tokens, params), tokens, params, console)
 
 

@@ -1,10 +1,11 @@
 """What a request must be to run: its prompt becomes tokens, its tokens and limits are checked, a sequence is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
+from aspec.generation.processors import Processors, needs_processors
 from aspec.generation.prompts import Prompt, first_bad, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.sequence import Sequence as TokenSequence
@@ -32,6 +33,7 @@ class Admission:
     def sequence(self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
         """A new sequence. Raises PromptError if the target cannot run its tokens, or has no room for one more."""
         room = self.capacity - len(tokens)
+        most = self.capacity if params.max_length is None else params.max_length
         if not tokens:
             raise PromptError("the prompt is empty: expected at least one token; give --prompt some text.")
         if (bad := first_bad(tokens, self.target.vocab_size)) is not None:
@@ -45,6 +47,18 @@ class Admission:
                 f"stay free to generate. Shorten the prompt or raise --max-context (the model allows "
                 f"{self.target.max_context or 'any'})."
             )
+        if len(tokens) >= most:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens; max_length allows {most} of prompt and text together. Give "
+                f"max_new_tokens (-n), which has precedence, or shorten the prompt."
+            )
+        end_ids = frozenset() if params.ignore_eos else frozenset(self.target.end_ids)
+        limit = min(params.max_new_tokens, room, most - len(tokens))
+        processors = None
+        if needs_processors(params):
+            words = [ids for text in params.bad_words for ids in self.tokenizer.spellings(text)]
+            known = replace(params, bad_words_ids=(*params.bad_words_ids, *map(tuple, words)))
+            processors = Processors(known, tokens, end_ids, len(tokens) + limit, self.target.vocab_size)
         return TokenSequence(
             id=number,
             tokens=tokens,
@@ -52,6 +66,7 @@ class Admission:
             params=params,
             sampler=sampler,
             text=TextStream(self.tokenizer, stop=params.stop),
-            end_ids=frozenset() if params.ignore_eos else frozenset(self.target.end_ids),
-            max_new_tokens=min(params.max_new_tokens, room),
+            end_ids=end_ids,
+            max_new_tokens=limit,
+            processors=processors,
         )

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from aspec.errors import CheckpointError, InternalError, reason_of
+from aspec.errors import CheckpointError, InternalError, UserError, reason_of
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
+from aspec.io.json_file import read_json
 from aspec.io.upload import upload
 from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
 from aspec.models.context import context_limit
@@ -36,6 +37,8 @@ from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.parts import Part, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.unused import check_unused, unused_text
+
+FROM_CONFIG = "_from_model_config"  # among generation defaults: they are those of config.json
 
 
 @dataclass(slots=True)
@@ -339,16 +342,27 @@ def _host_attention(activation: Activation) -> HostAttention:
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
-    """Settings of the checkpoint's generation_config.json; empty without one. CheckpointError if it is damaged."""
+    """Settings of the checkpoint's generation_config.json; CheckpointError if it is damaged.
+
+    Without the file they are those of config.json, where older checkpoints have them, and FROM_CONFIG is true in them;
+    empty without both.
+    """
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
     try:
-        return dict(GenerationConfig.from_pretrained(folder).to_diff_dict())
+        if path.is_file():
+            return {**GenerationConfig.from_pretrained(folder).to_diff_dict(), FROM_CONFIG: False}
+        path = folder / "config.json"
+        if not path.is_file():
+            return {}
+        stored = read_json(path, "a model's configuration", error=CheckpointError, constants=True)
+        found = GenerationConfig.from_model_config(stored).to_diff_dict()
     except Exception as error:  # the loader may raise any exception for a value it does not know
+        if isinstance(error, UserError):
+            raise
         raise CheckpointError(
             f"{path}: expected generation defaults in JSON, found {reason_of(error)}. Correct or remove the file."
         ) from error
+    return {name: value for name, value in found.items() if name in GenerationConfig().to_dict()}
 
 
 def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:

@@ -4,10 +4,10 @@ The checks need a model's configuration only: no weight is read for a prompt tha
 """
 
 import warnings
-from pathlib import Path
 
 from aspec.errors import PromptError, UserError
-from aspec.models.skeleton import load_config, max_context
+from aspec.models.context import context_limit
+from aspec.models.skeleton import load_config
 from aspec.plan import Workload
 from aspec.planning.resolve import Resolved, revise
 
@@ -18,7 +18,7 @@ def fit(resolved: Resolved, work: Workload, longest: int, new_tokens: int) -> Re
     What the context cuts off is told in a warning. Raises PromptError for a prompt that does not fit, and UserError for
     more groups than prompts.
     """
-    options, limit = resolved.options, context_limit(resolved.target)
+    options, limit = resolved.options, most_context(resolved)
     if options.num_groups is not None and options.num_groups > work.num_prompts:
         raise UserError(
             f"{options.num_groups} groups need at least as many prompts, found {work.num_prompts}. Lower --groups."
@@ -39,9 +39,9 @@ def fit(resolved: Resolved, work: Workload, longest: int, new_tokens: int) -> Re
     return revise(resolved, max_context=context, workload=work)
 
 
-def context_limit(folder: Path) -> int | None:
-    """The most tokens of a sequence that a model's configuration allows; None: any number."""
-    return max_context(load_config(folder).get_text_config())
+def most_context(resolved: Resolved) -> int | None:
+    """The most tokens of a sequence of the target, which is more if the user has asked for more; None: any number."""
+    return context_limit(load_config(resolved.target).get_text_config()).most(resolved.asked_context)
 
 
 def too_long(tokens: int, context: int, limit: int | None) -> str:

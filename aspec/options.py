@@ -1,5 +1,6 @@
 """The options of an engine: one frozen record with defaults."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,12 @@ DEMO = Path(__file__).parent / "demo"  # the embedded pair: folders target and d
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""
+
+
+def cache_folder() -> Path:
+    """Where aspec keeps what it can make again, in the user's cache folder (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "aspec"
 
 
 @dataclass(frozen=True, slots=True)

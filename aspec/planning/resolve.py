@@ -12,6 +12,7 @@ import torch
 from aspec.backends.registry import Kind, kind_of
 from aspec.errors import UserError
 from aspec.io import hub
+from aspec.io.fetching.fetch import Fetches
 from aspec.io.host_memory import available_bytes
 from aspec.options import DEMO, NGRAM, EngineOptions
 from aspec.plan import Speculation
@@ -63,15 +64,16 @@ class Resolved:
     resident_bytes: int | None  # limit on resident layers, even if more would fit
 
 
-def resolve(options: EngineOptions | Resolved) -> Resolved:
-    """Find the models (hub ids are downloaded) and the device. Blocks. A ``Resolved`` is returned unchanged.
+def resolve(options: EngineOptions | Resolved, fetches: Fetches | None = None, *, weights: bool = True) -> Resolved:
+    """Find the models (those of the hub are fetched) and the device. Blocks. A ``Resolved`` is returned unchanged.
 
-    Raises UserError if a model or a device is not found.
+    ``weights``: False for a plan; of a model on the hub it needs the headers only. Raises UserError if a model or a
+    device is not found.
     """
     if isinstance(options, Resolved):
         return options
     method = draft_method(options)
-    return _resolved(options, method, *_folders(options, method))
+    return _resolved(options, method, *_folders(options, method, fetches or Fetches(options.progress), weights))
 
 
 def revise(resolved: Resolved, **changes: Any) -> Resolved:
@@ -112,14 +114,17 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: 
     )
 
 
-def _folders(options: EngineOptions, method: DraftMethod) -> tuple[Path, Path | None]:
-    """The folders of target and draft; hub ids are downloaded. Raises UserError if one is not found."""
+def _folders(
+    options: EngineOptions, method: DraftMethod, fetches: Fetches, weights: bool
+) -> tuple[Path, Path | None]:
+    """The folders of target and draft. Raises UserError if one is not found."""
     if options.target is None:
         if options.draft not in (None, NGRAM):
             raise UserError("--draft was given without --target: a draft belongs to one target. Give both or neither.")
         return DEMO / "target", DEMO / "draft" if method.has_model else None
-    target = hub.resolve(str(options.target), what="target")
-    return target, hub.resolve(str(options.draft), what="draft") if method.has_model else None
+    how: dict[str, Any] = {"weights": weights, "fetches": fetches}
+    target = hub.resolve(str(options.target), what="target", **how)
+    return target, hub.resolve(str(options.draft), what="draft", **how) if method.has_model else None
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -135,7 +135,12 @@ def hub():
 def surroundings(home: Path, endpoint: str = "http://127.0.0.1:9", **environment: str) -> dict[str, str]:
     """The environment of a process that asks the hub."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    own = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "XDG_CACHE_HOME": str(home / "own")}
+    own = {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "XDG_CACHE_HOME": str(home / "own"),
+    }
     return plain | own | {"PYTHONPATH": str(Path(__file__).parents[1]), **environment}
 
 

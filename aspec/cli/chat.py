@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from aspec.api import loop_factory
 from aspec.cli.command_flags import ChatFlags
+from aspec.cli.front.opening import fetching
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
 from aspec.generation.defaults import sampling_params
@@ -117,7 +118,7 @@ class Chat:
 
 def chat_on_console(flags: ChatFlags, console: Console) -> None:
     """Answer lines until the input ends. Raises AspecError for unusable input or a failure of the machine."""
-    resolved, tokenizer, params = _prepare(flags)
+    resolved, tokenizer, params = _prepare(flags, console)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused later, alone
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -170,9 +171,10 @@ def _ask() -> str | None:
                 raise
 
 
-def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
+def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, Tokenizer, SamplingParams]:
     """Find the models, which may block for long (a download), before the loop starts. Raises UserError."""
-    resolved = resolve(flags.options())
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches)
     tokenizer = Tokenizer.load(resolved.target)
     if not tokenizer.has_chat_template:
         name = "the embedded demo pair" if resolved.options.target is None else str(resolved.target)

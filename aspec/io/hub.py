@@ -6,12 +6,14 @@ HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from aspec.errors import CheckpointError
 from aspec.io.fetching.fetch import Fetches, Wanted
 from aspec.io.fetching.files import WANTED
+from aspec.io.json_file import read_json
 
-__all__ = ["WANTED", "find", "resolve"]
+__all__ = ["WANTED", "check", "find", "read_config", "resolve"]
 
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
@@ -42,6 +44,27 @@ def find(name: str, *, what: str = "model") -> Path | Wanted:
             f"id of the form org/name or org/name@revision. Check the path."
         )
     return Wanted(hub_id["name"], hub_id["revision"])
+
+
+def check(name: str, *, what: str) -> None:
+    """Raise the CheckpointError of a name or of a local folder that cannot be a model; the hub is not asked."""
+    if isinstance(found := find(name, what=what), Path):
+        read_config(found)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in a folder's config.json, with the name of its model_type. Raises CheckpointError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
+        )
+    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # some write Infinity
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise CheckpointError(
+            f"{path}: expected a JSON object with the name of a model_type, found none. Fetch the checkpoint again."
+        )
+    return raw
 
 
 def _fetch(wanted: Wanted, what: str, weights: bool, fetches: Fetches) -> Path:

@@ -114,9 +114,7 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: 
     )
 
 
-def _folders(
-    options: EngineOptions, method: DraftMethod, fetches: Fetches, weights: bool
-) -> tuple[Path, Path | None]:
+def _folders(options: EngineOptions, method: DraftMethod, fetches: Fetches, weights: bool) -> tuple[Path, Path | None]:
     """The folders of target and draft. Raises UserError if one is not found."""
     if options.target is None:
         if options.draft not in (None, NGRAM):

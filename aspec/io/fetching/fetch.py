@@ -23,6 +23,7 @@ CHILD = "from aspec.io.fetching.process import main; main()"
 LINE_S = 5.0  # between two lines on stderr
 LONGEST_GOODBYE_S = 1.0  # for a stopped process to remove its half files
 
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A model of the hub; its text is the user's name for it."""

@@ -8,7 +8,6 @@ after its header.
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,7 @@ def _header(name: str, shard: DryRunFileInfo) -> bytes:
 
 def _length(shard: DryRunFileInfo, begin: bytes) -> int:
     """The bytes up to the end of the header. Raises BadHeaderError if there is none."""
-    (length,) = struct.unpack("<Q", begin[:8]) if len(begin) >= 8 else (0,)
+    length = int.from_bytes(begin[:8], "little") if len(begin) >= 8 else 0
     if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > (shard.file_size or 8 + length):
         raise BadHeaderError(
             f"{shard.filename} is truncated or no safetensors file: its first bytes promise a header of {length} "

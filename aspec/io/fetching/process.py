@@ -44,7 +44,7 @@ class Events:
             os.write(self._file, json.dumps({"event": kind, **values}).encode() + b"\n")
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]
     """The library's progress bar, which draws nothing and sends the bytes that are done."""
 
     events: Events
@@ -125,9 +125,7 @@ def _fetch_headers(
 def _small_files(name: str, more: Mapping[str, Any]) -> Path:
     """The folder of a snapshot, with all wanted files but the weights; its name is the commit."""
     return Path(
-        snapshot_download(
-            name, allow_patterns=WANTED, **{**more, "ignore_patterns": [*UNWANTED, f"*{WEIGHTS}"]}
-        )
+        snapshot_download(name, allow_patterns=WANTED, **{**more, "ignore_patterns": [*UNWANTED, f"*{WEIGHTS}"]})
     )
 
 
@@ -147,8 +145,9 @@ def _checked(folder: Path, *, weights: bool) -> Path:
         return folder
     found = listing(sorted(entry.name for entry in folder.glob("*")))
     raise FetchError(
-        f"has no weights that can be read: expected *.safetensors at the top of the repository; found {found} in "
-        f"{folder}. Choose a repository with safetensors, or, if the local copy is incomplete, run again with a network."
+        f"has no weights that can be read: expected *.safetensors at the top of the repository; found {found} "
+        f"in {folder}. Choose a repository with safetensors, or, if the local copy is incomplete, run again with a "
+        f"network."
     )
 
 
@@ -159,8 +158,8 @@ def _check_space(nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if nbytes and nbytes + SPARE_BYTES > free:
         raise FetchError(
-            f"does not fit on the disk of the hub cache {cache}: expected {format_bytes(nbytes)} for the files that are "
-            f"not there yet, found {format_bytes(free)} free. Free some space, or set HF_HOME to a larger disk."
+            f"does not fit on the disk of the hub cache {cache}: expected {format_bytes(nbytes)} for the files that "
+            f"are not there yet, found {format_bytes(free)} free. Free some space, or set HF_HOME to a larger disk."
         )
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from aspec.engine.engine import Engine, open_engine
     from aspec.generation.stats import Piece, RequestStats
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LLM",
     "AspecError",
@@ -35,6 +37,7 @@ __all__ = [
     "Result",
     "SamplingParams",
     "UserError",
+    "__version__",
     "generate",
     "open_engine",
 ]

@@ -22,6 +22,12 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""
 
 
+def cache_folder() -> Path:
+    """Where aspec keeps what it can make again, in the user's cache folder (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "aspec"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to open an engine. None means: decide from the model, the machine and measured costs.

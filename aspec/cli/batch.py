@@ -17,6 +17,7 @@ from typing import Any
 
 from aspec.api import run
 from aspec.cli.command_flags import BatchFlags
+from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import Interrupts
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
@@ -106,7 +107,8 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
 
     Raises UserError when a model or a row cannot be used.
     """
-    resolved = resolve(flags.options())
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches)
     tokenizer = Tokenizer.load(resolved.tokenizer)
     asked, given = generation_defaults(resolved.target), flags.sampling()
     defaults = sampling_params(asked, given)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from aspec.api import loop_factory
 from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
+from aspec.cli.front.opening import fetching
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
 from aspec.generation.defaults import describe, sampling_params
@@ -172,7 +173,8 @@ def _ask() -> str | None:
 
 def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, Tokenizer, SamplingParams]:
     """Find the models, which may block for long (a download), before the loop starts. Raises UserError."""
-    resolved = resolve(flags.options())
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches)
     tokenizer = Tokenizer.load(resolved.tokenizer)
     if not tokenizer.has_chat_template:
         name = "the embedded demo pair" if resolved.options.target is None else str(resolved.target)

@@ -7,10 +7,6 @@ from typing import Annotated
 import typer
 
 from aspec.cli.flags import (
-    MODELS,
-    OUTPUT,
-    PLACE,
-    SAMPLING,
     DashboardFlags,
     DebugFlags,
     EndFlags,
@@ -24,9 +20,8 @@ from aspec.cli.flags import (
     RunFlags,
     SamplingFlags,
     SystemFlags,
-    count_or_auto,
-    option,
 )
+from aspec.cli.front.options import MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option
 from aspec.options import EngineOptions
 
 TRACE, BENCH, WORK = "Trace", "Benchmark", "Workload"
@@ -37,6 +32,10 @@ ANSWER_TOKENS = 1024  # most tokens of an answer of a chat
 class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
     """A run, and whether to compare its tokens with decoding without speculation."""
 
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]", help="A prompt, as with --prompt; several words are one prompt."),
+    ] = None
     verify: Annotated[
         bool,
         option(
@@ -46,6 +45,9 @@ class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
             "--verify",
         ),
     ] = False
+
+    def _words(self) -> list[str]:
+        return [" ".join(self.words)] if self.words else []
 
     def check(self) -> None:
         """Refuse --verify without speculation. Raises typer.BadParameter."""
@@ -121,7 +123,13 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
 
     target: Annotated[
         str | None,
-        option(MODELS, "The big model: a folder or a hub id. It needs a chat template.", "--target", "--model"),
+        option(
+            MODELS,
+            "The big model: a folder or a hub id. It needs a chat template.",
+            "--target",
+            "--model",
+            metavar="MODEL",
+        ),
     ] = None
     max_new_tokens: Annotated[
         int | None,
@@ -212,9 +220,15 @@ class ProfileFlags(MachineFlags, DebugFlags, QuietFlags, JsonFlags, ModelFlags):
 
     target: Annotated[
         str | None,
-        option(MODELS, "The big model; its files are read. Default: the embedded demo pair.", "--target", "--model"),
+        option(
+            MODELS,
+            "The big model; its files are read. Default: the embedded demo pair.",
+            "--target",
+            "--model",
+            metavar="MODEL",
+        ),
     ] = None
-    draft: Annotated[str | None, option(MODELS, "The small model.", "--draft", "--draft-model")] = None
+    draft: Annotated[str | None, option(MODELS, "The small model.", "--draft", "--draft-model", metavar="MODEL")] = None
     as_json: Annotated[bool, option(OUTPUT, "JSON on stdout instead of a table.", "--json")] = False
     quiet: Annotated[bool, option(OUTPUT, "Print no progress.", "--quiet", "-q")] = False
     refresh: Annotated[

@@ -4,10 +4,13 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from aspec.api import Result, collect, seeded
+from aspec.api import Result, collect, run, seeded
+from aspec.cli.command_flags import GenerateFlags
 from aspec.cli.flags import RunFlags
+from aspec.cli.front.opening import fetching
 from aspec.cli.verify import Generation, Verdict, conclude, verify
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
@@ -57,12 +60,18 @@ class Outcome:
         return max((rate for rate in self.link_rates if rate), default=None)
 
 
-def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> GenerateJob:
+def generate_on_console(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> None:
+    """Serve every prompt. Raises AspecError."""
+    run(partial(generate_to_console, prepare(flags, prompts, console), flags.verify))
+
+
+def prepare(flags: RunFlags, prompts: Sequence[str], console: Console, *, weights: bool = True) -> GenerateJob:
     """Find models and encode prompts, which may block for long (a download). Raises AspecError.
 
-    It runs before the loop starts, so Ctrl-C works as usual.
+    It runs before the loop starts, so Ctrl-C works as usual. ``weights``: False for a run in virtual time.
     """
-    resolved = resolve(flags.options())
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches, weights=weights)
     tokenizer = Tokenizer.load(resolved.tokenizer)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
     defaults, given = generation_defaults(resolved.target), flags.sampling()

@@ -8,9 +8,11 @@ from typing import Any
 
 from aspec.backends.registry import HOST
 from aspec.cli.command_flags import PlanFlags
+from aspec.cli.front.opening import fetching
 from aspec.errors import UserError
 from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
+from aspec.io.fetching.fetch import Fetches
 from aspec.models.compute_dtype import dtype_name
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
@@ -45,7 +47,8 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         if num_tried.bit_count() == 1:  # a line each time the number has doubled
             console.note(f"{_count(num_tried, 'plan')} tried")
 
-    explained = explain(flags, progress)
+    with fetching(console) as fetches:
+        explained = explain(flags, progress, fetches)
     for remark in explained.models.remarks:
         console.warn(remark)
     if flags.as_json:
@@ -55,13 +58,15 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         print(line)
 
 
-def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) -> PlanExplanation:
+def explain(
+    flags: PlanFlags, progress: Callable[[int], None] = lambda _: None, fetches: Fetches | None = None
+) -> PlanExplanation:
     """Search plans for the flags; ``progress`` receives the number of tried plans. Raises AspecError."""
     hardware = None if flags.profile is None else _read_rates(flags.profile)
     options = (
         flags.options() if hardware is None else replace(flags.options(), device=HOST)
     )  # independent of this machine's devices
-    resolved = resolve(options)
+    resolved = resolve(options, fetches, weights=False)
     sampled = sampling_params(generation_defaults(resolved.target), flags.sampling()).temperature > 0.0
     work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=sampled)
     resolved = fit(resolved, work, work.prompt_tokens, work.new_tokens)

@@ -9,6 +9,7 @@ from typing import Any
 
 from aspec.api import run
 from aspec.cli.command_flags import ProfileFlags
+from aspec.cli.front.opening import fetching
 from aspec.errors import UserError
 from aspec.models.model import Model
 from aspec.observe.console import Console
@@ -38,7 +39,8 @@ class PairOnMachine:
 
 def profile_to_console(flags: ProfileFlags, console: Console) -> None:
     """Get the figures, print them, and write them to --output. Raises AspecError."""
-    resolved = resolve(flags.options())
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches, weights=False)
     pair = run(lambda: asyncio.to_thread(_pair_on_machine, resolved, flags))
     if flags.output is not None:
         _write(flags.output, pair.hardware)

@@ -40,6 +40,7 @@ from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import TEMPLATE_S, Tokenizer
 from aspec.io.disk import DiskLane
+from aspec.io.fetching.fetch import Fetches
 from aspec.io.settling import close_all, in_thread, settle, settle_all
 from aspec.models.model import generation_defaults
 from aspec.options import EngineOptions, engine_options
@@ -224,9 +225,10 @@ class Engine:
         return self._streams.ended
 
     async def _start(self) -> None:
-        assembling = in_thread(lambda: assemble(resolve(self._to_resolve)))
+        fetches = Fetches(self._options.progress)
+        assembling = in_thread(lambda: assemble(resolve(self._to_resolve, fetches)))
         try:
-            await settle(assembling)
+            await settle(assembling, fetches.stop)
         finally:  # also after a cancellation: the allocated memory must be freed
             if not assembling.cancelled() and assembling.exception() is None:
                 self._assembly = assembling.result()

@@ -18,6 +18,7 @@ import torch
 
 from aspec.errors import CheckpointError, shown
 from aspec.io.disk import FileVersion
+from aspec.io.fetching.files import SIZES
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -72,11 +73,12 @@ class Checkpoint:
         """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
+        sizes = _sizes_elsewhere(folder)
         tensors: dict[str, TensorRef] = {}
         files: dict[str, FileVersion] = {}
         for file in sorted(set(weight_map.values())) or [SINGLE]:
             files[str(folder / file)] = version_of(folder / file)  # first: what changes from now on is found
-            for ref in read_header(folder / file):
+            for ref in read_header(folder / file, sizes.get(file)):
                 if (other := tensors.get(ref.name)) is not None:
                     raise CheckpointError(
                         f"{ref.file}: tensor {shown(ref.name)} is stored a second time: expected once, found it in "
@@ -150,9 +152,19 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> list[TensorRef]:
-    """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut."""
-    entries, base, size = _read_entries(path)
+def _sizes_elsewhere(folder: Path) -> dict[str, int | None]:
+    """Shard -> its bytes on the hub, in a folder that holds only headers; empty for any other folder."""
+    if not (folder / SIZES).is_file():
+        return {}
+    return dict(read_json(folder / SIZES, "a list of sizes of shards", error=CheckpointError))
+
+
+def read_header(path: Path, size: int | None = None) -> list[TensorRef]:
+    """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut.
+
+    ``size``: bytes of the whole shard, if ``path`` holds only its header.
+    """
+    entries, base, size = _read_entries(path, size)
     entries.pop("__metadata__", None)
     refs = [_ref(path, name, entry, base) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
@@ -172,10 +184,10 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.")
 
 
-def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
+def _read_entries(path: Path, size: int | None) -> tuple[dict[str, object], int, int]:
     """The header's JSON object, the byte where the data begins, and the file's size."""
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if size is None else size
         with path.open("rb") as file:
             prefix = file.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)

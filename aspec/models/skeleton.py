@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import CheckpointError, UnsupportedModelError, reason_of
-from aspec.io.json_file import read_json
+from aspec.errors import UnsupportedModelError, reason_of
+from aspec.io.hub import read_config
 from aspec.models import attention
 from aspec.models.context import rope_types
 from aspec.models.families import REFUSED_KEYS, family_of
@@ -29,17 +29,8 @@ from aspec.models.hf_compat import (
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
-        )
-    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # some write Infinity
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(model_type, str):
-        raise CheckpointError(
-            f"{path}: expected a JSON object with the name of a model_type, found none. Fetch the checkpoint again."
-        )
+    path, raw = folder / "config.json", read_config(folder)
+    model_type = raw["model_type"]
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
         raise UnsupportedModelError(

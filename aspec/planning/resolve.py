@@ -3,7 +3,9 @@
 An engine or a plan resolves its options once. No code below looks for a folder, a device or free memory again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from aspec.backends.registry import Kind, kind_of
 from aspec.errors import UserError
 from aspec.io import hub
+from aspec.io.fetching.fetch import Fetches
 from aspec.io.host_memory import available_bytes, growth_bytes, process_bytes
 from aspec.models.weights.adapter_config import has_adapter, read_adapter_config
 from aspec.options import DEMO, NGRAM, EngineOptions
@@ -82,16 +85,21 @@ class Resolved:
 Weights = tuple[Path, Path | None]
 """The folder of a model and the folder of its adapter."""
 
+Find = Callable[..., Path]
+"""``hub.resolve`` for the models of one resolution."""
 
-def resolve(options: EngineOptions | Resolved) -> Resolved:
-    """Find the models (hub ids are downloaded) and the device. Blocks. A ``Resolved`` is returned unchanged.
 
-    Raises UserError if a model or a device is not found.
+def resolve(options: EngineOptions | Resolved, fetches: Fetches | None = None, *, weights: bool = True) -> Resolved:
+    """Find the models (those of the hub are fetched) and the device. Blocks. A ``Resolved`` is returned unchanged.
+
+    ``weights``: False for a plan; of a model on the hub it needs the headers only. Raises UserError if a model or a
+    device is not found.
     """
     if isinstance(options, Resolved):
         return options
     method = draft_method(options)
-    return replace(_resolved(options, method, *_folders(options, method)), asked_context=options.max_context)
+    found = _folders(options, method, fetches or Fetches(options.progress), weights)
+    return replace(_resolved(options, method, *found), asked_context=options.max_context)
 
 
 def revise(resolved: Resolved, **changes: Any) -> Resolved:
@@ -136,8 +144,10 @@ def _resolved(options: EngineOptions, method: DraftMethod, target: Weights, draf
     )
 
 
-def _folders(options: EngineOptions, method: DraftMethod) -> tuple[Weights, Weights | None]:
-    """The folders of target and draft; hub ids are downloaded. Raises UserError if one is not found."""
+def _folders(
+    options: EngineOptions, method: DraftMethod, fetches: Fetches, weights: bool
+) -> tuple[Weights, Weights | None]:
+    """The folders of target and draft. Raises UserError if one is not found."""
     if options.target is None:
         for name, value in (("draft", options.draft), ("adapter", options.adapter)):
             if value not in (None, NGRAM):
@@ -145,18 +155,19 @@ def _folders(options: EngineOptions, method: DraftMethod) -> tuple[Weights, Weig
                     f"--{name} was given without --target: a {name} belongs to one target. Give both or neither."
                 )
         return (DEMO / "target", None), (DEMO / "draft", None) if method.has_model else None
-    target = _weights(str(options.target), "target", options.adapter)
-    return target, _weights(str(options.draft), "draft") if method.has_model else None
+    find = partial(hub.resolve, fetches=fetches, weights=weights)
+    target = _weights(find, str(options.target), "target", options.adapter)
+    return target, _weights(find, str(options.draft), "draft") if method.has_model else None
 
 
-def _weights(name: str, what: str, adapter: str | Path | None = None) -> Weights:
+def _weights(find: Find, name: str, what: str, adapter: str | Path | None = None) -> Weights:
     """The folders of a model and of its adapter, which may be beside the model's weights, or name the model.
 
     Raises UserError if one is not found, or if there are two adapters.
     """
-    folder = hub.resolve(name, what=what)
+    folder = find(name, what=what)
     if not has_adapter(folder):
-        return folder, None if adapter is None else _adapter(str(adapter))
+        return folder, None if adapter is None else _adapter(find, str(adapter))
     if adapter is not None:
         raise UserError(
             f"{what} {name!r} holds a LoRA adapter of its own, and --adapter {adapter} is a second one. Give one of "
@@ -171,7 +182,7 @@ def _weights(name: str, what: str, adapter: str | Path | None = None) -> Weights
             f"--{what}, and the adapter with --adapter."
         )
     beside = folder / config.base  # a relative path may be relative to the adapter
-    base = hub.resolve(str(beside if beside.is_dir() else config.base), what=f"the base of {what} {name!r},")
+    base = find(str(beside if beside.is_dir() else config.base), what=f"the base of {what} {name!r},")
     if has_adapter(base):
         raise UserError(
             f"{config.path}: its base {config.base!r} holds an adapter, too. Merge that one with peft first."
@@ -179,8 +190,8 @@ def _weights(name: str, what: str, adapter: str | Path | None = None) -> Weights
     return base, folder
 
 
-def _adapter(name: str) -> Path:
-    folder = hub.resolve(name, what="adapter")
+def _adapter(find: Find, name: str) -> Path:
+    folder = find(name, what="adapter")
     if not has_adapter(folder):
         raise UserError(
             f"adapter {name!r}: expected a folder with adapter_config.json and adapter_model.safetensors, found no "

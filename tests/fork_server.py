@@ -111,7 +111,7 @@ def wait_until(condition, seconds=120.0):
 
 def become(args, streams, largest_file=None, environment=None):
     """The rest of a forked child's life."""
-    from aspec.cli.main import app
+    from aspec.cli.main import main
 
     os.setsid()
     for number, stream in enumerate(streams):
@@ -122,7 +122,7 @@ def become(args, streams, largest_file=None, environment=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     code = 70
     try:
-        app(args)
+        main(args)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.cells import set_cell_size
 
 from aspec.observe.console import RECENT_S, Console, progress_line
-from aspec.observe.dashboard import ANSWER_S, REST_OF_LINE, show
+from aspec.observe.dashboard import ANSWER_S, CLEAR_LINE, show
 from aspec.observe.monitor import Monitor
 from aspec.observe.snapshot import Snapshot
 from aspec.observe.ticker import OnLoop
@@ -103,7 +103,7 @@ def follow(progress: BatchProgress, monitor: Monitor, console: Console, *, live:
         return batch_line(progress, latest.get(ANSWER_S))
 
     def draw() -> str:
-        return "\r" + set_cell_size(line() or "", console.stderr.width - 1).rstrip() + REST_OF_LINE
+        return f"\r{CLEAR_LINE}" + set_cell_size(line() or "", console.stderr.width - 1).rstrip()
 
     with show(console, draw, line, covers=False, live=live):
         yield

@@ -26,7 +26,7 @@ ANSWER_S = 0.05  # longest wait of a frame for the loop; after it the frame show
 ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 ENTER_LINE, LEAVE_LINE = "\x1b[?25l", "\r\x1b[K\x1b[?7h\x1b[?25h"
 BEGIN_FRAME, END_FRAME = "\x1b[?2026h\x1b[?7l", "\x1b[?7h\x1b[?2026l"  # synchronized, without wrapped lines
-HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+HOME, CLEAR_LINE, CLEAR_REST = "\x1b[H", "\x1b[2K", "\x1b[J"
 
 
 class TerminalDisplay:
@@ -101,7 +101,8 @@ def watch(monitor: Monitor, console: Console, *, dashboard: bool = True) -> Iter
         with console.stderr.capture() as drawn:
             console.stderr.print(Frame(snapshot), end="")
         lines = drawn.get().removesuffix("\n").split("\n")
-        return HOME + f"{REST_OF_LINE}\r\n".join(lines) + REST_OF_LINE + REST_OF_SCREEN
+        # cleared before it is drawn: behind the last column of a line the cursor stands on that column
+        return HOME + "".join(f"{CLEAR_LINE}{line}\r\n" for line in lines[:-1]) + CLEAR_REST + lines[-1]
 
     with show(console, frame, lambda: progress_line(latest.get(ANSWER_S)), covers=True, live=dashboard):
         yield

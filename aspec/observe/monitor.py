@@ -26,7 +26,8 @@ class Monitor:
     """
 
     def __init__(self, stops: Stops | None = None) -> None:
-        self._running_s = (stops or Stops()).running_s
+        self._running_s = (Stops() if stops is None else stops).running_s
+        self._begun_s: float | None = None  # the first task was issued
         self._about: tuple[str, ...] = ()
         self._stage, self._done, self._total = "index", 0, 0
         self._stage_from_s: float | None = None
@@ -73,6 +74,8 @@ class Monitor:
         self._running[task.id] = (task.op.lane, at_s)
         if self._stage_from_s is None:
             self._stage_from_s = at_s
+        if self._begun_s is None:
+            self._begun_s = at_s
         self._set_slot(task, SlotState.LOADING)
         if isinstance(task.payload, LayerWork):
             self._slots |= {slot: (SlotState.IN_USE, task.payload.layer) for _, slot in task.payload.slots}
@@ -97,7 +100,7 @@ class Monitor:
 
     def _show_lane(self, lane: str, now_s: float, seconds: float) -> None:
         self._cpu_s += seconds if lane == CPU else 0.0
-        if lane != CPU or self._cpu_s > CPU_SHARE * (now_s - (self._stage_from_s or 0.0)):
+        if lane != CPU or self._cpu_s > CPU_SHARE * max(WINDOW_S, now_s - (self._begun_s or 0.0)):
             self._lanes.add(lane)
 
     def _set_slot(self, task: Task, state: SlotState) -> None:

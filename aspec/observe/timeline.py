@@ -131,10 +131,6 @@ class Stops:
     def __init__(self) -> None:
         self._stops: list[Interval] = []  # in order, disjoint
 
-    def __bool__(self) -> bool:
-        """Whether there was any."""
-        return bool(self._stops)
-
     def add(self, start_s: float, stop_s: float) -> None:
         """Note one stop, in seconds of ``time.perf_counter``."""
         self._stops.append((start_s, stop_s))
@@ -148,7 +144,7 @@ class Stops:
         at = self.running_s
         slices = tuple(replace(one, start_s=at(one.start_s), stop_s=at(one.stop_s)) for one in timeline.slices)
         rounds = tuple(replace(one, start_s=at(one.start_s), stop_s=at(one.stop_s)) for one in timeline.rounds)
-        return Timeline(slices, rounds, timeline.facts) if self else timeline
+        return Timeline(slices, rounds, timeline.facts)
 
 
 def merge(intervals: Iterable[Interval]) -> list[Interval]:

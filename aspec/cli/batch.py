@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aspec.api import run
 from aspec.cli.command_flags import BatchFlags
 from aspec.cli.front.opening import fetching
-from aspec.cli.interrupts import Interrupts
+from aspec.cli.interrupts import present, run
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
 from aspec.generation.defaults import describe, sampling_params
@@ -165,7 +164,7 @@ def _check_rows(
         checked, prompts, new = checked + 1, prompts + count, new + wanted
         sampled = sampled or row.request.params(defaults, seed=0).temperature > 0.0
 
-    ticker = Ticker(CHECK_LINE_S, lambda: console.note(f"{checked} rows checked"), "check")
+    ticker = Ticker(CHECK_LINE_S, lambda: console.progress(f"{checked} rows checked"), "check")
     try:
         rows.scan(check)
     finally:
@@ -189,7 +188,7 @@ def _serve_file(job: BatchJob, output: Output, finished: FinishedRows) -> None:
         writer = BatchWriter(output, job.flags.target or DEMO_NAME, progress)
         try:
             run(partial(_run, job, pending, writer, progress))
-        except asyncio.CancelledError:
+        except KeyboardInterrupt:
             pass  # a signal stopped the run at once
         finally:
             with suppress(WriteError):  # serve() has raised the same error already
@@ -203,20 +202,27 @@ def _serve_file(job: BatchJob, output: Output, finished: FinishedRows) -> None:
 
 
 async def _run(job: BatchJob, pending: list[int], writer: BatchWriter, progress: BatchProgress) -> None:
-    monitor = Monitor()
-    with (
-        Interrupts(job.console) as interrupts,
-        follow(progress, monitor, job.console, live=not job.flags.no_dashboard),
-    ):
+    monitor, drain = Monitor(job.console.stops), asyncio.Event()
+    clock = job.console.stops.running_s
+
+    def start_draining() -> None:
+        drain.set()
+        job.console.note(
+            "no new rows start; the rows in progress will finish. Press Ctrl-C again to stop at once: "
+            "no finished row is lost"
+        )
+
+    with follow(progress, monitor, job.console, live=not job.flags.no_dashboard):
         async with AsyncExitStack() as stack:
             resolved = revise(job.resolved, progress=monitor.progress)
             engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
             requests = (job.request(job.rows.read(index)) for index in pending)
-            interrupts.can_drain = True
-            progress.begun_s = progress.ended_s = time.perf_counter()
+            present().drain = start_draining
+            progress.begun_s = progress.ended_s = clock(time.perf_counter())
             try:
-                await serve(engine, requests, partial(writer.keep, engine.tokenizer), interrupts.drain)
+                await serve(engine, requests, partial(writer.keep, engine.tokenizer), drain)
             finally:
-                progress.ended_s = time.perf_counter()
+                present().drain = None
+                progress.ended_s = clock(time.perf_counter())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from aspec.api import loop_factory
 from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
 from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import present
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
 from aspec.generation.defaults import describe, sampling_params
@@ -99,7 +100,7 @@ class Chat:
                 f"conversation with /new, write a shorter message, or restart with a larger --max-context."
             )
         pieces: list[Piece] = []
-        self.runner.run(_answer(self.engine, prompt, self.params, pieces, self.console.write))
+        present().run(self.runner, _answer(self.engine, prompt, self.params, pieces, self.console.write))
         self.console.write("\n")
         self.console.show_warnings()
         answer, tokens = "".join(piece.text for piece in pieces), [*prompt]
@@ -123,7 +124,7 @@ def chat_on_console(flags: ChatFlags, console: Console) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused later, alone
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         stack = AsyncExitStack()
-        engine = runner.run(_open(stack, resolved, console))
+        engine = present().run(runner, _open(stack, resolved, console))
         try:
             chat = Chat(runner, engine, Conversation(tokenizer, flags.system), params, console)
             while (line := read_line()) is not None and chat.execute(line):
@@ -169,6 +170,7 @@ def _ask() -> str | None:
             sys.stdout.write("\n")
             if editor is None or not editor.get_line_buffer():
                 raise
+            present().settle()
 
 
 def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, Tokenizer, SamplingParams]:
@@ -191,7 +193,7 @@ def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, Tokenizer, S
 
 async def _open(stack: AsyncExitStack, resolved: Resolved, console: Console) -> Engine:
     """Open an engine, which closes with the stack."""
-    monitor = Monitor()
+    monitor = Monitor(console.stops)
     with watch(monitor, console, dashboard=False):
         engine = await stack.enter_async_context(Engine(revise(resolved, progress=monitor.progress)))
     console.note(describe_plan(engine.plan))

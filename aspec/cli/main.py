@@ -1,11 +1,11 @@
 """The commands and their exit codes. Results go to stdout, all else to stderr; commands import torch when they run.
 
-Exit codes: 0 success, 1 an error (one paragraph; with --debug the traceback), 2 wrong usage, 130 Ctrl-C.
+Exit codes: 0 success, 1 an error (one paragraph; with --debug the traceback), 2 wrong usage, 130 Ctrl-C, 129 SIGHUP,
+143 SIGTERM.
 """
 
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Annotated
@@ -25,9 +25,11 @@ from aspec.cli.command_flags import (
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
-from aspec.errors import AspecError
+from aspec.cli.interrupts import Interrupts
+from aspec.errors import AspecError, WriteError
 from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
+from aspec.observe.terminal.standard_streams import prepare_streams
 
 CommandFlags = BatchFlags | BenchFlags | ChatFlags | GenerateFlags | PlanFlags | ProfileFlags | TraceFlags
 
@@ -225,34 +227,43 @@ def perform(module: str, function: str, flags: CommandFlags, *args: object) -> N
 
 
 def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:
-    """Run a command and exit with its code: 1 and one paragraph for an error, 130 for Ctrl-C."""
+    """Run a command and exit with its code.
+
+    The codes: 1 and one paragraph for an error, 128 and the number of the signal that stopped the command.
+    """
+    with Interrupts.watching(console) as interrupts:
+        try:
+            work()
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            console.note(interrupts.words)
+            raise typer.Exit(interrupts.exit_code or 130) from None
+        except (AspecError, MemoryError) as error:
+            if debug:
+                raise
+            console.error(str(error) or "out of memory")
+            raise typer.Exit(1) from None
+        except Warning as error:
+            if debug:
+                raise
+            console.error(
+                f"a warning was turned into an error (python -W, PYTHONWARNINGS): {type(error).__name__}: {error}"
+            )
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script. It prepares what all commands share: the standard streams and the signals."""
+    prepare_streams()
+    interrupts = Interrupts().install()
     try:
-        work()
-    except KeyboardInterrupt:
-        console.note("interrupted")
-        _leave(130)
-    except (AspecError, MemoryError) as error:
-        if debug:
-            raise
-        console.error(str(error) or "out of memory")
-        _leave(1)
-    except Warning as error:
-        if debug:
-            raise
-        console.error(
-            f"a warning was turned into an error (python -W, PYTHONWARNINGS): {type(error).__name__}: {error}"
-        )
-        _leave(1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(1)
-
-
-def _leave(code: int) -> None:
-    sys.stdout.flush()
-    raise typer.Exit(code)
-
-
-def main() -> None:
-    """The console script."""
-    app()
+        app(args)
+    except WriteError as error:  # of the help
+        Console().error(str(error))
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code and interrupts.exit_code is not None:  # a signal came before or after the command's own part
+            sys.exit(interrupts.exit_code)
+        raise

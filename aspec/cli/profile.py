@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aspec.api import run
 from aspec.cli.command_flags import ProfileFlags
 from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import run
 from aspec.errors import UserError
 from aspec.models.model import Model
 from aspec.observe.console import Console

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from aspec import __version__
-from aspec.api import run
 from aspec.cli.command_flags import TraceFlags
 from aspec.cli.generate import GenerateJob, as_object, prepare, run_job
-from aspec.cli.generate import summarise as summarise_result
+from aspec.cli.generate import summarise as summarise_results
+from aspec.cli.interrupts import run
 from aspec.cli.trace_summary import print_summaries
 from aspec.engine.design import design
 from aspec.errors import InternalError, UserError
@@ -69,7 +69,7 @@ def _record(job: GenerateJob, max_spans: int, output: Path) -> tuple[Plan, Timel
     for result in outcome.results:
         if job.flags.as_json:
             job.console.write(json.dumps(as_object(result, outcome)) + "\n")
-        job.console.note(summarise_result(result, None))
+    job.console.note(summarise_results(outcome))
     timeline = recorder.timeline(_facts(job, outcome.plan))
     started_ns = epoch_ns + round(timeline.start_s * 1e9)  # wall-clock time, to align other traces
     return outcome.plan, replace(timeline, facts={**timeline.facts, "started_ns": started_ns})

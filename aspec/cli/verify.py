@@ -109,7 +109,7 @@ async def verify(resolved: Resolved, plan: Plan, generations: Sequence[Generatio
 
     ``resolved`` and ``plan`` belong to the engine that made the generations; it must be closed. Raises AspecError.
     """
-    monitor = Monitor()
+    monitor = Monitor(console.stops)
     console.note("verifying: the same prompts once more, without speculation")
     reference = revise(
         resolved,

@@ -48,7 +48,8 @@ def find(name: str, *, what: str = "model") -> Path | Wanted:
 
 def check(name: str, *, what: str) -> None:
     """Raise the CheckpointError of a name or of a local folder that cannot be a model; the hub is not asked."""
-    if isinstance(found := find(name, what=what), Path):
+    found = find(name, what=what)
+    if isinstance(found, Path) and not (found / "adapter_config.json").is_file():  # it may name its base elsewhere
         read_config(found)
 
 

@@ -70,7 +70,7 @@ class Dumping:
     [
         (5, 6, 7),
         range(5, 8),
-        iter([5, 6, 7]),
+        (token for token in IDS),
         array.array("q", IDS),
         np.array(IDS),
         np.array([IDS], dtype=np.uint16),
@@ -82,7 +82,7 @@ class Dumping:
         {"input_ids": torch.tensor([IDS]), "attention_mask": torch.ones(1, 3)},
         {"input_ids": [IDS]},
     ],
-    ids=str,
+    ids=lambda given: type(given).__name__,
 )
 def test_token_ids_of_any_kind_are_all_taken(given):
     assert as_prompt(given) == IDS

@@ -3,7 +3,7 @@
 A thread cannot be killed, so the code is traced: after every ``CHECK_EVERY`` lines and calls the tracer reads the
 clock, and raises an exception in the code if its time is over. The clock counts the thread's own processor time, so a
 busy machine ends nothing. This ends loops in Python, and a template's loops are; it cannot end a single step in C
-(``2 ** 10 ** 9`` runs to its end).
+(``2 ** 10 ** 9`` runs to its end): ``template_trial.py`` does.
 """
 
 import sys
@@ -34,6 +34,11 @@ class TimeLimit:
     def stop(self) -> None:
         """End the code soon; from any thread, also before it has begun."""
         self._stopped = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopped
 
     def __enter__(self) -> Self:
         self._before = sys.gettrace()

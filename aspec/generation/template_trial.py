@@ -106,16 +106,20 @@ class _Worker:
 
     def ask(self, body: bytes, limit: TimeLimit) -> str:
         """The answer to a request. Raises TrialError or TimeLimitError; the process must then be closed."""
-        begun_s, used_s = time.monotonic(), self._used()[0]
+        deadline_s, may_use_s = time.monotonic() + LONGEST_S, self._used()[0] + limit.left_s
         with contextlib.suppress(BrokenPipeError):
             self._input.write(b"%d\n%s" % (len(body), body))
             self._input.flush()
         while not select.select([self._output], [], [], POLL_S)[0]:
             seconds, nbytes = self._used()
-            if limit.stopped or seconds - used_s > limit.seconds or time.monotonic() - begun_s > LONGEST_S:
+            if limit.stopped or seconds > may_use_s or time.monotonic() > deadline_s:
                 raise TimeLimitError
             if nbytes > MEMORY_BYTES + PER_CHARACTER * len(body):
                 raise TrialError(f"needs more than {format_bytes(MEMORY_BYTES)} of memory")
+        left_s, before_s = may_use_s - self._used()[0], limit.left_s
+        limit.left_s = min(before_s, left_s)
+        if self._process.poll() is None and before_s - left_s > left_s:  # rendering it here takes as long again
+            raise TimeLimitError
         said = self._output.readline().decode().strip()
         if not said:
             raise TrialError("ended the process that renders it")

@@ -11,12 +11,15 @@ from aspec.errors import CheckpointError, PromptError, VocabularyError
 from aspec.generation.chat_template import ChatTemplate, check_unicode, reason_of
 from aspec.generation.stop_strings import StopStrings
 from aspec.generation.time_limit import TimeLimit
+from aspec.units import format_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 MAX_WINDOW = 8  # most tokens decoded again at every step; a character has at most 4 bytes, so at most 4 tokens
-TEMPLATE_S = 10.0  # of processor time, for a chat template: a long conversation takes 1 % of it
+TEMPLATE_S = 5.0  # of processor time, for a chat template: a long conversation takes 2 % of it
+MOST_BYTES = 256 << 20  # of tokenizer.json; a vocabulary of 256,000 tokens takes 35 MB
+LONG_PATTERN = re.compile(rb'"Regex"\s*:\s*"(?:[^"\\]|\\.){20000}', re.DOTALL)  # common ones have 400 characters
 
 TokenKind = Literal["text", "byte", "silent"]
 
@@ -38,15 +41,19 @@ class Tokenizer:
                 f"{folder} has no tokenizer: expected tokenizer.json, or the vocabulary files of its family; found "
                 f"none. Copy the tokenizer files of the original model into the folder."
             )
+        _check_size(folder)
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            vocabulary = inner.get_vocab()
+            inner.encode("")  # resets the file's padding and truncation before threads share it
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
-        except Exception as error:  # the loaders, and the Rust one, raise many types
+        except BaseException as error:  # the loaders, and the Rust one, raise many types
+            if not _is_library_error(error):
+                raise
             raise _unusable(folder, reason_of(error)) from error
-        if not inner.get_vocab():
+        if not vocabulary:
             raise _unusable(folder, "its vocabulary is empty")
-        inner.encode("")  # resets the file's padding and truncation before threads share it
         return cls(inner, folder)
 
     def encode(self, text: str) -> list[int]:
@@ -125,14 +132,30 @@ class Tokenizer:
             found = self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         except Warning:  # a warning that the user turned into an error
             raise
-        except BaseException as error:  # a panic of the Rust code is no Exception: a pattern that backtracks too much
-            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        except BaseException as error:
+            if not _is_library_error(error):
                 raise
             raise PromptError(
                 f"the tokenizer of {self.folder} cannot encode the prompt ({reason_of(error)}). Change the text; if "
                 f"other texts fail, too, tokenizer.json is damaged."
             ) from error
         return [int(token) for token in found]
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a tokenizer.json that would take minutes and gigabytes to load. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise _unusable(folder, f"tokenizer.json has {format_bytes(size)}, more than {format_bytes(MOST_BYTES)}")
+    if LONG_PATTERN.search(path.read_bytes()):
+        raise _unusable(folder, "a regular expression of tokenizer.json is too long")
+
+
+def _is_library_error(error: BaseException) -> bool:
+    """Whether a tokenizer raised it: an Exception, or a panic of Rust code (a pattern that backtracks too much)."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_vocabulary(

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from aspec.api import Result, collect, seeded
@@ -13,6 +13,7 @@ from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import TokenLogprob
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.models.model import generation_defaults
@@ -23,6 +24,7 @@ from aspec.observe.recorder import Recorder
 from aspec.observe.timeline import bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.plan import Plan, Workload
 from aspec.planning.resolve import Resolved, resolve, revise
+from aspec.serving.openai_responses import finite
 from aspec.tasks.executor import Observer
 from aspec.units import format_rate
 
@@ -49,6 +51,7 @@ class Outcome:
     results: list[Result]
     plan: Plan
     link_rates: tuple[float | None, float | None]
+    tokenizer: Tokenizer
     device_peak_bytes: int | None = None  # as its allocator counts; None for a CPU
 
     @property
@@ -112,7 +115,7 @@ async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe
             before = await engine.probe_link_rate(PROBE_S) if probe else None
             results = await _serve(engine, job, monitor)
             after = await engine.probe_link_rate(PROBE_S) if probe else None
-            return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
+            return Outcome(results, engine.plan, (before, after), engine.tokenizer, engine.device_peak_bytes)
 
 
 def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
@@ -169,7 +172,8 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
     """The JSON object of one prompt; link rates are in bytes per second."""
     stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
     before, after = outcome.link_rates
-    more = {"logprobs": [asdict(logprob) for logprob in result.logprobs]} if result.logprobs else {}
+    logprobs = [_logprobs(one, outcome.tokenizer) for one in result.logprobs]
+    more = {"logprobs": logprobs} if logprobs else {}
     links = {"link_bytes_per_s_before": before, "link_bytes_per_s_after": after}
     return {
         "text": result.text,
@@ -179,6 +183,15 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
         "usage": {"prompt_tokens": result.stats.prompt_tokens, "completion_tokens": result.stats.completion_tokens},
         "stats": {**stats, **links, "device_peak_bytes": outcome.device_peak_bytes},
     }
+
+
+def _logprobs(one: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The logprobs at one position; special tokens are written by name."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": token, "text": tokenizer.spell([token]), "logprob": finite(logprob)}
+
+    return {**entry(one.token, one.logprob), "top": [entry(*pair) for pair in one.top]}
 
 
 def summarise(result: Result, rate: float | None) -> str:

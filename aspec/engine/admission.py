@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
@@ -12,8 +13,8 @@ from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import TextStream, Tokenizer
 from aspec.models.model import Model
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""A text, token ids, or a chat as role and content messages."""
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+"""A text, token ids, or a chat as messages with role and content, which is a text or a list of text parts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import TokenLogprob
 from aspec.generation.stats import RequestStats
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
@@ -33,6 +34,7 @@ from aspec.observe.timeline import Stops, Timeline, bottleneck, decode_stretch, 
 from aspec.plan import Plan, Workload
 from aspec.planning.fit import fit
 from aspec.planning.resolve import Resolved, resolve, revise
+from aspec.serving.openai_responses import finite
 from aspec.tasks.executor import Observer
 from aspec.units import format_rate
 
@@ -58,6 +60,7 @@ class Outcome:
     results: list[Result]
     plan: Plan
     link_rates: tuple[float | None, float | None]
+    tokenizer: Tokenizer
     device_peak_bytes: int | None = None  # as its allocator counts; None for a CPU
 
     @property
@@ -134,7 +137,7 @@ async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe
                 raise
             after = await engine.probe_link_rate(PROBE_S) if probe else None
             results = [replace(result, stats=_without_stops(result.stats, console.stops)) for result in results]
-            return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
+            return Outcome(results, engine.plan, (before, after), engine.tokenizer, engine.device_peak_bytes)
 
 
 def describe_job(job: GenerateJob) -> tuple[str, ...]:
@@ -203,7 +206,8 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
     """The JSON object of one prompt; link rates are in bytes per second."""
     stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
     before, after = outcome.link_rates
-    more = {"logprobs": [asdict(logprob) for logprob in result.logprobs]} if result.logprobs else {}
+    logprobs = [_logprobs(one, outcome.tokenizer) for one in result.logprobs]
+    more = {"logprobs": logprobs} if logprobs else {}
     links = {"link_bytes_per_s_before": before, "link_bytes_per_s_after": after}
     return {
         "text": result.text,
@@ -213,6 +217,15 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
         "usage": {"prompt_tokens": result.stats.prompt_tokens, "completion_tokens": result.stats.completion_tokens},
         "stats": {**stats, **links, "device_peak_bytes": outcome.device_peak_bytes},
     }
+
+
+def _logprobs(one: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The logprobs at one position; special tokens are written by name."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": token, "text": tokenizer.spell([token]), "logprob": finite(logprob)}
+
+    return {**entry(one.token, one.logprob), "top": [entry(*pair) for pair in one.top]}
 
 
 def summarise(outcome: Outcome) -> str:

@@ -45,7 +45,7 @@ class Request:
     """One request: the prompt, and the sampling fields that it gives."""
 
     url: str  # CHAT or COMPLETION
-    prompt: str | tuple[int, ...] | tuple[Mapping[str, str], ...]  # a text, token ids, or messages
+    prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]  # a text, token ids, or messages
     sampling: Mapping[str, Any]  # the given fields of SamplingParams
     model: str | None = None  # as the request names it
 
@@ -109,13 +109,13 @@ def parse_request(url: str, body: object) -> Request:
 # -- fields ----------------------------------------------------------------------------------------------------
 
 
-def _messages(value: object) -> tuple[Mapping[str, str], ...]:
+def _messages(value: object) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list) or not value:
         _refuse("messages", "a list of messages, at least one", value)
     return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(value))
 
 
-def _message(name: str, value: object) -> Mapping[str, str]:
+def _message(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         _refuse(name, "an object with role and content", value)
     for key in value:
@@ -132,17 +132,19 @@ def _message(name: str, value: object) -> Mapping[str, str]:
     return {"role": role, "content": content, "name": speaker}
 
 
-def _content(name: str, value: object) -> str:
-    """A text; parts of type text are joined as its lines."""
+def _content(name: str, value: object) -> str | list[dict[str, str]]:
+    """A text, or a list of parts of type text, as the request holds it: the chat template decides."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         _refuse(name, "a text, or a list of parts of type text", value)
     for index, part in enumerate(value):
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+            raise PromptError(f"{name}[{index}] is a part of type {kind}: only parts of type text are supported")
         fine = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
         if not fine or not isinstance(part["text"], str):
-            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}; other parts are not supported', part)
-    return "\n".join(part["text"] for part in value)
+            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}', part)
+    return value
 
 
 def _prompt(value: object) -> str | tuple[int, ...]:

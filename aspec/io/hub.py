@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from aspec.errors import CheckpointError
+from aspec.io.weight_format import REMEDY, file_format, folder_format
 
 # A checkpoint is the files at the top of its repository; its folders hold other formats (original/, onnx/).
 WANTED = [
@@ -32,8 +33,14 @@ def resolve(name: str, *, what: str = "model") -> Path:
     """
     path = Path(name).expanduser() if name.strip() else None
     if path is not None and path.is_dir():
+        _check_format(path, what)
         return path
     if path is not None and path.exists():
+        if (kind := file_format(path)) is not None:
+            raise CheckpointError(
+                f"{what} {name!r} is a file in {kind} format, which aspec does not read; it reads folders of "
+                f"safetensors. {REMEDY}"
+            )
         raise CheckpointError(
             f"{what} {name!r} is a file: expected a folder with config.json and *.safetensors. Give the file's folder."
         )
@@ -43,6 +50,21 @@ def resolve(name: str, *, what: str = "model") -> Path:
             f"id of the form org/name. Check the path."
         )
     return _fetch(name, what)
+
+
+def _check_format(folder: Path, what: str) -> None:
+    """Raise CheckpointError for a folder with nothing but weights in another format.
+
+    A configuration beside PyTorch's files is enough of a model for a plan.
+    """
+    found = folder_format(folder)
+    if found is None or (found[0].startswith("PyTorch") and (folder / "config.json").is_file()):
+        return
+    kind, file = found
+    raise CheckpointError(
+        f"{what} {str(folder)!r} holds weights in {kind} format ({file:.80}), which aspec does not read; it reads "
+        f"safetensors. {REMEDY}"
+    )
 
 
 def _fetch(name: str, what: str) -> Path:
@@ -55,8 +77,8 @@ def _fetch(name: str, what: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{what} {name!r} has no weights that can be read: expected *.safetensors at the top of the repository; "
-            f"found {_listing(folder)} in {folder}. Choose a repository with safetensors, or, if the local copy is "
-            f"incomplete, run again with a network."
+            f"found {_listing(folder)} in {folder}. Formats such as GGUF and PyTorch's .bin are not read. Choose "
+            f"a repository with safetensors, or, if the local copy is incomplete, run again with a network."
         )
     return folder
 

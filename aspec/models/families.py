@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
     {
-        "quantization_config": "quantised checkpoints are not supported yet; use the bf16 or fp32 checkpoint",
         "alibi": "positions as an attention bias (alibi) are not supported",
         "is_encoder_decoder": "encoder-decoder models are not supported; aspec runs decoder-only models",
         "use_bidirectional_attention": "attention to later tokens is not supported",

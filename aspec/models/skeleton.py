@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.json_file import read_json
+from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models import attention
 from aspec.models.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
 from aspec.models.hf_compat import (
@@ -38,6 +39,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(model_type, str):
         raise CheckpointError(
             f"{path}: expected a JSON object with the name of a model_type, found none. Fetch the checkpoint again."
+        )
+    if (kind := quantisation(raw)) is not None:
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised ({kind}), and quantised checkpoints are not supported yet. {REMEDY}"
         )
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""

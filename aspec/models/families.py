@@ -18,6 +18,12 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
 )
 """Config keys that, when true, change the maths in a way the driver does not support: key -> reason and remedy."""
 
+HARMLESS: Mapping[str, object] = MappingProxyType({"use_bidirectional_attention": "vision"})  # image tokens only
+"""Values of refused keys that do not change the maths of text."""
+
+ATTENTION_LAYERS = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+"""Types of layers without a state beside their keys and values."""
+
 REFUSED_ROPE: Mapping[str, str] = MappingProxyType(
     {"dynamic": "its angles change with the length of the text, so cached keys would become wrong"}
 )

@@ -14,17 +14,25 @@ from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.json_file import read_json
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models import attention
-from aspec.models.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+from aspec.models.families import ATTENTION_LAYERS, CAPPED_ROPE, HARMLESS, REFUSED_KEYS, REFUSED_ROPE, family_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
+    forget_pad_token,
     has_recurrent_state,
     model_class,
     no_init_weights,
     set_attention,
     set_experts,
-    takes_registered_attention,
 )
+
+OUTPUTS = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+}
+"""Keys that choose what a forward returns beside logits: a training run may have left them in config.json."""
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -67,8 +75,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def _refusals(config: PreTrainedConfig) -> list[str]:
     """Reasons from the configuration alone why aspec cannot run the model; empty if none."""
-    text = config.get_text_config()
-    reasons = [why for key, why in REFUSED_KEYS.items() if getattr(config, key, None) or getattr(text, key, None)]
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        return [f"it holds several models of text ({first_line(error)})"]
+    reasons = [
+        why
+        for key, why in REFUSED_KEYS.items()
+        if {getattr(config, key, None) or None, getattr(text, key, None) or None} - {None, HARMLESS.get(key)}
+    ]
     if (refused := family_of(config.model_type).refused) is not None:
         reasons.append(refused)
     if text is not config:
@@ -80,11 +95,15 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
             reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
-    if has_recurrent_state(family):
+    if has_recurrent_state(family) and not _attends_only(text):
         reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
-    elif not reasons and not takes_registered_attention(family):
-        reasons.append("its attention does not take a registered attention function")
     return reasons
+
+
+def _attends_only(text: PreTrainedConfig) -> bool:
+    """Whether the configuration names every layer's type, and each of them is some form of attention."""
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    return bool(types) and all(kind in ATTENTION_LAYERS for kind in types)
 
 
 def rope_types(text: PreTrainedConfig) -> set[str]:
@@ -106,7 +125,7 @@ def max_context(text: PreTrainedConfig) -> int | None:
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers. Raises UnsupportedModelError if no module list has one per layer."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count > 0:
             return name, module
@@ -121,6 +140,13 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     Raises UnsupportedModelError if transformers cannot build it.
     """
     config = copy.deepcopy(config)
+    if not _is_token(
+        config, getattr(config, "pad_token_id", None)
+    ):  # a fine-tune may name one beyond its embedding; no layer uses it
+        forget_pad_token(config)
+    for key, value in OUTPUTS.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     set_attention(config, attend)
     if (experts := family_of(config.model_type).experts) is not None:
         set_experts(config, experts)
@@ -135,6 +161,12 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
             f"Correct config.json, or update transformers."
         ) from error
     return model.eval()
+
+
+def _is_token(config: PreTrainedConfig, token: object) -> bool:
+    """Whether a configuration's token id is within its embedding."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return not isinstance(token, int) or not isinstance(size, int) or -size <= token < size
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -5,6 +5,7 @@ stay in its cache and are never copied.
 """
 
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -32,22 +33,23 @@ def resolve(name: str, *, what: str = "model") -> Path:
     Raises CheckpointError, one paragraph with a remedy, if there is no such model or it cannot be fetched.
     """
     path = Path(name).expanduser() if name.strip() else None
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):  # unlike the method of Path, it raises for no name
         _check_format(path, what)
         return path
-    if path is not None and path.exists():
+    if path is not None and os.path.exists(path):
         if (kind := file_format(path)) is not None:
             raise CheckpointError(
-                f"{what} {name!r} is a file in {kind} format, which aspec does not read; it reads folders of "
+                f"{what} {name!r:.200} is a file in {kind} format, which aspec does not read; it reads folders of "
                 f"safetensors. {REMEDY}"
             )
         raise CheckpointError(
-            f"{what} {name!r} is a file: expected a folder with config.json and *.safetensors. Give the file's folder."
+            f"{what} {name!r:.200} is a file: expected a folder with config.json and *.safetensors. Give the "
+            f"file's folder."
         )
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"{what} {name!r} was not found: expected an existing folder with config.json and *.safetensors, or a hub "
-            f"id of the form org/name. Check the path."
+            f"{what} {name!r:.200} was not found: expected an existing folder with config.json and *.safetensors, or "
+            f"a hub id of the form org/name. Check the path."
         )
     return _fetch(name, what)
 

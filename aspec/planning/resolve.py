@@ -3,6 +3,7 @@
 An engine or a plan resolves its options once. No code below looks for a folder, a device or free memory again.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,11 @@ def _weights(name: str, what: str, adapter: str | Path | None = None) -> Weights
             f"--{what}, and the adapter with --adapter."
         )
     beside = folder / config.base  # a relative path may be relative to the adapter
-    base = hub.resolve(str(beside if beside.is_dir() else config.base), what=f"the base of {what} {name!r},")
+    found = str(beside) if os.path.isdir(beside) else config.base
+    base = hub.resolve(found, what=f"the base of {what} {name!r},")
     if has_adapter(base):
         raise UserError(
-            f"{config.path}: its base {config.base!r} holds an adapter, too. Merge that one with peft first."
+            f"{config.path}: its base {config.base!r:.200} holds an adapter, too. Merge that one with peft first."
         )
     return base, folder
 

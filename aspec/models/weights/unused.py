@@ -60,9 +60,11 @@ def unused_text(folder: Path, unused: Sequence[str]) -> str:
 
 
 def summary(names: Iterable[str]) -> str:
-    """Names in a few words: those that differ in numbers only are one, with their count."""
+    """Names in a few words, fit for a terminal: those that differ in numbers only are one, with their count."""
     kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
-    words = [f"{kind:.100}" + (f" ({count})" if count > 1 else "") for kind, count in kinds.most_common(MOST_NAMES)]
+    words = [
+        repr(kind)[1:-1][:100] + (f" ({count})" if count > 1 else "") for kind, count in kinds.most_common(MOST_NAMES)
+    ]
     return ", ".join(words) + (", ..." if len(kinds) > MOST_NAMES else "")
 
 

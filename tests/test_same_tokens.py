@@ -34,6 +34,7 @@ LENIENT = {"repetition_penalty": 0.5, "frequency_penalty": -1.0}  # text that re
 STRICT = {"presence_penalty": 0.8, "frequency_penalty": 0.4}
 PENALTIES = ({}, {}, {"repetition_penalty": 1.3}, STRICT, LENIENT, LENIENT)
 UNSIZED = {"llama4_text", "gemma3n_text", "gemma4_text"}  # a list of their configuration has a length of its own
+UNSIZED |= {"granitemoehybrid"}  # of other sizes it has recurrent layers
 FAMILIES = sorted(set(tiny.FAMILIES) - UNSIZED)
 SIGMAS = (0.02, 0.05, 0.1, 0.2)
 DTYPES = (torch.float32, torch.bfloat16)

@@ -34,9 +34,10 @@ def check_unused(model: PreTrainedModel, checkpoint: Checkpoint, unused: Sequenc
         return
     said = " and ".join(f"{key} is {_json(getattr(model.config, key))}" for key in found)
     names = list(dict.fromkeys(name for used in found.values() for name in used))
+    count = f"{len(names)} stored tensors have" if len(names) > 1 else "a stored tensor has"
     raise CheckpointError(
-        f"{checkpoint.folder / 'config.json'} contradicts the weights: {said}, but {len(names)} tensors are stored "
-        f"that only the other value uses: {summary(names)}. Without them the text is another. Correct config.json, or "
+        f"{checkpoint.folder / 'config.json'} contradicts the weights: {said}, but {count} a use only with the other "
+        f"value: {summary(names)}. Without them the text is another. Correct config.json, or "
         f"remove the tensors."
     )
 

@@ -181,9 +181,9 @@ def test_what_is_neither_path_nor_id_is_refused_without_a_request(name):
 
 
 def test_a_file_is_refused(tmp_path):
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"is a file: expected a folder .* Give the file's folder"):
-        resolve(str(tmp_path / "model.gguf"))
+        resolve(str(tmp_path / "model.safetensors"))
 
 
 def test_a_snapshot_holds_what_is_needed_and_serves_offline(tmp_path, hub):

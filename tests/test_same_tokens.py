@@ -37,6 +37,7 @@ PROCESSED = {"bad_words_ids": [[7, 8], [9, 10]], "suppress_tokens": range(20, 60
 BIASED = {"sequence_bias": [[[5, 6], 3.0]], "logit_bias": {9: -2.5}, "typical_p": 0.8, "no_repeat_ngram_size": 9}
 PROCESSORS = ({}, {}, {}, PROCESSED, BIASED)
 UNSIZED = {"llama4_text", "gemma3n_text", "gemma4_text"}  # a list of their configuration has a length of its own
+UNSIZED |= {"granitemoehybrid"}  # of other sizes it has recurrent layers
 FAMILIES = sorted(set(tiny.FAMILIES) - UNSIZED)
 SIGMAS = (0.02, 0.05, 0.1, 0.2)
 DTYPES = (torch.float32, torch.bfloat16)

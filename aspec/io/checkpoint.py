@@ -20,6 +20,7 @@ from aspec.errors import CheckpointError, shown
 from aspec.io.disk import FileVersion
 from aspec.io.fetching.files import SIZES
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
+from aspec.io.weight_format import REMEDY, folder_format
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -123,13 +124,13 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def _no_shards(folder: Path) -> str:
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
-    found = ", ".join(others[:3]) or "no weights at all"
-    remedy = "Point to a folder with the model in safetensors format."
-    if any(name.endswith(".safetensors") for name in others):
-        remedy = f"Fetch the missing {INDEX}."
-    return f"{folder} has no shards that can be read: expected {SINGLE} or {INDEX}, found {found}. {remedy}"
+    expected = f"{folder} has no shards that can be read: expected {SINGLE} or {INDEX}, found"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f"{expected} {', '.join(others[:3])}. Fetch the missing {INDEX}."
+    if (found := folder_format(folder)) is not None:
+        return f"{expected} {found[1]:.80} in {found[0]} format, which aspec does not read. {REMEDY}"
+    return f"{expected} no weights at all. Point to a folder with the model in safetensors format."
 
 
 def _read_index(index: Path) -> dict[str, str]:

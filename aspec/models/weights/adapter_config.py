@@ -148,7 +148,7 @@ def _refusal(raw: Mapping[str, Any]) -> str | None:
     unknown = sorted(key for key, value in raw.items() if key not in known and not _is_empty(value))
     if not unknown:
         return None
-    names = ", ".join(f"{name:.40}" for name in unknown[:4])
+    names = ", ".join(f"{name!r:.40}" for name in unknown[:4])
     return f"its key{'s' * (len(unknown) > 1)} {names} {'are' if len(unknown) > 1 else 'is'} not supported"
 
 

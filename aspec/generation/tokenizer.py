@@ -9,6 +9,8 @@ from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
 from aspec.generation.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.vocabulary_files import missing_reader
+from aspec.models.skeleton import load_config
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback
@@ -35,6 +37,10 @@ class Tokenizer:
                 f"{folder} has no tokenizer: expected tokenizer.json, or the vocabulary files of its family; found "
                 f"none. Copy the tokenizer files of the original model into the folder."
             )
+        if (folder / "config.json").is_file():
+            load_config(folder)  # transformers reads it too, and its faults are not the tokenizer's
+        if (reason := missing_reader(folder)) is not None:
+            raise _unusable(folder, reason)
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Warning:  # a warning that the user turned into an error: not the files' fault

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from aspec.errors import CheckpointError, InternalError, reason_of
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.upload import upload
+from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact import matmul_mode
 from aspec.models.hf_compat import cache_argument, tied_weights
@@ -79,9 +80,11 @@ class Model:
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
         self.dtype = _compute_dtype(dtype, self.config, self.device)
-        self._facts = examine(self.config, self.dtype)
         missing = outlined and not has_weights(self.folder)
-        self.checkpoint = Checkpoint(self.folder, {}, 0, ()) if missing else Checkpoint.open(self.folder)
+        if not missing:  # headers are cheap to read, and bound what the configuration may claim
+            self.checkpoint = Checkpoint.open(self.folder)
+            check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
+        self._facts = examine(self.config, self.dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         if missing:
             tied = tied_weights(self._layers_model)

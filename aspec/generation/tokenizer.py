@@ -43,13 +43,14 @@ class Tokenizer:
             raise _unusable(folder, reason)
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            inner.encode("")  # resets the file's padding and truncation before threads share it
+            size = len(inner.get_vocab())
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
         except Exception as error:  # the loaders, and the Rust one, raise many types
             raise _unusable(folder, reason_of(error)) from error
-        if not inner.get_vocab():
+        if not size:
             raise _unusable(folder, "its vocabulary is empty")
-        inner.encode("")  # resets the file's padding and truncation before threads share it
         return cls(inner, folder)
 
     def encode(self, text: str) -> list[int]:

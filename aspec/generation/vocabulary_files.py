@@ -5,7 +5,6 @@ takes the file for a tiktoken vocabulary, and asks for a package that does not h
 """
 
 import base64
-import binascii
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def _is_tiktoken(path: Path) -> bool:
             first = file.read(HEAD_BYTES).splitlines()[:1]
         token, rank = first[0].split() if first else (b"", b"")
         return bool(base64.b64decode(token, validate=True)) and rank.isdigit()
-    except (OSError, ValueError, binascii.Error):
+    except (OSError, ValueError):
         return False
 
 

@@ -151,7 +151,9 @@ def _read_index(index: Path) -> dict[str, str]:
 def read_header(path: Path) -> list[TensorRef]:
     """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut."""
     entries, base, size = _read_entries(path)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path}: expected texts as metadata, found {shown(metadata)}. {FETCH_AGAIN}")
     refs = [_ref(path, name, entry, base) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     _check_cover(path, refs, base, size)

@@ -22,17 +22,20 @@ WANTED = [
     "*.jinja",
 ]
 UNWANTED = ["*/*", "consolidated*", "*.bin", "*.gguf", "*.bin.index.json"]
+CONFIG = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
 def resolve(name: str, *, what: str = "model") -> Path:
-    """The folder of a local path or hub id; a path that exists wins.
+    """The folder of a local path or hub id; a path that exists wins. A config.json stands for its folder.
 
     Raises CheckpointError, one paragraph with a remedy, if there is no such model or it cannot be fetched.
     """
     path = Path(name).expanduser() if name.strip() else None
     if path is not None and path.is_dir():
         return path
+    if path is not None and path.name == CONFIG and path.is_file():
+        return path.parent
     if path is not None and path.exists():
         raise CheckpointError(
             f"{what} {name!r} is a file: expected a folder with config.json and *.safetensors. Give the file's folder."

@@ -73,7 +73,7 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
         reasons.append("it is multimodal; only text-only checkpoints are supported")
     for kind in sorted(rope_types(text)):
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
+            reasons.append(f"rotary positions of type {shown(kind)} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
     if has_recurrent_state(family):

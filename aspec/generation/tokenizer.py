@@ -11,6 +11,8 @@ from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_o
 from aspec.generation.chat_template import ChatTemplate, check_unicode
 from aspec.generation.stop_strings import StopStrings
 from aspec.generation.time_limit import TimeLimit
+from aspec.generation.vocabulary_files import missing_reader
+from aspec.models.skeleton import load_config
 from aspec.units import format_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
@@ -41,10 +43,14 @@ class Tokenizer:
                 f"{folder} has no tokenizer: expected tokenizer.json, or the vocabulary files of its family; found "
                 f"none. Copy the tokenizer files of the original model into the folder."
             )
+        if (folder / "config.json").is_file():
+            load_config(folder)  # transformers reads it too, and its faults are not the tokenizer's
+        if (reason := missing_reader(folder)) is not None:
+            raise _unusable(folder, reason)
         _check_size(folder)
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            vocabulary = inner.get_vocab()
+            size = len(inner.get_vocab())
             inner.encode("")  # resets the file's padding and truncation before threads share it
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
@@ -52,7 +58,7 @@ class Tokenizer:
             if not _is_library_error(error):
                 raise
             raise _unusable(folder, reason_of(error)) from error
-        if not vocabulary:
+        if not size:
             raise _unusable(folder, "its vocabulary is empty")
         return cls(inner, folder)
 

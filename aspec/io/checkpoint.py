@@ -5,7 +5,6 @@ same tensor are refused before the first weight is read.
 Format: https://github.com/huggingface/safetensors (8-byte little-endian header length, JSON, data).
 """
 
-import math
 import os
 import struct
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from aspec.io.weight_format import REMEDY, folder_format
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_BYTES, MAX_DIMENSIONS = (1 << 63) - 1, 64  # of a tensor: PyTorch's limits
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
@@ -166,7 +166,9 @@ def read_header(path: Path, size: int | None = None) -> list[TensorRef]:
     ``size``: bytes of the whole shard, if ``path`` holds only its header.
     """
     entries, base, size = _read_entries(path, size)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path}: expected texts as metadata, found {shown(metadata)}. {FETCH_AGAIN}")
     refs = [_ref(path, name, entry, base) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     _check_cover(path, refs, base, size)
@@ -228,15 +230,21 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     if offsets is None or len(offsets) != 2:
         refuse("two data offsets", entry.get("data_offsets"))
     begin, end = offsets
-    nbytes = math.prod(shape) * dtype.itemsize
+    nbytes = dtype.itemsize
+    for number in shape:  # step by step: the product of a hostile shape has millions of digits
+        nbytes *= number
+        if nbytes > MAX_BYTES:
+            refuse(f"a tensor of at most {MAX_BYTES} bytes", f"shape {shown(list(shape))}")
     if end - begin != nbytes:
         refuse(f"{nbytes} bytes for {entry['dtype']} {list(shape)}", f"data offsets {begin} .. {end}")
     return TensorRef(name, str(path), dtype, shape, base + begin, nbytes)
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
-    """A list of whole numbers, at least 0, as a tuple; None for any other value."""
-    if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
+    """A list of at most 64 whole numbers from 0 to ``MAX_BYTES`` as a tuple; None for any other value."""
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return None
+    if not all(type(number) is int and 0 <= number <= MAX_BYTES for number in value):
         return None
     return tuple(value)
 

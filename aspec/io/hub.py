@@ -17,11 +17,12 @@ from aspec.io.weight_format import REMEDY, file_format, folder_format
 
 __all__ = ["WANTED", "check", "find", "read_config", "resolve"]
 
+CONFIG = "config.json"
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
 def resolve(name: str, *, what: str = "model", weights: bool = True, fetches: Fetches | None = None) -> Path:
-    """The folder of a local path or hub id; a path that exists wins.
+    """The folder of a local path or hub id; a path that exists wins. A config.json stands for its folder.
 
     Without ``weights``, the folder of a hub id may hold the headers of its shards only, if the weights are not there.
     Raises CheckpointError, one paragraph with a remedy, if there is no such model or it cannot be fetched.
@@ -36,6 +37,8 @@ def find(name: str, *, what: str = "model") -> Path | Wanted:
     if path is not None and os.path.isdir(path):  # unlike the method of Path, it raises for no name
         _check_format(path, what)
         return path
+    if path is not None and path.name == CONFIG and os.path.isfile(path):
+        return path.parent
     if path is not None and os.path.exists(path):
         if (kind := file_format(path)) is not None:
             raise CheckpointError(

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import UnsupportedModelError, reason_of
+from aspec.errors import UnsupportedModelError, reason_of, shown
 from aspec.io.hub import read_config
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models import attention
+from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
 from aspec.models.families import ATTENTION_LAYERS, HARMLESS, REFUSED_KEYS, family_of
 from aspec.models.hf_compat import (
@@ -47,9 +48,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
         raise UnsupportedModelError(
-            f"{path}: {model_type} is not supported: it {own_code or 'is not known to the installed transformers'}. "
-            f"Update transformers, or choose another model."
+            f"{path}: {shown(model_type)} is not supported: it "
+            f"{own_code or 'is not known to the installed transformers'}. Update transformers, or choose another model."
         )
+    check_numbers(path, raw)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Warning:  # raised as an error by the caller's filter; not caused by the file
@@ -82,7 +84,7 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
         reasons.append("it is multimodal; only text-only checkpoints are supported")
     for kind in sorted(rope_types(text)):
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
+            reasons.append(f"rotary positions of type {shown(kind)} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
     if has_recurrent_state(family) and not _attends_only(text):
@@ -145,5 +147,6 @@ def _is_token(config: PreTrainedConfig, token: object) -> bool:
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with parameters and stored buffers on meta, and its computed buffers on ``device``."""
     model = build_on_meta(config, dtype, attention.NAME)
+    check_tables(model)
     compute_buffers(model, device)
     return model

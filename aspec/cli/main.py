@@ -25,6 +25,7 @@ from aspec.cli.command_flags import (
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
+from aspec.cli.front.stuck_main import StuckMain
 from aspec.errors import AspecError
 from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
@@ -255,4 +256,5 @@ def _leave(code: int) -> None:
 
 def main() -> None:
     """The console script."""
+    StuckMain(os._exit).watch()
     app()

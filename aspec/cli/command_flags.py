@@ -34,7 +34,11 @@ class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
 
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]", help="A prompt, as with --prompt; several words are one prompt."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="A prompt, as with --prompt; several words are one prompt.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
     verify: Annotated[
         bool,
@@ -63,7 +67,8 @@ class TraceFlags(LogprobFlags, EndFlags, RunFlags):
     """A run to record, or a recorded trace to summarise."""
 
     recorded: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A recorded trace to read; needs --summary.")
+        Path | None,
+        typer.Argument(metavar="FILE", help="A recorded trace to read; needs --summary.", rich_help_panel=TRACE),
     ] = None
     summary: Annotated[
         bool,

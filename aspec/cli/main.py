@@ -25,6 +25,7 @@ from aspec.cli.command_flags import (
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
+from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
 from aspec.errors import AspecError, WriteError
 from aspec.observe.console import Console
@@ -258,6 +259,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. It prepares what all commands share: the standard streams and the signals."""
     prepare_streams()
     interrupts = Interrupts().install()
+    StuckMain(interrupts.end_now).watch()
     try:
         app(args)
     except WriteError as error:  # of the help

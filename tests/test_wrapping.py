@@ -100,6 +100,13 @@ def test_a_resized_terminal_begins_a_line_at_the_next_space():
     assert Screen(10).show("and on" + wrapper.push(" further", 10)).text == ["and on", "further"]
 
 
+def test_a_process_that_was_stopped_begins_a_line_at_the_next_space():
+    wrapper = Wrapper()
+    wrapper.push("some wo", 20)
+    assert wrapper.push("rds on", 20, stops=1) == "rds\non"
+    assert wrapper.push(" and on", 20, stops=1) == " and on"
+
+
 def test_control_characters_do_not_reach_the_terminal():
     assert visible("a\x1b[2J\x07\x9bb\r\n\tc") == "a�[2J��b\n\tc"
     assert "\x1b" not in Wrapper().push("\x1b]52;c;YQ==\x07", 80)

@@ -6,7 +6,7 @@ import sys
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
-from aspec.cli.chat.keys import keys_held
+from aspec.cli.chat.keys import HeldKeys, keys_held
 from aspec.cli.chat.prefill import PrefillProgress, ReadingLine
 from aspec.cli.chat.wrapping import Wrapper, filled
 from aspec.engine.engine import Engine
@@ -50,8 +50,8 @@ class Answering:
         """Print the answer to a prompt as it arrives. Ctrl-C stops it. Raises an error of the stream."""
         answer = Answer()
         try:
-            with keys_held(mark_pastes=self._mark_pastes), suppress(KeyboardInterrupt):  # of a second Ctrl-C
-                self._runner.run(self._stream(prompt, params, answer))
+            with keys_held(mark_pastes=self._mark_pastes) as keys, suppress(KeyboardInterrupt):  # of a second Ctrl-C
+                self._runner.run(self._stream(prompt, params, answer, keys))
         finally:
             if answer.pieces:
                 self._console.write("\n")
@@ -61,7 +61,7 @@ class Answering:
             self._console.note(filled(line, self._console.stderr.width))
         return answer
 
-    async def _stream(self, prompt: list[int], params: SamplingParams, answer: Answer) -> None:
+    async def _stream(self, prompt: list[int], params: SamplingParams, answer: Answer, keys: HeldKeys | None) -> None:
         """Collect and print the pieces; Ctrl-C cancels this task."""
         wrapper = Wrapper()
         self._progress.begin(len(prompt), self._engine.plan.num_layers)
@@ -70,8 +70,8 @@ class Answering:
                 async for piece in stream:
                     reading.close()
                     answer.pieces.append(piece)
-                    columns = terminal_columns()
-                    self._console.write(piece.text if columns is None else wrapper.push(piece.text, columns))
+                    columns, stops = terminal_columns(), keys.num_stops if keys else 0
+                    self._console.write(piece.text if columns is None else wrapper.push(piece.text, columns, stops))
 
 
 def terminal_columns() -> int | None:

@@ -12,27 +12,27 @@ BEGIN_PASTE, END_PASTE = "\x1b[?2004h", "\x1b[?2004l"  # the terminal marks past
 
 
 @contextlib.contextmanager
-def keys_held(*, mark_pastes: bool) -> Iterator[None]:
+def keys_held(*, mark_pastes: bool) -> Iterator["HeldKeys | None"]:
     """Turn the echo of standard input off, if it is a terminal, until the block ends or the process stops or exits.
 
     The terminal keeps what is typed: the next prompt reads it. Ctrl-C drops it. ``mark_pastes``: the next prompt
     understands bracketed paste, so the lines of a pasted text stay together.
     """
     if sys.platform == "win32" or not sys.stdin.isatty():
-        yield
+        yield None
         return
-    held = _HeldKeys(sys.stdin.fileno(), mark_pastes)
+    held = HeldKeys(sys.stdin.fileno(), mark_pastes)
     atexit.register(held.release)
     try:
         with _while_stopped(held):
             held.hold()
-            yield
+            yield held
     finally:
         held.release()
         atexit.unregister(held.release)
 
 
-class _HeldKeys:
+class HeldKeys:
     """The mode of one terminal; mutable, because it is set and restored. Not for Windows."""
 
     def __init__(self, descriptor: int, mark_pastes: bool) -> None:
@@ -40,6 +40,7 @@ class _HeldKeys:
 
         self._termios, self._descriptor, self._mark_pastes = termios, descriptor, mark_pastes
         self._before: list[Any] | None = None  # the mode to restore; None: the keys are not held
+        self.num_stops = 0  # how often the process was stopped meanwhile
 
     def hold(self) -> None:
         """Set the mode; a process in the background leaves the terminal alone."""
@@ -63,12 +64,11 @@ class _HeldKeys:
 
     def _print(self, sequence: str) -> None:
         if self._mark_pastes:
-            sys.stdout.write(sequence)
-            sys.stdout.flush()
+            os.write(sys.stdout.fileno(), sequence.encode())  # a signal may come in the midst of a write to the stream
 
 
 @contextlib.contextmanager
-def _while_stopped(held: _HeldKeys) -> Iterator[None]:
+def _while_stopped(held: HeldKeys) -> Iterator[None]:
     """Ctrl-Z: release the keys, stop, and hold them again when the process continues."""
 
     def stop(*_: object) -> None:
@@ -76,6 +76,7 @@ def _while_stopped(held: _HeldKeys) -> Iterator[None]:
         signal.signal(signal.SIGTSTP, before)
         os.kill(os.getpid(), signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, stop)
+        held.num_stops += 1
         held.hold()
 
     before = signal.signal(signal.SIGTSTP, stop)

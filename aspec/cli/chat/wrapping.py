@@ -34,17 +34,17 @@ class Wrapper:
     """
 
     def __init__(self) -> None:
-        self._columns = 0  # of the terminal; 0: unknown, nothing wraps
+        self._columns = self._stops = 0  # columns of the terminal (0: unknown, nothing wraps); stops of the process
         self._column = 0  # cells of this line so far; at least as many as the terminal counts
         self._word, self._start = "", 0  # the word at the cursor, and the column of its first character
         self._before = ""  # the last character of the line
         self._exact = True  # the terminal counts as many cells as ``_column``
-        self._resized = False  # the terminal has another width since the line began: no column is known
+        self._lost = False  # the terminal was resized, or used by others, since the line began: no column is known
 
-    def push(self, text: str, columns: int) -> str:
-        """The text to print on a terminal that now has ``columns`` columns."""
-        self._resized |= columns != self._columns and self._column > 0
-        self._columns = columns
+    def push(self, text: str, columns: int, stops: int = 0) -> str:
+        """The text to print on a terminal of ``columns`` columns; ``stops``: how often the process was stopped."""
+        self._lost |= (columns, stops) != (self._columns, self._stops) and self._column > 0
+        self._columns, self._stops = columns, stops
         return "".join(map(self._place, visible(text))) if columns else visible(text)
 
     def _place(self, char: str) -> str:
@@ -56,7 +56,7 @@ class Wrapper:
         if not self._joins(char):
             if char not in CLOSING and max(cells, cell_len(self._before)) > 1:
                 self._word, self._start = "", self._column  # a line may begin here
-            if self._column > 0 and self._column + cells > self._columns and not self._resized:
+            if self._column > 0 and self._column + cells > self._columns and not self._lost:
                 out = self._wrap(cells)
             self._before = char
         self._word += char
@@ -65,7 +65,7 @@ class Wrapper:
 
     def _place_space(self, char: str) -> str:
         """A space at the edge is not printed: the line break of the next word takes its place."""
-        if self._resized:
+        if self._lost:
             return self._break_line()
         cells = TAB - self._column % TAB if char == "\t" else cell_len(char)
         fits = self._column + cells <= self._columns
@@ -85,7 +85,7 @@ class Wrapper:
 
     def _break_line(self) -> str:
         self._column, self._word, self._start, self._before = 0, "", 0, ""
-        self._exact, self._resized = True, False
+        self._exact, self._lost = True, False
         return "\n"
 
     def _joins(self, char: str) -> bool:

@@ -148,7 +148,11 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
     ] = None
     max_context: Annotated[
         int | None,
-        option(PLACE, "Maximum tokens of the whole conversation. Default: 4096, less if memory is short.", min=2),
+        option(
+            PLACE,
+            "Maximum tokens that the model sees. Default: 4096, less if memory is short.",
+            min=2,
+        ),
     ] = None
     quiet: Annotated[bool, option(OUTPUT, "Print only answers and errors.", "--quiet", "-q")] = False
 

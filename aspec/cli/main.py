@@ -73,10 +73,13 @@ def generate(flags: GenerateFlags) -> None:
 def chat(flags: ChatFlags) -> None:
     """Chat with a model in the terminal. Each turn prefills only its new tokens.
 
-    Each line of standard input is a turn. /new starts a new conversation, /help
-    lists the commands, /exit or Ctrl-D leaves. Ctrl-C stops an answer and keeps
-    its text so far. The model needs a chat template, as instruction-tuned
-    checkpoints have.
+    Pasted lines are one message; \"\"\" begins and ends a message of several lines,
+    and a backslash at the end continues a line. Commands begin with a slash:
+    /set, /system, /show, /save, /load, /regen, /undo, /new; /help lists them.
+    Ctrl-C stops an answer and keeps its text so far; Ctrl-D leaves, and so does
+    Ctrl-C twice at an empty prompt. A full context drops the oldest turns. Of a
+    pipe each line is a turn, as if it was typed; the exit code is 1 if one is
+    refused. The model needs a chat template, as instruction-tuned models have.
 
     Examples:
 
@@ -86,7 +89,7 @@ def chat(flags: ChatFlags) -> None:
 
       cat questions.txt | aspec chat --target ./model --quiet
     """
-    perform("aspec.cli.chat", "chat_on_console", flags)
+    perform("aspec.cli.chat.chat", "chat_on_console", flags)
 
 
 @app.command(cls=HelpCommand)

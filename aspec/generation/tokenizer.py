@@ -1,5 +1,6 @@
 """Between text and token ids: the tokenizer, the check of two vocabularies, streamed text in whole characters."""
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,10 +56,18 @@ class Tokenizer:
         """Whether the tokenizer can lay out a conversation as its model expects."""
         return bool(getattr(self._inner, "chat_template", None))
 
+    def template_uses(self, name: str) -> bool:
+        """Whether the chat template names a variable."""
+        return re.search(rf"\b{re.escape(name)}\b", str(getattr(self._inner, "chat_template", ""))) is not None
+
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = (), limit: TimeLimit | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        said: Sequence[int] = (),
+        limit: TimeLimit | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The token ids of a conversation, up to the start of the model's answer.
+        """The token ids of a conversation, up to the start of the model's answer; the template reads ``variables``.
 
         Raises PromptError if there is no template, if it refuses, or if it takes longer than ``limit`` (default:
         ``TEMPLATE_S``).
@@ -68,11 +77,15 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise PromptError(f"{self.folder} has no chat template: give plain text (--raw) or choose a chat model.")
-        conversation = [dict(message) for message in messages]
+        conversation, variables = [dict(message) for message in messages], dict(variables or {})
+        if taken := inspect.signature(self._inner.apply_chat_template).parameters.keys() & variables:
+            raise PromptError(f"the chat template's variable {min(taken)} cannot be given: remove it.")
         limit = limit or TimeLimit(TEMPLATE_S)
         try:
             with limit:
-                text = self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+                text = self._inner.apply_chat_template(
+                    conversation, add_generation_prompt=True, tokenize=False, **variables
+                )
         except Warning:  # a warning that the user turned into an error
             raise
         except TimeLimitError as error:

@@ -276,7 +276,7 @@ def test_all_rows_are_checked_before_any_is_served(pair, tmp_path):
     problems = {3: "n must be a whole", 5: '"row-1" is already', 7: "context holds 256", 9: "not valid Unicode"}
 
     def listed(told):
-        assert "4 rows of 9 cannot be served:" in told
+        assert "4 rows of 9 cannot be served" in told
         lines = told.splitlines()
         for number, words in problems.items():
             assert any(line.startswith(f"  line {number}: ") and words in line for line in lines)
@@ -308,7 +308,7 @@ def test_a_file_without_a_row_that_can_be_served_is_refused(pair, tmp_path):
         row["body"]["response_format"] = {"type": "json_object"}
     write(tmp_path / "in.jsonl", rows)
     told = refused(pair, tmp_path)
-    assert "no row was served. Correct them and run again. 3 rows of 3 cannot be served:" in told
+    assert "3 rows of 3 cannot be served, so no row was served. Correct the file and run again:\n  line 1: " in told
     assert "response_format is not supported: the answer's form cannot be enforced" in told
 
 
@@ -386,7 +386,8 @@ def test_chats_need_a_template(pair, tmp_path):
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     write(tmp_path / "in.jsonl", make_rows(3))
     told = refused((tmp_path / "plain",), tmp_path, "out.jsonl", "--strict")
-    assert "one row of 3 cannot be served:\n  line 1: " in told
+    assert "one row of 3 cannot be served, so no row was served" in told
+    assert "or leave out --strict: they become error rows then:\n  line 1: " in told
     assert "has no chat template" in told
 
 

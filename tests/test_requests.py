@@ -377,7 +377,7 @@ def test_a_bad_line_is_told_by_its_number_and_is_the_only_one_refused(tmp_path, 
     assert file.ids == ["first", "a" if own else 3, "last"], "a row without an id of its own is known by its line"
     assert file.refused.keys() == {1}
     assert expected in file.refused[1].message
-    assert file.problems == f"one row of 3 cannot be served:\n  line 3: {file.refused[1].message}"
+    assert file.problems() == f"{file.name}: one row of 3 cannot be served:\n  line 3: {file.refused[1].message}"
 
 
 def test_all_problems_are_counted_and_the_first_twenty_told(tmp_path):
@@ -387,8 +387,8 @@ def test_all_problems_are_counted_and_the_first_twenty_told(tmp_path):
 
     text = "\n".join(line(str(i), method="POST" if i % 2 else "PUT") for i in range(60))
     _, file = scan(tmp_path / "in.jsonl", text, check)
-    first, *listed = file.problems.split("\n")
-    assert first == "32 rows of 60 cannot be served; the first 20 are listed:"
+    first, *listed = file.problems().split("\n")
+    assert first == f"{file.name}: 32 rows of 60 cannot be served; the first 20 are listed:"
     assert [int(one.split()[1].rstrip(":")) for one in listed[:6]] == [1, 3, 4, 5, 7, 9]
     assert len(listed) == 20
     assert listed[2].endswith("too long")

@@ -161,7 +161,7 @@ def _check_rows(rows: BatchFile, check: RowCheck, flags: BatchFlags, console: Co
     finally:
         ticker.close()
     if rows.refused:
-        console.note(f"{rows.name}: {rows.problems}")
+        console.note(rows.problems())
     for note in check.notes(flags.target or DEMO_NAME):
         console.note(note)
 

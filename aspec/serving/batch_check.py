@@ -69,9 +69,8 @@ def check_file(rows: BatchFile, check: RowCheck, *, strict: bool) -> None:
     """Check all rows of a file. Raises UserError if none of them can be served, or ``strict`` and not all of them."""
     rows.scan(check)
     if rows.refused and (strict or not check.checked):
-        remedy = "Correct them and run again"
-        remedy += ", or leave out --strict: they become error rows then." if check.checked else "."
-        raise UserError(f"{rows.name}: no row was served. {remedy} {rows.problems}")
+        remedy = ", or leave out --strict: they become error rows then" if check.checked else ""
+        raise UserError(rows.problems(f", so no row was served. Correct the file and run again{remedy}"))
 
 
 def _listed(names: list[str]) -> str:

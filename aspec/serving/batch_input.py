@@ -56,12 +56,11 @@ class BatchFile:
         self._written = _last_write(self._file)
         self.digest = ""  # SHA-256 of the whole content, as ``scan`` found it
 
-    @property
-    def problems(self) -> str:
-        """The rows that cannot be served, as a text of several lines: their number, and the first of them by line."""
+    def problems(self, more: str = "") -> str:
+        """The rows that cannot be served, as a text of several lines: how many, ``more``, the first by line."""
         count = "one row" if len(self.refused) == 1 else f"{len(self.refused)} rows"
         first = f"; the first {MAX_LISTED} are listed" if len(self.refused) > MAX_LISTED else ""
-        return f"{count} of {len(self.ids)} cannot be served{first}:" + "".join(self._listed)
+        return f"{self.name}: {count} of {len(self.ids)} cannot be served{more}{first}:{''.join(self._listed)}"
 
     def scan(self, check: Callable[[BatchRow], None]) -> None:
         """Read and check every row; ``check`` raises PromptError for a row that cannot be served.

@@ -54,6 +54,7 @@ def test_both_names_of_max_tokens():
     assert parse(CHAT, max_completion_tokens=4, max_tokens=4).max_new_tokens == 4
     with pytest.raises(PromptError, match="differ"):
         parse(CHAT, max_completion_tokens=4, max_tokens=5)
+    assert parse(CHAT, min_tokens=4.0).sampling["min_new_tokens"] == 4
 
 
 def test_logprobs_in_both_forms():
@@ -119,7 +120,9 @@ BAD = [
         {"stream": 0},
         {"echo": True},
         {"response_format": {"type": "json_object"}},
-        {"min_tokens": 3},
+        {"min_tokens": -3},
+        {"logit_bias": {"a": 1}},
+        {"bad_words": [""]},
         {"use_beam_search": True},
         {"skip_special_tokens": False},
         {"guided_json": {}},

@@ -17,22 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aspec.api import run
 from aspec.cli.command_flags import BatchFlags
-from aspec.cli.interrupts import Interrupts
+from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import present, run
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
 from aspec.models.model import generation_defaults
-from aspec.models.skeleton import load_config, max_context
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
+from aspec.planning.fit import most_context
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.serving.batch_check import RowCheck, check_file
 from aspec.serving.batch_input import PIPE, BatchFile
@@ -69,9 +69,11 @@ class BatchJob:
             seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
             params = row.request.params(self.defaults, seed)
             try:
-                yield PreparedRequest(row.custom_id, row.request, encode(self.tokenizer, row.request), params)
+                tokens = encode(self.tokenizer, row.request)
             except PromptError as error:  # the check had no error: a template can exceed its time on a busy machine
                 yield PreparedRequest(row.custom_id, row.request, [], params, error)
+            else:
+                yield PreparedRequest(row.custom_id, row.request, tokens, params)
 
 
 def batch_to_console(flags: BatchFlags, console: Console) -> None:
@@ -113,12 +115,14 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
 
     Raises UserError when a model or a row cannot be used.
     """
-    resolved = resolve(flags.options())
-    folders = [folder for folder in (resolved.target, resolved.draft) if folder is not None]
-    tokenizer = Tokenizer.load(resolved.target)
-    defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
-    limit = min(filter(None, map(_context_limit, folders)), default=None)
-    limit = min(filter(None, (limit, resolved.options.max_context)), default=None)
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
+    asked, given = generation_defaults(resolved.target), flags.sampling()
+    defaults = sampling_params(asked, given)
+    if asked_for := describe(asked, given):
+        console.note(asked_for)
+    limit = min(filter(None, (most_context(resolved), resolved.options.max_context)), default=None)
     check = RowCheck(tokenizer, defaults, limit)
     _check_rows(rows, check, flags, console)
     context = limit if resolved.options.max_context else check.longest
@@ -126,6 +130,7 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     ties = {
         "input": f"sha256 {rows.digest}",
         "target": f"sha256 {fingerprint(resolved.target)}",
+        **({} if resolved.adapter is None else {"adapter": f"sha256 {fingerprint(resolved.adapter)}"}),
         "dtype": resolved.options.dtype,
         "exact": resolved.exact,
         "max_context": context,
@@ -149,13 +154,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _context_limit(folder: Path) -> int | None:
-    return max_context(load_config(folder).get_text_config())
-
-
 def _check_rows(rows: BatchFile, check: RowCheck, flags: BatchFlags, console: Console) -> None:
     """Check every row; tell how far the check is, and what it found. Raises UserError if no row may be served."""
-    ticker = Ticker(CHECK_LINE_S, lambda: console.note(f"{len(rows.ids)} rows checked"), "check")
+    ticker = Ticker(CHECK_LINE_S, lambda: console.progress(f"{len(rows.ids)} rows checked"), "check")
     try:
         check_file(rows, check, strict=flags.strict)
     finally:
@@ -183,7 +184,7 @@ def _serve_file(job: BatchJob, output: Output | PipeOutput, finished: FinishedRo
     if pending:
         try:
             run(partial(_run, job, pending, writer, progress))
-        except asyncio.CancelledError:
+        except KeyboardInterrupt:
             pass  # a signal stopped the run at once
         finally:
             with suppress(WriteError, BrokenPipeError):  # serve() has raised the same error already
@@ -199,20 +200,27 @@ def _serve_file(job: BatchJob, output: Output | PipeOutput, finished: FinishedRo
 
 
 async def _run(job: BatchJob, pending: list[int], writer: BatchWriter, progress: BatchProgress) -> None:
-    monitor = Monitor()
+    monitor, drain = Monitor(job.console.stops), asyncio.Event()
+    clock = job.console.stops.running_s
+
+    def start_draining() -> None:
+        drain.set()
+        job.console.note(
+            "no new rows start; the rows in progress will finish. Press Ctrl-C again to stop at once: "
+            "no finished row is lost"
+        )
+
     shared = job.flags.output == PIPE and sys.stdout.isatty()  # answers come where a live line would be
-    with (
-        Interrupts(job.console) as interrupts,
-        follow(progress, monitor, job.console, live=not (job.flags.no_dashboard or shared)),
-    ):
+    with follow(progress, monitor, job.console, live=not (job.flags.no_dashboard or shared)):
         async with AsyncExitStack() as stack:
             resolved = revise(job.resolved, progress=monitor.progress)
             engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
-            interrupts.can_drain = True
-            progress.begun_s = progress.ended_s = time.perf_counter()
+            present().drain = start_draining
+            progress.begun_s = progress.ended_s = clock(time.perf_counter())
             try:
-                await serve(engine, job.requests(pending), partial(writer.keep, engine.tokenizer), interrupts.drain)
+                await serve(engine, job.requests(pending), partial(writer.keep, engine.tokenizer), drain)
             finally:
-                progress.ended_s = time.perf_counter()
+                present().drain = None
+                progress.ended_s = clock(time.perf_counter())

@@ -9,7 +9,7 @@ from aspec.generation.tokenizer import Tokenizer
 from aspec.plan import Workload
 from aspec.serving.batch_input import BatchFile, BatchRow
 from aspec.serving.dispatch import check_room, encode
-from aspec.serving.request_fields import shown
+from aspec.serving.request_fields import as_json
 
 UNSTATED_CONTEXT = 1 << 20  # tokens, where neither the model nor the user states a limit: no row is planned for more
 MOST_NAMED = 3  # names of models that a note lists
@@ -37,7 +37,8 @@ class RowCheck:
         count = len(encode(self.tokenizer, request))
         check_room(count, request.max_new_tokens, limit)
         params = request.params(self.defaults, seed=0)
-        new = min(params.max_new_tokens, limit - count)
+        most = limit if params.max_length is None else min(limit, params.max_length)
+        new = max(0, min(params.max_new_tokens, most - count))
         self.checked += 1
         self.longest = max(self.longest, count + new)
         self.sampled = self.sampled or params.temperature > 0.0
@@ -75,4 +76,4 @@ def check_file(rows: BatchFile, check: RowCheck, *, strict: bool) -> None:
 
 def _listed(names: list[str]) -> str:
     more = " and others" if len(names) > MOST_NAMED else ""
-    return ", ".join(map(shown, names[:MOST_NAMED])) + more
+    return ", ".join(map(as_json, names[:MOST_NAMED])) + more

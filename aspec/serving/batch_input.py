@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Self
 from aspec.errors import PromptError, UserError
 from aspec.serving.openai_requests import Request, parse_json, parse_request
 from aspec.serving.refusals import Refusal, RequestError
-from aspec.serving.request_fields import CHAT, COMPLETION, plain, shown
+from aspec.serving.request_fields import CHAT, COMPLETION, as_json, plain
 
 PIPE = Path("-")  # standard input as the input, standard output as the output
 MAX_LISTED = 20  # most problems that a message lists
@@ -82,7 +82,7 @@ class BatchFile:
         """Read a row from the file. Raises UserError when the row has changed since the check."""
         line = os.pread(self._file, self._sizes[index], self._starts[index])
         if zlib.crc32(line) != self._checksums[index]:
-            raise self._changed(f"the row {shown(self.ids[index])} is different now")
+            raise self._changed(f"the row {as_json(self.ids[index])} is different now")
         return parse_row(line)
 
     def check_unchanged(self) -> None:
@@ -129,7 +129,7 @@ class BatchFile:
             custom_id = _custom_id(row)
             if custom_id in self._lines:
                 where = self._lines[custom_id]
-                raise RequestError(f"custom_id {shown(custom_id)} is already used in line {where}", "custom_id")
+                raise RequestError(f"custom_id {as_json(custom_id)} is already used in line {where}", "custom_id")
             self._lines[custom_id] = number
             row_id = custom_id
             check(BatchRow(custom_id, _request(row)))
@@ -220,7 +220,7 @@ def parse_row(line: bytes) -> BatchRow:
 def _object(line: bytes) -> dict[str, Any]:
     row = parse_json(line.rstrip(b"\r\n"))
     if not isinstance(row, dict):
-        raise RequestError(f"expected a JSON object; found {shown(row)}")
+        raise RequestError(f"expected a JSON object; found {as_json(row)}")
     return row
 
 
@@ -236,8 +236,8 @@ def _request(row: dict[str, Any]) -> Request:
         if name not in FIELDS and value is not None:
             raise RequestError(f"{plain(name)} is not supported; a row has {', '.join(FIELDS)}: remove it", plain(name))
     if row.get("method") != "POST":
-        raise RequestError(f"method must be POST; found {shown(row.get('method'))}", "method")
+        raise RequestError(f"method must be POST; found {as_json(row.get('method'))}", "method")
     url = row.get("url")
     if url not in (CHAT, COMPLETION):
-        raise RequestError(f"url must be {CHAT} or {COMPLETION}; found {shown(url)}", "url")
+        raise RequestError(f"url must be {CHAT} or {COMPLETION}; found {as_json(url)}", "url")
     return parse_request(url, row.get("body"))

@@ -13,7 +13,7 @@ from typing import Any
 from aspec.errors import UserError
 from aspec.io.json_file import NotJson, parse_json
 from aspec.serving.batch_input import RowId
-from aspec.serving.request_fields import shown
+from aspec.serving.request_fields import as_json
 
 SUFFIX = ".journal"
 FORMAT = 1  # another one is refused
@@ -87,7 +87,9 @@ def check_header(header: Mapping[str, Any], ties: Mapping[str, Any], path: Path)
     stored, now = header["ties"], json.loads(json.dumps(dict(ties)))
     names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
     if names:
-        differences = "; ".join(f"{name} was {shown(stored.get(name))}, is {shown(now.get(name))}" for name in names)
+        differences = "; ".join(
+            f"{name} was {as_json(stored.get(name))}, is {as_json(now.get(name))}" for name in names
+        )
         raise UserError(
             f"{path} was begun by another job, so old and new rows would not belong together: {differences}. "
             f"Give the same input, model and options to continue. {start_anew}"

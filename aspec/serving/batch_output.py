@@ -32,7 +32,7 @@ from aspec.serving.batch_journal import (
     read_records,
     seal,
 )
-from aspec.serving.request_fields import shown
+from aspec.serving.request_fields import as_json
 
 NEWLINE = b"\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, no larger file allowed
@@ -143,7 +143,7 @@ class Output:
             line = os.pread(self._output, max(0, record.end - start), start)
             if zlib.crc32(line) != record.checksum or not line.endswith(NEWLINE):
                 raise UserError(
-                    f"{self.path} was changed: its journal expects the row of {shown(record.id)} at bytes "
+                    f"{self.path} was changed: its journal expects the row of {as_json(record.id)} at bytes "
                     f"{start} .. {record.end}, and other bytes are there. Restore the file; or cut it there (truncate "
                     f"-s {start} FILE) to generate that row and the later rows again; or start anew with --overwrite."
                 )

@@ -14,12 +14,13 @@ from aspec.generation.params import MAX_LOGPROBS, SamplingParams
 from aspec.io.json_file import NotJson
 from aspec.io.json_file import parse_json as parse_any_json
 from aspec.serving.refusals import RequestError, one_error
-from aspec.serving.request_fields import CHAT, COMPLETION, given_fields, plain, shown
+from aspec.serving.request_fields import CHAT, COMPLETION, as_json, given_fields, plain
 
 T = TypeVar("T")
 
 ROLES = ("system", "developer", "user", "assistant")
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the old and the new name
+MIN_TOKENS = ("min_tokens", "min_new_tokens")  # vLLM's name, and that of transformers
 MOST_CHOICES = 128  # of a request, as in OpenAI's interface
 AS_GIVEN = (
     "temperature",
@@ -32,8 +33,16 @@ AS_GIVEN = (
     "seed",
     "stop",
     "ignore_eos",
+    "logit_bias",
+    "typical_p",
+    "no_repeat_ngram_size",
+    "bad_words",
+    "bad_words_ids",
+    "suppress_tokens",
 )  # fields that have the same name in SamplingParams
-WHOLE = frozenset(("top_k", "seed", "n", "best_of", "logprobs", "top_logprobs", *MAX_TOKENS))
+WHOLE = frozenset(
+    ("top_k", "no_repeat_ngram_size", "seed", "n", "best_of", "logprobs", "top_logprobs", *MAX_TOKENS, *MIN_TOKENS)
+)
 MESSAGE_FIELDS = ("role", "content", "name", "reasoning_content", "reasoning")
 NO_EFFECT = {"tool_calls": [], "annotations": [], "refusal": ""}  # in a message, as OpenAI's own answers have them
 
@@ -61,7 +70,8 @@ class Request:
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """The sampling parameters: the request's fields over the defaults; ``seed`` if the request gives none."""
-        return replace(defaults, **{"seed": seed, **self.sampling})
+        own = {"max_length": None} if "max_new_tokens" in self.sampling else {}  # its own limit has precedence
+        return replace(defaults, **{"seed": seed, **own, **self.sampling})
 
 
 def parse_json(text: bytes) -> Any:
@@ -97,14 +107,15 @@ def parse_request(url: str, body: object) -> Request:
     attempt(_check_others)
     num_choices = attempt(_num_choices)
     template = attempt(_template)
-    limit = attempt(_max_tokens)
+    most, least = attempt(_max_tokens), attempt(_min_tokens)
     logprobs = attempt(_chat_logprobs if url == CHAT else _completion_logprobs)
     sampling = {name: value for name in AS_GIVEN if (value := attempt(_sampling(name))) is not None}
     if problems:
         raise one_error(problems)
     assert prompt is not None
     assert num_choices is not None
-    return Request(url, prompt, sampling | (limit or {}) | (logprobs or {}), given.get("model"), num_choices, template)
+    sampling |= (most or {}) | (least or {}) | (logprobs or {})
+    return Request(url, prompt, sampling, given.get("model"), num_choices, template)
 
 
 # -- fields ----------------------------------------------------------------------------------------------------
@@ -214,13 +225,22 @@ def _prompt(given: Mapping[str, Any]) -> str | tuple[int, ...]:
 
 
 def _max_tokens(given: Mapping[str, Any]) -> dict[str, int]:
-    values = {name: given[name] for name in MAX_TOKENS if name in given}
+    return _count_of_tokens(given, MAX_TOKENS, "max_new_tokens")
+
+
+def _min_tokens(given: Mapping[str, Any]) -> dict[str, int]:
+    return _count_of_tokens(given, MIN_TOKENS, "min_new_tokens")
+
+
+def _count_of_tokens(given: Mapping[str, Any], names: tuple[str, str], meant: str) -> dict[str, int]:
+    """The field ``meant`` of SamplingParams, which requests give by one of two names."""
+    values = {name: given[name] for name in names if name in given}
     for name, value in values.items():
         if not _is_whole(value) or value < 0:
             _refuse(name, "a whole number, at least 0", value)
     if len(set(values.values())) > 1:
-        raise RequestError("max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
-    return {"max_new_tokens": next(iter(values.values()))} if values else {}
+        raise RequestError(f"{' and '.join(names)} differ: give one of them", names[0])
+    return {meant: next(iter(values.values()))} if values else {}
 
 
 def _chat_logprobs(given: Mapping[str, Any]) -> dict[str, int]:
@@ -262,4 +282,4 @@ def _as_whole(value: Any) -> Any:
 
 
 def _refuse(name: str, expected: str, found: object) -> NoReturn:
-    raise RequestError(f"{name} must be {expected}; found {shown(found)}", name)
+    raise RequestError(f"{name} must be {expected}; found {as_json(found)}", name)

@@ -5,7 +5,7 @@ An error's text may hold what a request says, so it is cut, and control characte
 
 from dataclasses import dataclass
 
-from aspec.errors import NumericError, PromptError
+from aspec.errors import NumericError, PromptError, printable
 
 MOST_SAID = 600  # characters of a message; one row may have many problems
 
@@ -63,10 +63,4 @@ def one_error(problems: list[RequestError]) -> RequestError:
 
 def one_line(text: str) -> str:
     """A text as one printable line of bounded length."""
-    return shortened(" ".join(text[: 4 * MOST_SAID].split()), MOST_SAID)
-
-
-def shortened(text: str, most: int) -> str:
-    """The first ``most`` characters of a text; characters that are not printable are escaped."""
-    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[: most + 1])
-    return line if len(line) <= most else line[: most - 4] + " ..."
+    return printable(" ".join(printable(text, MOST_SAID).split()), MOST_SAID)

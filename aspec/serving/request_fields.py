@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aspec.serving.refusals import RequestError, shortened
+from aspec.errors import printable
+from aspec.serving.refusals import RequestError
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 MOST_SHOWN = 80  # characters of a value or a name in a message
@@ -62,7 +63,7 @@ SHARED = {
     "stop": READ,
     "n": READ,
     "logprobs": READ,
-    "logit_bias": fixed({}, reason="a bias of tokens is not supported"),
+    "logit_bias": READ,
     # OpenAI's, and they concern the caller, the service or the speed
     "user": RECORD,
     "safety_identifier": RECORD,
@@ -79,10 +80,10 @@ SHARED = {
     "min_p": READ,
     "repetition_penalty": READ,
     "ignore_eos": READ,
-    "min_tokens": fixed(0, reason="a least number of tokens is not supported"),
+    "min_tokens": READ,
+    "bad_words": READ,
     "stop_token_ids": fixed([], reason="give texts in stop"),
     "allowed_token_ids": fixed([], reason="a choice of tokens is not supported"),
-    "bad_words": fixed([], "", reason="a choice of words is not supported"),
     "use_beam_search": fixed(False, reason=NO_BEAMS),
     "length_penalty": RECORD,  # only beam search has a use for it
     "early_stopping": RECORD,  # likewise
@@ -106,6 +107,12 @@ SHARED = {
     "return_token_ids": fixed(False, reason="tokens are written as text"),
     "kv_transfer_params": fixed({}, reason=NO_TRANSFER),
     "vllm_xargs": fixed({}, reason="there is no such extension"),
+    # of transformers, and they decide the answer
+    "min_new_tokens": READ,
+    "typical_p": READ,
+    "no_repeat_ngram_size": READ,
+    "bad_words_ids": READ,
+    "suppress_tokens": READ,
     # vLLM's, and they concern the caller, the service or the speed
     "request_id": RECORD,
     "priority": RECORD,
@@ -172,17 +179,17 @@ def given_fields(url: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     return read, problems
 
 
-def shown(value: object) -> str:
+def as_json(value: object) -> str:
     """A value as JSON on one short, printable line."""
     try:
-        return shortened(json.dumps(value, ensure_ascii=False), MOST_SHOWN)
+        return printable(json.dumps(value, ensure_ascii=False), MOST_SHOWN)
     except RecursionError:
         return "a value that is nested too deeply"
 
 
 def plain(name: str) -> str:
     """A name as it stands if it is short and printable, otherwise as JSON."""
-    return name if name.isidentifier() and name.isascii() and len(name) <= MOST_SHOWN else shown(name)
+    return name if name.isidentifier() and name.isascii() and len(name) <= MOST_SHOWN else as_json(name)
 
 
 def _unknown(name: str, url: str) -> RequestError:
@@ -200,7 +207,7 @@ def _unknown(name: str, url: str) -> RequestError:
 def _refused(name: str, field: Field, value: object) -> RequestError:
     accepted = " or ".join([*(json.dumps(one) for one in field.fixed[:2]), "absent"])
     return RequestError(
-        f"{name} is not supported: {field.reason}; it must be {accepted}, found {shown(value)}",
+        f"{name} is not supported: {field.reason}; it must be {accepted}, found {as_json(value)}",
         name,
         "unsupported_value",
     )

@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from aspec.api import collect, run
@@ -552,6 +553,65 @@ def test_a_file_that_is_moved_away_or_rewritten_under_a_job_ends_it_and_a_resume
     assert 3 < num_rows_in(output) < 30
     assert batch(pair, source, output).exit_code == 0
     assert same_rows(quiet, output)
+
+
+def test_a_stderr_that_cannot_be_written_ends_no_job(pair, tmp_path):
+    """Progress is worth less than answers."""
+    source, output = write(tmp_path / "in.jsonl", make_rows(6)), tmp_path / "out.jsonl"
+    with open("/dev/full", "w") as full:
+        process = Command(command(pair, source, output), stderr=full.fileno())
+        assert process.wait() == 0
+    assert len(answers(output)) == 6
+
+
+def test_a_stdout_that_cannot_be_written_is_one_error(pair, tmp_path):
+    source = write(tmp_path / "in.jsonl", make_rows(6))
+    with open("/dev/full", "w") as full:
+        process = Command(command(pair, source, "-"), stdout=full.fileno())
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.count(b"error:") == 1
+    assert b"standard output cannot be written" in errors
+    process = Command(command(pair, source, "-", "--link-rate", "1MB/s"))
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 1
+    assert b"Traceback" not in errors
+    assert b"error:" not in errors, "the reader has gone, as head does: that is no error of the job"
+
+
+def test_a_row_whose_logits_are_no_numbers_is_an_error_row_and_spoils_no_other(pair, tmp_path):
+    target = shutil.copytree(pair[0], tmp_path / "poisoned")
+    (shard,) = [path for path in target.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(path)]
+    tensors = load_file(shard)
+    tensors["model.embed_tokens.weight"][122] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    rows = make_rows(24)
+    for row in rows[::6]:
+        row["url"], row["body"] = COMPLETION, {"prompt": [97, 98, 122], "max_tokens": 8}
+    source = write(tmp_path / "in.jsonl", rows)
+    for output, models in ((tmp_path / "clean.jsonl", pair), (tmp_path / "out.jsonl", (target, pair[1]))):
+        assert batch(models, source, output, "--batch-size", 3).exit_code == 0
+    clean, found = (answers(tmp_path / name) for name in ("clean.jsonl", "out.jsonl"))
+    failed = {name for name, answer in found.items() if answer["error"]}
+    assert failed >= {f"row-{i}" for i in range(0, 24, 6)}
+    assert len(failed) <= 6, "another row fails only if it draws that token itself"
+    assert {found[name]["error"]["code"] for name in failed} == {"numeric_error"}
+    for name, answer in found.items():
+        if answer["error"] is None:
+            choices = answer["response"]["body"]["choices"], clean[name]["response"]["body"]["choices"]
+            assert choices[0] == choices[1]
+
+
+def test_no_weight_is_read_before_all_rows_are_checked(pair, tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise AssertionError("the engine opened")
+
+    monkeypatch.setattr("aspec.cli.batch.Engine", opened)
+    rows = make_rows(3)
+    rows[2]["body"]["max_tokens"] = 10**9
+    write(tmp_path / "in.jsonl", rows)
+    assert "line 3: " in refused(pair, tmp_path, "out.jsonl", "--strict")
 
 
 def test_a_second_process_on_the_same_output_is_refused(server, pair, tmp_path):

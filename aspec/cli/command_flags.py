@@ -167,19 +167,29 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
 
     input: Annotated[
         Path | None,
-        option(OUTPUT, "The requests: a file in OpenAI's batch format, one request per line.", "--input", "-i"),
+        option(
+            OUTPUT,
+            "The requests: a file in OpenAI's batch format, one request per line; - is standard input.",
+            "--input",
+            "-i",
+        ),
     ] = None
     output: Annotated[
         Path | None,
         option(
             OUTPUT,
-            "The answers, one per line. A journal beside the file lets a stopped job continue.",
+            "The answers, one per line. A journal beside the file lets a stopped job continue. - is standard output, "
+            "without a journal.",
             "--output",
             "-o",
         ),
     ] = None
     overwrite: Annotated[
         bool, option(OUTPUT, "Start anew if the output exists; its content is lost.", "--overwrite")
+    ] = False
+    strict: Annotated[
+        bool,
+        option(OUTPUT, "Refuse the whole file if a row cannot be served. Default: such rows get an error.", "--strict"),
     ] = False
     quiet: Annotated[bool, option(OUTPUT, "Print no progress and no summary.", "--quiet", "-q")] = False
     max_new_tokens: Annotated[

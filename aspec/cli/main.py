@@ -142,12 +142,14 @@ def batch(flags: BatchFlags) -> None:
       {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions",
        "body": {"messages": [{"role": "user", "content": "Why?"}]}}
 
-    All rows are checked before the first is served. Each answer is synced to
-    the disk when it is complete; answers come in any order and carry the row's
-    custom_id. To continue a stopped job, run the same command again: aspec
-    reads the journal beside the output (OUT.journal). The rows are the same as
-    without the stop. Draft, memory, batch size and threads may change between
-    the runs; the input, the model and the sampling must stay the same.
+    All rows are checked before the model is loaded. Rows that cannot be served
+    are listed and become error rows; with --strict they refuse the file. Each
+    answer is synced to the disk when it is complete; answers come in any order
+    and carry the row's custom_id (null and the line's number if it has none).
+    To continue a stopped job, run the same command again: aspec reads the
+    journal beside the output (OUT.journal). The rows are the same as without
+    the stop. Draft, memory, batch size and threads may change between the runs;
+    the input, the model and the sampling must stay the same.
 
     Ctrl-C starts no new rows and finishes the rows in progress; a second Ctrl-C
     stops at once.
@@ -159,6 +161,8 @@ def batch(flags: BatchFlags) -> None:
       aspec batch -i in.jsonl -o out.jsonl --target org/big --draft org/small --device-memory 8GiB -n 512
 
       aspec batch -i in.jsonl -o out.jsonl --target ./model --temperature 0.7 --seed 1 --overwrite
+
+      zcat in.jsonl.gz | aspec batch -i - -o - --target ./model > out.jsonl
     """
     perform("aspec.cli.batch", "batch_to_console", flags)
 

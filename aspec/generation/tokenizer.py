@@ -77,10 +77,18 @@ class Tokenizer:
         """Whether the tokenizer can lay out a conversation as its model expects."""
         return self._template.exists
 
+    def template_uses(self, name: str) -> bool:
+        """Whether the chat template names a variable."""
+        return self._template.uses(name)
+
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = (), limit: TimeLimit | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        said: Sequence[int] = (),
+        limit: TimeLimit | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The token ids of a conversation, up to the start of the model's answer.
+        """The token ids of a conversation, up to the start of the model's answer; the template reads ``variables``.
 
         The content of a message is a text or a list of text parts. Raises PromptError as ``ChatTemplate.render`` does;
         the default of ``limit`` is ``TEMPLATE_S``.
@@ -88,7 +96,7 @@ class Tokenizer:
         The result begins with the tokens ``said``, or all but their last few, if the text begins with their text. The
         tokenizer may encode the same text differently, and only the same tokens already have KV.
         """
-        text = self._template.render(messages, limit or TimeLimit(TEMPLATE_S))
+        text = self._template.render(messages, limit or TimeLimit(TEMPLATE_S), variables)
         for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # the last ones may end inside a character
             begun = self.spell(said[:count])
             if text.startswith(begun):

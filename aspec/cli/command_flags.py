@@ -29,7 +29,9 @@ from aspec.cli.flags import (
 )
 from aspec.generation.defaults import TAKEN_FROM_CHECKPOINT
 from aspec.options import EngineOptions
+from aspec.plan import Workload
 
+TURN_TOKENS = 256  # of a message and of its answer, for which a chat is planned
 TRACE, BENCH, WORK = "Trace", "Benchmark", "Workload"
 
 
@@ -133,8 +135,9 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
     quiet: Annotated[bool, option(OUTPUT, "Print only answers and errors.", "--quiet", "-q")] = False
 
     def options(self) -> EngineOptions:
-        """The engine's options, for one row. Raises UserError for invalid values."""
-        return replace(super().options(), max_batch=1, num_groups=1)
+        """The engine's options, for one row and turns of a usual length. Raises UserError for invalid values."""
+        turn = Workload(1, TURN_TOKENS, TURN_TOKENS, sampled=self.temperature != 0.0)
+        return replace(super().options(), max_batch=1, num_groups=1, workload=turn)
 
 
 @dataclass(frozen=True)

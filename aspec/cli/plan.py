@@ -198,25 +198,8 @@ def as_object(explained: PlanExplanation) -> dict[str, Any]:
         "acceptance": explained.basis.known.acceptance,
         "budget_bytes": explained.models.resolved.budget_bytes,
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
-        "plans": [_plan_object(one.plan) | {"forecast": asdict(one.forecast)} for one in search.found],
-        "not_run": [_plan_object(plan) | {"least_s": least_s} for least_s, plan in search.pruned],
+        "plans": [one.plan.as_dict() | {"forecast": asdict(one.forecast)} for one in search.found],
+        "not_run": [plan.as_dict() | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,
         "pruned": search.num_pruned,
-    }
-
-
-def _plan_object(plan: Plan) -> dict[str, Any]:
-    return {
-        "rows": plan.num_rows,
-        "groups": plan.num_groups,
-        "speculation": str(plan.speculation) if plan.max_draft_tokens else "off",
-        "most_draft_tokens": plan.max_draft_tokens,
-        "attention": plan.attention_resource,
-        "micro_batches": plan.micro_batches,
-        "slots": plan.num_slots,
-        "slot_bytes": plan.slot_bytes,
-        "streamed_bytes": plan.streamed_bytes,
-        "bytes_by_tier": {str(tier): sum(part.nbytes for part in plan.parts if part.tier is tier) for tier in Tier},
-        "device_bytes": dict(plan.arithmetic),
-        "host_bytes": dict(plan.host_arithmetic),
     }

@@ -10,6 +10,7 @@ from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import TextStream, Tokenizer
 from aspec.models.model import Model
+from aspec.planning.fit import too_long
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """A text, token ids, or a chat as role and content messages."""
@@ -44,12 +45,8 @@ class Admission:
             raise PromptError(
                 f"the prompt holds token {max(tokens)}; the target knows 0 .. {self.target.vocab_size - 1}."
             )
-        if room < 1:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens; the context holds {self.capacity}, and at least one must "
-                f"stay free to generate. Shorten the prompt or raise --max-context (the model allows "
-                f"{self.target.max_context or 'any'})."
-            )
+        if room < min(params.max_new_tokens, 1):
+            raise PromptError(too_long(len(tokens), self.capacity, self.target.max_context))
         return TokenSequence(
             id=number,
             tokens=tokens,

@@ -235,8 +235,16 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
         ),
     ] = None
     num_prompts: Annotated[int, option(WORK, "Number of prompts.", "--prompts", min=1)] = 1
-    prompt_tokens: Annotated[int, option(WORK, "Tokens per prompt.", "--prompt-tokens", min=1)] = 256
-    new_tokens: Annotated[int, option(WORK, "Tokens to generate per prompt.", "--new-tokens", min=2)] = 128
+    prompt_tokens: Annotated[
+        int | None,
+        option(WORK, "Tokens per prompt. Default: 256, or half of a smaller context.", "--prompt-tokens", min=1),
+    ] = None
+    new_tokens: Annotated[
+        int | None,
+        option(
+            WORK, "Tokens to generate per prompt. Default: 128, or half of a smaller context.", "--new-tokens", min=2
+        ),
+    ] = None
     acceptance: Annotated[
         float | None,
         option(

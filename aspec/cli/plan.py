@@ -14,7 +14,7 @@ from aspec.io.checkpoint import has_weights
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
-from aspec.planning.fit import fit
+from aspec.planning.fit import context_limit, fit
 from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import resolve
@@ -24,6 +24,7 @@ from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.units import format_bytes, format_rate
 
+USUAL_TOKENS = 256, 128  # of a prompt, and of the text after it
 RUNNERS_UP = 5  # most other plans that are listed
 
 
@@ -60,7 +61,9 @@ def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) 
     )  # independent of this machine's devices
     resolved = resolve(options)
     sampled = sampling_params(generation_defaults(resolved.target), flags.sampling()).temperature > 0.0
-    work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=sampled)
+    half = min(flags.max_context or USUAL_TOKENS[0] * 2, context_limit(resolved.target) or USUAL_TOKENS[0] * 2) // 2
+    prompt, new = (max(2, min(tokens, half)) for tokens in USUAL_TOKENS)
+    work = Workload(flags.num_prompts, flags.prompt_tokens or prompt, flags.new_tokens or new, sampled=sampled)
     resolved = fit(resolved, work, work.prompt_tokens, work.new_tokens)
     resolved = resolved if hardware is None else elsewhere(resolved, hardware)
     models = read_models(resolved, outlined=True)

@@ -256,7 +256,7 @@ def test_without_a_template_there_is_one_clear_error(pair, tmp_path):
         made = chat(*flags, *SMALL, stdin="hello\n")
         assert made.exit_code == 1
         assert made.stdout == ""
-        assert made.stderr.startswith("error: ")
+        assert "\nerror: " in made.stderr
         assert made.stderr.count("\n") == 1
         assert f"{name} has no chat template: expected" in made.stderr
         assert "aspec generate" in made.stderr

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from aspec.api import Result
-from aspec.errors import NumericError
+from aspec.errors import NoTokenError, NumericError
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.settling import settle
 from aspec.observe.batch_progress import BatchProgress
@@ -67,6 +67,6 @@ class BatchWriter:
 
 def error_code(refused: Refused) -> str:
     """The error code in the output line of a row without an answer."""
-    if isinstance(refused, NumericError):
+    if isinstance(refused, NumericError) and not isinstance(refused, NoTokenError):
         return "numeric_error"
     return "context_length_exceeded" if isinstance(refused, ContextExceeded) else "invalid_prompt"

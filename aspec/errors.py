@@ -15,6 +15,7 @@ AspecError
     ├── ReadError            the disk returned an error or too few bytes
     ├── WriteError           the output cannot be written: the disk is full, is not writable or fails
     ├── NumericError         the logits of one sequence are not numbers
+    │   └── NoTokenError         its sampling parameters rule every token out
     └── DivergenceError      the target drew other tokens with a draft than without one
 """
 
@@ -86,6 +87,10 @@ class WriteError(DeviceError):
 
 class NumericError(DeviceError):
     """The logits of a sequence are not numbers."""
+
+
+class NoTokenError(NumericError):
+    """The sampling parameters of a sequence rule every token out at a position."""
 
 
 class DivergenceError(DeviceError):

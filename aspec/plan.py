@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from aspec.errors import InternalError
+from aspec.errors import InternalError, UserError
 from aspec.units import format_bytes
 
 PREFILL_ITEMS = 8  # full prefill items that share one pass over the weights
+MOST_WORK = 10**12  # prompts, or tokens of one prompt, in an expected workload
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
@@ -57,6 +58,11 @@ class Workload:
     prompt_tokens: int
     new_tokens: int
     sampled: bool = False  # whether any token is drawn with noise
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2)):
+            if not least <= (value := getattr(self, name)) <= MOST_WORK:
+                raise UserError(f"{name} of a workload must be between {least} and {MOST_WORK}, found {value}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ def parse(url, **body):
 
 def test_every_field_reaches_the_draws():
     given = dict(temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.1, presence_penalty=-1)
-    given |= dict(frequency_penalty=2, seed=9, ignore_eos=True)
+    given |= dict(frequency_penalty=2, seed=9, ignore_eos=True, typical_p=0.5, no_repeat_ngram_size=3, bad_words=["no"])
+    given |= dict(logit_bias={"5": -1, "17": 2.5}, suppress_tokens=[3], bad_words_ids=[[1, 2]], min_new_tokens=4)
     for url in (CHAT, COMPLETION):
         request = parse(url, **given, stop=["a", "b"], max_tokens=5, model="m", n=1, stream=False)
         expected = SamplingParams(**given, stop=("a", "b"), max_new_tokens=5)
@@ -39,6 +40,18 @@ def test_what_is_not_given_is_the_default_and_null_is_not_given():
         assert request.max_new_tokens is None
     assert parse(COMPLETION, stop="y", seed=1).params(defaults, 42).stop == ("y",)
     assert parse(COMPLETION, stop=[]).params(defaults, 42).stop == ()
+
+
+def test_min_tokens_is_the_name_of_vllm():
+    assert parse(CHAT, min_tokens=4).params(SamplingParams(), 1).min_new_tokens == 4
+    with pytest.raises(PromptError, match="min_new_tokens must be a whole number"):
+        parse(CHAT, min_tokens=-1)
+
+
+def test_a_limit_of_its_own_replaces_that_of_the_checkpoint():
+    defaults = SamplingParams(max_length=20)
+    assert parse(CHAT).params(defaults, 1).max_length == 20
+    assert parse(CHAT, max_tokens=99).params(defaults, 1).max_length is None
 
 
 def test_both_names_of_max_tokens():
@@ -61,7 +74,7 @@ def test_prompts_and_messages():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "system", "content": parts}, {"role": "user", "content": "c", "name": "Ann"}]
     assert parse(CHAT, messages=messages).prompt == (
-        {"role": "system", "content": "a\nb"},
+        {"role": "system", "content": parts},
         {"role": "user", "content": "c", "name": "Ann"},
     )
 
@@ -73,7 +86,7 @@ BAD = [
     (CHAT, {"messages": [*ASK, {"role": "tool", "content": ""}]}, r"messages\[1\].role"),
     (CHAT, {"messages": [{"role": "user"}]}, r"messages\[0\].content"),
     (CHAT, {"messages": [{"role": "user", "content": "", "tool_calls": []}]}, r"messages\[0\].tool_calls"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"content\[0\]"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"content\[0\] is .* type image_url"),
     (CHAT, {"messages": [{"role": "user", "content": "", "name": 3}]}, "name"),
     (CHAT, {"messages": None}, "messages is missing"),
     (CHAT, {"prompt": "x"}, "prompt is not supported"),

@@ -13,10 +13,12 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 
 from aspec.api import loop_factory
-from aspec.cli.command_flags import ChatFlags
+from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
+from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import present
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.tokenizer import Tokenizer
@@ -98,7 +100,7 @@ class Chat:
                 f"conversation with /new, write a shorter message, or restart with a larger --max-context."
             )
         pieces: list[Piece] = []
-        self.runner.run(_answer(self.engine, prompt, self.params, pieces, self.console.write))
+        present().run(self.runner, _answer(self.engine, prompt, self.params, pieces, self.console.write))
         self.console.write("\n")
         self.console.show_warnings()
         answer, tokens = "".join(piece.text for piece in pieces), [*prompt]
@@ -117,12 +119,12 @@ class Chat:
 
 def chat_on_console(flags: ChatFlags, console: Console) -> None:
     """Answer lines until the input ends. Raises AspecError for unusable input or a failure of the machine."""
-    resolved, tokenizer, params = _prepare(flags)
+    resolved, tokenizer, params = _prepare(flags, console)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused later, alone
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         stack = AsyncExitStack()
-        engine = runner.run(_open(stack, resolved, console))
+        engine = present().run(runner, _open(stack, resolved, console))
         try:
             chat = Chat(runner, engine, Conversation(tokenizer, flags.system), params, console)
             while (line := read_line()) is not None and chat.execute(line):
@@ -168,24 +170,30 @@ def _ask() -> str | None:
             sys.stdout.write("\n")
             if editor is None or not editor.get_line_buffer():
                 raise
+            present().settle()
 
 
-def _prepare(flags: ChatFlags) -> tuple[Resolved, Tokenizer, SamplingParams]:
+def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, Tokenizer, SamplingParams]:
     """Find the models, which may block for long (a download), before the loop starts. Raises UserError."""
-    resolved = resolve(flags.options())
-    tokenizer = Tokenizer.load(resolved.target)
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
     if not tokenizer.has_chat_template:
         name = "the embedded demo pair" if resolved.options.target is None else str(resolved.target)
         raise UserError(
             f"{name} has no chat template: expected one in tokenizer_config.json or chat_template.jinja, found none. "
             f"Choose an instruction-tuned model with --target, or continue plain text with `aspec generate`."
         )
-    return resolved, tokenizer, sampling_params(generation_defaults(resolved.target), flags.sampling())
+    defaults, given = generation_defaults(resolved.target), flags.sampling()
+    params = sampling_params(defaults, given, ANSWER_TOKENS)
+    if asked_for := describe(defaults, given):
+        console.note(asked_for)
+    return resolved, tokenizer, params
 
 
 async def _open(stack: AsyncExitStack, resolved: Resolved, console: Console) -> Engine:
     """Open an engine, which closes with the stack."""
-    monitor = Monitor()
+    monitor = Monitor(console.stops)
     with watch(monitor, console, dashboard=False):
         engine = await stack.enter_async_context(Engine(revise(resolved, progress=monitor.progress)))
     console.note(describe_plan(engine.plan))

@@ -15,7 +15,7 @@ from aspec.engine.design import ResolvedEngine, design
 from aspec.engine.model_runner import ModelRunner, Weights
 from aspec.errors import DeviceError
 from aspec.generation.tokenizer import Tokenizer
-from aspec.io.disk import DiskLane
+from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.io.settling import close_all
 from aspec.models.kv_cache import KVCache
@@ -55,6 +55,16 @@ class EngineMemory:
     memory: list[SlotMemory]
     device: DeviceLayer[Any, Any] | None = None
     buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind a device's link
+
+    @property
+    def models(self) -> list[Model]:
+        """The target and, if it proposes anything, the draft."""
+        return [model for model in (self.target, self.draft) if model is not None]
+
+    @property
+    def files(self) -> dict[str, FileVersion]:
+        """The files of all weights, as they were when their headers were read."""
+        return {path: version for model in self.models for path, version in model.files.items()}
 
     def open_backend(self, disk: DiskLane) -> Backend:
         """Open the backend that runs the tasks; on the loop's thread."""
@@ -208,7 +218,7 @@ def bind_load(load: ResidentLoad) -> None:
 
 def free_memory(assembly: EngineMemory) -> None:
     """Drop every view of the weights and free their memory; no task may run after this."""
-    models = [model for model in (assembly.target, assembly.draft) if model is not None]
+    models = assembly.models
     parts = [tuple(load.part for load in assembly.loads if load.model is model) for model in models]
     assembly.loads.clear()
     assembly.slots.clear()

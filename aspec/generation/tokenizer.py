@@ -1,22 +1,31 @@
 """Between text and token ids: the tokenizer, the check of two vocabularies, streamed text in whole characters."""
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
-from aspec.generation.time_limit import TimeLimit, TimeLimitError
-from aspec.generation.vocabulary_files import missing_reader
+from aspec.generation.chat_template import ChatTemplate, check_unicode
+from aspec.generation.stop_strings import StopStrings
+from aspec.generation.time_limit import TimeLimit
 from aspec.models.skeleton import load_config
+from aspec.units import format_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback
+HEAD_BYTES = 1 << 16  # a tiktoken file has a token per line, and the first lines show it
+SENTENCEPIECE, TIKTOKEN = ("sentencepiece", "protobuf"), ("tiktoken",)
+MODULES = {"protobuf": "google.protobuf"}  # package -> module, where the names differ
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 MAX_WINDOW = 8  # most tokens decoded again at every step; a character has at most 4 bytes, so at most 4 tokens
-TEMPLATE_S = 10.0  # of processor time, for a chat template: a long conversation takes 1 % of it
+TEMPLATE_S = 5.0  # of processor time, for a chat template: a long conversation takes 2 % of it
+MOST_BYTES = 256 << 20  # of tokenizer.json; a vocabulary of 256,000 tokens takes 35 MB
+LONG_PATTERN = re.compile(rb'"Regex"\s*:\s*"(?:[^"\\]|\\.){20000}', re.DOTALL)  # common ones have 400 characters
 
 TokenKind = Literal["text", "byte", "silent"]
 
@@ -27,6 +36,7 @@ class Tokenizer:
     def __init__(self, inner: Any, folder: Path) -> None:
         self._inner = inner
         self.folder = folder
+        self._template = ChatTemplate(inner, folder)
         self._kinds: dict[int, TokenKind] = {}  # a cache, one entry per token seen
 
     @classmethod
@@ -39,17 +49,20 @@ class Tokenizer:
             )
         if (folder / "config.json").is_file():
             load_config(folder)  # transformers reads it too, and its faults are not the tokenizer's
-        if (reason := missing_reader(folder)) is not None:
+        _check_size(folder)
+        if (reason := _missing_reader(folder)) is not None:
             raise _unusable(folder, reason)
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            vocabulary = inner.get_vocab()
             inner.encode("")  # resets the file's padding and truncation before threads share it
-            size = len(inner.get_vocab())
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
-        except Exception as error:  # the loaders, and the Rust one, raise many types
+        except BaseException as error:  # the loaders, and the Rust one, raise many types
+            if not _is_library_error(error):
+                raise
             raise _unusable(folder, reason_of(error)) from error
-        if not size:
+        if not vocabulary:
             raise _unusable(folder, "its vocabulary is empty")
         return cls(inner, folder)
 
@@ -57,41 +70,29 @@ class Tokenizer:
         """Token ids, with the tokenizer's default special tokens. Raises PromptError if ``text`` is no Unicode."""
         return self._encode(text, add_special_tokens=True)
 
+    def spellings(self, text: str) -> list[list[int]]:
+        """The tokens of a word alone and after a space, without special tokens. Raises PromptError as ``encode``."""
+        word = text.lstrip()
+        found = [self._encode(spelled, add_special_tokens=False) for spelled in (word, f" {word}")]
+        return [tokens for tokens in found if tokens]
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer can lay out a conversation as its model expects."""
-        return bool(getattr(self._inner, "chat_template", None))
+        return self._template.exists
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = (), limit: TimeLimit | None = None
     ) -> list[int]:
         """The token ids of a conversation, up to the start of the model's answer.
 
-        Raises PromptError if there is no template, if it refuses, or if it takes longer than ``limit`` (default:
-        ``TEMPLATE_S``).
+        The content of a message is a text or a list of text parts. Raises PromptError as ``ChatTemplate.render`` does;
+        the default of ``limit`` is ``TEMPLATE_S``.
 
         The result begins with the tokens ``said``, or all but their last few, if the text begins with their text. The
         tokenizer may encode the same text differently, and only the same tokens already have KV.
         """
-        if not self.has_chat_template:
-            raise PromptError(f"{self.folder} has no chat template: give plain text (--raw) or choose a chat model.")
-        conversation = [dict(message) for message in messages]
-        limit = limit or TimeLimit(TEMPLATE_S)
-        try:
-            with limit:
-                text = self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except Warning:  # a warning that the user turned into an error
-            raise
-        except TimeLimitError as error:
-            raise PromptError(
-                f"the chat template of {self.folder} did not end within {limit.seconds:g} s of processor time. Send "
-                f"fewer or shorter messages, or give plain text (--raw); if none helps, the template is damaged."
-            ) from error
-        except Exception as error:  # a template is the checkpoint's code and may raise anything
-            raise PromptError(
-                f"the chat template of {self.folder} refuses the conversation ({reason_of(error)}). Change the "
-                f"messages' roles or order to what the model expects, or give plain text (--raw)."
-            ) from error
+        text = self._template.render(messages, limit or TimeLimit(TEMPLATE_S))
         for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # the last ones may end inside a character
             begun = self.spell(said[:count])
             if text.startswith(begun):
@@ -136,14 +137,35 @@ class Tokenizer:
         return "silent" if hidden else "text"
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        check_unicode(text, "the prompt")
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
+            found = self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        except Warning:  # a warning that the user turned into an error
+            raise
+        except BaseException as error:
+            if not _is_library_error(error):
+                raise
             raise PromptError(
-                f"the prompt is not valid Unicode at character {error.start}: expected UTF-8 text, found "
-                f"{text[error.start]!r}. Convert the input to UTF-8."
+                f"the tokenizer of {self.folder} cannot encode the prompt ({reason_of(error)}). Change the text; if "
+                f"other texts fail, too, tokenizer.json is damaged."
             ) from error
-        return [int(token) for token in self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)]
+        return [int(token) for token in found]
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a tokenizer.json that would take minutes and gigabytes to load. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise _unusable(folder, f"tokenizer.json has {format_bytes(size)}, more than {format_bytes(MOST_BYTES)}")
+    if LONG_PATTERN.search(path.read_bytes()):
+        raise _unusable(folder, "a regular expression of tokenizer.json is too long")
+
+
+def _is_library_error(error: BaseException) -> bool:
+    """Whether a tokenizer raised it: an Exception, or a panic of Rust code (a pattern that backtracks too much)."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_vocabulary(
@@ -187,43 +209,58 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 class TextStream:
     """Turns token ids into text: never half a character, never part of a stop string.
 
-    The pieces add up to ``tokenizer.decode`` of all tokens, cut before the stop string that is complete first.
-    The text depends only on the tokens, not on their split into pushes. Only a few tokens are decoded again at every
-    step, so a token costs the same at any length.
+    The pieces add up to ``tokenizer.decode`` of all tokens, cut before the stop string that is complete first. Special
+    tokens are no text, but a stop string may name them, whole. The text depends only on the tokens, not on their split
+    into pushes. Only a few tokens are decoded again at every step, so a token costs the same at any length.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stops = tokenizer, StopStrings(stop)
         self._context: list[int] = []  # the last token whose text was returned; it decides on a leading space
         self._window: list[int] = []  # the tokens after it, whose text is not all returned
         self._bytes: list[int] = []  # the byte tokens after those: the next token completes their text
         self._sent = 0  # characters of the window's text that were returned
-        self._held = ""  # text that is final but may begin a stop string
-        self.stopped = False  # a stop string was found: no more text is returned
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found: no more text is returned."""
+        return self._stops.found
 
     def push(self, tokens: Sequence[int]) -> str:
         """The new text that is final."""
-        if self.stopped:
-            return ""
-        final_text = ""
+        text = ""
         for token in tokens:
+            if self.stopped:
+                break
             kind = self._tokenizer.kind(token)
             if kind == "silent":
+                text += self._push_silent(token)
                 continue
             self._bytes.append(token)
             if kind == "text":
                 self._window += self._bytes
                 self._bytes.clear()
-                final_text += self._final_text()
-        return self._hold_back_stops(final_text, final=False)
+                text += self._stops.push(self._final_text())
+        return text
+
+    def _push_silent(self, token: int) -> str:
+        """The text before a special token that completes a stop string; otherwise none."""
+        name = self._tokenizer.spell([token]) if self._stops else ""
+        if not name:
+            return ""
+        return self._stops.push_hidden(name, self._rest())
 
     def finish(self) -> str:
         """The rest of the text; the tokenizer decides on an incomplete character. Call it once, after the last push."""
         if self.stopped:
             return ""
-        rest = self._text(self._context, self._window + self._bytes)[self._sent :]
+        rest = self._rest()
         self._context, self._window, self._bytes, self._sent = [], [], [], 0
-        return self._hold_back_stops(rest, final=True)
+        return self._stops.push(rest, final=True)
+
+    def _rest(self) -> str:
+        """The text of the window that was not returned, an incomplete character included."""
+        return self._text(self._context, self._window + self._bytes)[self._sent :]
 
     def _final_text(self) -> str:
         """The window's new text, without a last character that may be incomplete."""
@@ -251,24 +288,47 @@ class TextStream:
         before = self._tokenizer.decode(context) if context else ""
         return self._tokenizer.decode(context + window)[len(before) :]
 
-    def _hold_back_stops(self, final_text: str, final: bool) -> str:
-        text, self._held = self._held + final_text, ""
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return text[: min(found)[1]]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that begins ``stop``."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
-
 
 def _name(vocabulary: Mapping[int, str], index: int) -> str:
     return repr(vocabulary[index]) if index in vocabulary else "absent"
+
+
+def _missing_reader(folder: Path) -> str | None:
+    """Why a binary vocabulary that is alone cannot be read; None if it can, or if the folder has other files.
+
+    transformers converts a sentencepiece vocabulary with the packages sentencepiece and protobuf. Without them it takes
+    the file for one of tiktoken, and asks for a package that does not help.
+    """
+    if (folder / "tokenizer.json").is_file() or any(folder.glob("vocab.*")):
+        return None
+    for path in sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")]):
+        needed = TIKTOKEN if _is_tiktoken(path) else SENTENCEPIECE
+        missing = [package for package in needed if not _installed(MODULES.get(package, package))]
+        if missing:
+            kind = "tiktoken" if needed is TIKTOKEN else "sentencepiece"
+            return (
+                f"{path.name} is a {kind} vocabulary, and there is no {' and no '.join(missing)} to read it: run "
+                f"`pip install {' '.join(missing)}`"
+            )
+    return None
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether a vocabulary file is one of tiktoken: a token in base64 and its rank per line."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(HEAD_BYTES).splitlines()[:1]
+        token, rank = first[0].split() if first else (b"", b"")
+        return bool(base64.b64decode(token, validate=True)) and rank.isdigit()
+    except (OSError, ValueError):
+        return False
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it is missing
+        return False
 
 
 def _unusable(folder: Path, reason: str) -> CheckpointError:

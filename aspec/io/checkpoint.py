@@ -16,7 +16,10 @@ from typing import NoReturn, Self
 import torch
 
 from aspec.errors import CheckpointError, shown
+from aspec.io.disk import FileVersion
+from aspec.io.fetching.files import SIZES
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
+from aspec.io.weight_format import REMEDY, folder_format
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -64,16 +67,19 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, TensorRef]
     nbytes: int
-    files: tuple[str, ...]
+    files: Mapping[str, FileVersion]  # as they were when their headers were read
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
+        sizes = _sizes_elsewhere(folder)
         tensors: dict[str, TensorRef] = {}
+        files: dict[str, FileVersion] = {}
         for file in sorted(set(weight_map.values())) or [SINGLE]:
-            for ref in read_header(folder / file):
+            files[str(folder / file)] = version_of(folder / file)  # first: what changes from now on is found
+            for ref in read_header(folder / file, sizes.get(file)):
                 if (other := tensors.get(ref.name)) is not None:
                     raise CheckpointError(
                         f"{ref.file}: tensor {shown(ref.name)} is stored a second time: expected once, found it in "
@@ -86,7 +92,6 @@ class Checkpoint:
                 f"{folder / INDEX}: expected tensor {shown(missing[0])} in {weight_map[missing[0]]}, found no shard "
                 f"with it ({len(missing)} such tensors). {FETCH_AGAIN}"
             )
-        files = tuple(dict.fromkeys(ref.file for ref in tensors.values()))
         return cls(folder, MappingProxyType(tensors), sum(ref.nbytes for ref in tensors.values()), files)
 
 
@@ -97,7 +102,7 @@ def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
     for name, tensor in shapes.items():
         tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes)
         end += tensor.nbytes
-    return Checkpoint(folder, MappingProxyType(tensors), end, (file,))
+    return Checkpoint(folder, MappingProxyType(tensors), end, {})
 
 
 def has_weights(folder: Path) -> bool:
@@ -119,13 +124,13 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def _no_shards(folder: Path) -> str:
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
-    found = ", ".join(others[:3]) or "no weights at all"
-    remedy = "Point to a folder with the model in safetensors format."
-    if any(name.endswith(".safetensors") for name in others):
-        remedy = f"Fetch the missing {INDEX}."
-    return f"{folder} has no shards that can be read: expected {SINGLE} or {INDEX}, found {found}. {remedy}"
+    expected = f"{folder} has no shards that can be read: expected {SINGLE} or {INDEX}, found"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f"{expected} {', '.join(others[:3])}. Fetch the missing {INDEX}."
+    if (found := folder_format(folder)) is not None:
+        return f"{expected} {found[1]:.80} in {found[0]} format, which aspec does not read. {REMEDY}"
+    return f"{expected} no weights at all. Point to a folder with the model in safetensors format."
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -148,9 +153,19 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> list[TensorRef]:
-    """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut."""
-    entries, base, size = _read_entries(path)
+def _sizes_elsewhere(folder: Path) -> dict[str, int | None]:
+    """Shard -> its bytes on the hub, in a folder that holds only headers; empty for any other folder."""
+    if not (folder / SIZES).is_file():
+        return {}
+    return dict(read_json(folder / SIZES, "a list of sizes of shards", error=CheckpointError))
+
+
+def read_header(path: Path, size: int | None = None) -> list[TensorRef]:
+    """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut.
+
+    ``size``: bytes of the whole shard, if ``path`` holds only its header.
+    """
+    entries, base, size = _read_entries(path, size)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointError(f"{path}: expected texts as metadata, found {shown(metadata)}. {FETCH_AGAIN}")
@@ -160,10 +175,22 @@ def read_header(path: Path) -> list[TensorRef]:
     return refs
 
 
-def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
+def version_of(path: Path) -> FileVersion:
+    """The version of a shard. Raises CheckpointError if there is none."""
+    try:
+        return FileVersion.of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.")
+
+
+def _read_entries(path: Path, size: int | None) -> tuple[dict[str, object], int, int]:
     """The header's JSON object, the byte where the data begins, and the file's size."""
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if size is None else size
         with path.open("rb") as file:
             prefix = file.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
@@ -174,9 +201,7 @@ def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
                 )
             header = parse_json(file.read(length), unique=True)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
     except DuplicateMember as error:
         raise CheckpointError(
             f"{path}: tensor {shown(error.name)} is stored twice: expected once. {FETCH_AGAIN}"

@@ -33,6 +33,7 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.pytorch_utils import Conv1D
 
 from aspec.errors import UnsupportedModelError
 from aspec.models.context import CHANGING
@@ -48,9 +49,11 @@ __all__ = [
     "compute_buffers",
     "conversion_rules",
     "dot_natural_key",
+    "forget_pad_token",
     "has_recurrent_state",
     "ignore_positions",
     "ignored_keys",
+    "is_transposed_linear",
     "kept_dtypes",
     "model_class",
     "no_init_weights",
@@ -117,6 +120,14 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     model.initialize_weights()
 
 
+def forget_pad_token(config: PreTrainedConfig) -> None:
+    """Make ``config`` name no padding token, also where its class wants one.
+
+    Rows are padded by masks here; with a padding token, some forwards look for it among the tokens.
+    """
+    vars(config)["pad_token_id"] = None
+
+
 def ignore_positions(model: PreTrainedModel) -> None:
     """Make the rotary angles of ``model`` independent of the values of positions, which meta tensors do not have.
 
@@ -128,6 +139,11 @@ def ignore_positions(model: PreTrainedModel) -> None:
             module.rope_type = {layer: "default" if kind in CHANGING else kind for layer, kind in kinds.items()}
         elif kinds in CHANGING:
             module.rope_type = "default"
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is [in, out], as in GPT-2."""
+    return isinstance(module, Conv1D)
 
 
 def kept_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

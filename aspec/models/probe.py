@@ -17,7 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.attention import attend
-from aspec.models.hf_compat import Cache, cache_argument, ignore_positions
+from aspec.models.hf_compat import (
+    Cache,
+    cache_argument,
+    forget_pad_token,
+    ignore_positions,
+    model_class,
+    takes_registered_attention,
+)
 from aspec.models.kv_cache import KVCache, KVShape, MaskKind, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.skeleton import build_on_meta, find_layers
@@ -160,20 +167,29 @@ class _ProbeRun:
 @torch.inference_mode(False)  # a view has its base only outside inference mode
 def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
     """Probe a model. Raises UnsupportedModelError if its layers cannot run one by one."""
-    model = _build(config, dtype, NAME)
+    family = model_class(config)
     try:
-        return _examine(config, model, in_tuples=False)
-    except _UnfitError as error:
+        model = _build(config, dtype, NAME)
         try:
-            return _examine(config, model, in_tuples=True)
-        except _UnfitError:
-            raise UnsupportedModelError(f"{config.model_type} is not supported: {error}.") from error
+            return _examine(config, model, in_tuples=False)
+        except _UnfitError as error:
+            try:
+                return _examine(config, model, in_tuples=True)
+            except _UnfitError:
+                raise UnsupportedModelError(f"{config.model_type} is not supported: {error}.") from error
+    except UnsupportedModelError as error:
+        if family is None or takes_registered_attention(family):
+            raise
+        raise UnsupportedModelError(  # a family may take one without saying so: only now is it a reason
+            f"{config.model_type} is not supported: its attention does not take a registered attention function."
+        ) from error
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
-    """The model on meta, so that its forward runs with positions that have no values."""
+    """The model on meta, so that its forward runs with positions and tokens that have no values."""
     model = build_on_meta(config, dtype, attend)
     ignore_positions(model)
+    forget_pad_token(model.config)
     return model
 
 

@@ -10,36 +10,40 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
-from aspec.io.json_file import read_json
+from aspec.errors import UnsupportedModelError, reason_of, shown
+from aspec.io.hub import read_config
+from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models import attention
 from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
-from aspec.models.families import REFUSED_KEYS, family_of
+from aspec.models.families import ATTENTION_LAYERS, HARMLESS, REFUSED_KEYS, family_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
+    forget_pad_token,
     has_recurrent_state,
     model_class,
     no_init_weights,
     set_attention,
     set_experts,
-    takes_registered_attention,
 )
+
+OUTPUTS = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+}
+"""Keys that choose what a forward returns beside logits: a training run may have left them in config.json."""
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
-        )
-    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # some write Infinity
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(model_type, str):
-        raise CheckpointError(
-            f"{path}: expected a JSON object with the name of a model_type, found none. Fetch the checkpoint again."
+    path, raw = folder / "config.json", read_config(folder)
+    model_type = raw["model_type"]
+    if (kind := quantisation(raw)) is not None:
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised ({kind}), and quantised checkpoints are not supported yet. {REMEDY}"
         )
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
@@ -65,8 +69,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def _refusals(config: PreTrainedConfig) -> list[str]:
     """Reasons from the configuration alone why aspec cannot run the model; empty if none."""
-    text = config.get_text_config()
-    reasons = [why for key, why in REFUSED_KEYS.items() if getattr(config, key, None) or getattr(text, key, None)]
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        return [f"it holds several models of text ({reason_of(error)})"]
+    reasons = [
+        why
+        for key, why in REFUSED_KEYS.items()
+        if {getattr(config, key, None) or None, getattr(text, key, None) or None} - {None, HARMLESS.get(key)}
+    ]
     if (refused := family_of(config.model_type).refused) is not None:
         reasons.append(refused)
     if text is not config:
@@ -76,16 +87,20 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
             reasons.append(f"rotary positions of type {shown(kind)} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
-    if has_recurrent_state(family):
+    if has_recurrent_state(family) and not _attends_only(text):
         reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
-    elif not reasons and not takes_registered_attention(family):
-        reasons.append("its attention does not take a registered attention function")
     return reasons
+
+
+def _attends_only(text: PreTrainedConfig) -> bool:
+    """Whether the configuration names the type of every layer, and each of them is some form of attention."""
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    return bool(types) and all(kind in ATTENTION_LAYERS for kind in types)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers. Raises UnsupportedModelError if no module list has one per layer."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count > 0:
             return name, module
@@ -100,6 +115,13 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     Raises UnsupportedModelError if transformers cannot build it.
     """
     config = copy.deepcopy(config)
+    if not _is_token(
+        config, getattr(config, "pad_token_id", None)
+    ):  # a fine-tune may name one beyond its embedding; no layer uses it
+        forget_pad_token(config)
+    for key, value in OUTPUTS.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     set_attention(config, attend)
     if (experts := family_of(config.model_type).experts) is not None:
         set_experts(config, experts)
@@ -114,6 +136,12 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
             f"Correct config.json, or update transformers."
         ) from error
     return model.eval()
+
+
+def _is_token(config: PreTrainedConfig, token: object) -> bool:
+    """Whether a configuration's token id is within its embedding."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return not isinstance(token, int) or not isinstance(size, int) or -size <= token < size
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from aspec.models.exact import BLOCK_ROWS
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
-from aspec.models.weights.parts import Part, scratch_bytes
+from aspec.models.weights.parts import Part, merge_bytes, scratch_bytes
 from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planning.placement import Footprint
 from aspec.planning.resolve import Resolved
@@ -41,6 +41,11 @@ class Models:
     draft: Model | None
     parts: tuple[Part, ...]
     draft_parts: tuple[Part, ...]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the models, a text each."""
+        return self.target.remarks + (() if self.draft is None else self.draft.remarks)
 
     def footprint(self, request: PlanRequest) -> Footprint:
         """The bytes that every plan for this request holds, and the parts that a plan places.
@@ -76,8 +81,8 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     kind = resolved.kind
     place, alignment = (torch.device("cpu"), 1) if kind is None else (kind.place, ALIGNMENT)
     how: dict[str, Any] = {"dtype": resolved.dtype, "device": place, "outlined": outlined}
-    target = Model(resolved.target, **how)
-    draft = None if resolved.draft is None else Model(resolved.draft, **how)
+    target = Model(resolved.target, adapter=resolved.adapter, **how)
+    draft = None if resolved.draft is None else Model(resolved.draft, adapter=resolved.draft_adapter, **how)
     parts = target.parts(_part_bytes(resolved.budget_bytes), alignment)
     draft_parts = draft.parts(1 << 40, alignment) if draft else ()
     models = Models(resolved, target, draft, parts, draft_parts)
@@ -177,6 +182,7 @@ def _footprint(
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
         "scratch": scratch_bytes(parts),
+        "adapter merge": merge_bytes((*parts, *draft_parts)),
         "activations": _activation_bytes(target, request),
         "draft trees": request.num_rows * spare * draft_kv + (0 if request.kv_on_host else nodes),
     }

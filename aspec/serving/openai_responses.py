@@ -63,7 +63,7 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> di
         # a token that is only part of a character has no text; OpenAI's interface allows null for its bytes
         return {
             "token": text,
-            "logprob": _finite(logprob),
+            "logprob": finite(logprob),
             "bytes": None if REPLACEMENT in text else list(text.encode()),
         }
 
@@ -80,16 +80,16 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer)
     for text, one in zip(tokens, logprobs, strict=True):
         top: dict[str, float] = {}
         for token, logprob in one.top:
-            top.setdefault(tokenizer.spell([token]), _finite(logprob))  # the likeliest of the tokens with this text
-        tops.append(top if text in top else {**top, text: _finite(one.logprob)})
+            top.setdefault(tokenizer.spell([token]), finite(logprob))  # the likeliest of the tokens with this text
+        tops.append(top if text in top else {**top, text: finite(one.logprob)})
     return {
         "tokens": tokens,
-        "token_logprobs": [_finite(one.logprob) for one in logprobs],
+        "token_logprobs": [finite(one.logprob) for one in logprobs],
         "top_logprobs": tops,
         "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """Replace -inf by UNREACHABLE: JSON has no infinity, and OpenAI's interface uses this number."""
     return max(logprob, UNREACHABLE)

@@ -134,3 +134,4 @@ def cache_home(tmp_path_factory):
 def own_cache(monkeypatch, cache_home):
     """What commands keep from run to run goes nowhere near the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    monkeypatch.setenv("XDG_STATE_HOME", cache_home)

@@ -141,7 +141,8 @@ def main():
     import uvloop  # noqa: F401
 
     import aspec.cli.batch
-    import aspec.cli.chat
+    import aspec.cli.chat.chat
+    import aspec.cli.chat.prompt
     import aspec.cli.generate
     import aspec.cli.trace  # noqa: F401
 

@@ -43,6 +43,11 @@ class Terminal:
     def resize(self, columns, rows):
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
+    @property
+    def echoes(self):
+        """Whether the terminal prints what is typed."""
+        return bool(termios.tcgetattr(self.master)[3] & termios.ECHO)
+
     def type(self, text):
         if self.process.stdin is not None:
             self.process.stdin.write(text)

@@ -1,15 +1,18 @@
 """A conversation in the terminal: turns from a pipe and from a real terminal, what is kept of them, how it ends."""
 
+import json
 import os
 import re
+import shutil
+import stat
 
 import pytest
 from typer.testing import CliRunner
 
 import aspec
-from aspec.cli.chat import Conversation
+from aspec.cli.chat.commands import COMMANDS
+from aspec.cli.chat.conversation import Conversation, Turn
 from aspec.cli.main import app
-from aspec.errors import PromptError
 from aspec.generation.tokenizer import Tokenizer
 from tests import tiny
 from tests.terminal import Terminal
@@ -62,12 +65,11 @@ def test_the_answers_are_those_of_an_engine_that_was_given_everything(pair):
     made = chat("--target", pair[0], "-n", 10, *SMALL, "--system", "be brief", "-q", stdin="hello\nand now?\n")
     assert made.exit_code == 0, made.output
     options = dict(target=pair[0], device_memory=4 << 20, threads=1, max_new_tokens=10, ignore_eos=True)
-    conversation = Conversation(Tokenizer.load(pair[0]), "be brief")
-    said = ""
+    talk, tokenizer, said = Conversation("be brief"), Tokenizer.load(pair[0]), ""
     for line in ("hello", "and now?"):
-        prompt = conversation.prompt(line)
+        prompt = talk.prompt(line, tokenizer.encode_chat)
         (result,) = aspec.generate([prompt], **options)
-        conversation.add(line, result.text, [*prompt, *result.token_ids])
+        talk = talk.with_turn(Turn(line, result.text, (*prompt, *result.token_ids)))
         said += result.text + "\n"
     assert made.stdout == said
     assert made.stderr == ""
@@ -84,27 +86,166 @@ def test_new_starts_afresh(pair):
 
 
 def test_help_and_what_is_no_command(pair):
-    made = chat("--target", pair[0], *SMALL, "-q", stdin="/help\n/quit\n")
-    assert (made.exit_code, made.stdout) == (0, "")
-    assert all(word in made.stderr for word in ("/new", "/exit", "Ctrl-C"))
-    assert "/quit is not a command" in made.stderr
+    lines = "/help\n/quit\n/tempurature 0.5\n/new talk\n/save\n"
+    made = chat("--target", pair[0], *SMALL, "-q", stdin=lines)
+    assert (made.exit_code, made.stdout) == (1, ""), "a pipe learns that lines were refused"
+    assert all(word in made.stderr for word in (*COMMANDS, "Ctrl-C", "Ctrl-D", '"""', "pasted", "FILE"))
+    assert "/quit is not a command (did you mean /exit?)" in made.stderr
+    assert "/tempurature is not a command" in made.stderr
+    assert "/new takes nothing after its name, found 'talk'" in made.stderr
+    assert "/save needs FILE" in made.stderr
+    assert made.stderr.count("error: ") == 4
 
 
-def test_beyond_the_context_there_is_a_message_and_a_way_on(pair, dressed):
-    flags = ["--target", pair[0], "-n", 20, *SMALL, "--max-context", 80]
-    made = chat(*flags, stdin="hello\n" + "more " * 9 + "\nhi\n/new\nhello\n")
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ('"""\none\ntwo\n"""\n', "one\ntwo"),
+        ("one\\\ntwo\n", "one\ntwo"),
+        ("//help\n", "/help"),
+        ("/etc/hosts is a file\n", "/etc/hosts is a file"),
+        ("\ufeffhello\r\n", "hello"),
+        ("ends in a backslash\\", "ends in a backslash"),
+    ],
+)
+def test_what_several_lines_and_slashes_say(pair, dressed, lines, text):
+    made = chat("--target", pair[0], "-n", 2, *SMALL, stdin=lines)
     assert made.exit_code == 0, made.output
-    assert made.stderr.count("tokens; the context holds 80") == 1
-    assert "/new" in made.stderr
-    first, short, again = footers(made)
-    assert first[0] == again[0] == 20
-    assert sum(short) == 80, "the line that did not fit was forgotten; the next is cut at the end"
-    assert "the context is full" in made.stderr
+    assert [new for _, new, _ in footers(made)] == [rendered(("user", text))]
 
 
-def test_a_line_that_is_no_unicode_is_refused_alone(pair):
+def test_an_input_that_ends_inside_quotes_is_refused(pair):
+    made = chat("--target", pair[0], "-n", 2, *SMALL, "-q", stdin='"""\nhello\n')
+    assert (made.exit_code, made.stdout) == (1, "")
+    assert "the input ends inside" in made.stderr
+
+
+def test_a_full_context_drops_the_oldest_turns_and_an_over_long_message_is_refused_alone(pair, dressed):
+    flags = ["--target", pair[0], "-n", 20, *SMALL, "--max-context", 120, "--system", "s"]
+    made = chat(*flags, stdin="first\nsecond\nthird\n" + "more " * 30 + "\nfourth\n")
+    assert made.exit_code == 1, "a line was refused"
+    assert COLOUR.sub("", made.stderr).count("error: this message alone, with the system message, has ") == 1
+    assert "2 oldest turns are dropped" in made.stderr
+    assert [count for count, *_ in footers(made)] == [20] * 4, "each answer has room"
+    totals = [new + reused for _, new, reused in footers(made)]
+    assert totals[2] == rendered(("system", "s"), ("user", "third")), "the system message stays"
+
+
+def test_an_answer_that_fills_the_context_ends_there_and_the_talk_goes_on(pair, dressed):
+    made = chat("--target", pair[0], "-n", 500, *SMALL, "--max-context", 60, stdin="first\nsecond\n")
+    assert made.exit_code == 0, made.output
+    first, second = footers(made)
+    assert sum(first) == sum(second) == 60
+    assert made.stderr.count("it is full: the next message drops the oldest turns") == 2
+    assert "1 oldest turn is dropped" in COLOUR.sub("", made.stderr)
+    assert second[1] + second[2] == rendered(("user", "second"))
+
+
+def test_settings_change_the_answers_and_regen_takes_another_seed(pair):
+    lines = ["hello", "/regen", "/set temperature 1", "/regen", "/regen", "/set seed 5", "/undo", "hello"]
+    made = chat("--target", pair[0], "-n", 20, "--temperature", 0, *SMALL, stdin="\n".join(lines) + "\n")
+    assert made.exit_code == 1
+    assert made.stderr.count("error: the answer would be the same: with temperature 0") == 1
+    seeds = [int(seed) for seed in re.findall(r"another answer, with seed (\d+)", made.stderr)]
+    assert len(set(seeds)) == 2
+    alone = [
+        chat("--target", pair[0], "-n", 20, *SMALL, "-q", *flags, stdin="hello\n").stdout
+        for flags in (["--temperature", 0], *(["--temperature", 1, "--seed", seed] for seed in (*seeds, 5)))
+    ]
+    assert made.stdout == "".join(alone)
+    assert len(set(alone)) == 4
+
+
+def test_a_setting_that_is_wrong_changes_nothing(pair):
+    lines = "/set temprature 1\n/set top_p 7\n/set\n/set top-k=4\n/set top_k\n/show\n"
+    made = chat("--target", pair[0], *SMALL, "--temperature", 0.25, "-q", stdin=lines)
+    assert made.exit_code == 1
+    assert "did you mean temperature?" in made.stderr
+    assert "top_p must be above 0" in made.stderr
+    assert re.search(r"^temperature +0.25$", made.stderr, re.MULTILINE)
+    assert "\ntop_k 4\n" in made.stderr
+    shown = made.stderr[made.stderr.index("\nmodel") :]
+    assert str(pair[0]) in shown
+    for words in ("draft     none", "parts stream", "top_k 4", "context   0 of ", "turns     0", "system    none"):
+        assert words in shown, words
+
+
+def test_undo_and_regen_reuse_what_is_cached(pair, dressed):
+    lines = "hello\nand now?\n/undo\nand then?\n/set temperature 1\n/regen\n"
+    made = chat("--target", pair[0], "-n", 8, *SMALL, stdin=lines)
+    first, _, other, again = footers(made)
+    turn = first[1] + 8 - 1
+    assert other[2] >= turn
+    assert again == (8, 1, other[1] + other[2] - 1), "only the token that draws"
+
+
+def test_a_conversation_is_saved_and_goes_on_with_another_model(pair, dressed, tmp_path):
+    file = tmp_path / "my talk.json"
+    flags = ["-n", 8, "--temperature", 0, *SMALL]
+    made = chat("--target", pair[0], *flags, "--system", "s", "--seed", 3, stdin=f"hello\n/save {file}\n/save {file}\n")
+    assert made.exit_code == 1
+    assert "exists and is unchanged" in made.stderr
+    assert f"/save! {file}" in made.stderr
+    content = json.loads(file.read_text())
+    assert [message["role"] for message in content["messages"]] == ["system", "user", "assistant"]
+    assert content["settings"]["seed"] == 3
+    (pair[1] / "chat_template.jinja").write_text(TEMPLATE)
+    on = chat("--target", pair[1], *flags, stdin=f"before\n/load '{file}'\n/set seed\nand now?\n/save! {file}\n")
+    (pair[1] / "chat_template.jinja").unlink()
+    assert on.exit_code == 0, on.output
+    assert f"it was with the model {pair[0]}; {pair[1]} continues it" in on.stderr
+    assert "seed 3" in on.stderr
+    whole = [*content["messages"], {"role": "user", "content": "and now?"}]
+    total = len(Tokenizer.load(pair[0]).encode_chat(whole))
+    assert sum(footers(on)[1][1:]) == total, "nothing of the talk before"
+    assert len(json.loads(file.read_text())["messages"]) == 5
+
+
+def test_a_damaged_file_leaves_the_conversation_as_it_is(pair, tmp_path):
+    (tmp_path / "talk.json").write_text('{"messages": [')
+    made = chat("--target", pair[0], "-n", 4, *SMALL, "-q", stdin=f"hello\n/load {tmp_path}/talk.json\n/show\n")
+    assert made.exit_code == 1
+    assert "talk.json is not a saved conversation: expected JSON" in made.stderr
+    assert "turns     1" in made.stderr
+
+
+def test_a_template_without_a_system_role_is_told_before_weights_are_read_and_in_the_talk(pair, tmp_path):
+    shutil.copytree(pair[0], target := tmp_path / "strict")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    (target / "chat_template.jinja").write_text(refusal + TEMPLATE)
+    talk = {"messages": [{"role": "system", "content": "s"}]}
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    made = chat("--target", target, "-n", 4, *SMALL, "-q", stdin=f"/system s\n/load {tmp_path}/talk.json\nhello\n")
+    assert made.exit_code == 1
+    assert made.stderr.count("the system message cannot be used: ") == made.stderr.count("no system here") == 2
+    assert made.stdout, "the talk goes on"
+    for shard in target.glob("*.safetensors"):
+        shard.unlink()
+    made = chat("--target", target, *SMALL, "--system", "s", stdin="hello\n")
+    assert (made.exit_code, made.stdout) == (1, "")
+    assert "no system here" in made.stderr
+
+
+def test_a_system_message_counts_from_the_next_message_on(pair, dressed):
+    lines = 'hello\n/new\n/system """\nbe\nbrief\n"""\nhello\n/system\n/system ""\n/clear\nhello\n'
+    made = chat("--target", pair[0], "-n", 2, *SMALL, stdin=lines)
+    assert made.exit_code == 0, made.output
+    plain = rendered(("user", "hello"))
+    with_system = rendered(("system", "be\nbrief"), ("user", "hello"))
+    assert [new + reused for _, new, reused in footers(made)] == [plain, with_system, plain]
+
+
+def test_an_empty_answer_is_a_turn(pair, dressed):
+    first = chat("--target", pair[0], "-n", 1, *SMALL, "-q", stdin="hello\n").stdout[0]
+    made = chat("--target", pair[0], "-n", 4, *SMALL, "--stop", first, stdin="hello\nagain\n/show\n")
+    assert made.exit_code == 0, made.output
+    assert "the answer is empty" in made.stderr
+    assert "turns     2" in made.stderr
+
+
+def test_a_line_that_is_no_unicode_is_refused_alone_and_the_exit_code_tells(pair):
     made = chat("--target", pair[0], "-n", 4, *SMALL, "-q", stdin=b"ab\xff\nhello\n")
-    assert made.exit_code == 0, made.output
+    assert made.exit_code == 1
     assert made.stderr.count("error: ") == 1
     assert "not valid Unicode" in made.stderr
     assert made.stdout
@@ -127,14 +268,6 @@ def test_flags_of_other_commands_are_no_flags_here(pair):
     text = chat("--help").stdout
     assert all(word in text for word in ("--system", "--draft", "--temperature", "--max-context", "Ctrl-D", "Examples"))
     assert "--prompt" not in text
-
-
-def test_a_turn_that_was_refused_leaves_no_trace(pair):
-    conversation = Conversation(Tokenizer.load(pair[0]))
-    before = conversation.prompt("hi")
-    with pytest.raises(PromptError, match="Unicode"):
-        conversation.prompt("ab\udcff")
-    assert conversation.prompt("hi") == before
 
 
 # -- a process of its own ------------------------------------------------------------------------------------
@@ -170,31 +303,103 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(pair):
     assert int(new) < 50
 
 
-def test_a_terminal_is_asked_and_ctrl_d_leaves(pair):
-    terminal = on_terminal(pair[0], "-n", "6", whole=True)
-    terminal.wait_for(b"> ")
-    terminal.type(b"hello\n")
+PROMPTED = b"\x1b[?2004h"  # the terminal marks pastes: at each prompt, and during each answer for the next one
+
+
+def at_prompt(target, *flags, **ends):
+    terminal = on_terminal(target, *flags, whole=True, **ends)
+    terminal.wait_for(PROMPTED)
+    return terminal
+
+
+def test_pasted_lines_are_one_message_and_ctrl_d_leaves(pair):
+    terminal = at_prompt(pair[0], "-n", "6")
+    terminal.type(b'\x1b[200~one\r\n"""\n/help\n\x1b[201~\r')
     terminal.wait_for(b"tokens (length)")
-    terminal.wait_for(b"> ", times=2)
+    terminal.type(b'"""one\rtwo"""\r')
+    terminal.wait_for(b"tokens (length)", times=2)
+    terminal.wait_for(PROMPTED, times=5)
     terminal.type(b"\x04")
     code, _ = terminal.end()
     assert code == 0, terminal.drawn
+    (_, new, _), (_, more, reused) = FOOTER.findall(COLOUR.sub("", terminal.drawn.decode()))
+    assert int(new) == rendered(("user", 'one\n"""\n/help'))
+    assert int(more) + int(reused) == int(new) + 6 + len("\n") + rendered(("user", "one\ntwo"))
 
 
-def test_ctrl_c_at_the_prompt_drops_the_line_and_leaves_with_130_where_it_is_empty(pair):
-    terminal = on_terminal(pair[0], "-n", "6", whole=True)
-    terminal.wait_for(b"> ")
-    terminal.type(b"/new\n")
-    terminal.wait_for(b"a new conversation")
-    terminal.wait_for(b"> ", times=2)
-    terminal.type(b"never mind")
-    terminal.wait_for(b"never mind")
+def test_ctrl_c_at_the_prompt_drops_the_line_and_leaves_at_the_second_time_in_a_row(pair):
+    terminal = at_prompt(pair[0], "-n", "6")
+    warned = b"press Ctrl-C again to leave"
     terminal.interrupt()
-    terminal.wait_for(b"> ", times=3)
-    terminal.interrupt()
+    terminal.wait_for(warned)
+    terminal.wait_for(PROMPTED, times=2)
+    terminal.type(b"never mind\x03")
+    terminal.wait_for(PROMPTED, times=3)
+    terminal.type(b"\x03")
+    terminal.wait_for(warned, times=2)
+    terminal.wait_for(PROMPTED, times=4)
+    terminal.type(b"\x03")
     code, _ = terminal.end()
     assert code == 130, terminal.drawn
     assert b"interrupted" in terminal.drawn
+
+
+def test_keys_typed_during_an_answer_are_the_next_entry_and_never_print_into_it(pair):
+    terminal = at_prompt(pair[0], *SLOW, "-n", "10")
+    terminal.type(b"hello\r")
+    terminal.wait_for(PROMPTED, times=2)
+    terminal.type(b"typed early\r/bye\r")
+    code, _ = terminal.end()
+    assert code == 0, terminal.drawn
+    first = terminal.drawn.index(b"tokens (length)")
+    assert b"typed early" not in terminal.drawn[:first]
+    assert b"typed early" in terminal.drawn[first:]
+    assert terminal.drawn.count(b"tokens (length)") == 2
+
+
+def test_ctrl_c_before_the_first_token_keeps_the_message_and_the_terminal_echoes_again(pair):
+    terminal = at_prompt(pair[0], "-n", "2", "--link-rate", "200KB/s", "--device-memory", "1800KiB")
+    terminal.type(b"hello\r")
+    terminal.wait_for(b"reading")
+    terminal.interrupt()
+    terminal.wait_for(b"stopped before the answer began")
+    terminal.type(b"/regen\r")
+    terminal.wait_for(b"tokens (length)")
+    terminal.type(b"/bye\r")
+    terminal.process.wait()
+    assert terminal.echoes
+    code, _ = terminal.end()
+    assert code == 0, terminal.drawn
+    assert terminal.drawn.count(b"\x1b[?2004h") == terminal.drawn.count(b"\x1b[?2004l")
+
+
+def test_earlier_chats_are_in_the_history(pair):
+    for keys in (b"a long question\r", b"\x1b[A\x1b[A\r"):  # the newest entry is /bye
+        terminal = at_prompt(pair[0], "-n", "2", XDG_STATE_HOME=str(pair[0].parent / "state"))
+        terminal.type(keys)
+        terminal.wait_for(b"tokens (length)")
+        terminal.type(b"/bye\r")
+        assert terminal.end()[0] == 0, terminal.drawn
+        assert b"a long question" in terminal.drawn
+    history = pair[0].parent / "state" / "aspec" / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_a_simple_terminal_reads_lines(pair):
+    terminal = on_terminal(pair[0], "-n", "6", whole=True, TERM="dumb")
+    terminal.wait_for(b"> ")
+    terminal.type(b"one \\\ntwo\n")
+    terminal.wait_for(b"tokens (length)")
+    terminal.wait_for(b"> ", times=2)
+    terminal.interrupt()
+    terminal.wait_for(b"press Ctrl-C again to leave")
+    terminal.wait_for(b"> ", times=3)
+    terminal.type(b"\x04")
+    code, _ = terminal.end()
+    assert code == 0, terminal.drawn
+    assert b"\x1b[?" not in terminal.drawn
+    ((_, new, _),) = FOOTER.findall(terminal.drawn.decode())
+    assert int(new) == rendered(("user", "one \ntwo"))
 
 
 def test_answers_that_go_elsewhere_hold_no_prompt(pair):

@@ -197,7 +197,7 @@ def test_help_teaches():
         "--speculation",
         "--exact",
         "--verify",
-        "--link-rate",
+        "--help-all",
         "Examples",
     ):
         assert word in text

@@ -20,7 +20,7 @@ from aspec.errors import (
     printable,
     shown,
 )
-from aspec.generation import tokenizer as tokenizer_module
+from aspec.generation import vocabulary_files
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.checkpoint import SINGLE, Checkpoint, read_header
 from aspec.io.json_file import read_json
@@ -103,10 +103,10 @@ def test_a_vocabulary_alone_names_the_packages_that_read_it(folder, monkeypatch,
     (folder / "tokenizer.model").write_bytes(content)
     found = importlib.util.find_spec
     hidden = ("sentencepiece", "google.protobuf", "tiktoken")
-    monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None if name in hidden else found(name))
+    monkeypatch.setattr(vocabulary_files, "find_spec", lambda name: None if name in hidden else found(name))
     with pytest.raises(CheckpointError, match=rf"pip install {' '.join(packages)}`"):
         Tokenizer.load(folder)
-    monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None if name == "google.protobuf" else name)
+    monkeypatch.setattr(vocabulary_files, "find_spec", lambda name: None if name == "google.protobuf" else name)
     with pytest.raises(CheckpointError) as error:
         Tokenizer.load(folder)
     assert ("pip install protobuf`" in str(error.value)) == ("protobuf" in packages), "only what is missing is named"

@@ -233,7 +233,7 @@ def test_faster_rates_make_a_faster_simulation(pair, tmp_path):
 def test_a_plan_names_the_rates_that_a_file_of_tasks_lacks(pair, tmp_path, machine, missing):
     file = tmp_path / "machine.json"
     file.write_text(json.dumps(machine))
-    result = run("plan", *pair, "--profile", file)
+    result = run("plan", *pair, "--profile", file, "--quiet")
     assert result.exit_code == 1
     assert missing in result.stderr
     assert result.stderr.count("\n") == 1

@@ -34,7 +34,11 @@ class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
 
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]", help="A prompt, as with --prompt; several words are one prompt."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="A prompt, as with --prompt; several words are one prompt.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
     verify: Annotated[
         bool,
@@ -63,7 +67,8 @@ class TraceFlags(LogprobFlags, EndFlags, RunFlags):
     """A run to record, or a recorded trace to summarise."""
 
     recorded: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A recorded trace to read; needs --summary.")
+        Path | None,
+        typer.Argument(metavar="FILE", help="A recorded trace to read; needs --summary.", rich_help_panel=TRACE),
     ] = None
     summary: Annotated[
         bool,
@@ -143,7 +148,11 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
     ] = None
     max_context: Annotated[
         int | None,
-        option(PLACE, "Maximum tokens of the whole conversation. Default: 4096, less if memory is short.", min=2),
+        option(
+            PLACE,
+            "Maximum tokens that the model sees. Default: 4096, less if memory is short.",
+            min=2,
+        ),
     ] = None
     quiet: Annotated[bool, option(OUTPUT, "Print only answers and errors.", "--quiet", "-q")] = False
 
@@ -158,19 +167,29 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
 
     input: Annotated[
         Path | None,
-        option(OUTPUT, "The requests: a file in OpenAI's batch format, one request per line.", "--input", "-i"),
+        option(
+            OUTPUT,
+            "The requests: a file in OpenAI's batch format, one request per line; - is standard input.",
+            "--input",
+            "-i",
+        ),
     ] = None
     output: Annotated[
         Path | None,
         option(
             OUTPUT,
-            "The answers, one per line. A journal beside the file lets a stopped job continue.",
+            "The answers, one per line. A journal beside the file lets a stopped job continue. - is standard output, "
+            "without a journal.",
             "--output",
             "-o",
         ),
     ] = None
     overwrite: Annotated[
         bool, option(OUTPUT, "Start anew if the output exists; its content is lost.", "--overwrite")
+    ] = False
+    strict: Annotated[
+        bool,
+        option(OUTPUT, "Refuse the whole file if a row cannot be served. Default: such rows get an error.", "--strict"),
     ] = False
     quiet: Annotated[bool, option(OUTPUT, "Print no progress and no summary.", "--quiet", "-q")] = False
     max_new_tokens: Annotated[

@@ -182,23 +182,34 @@ async def _verify(job: GenerateJob, outcome: Outcome) -> list[Verdict]:
 async def _serve(engine: Engine, job: GenerateJob, monitor: Monitor) -> list[Result]:
     """Serve all prompts in shared passes. Print a single text as it comes, several texts one after the other."""
     alone, as_json = len(job.prompts) == 1, job.flags.as_json
+    texts = [""] * len(job.prompts)
 
     def hear(text: str, row: int) -> None:
         monitor.heard(text, row)
         if alone and not as_json:
             job.console.write(text)
+        texts[row] += text
+
+    def show(row: int) -> None:
+        if not as_json:
+            job.console.write("\n" if alone else f"[{row}] {texts[row]}\n")
 
     results: list[Result] = []
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(collect(engine, prompt, params, partial(hear, row=row)))
-            for row, (prompt, params) in enumerate(zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True))
-        ]
-        for index, task in enumerate(tasks):
-            result = await task
-            results.append(result)
-            if not as_json:
-                job.console.write("\n" if alone else f"[{index}] {result.text}\n")
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(collect(engine, prompt, params, partial(hear, row=row)))
+                for row, (prompt, params) in enumerate(
+                    zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True)
+                )
+            ]
+            for row, task in enumerate(tasks):
+                results.append(await task)
+                show(row)
+    finally:  # what there is of the others, after an error or a signal
+        for row in range(len(results), len(texts)):
+            if texts[row] and not alone:
+                show(row)
     return results
 
 

@@ -130,7 +130,7 @@ class Interrupts:
         if not self.must_end:
             self._stopped_by = signal.Signals(number)
         if self._count >= MOST_SIGNALS:
-            self._end_now(128 + number)
+            self.end_now(128 + number)
         if self._loop is None:
             raise KeyboardInterrupt
         self._loop.call_soon_threadsafe(self._stop_work, number)
@@ -143,7 +143,7 @@ class Interrupts:
             self._cancelled = True
             self._work.cancel()
 
-    def _end_now(self, code: int) -> NoReturn:
+    def end_now(self, code: int) -> NoReturn:
         """Restore the terminal, print the text so far, and end without cleaning up."""
         for descriptor, text in (self.console.abandon() if self.console else {}).items():
             with suppress(OSError, ValueError):

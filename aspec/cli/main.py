@@ -25,6 +25,7 @@ from aspec.cli.command_flags import (
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
+from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
 from aspec.errors import AspecError, WriteError
 from aspec.observe.console import Console
@@ -72,10 +73,13 @@ def generate(flags: GenerateFlags) -> None:
 def chat(flags: ChatFlags) -> None:
     """Chat with a model in the terminal. Each turn prefills only its new tokens.
 
-    Each line of standard input is a turn. /new starts a new conversation, /help
-    lists the commands, /exit or Ctrl-D leaves. Ctrl-C stops an answer and keeps
-    its text so far. The model needs a chat template, as instruction-tuned
-    checkpoints have.
+    Pasted lines are one message; \"\"\" begins and ends a message of several lines,
+    and a backslash at the end continues a line. Commands begin with a slash:
+    /set, /system, /show, /save, /load, /regen, /undo, /new; /help lists them.
+    Ctrl-C stops an answer and keeps its text so far; Ctrl-D leaves, and so does
+    Ctrl-C twice at an empty prompt. A full context drops the oldest turns. Of a
+    pipe each line is a turn, as if it was typed; the exit code is 1 if one is
+    refused. The model needs a chat template, as instruction-tuned models have.
 
     Examples:
 
@@ -85,7 +89,7 @@ def chat(flags: ChatFlags) -> None:
 
       cat questions.txt | aspec chat --target ./model --quiet
     """
-    perform("aspec.cli.chat", "chat_on_console", flags)
+    perform("aspec.cli.chat.chat", "chat_on_console", flags)
 
 
 @app.command(cls=HelpCommand)
@@ -138,12 +142,14 @@ def batch(flags: BatchFlags) -> None:
       {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions",
        "body": {"messages": [{"role": "user", "content": "Why?"}]}}
 
-    All rows are checked before the first is served. Each answer is synced to
-    the disk when it is complete; answers come in any order and carry the row's
-    custom_id. To continue a stopped job, run the same command again: aspec
-    reads the journal beside the output (OUT.journal). The rows are the same as
-    without the stop. Draft, memory, batch size and threads may change between
-    the runs; the input, the model and the sampling must stay the same.
+    All rows are checked before the model is loaded. Rows that cannot be served
+    are listed and become error rows; with --strict they refuse the file. Each
+    answer is synced to the disk when it is complete; answers come in any order
+    and carry the row's custom_id (null and the line's number if it has none).
+    To continue a stopped job, run the same command again: aspec reads the
+    journal beside the output (OUT.journal). The rows are the same as without
+    the stop. Draft, memory, batch size and threads may change between the runs;
+    the input, the model and the sampling must stay the same.
 
     Ctrl-C starts no new rows and finishes the rows in progress; a second Ctrl-C
     stops at once.
@@ -155,6 +161,8 @@ def batch(flags: BatchFlags) -> None:
       aspec batch -i in.jsonl -o out.jsonl --target org/big --draft org/small --device-memory 8GiB -n 512
 
       aspec batch -i in.jsonl -o out.jsonl --target ./model --temperature 0.7 --seed 1 --overwrite
+
+      zcat in.jsonl.gz | aspec batch -i - -o - --target ./model > out.jsonl
     """
     perform("aspec.cli.batch", "batch_to_console", flags)
 
@@ -258,6 +266,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. It prepares what all commands share: the standard streams and the signals."""
     prepare_streams()
     interrupts = Interrupts().install()
+    StuckMain(interrupts.end_now).watch()
     try:
         app(args)
     except WriteError as error:  # of the help

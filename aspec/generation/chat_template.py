@@ -5,10 +5,12 @@ text, some loop over its parts, some take both, and a template that gets the wro
 So each role is tried once, with a text and with parts, and messages are given in a form whose text is printed.
 """
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from aspec.errors import PromptError
@@ -56,17 +58,24 @@ class ChatTemplate:
         """Whether there is one."""
         return bool(getattr(self._inner, "chat_template", None))
 
-    def render(self, messages: Sequence[Message], limit: TimeLimit) -> str:
-        """The text of a conversation, up to the start of the model's answer.
+    def uses(self, name: str) -> bool:
+        """Whether the template names a variable."""
+        return self.exists and re.search(rf"\b{re.escape(name)}\b", str(self._inner.chat_template)) is not None
+
+    def render(self, messages: Sequence[Message], limit: TimeLimit, variables: Mapping[str, Any] | None = None) -> str:
+        """The text of a conversation, up to the start of the model's answer; the template reads ``variables``.
 
         Raises PromptError if there is no template, if it refuses, if it would leave a text out, if it takes longer than
         ``limit`` or too much memory, or if a message holds something other than text.
         """
         if not self.exists:
             raise PromptError(f"{self._folder} has no chat template: give plain text (--raw) or choose a chat model.")
+        variables = dict(variables or {})
+        if taken := inspect.signature(self._inner.apply_chat_template).parameters.keys() & variables:
+            raise PromptError(f"the chat template's variable {min(taken)} cannot be given: remove it.")
         conversation = [_checked(f"message {number}", message) for number, message in enumerate(messages, 1)]
         try:
-            return self._text([self._formed(message, limit) for message in conversation], limit)
+            return self._text([self._formed(message, limit) for message in conversation], limit, variables)
         except (Warning, PromptError):  # a warning that the user turned into an error
             raise
         except TimeLimitError as error:
@@ -82,12 +91,17 @@ class ChatTemplate:
                 f"messages' roles or order to what the model expects, or give plain text (--raw)."
             ) from error
 
-    def _text(self, conversation: Sequence[Message], limit: TimeLimit) -> str:
+    def _text(
+        self, conversation: Sequence[Message], limit: TimeLimit, variables: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         template = self._inner.get_chat_template()
         common = {"messages": conversation, "tools": None, "documents": None, "add_generation_prompt": True}
-        self._trial.run(template, {**self._inner.special_tokens_map, **common}, limit)
+        self._trial.run(template, {**self._inner.special_tokens_map, **common, **variables}, limit)
         with limit:
-            return str(self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+            rendered = self._inner.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False, **variables
+            )
+            return str(rendered)
 
     def _formed(self, message: dict[str, Any], limit: TimeLimit) -> dict[str, Any]:
         """A message with its content in a form that the template prints. Raises PromptError if it prints none."""

@@ -1,9 +1,7 @@
 """Between text and token ids: the tokenizer, the check of two vocabularies, streamed text in whole characters."""
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,14 +11,12 @@ from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_o
 from aspec.generation.chat_template import ChatTemplate, check_unicode
 from aspec.generation.stop_strings import StopStrings
 from aspec.generation.time_limit import TimeLimit
+from aspec.generation.vocabulary_files import missing_reader
 from aspec.models.skeleton import load_config
 from aspec.units import format_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback
-HEAD_BYTES = 1 << 16  # a tiktoken file has a token per line, and the first lines show it
-SENTENCEPIECE, TIKTOKEN = ("sentencepiece", "protobuf"), ("tiktoken",)
-MODULES = {"protobuf": "google.protobuf"}  # package -> module, where the names differ
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 MAX_WINDOW = 8  # most tokens decoded again at every step; a character has at most 4 bytes, so at most 4 tokens
 TEMPLATE_S = 5.0  # of processor time, for a chat template: a long conversation takes 2 % of it
@@ -49,12 +45,12 @@ class Tokenizer:
             )
         if (folder / "config.json").is_file():
             load_config(folder)  # transformers reads it too, and its faults are not the tokenizer's
-        _check_size(folder)
-        if (reason := _missing_reader(folder)) is not None:
+        if (reason := missing_reader(folder)) is not None:
             raise _unusable(folder, reason)
+        _check_size(folder)
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            vocabulary = inner.get_vocab()
+            size = len(inner.get_vocab())
             inner.encode("")  # resets the file's padding and truncation before threads share it
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
@@ -62,7 +58,7 @@ class Tokenizer:
             if not _is_library_error(error):
                 raise
             raise _unusable(folder, reason_of(error)) from error
-        if not vocabulary:
+        if not size:
             raise _unusable(folder, "its vocabulary is empty")
         return cls(inner, folder)
 
@@ -81,10 +77,18 @@ class Tokenizer:
         """Whether the tokenizer can lay out a conversation as its model expects."""
         return self._template.exists
 
+    def template_uses(self, name: str) -> bool:
+        """Whether the chat template names a variable."""
+        return self._template.uses(name)
+
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = (), limit: TimeLimit | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        said: Sequence[int] = (),
+        limit: TimeLimit | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The token ids of a conversation, up to the start of the model's answer.
+        """The token ids of a conversation, up to the start of the model's answer; the template reads ``variables``.
 
         The content of a message is a text or a list of text parts. Raises PromptError as ``ChatTemplate.render`` does;
         the default of ``limit`` is ``TEMPLATE_S``.
@@ -92,7 +96,7 @@ class Tokenizer:
         The result begins with the tokens ``said``, or all but their last few, if the text begins with their text. The
         tokenizer may encode the same text differently, and only the same tokens already have KV.
         """
-        text = self._template.render(messages, limit or TimeLimit(TEMPLATE_S))
+        text = self._template.render(messages, limit or TimeLimit(TEMPLATE_S), variables)
         for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # the last ones may end inside a character
             begun = self.spell(said[:count])
             if text.startswith(begun):
@@ -291,44 +295,6 @@ class TextStream:
 
 def _name(vocabulary: Mapping[int, str], index: int) -> str:
     return repr(vocabulary[index]) if index in vocabulary else "absent"
-
-
-def _missing_reader(folder: Path) -> str | None:
-    """Why a binary vocabulary that is alone cannot be read; None if it can, or if the folder has other files.
-
-    transformers converts a sentencepiece vocabulary with the packages sentencepiece and protobuf. Without them it takes
-    the file for one of tiktoken, and asks for a package that does not help.
-    """
-    if (folder / "tokenizer.json").is_file() or any(folder.glob("vocab.*")):
-        return None
-    for path in sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")]):
-        needed = TIKTOKEN if _is_tiktoken(path) else SENTENCEPIECE
-        missing = [package for package in needed if not _installed(MODULES.get(package, package))]
-        if missing:
-            kind = "tiktoken" if needed is TIKTOKEN else "sentencepiece"
-            return (
-                f"{path.name} is a {kind} vocabulary, and there is no {' and no '.join(missing)} to read it: run "
-                f"`pip install {' '.join(missing)}`"
-            )
-    return None
-
-
-def _is_tiktoken(path: Path) -> bool:
-    """Whether a vocabulary file is one of tiktoken: a token in base64 and its rank per line."""
-    try:
-        with path.open("rb") as file:
-            first = file.read(HEAD_BYTES).splitlines()[:1]
-        token, rank = first[0].split() if first else (b"", b"")
-        return bool(base64.b64decode(token, validate=True)) and rank.isdigit()
-    except (OSError, ValueError):
-        return False
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it is missing
-        return False
 
 
 def _unusable(folder: Path, reason: str) -> CheckpointError:

@@ -87,13 +87,16 @@ class Model:
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
+        named = named_dtype(dtype, self.config)
         missing = outlined and not has_weights(self.folder)
-        self.checkpoint = Checkpoint(self.folder, {}, 0, {}) if missing else Checkpoint.open(self.folder)
-        if not missing:  # headers are cheap to read, and bound what the configuration may claim
+        if missing:
+            self.checkpoint = Checkpoint(self.folder, {}, 0, {})
+        else:  # headers are cheap to read, and bound what the configuration may claim
+            self.checkpoint = Checkpoint.open(self.folder)
             check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
-        self._named_dtype = named_dtype(dtype, self.config) or stored_dtype(self.checkpoint.tensors) or torch.float32
+        self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
+        self._named_dtype = named or stored_dtype(self.checkpoint.tensors) or torch.float32
         self.dtype = computed_on(self.device, self._named_dtype)
-        self._facts = examine(self.config, self.dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         if missing:
             tied = tied_weights(self._layers_model)

@@ -32,29 +32,34 @@ class Label:
     model: str
 
 
-def answer_body(request: Request, made: Generated, label: Label, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The body of a ``chat.completion`` or a ``text_completion`` object."""
+def answer_body(request: Request, choices: Sequence[Generated], label: Label, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The body of a ``chat.completion`` or a ``text_completion`` object, with one or more choices."""
+    num_prompt, num_tokens = choices[0].num_prompt, sum(made.num_tokens for made in choices)
+    return {
+        "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{label.id}",
+        "object": "chat.completion" if request.is_chat else "text_completion",
+        "created": label.created,
+        "model": label.model,
+        "choices": [_choice(request, index, made, tokenizer) for index, made in enumerate(choices)],
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+        },
+    }
+
+
+def _choice(request: Request, index: int, made: Generated, tokenizer: Tokenizer) -> dict[str, Any]:
     asked = request.sampling.get("logprobs") is not None
     form = _chat_logprobs if request.is_chat else _completion_logprobs
-    choice: dict[str, Any] = {"index": 0}
+    choice: dict[str, Any] = {"index": index}
     if request.is_chat:
         choice["message"] = {"role": "assistant", "content": made.text}
     else:
         choice["text"] = made.text
     choice["logprobs"] = form(made.logprobs, tokenizer) if asked else None
     choice["finish_reason"] = made.finish_reason
-    return {
-        "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{label.id}",
-        "object": "chat.completion" if request.is_chat else "text_completion",
-        "created": label.created,
-        "model": label.model,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": made.num_prompt,
-            "completion_tokens": made.num_tokens,
-            "total_tokens": made.num_prompt + made.num_tokens,
-        },
-    }
+    return choice
 
 
 def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""How does a conversation run in the terminal?"""

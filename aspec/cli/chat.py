@@ -12,9 +12,8 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 
-from aspec.api import loop_factory
 from aspec.cli.command_flags import ChatFlags
-from aspec.cli.interrupts import present
+from aspec.cli.interrupts import loop_runner, present
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError
 from aspec.generation.defaults import sampling_params
@@ -121,7 +120,7 @@ def chat_on_console(flags: ChatFlags, console: Console) -> None:
     resolved, tokenizer, params = _prepare(flags)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused later, alone
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with loop_runner() as runner:
         stack = AsyncExitStack()
         engine = present().run(runner, _open(stack, resolved, console))
         try:
@@ -129,7 +128,8 @@ def chat_on_console(flags: ChatFlags, console: Console) -> None:
             while (line := read_line()) is not None and chat.execute(line):
                 pass
         finally:
-            runner.run(stack.aclose())
+            with present().finishing():
+                runner.run(stack.aclose())
 
 
 def footer(stats: RequestStats, reason: str | None) -> str:

@@ -3,7 +3,10 @@
 import aspec
 print(aspec.generate("def main():", max_new_tokens=64).text)          # the embedded demo pair
 
-async with aspec.open_engine(target="org/big", draft="org/small", device_memory=8 << 30) as engine:
+with aspec.LLM(target="org/big", draft="org/small", device_memory="8GiB") as llm:
+    print(llm.chat("Why is the sky blue?", temperature=0.6).text)
+
+async with aspec.open_engine(target="org/big", draft="org/small", device_memory="8GiB") as engine:
     async for piece in engine.stream("Once upon a time", aspec.SamplingParams(temperature=0.6)):
         print(piece.text, end="")
 """
@@ -16,11 +19,14 @@ from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 
 if TYPE_CHECKING:
-    from aspec.api import Result, generate
+    from aspec.api import LLM, Result, generate
     from aspec.engine.engine import Engine, open_engine
     from aspec.generation.stats import Piece, RequestStats
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "LLM",
     "AspecError",
     "DeviceError",
     "Engine",
@@ -31,6 +37,7 @@ __all__ = [
     "Result",
     "SamplingParams",
     "UserError",
+    "__version__",
     "generate",
     "open_engine",
 ]
@@ -38,6 +45,7 @@ __all__ = [
 _LATER = {  # imported on first use: torch and transformers take seconds
     "Engine": "aspec.engine.engine",
     "open_engine": "aspec.engine.engine",
+    "LLM": "aspec.api",
     "generate": "aspec.api",
     "Result": "aspec.api",
     "Piece": "aspec.generation.stats",

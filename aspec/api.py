@@ -1,20 +1,35 @@
-"""The synchronous API: one prompt or several in, results out."""
+"""The synchronous API: one prompt or several in, results out; an engine that stays open between calls.
+
+    with aspec.LLM(target="org/big", draft="org/small", device_memory="8GiB") as llm:
+        print(llm.generate("Why is the sky blue?", max_new_tokens=64).text)
+
+The engine runs on a loop in a thread of its own, so that everything here also works inside a running loop (a notebook)
+and from several threads, whose prompts share passes.
+"""
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, overload
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar, overload
 
-from aspec.engine.admission import Prompt
-from aspec.engine.engine import Engine, open_engine
-from aspec.errors import first_error
+from aspec.engine.engine import Engine
+from aspec.errors import PromptError, UserError, first_error
 from aspec.generation.params import SamplingParams
+from aspec.generation.prompts import Prompt, PromptLike, as_prompt, as_prompts, conversation, is_chat, templated
 from aspec.generation.sampler import TokenLogprob, derive_seed
-from aspec.generation.stats import RequestStats
+from aspec.generation.stats import Piece, RequestStats
+from aspec.io.loop_thread import LoopThread
+from aspec.options import engine_options, suggestion
+from aspec.plan import Plan
 
 T = TypeVar("T")
+
+SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +46,158 @@ class Result:
 @overload
 def generate(prompts: str, params: SamplingParams | None = None, **options: Any) -> Result: ...
 @overload
-def generate(prompts: Sequence[Prompt], params: SamplingParams | None = None, **options: Any) -> list[Result]: ...
+def generate(prompts: PromptLike, params: SamplingParams | None = None, **options: Any) -> Any: ...
 def generate(
-    prompts: str | Sequence[Prompt], params: SamplingParams | None = None, **options: Any
-) -> Result | list[Result]:
-    """Generate for one prompt (returns a Result) or for a list of prompts, which share passes (returns a list).
+    prompts: PromptLike,
+    params: SamplingParams | None = None,
+    *,
+    raw: bool = False,
+    system: str | None = None,
+    **options: Any,
+) -> Any:
+    """Open an engine, generate as ``LLM.generate`` does, close it.
 
-    Keywords are the fields of ``SamplingParams`` and ``EngineOptions``. With several prompts the seed of each one
-    derives from the given seed and the prompt's index. Raises UserError for input that cannot be used.
+    Keywords are the fields of ``SamplingParams`` and ``EngineOptions``. To generate more than once, keep an ``LLM``:
+    it loads its weights once. Raises UserError for input that cannot be used.
     """
-    given = {name: options.pop(name) for name in SamplingParams.__slots__ if name in options}
-    params = replace(params or SamplingParams(), **given)
-    wanted: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if len(wanted) == 1:
-        options.setdefault("max_batch", 1)
-
-    async def main() -> list[Result]:
-        async with open_engine(**options) as engine:
-            return await generate_all(engine, wanted, params)
-
-    results = run(main)
-    return results[0] if isinstance(prompts, str) else results
+    sampling = {name: options.pop(name) for name in SAMPLING & options.keys()}
+    wanted, alone = as_prompts(prompts)
+    if not wanted:
+        return []
+    engine_options(options, also=SAMPLING)
+    options.setdefault("max_batch", 1 if len(wanted) == 1 else None)
+    with LLM(**options) as llm:
+        return llm.generate(wanted[0] if alone else wanted, params, raw=raw, system=system, **sampling)
 
 
-async def generate_all(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[Result]:
-    """Generate for all prompts at once, each with its own seed."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(collect(engine, prompt, own))
-            for prompt, own in zip(prompts, seeded(params, len(prompts)), strict=True)
-        ]
+class LLM:
+    """An engine that stays open, for synchronous code; use it as a context manager, or call ``close``.
+
+    Its weights are loaded once. Keywords are the fields of ``EngineOptions``; sizes may be texts such as "8GiB". An
+    instance that is never closed ends with its last reference, or with the program. Raises UserError if an option or a
+    model cannot be used.
+    """
+
+    def __init__(self, target: object = None, draft: object = None, **options: Any) -> None:
+        self._engine = Engine(engine_options({"target": target, "draft": draft, **options}))
+        self._thread = LoopThread("aspec-engine", loop_factory())
+        self._close = weakref.finalize(self, self._thread.close)
+        try:
+            self._thread.call(self._engine.__aenter__)
+        except BaseException:
+            self._close()
+            raise
+        self._thread.at_end = partial(self._engine.__aexit__, None, None, None)
+
+    @overload
+    def generate(self, prompts: str, params: SamplingParams | None = None, **options: Any) -> Result: ...
+    @overload
+    def generate(self, prompts: PromptLike, params: SamplingParams | None = None, **options: Any) -> Any: ...
+    def generate(
+        self,
+        prompts: PromptLike,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Generate for one prompt (returns a Result) or for a sequence of prompts, which share passes (returns a list).
+
+        A prompt is a text, token ids, or a conversation. A model with a chat template gets a text as a user's message
+        after the ``system`` message, unless ``raw``. Sampling parameters come from ``sampling``, otherwise from
+        ``params``; without ``params``, from the checkpoint's generation_config.json, otherwise they are greedy. With
+        several prompts the seed of each one derives from the given seed and the prompt's index.
+
+        Raises PromptError for a prompt that cannot be served, and ClosedError.
+        """
+        wanted, alone = as_prompts(prompts)
+        used = self._params(params, sampling)
+        ready = [self._templated(prompt, raw, system) for prompt in wanted]
+        results = self._thread.call(lambda: generate_all(self._engine, ready, used))
+        return results[0] if alone else results
+
+    def chat(self, messages: PromptLike, params: SamplingParams | None = None, **sampling: Any) -> Result:
+        """The model's answer to a conversation: messages with role and content, or one text of a user.
+
+        Raises PromptError, also if the model has no chat template, and ClosedError.
+        """
+        talk = as_prompt(messages)
+        talk = conversation(talk) if isinstance(talk, str) else talk
+        if not is_chat(talk):
+            raise PromptError("chat takes messages with role and content, or a text; found token ids. Use generate.")
+        used = self._params(params, sampling)
+        return self._thread.call(lambda: collect(self._engine, talk, used))
+
+    def stream(
+        self,
+        prompt: PromptLike,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """The pieces of one generation as they come; see ``generate``. Closing the iterator stops the generation."""
+        ready, used = self._templated(as_prompt(prompt), raw, system), self._params(params, sampling)
+        return self._pieces(ready, used)
+
+    @property
+    def plan(self) -> Plan:
+        """What is resident, what streams, and the byte counts behind it."""
+        return self._engine.plan
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens of one sequence, prompt included."""
+        return self._engine.max_context
+
+    def close(self) -> None:
+        """End all generations and free everything; may be called twice."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[Piece]:
+        stream = self._engine.stream(prompt, params)
+        try:
+            while True:
+                try:
+                    yield self._thread.call(stream.__anext__)
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._thread.call(stream.aclose)
+
+    def _templated(self, prompt: Prompt, raw: bool, system: str | None) -> Prompt:
+        return templated(prompt, raw or not self._engine.tokenizer.has_chat_template, system)
+
+    def _params(self, params: SamplingParams | None, given: Mapping[str, Any]) -> SamplingParams:
+        for name in given.keys() - SAMPLING:
+            raise UserError(f"there is no sampling parameter {name!r}{suggestion(name, sorted(SAMPLING))}.")
+        return self._engine.sampling(**given) if params is None else replace(params, **given)
+
+
+async def generate_all(engine: Engine, prompts: Sequence[PromptLike], params: SamplingParams) -> list[Result]:
+    """Generate for all prompts at once, each with its own seed. A PromptError names the prompt among several."""
+
+    async def numbered(index: int, own: SamplingParams) -> Result:
+        try:
+            return await collect(engine, prompts[index], own)
+        except PromptError as error:
+            if len(prompts) == 1:
+                raise
+            raise PromptError(f"prompt {index}: {error}") from error
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(numbered(index, own)) for index, own in enumerate(seeded(params, len(prompts)))]
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from None
     return [task.result() for task in tasks]
 
 
@@ -72,7 +209,7 @@ def seeded(params: SamplingParams, count: int) -> list[SamplingParams]:
 
 
 async def collect(
-    engine: Engine, prompt: Prompt, params: SamplingParams, on_text: Callable[[str], None] | None = None
+    engine: Engine, prompt: PromptLike, params: SamplingParams, on_text: Callable[[str], None] | None = None
 ) -> Result:
     """Read one stream to its end; ``on_text`` receives the text as it arrives."""
     texts: list[str] = []

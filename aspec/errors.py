@@ -1,4 +1,4 @@
-"""The errors that aspec raises: the user's input, a bug of aspec, a closed engine, a failed device or disk.
+"""The errors that aspec raises (the user's input, a bug of aspec, a closed engine, a failed device), and their texts.
 
 AspecError
 ├── UserError            the input cannot be used; the message gives the problem, expected, found, remedy (exit 1)
@@ -15,12 +15,22 @@ AspecError
     ├── ReadError            the disk returned an error or too few bytes
     ├── WriteError           the output cannot be written: the disk is full, is not writable or fails
     ├── NumericError         the logits of one sequence are not numbers
+    │   └── NoTokenError         its sampling parameters rule every token out
     └── DivergenceError      the target drew other tokens with a draft than without one
 """
 
+import reprlib
+
+MOST_CHARACTERS = 50_000  # of a message: thousands of problems of a batch file
+MOST_REASON = 600  # of a library's error inside a message
+MOST_SHOWN = 200  # of a name or a value inside a message
+
 
 class AspecError(Exception):
-    """The root of every error that aspec raises on purpose."""
+    """The root of every error that aspec raises on purpose. Its text is fit for a terminal (``printable``)."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(value) if isinstance(value, str) else value for value in args))
 
 
 class UserError(AspecError):
@@ -79,6 +89,10 @@ class NumericError(DeviceError):
     """The logits of a sequence are not numbers."""
 
 
+class NoTokenError(NumericError):
+    """The sampling parameters of a sequence rule every token out at a position."""
+
+
 class DivergenceError(DeviceError):
     """Speculation gave other tokens than decoding without it: passes of another size rounded differently."""
 
@@ -88,3 +102,30 @@ def first_error(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def printable(text: str, most: int = MOST_CHARACTERS) -> str:
+    """``text`` for a terminal: its control characters are escaped, and the middle of a long text is left out.
+
+    Names from files may hold anything: escape sequences that repaint the screen, or megabytes.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... ({len(text)} characters) ... {text[-(most // 4) :]}"
+    return "".join(map(_escaped, text)) if not text.isprintable() else text
+
+
+def shown(value: object) -> str:
+    """A name or value from a file, for use in a message: bounded and on one line; a text without quotes."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    return printable(text, MOST_SHOWN).replace("\n", "\\n")
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's error for use in a message: its type and text, on one line."""
+    text = " ".join(str(error).split()).rstrip(".: ")
+    return f"{type(error).__name__}: {printable(text, MOST_REASON)}" if text else type(error).__name__
+
+
+def _escaped(character: str) -> str:
+    keep = character.isprintable() or character == "\n"
+    return character if keep else character.encode("unicode_escape").decode("ascii")

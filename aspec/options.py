@@ -1,14 +1,20 @@
 """The options of an engine: one frozen record with defaults."""
 
-from collections.abc import Callable
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from aspec.errors import UserError
 from aspec.plan import Workload
+from aspec.units import parse_bytes, parse_rate
 
 SPECULATION = ("auto", "chain", "tree", "off")
 ATTENTION = ("auto", "device", "cpu")
+DEVICES = ("auto", "cpu", "cuda")
 NGRAM = "ngram"  # the name of the draft that needs no model
 DEMO = Path(__file__).parent / "demo"  # the embedded pair: folders target and draft
 
@@ -16,14 +22,25 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""
 
 
+def cache_folder() -> Path:
+    """Where aspec keeps what it can make again, in the user's cache folder (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "aspec"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to open an engine. None means: decide from the model, the machine and measured costs."""
+    """How to open an engine. None means: decide from the model, the machine and measured costs.
+
+    Raises UserError for a value that cannot be used.
+    """
 
     target: str | Path | None = None  # folder or hub id; None: the embedded demo pair
     draft: str | Path | None = None
+    adapter: str | Path | None = None  # folder or hub id of a LoRA adapter for the target
     device: str = "auto"
-    device_memory: int | None = None  # bytes
+    device_memory: int | None = None  # bytes, or a text such as 8GiB (as for every size and rate here)
+    process_memory: int | None = None  # bytes of the whole process, on a CPU; instead of device_memory
     host_memory: int | None = None  # bytes for pinned layers and KV, behind a device's link
     resident_memory: int | None = None  # at most these bytes of layers are resident, even where more would fit
     dtype: str = "auto"
@@ -45,28 +62,138 @@ class EngineOptions:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        counts = {
-            "device_memory": (self.device_memory, 1),
-            "host_memory": (self.host_memory, 1),
-            "resident_memory": (self.resident_memory, 0),
-            "num_draft_tokens": (self.num_draft_tokens, 0),
-            "draft_depth": (self.draft_depth, 1),
-            "max_batch": (self.max_batch, 1),
-            "num_groups": (self.num_groups, 1),
-            "max_context": (self.max_context, 2),
-            "prefill_tokens": (self.prefill_tokens, 1),
-            "threads": (self.threads, 1),
-        }
-        for name, (value, least) in counts.items():
+        for name, convert in CONVERTED.items():
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, convert(name, given))
+        for name, least in LEAST.items():
+            value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, found {value}.")
+        if self.device_memory is not None and self.process_memory is not None:
+            raise UserError(
+                "device_memory and process_memory were given: expected one of them; process_memory counts the "
+                "interpreter and torch, too."
+            )
         if self.num_groups is not None and self.max_batch is not None and self.num_groups > self.max_batch:
             raise UserError(f"num_groups must be at most max_batch = {self.max_batch}, found {self.num_groups}.")
         if self.link_rate is not None and self.link_rate <= 0:
             raise UserError(f"link_rate must be a positive number of bytes per second, found {self.link_rate}.")
-        if self.speculation not in SPECULATION:
-            raise UserError(f"speculation must be one of {', '.join(SPECULATION)}, found {self.speculation!r}.")
-        if self.attention not in ATTENTION:
-            raise UserError(f"attention must be one of {', '.join(ATTENTION)}, found {self.attention!r}.")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device must be auto, cpu or cuda, found {self.device!r}.")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}.")
+
+
+def engine_options(given: Mapping[str, Any], also: Iterable[str] = ()) -> EngineOptions:
+    """The options of these keywords. Raises UserError for an unknown one; ``also`` are known names of the caller."""
+    known = EngineOptions.__dataclass_fields__
+    for name in given:
+        if name not in known:
+            raise UserError(f"there is no option {name!r}{suggestion(name, [*known, *also])}.")
+    return EngineOptions(**given)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The words that follow an unknown name: the known one that was meant, or all of them."""
+    names = list(known)
+    meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, names, 1)), None)
+    return f". Did you mean {meant!r}?" if meant in names else f": expected one of {', '.join(names)}"
+
+
+def _size(name: str, value: object) -> int:
+    """A number of bytes, or a text such as 8GiB."""
+    if isinstance(value, str):
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}.") from error
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    raise UserError(f"{name} must be a whole number of bytes or a text such as '8GiB', found {value!r}.")
+
+
+def _rate(name: str, value: object) -> float:
+    """A number of bytes per second, or a text such as 1.5GB/s."""
+    if isinstance(value, str):
+        try:
+            return parse_rate(value)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}.") from error
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    raise UserError(f"{name} must be a number of bytes per second or a text such as '1.5GB/s', found {value!r}.")
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    raise UserError(f"{name} must be a whole number, found {value!r}.")
+
+
+def _flag(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise UserError(f"{name} must be True or False, found {value!r}.")
+
+
+def _model(name: str, value: object) -> str | Path:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, os.PathLike):
+        return Path(value)
+    raise UserError(
+        f"{name} must be a folder or a hub id, found {type(value).__name__}. Save a model with its tokenizer into a "
+        f"folder first (save_pretrained), and give the folder."
+    )
+
+
+def _dtype(name: str, value: object) -> str:
+    """A name, also of a torch.dtype."""
+    return value if isinstance(value, str) else str(value).removeprefix("torch.")
+
+
+LEAST = {
+    "device_memory": 1,
+    "process_memory": 1,
+    "host_memory": 1,
+    "resident_memory": 0,
+    "num_draft_tokens": 0,
+    "draft_depth": 1,
+    "max_batch": 1,
+    "num_groups": 1,
+    "max_context": 2,
+    "prefill_tokens": 1,
+    "threads": 1,
+}
+CHOICES = {"speculation": SPECULATION, "attention": ATTENTION, "device": DEVICES}
+CONVERTED: dict[str, Callable[[str, object], object]] = {
+    "target": _model,
+    "draft": _model,
+    "adapter": _model,
+    "dtype": _dtype,
+    **dict.fromkeys(LEAST, _count),
+    **dict.fromkeys(("device_memory", "process_memory", "host_memory", "resident_memory"), _size),
+    **dict.fromkeys(("draft_ahead", "exact", "shared_noise", "reuse_prefix"), _flag),
+    "link_rate": _rate,
+}
+ELSEWHERE = {  # what neighbours call it
+    "model": "target",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "assistant_model": "draft",
+    "draft_model": "draft",
+    "speculative_model": "draft",
+    "num_speculative_tokens": "num_draft_tokens",
+    "num_assistant_tokens": "num_draft_tokens",
+    "max_model_len": "max_context",
+    "n_ctx": "max_context",
+    "max_num_seqs": "max_batch",
+    "max_memory": "device_memory",
+    "n_threads": "threads",
+    "torch_dtype": "dtype",
+    "messages": "prompts",
+    "prompt": "prompts",
+}

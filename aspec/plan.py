@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from aspec.errors import InternalError
+from aspec.errors import InternalError, UserError
 from aspec.units import format_bytes
 
 PREFILL_ITEMS = 8  # full prefill items that share one pass over the weights
+MOST_WORK = 10**12  # prompts, or tokens of one prompt, in an expected workload
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
@@ -58,6 +59,11 @@ class Workload:
     new_tokens: int
     sampled: bool = False  # whether any token is drawn with noise
 
+    def __post_init__(self) -> None:
+        for name, least in (("num_prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2)):
+            if not least <= (value := getattr(self, name)) <= MOST_WORK:
+                raise UserError(f"{name} of a workload must be between {least} and {MOST_WORK}, found {value}.")
+
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
@@ -66,6 +72,7 @@ class PlanRequest:
     budget_bytes: int | None = None  # None: unbounded
     num_rows: int = 1
     capacity: int = 2048  # tokens of KV per row
+    draft_context: int | None = None  # most tokens of a row that the draft can read; None: no limit
     num_groups: int = 1  # groups of rows; the draft works for one while the target verifies another
     prefill_tokens: int = 512  # most tokens of one prefill item
     speculation: Speculation = Speculation.CHAIN
@@ -80,6 +87,11 @@ class PlanRequest:
     resident_bytes: int | None = None  # most bytes of resident layers, even where more would fit
     spare_slots: int = field(default=SPARE_SLOTS, compare=False)  # beyond one layer's parts; the plan has the count
     host_bytes: int | None = field(default=None, compare=False)  # host budget; None: the device is the host
+
+    @property
+    def draft_capacity(self) -> int:
+        """Tokens of the draft's KV per row; a longer row goes on without proposals."""
+        return self.capacity if self.draft_context is None else min(self.capacity, self.draft_context)
 
     @property
     def kv_on_host(self) -> bool:
@@ -137,6 +149,11 @@ class Plan:
     def capacity(self) -> int:
         """Tokens of KV per row."""
         return self.request.capacity
+
+    @property
+    def draft_capacity(self) -> int:
+        """Tokens of the draft's KV per row; a longer row goes on without proposals."""
+        return self.request.draft_capacity
 
     @property
     def prefill_tokens(self) -> int:

@@ -47,6 +47,12 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def format_part(done: float, total: float) -> str:
+    """Format bytes done of all: ``3.00 of 140 GiB``."""
+    first, second = format_bytes(done), format_bytes(total)
+    return f"{first.removesuffix(second[second.index(' ') :])} of {second}"
+
+
 def format_rate(bytes_per_s: float) -> str:
     """Format bytes per second in decimal units: ``1.80 GB/s``, ``3.20 MB/s``."""
     value, unit = (bytes_per_s / 1e9, "GB/s") if bytes_per_s >= 1e8 or bytes_per_s == 0 else (bytes_per_s / 1e6, "MB/s")

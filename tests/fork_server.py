@@ -54,9 +54,12 @@ def shared_server():
 
 
 class Command:
-    """A running ``aspec``, as ``subprocess.Popen`` would show it; what is not a pipe is a file, or nothing at all."""
+    """A running ``aspec``, as ``subprocess.Popen`` would show it; what is not a pipe is a file, or nothing at all.
 
-    def __init__(self, args, stdin=None, stdout=PIPE, stderr=PIPE, **environment):
+    ``closed``: numbers of standard streams that it finds closed.
+    """
+
+    def __init__(self, args, stdin=None, stdout=PIPE, stderr=PIPE, closed=(), **environment):
         self.server, self.returncode = shared_server(), None
         ours, theirs = {}, []
         for name, stream in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
@@ -67,7 +70,7 @@ class Command:
             else:
                 theirs.append(os.open(os.devnull, os.O_RDWR) if stream is None else os.dup(stream))
         self.stdin, self.stdout, self.stderr = (ours.get(name) for name in ("stdin", "stdout", "stderr"))
-        self.pid = self.server.fork(args, theirs, environment=environment)
+        self.pid = self.server.fork(args, theirs, environment=environment, closed=closed)
         for stream in theirs:
             os.close(stream)
         self.ended = os.pidfd_open(self.pid)
@@ -109,24 +112,28 @@ def wait_until(condition, seconds=120.0):
         time.sleep(1e-3)
 
 
-def become(args, streams, largest_file=None, environment=None):
+def become(args, streams, largest_file=None, environment=None, closed=()):
     """The rest of a forked child's life."""
-    from aspec.cli.main import app
+    from aspec.cli.main import main
 
-    os.setsid()
+    os.setpgid(0, 0)  # of the same session: only then can it be stopped
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
+    for number in closed:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
     os.environ.update(environment or {})
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     code = 70
     try:
-        app(args)
+        main(args)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         os._exit(code)
 
 

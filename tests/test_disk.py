@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aspec.errors import ReadError
 from aspec.io import disk
-from aspec.io.disk import DiskLane, split
+from aspec.io.disk import DiskLane, FileVersion, split
 from aspec.io.disk_probe import probe_rate
 from aspec.io.memory import HUGE_PAGE, PAGE, allocate
 
@@ -256,3 +256,74 @@ def test_memory_is_aligned_and_whole_pages():
 
 def test_the_module_names_no_compute_library():
     assert "torch" not in vars(disk)
+
+
+# -- files that change -------------------------------------------------------------------------------------
+
+
+def _rewrite(path):
+    with path.open("r+b") as file:
+        file.write(b"other")
+
+
+def _append(path):
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def _replace(path):
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes()[::-1])
+    times = path.stat()
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))  # as tools that preserve times do
+    other.rename(path)
+
+
+def _retarget(path):
+    (target := path.with_name("target")).write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(target)
+
+
+WRITTEN = {"rewritten": _rewrite, "appended to": _append, "cut": lambda path: os.truncate(path, SIZE // 2)}
+REPLACED = {"replaced": _replace, "retargeted": _retarget}
+
+
+@pytest.mark.parametrize("change", [*WRITTEN.values(), *REPLACED.values()], ids=[*WRITTEN, *REPLACED])
+@pytest.mark.parametrize("opened", [False, True])
+async def test_a_file_that_has_changed_since_its_header_was_read_is_refused(blob, tmp_path, change, opened):
+    path = tmp_path / "shard"
+    path.write_bytes(blob.read_bytes())
+    os.utime(path, ns=(0, 10**18))  # a change in the same tick of the file system's clock would be none
+    lane = DiskLane(asyncio.get_running_loop(), num_threads=2, versions={str(path): FileVersion.of(path)})
+    memory, late = allocate(SIZE), [Seg(str(path), SIZE - 9000, 9000, 0)]
+    try:
+        if opened:
+            await lane.read([Seg(str(path), 0, 9000, 0)], memory.view)
+        change(path)
+        if opened and change in REPLACED.values():  # the open file is still the one of the header
+            await lane.read(late, memory.view)
+            assert bytes(memory.view[:9000]) == blob.read_bytes()[-9000:]
+        else:
+            with pytest.raises(ReadError, match="since aspec read its header"):
+                await lane.read(late, memory.view)
+    finally:
+        lane.close()
+        memory.close()
+
+
+async def test_a_file_that_stays_as_it_was_is_read_for_ever(blob, tmp_path):
+    path = tmp_path / "shard"
+    path.write_bytes(blob.read_bytes())
+    lane = DiskLane(asyncio.get_running_loop(), versions={str(path): FileVersion.of(path)})
+    memory = allocate(SIZE)
+    try:
+        for _ in range(3):
+            path.chmod(0o400)  # neither a mode, nor a name, nor a reading changes what is stored
+            os.link(path, tmp_path / "a second name")
+            await lane.read([Seg(str(path), 0, SIZE, 0)], memory.view)
+            (tmp_path / "a second name").unlink()
+            assert bytes(memory.view[:SIZE]) == blob.read_bytes()
+    finally:
+        lane.close()
+        memory.close()

@@ -162,7 +162,7 @@ async def test_the_context_limit_is_reached_and_not_passed(pair):
             await collect(engine, list(range(96)), max_new_tokens=1)
         with pytest.raises(PromptError, match="empty"):
             await collect(engine, "")
-        with pytest.raises(PromptError, match="token 300"):
+        with pytest.raises(PromptError, match="token 0 is 300"):
             await collect(engine, [300])
         _, again, _ = await collect(engine, list(range(10, 100)), max_new_tokens=50)
         assert again == tokens, "a refused prompt changes nothing"

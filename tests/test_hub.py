@@ -3,24 +3,27 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
-import aspec.io.hub
+import aspec
 from aspec.cli.main import app
 from aspec.errors import CheckpointError
+from aspec.io.fetching.fetch import Fetches
+from aspec.io.fetching.process import explain
 from aspec.io.hub import resolve
 from aspec.plan import Workload
 from aspec.profiling.hardware import Hardware
 from tests import tiny
 
+CHUNK = 1 << 16
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WANTED = {
     "config.json": b"{}",
@@ -51,11 +54,14 @@ REFUSED = {"org/gated": (403, "GatedRepo"), "org/missing": (404, "RepoNotFound")
 RESOLVE = """
 import json, sys
 from aspec.errors import CheckpointError
+from aspec.io.fetching.fetch import Fetches
+from aspec.io.fetching.process import explain
 from aspec.io.hub import resolve
 results = {}
+weights = sys.argv.pop(1) == "weights"
 for name in sys.argv[1:]:
     try:
-        results[name] = str(resolve(name, what="target"))
+        results[name] = str(resolve(name, what="target", weights=weights))
     except CheckpointError as error:
         results[name] = [str(error)]
 print(json.dumps(results))
@@ -76,10 +82,17 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(REFUSED[model][0], b"{}", {"X-Error-Code": REFUSED[model][1]})
         if model == "org/private" and self.headers.get("authorization") != "Bearer hf_secret":
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        files = REPOSITORIES.get(model, WANTED)
+        files = REPOSITORIES.get(model) or self.server.repositories.get(model, WANTED)
+        if "no-such-revision" in path:
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if path[0] != "api":
             body = files["/".join(path[4:])]
-            return self.answer(200, body, {"ETag": f'"{hash(body) & 0xFFFFFFFF:040x}"', "X-Repo-Commit": COMMIT})
+            named = {"ETag": f'"{hash(body) & 0xFFFFFFFF:040x}"', "X-Repo-Commit": COMMIT}
+            begin, _, end = self.headers.get("range", "").removeprefix("bytes=").partition("-")
+            if begin and self.server.knows_ranges:
+                part = body[int(begin) : int(end) + 1]
+                return self.answer(206, part, {**named, "Content-Range": f"bytes {begin}-{end}/{len(body)}"})
+            return self.answer(200, body, named)
         if path[4:5] == ["tree"]:
             listing = [
                 {"type": "file", "path": name, "size": len(body), "oid": f"{index:040x}"}
@@ -94,7 +107,10 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            for begin in range(0, len(body), CHUNK):
+                self.wfile.write(body[begin : begin + CHUNK])
+                self.server.served += len(body[begin : begin + CHUNK])
+                self.server.pause.wait(self.server.pause_s)
 
     def log_message(self, *_):
         pass
@@ -103,23 +119,36 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen = []
+    server.seen, server.served = [], 0  # requests; bytes of bodies
+    server.repositories, server.knows_ranges = {}, True
+    server.pause, server.pause_s = threading.Event(), 0.0  # seconds after each chunk, until the event
+    server.handle_error = lambda *_: None  # a client that leaves
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
+    server.pause.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def ask(home: Path, *names: str, endpoint: str = "http://127.0.0.1:9", **environment: str) -> tuple[dict, str]:
-    """What resolve says in a process of its own, where the environment counts; and its stderr."""
+def surroundings(home: Path, endpoint: str = "http://127.0.0.1:9", **environment: str) -> dict[str, str]:
+    """The environment of a process that asks the hub."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **environment}
-    root = Path(__file__).parents[1]
+    own = {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "XDG_CACHE_HOME": str(home / "own"),
+    }
+    return plain | own | {"PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+
+
+def ask(home: Path, *names: str, weights: bool = True, **environment: str) -> tuple[dict, str]:
+    """What resolve says in a process of its own, where the environment counts; and its stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", RESOLVE, *names],
-        env=plain | environment | {"PYTHONPATH": str(root)},
+        [sys.executable, "-c", RESOLVE, "weights" if weights else "headers", *names],
+        env=surroundings(home, **environment),
         cwd=home,
         capture_output=True,
         text=True,
@@ -162,7 +191,7 @@ def test_a_snapshot_holds_what_is_needed_and_serves_offline(tmp_path, hub):
     folder = Path(answers["org/good"])
     assert folder.is_relative_to(tmp_path)
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == WANTED
-    assert "Fetching" in stderr  # the hub's own progress
+    assert stderr.startswith("aspec: fetched 0 B of ")
     fetched = len(hub.seen)
     offline = {"HF_HUB_OFFLINE": "1"}
     assert ask(tmp_path, "org/good", endpoint=url(hub), **offline)[0] == answers
@@ -212,13 +241,8 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, hub):
         ("EACCES", r"/cache may not be written\. Set HF_HOME"),
     ],
 )
-def test_a_disk_that_refuses_is_explained(monkeypatch, number, expected):
-    def fail(*_, **__):
-        raise OSError(getattr(errno, number), "refused", "/cache")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=expected):
-        resolve("org/some-model-that-is-no-folder")
+def test_a_disk_that_refuses_is_explained(number, expected):
+    assert re.search(expected, explain(OSError(getattr(errno, number), "refused", "/cache")))
 
 
 # -- once per model --------------------------------------------------------------------------------------------
@@ -232,12 +256,12 @@ def counted(tmp_path, monkeypatch):
     folders = {"org/big": target, "org/small": tiny.noisy_copy(target, tmp_path / "draft", 0.1)}
     asked = []
 
-    def count(name, *, what):
-        asked.append(name)
-        return folders.get(name, Path(name))
+    def count(_, wanted, *, weights):
+        assert weights
+        asked.append(str(wanted))
+        return folders[str(wanted)]
 
-    monkeypatch.setattr(aspec.io.hub, "resolve", count)
-    monkeypatch.setattr(aspec.io.hub, "_fetch", count)
+    monkeypatch.setattr(Fetches, "fetch", count)
     return asked
 
 

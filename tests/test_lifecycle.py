@@ -19,7 +19,7 @@ from aspec.engine import engine, streams
 from aspec.engine import load as loading
 from aspec.engine.engine import open_engine
 from aspec.engine.model_runner import ModelRunner
-from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError
+from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.generation.time_limit import TimeLimit, TimeLimitError
 from aspec.generation.tokenizer import Tokenizer
@@ -124,7 +124,7 @@ async def test_a_run_that_is_cancelled_ends_every_stream(pair):
 
 async def test_an_engine_that_is_not_open_says_so(pair):
     opened = open_engine(target=pair[0], **SMALL)
-    with pytest.raises(InternalError, match="not open"):
+    with pytest.raises(UserError, match="not open"):
         await collect(opened, [1], max_new_tokens=1)
 
 

@@ -1,6 +1,7 @@
 """The monitor: what a run looks like from outside at any moment of it, in virtual time."""
 
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 from aspec.observe.console import Console, progress_line
 from aspec.observe.monitor import Monitor
@@ -10,13 +11,14 @@ from aspec.planning.simulation import simulate
 from aspec.tasks.op import Op
 from tests.simulate import make_plan
 
+COVER = SimpleNamespace(covers=True, leave="")
 PROFILE = SimCosts(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
 
 
 def watched(plan, arrivals, profile=PROFILE):
     """A snapshot at every event of a run, and the spans."""
     monitor, spans, seen = Monitor(), [], []
-    monitor.opened(plan, sum(new for _, new in arrivals))
+    monitor.opened(plan, sum(new for _, new in arrivals), sum(prompt for prompt, _ in arrivals))
 
     def finished(span):
         monitor(span)
@@ -44,7 +46,7 @@ def test_snapshots_add_up_to_the_run():
     assert last.residency == (0.5, 0.5, 0.0, 0.0)
     assert last.tokens_per_pass > 1
     busy = {lane.name: sum(b - a for a, b, _ in lane.work) for lane in last.lanes}
-    assert busy.keys() == {"disk", "target", "draft", "cpu"}
+    assert busy.keys() == {"disk", "target", "draft"}, "the host's tasks take no time"
     reads = [span for span in spans if span.task.op is Op.READ]
     assert abs(busy["disk"] - sum(s.stop_s - s.start_s for s in reads)) < 1e-9
 
@@ -69,7 +71,8 @@ def test_the_stages_before_the_first_token():
     plan = make_plan(num_layers=4, parts_per_layer=2, nbytes=10_000_000)
     seen, _ = watched(plan, ((20, 12),))
     prefill = [s for s in seen if s.stage == "prefill"]
-    assert {s.done for s in prefill} == {0, *accumulate([20_000_000] * 4)}
+    assert {s.done for s in prefill} == {0, *accumulate([5] * 4)}, "prompt tokens through each of 4 layers"
+    assert {s.total for s in prefill} == {20}
     assert all(a.done <= b.done for a, b in pairwise(prefill))
     assert [s.stage for s in seen] == ["prefill"] * len(prefill) + ["decode"] * (len(seen) - len(prefill))
 
@@ -98,11 +101,10 @@ def test_progress_in_one_line():
 def test_what_is_said_under_a_dashboard_comes_out_behind_it(capsys, monkeypatch):
     console = Console()
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    console.cover()
-    console.note("later")
-    console.write("text")
-    assert capsys.readouterr() == ("", "")
-    console.uncover()
+    with console.shown(COVER):
+        console.note("later")
+        console.write("text")
+        assert capsys.readouterr() == ("", "")
     out, err = capsys.readouterr()
     assert out == "text\n"
     assert "aspec: later" in err
@@ -110,8 +112,7 @@ def test_what_is_said_under_a_dashboard_comes_out_behind_it(capsys, monkeypatch)
 
 def test_text_goes_on_to_a_pipe_under_a_dashboard(capsys):
     console = Console()
-    console.cover()
-    console.write("text")
-    assert capsys.readouterr().out == "text"
-    console.uncover()
+    with console.shown(COVER):
+        console.write("text")
+        assert capsys.readouterr().out == "text"
     assert capsys.readouterr().out == ""

@@ -186,7 +186,7 @@ def test_a_penalised_row_draws_the_same_in_any_company(own):
     plain = draw_rows(unpenalised, logits, positions, limit=150)
     assert [together[1], together[3]] == [plain[1], plain[3]]
     assert draw_rows(unpenalised, logits, positions, 150, contexts) == plain
-    assert unpenalised[0].penalised(logits, None) is logits
+    assert unpenalised[0].processed(logits, None) is logits
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

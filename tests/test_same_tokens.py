@@ -33,6 +33,9 @@ TEMPERATURES = (0.0, 0.6, 1.0)
 LENIENT = {"repetition_penalty": 0.5, "frequency_penalty": -1.0}  # text that repeats itself: what a lookup lives on
 STRICT = {"presence_penalty": 0.8, "frequency_penalty": 0.4}
 PENALTIES = ({}, {}, {"repetition_penalty": 1.3}, STRICT, LENIENT, LENIENT)
+PROCESSED = {"bad_words_ids": [[7, 8], [9]], "suppress_tokens": range(20, 60), "min_new_tokens": 5}
+BIASED = {"sequence_bias": [[[5, 6], 3.0]], "logit_bias": {9: -2.5}, "typical_p": 0.8, "no_repeat_ngram_size": 9}
+PROCESSORS = ({}, {}, {}, PROCESSED, BIASED)
 UNSIZED = {"llama4_text", "gemma3n_text", "gemma4_text"}  # a list of their configuration has a length of its own
 FAMILIES = sorted(set(tiny.FAMILIES) - UNSIZED)
 SIGMAS = (0.02, 0.05, 0.1, 0.2)
@@ -73,10 +76,11 @@ def random_params(dice, temperature):
         top_k=dice.choice((0, 0, 3, 30)),
         top_p=dice.choice((1.0, 1.0, 0.8, 0.95)),
         min_p=dice.choice((0.0, 0.0, 0.05)),
-        seed=dice.randrange(-(1 << 63), 1 << 64),
+        seed=(seed := dice.randrange(-(1 << 63), 1 << 64)),
         ignore_eos=dice.random() < 0.3,
         logprobs=0,  # of raw logits: what all of them are shows, to the last bit
         **dice.choice(PENALTIES),
+        **PROCESSORS[seed % len(PROCESSORS)],
     )
 
 

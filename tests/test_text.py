@@ -127,6 +127,63 @@ def test_stop_strings_depend_on_tokens_alone(tokenizer, data):
     assert stream.stopped == any(stop in whole for stop in stops)
 
 
+def shown_before(tokens, stops, special=SPECIAL):
+    """The text before the stop string that is complete first, of tokens that are characters or special ones.
+
+    Stop strings are searched in the text with and without special tokens, and cut none.
+    """
+    spelled, shown, borders, views = "", [], {0}, ([], [])
+    for token in tokens:
+        for char in token:
+            views[0].append((char, len(spelled)))
+            if token not in special:
+                views[1].append((char, len(spelled)))
+                shown.append(len(spelled))
+            spelled += char
+        borders.add(len(spelled))
+    found = []
+    for view in views:
+        text = "".join(char for char, _ in view)
+        for stop in stops:
+            for at in range(len(text) - len(stop) + 1):
+                begin, end = view[at][1], view[at + len(stop) - 1][1] + 1
+                if text.startswith(stop, at) and {begin, end} <= borders:
+                    found.append((end, begin))
+    until = min(found)[1] if found else len(spelled)
+    return "".join(spelled[at] for at in shown if at < until), bool(found)
+
+
+@FIXED
+@given(data=st.data())
+def test_stop_strings_may_hold_special_tokens(plain, data):
+    names = {name: index for index, name in plain.vocab().items()}
+    pieces = st.sampled_from(["<s>", "</s>", "a", "b", "<", "s", ">"])
+    tokens = data.draw(st.lists(pieces, max_size=20))
+    stops = tuple(data.draw(st.lists(st.lists(pieces, min_size=1, max_size=3).map("".join), min_size=1, max_size=3)))
+    stream = TextStream(plain, stops)
+    found = run(stream, [names[token] for token in tokens], data.draw(st.lists(st.integers(1, 5), max_size=4)))
+    assert ("".join(found), stream.stopped) == shown_before(tokens, stops)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "pieces"),
+    [
+        (["a", "b", "</s>", "a"], "</s>", ["a", "b", "", "", ""]),
+        (["a", "</s>", "b", "b"], "</s>b", ["a", "", "", "", ""]),
+        (["a", "</s>", "b", "a"], "</s>bb", ["a", "", "", "ba", ""]),
+        (["a", "b", "<s>", "</s>"], "b<s></s>", ["a", "", "", "", ""]),
+        (["a", "b", "<s>"], "b<s></s>", ["a", "", "", "b"]),
+        (["a", "</s>", "<s>", "b"], "ab", ["", "", "", "", ""]),
+        (["a", "</s>", "b"], "/s", ["a", "", "b", ""]),
+        (["Ã", "</s>"], "</s>", ["", "\ufffd", ""]),
+        (["Ã", "<s>", "©"], "</s>", ["", "", "é", ""]),
+    ],
+)
+def test_a_special_token_is_no_text_but_stops(plain, tokens, stop, pieces):
+    names = {name: index for index, name in plain.vocab().items()}
+    assert run(TextStream(plain, (stop,)), [names[token] for token in tokens], [1]) == pieces
+
+
 @FIXED
 @given(st.text(max_size=30))
 def test_valid_text_streams_character_by_character(plain, text):

@@ -176,7 +176,6 @@ REFUSED = {
     "whisper": lambda: T.WhisperConfig(vocab_size=VOCAB),
     "gemma3_multimodal": lambda: T.Gemma3Config(),
     "embedding_gemma": lambda: T.Gemma3TextConfig(**COMMON, head_dim=16, use_bidirectional_attention=True),
-    "dynamic_rope": lambda: T.LlamaConfig(**COMMON, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
 }
 
 

@@ -27,12 +27,12 @@ from aspec.engine.engine import Engine, open_engine
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.plan import Plan, Workload
-from aspec.planning.footprint import read_models, request_for
+from aspec.planning.footprint import read_models
 from aspec.planning.forecast import ThroughputMeter
 from aspec.planning.resolve import resolve
 from aspec.planning.search import Forecast
 from aspec.planning.simulation import fitted_acceptance, fitted_spread
-from aspec.planning.workload import forecast_for, measured_basis, plan_workload
+from aspec.planning.workload import best_plans, forecast_for, measured_basis
 from aspec.profiling.profile_cache import known_acceptance, machine_profile, remember_acceptance
 from aspec.units import parse_bytes, parse_rate
 
@@ -233,7 +233,7 @@ def run_all(engine: EngineOptions, job: Job, numbers: Sequence[int]) -> list[Out
     """What aspec chooses by itself, and plans that are given."""
     free = replace(engine, workload=job.workload(len(job.prompts)))
     models = read_models(resolve(free))
-    chosen = plan_workload(models, request_for(models)).best
+    chosen = best_plans(models).best
     print(f"chosen: {chosen.plan.shape}, {chosen.forecast.tokens_per_s:.2f} tokens/s, {chosen.forecast.job_s:.1f} s")
     print(f"{'plan':62} {'forecast, again':>17} {'measured':>8} {'off':>9}  {'per pass':>13} {'prefill s':>15}")
     return [measure(free if n < 0 else replace(engine, **PLANS[n]), job) for n in numbers]

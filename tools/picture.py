@@ -47,13 +47,15 @@ def simulated_snapshot() -> Snapshot:
     part = 160_000_000
     parts = tuple(PlannedPart(i, i // 4, part, part, Tier.DEVICE if i // 4 % 8 == 5 else Tier.DISK) for i in range(160))
     held = {"resident layers": 20 * part, "12 slots": 12 * part, "draft weights": 1 << 30, "KV cache": 512 << 20}
-    request = PlanRequest(capacity=4096, prefill_tokens=512, max_draft_tokens=16, fixed_draft_tokens=12)
+    request = PlanRequest(
+        budget_bytes=8 << 30, capacity=4096, prefill_tokens=512, max_draft_tokens=16, fixed_draft_tokens=12
+    )
     plan = Plan(parts, 40, 12, part, request, num_staging=3, draft_resource="draft", arithmetic=held)
     profile = SimCosts(
         disk_bytes_per_s=14e9, copy_bytes_per_s=25e9, layer_s=3e-3, layer_token_s=2e-4, draft_s=9e-3, acceptance=0.85
     )
     monitor = Monitor()
-    monitor.opened(plan, 256)
+    monitor.opened(plan, 256, 300, ("a 26 GB model with a draft", "prompt of 300 tokens", "greedy"))
     tokenizer = Tokenizer.load(DEMO / "target")
     text = iter(tokenizer.encode(Path(__file__).read_text(encoding="utf-8")))
     seen: list[Snapshot] = []

@@ -15,23 +15,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aspec.api import run
 from aspec.cli.command_flags import BatchFlags
-from aspec.cli.interrupts import Interrupts
+from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import present, run
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError, UserError, WriteError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
 from aspec.models.model import generation_defaults
-from aspec.models.skeleton import load_config, max_context
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
 from aspec.plan import Workload
+from aspec.planning.fit import most_context
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.serving.batch_input import BatchFile, BatchRow
 from aspec.serving.batch_output import FinishedRows, Output, check_startable, journal_of, open_output
@@ -106,17 +106,21 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
 
     Raises UserError when a model or a row cannot be used.
     """
-    resolved = resolve(flags.options())
-    folders = [folder for folder in (resolved.target, resolved.draft) if folder is not None]
-    tokenizer = Tokenizer.load(resolved.target)
-    defaults = sampling_params(generation_defaults(resolved.target), flags.sampling())
-    limit = min(filter(None, map(_context_limit, folders)), default=None)
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
+    asked, given = generation_defaults(resolved.target), flags.sampling()
+    defaults = sampling_params(asked, given)
+    if asked_for := describe(asked, given):
+        console.note(asked_for)
+    limit = most_context(resolved)
     totals = _check_rows(rows, tokenizer, defaults, limit, console)
     context = min(filter(None, (resolved.options.max_context or totals.longest, limit)))
     resolved = revise(resolved, max_context=context, workload=totals.workload)
     ties = {
         "input": f"sha256 {rows.digest}",
         "target": f"sha256 {fingerprint(resolved.target)}",
+        **({} if resolved.adapter is None else {"adapter": f"sha256 {fingerprint(resolved.adapter)}"}),
         "dtype": resolved.options.dtype,
         "exact": resolved.exact,
         "max_context": context,
@@ -140,10 +144,6 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _context_limit(folder: Path) -> int | None:
-    return max_context(load_config(folder).get_text_config())
-
-
 def _check_rows(
     rows: BatchFile, tokenizer: Tokenizer, defaults: SamplingParams, limit: int | None, console: Console
 ) -> RowTotals:
@@ -164,7 +164,7 @@ def _check_rows(
         checked, prompts, new = checked + 1, prompts + count, new + wanted
         sampled = sampled or row.request.params(defaults, seed=0).temperature > 0.0
 
-    ticker = Ticker(CHECK_LINE_S, lambda: console.note(f"{checked} rows checked"), "check")
+    ticker = Ticker(CHECK_LINE_S, lambda: console.progress(f"{checked} rows checked"), "check")
     try:
         rows.scan(check)
     finally:
@@ -188,7 +188,7 @@ def _serve_file(job: BatchJob, output: Output, finished: FinishedRows) -> None:
         writer = BatchWriter(output, job.flags.target or DEMO_NAME, progress)
         try:
             run(partial(_run, job, pending, writer, progress))
-        except asyncio.CancelledError:
+        except KeyboardInterrupt:
             pass  # a signal stopped the run at once
         finally:
             with suppress(WriteError):  # serve() has raised the same error already
@@ -202,20 +202,27 @@ def _serve_file(job: BatchJob, output: Output, finished: FinishedRows) -> None:
 
 
 async def _run(job: BatchJob, pending: list[int], writer: BatchWriter, progress: BatchProgress) -> None:
-    monitor = Monitor()
-    with (
-        Interrupts(job.console) as interrupts,
-        follow(progress, monitor, job.console, live=not job.flags.no_dashboard),
-    ):
+    monitor, drain = Monitor(job.console.stops), asyncio.Event()
+    clock = job.console.stops.running_s
+
+    def start_draining() -> None:
+        drain.set()
+        job.console.note(
+            "no new rows start; the rows in progress will finish. Press Ctrl-C again to stop at once: "
+            "no finished row is lost"
+        )
+
+    with follow(progress, monitor, job.console, live=not job.flags.no_dashboard):
         async with AsyncExitStack() as stack:
             resolved = revise(job.resolved, progress=monitor.progress)
             engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
             requests = (job.request(job.rows.read(index)) for index in pending)
-            interrupts.can_drain = True
-            progress.begun_s = progress.ended_s = time.perf_counter()
+            present().drain = start_draining
+            progress.begun_s = progress.ended_s = clock(time.perf_counter())
             try:
-                await serve(engine, requests, partial(writer.keep, engine.tokenizer), interrupts.drain)
+                await serve(engine, requests, partial(writer.keep, engine.tokenizer), drain)
             finally:
-                progress.ended_s = time.perf_counter()
+                present().drain = None
+                progress.ended_s = clock(time.perf_counter())

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from aspec.api import Result, collect, run, seeded
+from aspec.api import Result, collect, seeded
 from aspec.cli.command_flags import BenchFlags
 from aspec.cli.generate import PROBE_S, GenerateJob, prepare
+from aspec.cli.interrupts import run
 from aspec.engine.engine import Engine, describe_plan
 from aspec.io.memory import peak_rss_bytes
 from aspec.observe.console import Console
@@ -93,7 +94,7 @@ def bench_to_console(flags: BenchFlags, console: Console) -> None:
 
 
 async def _measure(job: GenerateJob, rounds: int) -> BenchReport:
-    monitor, recorder = Monitor(), Recorder()
+    monitor, recorder = Monitor(job.console.stops), Recorder()
     resolved = revise(
         job.resolved, progress=monitor.progress, reuse_prefix=False
     )  # so that every run prefills its prompts
@@ -145,7 +146,7 @@ def _remember(job: GenerateJob, plan: Plan, measured: SimCosts, runs: Sequence[R
     A run with trees determines the spread (the value of further choices) if the acceptance of the first choice is
     known; every other run determines the acceptance.
     """
-    target, draft = job.resolved.target, job.resolved.draft
+    target, draft = job.resolved.trained, job.resolved.draft
     per_pass = [run.summary.tokens_per_pass for run in runs if run.summary.tokens_per_pass]
     if draft is None or not plan.max_draft_tokens or not per_pass:
         return
@@ -172,8 +173,8 @@ async def _generate(engine: Engine, job: GenerateJob, monitor: Monitor) -> list[
     """Serve all prompts at once."""
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(collect(engine, prompt, params, monitor.heard))
-            for prompt, params in zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True)
+            group.create_task(collect(engine, prompt, params, partial(monitor.heard, row=row)))
+            for row, (prompt, params) in enumerate(zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True))
         ]
     return [task.result() for task in tasks]
 

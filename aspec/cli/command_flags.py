@@ -7,10 +7,6 @@ from typing import Annotated
 import typer
 
 from aspec.cli.flags import (
-    MODELS,
-    OUTPUT,
-    PLACE,
-    SAMPLING,
     DashboardFlags,
     DebugFlags,
     EndFlags,
@@ -24,19 +20,22 @@ from aspec.cli.flags import (
     RunFlags,
     SamplingFlags,
     SystemFlags,
-    count_or_auto,
-    option,
 )
-from aspec.generation.defaults import TAKEN_FROM_CHECKPOINT
+from aspec.cli.front.options import MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option
 from aspec.options import EngineOptions
 
 TRACE, BENCH, WORK = "Trace", "Benchmark", "Workload"
+ANSWER_TOKENS = 1024  # most tokens of an answer of a chat
 
 
 @dataclass(frozen=True)
 class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
     """A run, and whether to compare its tokens with decoding without speculation."""
 
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]", help="A prompt, as with --prompt; several words are one prompt."),
+    ] = None
     verify: Annotated[
         bool,
         option(
@@ -46,6 +45,9 @@ class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
             "--verify",
         ),
     ] = False
+
+    def _words(self) -> list[str]:
+        return [" ".join(self.words)] if self.words else []
 
     def check(self) -> None:
         """Refuse --verify without speculation. Raises typer.BadParameter."""
@@ -121,11 +123,24 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
 
     target: Annotated[
         str | None,
-        option(MODELS, "The big model: a folder or a hub id. It needs a chat template.", "--target", "--model"),
+        option(
+            MODELS,
+            "The big model: a folder or a hub id. It needs a chat template.",
+            "--target",
+            "--model",
+            metavar="MODEL",
+        ),
     ] = None
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Maximum number of tokens of an answer.", "--max-new-tokens", "-n", min=1)
-    ] = 1024
+        int | None,
+        option(
+            SAMPLING,
+            f"Maximum number of tokens of an answer. Default: the checkpoint's value, otherwise {ANSWER_TOKENS}.",
+            "--max-new-tokens",
+            "-n",
+            min=1,
+        ),
+    ] = None
     max_context: Annotated[
         int | None,
         option(
@@ -163,8 +178,15 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
     ] = False
     quiet: Annotated[bool, option(OUTPUT, "Print no progress and no summary.", "--quiet", "-q")] = False
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Maximum new tokens of a row without max_tokens.", "--max-new-tokens", "-n", min=0)
-    ] = 128
+        int | None,
+        option(
+            SAMPLING,
+            "Maximum new tokens of a row without max_tokens. Default: the checkpoint's value, otherwise 128.",
+            "--max-new-tokens",
+            "-n",
+            min=0,
+        ),
+    ] = None
     seed: Annotated[
         int, option(SAMPLING, "A row without a seed derives its seed from this one and its custom_id.", "--seed")
     ] = 0
@@ -202,9 +224,15 @@ class ProfileFlags(MachineFlags, DebugFlags, QuietFlags, JsonFlags, ModelFlags):
 
     target: Annotated[
         str | None,
-        option(MODELS, "The big model; its files are read. Default: the embedded demo pair.", "--target", "--model"),
+        option(
+            MODELS,
+            "The big model; its files are read. Default: the embedded demo pair.",
+            "--target",
+            "--model",
+            metavar="MODEL",
+        ),
     ] = None
-    draft: Annotated[str | None, option(MODELS, "The small model.", "--draft", "--draft-model")] = None
+    draft: Annotated[str | None, option(MODELS, "The small model.", "--draft", "--draft-model", metavar="MODEL")] = None
     as_json: Annotated[bool, option(OUTPUT, "JSON on stdout instead of a table.", "--json")] = False
     quiet: Annotated[bool, option(OUTPUT, "Print no progress.", "--quiet", "-q")] = False
     refresh: Annotated[
@@ -262,4 +290,4 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
 
     def sampling(self) -> dict[str, float | None]:
         """The sampling flags; None for flags that were not given."""
-        return dict.fromkeys(TAKEN_FROM_CHECKPOINT) | {"temperature": self.temperature}
+        return {"temperature": self.temperature}

@@ -1,54 +1,19 @@
-"""The flags that several commands share: small records that each command's record inherits, and ``takes``.
+"""The flags that several commands share: small records that each command's record inherits.
 
 A dataclass lists the fields of its last base first. So a record names its bases in the reverse order of the help. The
 records have no slots, because Python cannot combine several bases with slots.
 """
 
-import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
+from aspec.cli.front.options import AUTO, MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option, rate, size
 from aspec.generation.params import SamplingParams
 from aspec.options import ATTENTION, SPECULATION, EngineOptions
-from aspec.units import parse_bytes, parse_rate
-
-AUTO = -1  # a count that the planner chooses
-MODELS, SAMPLING, PLACE, OUTPUT = "Models", "Sampling", "Memory and speed", "Input and output"
-
-
-def size(text: str) -> int:
-    """Parse a number of bytes such as 8GiB. Raises typer.BadParameter."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def rate(text: str) -> float:
-    """Parse bytes per second such as 1.0GB/s. Raises typer.BadParameter."""
-    try:
-        return parse_rate(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def count_or_auto(text: str) -> int:
-    """Parse a count of at least 0; ``auto`` is AUTO. Raises typer.BadParameter."""
-    if text == "auto":
-        return AUTO
-    if text.isdigit():
-        return int(text)
-    raise typer.BadParameter(f"expected auto or a whole number of at least 0, found {text!r}")
-
-
-def option(panel: str, help: str, *names: str, **rest: Any) -> Any:
-    """An option of a command; ``panel`` is its heading in the help."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
 
 
 @dataclass(frozen=True)
@@ -57,7 +22,14 @@ class ModelFlags:
 
     target: Annotated[
         str | None,
-        option(MODELS, "The big model: a folder or a hub id. Default: the embedded demo pair.", "--target", "--model"),
+        option(
+            MODELS,
+            "The big model: a folder, or a hub id such as org/name or org/name@revision. Default: the embedded demo "
+            "pair.",
+            "--target",
+            "--model",
+            metavar="MODEL",
+        ),
     ] = None
     draft: Annotated[
         str | None,
@@ -67,11 +39,24 @@ class ModelFlags:
             "proposals come from earlier text, without a model.",
             "--draft",
             "--draft-model",
+            metavar="MODEL",
         ),
     ] = None
-    dtype: Annotated[str, option(MODELS, "auto, bfloat16, float16 or float32. auto: the dtype of the checkpoint.")] = (
-        "auto"
-    )
+    adapter: Annotated[
+        str | None,
+        option(
+            MODELS,
+            "A LoRA adapter of the target, which is merged while loading: a folder or a hub id.",
+            "--adapter",
+            metavar="MODEL",
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        option(
+            MODELS, "auto, bfloat16, float16 or float32. auto: the dtype of the checkpoint.", "--dtype", metavar="NAME"
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True)
@@ -96,7 +81,7 @@ class PromptFlags:
 
     def prompts(self) -> list[str]:
         """The texts of --prompt and --file, otherwise of piped input. Raises typer.BadParameter if there is none."""
-        texts = list(self.prompt or [])
+        texts = [*self._words(), *(self.prompt or [])]
         for path in self.file or []:
             try:
                 texts.append(path.read_text(encoding="utf-8"))
@@ -109,6 +94,10 @@ class PromptFlags:
                 "give a prompt: --prompt TEXT, --file PATH or standard input", param_hint="--prompt"
             )
         return texts
+
+    def _words(self) -> list[str]:
+        """The prompt that needs no option, if the command takes one."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -146,8 +135,19 @@ class SamplingFlags:
     """How tokens are drawn; None: the checkpoint's value."""
 
     max_new_tokens: Annotated[
-        int, option(SAMPLING, "Maximum number of tokens to generate.", "--max-new-tokens", "-n", min=0)
-    ] = 128
+        int | None,
+        option(
+            SAMPLING,
+            "Maximum number of tokens to generate. Default: the checkpoint's value, otherwise 128.",
+            "--max-new-tokens",
+            "-n",
+            min=0,
+        ),
+    ] = None
+    min_new_tokens: Annotated[
+        int | None,
+        option(SAMPLING, "No end of the text before this number of tokens.", "--min-new-tokens", "--min-tokens", min=0),
+    ] = None
     temperature: Annotated[
         float | None,
         option(SAMPLING, "0: greedy decoding. Default: the value in the checkpoint's generation_config.json.", min=0.0),
@@ -166,6 +166,9 @@ class SamplingFlags:
     frequency_penalty: Annotated[
         float | None, option(SAMPLING, "Penalty for each occurrence of a token in the text, -2 to 2; 0 is off.")
     ] = None
+    no_repeat_ngram_size: Annotated[
+        int | None, option(SAMPLING, "No sequence of N tokens occurs twice in prompt and text; 0 is off.", min=0)
+    ] = None
     seed: Annotated[int, option(SAMPLING, "The same seed gives the same tokens, with or without a draft.")] = 0
     stop: Annotated[
         list[str] | None, option(SAMPLING, "Stop before this text; repeat the option for several texts.")
@@ -175,7 +178,7 @@ class SamplingFlags:
         """The sampling flags as fields of ``SamplingParams``; None for flags that were not given."""
         known = SamplingParams.__dataclass_fields__
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
-        return {**given, "stop": tuple(self.stop or ())}
+        return {**given, "stop": tuple(self.stop) if self.stop else None}
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,9 @@ class EndFlags:
 class MachineFlags:
     """The machine that a command uses."""
 
-    device: Annotated[str, option(PLACE, "auto, cpu or cuda. auto: a GPU if there is one.")] = "auto"
+    device: Annotated[
+        str, option(PLACE, "auto, cpu or cuda. auto: a GPU if there is one.", "--device", metavar="NAME")
+    ] = "auto"
     threads: Annotated[int | None, option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
     link_rate: Annotated[
         float | None,
@@ -232,7 +237,18 @@ class EngineFlags(MachineFlags):
         int | None,
         option(
             PLACE,
-            "Budget for weights, KV, draft and activations, such as 8GiB. Default: 70 % of free memory, on a GPU 90 %.",
+            "Budget for weights, KV, draft and activations, such as 8GiB; on a CPU the interpreter and torch take "
+            "0.4 GiB more. Default: 70 % of free memory, on a GPU 90 %.",
+            parser=size,
+            metavar="SIZE",
+        ),
+    ] = None
+    process_memory: Annotated[
+        int | None,
+        option(
+            PLACE,
+            "On a CPU, instead of --device-memory: a budget for the whole process, interpreter and torch included.",
+            "--process-memory",
             parser=size,
             metavar="SIZE",
         ),
@@ -249,7 +265,7 @@ class EngineFlags(MachineFlags):
         ),
     ] = None
     speculation: Annotated[
-        str, option(PLACE, "What the draft proposes: auto, chain, tree or off.", "--speculation")
+        str, option(PLACE, "What the draft proposes: auto, chain, tree or off.", "--speculation", metavar="NAME")
     ] = "auto"
     num_draft_tokens: Annotated[
         int,
@@ -279,6 +295,7 @@ class EngineFlags(MachineFlags):
             "Where attention runs. device: in its layer. cpu: on a separate lane, next to KV in host memory; half of "
             "the rows attend while the other half computes. The tokens are the same. auto: device.",
             "--attention",
+            metavar="NAME",
         ),
     ] = "auto"
     exact: Annotated[
@@ -340,38 +357,3 @@ class RunFlags(
     ModelFlags,
 ):
     """A run of given prompts."""
-
-
-class Checked(Protocol):
-    """A dataclass of flags."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    def check(self) -> None:
-        """Refuse invalid flags. Raises typer.BadParameter."""
-        ...
-
-
-Flags = TypeVar("Flags", bound=Checked)
-
-
-def takes(record: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:
-    """Turn the fields of a flags record into options of a command, which receives the checked record."""
-    hints = get_type_hints(record, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in fields(record)
-    ]
-
-    def wrap(command: Callable[[Flags], None]) -> Callable[..., None]:
-        def call(**values: Any) -> None:
-            flags = record(**values)
-            flags.check()
-            command(flags)
-
-        call.__name__, call.__doc__ = command.__name__, command.__doc__
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return call
-
-    return wrap

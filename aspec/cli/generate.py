@@ -2,17 +2,25 @@
 
 import asyncio
 import json
+import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from aspec.api import Result, collect, seeded
+from aspec.cli.command_flags import GenerateFlags
 from aspec.cli.flags import RunFlags
+from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import run
 from aspec.cli.verify import Generation, Verdict, conclude, verify
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
+from aspec.generation.stats import RequestStats
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.models.model import generation_defaults
@@ -20,13 +28,14 @@ from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
 from aspec.observe.monitor import Monitor
 from aspec.observe.recorder import Recorder
-from aspec.observe.timeline import bottleneck, decode_stretch, hidden_share, uses_of
+from aspec.observe.snapshot import Snapshot
+from aspec.observe.timeline import Stops, Timeline, bottleneck, decode_stretch, hidden_share, uses_of
 from aspec.plan import Plan, Workload
+from aspec.planning.fit import fit
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.tasks.executor import Observer
 from aspec.units import format_rate
 
-SEARCH_ABOVE = 8  # prompts; for more prompts than this, a plan is searched
 PROBE_S = 0.5  # seconds of a probe of the link rate
 RECENT_SPANS = 100_000  # the last spans, from which the closing line is computed
 
@@ -57,15 +66,24 @@ class Outcome:
         return max((rate for rate in self.link_rates if rate), default=None)
 
 
-def prepare(flags: RunFlags, prompts: Sequence[str], console: Console) -> GenerateJob:
+def generate_on_console(flags: GenerateFlags, prompts: Sequence[str], console: Console) -> None:
+    """Serve every prompt. Raises AspecError."""
+    run(partial(generate_to_console, prepare(flags, prompts, console), flags.verify))
+
+
+def prepare(flags: RunFlags, prompts: Sequence[str], console: Console, *, weights: bool = True) -> GenerateJob:
     """Find models and encode prompts, which may block for long (a download). Raises AspecError.
 
-    It runs before the loop starts, so Ctrl-C works as usual.
+    It runs before the loop starts, so Ctrl-C works as usual. ``weights``: False for a run in virtual time.
     """
-    resolved = resolve(flags.options())
-    tokenizer = Tokenizer.load(resolved.target)
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches, weights=weights)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
     tokens = [_encode(tokenizer, text, flags) for text in prompts]
-    params = sampling_params(generation_defaults(resolved.target), flags.sampling())
+    defaults, given = generation_defaults(resolved.target), flags.sampling()
+    params = sampling_params(defaults, given)
+    if asked_for := describe(defaults, given):
+        console.note(asked_for)
     return GenerateJob(flags, _fit(resolved, tokens, params), tokens, params, console)
 
 
@@ -79,9 +97,8 @@ async def generate_to_console(job: GenerateJob, verified: bool) -> None:
     recorder = Recorder(RECENT_SPANS)
     outcome = await run_job(job, [recorder], probe=job.flags.as_json)
     entries = [as_object(result, outcome) for result in outcome.results]
-    for result in outcome.results:
-        console.note(summarise(result, outcome.link_rate))
-    console.note(summarise_lanes(recorder))
+    console.note(summarise(outcome))
+    console.note(summarise_lanes(console.stops.left_out(recorder.timeline())))
     verdicts: list[Verdict] = []
     try:
         if verified:
@@ -99,17 +116,40 @@ async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe
 
     ``probe``: measure the raw link rate before and after the prompts. Raises AspecError.
     """
-    monitor, console = Monitor(), job.console
+    console = job.console
+    monitor = Monitor(console.stops)
     with watch(monitor, console, dashboard=not job.flags.no_dashboard):
         async with Engine(
             revise(job.resolved, progress=monitor.progress), [monitor, *observers], [monitor.issued]
         ) as engine:
-            monitor.opened(engine.plan, len(job.prompts) * job.params.max_new_tokens)
+            num_prompt_tokens = sum(len(prompt) for prompt in job.prompts)
+            most_tokens = len(job.prompts) * job.params.max_new_tokens
+            monitor.opened(engine.plan, most_tokens, num_prompt_tokens, describe_job(job))
             console.note(describe_plan(engine.plan))
             before = await engine.probe_link_rate(PROBE_S) if probe else None
-            results = await _serve(engine, job, monitor)
+            try:
+                results = await _serve(engine, job, monitor)
+            except asyncio.CancelledError:
+                console.note(summarise_part(monitor.snapshot(time.perf_counter())))
+                raise
             after = await engine.probe_link_rate(PROBE_S) if probe else None
+            results = [replace(result, stats=_without_stops(result.stats, console.stops)) for result in results]
             return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
+
+
+def describe_job(job: GenerateJob) -> tuple[str, ...]:
+    """What runs, in words: models, sampling, prompts."""
+    options, params = job.resolved.options, job.params
+    models = "the demo pair" if options.target is None else Path(options.target).name
+    models += f" with {Path(options.draft).name}" if options.draft is not None else ""
+    words = f"temperature {params.temperature:g}" if params.temperature > 0.0 else "greedy"
+    words += f", top-k {params.top_k}" if params.top_k else ""
+    words += f", top-p {params.top_p:g}" if params.top_p < 1.0 else ""
+    words += f", min-p {params.min_p:g}" if params.min_p else ""
+    words += f", seed {params.seed}" if params.temperature > 0.0 else ""
+    num_tokens = sum(len(prompt) for prompt in job.prompts)
+    prompts = f"{len(job.prompts)} prompts of {num_tokens} tokens in all" if len(job.prompts) > 1 else ""
+    return models, prompts or f"prompt of {num_tokens} tokens", words
 
 
 def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
@@ -122,14 +162,11 @@ def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
 
 
 def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -> Resolved:
-    """Set the context, and the rows or the workload, that these prompts need."""
-    longest = max(len(tokens) for tokens in prompts)
-    context = resolved.options.max_context or max(2, longest + params.max_new_tokens)
-    if len(prompts) > SEARCH_ABOVE and params.max_new_tokens > 1:
-        mean = round(sum(len(tokens) for tokens in prompts) / len(prompts))
-        work = Workload(len(prompts), mean, params.max_new_tokens, sampled=params.temperature > 0.0)
-        return revise(resolved, max_context=context, workload=work)
-    return revise(resolved, max_context=context, max_batch=resolved.options.max_batch or len(prompts))
+    """Set the context and the workload of these prompts. Raises PromptError for a prompt that is too long."""
+    lengths, new = [len(tokens) for tokens in prompts], params.max_new_tokens
+    mean = max(1, round(sum(lengths) / len(lengths)))
+    work = Workload(len(prompts), mean, max(2, new), sampled=params.temperature > 0.0)
+    return fit(resolved, work, max(lengths), new)
 
 
 async def _verify(job: GenerateJob, outcome: Outcome) -> list[Verdict]:
@@ -143,16 +180,16 @@ async def _serve(engine: Engine, job: GenerateJob, monitor: Monitor) -> list[Res
     """Serve all prompts in shared passes. Print a single text as it comes, several texts one after the other."""
     alone, as_json = len(job.prompts) == 1, job.flags.as_json
 
-    def hear(text: str) -> None:
-        monitor.heard(text)
+    def hear(text: str, row: int) -> None:
+        monitor.heard(text, row)
         if alone and not as_json:
             job.console.write(text)
 
     results: list[Result] = []
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(collect(engine, prompt, params, hear))
-            for prompt, params in zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True)
+            group.create_task(collect(engine, prompt, params, partial(hear, row=row)))
+            for row, (prompt, params) in enumerate(zip(job.prompts, seeded(job.params, len(job.prompts)), strict=True))
         ]
         for index, task in enumerate(tasks):
             result = await task
@@ -178,29 +215,48 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def summarise(result: Result, rate: float | None) -> str:
-    """One line: speed, tokens per pass, and the rate of the weight stream. ``rate``: raw link, bytes per second."""
-    stats = result.stats
-    words = [f"{stats.completion_tokens} tokens ({result.finish_reason})", f"prefill {stats.prefill_s:.2f} s"]
-    if stats.tokens_per_s is not None:
-        words.append(f"{stats.tokens_per_s:.2f} tokens/s")
-    if stats.tokens_per_pass is not None:
-        words.append(f"{stats.tokens_per_pass:.2f} tokens per pass")
-    if stats.acceptance_rate is not None:
-        words.append(f"{stats.acceptance_rate:.0%} of proposals accepted")
-    if stats.stream_bytes_per_s is not None:
-        words.append(f"stream {format_rate(stats.stream_bytes_per_s)}")
-    if rate:
-        words.append(f"raw {format_rate(rate)}")
+def summarise(outcome: Outcome) -> str:
+    """One line on all prompts: tokens, seconds, speed, tokens per pass; ``--json`` has the details of each prompt."""
+    stats = [result.stats for result in outcome.results]
+    tokens, reasons = sum(one.completion_tokens for one in stats), Counter(r.finish_reason for r in outcome.results)
+    alone = len(stats) == 1
+    why = next(iter(reasons)) if alone else ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    words = [f"{tokens} tokens ({why})" if alone else f"{len(stats)} prompts: {tokens} tokens ({why})"]
+    words.append(f"prefill {max(one.prefill_s for one in stats):.2f} s")
+    begun_s = min(one.arrived_s + one.prefill_s for one in stats)
+    decode_s = max(one.arrived_s + one.prefill_s + one.decode_s for one in stats) - begun_s
+    if decode_s > 0 and tokens > len(stats):
+        words.append(f"{(tokens - len(stats)) / decode_s:.2f} tokens/s" + ("" if alone else " together"))
+    passes, proposed = sum(one.passes for one in stats), sum(one.proposed for one in stats)
+    if passes:
+        words.append(f"{(tokens - len(stats)) / passes:.2f} tokens {'' if alone else 'of a row '}per pass")
+    if proposed:
+        words.append(f"{sum(one.accepted for one in stats) / proposed:.0%} of proposals accepted")
+    if outcome.link_rate:
+        words.append(f"raw link {format_rate(outcome.link_rate)}")
     return ", ".join(words)
 
 
-def summarise_lanes(recorder: Recorder) -> str:
+def summarise_part(snapshot: Snapshot) -> str:
+    """One line on a run that was stopped."""
+    if snapshot.stage != "decode":
+        return f"stopped after {snapshot.done} of {snapshot.total} prompt tokens"
+    words = f"stopped after {snapshot.tokens} tokens"
+    return f"{words}, {snapshot.tokens_per_s:.2f} tokens/s" if snapshot.tokens_per_s else words
+
+
+def summarise_lanes(timeline: Timeline) -> str:
     """One line on decoding: its bottleneck, and the share of compute that the weight stream hides."""
-    timeline = recorder.timeline()
     stretch = decode_stretch(timeline)
     words = [bottleneck(uses_of(timeline, *stretch))]
     hidden = hidden_share(timeline.work(*stretch))
     if hidden is not None:
-        words.append(f"{100 * hidden:.0f} % of target and draft compute hidden under the stream")
+        words.append(f"{100 * hidden:.0f} % of target and draft compute ran while weights streamed")
     return ", ".join(words)
+
+
+def _without_stops(stats: RequestStats, stops: Stops) -> RequestStats:
+    """The statistics on a clock that stands still while the process is stopped."""
+    first_s = stats.arrived_s + stats.prefill_s
+    begun, first, ended = (stops.running_s(at) for at in (stats.arrived_s, first_s, first_s + stats.decode_s))
+    return replace(stats, prefill_s=first - begun, decode_s=ended - first)

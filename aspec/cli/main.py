@@ -1,15 +1,18 @@
 """The commands and their exit codes. Results go to stdout, all else to stderr; commands import torch when they run.
 
-Exit codes: 0 success, 1 an error (one paragraph; with --debug the traceback), 2 wrong usage, 130 Ctrl-C.
+Exit codes: 0 success, 1 an error (one paragraph; with --debug the traceback), 2 wrong usage, 130 Ctrl-C, 129 SIGHUP,
+143 SIGTERM.
 """
 
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
+from typing import Annotated
 
 import typer
 
+from aspec import __version__
 from aspec.cli.command_flags import (
     BatchFlags,
     BenchFlags,
@@ -19,22 +22,34 @@ from aspec.cli.command_flags import (
     ProfileFlags,
     TraceFlags,
 )
-from aspec.cli.flags import takes
-from aspec.errors import AspecError
+from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
+from aspec.cli.front.opening import find_mistakes, opening_line
+from aspec.cli.front.options import option, takes
+from aspec.cli.interrupts import Interrupts
+from aspec.errors import AspecError, WriteError
 from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
+from aspec.observe.terminal.standard_streams import prepare_streams
+
+CommandFlags = BatchFlags | BenchFlags | ChatFlags | GenerateFlags | PlanFlags | ProfileFlags | TraceFlags
+
+
+def print_version(value: bool) -> None:
+    """The callback of ``--version``."""
+    if value:
+        print(f"aspec {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
-    add_completion=False,
+    cls=HelpGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run language models that do not fit in device memory. Weights stream through a few buffers while a small "
-    "draft model proposes tokens; one pass of the big model verifies many proposals.",
 )
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 @takes(GenerateFlags)
 def generate(flags: GenerateFlags) -> None:
     """Generate text. Several prompts share every pass of the target's weights.
@@ -49,17 +64,10 @@ def generate(flags: GenerateFlags) -> None:
 
       aspec generate --target ./model --draft ./small --prompt "..." --verify
     """
-    from aspec.api import run
-    from aspec.cli.generate import generate_to_console, prepare
-
-    prompts = flags.prompts()
-    console = Console(quiet=flags.quiet)
-    guarded(
-        lambda: run(partial(generate_to_console, prepare(flags, prompts, console), flags.verify)), console, flags.debug
-    )
+    perform("aspec.cli.generate", "generate_on_console", flags, flags.prompts())
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 @takes(ChatFlags)
 def chat(flags: ChatFlags) -> None:
     """Chat with a model in the terminal. Each turn prefills only its new tokens.
@@ -80,13 +88,10 @@ def chat(flags: ChatFlags) -> None:
 
       cat questions.txt | aspec chat --target ./model --quiet
     """
-    from aspec.cli.chat.chat import chat_on_console
-
-    console = Console(quiet=flags.quiet)
-    guarded(lambda: chat_on_console(flags, console), console, flags.debug)
+    perform("aspec.cli.chat.chat", "chat_on_console", flags)
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 @takes(TraceFlags)
 def trace(flags: TraceFlags) -> None:
     """Record a run as a Chrome trace for ui.perfetto.dev and chrome://tracing, or summarise a recorded trace.
@@ -101,18 +106,15 @@ def trace(flags: TraceFlags) -> None:
 
       aspec trace -o gpu.json --simulate machine.json --target ./model --prompt "..."
     """
-    from aspec.cli.trace import record, summarise_file
-
-    console = Console(quiet=flags.quiet)
-    recorded = flags.recorded
-    if recorded is not None:
-        guarded(lambda: summarise_file(recorded, flags.as_json), console, flags.debug)
+    if flags.recorded is None:
+        perform("aspec.cli.trace", "record", flags, flags.prompts())
         return
-    prompts = flags.prompts()
-    guarded(lambda: record(flags, prompts, console), console, flags.debug)
+    from aspec.cli.trace_summary import summarise_file
+
+    guarded(partial(summarise_file, flags.recorded, flags.as_json), Console(quiet=flags.quiet), flags.debug)
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 @takes(BenchFlags)
 def bench(flags: BenchFlags) -> None:
     """Measure this machine's limits and some runs; report which share of the limit the runs reach.
@@ -123,13 +125,10 @@ def bench(flags: BenchFlags) -> None:
 
       aspec bench --target ./model --draft ./small --device-memory 8GiB -n 64 --json
     """
-    from aspec.cli.bench import bench_to_console
-
-    console = Console(quiet=flags.quiet)
-    guarded(lambda: bench_to_console(flags, console), console, flags.debug)
+    perform("aspec.cli.bench", "bench_to_console", flags)
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 @takes(BatchFlags)
 def batch(flags: BatchFlags) -> None:
     """Serve a file of requests. A finished row is never lost, even if the job is killed.
@@ -160,13 +159,10 @@ def batch(flags: BatchFlags) -> None:
 
       aspec batch -i in.jsonl -o out.jsonl --target ./model --temperature 0.7 --seed 1 --overwrite
     """
-    from aspec.cli.batch import batch_to_console
-
-    console = Console(quiet=flags.quiet)
-    guarded(lambda: batch_to_console(flags, console), console, flags.debug)
+    perform("aspec.cli.batch", "batch_to_console", flags)
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 @takes(ProfileFlags)
 def profile(flags: ProfileFlags) -> None:
     """Measure this machine once, and show the costs of a pair of models on it.
@@ -179,13 +175,10 @@ def profile(flags: ProfileFlags) -> None:
 
       aspec profile --refresh -o machine.json
     """
-    from aspec.cli.profile import profile_to_console
-
-    console = Console(quiet=flags.quiet)
-    guarded(lambda: profile_to_console(flags, console), console, flags.debug)
+    perform("aspec.cli.profile", "profile_to_console", flags)
 
 
-@app.command()
+@app.command(cls=HelpCommand)
 @takes(PlanFlags)
 def plan(flags: PlanFlags) -> None:
     """Find the fastest plan and explain it: placement, memory, speed, bottleneck.
@@ -202,42 +195,78 @@ def plan(flags: PlanFlags) -> None:
 
       aspec plan --target org/big --profile rtx4090.json --json
     """
-    from aspec.cli.plan import plan_to_console
+    perform("aspec.cli.plan", "plan_to_console", flags)
 
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        option(HELP_PANEL, "Print the version and exit.", "--version", is_eager=True, callback=print_version),
+    ] = False,
+) -> None:
+    """Run language models that do not fit in device memory.
+
+    Weights stream through a few buffers while a small draft model proposes tokens; one pass of the big model verifies
+    many proposals.
+    """
+
+
+def perform(module: str, function: str, flags: CommandFlags, *args: object) -> None:
+    """Run a command's function, with its arguments and the console; its module imports torch, which takes seconds.
+
+    Mistakes that need no torch are found before, and a first line tells that the command works.
+    """
     console = Console(quiet=flags.quiet)
-    guarded(lambda: plan_to_console(flags, console), console, flags.debug)
+
+    def work() -> None:
+        find_mistakes(flags)
+        console.note(opening_line(flags))
+        act = getattr(import_module(module), function)
+        with held_back(console):
+            act(flags, *args, console)
+
+    guarded(work, console, flags.debug)
 
 
 def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:
-    """Run a command and exit with its code: 1 and one paragraph for an error, 130 for Ctrl-C; warnings come last."""
-    try:
-        with held_back(console):
+    """Run a command and exit with its code.
+
+    The codes: 1 and one paragraph for an error, 128 and the number of the signal that stopped the command.
+    """
+    with Interrupts.watching(console) as interrupts:
+        try:
             work()
-    except KeyboardInterrupt:
-        console.note("interrupted")
-        _leave(130)
-    except (AspecError, MemoryError) as error:
-        if debug:
-            raise
-        console.error(str(error) or "out of memory")
-        _leave(1)
-    except Warning as error:
-        if debug:
-            raise
-        console.error(
-            f"a warning was turned into an error (python -W, PYTHONWARNINGS): {type(error).__name__}: {error}"
-        )
-        _leave(1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(1)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            console.note(interrupts.words)
+            raise typer.Exit(interrupts.exit_code or 130) from None
+        except (AspecError, MemoryError) as error:
+            if debug:
+                raise
+            console.error(str(error) or "out of memory")
+            raise typer.Exit(1) from None
+        except Warning as error:
+            if debug:
+                raise
+            console.error(
+                f"a warning was turned into an error (python -W, PYTHONWARNINGS): {type(error).__name__}: {error}"
+            )
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
 
 
-def _leave(code: int) -> None:
-    sys.stdout.flush()
-    raise typer.Exit(code)
-
-
-def main() -> None:
-    """The console script."""
-    app()
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script. It prepares what all commands share: the standard streams and the signals."""
+    prepare_streams()
+    interrupts = Interrupts().install()
+    try:
+        app(args)
+    except WriteError as error:  # of the help
+        Console().error(str(error))
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code and interrupts.exit_code is not None:  # a signal came before or after the command's own part
+            sys.exit(interrupts.exit_code)
+        raise

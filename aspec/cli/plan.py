@@ -8,16 +8,21 @@ from typing import Any
 
 from aspec.backends.registry import HOST
 from aspec.cli.command_flags import PlanFlags
+from aspec.cli.front.opening import fetching
 from aspec.errors import UserError
 from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
+from aspec.io.fetching.fetch import Fetches
+from aspec.models.compute_dtype import dtype_name
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
-from aspec.planning.footprint import Models, read_models, request_for
-from aspec.planning.resolve import resolve, revise
-from aspec.planning.search import Candidate, Search
-from aspec.planning.workload import CostBasis, elsewhere, measured_basis, on_machine, plan_workload
+from aspec.planning.fit import fit
+from aspec.planning.footprint import Models, read_models
+from aspec.planning.memory_check import check_memory
+from aspec.planning.resolve import resolve
+from aspec.planning.search import GUESS_MARGIN, Candidate, Search
+from aspec.planning.workload import CostBasis, best_plans, elsewhere, measured_basis
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.units import format_bytes, format_rate
@@ -42,7 +47,10 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         if num_tried.bit_count() == 1:  # a line each time the number has doubled
             console.note(f"{_count(num_tried, 'plan')} tried")
 
-    explained = explain(flags, progress)
+    with fetching(console) as fetches:
+        explained = explain(flags, progress, fetches)
+    for remark in explained.models.remarks:
+        console.warn(remark)
     if flags.as_json:
         print(json.dumps(as_object(explained)))
         return
@@ -50,27 +58,27 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         print(line)
 
 
-def explain(flags: PlanFlags, progress: Callable[[int], None] = lambda _: None) -> PlanExplanation:
+def explain(
+    flags: PlanFlags, progress: Callable[[int], None] = lambda _: None, fetches: Fetches | None = None
+) -> PlanExplanation:
     """Search plans for the flags; ``progress`` receives the number of tried plans. Raises AspecError."""
     hardware = None if flags.profile is None else _read_rates(flags.profile)
     options = (
         flags.options() if hardware is None else replace(flags.options(), device=HOST)
     )  # independent of this machine's devices
-    resolved = resolve(options)
+    resolved = resolve(options, fetches, weights=False)
     sampled = sampling_params(generation_defaults(resolved.target), flags.sampling()).temperature > 0.0
     work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=sampled)
-    context = flags.max_context or work.prompt_tokens + work.new_tokens
-    resolved = revise(resolved, workload=work, max_context=context)
-    if hardware is None:
-        models = read_models(resolved, outlined=True)
-        basis = measured_basis(models)
-        models = replace(models, resolved=on_machine(models.resolved, basis.hardware))
-    else:
-        models = read_models(elsewhere(resolved, hardware), outlined=True)
-        basis = CostBasis(hardware, AcceptanceStats())
+    resolved = fit(resolved, work, work.prompt_tokens, work.new_tokens)
+    resolved = resolved if hardware is None else elsewhere(resolved, hardware)
+    models = read_models(resolved, outlined=True)
+    basis = measured_basis(models) if hardware is None else CostBasis(hardware, AcceptanceStats())
     if flags.acceptance is not None:
         basis = replace(basis, known=replace(basis.known, acceptance=flags.acceptance))
-    return PlanExplanation(models, basis, work, plan_workload(models, request_for(models), basis, progress))
+    search = best_plans(models, basis, progress)
+    if hardware is None:
+        check_memory(search.best.plan, resolved)
+    return PlanExplanation(models, basis, work, search)
 
 
 def _read_rates(path: Path) -> Hardware:
@@ -94,7 +102,8 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     layers = models.target.num_layers
     nbytes = sum(part.nbytes for part in models.parts)
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
-    yield f"target: {layers} layers, {format_bytes(nbytes)}{source}"
+    adapter = f", with the adapter {models.resolved.adapter}" if models.resolved.adapter is not None else ""
+    yield f"target: {layers} layers, {format_bytes(nbytes)}, {models.target.dtypes}{source}{adapter}"
     prompts = _count(work.num_prompts, "prompt")
     how = ", sampled" if work.sampled else ""
     yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{how}"
@@ -111,6 +120,11 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
         yield from (f"  {shape:{width}}  {forecast}" for shape, forecast in others)
     yield ""
     search = explained.search
+    if min(candidate.forecast.job_s for candidate in search.found) < best.forecast.job_s:
+        yield (
+            f"another form of proposals is taken only where it is {GUESS_MARGIN:g} times as fast, because the "
+            f"acceptance is a guess"
+        )
     yield (
         f"{_count(len(search.found), 'plan')} ran in virtual time, {search.num_pruned} cannot be faster, "
         f"{search.num_too_large} do not fit"
@@ -192,11 +206,13 @@ def as_object(explained: PlanExplanation) -> dict[str, Any]:
         "hardware": explained.basis.hardware.as_object(),
         "acceptance": explained.basis.known.acceptance,
         "budget_bytes": explained.models.resolved.budget_bytes,
+        "dtype": dtype_name(explained.models.target.dtype),
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
         "plans": [_plan_object(one.plan) | {"forecast": asdict(one.forecast)} for one in search.found],
         "not_run": [_plan_object(plan) | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,
         "pruned": search.num_pruned,
+        "remarks": list(explained.models.remarks),
     }
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aspec.api import run
 from aspec.cli.command_flags import ProfileFlags
+from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import run
 from aspec.errors import UserError
 from aspec.models.model import Model
 from aspec.observe.console import Console
@@ -38,7 +39,8 @@ class PairOnMachine:
 
 def profile_to_console(flags: ProfileFlags, console: Console) -> None:
     """Get the figures, print them, and write them to --output. Raises AspecError."""
-    resolved = resolve(flags.options())
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches, weights=False)
     pair = run(lambda: asyncio.to_thread(_pair_on_machine, resolved, flags))
     if flags.output is not None:
         _write(flags.output, pair.hardware)
@@ -52,8 +54,8 @@ def profile_to_console(flags: ProfileFlags, console: Console) -> None:
 
 def _pair_on_machine(resolved: Resolved, flags: ProfileFlags) -> PairOnMachine:
     target, draft = resolved.target, resolved.draft
-    big = Model(target, dtype=resolved.dtype)
-    small = None if draft is None else Model(draft, dtype=resolved.dtype)
+    big = Model(target, dtype=resolved.dtype, adapter=resolved.adapter)
+    small = None if draft is None else Model(draft, dtype=resolved.dtype, adapter=resolved.draft_adapter)
     how: dict[str, Any] = {"kind": resolved.kind, "link_rate": resolved.options.link_rate, "refresh": flags.refresh}
     hardware = machine_profile(target, big.dtype, flags.threads, **how)
     known = AcceptanceStats() if draft is None else known_acceptance(target, draft)

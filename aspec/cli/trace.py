@@ -1,20 +1,21 @@
-"""What ``aspec trace`` does: record a run, simulate it, write both into one trace, or summarise a trace."""
+"""What ``aspec trace`` does: record a run, simulate it, or write both into one trace."""
 
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
-from aspec.api import run
+from aspec import __version__
 from aspec.cli.command_flags import TraceFlags
 from aspec.cli.generate import GenerateJob, as_object, prepare, run_job
-from aspec.cli.generate import summarise as summarise_result
+from aspec.cli.generate import summarise as summarise_results
+from aspec.cli.interrupts import run
+from aspec.cli.trace_summary import print_summaries
 from aspec.engine.design import design
 from aspec.errors import InternalError, UserError
-from aspec.observe.chrome_trace import read_trace, write_trace
+from aspec.observe.chrome_trace import write_trace
 from aspec.observe.console import Console
 from aspec.observe.recorder import Recorder
 from aspec.observe.summary import Summary, summarise
@@ -38,7 +39,7 @@ def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
         raise InternalError("recording a trace needs an output file")
     machine = read_machine(flags.simulate) if flags.simulate else None
     _check_writable(output)
-    job = prepare(flags, prompts, console)
+    job = prepare(flags, prompts, console, weights=machine is None or flags.compare)
     timelines: dict[str, Timeline] = {}
     if machine is not None and not flags.compare:
         plan = design(job.resolved).plan
@@ -51,12 +52,7 @@ def record(flags: TraceFlags, prompts: Sequence[str], console: Console) -> None:
     write_trace(output, timelines)
     _note_written(output, timelines, console)
     if flags.summary:
-        _print_summaries(timelines, flags.as_json)
-
-
-def summarise_file(path: Path, as_json: bool) -> None:
-    """Print the summary of a trace. Raises UserError if the file is not a trace."""
-    _print_summaries(read_trace(path), as_json)
+        print_summaries(timelines, flags.as_json)
 
 
 def _record(job: GenerateJob, max_spans: int, output: Path) -> tuple[Plan, Timeline]:
@@ -73,7 +69,7 @@ def _record(job: GenerateJob, max_spans: int, output: Path) -> tuple[Plan, Timel
     for result in outcome.results:
         if job.flags.as_json:
             job.console.write(json.dumps(as_object(result, outcome)) + "\n")
-        job.console.note(summarise_result(result, None))
+    job.console.note(summarise_results(outcome))
     timeline = recorder.timeline(_facts(job, outcome.plan))
     started_ns = epoch_ns + round(timeline.start_s * 1e9)  # wall-clock time, to align other traces
     return outcome.plan, replace(timeline, facts={**timeline.facts, "started_ns": started_ns})
@@ -99,7 +95,7 @@ def _facts(job: GenerateJob, plan: Plan | None) -> dict[str, str | int | float]:
     """The facts of a trace: version, models, plan. ``plan`` is None if the run did not finish."""
     options = job.resolved.options
     models = {"target": str(options.target or "demo"), "draft": str(options.draft or "none")}
-    facts: dict[str, str | int | float] = {"version": version("aspec"), **models}
+    facts: dict[str, str | int | float] = {"version": __version__, **models}
     if plan is not None:
         facts |= {"slots": plan.num_slots, "bytes_per_pass": plan.streamed_bytes, "held_bytes": plan.held_bytes}
     return facts
@@ -131,13 +127,3 @@ def _note_written(output: Path, timelines: Mapping[str, Timeline], console: Cons
 def _pass_s(summary: Summary) -> float:
     """Seconds per decoding pass, because the number of passes depends on random acceptance; 0 without a pass."""
     return summary.decode_s / (summary.rounds - 1) if summary.rounds > 1 else 0.0
-
-
-def _print_summaries(timelines: Mapping[str, Timeline], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({name: summarise(timeline).as_dict() for name, timeline in timelines.items()}))
-        return
-    for name, timeline in timelines.items():
-        print(f"{name}: {timeline.facts.get('target', '')}".rstrip(": "))
-        for line in summarise(timeline).lines():
-            print(f"  {line}".rstrip())

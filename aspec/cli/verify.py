@@ -109,11 +109,12 @@ async def verify(resolved: Resolved, plan: Plan, generations: Sequence[Generatio
 
     ``resolved`` and ``plan`` belong to the engine that made the generations; it must be closed. Raises AspecError.
     """
-    monitor = Monitor()
+    monitor = Monitor(console.stops)
     console.note("verifying: the same prompts once more, without speculation")
     reference = revise(
         resolved,
         speculation="off",
+        workload=None,
         device_memory=plan.budget_bytes,
         max_batch=plan.num_rows,
         max_context=plan.capacity,

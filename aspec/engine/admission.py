@@ -1,18 +1,17 @@
 """What a request must be to run: its prompt becomes tokens, its tokens and limits are checked, a sequence is made."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
+from aspec.generation.processors import Processors, needs_processors
+from aspec.generation.prompts import Prompt, first_bad, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import TextStream, Tokenizer
 from aspec.models.model import Model
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""A text, token ids, or a chat as role and content messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,26 +22,24 @@ class Admission:
     target: Model
     capacity: int
 
-    def ready(self, prompt: Prompt) -> list[int] | None:
-        """The tokens of a prompt of token ids; None for a text or a chat, which ``encode`` encodes."""
-        if isinstance(prompt, str) or any(isinstance(one, dict) for one in prompt):
-            return None
-        return [token for token in prompt if isinstance(token, int)]
-
     def encode(self, prompt: Prompt, limit: TimeLimit) -> list[int]:
-        """The tokens of a text or a chat. Blocks. Raises PromptError, also if ``limit`` ends it."""
+        """The tokens of a prompt. Blocks. Raises PromptError, also if ``limit`` ends it."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat([message for message in prompt if isinstance(message, dict)], limit=limit)
+        if is_chat(prompt):
+            return self.tokenizer.encode_chat(prompt, limit=limit)
+        return cast("list[int]", prompt)
 
     def sequence(self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
         """A new sequence. Raises PromptError if the target cannot run its tokens, or has no room for one more."""
         room = self.capacity - len(tokens)
+        most = self.capacity if params.max_length is None else params.max_length
         if not tokens:
             raise PromptError("the prompt is empty: expected at least one token; give --prompt some text.")
-        if max(tokens) >= self.target.vocab_size or min(tokens) < 0:
+        if (bad := first_bad(tokens, self.target.vocab_size)) is not None:
             raise PromptError(
-                f"the prompt holds token {max(tokens)}; the target knows 0 .. {self.target.vocab_size - 1}."
+                f"the prompt's token {bad[0]} is {bad[1]}: expected a token of the target, 0 .. "
+                f"{self.target.vocab_size - 1}. Encode the prompt with the target's own tokenizer."
             )
         if room < 1:
             raise PromptError(
@@ -50,6 +47,18 @@ class Admission:
                 f"stay free to generate. Shorten the prompt or raise --max-context (the model allows "
                 f"{self.target.max_context or 'any'})."
             )
+        if len(tokens) >= most:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens; max_length allows {most} of prompt and text together. Give "
+                f"max_new_tokens (-n), which has precedence, or shorten the prompt."
+            )
+        end_ids = frozenset() if params.ignore_eos else frozenset(self.target.end_ids)
+        limit = min(params.max_new_tokens, room, most - len(tokens))
+        processors = None
+        if needs_processors(params):
+            words = [ids for text in params.bad_words for ids in self.tokenizer.spellings(text)]
+            known = replace(params, bad_words_ids=(*params.bad_words_ids, *map(tuple, words)))
+            processors = Processors(known, tokens, end_ids, len(tokens) + limit, self.target.vocab_size)
         return TokenSequence(
             id=number,
             tokens=tokens,
@@ -57,6 +66,7 @@ class Admission:
             params=params,
             sampler=sampler,
             text=TextStream(self.tokenizer, stop=params.stop),
-            end_ids=frozenset() if params.ignore_eos else frozenset(self.target.end_ids),
-            max_new_tokens=min(params.max_new_tokens, room),
+            end_ids=end_ids,
+            max_new_tokens=limit,
+            processors=processors,
         )

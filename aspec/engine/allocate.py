@@ -15,7 +15,7 @@ from aspec.engine.design import ResolvedEngine, design
 from aspec.engine.model_runner import ModelRunner, Weights
 from aspec.errors import DeviceError
 from aspec.generation.tokenizer import Tokenizer
-from aspec.io.disk import DiskLane
+from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.memory import SlotMemory, allocate, give_back
 from aspec.io.settling import close_all
 from aspec.models.kv_cache import KVCache
@@ -55,6 +55,16 @@ class EngineMemory:
     memory: list[SlotMemory]
     device: DeviceLayer[Any, Any] | None = None
     buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind a device's link
+
+    @property
+    def models(self) -> list[Model]:
+        """The target and, if it proposes anything, the draft."""
+        return [model for model in (self.target, self.draft) if model is not None]
+
+    @property
+    def files(self) -> dict[str, FileVersion]:
+        """The files of all weights, as they were when their headers were read."""
+        return {path: version for model in self.models for path, version in model.files.items()}
 
     def open_backend(self, disk: DiskLane) -> Backend:
         """Open the backend that runs the tasks; on the loop's thread."""
@@ -147,11 +157,12 @@ def _assembly(
     )  # continuations of a lookup; None: as many as a tree takes
     drafter: Drafter | None = NgramDrafter(one) if resolved.method is NGRAM_DRAFT else None
     if draft is not None:
-        cache = _cache(draft, plan, plan.draft_slots, place)
+        cache = _cache(draft, plan, plan.draft_capacity + plan.draft_slots, place)
         capture = None if device is None else device.create_capture()
         shared = resolved.options.shared_noise
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
-    cache = _cache(target, plan, plan.tree_slots, place, exact=resolved.exact, offloaded=plan.kv_on_host)
+    capacity = plan.capacity + plan.tree_slots
+    cache = _cache(target, plan, capacity, place, exact=resolved.exact, offloaded=plan.kv_on_host)
     runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
     return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
@@ -165,10 +176,9 @@ def _residents(made: ResolvedEngine) -> list[tuple[Part, Model]]:
 
 
 def _cache(
-    model: Model, plan: Plan, slots: int, place: torch.device, *, exact: bool = False, offloaded: bool = False
+    model: Model, plan: Plan, capacity: int, place: torch.device, *, exact: bool = False, offloaded: bool = False
 ) -> KVCache:
-    shapes, capacity = model.kv_shapes(offloaded=offloaded), plan.capacity + slots
-    where = "cpu" if offloaded else place
+    shapes, where = model.kv_shapes(offloaded=offloaded), "cpu" if offloaded else place
     return KVCache(shapes, plan.num_rows, capacity, model.dtype, where, exact=exact, offloaded=offloaded)
 
 
@@ -208,7 +218,7 @@ def bind_load(load: ResidentLoad) -> None:
 
 def free_memory(assembly: EngineMemory) -> None:
     """Drop every view of the weights and free their memory; no task may run after this."""
-    models = [model for model in (assembly.target, assembly.draft) if model is not None]
+    models = assembly.models
     parts = [tuple(load.part for load in assembly.loads if load.model is model) for model in models]
     assembly.loads.clear()
     assembly.slots.clear()

@@ -21,25 +21,29 @@ import warnings
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
-from aspec.engine.admission import Admission, Prompt
+from aspec.engine.admission import Admission
 from aspec.engine.allocate import EngineMemory, assemble, free_memory, out_of_memory
 from aspec.engine.link_rate import raw_link_rate
 from aspec.engine.load import load_all
 from aspec.engine.observers import guarded
 from aspec.engine.streams import Streams
-from aspec.errors import ClosedError, DeviceError, InternalError, PromptError, first_error
+from aspec.errors import ClosedError, DeviceError, PromptError, UserError, first_error
+from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
+from aspec.generation.prompts import PromptLike, as_prompt, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import TEMPLATE_S, Tokenizer
 from aspec.io.disk import DiskLane
+from aspec.io.fetching.fetch import Fetches
 from aspec.io.settling import close_all, in_thread, settle, settle_all
-from aspec.options import EngineOptions
+from aspec.models.model import generation_defaults
+from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve
 from aspec.tasks.backend import Backend
@@ -47,6 +51,8 @@ from aspec.tasks.executor import Executor, IssueObserver, Observer
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Event, Shutdown
 from aspec.units import format_bytes
+
+MOST_KERNELS = 64  # compiled products that torch keeps
 
 
 class Engine:
@@ -71,12 +77,13 @@ class Engine:
         self._streams: Streams | None = None  # None before the opening
         self._running: asyncio.Task[None] | None = None
         self._encoding: set[TimeLimit] = set()  # of the prompts that are being encoded
+        self._defaults: dict[str, Any] | None = None  # of generation_config.json; None: not read
         self._failure: Exception | None = None
         self._failure_raised = False  # whether a stream has raised it
 
     async def __aenter__(self) -> Self:
         if self._streams is not None:
-            raise InternalError("an engine opens once: make another one")
+            raise UserError("an engine opens once, and this one was opened before. Make another one.")
         _tune_process(self._options.threads)
         try:
             await self._start()
@@ -121,16 +128,43 @@ class Engine:
         """The most tokens of one sequence, prompt included."""
         return self._open.plan.capacity
 
+    def sampling(self, **given: Any) -> SamplingParams:
+        """Sampling parameters: the given ones, then those of the checkpoint's generation_config.json, then greedy."""
+        if self._defaults is None:
+            self._defaults = generation_defaults(self._open.target.folder)
+        return sampling_params(self._defaults, {**dict.fromkeys(SamplingParams.__dataclass_fields__), **given})
+
+    async def encode(self, prompt: PromptLike) -> list[int]:
+        """A prompt's tokens; see ``stream``. Raises PromptError, and ClosedError if the engine ends meanwhile.
+
+        A thread encodes texts and chats; a closing engine or a cancelled caller ends it.
+        """
+        admission, (streams, _) = self._admission, self._serving()  # raises if the engine has ended
+        plain = as_prompt(prompt)
+        if not isinstance(plain, str) and not is_chat(plain):
+            return cast("list[int]", plain)
+        limit = TimeLimit(TEMPLATE_S)
+        self._encoding.add(limit)
+        try:
+            with streams.encoding():
+                return await settle(in_thread(partial(admission.encode, plain, limit)), limit.stop)
+        except PromptError:
+            self._serving()  # if the closing engine has stopped it, raise that error
+            raise
+        finally:
+            self._encoding.remove(limit)
+
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, sampler: Sampler | None = None
+        self, prompt: PromptLike, params: SamplingParams | None = None, sampler: Sampler | None = None
     ) -> AsyncGenerator[Piece, None]:
         """Generate; yields a piece per round, the last one with a finish reason and statistics.
 
-        ``sampler`` replaces the sampler of ``params``. Raises PromptError for a prompt that cannot be served, and the
-        engine's failure if there is one.
+        A text is continued as it is; messages pass through the model's chat template. ``params``: by default the
+        checkpoint's own, as ``sampling()`` returns them; ``sampler`` replaces the sampler of ``params``. Raises
+        PromptError for a prompt that cannot be served, and the engine's failure if there is one.
         """
-        params, number = params or SamplingParams(), next(self._ids)
-        tokens = await self._encode(prompt)
+        params, number = params or self.sampling(), next(self._ids)
+        tokens = await self.encode(prompt)
         sequence = self._admission.sequence(number, tokens, params, sampler or Sampler(params))
         if params.max_new_tokens == 0:
             yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
@@ -186,20 +220,22 @@ class Engine:
     def _closed(self) -> Exception:
         """The error for a call to an engine that is not open."""
         if self._streams is None or self._streams.ended is None:
-            return InternalError("the engine is not open: use it inside `async with`")
+            return UserError("the engine is not open: expected a call inside `async with engine`. Open it first.")
         self._failure_raised |= self._streams.ended is self._failure
         return self._streams.ended
 
     async def _start(self) -> None:
-        assembling = in_thread(lambda: assemble(resolve(self._to_resolve)))
+        fetches = Fetches(self._options.progress)
+        assembling = in_thread(lambda: assemble(resolve(self._to_resolve, fetches)))
         try:
-            await settle(assembling)
+            await settle(assembling, fetches.stop)
         finally:  # also after a cancellation: the allocated memory must be freed
             if not assembling.cancelled() and assembling.exception() is None:
                 self._assembly = assembling.result()
         opened = self._open
-        _warn_of_unexpected(opened)
-        self._disk = DiskLane(asyncio.get_running_loop(), rate_bytes_per_s=self._options.link_rate)
+        _warn(opened)
+        loop, rate = asyncio.get_running_loop(), self._options.link_rate
+        self._disk = DiskLane(loop, rate_bytes_per_s=rate, versions=opened.files)
         await self._load(opened, self._disk)
         self._backend = opened.open_backend(self._disk)
         scheduler = Scheduler(opened.plan)
@@ -281,29 +317,13 @@ class Engine:
             ]
         )
 
-    async def _encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens. A thread encodes texts and chats; a closing engine or a cancelled caller ends it."""
-        admission, (streams, _) = self._admission, self._serving()  # raises if the engine has ended
-        if (tokens := admission.ready(prompt)) is not None:
-            return tokens
-        limit = TimeLimit(TEMPLATE_S)
-        self._encoding.add(limit)
-        try:
-            with streams.encoding():
-                return await settle(in_thread(partial(admission.encode, prompt, limit)), limit.stop)
-        except PromptError:
-            self._serving()  # if the closing engine has stopped it, raise that error
-            raise
-        finally:
-            self._encoding.remove(limit)
-
 
 def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine:
     """An engine for ``async with``; keywords are the fields of ``EngineOptions``.
 
     Raises UserError if an option or a model cannot be used.
     """
-    return Engine(EngineOptions(**options), observers)
+    return Engine(engine_options(options), observers)
 
 
 def translate_error(error: Exception, plan: Plan) -> Exception:
@@ -331,20 +351,21 @@ def over_budget(plan: Plan, peak_bytes: int) -> str:
     )
 
 
-def _warn_of_unexpected(assembly: EngineMemory) -> None:
-    """Warn of stored tensors that a model does not use: the folder may hold more than its config.json describes."""
-    for model in (assembly.target, assembly.draft):
-        if model is not None and (unused := model.unexpected):
-            names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-            text = f"{model.folder}: {len(unused)} stored tensors have no use in this model and are not read: {names}"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+def _warn(assembly: EngineMemory) -> None:
+    """Warn of what the user should know of the models."""
+    for text in dict.fromkeys(remark for model in assembly.models for remark in model.remarks):
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _tune_process(threads: int | None) -> None:
     """Keep the interpreter responsive beside compute threads; leave one core to the disk threads and the loop.
 
     With a compute thread per core, any other thread makes every parallel region wait at its barrier for a time slice.
+    A CPU's bf16 products are compiled for every new shape and kept, 0.6 MB each, in two caches of 1,024. Fewer suffice:
+    a batch's shapes are seldom the same again. torch reads the variables at its first such product.
     """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(MOST_KERNELS))
     sys.setswitchinterval(1e-3)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores - 1))

@@ -193,9 +193,9 @@ class ModelRunner:
         return NOTHING
 
     def _context(self, row: int, num_proposed: int) -> Context | None:
-        """The tokens that lead to the drawn positions of a row; None without penalties."""
+        """The tokens that lead to the drawn positions of a row; None if its draws do not read them."""
         sequence, drafter = self._rows[row], self._drafter
-        if sequence.counts is None or drafter is None or not num_proposed:
+        if not sequence.reads_context or drafter is None or not num_proposed:
             return sequence.context()
         return sequence.context(*drafter.proposed(row, num_proposed))
 

@@ -13,13 +13,14 @@ Rule: a penalised logit is a function of the raw logit and a count, element by e
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import torch
 
 from aspec.generation.params import SamplingParams
+from aspec.generation.processors import Processors
 from aspec.io.upload import upload
 
 FARTHEST = 1e30  # largest factor: a larger one may make a float32 logit infinite, and has no stronger effect
@@ -80,8 +81,14 @@ class Context:
     the one position after the committed tokens.
     """
 
-    counts: TokenCounts
+    counts: TokenCounts | None  # for penalties; None if none is set
     paths: Sequence[Sequence[int]] = ((),)
+    processors: Processors | None = None  # None if the request needs none
+    tokens: Sequence[int] = ()  # prompt and committed tokens, for the processors
+
+    def at(self, position: int) -> Self:
+        """The context of one of the positions."""
+        return replace(self, paths=self.paths[position : position + 1])
 
 
 def proposal_paths(proposals: Sequence[int], parents: Sequence[int] | None = None) -> list[tuple[int, ...]]:
@@ -115,6 +122,7 @@ class Penalties:
     def apply(self, scores: torch.Tensor, context: Context) -> None:
         """Penalise raw logits [N, V] float32 in place, each position by the tokens before it."""
         device, counts = scores.device, context.counts
+        assert counts is not None, "penalties need counts"
         ids, generated = counts.table(scores.shape[-1], device)
         on_paths = [
             (row, token, counts.generated(token) + times)

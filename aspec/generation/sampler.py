@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from math import log
 
 import torch
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
-from aspec.errors import InternalError, NumericError
+from aspec.errors import InternalError, NoTokenError, NumericError
+from aspec.generation.filters import narrows, warpers_of
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, Penalties
+from aspec.generation.processors import needs_processors
 from aspec.io.upload import upload
 
 GREEDY_BELOW = 1e-5  # float32 logits cannot be divided by a lower temperature; the same limit as vLLM
@@ -127,9 +129,9 @@ def _signed(x: int) -> int:
 class Sampler:
     """The draws of one request, for the target and any draft.
 
-    Penalties come first. Temperature, top-k, top-p and min-p keep the same tokens as the warpers of ``transformers``,
-    in its order. A row is first narrowed to the ids that can survive (top-k does only this), so no sort covers a whole
-    vocabulary.
+    Processors and penalties come first. Temperature and filters keep the same tokens as the warpers of
+    ``transformers``, in its order. For top-k, top-p and min-p a row is first narrowed to the ids that can survive
+    (top-k does only this), so no sort covers a whole vocabulary.
     """
 
     def __init__(self, params: SamplingParams) -> None:
@@ -139,13 +141,10 @@ class Sampler:
         self._top_k, self._top_p, self._min_p = int(params.top_k), float(params.top_p), float(params.min_p)
         temperature = float(params.temperature)
         self._temperature = None if self.greedy or temperature == 1 else TemperatureLogitsWarper(temperature)
-        self._warpers = [  # of transformers, in its order, for whole rows; a row on the host is narrowed first
-            *([TopKLogitsWarper(self._top_k)] if self._top_k > 0 else []),
-            *([TopPLogitsWarper(self._top_p)] if self._top_p < 1 else []),
-            *([MinPLogitsWarper(self._min_p)] if self._min_p > 0 else []),
-        ]
+        self._warpers, self._narrows = warpers_of(params), narrows(params)
         self.temperature = 1.0 if self.greedy else temperature
-        self.shares_argmax = self.greedy and self.penalties is None  # its draws are the largest raw logits
+        self._reads_context = self.penalties is not None or needs_processors(params)
+        self.shares_argmax = self.greedy and not self._reads_context  # its draws are the largest raw logits
 
     def noise(
         self, positions: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
@@ -162,16 +161,18 @@ class Sampler:
     ) -> list[int]:
         """The tokens at absolute ``positions`` [N] from logits [N, V] of any float dtype; ties go to the lowest id.
 
-        Ids from ``limit`` on are never drawn. ``context`` has a path for each of the N positions; penalties
-        require it, and only they read it. Raises NumericError if a row holds NaN or +inf, or only -inf.
+        Ids from ``limit`` on are never drawn. ``context`` has a path for each of the N positions; processors and
+        penalties require it, and only they read it. Raises NumericError if a row holds NaN or +inf, or only -inf.
         """
-        logits = self.penalised(logits[..., :limit], context)
+        logits = self.processed(logits[..., :limit], context)
         if self.greedy:
             return _draw_greedy(logits, positions)
         if logits.device.type != "cpu":
             return self._draw_in_blocks(logits, positions)
         scores = self._scores(logits, positions)
-        if self._filters(scores.shape[-1]):
+        if not self._narrows:
+            scores = torch.cat([self._warped(row[None]) for row in scores]) if len(scores) else scores
+        elif self._filters(scores.shape[-1]):
             drawn = [self._draw_row(row, at) for row, at in zip(scores, positions, strict=True)]
             return [int(token) for token in torch.stack(drawn).tolist()] if drawn else []
         return [int(token) for token in self._draw_all(scores, positions).tolist()]
@@ -187,30 +188,44 @@ class Sampler:
         rows, drawn = max(1, DEVICE_BLOCK // logits.shape[-1]), []
         for start in range(0, len(logits), rows):
             own = positions[start : start + rows]
-            scores = self._scores(logits[start : start + rows], own)
-            for warper in self._warpers:
-                scores = warper(None, scores)
-            drawn.append(self._draw_all(scores, own))
+            drawn.append(self._draw_all(self._warped(self._scores(logits[start : start + rows], own)), own))
         return [int(token) for token in torch.cat(drawn).tolist()] if drawn else []
+
+    def _warped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [N, V] float32, -inf for tokens that a filter removes."""
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return scores
 
     def _draw_all(self, scores: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """Token ids [N] int64 from processed scores [N, V]."""
         noise = gumbel(self._seed, positions, scores.shape[-1], scores.device)
         return noise.add_(scores).max(-1).indices
 
-    def penalised(self, logits: torch.Tensor, context: Context | None) -> torch.Tensor:
-        """A penalised copy [N, V] float32 of raw logits [N, V]; without penalties the same tensor.
+    def processed(self, logits: torch.Tensor, context: Context | None) -> torch.Tensor:
+        """A processed copy [N, V] float32 of raw logits [N, V]; without processors and penalties the same tensor.
 
-        Drafts also rank with these logits, both their draws and the children of tree nodes. Raises InternalError if
-        ``context`` has no path per position.
+        Drafts also rank with these logits, both their draws and the children of tree nodes. Raises NoTokenError if no
+        token is left at a position, and InternalError if ``context`` has no path per position.
         """
-        if self.penalties is None:
+        if not self._reads_context:
             return logits
         if context is None or len(context.paths) != len(logits):
             found = "none" if context is None else len(context.paths)
             raise InternalError(f"penalties need a path for each of {len(logits)} positions, found {found}.")
-        scores = logits.to(torch.float32, copy=True)
-        self.penalties.apply(scores, context)
+        scores, processors = logits.to(torch.float32, copy=True), context.processors
+        if processors is not None:
+            scores = processors.bias(scores, context.tokens, context.paths)
+        if self.penalties is not None:
+            self.penalties.apply(scores, context)
+        if processors is not None:
+            scores = processors.apply(scores, context.tokens, context.paths)
+            if bool(((scores.amax(-1) == -torch.inf) & (logits.amax(-1) > -torch.inf)).any()):
+                raise NoTokenError(
+                    "the request's parameters rule every token out: expected one that may follow the text. Remove "
+                    "suppress_tokens, bad_words_ids, no_repeat_ngram_size or what else forbids tokens, from the "
+                    "request or from generation_config.json."
+                )
         return scores
 
     def scores(self, logits: torch.Tensor, position: int, context: Context | None = None) -> torch.Tensor:
@@ -218,12 +233,14 @@ class Sampler:
 
         In nats: processed logits, plus the noise unless greedy; -inf for tokens that a filter removes.
         """
-        scores = self.penalised(logits[None], context)[0].float()
+        scores = self.processed(logits[None], context)[0].float()
         if self.greedy:
             return scores
         if self._temperature is not None:
             scores = self._temperature(None, scores)
-        if self._filters(len(scores)):
+        if not self._narrows:
+            scores = self._warped(scores[None])[0]
+        elif self._filters(len(scores)):
             ids, kept = self._survivors(scores)
             scores = torch.full_like(scores, -torch.inf).scatter_(0, ids, kept)
         return scores + gumbel(self._seed, [position], len(scores), scores.device)[0]
@@ -269,7 +286,7 @@ def draw_rows(
 
     Columns beyond a row's positions are padding: neither drawn nor checked. Ids from ``limit`` on are never drawn
     (a draft's vocabulary may be padded further than the target's). ``contexts[b]`` has a path for each of the row's
-    positions; rows without penalties need none. All greedy rows without penalties share one argmax.
+    positions; rows without processors and penalties need none. All such rows that are greedy share one argmax.
     ``errors`` receives the NumericError of every (row, column) whose logits are not numbers, and NO_TOKEN is drawn
     there; all other draws are unchanged. Without ``errors`` the NumericError is raised.
     """
@@ -313,7 +330,7 @@ def _draw_numbers(
     """The draws of row ``index`` one by one, NO_TOKEN if its logits are not numbers."""
     drawn: list[int] = []
     for column, position in enumerate(positions):
-        own = None if context is None else Context(context.counts, context.paths[column : column + 1])
+        own = None if context is None else context.at(column)
         try:
             drawn += sampler.draw(logits[index, column : column + 1], [position], limit, own)
         except NumericError as error:

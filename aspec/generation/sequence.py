@@ -7,6 +7,7 @@ from typing import Literal
 from aspec.errors import NumericError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, TokenCounts, proposal_paths
+from aspec.generation.processors import Processors
 from aspec.generation.sampler import Sampler, TokenLogprob
 from aspec.generation.tokenizer import TextStream
 
@@ -35,14 +36,24 @@ class Sequence:
     finish_reason: FinishReason | None = None
     failure: NumericError | None = None  # the error that ended it, in place of a finish reason
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
+    processors: Processors | None = None  # None if the parameters need none
     counts: TokenCounts | None = None  # for penalties; None if none is set
 
     def __post_init__(self) -> None:
         self.counts = TokenCounts.of(self.params, self.tokens)
 
+    @property
+    def reads_context(self) -> bool:
+        """Whether the tokens before a position change its draw in other ways than through the model."""
+        return self.counts is not None or self.processors is not None
+
     def context(self, proposals: SequenceOf[int] = (), parents: SequenceOf[int] | None = None) -> Context | None:
-        """The tokens before the position after the committed tokens and after each proposal; None without penalties."""
-        return None if self.counts is None else Context(self.counts, proposal_paths(proposals, parents))
+        """The context of the position after the committed tokens and after each proposal; None if no draw reads it."""
+        return self.context_of(proposal_paths(proposals, parents)) if self.reads_context else None
+
+    def context_of(self, paths: SequenceOf[SequenceOf[int]]) -> Context | None:
+        """Likewise of the positions after some paths."""
+        return Context(self.counts, paths, self.processors, self.tokens) if self.reads_context else None
 
     @property
     def ended(self) -> bool:

@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 
 from transformers import AutoTokenizer
 
-from aspec.errors import CheckpointError, PromptError, VocabularyError
+from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
+from aspec.generation.stop_strings import StopStrings
 from aspec.generation.time_limit import TimeLimit, TimeLimitError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
@@ -40,7 +41,7 @@ class Tokenizer:
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
         except Exception as error:  # the loaders, and the Rust one, raise many types
-            raise _unusable(folder, _reason(error)) from error
+            raise _unusable(folder, reason_of(error)) from error
         if not inner.get_vocab():
             raise _unusable(folder, "its vocabulary is empty")
         inner.encode("")  # resets the file's padding and truncation before threads share it
@@ -49,6 +50,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids, with the tokenizer's default special tokens. Raises PromptError if ``text`` is no Unicode."""
         return self._encode(text, add_special_tokens=True)
+
+    def spellings(self, text: str) -> list[list[int]]:
+        """The tokens of a word alone and after a space, without special tokens. Raises PromptError as ``encode``."""
+        word = text.lstrip()
+        found = [self._encode(spelled, add_special_tokens=False) for spelled in (word, f" {word}")]
+        return [tokens for tokens in found if tokens]
 
     @property
     def has_chat_template(self) -> bool:
@@ -82,8 +89,8 @@ class Tokenizer:
             ) from error
         except Exception as error:  # a template is the checkpoint's code and may raise anything
             raise PromptError(
-                f"the chat template of {self.folder} refuses the conversation ({_reason(error)}). Change the messages' "
-                f"roles or order to what the model expects, or give plain text (--raw)."
+                f"the chat template of {self.folder} refuses the conversation ({reason_of(error)}). Change the "
+                f"messages' roles or order to what the model expects, or give plain text (--raw)."
             ) from error
         for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # the last ones may end inside a character
             begun = self.spell(said[:count])
@@ -180,43 +187,58 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 class TextStream:
     """Turns token ids into text: never half a character, never part of a stop string.
 
-    The pieces add up to ``tokenizer.decode`` of all tokens, cut before the stop string that is complete first.
-    The text depends only on the tokens, not on their split into pushes. Only a few tokens are decoded again at every
-    step, so a token costs the same at any length.
+    The pieces add up to ``tokenizer.decode`` of all tokens, cut before the stop string that is complete first. Special
+    tokens are no text, but a stop string may name them, whole. The text depends only on the tokens, not on their split
+    into pushes. Only a few tokens are decoded again at every step, so a token costs the same at any length.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stops = tokenizer, StopStrings(stop)
         self._context: list[int] = []  # the last token whose text was returned; it decides on a leading space
         self._window: list[int] = []  # the tokens after it, whose text is not all returned
         self._bytes: list[int] = []  # the byte tokens after those: the next token completes their text
         self._sent = 0  # characters of the window's text that were returned
-        self._held = ""  # text that is final but may begin a stop string
-        self.stopped = False  # a stop string was found: no more text is returned
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found: no more text is returned."""
+        return self._stops.found
 
     def push(self, tokens: Sequence[int]) -> str:
         """The new text that is final."""
-        if self.stopped:
-            return ""
-        final_text = ""
+        text = ""
         for token in tokens:
+            if self.stopped:
+                break
             kind = self._tokenizer.kind(token)
             if kind == "silent":
+                text += self._push_silent(token)
                 continue
             self._bytes.append(token)
             if kind == "text":
                 self._window += self._bytes
                 self._bytes.clear()
-                final_text += self._final_text()
-        return self._hold_back_stops(final_text, final=False)
+                text += self._stops.push(self._final_text())
+        return text
+
+    def _push_silent(self, token: int) -> str:
+        """The text before a special token that completes a stop string; otherwise none."""
+        name = self._tokenizer.spell([token]) if self._stops else ""
+        if not name:
+            return ""
+        return self._stops.push_hidden(name, self._rest())
 
     def finish(self) -> str:
         """The rest of the text; the tokenizer decides on an incomplete character. Call it once, after the last push."""
         if self.stopped:
             return ""
-        rest = self._text(self._context, self._window + self._bytes)[self._sent :]
+        rest = self._rest()
         self._context, self._window, self._bytes, self._sent = [], [], [], 0
-        return self._hold_back_stops(rest, final=True)
+        return self._stops.push(rest, final=True)
+
+    def _rest(self) -> str:
+        """The text of the window that was not returned, an incomplete character included."""
+        return self._text(self._context, self._window + self._bytes)[self._sent :]
 
     def _final_text(self) -> str:
         """The window's new text, without a last character that may be incomplete."""
@@ -244,21 +266,6 @@ class TextStream:
         before = self._tokenizer.decode(context) if context else ""
         return self._tokenizer.decode(context + window)[len(before) :]
 
-    def _hold_back_stops(self, final_text: str, final: bool) -> str:
-        text, self._held = self._held + final_text, ""
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return text[: min(found)[1]]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that begins ``stop``."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
-
 
 def _name(vocabulary: Mapping[int, str], index: int) -> str:
     return repr(vocabulary[index]) if index in vocabulary else "absent"
@@ -269,8 +276,3 @@ def _unusable(folder: Path, reason: str) -> CheckpointError:
         f"the tokenizer of {folder} cannot be used: expected tokenizer.json or the files its family needs "
         f"({reason}). Copy the tokenizer files of the original model into the folder."
     )
-
-
-def _reason(error: Exception) -> str:
-    """An error of a library in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(".: ")

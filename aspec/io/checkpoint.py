@@ -7,7 +7,6 @@ Format: https://github.com/huggingface/safetensors (8-byte little-endian header 
 
 import math
 import os
-import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from typing import NoReturn, Self
 
 import torch
 
-from aspec.errors import CheckpointError
+from aspec.errors import CheckpointError, shown
+from aspec.io.disk import FileVersion
+from aspec.io.fetching.files import SIZES
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -65,29 +66,31 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, TensorRef]
     nbytes: int
-    files: tuple[str, ...]
+    files: Mapping[str, FileVersion]  # as they were when their headers were read
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
+        sizes = _sizes_elsewhere(folder)
         tensors: dict[str, TensorRef] = {}
+        files: dict[str, FileVersion] = {}
         for file in sorted(set(weight_map.values())) or [SINGLE]:
-            for ref in read_header(folder / file):
+            files[str(folder / file)] = version_of(folder / file)  # first: what changes from now on is found
+            for ref in read_header(folder / file, sizes.get(file)):
                 if (other := tensors.get(ref.name)) is not None:
                     raise CheckpointError(
-                        f"{ref.file}: tensor {ref.name} is stored a second time: expected once, found it in "
+                        f"{ref.file}: tensor {shown(ref.name)} is stored a second time: expected once, found it in "
                         f"{other.file} too. Remove the shard that does not belong to this checkpoint."
                     )
                 tensors[ref.name] = ref
         missing = [name for name in weight_map if name not in tensors]
         if missing:
             raise CheckpointError(
-                f"{folder / INDEX}: expected tensor {missing[0]} in {weight_map[missing[0]]}, found no shard with "
-                f"it ({len(missing)} such tensors). {FETCH_AGAIN}"
+                f"{folder / INDEX}: expected tensor {shown(missing[0])} in {weight_map[missing[0]]}, found no shard "
+                f"with it ({len(missing)} such tensors). {FETCH_AGAIN}"
             )
-        files = tuple(dict.fromkeys(ref.file for ref in tensors.values()))
         return cls(folder, MappingProxyType(tensors), sum(ref.nbytes for ref in tensors.values()), files)
 
 
@@ -98,7 +101,7 @@ def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
     for name, tensor in shapes.items():
         tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes)
         end += tensor.nbytes
-    return Checkpoint(folder, MappingProxyType(tensors), end, (file,))
+    return Checkpoint(folder, MappingProxyType(tensors), end, {})
 
 
 def has_weights(folder: Path) -> bool:
@@ -139,19 +142,29 @@ def _read_index(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{index} is not an index of shards: expected JSON with a weight_map from tensors to files, found "
-            f"{error!r}. {FETCH_AGAIN}"
+            f"{shown(repr(error))}. {FETCH_AGAIN}"
         ) from error
     if missing or not files:
         raise CheckpointError(
             f"{index} names {len(files)} shards: expected each of them in the same folder, found {len(missing)} missing"
-            f"{': ' if missing else ''}{', '.join(missing[:3])}. {FETCH_AGAIN}"
+            f"{': ' if missing else ''}{', '.join(map(shown, missing[:3]))}. {FETCH_AGAIN}"
         )
     return weight_map
 
 
-def read_header(path: Path) -> list[TensorRef]:
-    """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut."""
-    entries, base, size = _read_entries(path)
+def _sizes_elsewhere(folder: Path) -> dict[str, int | None]:
+    """Shard -> its bytes on the hub, in a folder that holds only headers; empty for any other folder."""
+    if not (folder / SIZES).is_file():
+        return {}
+    return dict(read_json(folder / SIZES, "a list of sizes of shards", error=CheckpointError))
+
+
+def read_header(path: Path, size: int | None = None) -> list[TensorRef]:
+    """The tensors of one shard in file order. Raises CheckpointError if the header is wrong or the file is cut.
+
+    ``size``: bytes of the whole shard, if ``path`` holds only its header.
+    """
+    entries, base, size = _read_entries(path, size)
     entries.pop("__metadata__", None)
     refs = [_ref(path, name, entry, base) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
@@ -159,10 +172,22 @@ def read_header(path: Path) -> list[TensorRef]:
     return refs
 
 
-def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
+def version_of(path: Path) -> FileVersion:
+    """The version of a shard. Raises CheckpointError if there is none."""
+    try:
+        return FileVersion.of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.")
+
+
+def _read_entries(path: Path, size: int | None) -> tuple[dict[str, object], int, int]:
     """The header's JSON object, the byte where the data begins, and the file's size."""
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if size is None else size
         with path.open("rb") as file:
             prefix = file.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
@@ -173,11 +198,11 @@ def _read_entries(path: Path) -> tuple[dict[str, object], int, int]:
                 )
             header = parse_json(file.read(length), unique=True)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
     except DuplicateMember as error:
-        raise CheckpointError(f"{path}: tensor {error.name} is stored twice: expected once. {FETCH_AGAIN}") from error
+        raise CheckpointError(
+            f"{path}: tensor {shown(error.name)} is stored twice: expected once. {FETCH_AGAIN}"
+        ) from error
     except NotJson as error:
         raise CheckpointError(f"{path}: expected a header in JSON, found none: {error}. {FETCH_AGAIN}") from error
     if not isinstance(header, dict):
@@ -189,7 +214,7 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     """The tensor of one header entry. Raises CheckpointError if the entry is damaged."""
 
     def refuse(expected: str, found: object) -> NoReturn:
-        raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {_shorten(found)}. {FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: tensor {shown(name)}: expected {expected}, found {shown(found)}. {FETCH_AGAIN}")
 
     if not isinstance(entry, dict):
         refuse("a header entry with dtype, shape and data_offsets", entry)
@@ -208,11 +233,6 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     return TensorRef(name, str(path), dtype, shape, base + begin, nbytes)
 
 
-def _shorten(value: object) -> str:
-    """A header value for a message: a text as it is, any other value shortened."""
-    return value if isinstance(value, str) else reprlib.repr(value)
-
-
 def _sizes(value: object) -> tuple[int, ...] | None:
     """A list of whole numbers, at least 0, as a tuple; None for any other value."""
     if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
@@ -226,13 +246,13 @@ def _check_cover(path: Path, refs: list[TensorRef], base: int, size: int) -> Non
     for ref in refs:
         if ref.offset < end:
             raise CheckpointError(
-                f"{path}: tensor {ref.name} overlaps the one before it: expected it at byte {end}, found it at "
+                f"{path}: tensor {shown(ref.name)} overlaps the one before it: expected it at byte {end}, found it at "
                 f"{ref.offset}. {FETCH_AGAIN}"
             )
         if ref.offset > end:
             raise CheckpointError(
-                f"{path}: {ref.offset - end} bytes before tensor {ref.name} belong to no tensor: expected it at byte "
-                f"{end}, found it at {ref.offset}. {FETCH_AGAIN}"
+                f"{path}: {ref.offset - end} bytes before tensor {shown(ref.name)} belong to no tensor: expected it at "
+                f"byte {end}, found it at {ref.offset}. {FETCH_AGAIN}"
             )
         end = ref.offset + ref.nbytes
     if end != size:

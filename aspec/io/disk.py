@@ -15,9 +15,12 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol, Self
 
 from aspec.errors import DeviceError, InternalError, ReadError
 from aspec.io.loop_mailbox import LoopMailbox
@@ -64,11 +67,27 @@ class Chunk:
     direct: bool
 
 
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """What tells a file from a changed one, at the cost of one system call."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: str | Path | int) -> Self:
+        """The version of a path or of an open descriptor. Raises OSError."""
+        found = os.stat(file)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
 class _File:
     """A descriptor that reads past the page cache if the file system allows it."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, version: FileVersion | None = None) -> None:
+        """``version``: of the file when its header was read; every read checks that it still is."""
+        self.path, self.version = path, version
         self.direct = hasattr(os, "O_DIRECT")
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
@@ -89,6 +108,7 @@ class _File:
         while got < needed:
             got += self._read_once(buffer[got:], offset + got)
             if got <= reached:  # a read repeated from the last whole page brought nothing new: the end
+                self._check_version()
                 raise ReadError(
                     f"{self.path}: the file ends at byte {offset + got}, expected {needed - got} more: it is truncated "
                     f"or was changed while it was open. Fetch it again."
@@ -96,8 +116,20 @@ class _File:
             reached = got
             if self.direct and got < needed:
                 got -= got % PAGE
+        self._check_version()
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, offset, needed, os.POSIX_FADV_DONTNEED)
+
+    def _check_version(self) -> None:
+        """Raise ReadError if the file is no longer that of the header: weights would be mixed, or at other places."""
+        if self.version is None or (found := FileVersion.of(self.fd)) == self.version:
+            return
+        what = "is another file" if found.inode != self.version.inode else "was written to"
+        raise ReadError(
+            f"{self.path} {what} since aspec read its header: expected {_dated(self.version)}, found {_dated(found)}. "
+            f"Its weights may be a mixture, so the run ends. Leave a model's files as they are while it is in use, and "
+            f"run again."
+        )
 
     def _read_once(self, buffer: memoryview, offset: int) -> int:
         try:
@@ -118,6 +150,11 @@ class _File:
             raise ReadError(f"{self.path}: reading at byte {offset} failed: {error.strerror}.") from error
 
 
+def _dated(version: FileVersion) -> str:
+    last = datetime.fromtimestamp(version.mtime_ns / 1e9).isoformat(" ", "milliseconds")
+    return f"{version.size} bytes of {last}"
+
+
 _SEEK_LOCK = threading.Lock()
 
 
@@ -131,7 +168,8 @@ def _seek_and_read(fd: int, nbytes: int, offset: int) -> bytes:
 class OpenFiles:
     """Open files by path; each file is opened once."""
 
-    def __init__(self) -> None:
+    def __init__(self, versions: Mapping[str, FileVersion] = MappingProxyType({})) -> None:
+        self._versions = versions
         self._open: dict[str, _File] = {}
         self._lock = threading.Lock()
 
@@ -139,7 +177,7 @@ class OpenFiles:
         """The open file of a path. Raises ReadError if it cannot be opened."""
         with self._lock:
             if path not in self._open:
-                self._open[path] = _File(path)
+                self._open[path] = _File(path, self._versions.get(path))
             return self._open[path]
 
     def close(self) -> None:
@@ -172,11 +210,13 @@ class DiskLane:
         chunk_bytes: int = CHUNK_BYTES,
         rate_bytes_per_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        versions: Mapping[str, FileVersion] = MappingProxyType({}),
     ) -> None:
+        """``versions``: of files when their headers were read; a read of a file that has changed raises ReadError."""
         self._loop, self._clock = loop, clock
         self._chunk_bytes = min(chunk_bytes, LIMITED_CHUNK_BYTES) if rate_bytes_per_s else chunk_bytes
         self._limit = RateLimit(rate_bytes_per_s, clock)
-        self._files = OpenFiles()
+        self._files = OpenFiles(versions)
         self._order = itertools.count()
         self._queue: queue.PriorityQueue[tuple[int, int, _PendingRead | None, Chunk | None]] = queue.PriorityQueue()
         self._mailbox: LoopMailbox[ReadDone] = LoopMailbox(loop)

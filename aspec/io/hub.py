@@ -1,35 +1,35 @@
-"""From a model's name to its folder: a local path, or a hub id fetched once through huggingface_hub.
+"""From a model's name to its folder: a local path, or a hub id such as org/name or org/name@revision.
 
-That library reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, and shows the progress on stderr. The weights
-stay in its cache and are never copied.
+The files of a hub id are fetched once, by huggingface_hub, into its cache, and are never copied. That library reads
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
-import errno
 import re
 from pathlib import Path
+from typing import Any
 
 from aspec.errors import CheckpointError
+from aspec.io.fetching.fetch import Fetches, Wanted
+from aspec.io.fetching.files import WANTED
+from aspec.io.json_file import read_json
 
-# A checkpoint is the files at the top of its repository; its folders hold other formats (original/, onnx/).
-WANTED = [
-    "*.safetensors",
-    "*.json",
-    "tokenizer*",
-    "merges.txt",
-    "vocab.*",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-]
-UNWANTED = ["*/*", "consolidated*", "*.bin", "*.gguf", "*.bin.index.json"]
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+__all__ = ["WANTED", "check", "find", "read_config", "resolve"]
+
+HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
-def resolve(name: str, *, what: str = "model") -> Path:
+def resolve(name: str, *, what: str = "model", weights: bool = True, fetches: Fetches | None = None) -> Path:
     """The folder of a local path or hub id; a path that exists wins.
 
+    Without ``weights``, the folder of a hub id may hold the headers of its shards only, if the weights are not there.
     Raises CheckpointError, one paragraph with a remedy, if there is no such model or it cannot be fetched.
     """
+    found = find(name, what=what)
+    return found if isinstance(found, Path) else _fetch(found, what, weights, fetches or Fetches())
+
+
+def find(name: str, *, what: str = "model") -> Path | Wanted:
+    """The folder of a local path, or what to fetch from the hub; nothing is fetched. Raises CheckpointError."""
     path = Path(name).expanduser() if name.strip() else None
     if path is not None and path.is_dir():
         return path
@@ -37,66 +37,39 @@ def resolve(name: str, *, what: str = "model") -> Path:
         raise CheckpointError(
             f"{what} {name!r} is a file: expected a folder with config.json and *.safetensors. Give the file's folder."
         )
-    if not HUB_ID.fullmatch(name):
+    hub_id = HUB_ID.fullmatch(name)
+    if hub_id is None:
         raise CheckpointError(
             f"{what} {name!r} was not found: expected an existing folder with config.json and *.safetensors, or a hub "
-            f"id of the form org/name. Check the path."
+            f"id of the form org/name or org/name@revision. Check the path."
         )
-    return _fetch(name, what)
+    return Wanted(hub_id["name"], hub_id["revision"])
 
 
-def _fetch(name: str, what: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and a local folder does not need it
+def check(name: str, *, what: str) -> None:
+    """Raise the CheckpointError of a name or of a local folder that cannot be a model; the hub is not asked."""
+    found = find(name, what=what)
+    if isinstance(found, Path) and not (found / "adapter_config.json").is_file():  # it may name its base elsewhere
+        read_config(found)
 
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    except Exception as error:  # errors of the library, its HTTP client, its storage client and the OS
-        raise CheckpointError(f"{what} {name!r} {_explain(error)}") from error
-    if not any(folder.glob("*.safetensors")):
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in a folder's config.json, with the name of its model_type. Raises CheckpointError."""
+    path = folder / "config.json"
+    if not path.is_file():
         raise CheckpointError(
-            f"{what} {name!r} has no weights that can be read: expected *.safetensors at the top of the repository; "
-            f"found {_listing(folder)} in {folder}. Choose a repository with safetensors, or, if the local copy is "
-            f"incomplete, run again with a network."
+            f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
         )
-    return folder
-
-
-def _explain(error: Exception) -> str:
-    """The problem and its remedy, to follow the model's name."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            "is gated: expected an account that may read it. Accept its licence on the hub's page of the model, then "
-            "set HF_TOKEN or run `hf auth login`."
+    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # some write Infinity
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise CheckpointError(
+            f"{path}: expected a JSON object with the name of a model_type, found none. Fetch the checkpoint again."
         )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            "is neither a local folder nor a model on the hub. Check the spelling; if the repository is private, "
-            "set HF_TOKEN or run `hf auth login`."
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            "is not a local folder, is not (or only in part) in the local hub cache, and the hub cannot be reached "
-            "(offline, HF_HUB_OFFLINE is set, or its servers fail). Fetch it with a network, or give a local folder."
-        )
-    if isinstance(error, errors.HfHubHTTPError) and _status(error) in (401, 403):
-        return "was refused by the hub: the token is invalid or may not read it. Set HF_TOKEN to a token with access."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "does not fit on the disk of the hub cache. Free some space, or set HF_HOME to a larger disk."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot be stored: {error.filename} may not be written. Set HF_HOME to a folder that may be written."
-    reason = " ".join(str(error).split())[:300].rstrip(".: ")
-    return (
-        f"could not be fetched from the hub ({type(error).__name__}: {reason}). Try again (a download continues where "
-        f"it stopped), or give a local folder."
-    )
+    return raw
 
 
-def _status(error: Exception) -> object:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.glob("*"))
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
+def _fetch(wanted: Wanted, what: str, weights: bool, fetches: Fetches) -> Path:
+    try:
+        return fetches.fetch(wanted, weights=weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} {str(wanted)!r} {error}") from error

@@ -1,12 +1,23 @@
 """JSON from untrusted files: any bytes become a value, or an error of one sentence."""
 
+import errno
 import json
+import os
+import stat
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar, cast
 
-from aspec.errors import UserError
+from aspec.errors import UserError, shown
 
+T = TypeVar("T")
+KINDS: Mapping[type, str] = MappingProxyType(
+    {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
+)
+LARGEST = 1e15
+MAX_FILE_BYTES = 1 << 30  # of a file that is read as a whole
 MAX_DIGITS = 300  # of a whole number: a longer one does not fit a float, and readers compute with floats
 
 
@@ -47,7 +58,7 @@ def parse_json(data: bytes, *, unique: bool = False, constants: bool = False) ->
 def read_json(path: Path, what: str, *, error: type[UserError] = UserError, constants: bool = False) -> Any:
     """A file's JSON value. Raises ``error`` in one paragraph; ``what`` names the expected file, such as "a profile"."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as failure:
         reason = failure.strerror or failure
         raise error(f"{path} cannot be read: expected {what}, found: {reason}. Check the path.") from failure
@@ -55,6 +66,33 @@ def read_json(path: Path, what: str, *, error: type[UserError] = UserError, cons
         return parse_json(data, constants=constants)
     except NotJson as failure:
         raise error(f"{path} is not {what}: {failure}. Correct the file or fetch it again.") from failure
+
+
+def member(values: Any, name: str, kind: type[T], missing: T | None = None) -> T:
+    """A member of a JSON object. Raises NotJson if it has another type than ``kind``; absent, it is ``missing``.
+
+    A whole number serves as a float; numbers are at most ``LARGEST``, so that sums of them stay numbers.
+    """
+    if not isinstance(values, dict):
+        raise NotJson(f"expected an object with {name}, found {shown(values)}")
+    value = values.get(name, missing)
+    expected = (int, float) if kind is float else kind
+    fits = isinstance(value, expected) and not isinstance(value, bool)
+    if not fits or (isinstance(value, int | float) and abs(value) > LARGEST):
+        raise NotJson(f"expected {name} to be {KINDS[kind]}, found {shown(value)}")
+    return cast(T, value)
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError for anything else, at once: a pipe would wait, a device never end."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with open(file, "rb") as stream:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        if status.st_size > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes, more than {MAX_FILE_BYTES}", str(path))
+        return stream.read()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,14 +19,6 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
 )
 """Config keys that, when true, change the maths in a way the driver does not support: key -> reason and remedy."""
 
-REFUSED_ROPE: Mapping[str, str] = MappingProxyType(
-    {"dynamic": "its angles change with the length of the text, so cached keys would become wrong"}
-)
-"""Rotary types whose keys cannot be cached: type -> reason."""
-
-CAPPED_ROPE = frozenset({"longrope"})
-"""Rotary types whose angles change beyond the original context length: aspec runs them up to that length only."""
-
 
 @dataclass(frozen=True, slots=True)
 class Family:

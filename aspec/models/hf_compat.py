@@ -33,8 +33,10 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.pytorch_utils import Conv1D
 
 from aspec.errors import UnsupportedModelError
+from aspec.models.context import CHANGING
 
 __all__ = [
     "ROPE_INIT_FUNCTIONS",
@@ -50,6 +52,7 @@ __all__ = [
     "has_recurrent_state",
     "ignore_positions",
     "ignored_keys",
+    "is_transposed_linear",
     "kept_dtypes",
     "model_class",
     "no_init_weights",
@@ -119,14 +122,19 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def ignore_positions(model: PreTrainedModel) -> None:
     """Make the rotary angles of ``model`` independent of the values of positions, which meta tensors do not have.
 
-    5.17 chooses the angles of longrope by the largest position; 5.24 does not read it. Shapes stay the same.
+    Angles of type dynamic depend on the largest position, in 5.17 those of longrope too. Shapes stay the same.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, dict):
-            module.rope_type = {layer: "default" if kind == "longrope" else kind for layer, kind in kinds.items()}
-        elif kinds == "longrope":
+            module.rope_type = {layer: "default" if kind in CHANGING else kind for layer, kind in kinds.items()}
+        elif kinds in CHANGING:
             module.rope_type = "default"
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is [in, out], as in GPT-2."""
+    return isinstance(module, Conv1D)
 
 
 def kept_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

@@ -19,19 +19,26 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from aspec.errors import CheckpointError, InternalError
+from aspec.errors import CheckpointError, InternalError, UserError, reason_of
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
+from aspec.io.json_file import read_json
 from aspec.io.upload import upload
+from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
+from aspec.models.context import context_limit
 from aspec.models.exact import matmul_mode
 from aspec.models.hf_compat import cache_argument, tied_weights
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
-from aspec.models.skeleton import build_skeleton, find_layers, first_line, load_config, max_context
+from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
+from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.parts import Part, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
+from aspec.models.weights.unused import check_unused, unused_text
+
+FROM_CONFIG = "_from_model_config"  # among generation defaults: they are those of config.json
 
 
 @dataclass(slots=True)
@@ -61,6 +68,7 @@ class _Tape:
 class Model:
     """The model in ``folder``. It reads no weights: ``parts`` lists what to read, ``bind`` uses the bytes read.
 
+    ``adapter``: the folder of a LoRA adapter, which is merged while parts are bound.
     ``outlined``: if the folder has a configuration and no weights, take the sizes of tensors from the configuration.
     Raises CheckpointError if the folder is damaged or config.json and weights do not belong together, and
     UnsupportedModelError if the architecture cannot run layer by layer; both before any allocation.
@@ -72,15 +80,18 @@ class Model:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        adapter: Path | None = None,
         outlined: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
-        self.dtype = _compute_dtype(dtype, self.config, self.device)
-        self._facts = examine(self.config, self.dtype)
+        named = named_dtype(dtype, self.config)
+        self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         missing = outlined and not has_weights(self.folder)
-        self.checkpoint = Checkpoint(self.folder, {}, 0, ()) if missing else Checkpoint.open(self.folder)
+        self.checkpoint = Checkpoint(self.folder, {}, 0, {}) if missing else Checkpoint.open(self.folder)
+        self._named_dtype = named or stored_dtype(self.checkpoint.tensors) or torch.float32
+        self.dtype = computed_on(self.device, self._named_dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         if missing:
             tied = tied_weights(self._layers_model)
@@ -88,6 +99,12 @@ class Model:
             self.checkpoint = outline(self.folder, stored)
         self._layers_name, self._layers = find_layers(self._layers_model)
         self._tensors = map_tensors(self._layers_model, self.checkpoint)
+        check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
+        self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
+        if adapter is not None:
+            opened = Adapter.open(adapter)
+            self._tensors = adapt(self._tensors, opened, self._layers_model)
+            self.files |= opened.files
         self._frame = build_skeleton(self.config, self.dtype, self.device)
         self._cache_argument = cache_argument(self._frame)
         for index, layer in enumerate(find_layers(self._frame)[1]):
@@ -97,13 +114,38 @@ class Model:
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
-        self.max_context = max_context(text)
+        self.context = context_limit(text)
         self.end_ids = _end_ids(self.folder, text)
 
     @property
+    def max_context(self) -> int | None:
+        """The most tokens of a row that the model was made for; None: no limit."""
+        return self.context.trained
+
+    @property
     def unexpected(self) -> tuple[str, ...]:
-        """Names of stored tensors that the model does not use; callers should warn of them."""
+        """Names of stored tensors that the model does not use."""
         return self._tensors.unexpected
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know, a text each: tensors that are not read, and another dtype than the one named."""
+        texts = list(self._tensors.remarks)
+        if self.unexpected:
+            texts.append(unused_text(self.folder, self.unexpected))
+        if self.dtype != self._named_dtype:
+            texts.append(
+                f"{self.folder}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
+                f"slower. bfloat16 keeps 8 of its 11 significant bits; --dtype float32 keeps all, in twice the memory"
+            )
+        return tuple(texts)
+
+    @property
+    def dtypes(self) -> str:
+        """The dtype in which the model computes, and those in which its weights are stored, if they differ."""
+        stored = [dtype_name(dtype) for dtype, _ in bytes_by_dtype(self.checkpoint.tensors.values()).most_common()]
+        computed = dtype_name(self.dtype)
+        return computed if stored in ([], [computed]) else f"{computed} (stored in {' and '.join(stored)})"
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""
@@ -126,6 +168,7 @@ class Model:
     def bind(self, part: Part, buffer: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
         """Make the part's parameters views of ``buffer`` (uint8, ``part.size`` bytes, page-aligned); fast if repeated.
 
+        A part with updates of an adapter must have been read anew: they are merged into the buffer at every call.
         Tensors that need a conversion are converted at every call, into ``scratch`` (uint8) from byte
         ``part.scratch_at`` on. The caller must not change these bytes while the part is in use. The parts of one layer
         share a scratch, and layers may use it one after another; a part that stays bound needs its own scratch
@@ -299,16 +342,27 @@ def _host_attention(activation: Activation) -> HostAttention:
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
-    """Settings of the checkpoint's generation_config.json; empty without one. CheckpointError if it is damaged."""
+    """Settings of the checkpoint's generation_config.json; CheckpointError if it is damaged.
+
+    Without the file they are those of config.json, where older checkpoints have them, and FROM_CONFIG is true in them;
+    empty without both.
+    """
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
     try:
-        return dict(GenerationConfig.from_pretrained(folder).to_diff_dict())
+        if path.is_file():
+            return {**GenerationConfig.from_pretrained(folder).to_diff_dict(), FROM_CONFIG: False}
+        path = folder / "config.json"
+        if not path.is_file():
+            return {}
+        stored = read_json(path, "a model's configuration", error=CheckpointError, constants=True)
+        found = GenerationConfig.from_model_config(stored).to_diff_dict()
     except Exception as error:  # the loader may raise any exception for a value it does not know
+        if isinstance(error, UserError):
+            raise
         raise CheckpointError(
-            f"{path}: expected generation defaults in JSON, found {first_line(error)}. Correct or remove the file."
+            f"{path}: expected generation defaults in JSON, found {reason_of(error)}. Correct or remove the file."
         ) from error
+    return {name: value for name, value in found.items() if name in GenerationConfig().to_dict()}
 
 
 def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
@@ -321,9 +375,3 @@ def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
             f"generation_config.json or config.json."
         )
     return frozenset(ids)
-
-
-def _compute_dtype(requested: torch.dtype | None, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """The requested dtype, or the checkpoint's own; fp16 becomes bf16 on a CPU, where fp16 is slow."""
-    dtype = requested or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import InternalError, UnsupportedModelError
+from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.attention import attend
 from aspec.models.hf_compat import Cache, cache_argument, ignore_positions
 from aspec.models.kv_cache import KVCache, KVShape, MaskKind, StepCache
 from aspec.models.kv_offload import HostAttention
-from aspec.models.skeleton import build_on_meta, find_layers, first_line
+from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
@@ -191,8 +191,8 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) 
         raise
     except Exception as error:  # any exception of a family means that this driver cannot run it
         if _is_own_fault(error):
-            raise InternalError(f"the probe of {config.model_type} has failed: {first_line(error)}.") from error
-        raise _UnfitError(f"its layers exchange more than a hidden state ({first_line(error)})") from error
+            raise InternalError(f"the probe of {config.model_type} has failed: {reason_of(error)}.") from error
+        raise _UnfitError(f"its layers exchange more than a hidden state ({reason_of(error)})") from error
     if len(probe_run.layers) != len(layers) or tuple(output.logits.shape[:2]) != (2, 4):
         raise _UnfitError(f"its {len(layers)} layers do not run once each (counted {len(probe_run.layers)} runs)")
     if not shape_cache.shapes:

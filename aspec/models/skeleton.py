@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import CheckpointError, UnsupportedModelError
-from aspec.io.json_file import read_json
+from aspec.errors import UnsupportedModelError, reason_of
+from aspec.io.hub import read_config
 from aspec.models import attention
-from aspec.models.families import CAPPED_ROPE, REFUSED_KEYS, REFUSED_ROPE, family_of
+from aspec.models.context import rope_types
+from aspec.models.families import REFUSED_KEYS, family_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
@@ -28,17 +29,8 @@ from aspec.models.hf_compat import (
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json: expected a model folder in transformers' format. Check the path."
-        )
-    raw = read_json(path, "a model's configuration", error=CheckpointError, constants=True)  # some write Infinity
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(model_type, str):
-        raise CheckpointError(
-            f"{path}: expected a JSON object with the name of a model_type, found none. Fetch the checkpoint again."
-        )
+    path, raw = folder / "config.json", read_config(folder)
+    model_type = raw["model_type"]
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
         raise UnsupportedModelError(
@@ -51,7 +43,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # a config class may raise any exception for a value it does not know
         raise UnsupportedModelError(
-            f"{path}: transformers cannot read this {model_type} configuration: {first_line(error)}. Correct the file, "
+            f"{path}: transformers cannot read this {model_type} configuration: {reason_of(error)}. Correct the file, "
             f"or update transformers."
         ) from error
     reasons = _refusals(config)
@@ -69,9 +61,7 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     if text is not config:
         reasons.append("it is multimodal; only text-only checkpoints are supported")
     for kind in sorted(rope_types(text)):
-        if kind in REFUSED_ROPE:
-            reasons.append(f"rotary positions of type {kind}: {REFUSED_ROPE[kind]}")
-        elif kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
@@ -80,23 +70,6 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     elif not reasons and not takes_registered_attention(family):
         reasons.append("its attention does not take a registered attention function")
     return reasons
-
-
-def rope_types(text: PreTrainedConfig) -> set[str]:
-    """The types of rotary positions in a configuration, over all its layer types."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return {str(entry.get("rope_type", entry.get("type"))) for entry in entries} - {"None"}
-
-
-def max_context(text: PreTrainedConfig) -> int | None:
-    """Largest number of tokens in a row: the model's limit, or the original one of CAPPED_ROPE; None: no limit."""
-    limit = getattr(text, "max_position_embeddings", None)
-    if rope_types(text) & CAPPED_ROPE:
-        key = "original_max_position_embeddings"
-        original = (getattr(text, "rope_parameters", None) or {}).get(key) or getattr(text, key, None)
-        limit = min(filter(None, (original, limit)), default=None)
-    return None if limit is None else int(limit)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -126,7 +99,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
         raise
     except Exception as error:  # a constructor may raise any exception for a value it does not know
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build a model from this configuration: {first_line(error)}. "
+            f"{config.model_type}: transformers cannot build a model from this configuration: {reason_of(error)}. "
             f"Correct config.json, or update transformers."
         ) from error
     return model.eval()
@@ -137,9 +110,3 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.d
     model = build_on_meta(config, dtype, attention.NAME)
     compute_buffers(model, device)
     return model
-
-
-def first_line(error: BaseException) -> str:
-    """The type and first line of an error, for use in another message."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}" if text else type(error).__name__

@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.live import Live
-from rich.text import Text
+from rich.cells import set_cell_size
 
 from aspec.observe.console import RECENT_S, Console, progress_line
-from aspec.observe.dashboard import ANSWER_S, FRAME_S, LINE_S
+from aspec.observe.dashboard import ANSWER_S, CLEAR_LINE, show
 from aspec.observe.monitor import Monitor
 from aspec.observe.snapshot import Snapshot
-from aspec.observe.ticker import OnLoop, Ticker
+from aspec.observe.ticker import OnLoop
 from aspec.observe.timeline import bottleneck, lane_use
 from aspec.tasks.task import Span
 
@@ -98,38 +97,13 @@ def duration(seconds: float) -> str:
 @contextlib.contextmanager
 def follow(progress: BatchProgress, monitor: Monitor, console: Console, *, live: bool = True) -> Iterator[None]:
     """Show the job's progress until the block ends; call it on the loop's thread."""
-    if console.quiet:
-        yield
-        return
     latest = OnLoop(asyncio.get_running_loop(), lambda: monitor.snapshot(time.perf_counter()))
-    if live and console.stderr.is_terminal and not console.stderr.is_dumb_terminal:
-        with _live_line(progress, latest, console):
-            yield
-        return
 
-    def print_line() -> None:
-        if line := batch_line(progress, latest.get(ANSWER_S)):
-            console.note(line)
+    def line() -> str | None:
+        return batch_line(progress, latest.get(ANSWER_S))
 
-    ticker = Ticker(LINE_S, print_line, "progress")
-    try:
+    def draw() -> str:
+        return f"\r{CLEAR_LINE}" + set_cell_size(line() or "", console.stderr.width - 1).rstrip()
+
+    with show(console, draw, line, covers=False, live=live):
         yield
-    finally:
-        ticker.close()
-
-
-@contextlib.contextmanager
-def _live_line(progress: BatchProgress, latest: OnLoop[Snapshot], console: Console) -> Iterator[None]:
-    with Live(
-        console=console.stderr, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-    ) as live:
-
-        def draw() -> None:
-            text = Text(batch_line(progress, latest.get(ANSWER_S)) or "", no_wrap=True, overflow="ellipsis")
-            live.update(text, refresh=True)
-
-        ticker = Ticker(FRAME_S, draw, "progress")
-        try:
-            yield
-        finally:
-            ticker.close()

@@ -5,9 +5,12 @@ microseconds from the first task; start and stop are rounded alike, so neighbour
 Format", Google, 2016: X slices (``bind_id`` joins them to flows), C counters, i instants, M names.
 """
 
+import errno
 import gzip
 import heapq
+import io
 import json
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from aspec.errors import UserError
-from aspec.io.json_file import NotJson, parse_json
+from aspec.errors import UserError, shown
+from aspec.io.json_file import MAX_FILE_BYTES, NotJson, member, parse_json, read_regular
 from aspec.observe.timeline import D2H, DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
 from aspec.tasks.op import Op
 
@@ -48,21 +51,34 @@ def write_trace(path: Path, processes: Mapping[str, Timeline]) -> int:
 def read_trace(path: Path) -> dict[str, Timeline]:
     """The timelines, by process, of a file that ``write_trace`` wrote. Raises UserError for any other file."""
     try:
-        packed = path.read_bytes()
-        data = parse_json(gzip.decompress(packed) if path.suffix == ".gz" else packed)
+        packed = read_regular(path)
+        data = parse_json(_unpacked(packed) if path.suffix == ".gz" else packed)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: not a trace: expected a gzip file, found {error}.") from error
     except OSError as error:
         raise UserError(f"{path}: the trace cannot be read: {error.strerror or error}.") from error
     except NotJson as error:
         raise UserError(f"{path}: not a trace in Chrome's form: {error}.") from error
+    if not isinstance(data, dict) or not isinstance(data.get("traceEvents"), list):
+        found = f"an object with {shown(list(data))}" if isinstance(data, dict) else shown(data)
+        raise UserError(
+            f"{path}: not a trace in Chrome's form: expected a JSON object with a list traceEvents, found {found}."
+        )
     try:
         timelines = _timelines(data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a trace of aspec: an event lacks {error}.") from error
+    except NotJson as error:
+        raise UserError(f"{path}: not a trace of aspec: {error}. Record it again.") from error
     if not timelines:
         raise UserError(f"{path}: not a trace of aspec: it has none of the lanes {', '.join(LANES)}.")
     return timelines
+
+
+def _unpacked(packed: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"it unpacks to more than {MAX_FILE_BYTES} bytes")
+    return data
 
 
 def _open(path: Path) -> IO[str]:
@@ -296,48 +312,70 @@ def _stalls(timeline: Timeline) -> Iterator[tuple[float, str]]:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def _timelines(data: Any) -> dict[str, Timeline]:
+def _timelines(data: Mapping[str, Any]) -> dict[str, Timeline]:
     processes: dict[int, str] = {}
     titles: dict[tuple[int, int], str] = {}
     slices: dict[int, list[Slice]] = defaultdict(list)
     rounds: dict[int, list[Round]] = defaultdict(list)
-    for event in data["traceEvents"]:
-        pid = event["pid"]
-        if event["ph"] == "M" and event["name"] == "process_name":
-            processes[pid] = event["args"]["name"]
-        elif event["ph"] == "M" and event["name"] == "thread_name":
-            titles[pid, event["tid"]] = event["args"]["name"].split()[0]
-        elif event["ph"] == "X":
-            lane = titles.get((pid, event["tid"]))
-            if lane == ROUNDS:
-                rounds[pid].append(_round(event))
-            elif lane in LANES:
-                slices[pid].append(_slice(event, lane, unnamed=-2 - len(slices[pid])))
-    facts = data.get("otherData", {})
+    for number, event in enumerate(data["traceEvents"]):
+        try:
+            pid, kind = member(event, "pid", int), member(event, "ph", str)
+            if kind == "M" and event.get("name") == "process_name":
+                processes[pid] = member(member(event, "args", dict), "name", str)
+            elif kind == "M" and event.get("name") == "thread_name":
+                title = member(member(event, "args", dict), "name", str)
+                titles[pid, member(event, "tid", int)] = title.partition(" ")[0]
+            elif kind == "X":
+                lane = titles.get((pid, member(event, "tid", int)))
+                if lane == ROUNDS:
+                    rounds[pid].append(_round(event))
+                elif lane in LANES:
+                    slices[pid].append(_slice(event, lane, unnamed=-2 - len(slices[pid])))
+        except NotJson as error:
+            raise NotJson(f"event {number}: {error}") from error
+    facts = data.get("otherData")
     return {
-        name: Timeline(tuple(slices[pid]), tuple(rounds[pid]), facts.get(name, {}))
+        name: Timeline(tuple(slices[pid]), tuple(rounds[pid]), _facts(facts, name))
         for pid, name in processes.items()
         if slices[pid]
     }
 
 
+def _facts(facts: Any, name: str) -> dict[str, str | int | float]:
+    """The facts of a process; those that are neither texts nor numbers are left out."""
+    own = facts.get(name) if isinstance(facts, dict) else None
+    return {key: value for key, value in own.items() if isinstance(value, str | int | float)} if own else {}
+
+
 def _slice(event: Mapping[str, Any], lane: str, unnamed: int) -> Slice:
-    args, start, name = event["args"], event["ts"] / 1e6, event["name"]
+    args, name = member(event, "args", dict), member(event, "name", str)
+    part = name.split()[-1] if name.startswith(LOADS) else "-1"
+    if not re.fullmatch(r"-?[0-9]{1,9}", part):
+        raise NotJson(f"expected a load to end in the number of its part, found {shown(name)}")
+    start_s, stop_s = _extent(event)
     return Slice(
-        id=args.get("id", unnamed),
+        id=member(args, "id", int, unnamed),
         lane=lane,
         name=name,
-        start_s=start,
-        stop_s=start + event["dur"] / 1e6,
-        round=args.get("round", -1),
-        layer=args.get("layer", -1),
-        part=int(name.split()[-1]) if name.startswith(LOADS) else -1,
-        tokens=args.get("tokens", 0),
-        nbytes=round(args.get("MB", 0) * 1e6),
-        cause=args.get("after", -1),
+        start_s=start_s,
+        stop_s=stop_s,
+        round=member(args, "round", int, -1),
+        layer=member(args, "layer", int, -1),
+        part=int(part),
+        tokens=member(args, "tokens", int, 0),
+        nbytes=round(member(args, "MB", float, 0) * 1e6),
+        cause=member(args, "after", int, -1),
     )
 
 
+def _extent(event: Mapping[str, Any]) -> tuple[float, float]:
+    start, duration = member(event, "ts", float), member(event, "dur", float)
+    if duration < 0:
+        raise NotJson(f"expected dur to be 0 or more, found {duration}")
+    return start / 1e6, (start + duration) / 1e6
+
+
 def _round(event: Mapping[str, Any]) -> Round:
-    args, start = event["args"], event["ts"] / 1e6
-    return Round(args["round"], start, start + event["dur"] / 1e6, args["proposed"], args["accepted"], args["tokens"])
+    args, (start_s, stop_s) = member(event, "args", dict), _extent(event)
+    number, *counts = (member(args, name, int) for name in ("round", "proposed", "accepted", "tokens"))
+    return Round(number, start_s, stop_s, *counts)

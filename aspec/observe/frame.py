@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 from rich.style import Style
 
 from aspec.observe import timeline
 from aspec.observe.snapshot import LaneView, SlotState, Snapshot
-from aspec.units import format_bytes, format_rate
+from aspec.observe.terminal.text import tail, visible, wrap
+from aspec.units import format_bytes, format_part, format_rate
 
 CELL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # possible seconds per cell of a strip; each divides a second
 STRIP_S = 4.0  # a strip shows at least so many seconds
@@ -163,29 +163,51 @@ class Layout:
         # (rank, lines): the highest rank is left out first, rank 0 never
         sections: list[tuple[int, list[list[Segment]]]] = [
             (2, [self.headline()]),
-            (8, [[]]),
+            (8, [self.about()] if s.about else []),
+            (9, [[]]),
             (0, strips),
             (3, [self.axis(window)] if lanes else []),
             (0, bound if lanes else []),
-            (8, [[]] if s.slots or s.residency else []),
+            (9, [[]] if s.slots or s.residency else []),
             (4, self.slots() if s.slots else []),
             (5, self.layers() if s.residency else []),
-            (7, [self.row("memory", [(s.held, DIM)])] if s.held else []),
-            (8, [[]] if any(s.accepted) else []),
-            (6, self.accepted() if any(s.accepted) else []),
+            (6, [self.memory()] if s.held else []),
+            (9, [[]] if any(s.accepted) else []),
+            (7, self.accepted() if any(s.accepted) else []),
             (1, [[Segment(" " + self.glyphs.bar[1] * (self.width - 2), DIM)]]),
         ]
         least = max(1, min(3, height // 6))  # fewest lines of text
-        for rank in range(8, 0, -1):
+        for rank in range(9, 0, -1):
             if sum(len(part) for _, part in sections) + least <= height:
                 break
             sections = [section for section in sections if section[0] != rank]
         lines = [line for _, part in sections for line in part]
         if len(lines) >= height:  # not all lanes fit: keep those nearest to the files
             lines = [*strips[: max(0, height - 2)], *bound[:1]][:height]
-        encoding = "ascii" if self.glyphs is ASCII else "utf-8"
-        end = tail(s.text, max(1, self.width - 2), height - len(lines), encoding)
-        return lines + [[Segment(f" {line}")] for line in end]
+        return lines + self.texts(height - len(lines))
+
+    @property
+    def encoding(self) -> str:
+        """The characters that the terminal has."""
+        return "ascii" if self.glyphs is ASCII else "utf-8"
+
+    def texts(self, height: int) -> list[list[Segment]]:
+        """The end of the text; of several rows each has lines of its own."""
+        texts, width = self.snapshot.texts, max(1, self.width - 2)
+        if len(texts) <= 1:
+            return [[Segment(f" {line}")] for line in tail("".join(texts), width, height, self.encoding)]
+        shown = texts if len(texts) <= height else texts[: max(0, height - 1)]
+        each, size = max(1, height // len(texts)), len(str(len(texts) - 1)) + 2
+        lines = []
+        for index, text in enumerate(shown):
+            own = tail(
+                text if each > 1 else text.replace("\n", " "), max(1, width - size - 1), each, self.encoding
+            ) or [""]
+            labels = [f" {f'[{index}]':<{size}} ", *[" " * (size + 2)] * (len(own) - 1)]
+            lines += [[Segment(label, DIM), Segment(line)] for label, line in zip(labels, own, strict=True)]
+        if len(shown) < len(texts) and height:
+            lines.append([Segment(f" {self.glyphs.more} {len(texts) - len(shown)} more rows", DIM)])
+        return lines
 
     def row(self, label: str, parts: Iterable[tuple[str, Style]]) -> list[Segment]:
         """A line with its label on the left."""
@@ -213,16 +235,31 @@ class Layout:
             return [*head, Segment(self.joined([*facts, f"{s.rounds} rounds", elapsed], room), PLAIN)]
         if s.total <= 0:
             return [*head, Segment(elapsed, DIM)]
-        done, total = format_bytes(s.done), format_bytes(s.total)
-        facts = [f"{done.removesuffix(total[total.index(' ') :])} of {total}"]
+        if s.counts_tokens:
+            facts, rate = [f"{s.done} of {s.total} prompt tokens"], f"{s.done / max(1e-9, s.stage_s):.1f} tokens/s"
+        else:
+            facts, rate = [format_part(s.done, s.total)], format_rate(s.done / max(1e-9, s.stage_s))
         if s.done > 0 and s.stage_s > 0:
-            facts.append(format_rate(s.done / s.stage_s))
+            facts.append(rate)
             facts.append(f"ETA {_duration(s.stage_s * max(0, s.total - s.done) / s.done)}")
         figures = self.joined(facts, room - 6)
         cells = min(64, max(0, room - len(figures) - 2))
         full = min(cells, int(cells * s.done / s.total))
         bar = [Segment(self.glyphs.bar[0] * full, TITLE), Segment(self.glyphs.bar[1] * (cells - full), DIM)]
         return [*head, *bar, Segment(f"  {figures}", PLAIN)]
+
+    def about(self) -> list[Segment]:
+        """What runs: models, sampling, prompts."""
+        facts = [visible(fact, self.encoding) for fact in self.snapshot.about]
+        return [Segment(f" {self.joined(facts, self.width - 2)}", DIM)]
+
+    def memory(self) -> list[Segment]:
+        """Bytes held of the budget, bytes of the process, then the parts of the plan."""
+        s = self.snapshot
+        process = f"process {format_bytes(s.process_bytes)}" if s.process_bytes else ""
+        held, _, parts = s.held.partition(": ")
+        facts = f" {self.glyphs.dot} ".join(filter(None, (held, process)))
+        return self.row("memory", [(facts, PLAIN), (f"  {parts}", DIM)])
 
     def strip(self, use: timeline.LaneUse, shares: Iterable[float | None]) -> list[Segment]:
         """A lane's last seconds, its busy share and the rate while it was busy."""
@@ -260,7 +297,7 @@ class Layout:
         known = [use for use, _ in lanes if use.lane in timeline.LANES]
         most, hidden = timeline.busiest(known), timeline.hidden_share({use.lane: merged for use, merged in lanes})
         words = timeline.bottleneck(known)
-        words += f" {self.glyphs.dot} {100 * hidden:.0f} % of compute hidden" if hidden is not None else ""
+        words += f" {self.glyphs.dot} compute beside the stream: {100 * hidden:.0f} %" if hidden is not None else ""
         style = BOLD if most is None or most.share >= timeline.UNBOUND_BELOW else WARNING
         return [self.row("" if i else "overlap", [(line, style)]) for i, line in enumerate(wrap(words, self.room))]
 
@@ -275,6 +312,8 @@ class Layout:
             for state, layer in slots[: MOST_ROWS * room]
         ]
         legend = "  ".join(f"{glyph[s]} {sum(other is s for other, _ in slots)} {s}" for s in SLOT_STYLES)
+        named = f"{legend}  (number: layer)"
+        legend = named if size > 1 and len(named) <= room else legend
         return self.legended("slots", cells, size, legend)
 
     def layers(self) -> list[list[Segment]]:
@@ -304,13 +343,15 @@ class Layout:
 
     def accepted(self) -> list[list[Segment]]:
         """The accepted lengths: a column for each length, its count below, and the mean."""
-        counts = list(self.snapshot.accepted)
-        mean = sum(i * count for i, count in enumerate(counts)) / sum(counts)
-        size = max(3, len(str(sum(counts)))) + 1
-        fit = max(1, self.room // size)
-        names = [str(i) for i in range(len(counts))]
-        if len(counts) > fit:  # longer lengths share the last column
-            counts, names = [*counts[: fit - 1], sum(counts[fit - 1 :])], [*names[: fit - 1], f"{fit - 1}+"]
+        lengths = list(self.snapshot.accepted)
+        mean = sum(i * count for i, count in enumerate(lengths)) / sum(lengths)
+        for each in range(1, len(lengths) + 1):  # if there are too many lengths, a column shows several
+            starts = range(0, len(lengths), each)
+            counts = [sum(lengths[start : start + each]) for start in starts]
+            names = [_span(start, min(start + each, len(lengths)) - 1) for start in starts]
+            size = max(3, *(len(str(cell)) for cell in (*names, *counts))) + 1
+            if len(names) * size <= self.room + 1:
+                break
         levels = " " + self.glyphs.levels
         bars = (levels[max(count > 0, round(8 * count / max(counts)))] * (size - 1) for count in counts)
         levelled = ("accepted", bars, LANE_STYLES[timeline.DRAFT])
@@ -320,39 +361,9 @@ class Layout:
         ]
 
 
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.{0 if seconds >= 10 else 1}f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-# Control characters become visible signs. Joiners and variation selectors are dropped: terminals differ on their width.
-_VISIBLE: dict[int, str | None] = {
-    **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
-    127: "␡",
-    **dict.fromkeys((*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)), "�"),
-    **dict.fromkeys((0x200B, 0x200D, 0x2060, 0xFEFF, *range(0xFE00, 0xFE10))),
-}
-
-
-def tail(text: str, width: int, height: int, encoding: str = "utf-8") -> list[str]:
-    """The last lines of a text, wrapped to a width, without characters that move the cursor."""
-    lines: list[str] = []
-    page = width * height
-    text = text.replace("\r\n", "\n").removesuffix("\n")
-    for line in reversed(text.rsplit("\n", height)[-height:] if page and text else ()):
-        # A very long line loses whole pages, so that its breaks do not move while it grows.
-        kept = line[max(0, len(line) // page - 1) * page :]
-        clean = kept.translate(_VISIBLE).expandtabs(4).encode(encoding, "replace").decode()
-        lines = wrap(clean, width) + lines
-    return lines[max(0, len(lines) - height) :]
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Break one line to a width: after a space in the second half of the width, otherwise at the width."""
-    lines = []
-    while len(text) > width or cell_len(text) > width:
-        fits = max(1, len((chop_cells(text[:width], width) or [text])[0]))  # only marks without width: no chunk
-        space = text.rfind(" ", fits // 2, fits + 1)
-        fits = space + 1 if space > 0 else fits
-        lines.append(text[:fits].rstrip())
-        text = text[fits:]
-    return [*lines, text.rstrip()]

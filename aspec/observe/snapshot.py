@@ -34,7 +34,7 @@ class Snapshot:
 
     now_s: float
     stage: str  # "index", "plan", "load", "prefill", "decode"
-    done: int = 0  # of the stage: bytes; tokens while decoding
+    done: int = 0  # of the stage: bytes; prompt tokens while prefilling, new tokens while decoding
     total: int = 0  # 0: unknown
     stage_s: float = 0.0  # seconds since the stage began
     lanes: tuple[LaneView, ...] = ()
@@ -46,4 +46,11 @@ class Snapshot:
     tokens_per_s: float | None = None  # over the last rounds
     tokens_per_pass: float | None = None
     held: str = ""  # the memory plan in one line
-    text: str = ""  # the end of the generated text
+    process_bytes: int = 0  # that the process holds in memory; 0: unknown
+    about: tuple[str, ...] = ()  # models, sampling and prompts, the most important first
+    texts: tuple[str, ...] = ()  # [row]: the end of the text that it generated
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether ``done`` and ``total`` are tokens."""
+        return self.stage in ("prefill", "decode")

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 LONGEST_JOIN_S = 5.0
+LONGEST_PAUSE_S = 1.0
 
 
 class Ticker:
@@ -17,9 +18,20 @@ class Ticker:
     def __init__(self, period_s: float, tick: Callable[[], None], name: str = "ticker") -> None:
         self._period_s, self._tick = period_s, tick
         self._stopping = threading.Event()
+        self._ticking = threading.Lock()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"aspec-{name}", daemon=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no tick run until the block ends; one that hangs is waited for a moment only."""
+        mine = self._ticking.acquire(timeout=LONGEST_PAUSE_S)
+        try:
+            yield
+        finally:
+            if mine:
+                self._ticking.release()
 
     def close(self) -> None:
         """Stop and join; it may be called twice. Raises the error of ``tick``, if there was one."""
@@ -32,7 +44,8 @@ class Ticker:
     def _run(self) -> None:
         try:
             while not self._stopping.wait(self._period_s):
-                self._tick()
+                with self._ticking:
+                    self._tick()
         except BaseException as error:
             self._error = error
 

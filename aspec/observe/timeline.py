@@ -7,7 +7,7 @@ bytes in, figures out; a slice may come from an engine, from virtual time or fro
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from aspec.tasks.op import Lane
@@ -123,6 +123,28 @@ class Stall:
     def seconds(self) -> float:
         """The duration."""
         return self.stop_s - self.start_s
+
+
+class Stops:
+    """The times at which the process was stopped (Ctrl-Z); mutable, because it may be stopped again."""
+
+    def __init__(self) -> None:
+        self._stops: list[Interval] = []  # in order, disjoint
+
+    def add(self, start_s: float, stop_s: float) -> None:
+        """Note one stop, in seconds of ``time.perf_counter``."""
+        self._stops.append((start_s, stop_s))
+
+    def running_s(self, at_s: float) -> float:
+        """The same moment on a clock that stands still while the process is stopped."""
+        return at_s - sum(min(at_s, stop) - start for start, stop in self._stops if start < at_s)
+
+    def left_out(self, timeline: Timeline) -> Timeline:
+        """The timeline on that clock."""
+        at = self.running_s
+        slices = tuple(replace(one, start_s=at(one.start_s), stop_s=at(one.stop_s)) for one in timeline.slices)
+        rounds = tuple(replace(one, start_s=at(one.start_s), stop_s=at(one.stop_s)) for one in timeline.rounds)
+        return Timeline(slices, rounds, timeline.facts)
 
 
 def merge(intervals: Iterable[Interval]) -> list[Interval]:

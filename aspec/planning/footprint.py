@@ -1,6 +1,7 @@
 """The input of a plan: target and draft from their headers, the user's request, the bytes that every plan holds."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from aspec.models.exact import BLOCK_ROWS
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
-from aspec.models.weights.parts import Part, scratch_bytes
+from aspec.models.weights.parts import Part, merge_bytes, scratch_bytes
 from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planning.placement import Footprint
 from aspec.planning.resolve import Resolved
@@ -41,6 +42,11 @@ class Models:
     parts: tuple[Part, ...]
     draft_parts: tuple[Part, ...]
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the models, a text each."""
+        return self.target.remarks + (() if self.draft is None else self.draft.remarks)
+
     def footprint(self, request: PlanRequest) -> Footprint:
         """The bytes that every plan for this request holds, and the parts that a plan places.
 
@@ -63,7 +69,7 @@ def _device_overheads(kind: Kind, draft: Model | None, request: PlanRequest) -> 
     held = {"workspaces": kind.workspace_bytes}
     if kind.captures and draft is not None:
         spare = draft_slots(request.speculation, request.max_draft_tokens)
-        held["draft graphs"] = graph_bytes(draft, request.num_rows, request.capacity + spare, spare)
+        held["draft graphs"] = graph_bytes(draft, request.num_rows, request.draft_capacity + spare, spare)
     return held
 
 
@@ -75,11 +81,32 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     kind = resolved.kind
     place, alignment = (torch.device("cpu"), 1) if kind is None else (kind.place, ALIGNMENT)
     how: dict[str, Any] = {"dtype": resolved.dtype, "device": place, "outlined": outlined}
-    target = Model(resolved.target, **how)
-    draft = None if resolved.draft is None else Model(resolved.draft, **how)
+    target = Model(resolved.target, adapter=resolved.adapter, **how)
+    draft = None if resolved.draft is None else Model(resolved.draft, adapter=resolved.draft_adapter, **how)
     parts = target.parts(_part_bytes(resolved.budget_bytes), alignment)
     draft_parts = draft.parts(1 << 40, alignment) if draft else ()
-    return Models(resolved, target, draft, parts, draft_parts)
+    models = Models(resolved, target, draft, parts, draft_parts)
+    for text in _context_warnings(models):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return models
+
+
+def _context_warnings(models: Models) -> Iterator[str]:
+    """Sentences on rows that may be longer than a model was made for, or shorter than the user has asked for."""
+    target, draft, asked = models.target, models.draft, models.resolved.asked_context
+    capacity = _capacity(models)
+    if asked is not None and target.max_context is not None and capacity > target.max_context:
+        yield (
+            f"--max-context {asked} exceeds the {target.max_context} tokens that {target.folder} was made for: the "
+            f"text beyond them may be poor"
+        )
+    if asked is not None and (possible := target.context.possible) is not None and asked > possible:
+        yield f"--max-context {asked} exceeds the {possible} positions of {target.folder}: rows end there"
+    if draft is not None and draft.max_context is not None and capacity > draft.max_context:
+        yield (
+            f"the draft {draft.folder} reads {draft.max_context} tokens, a row may have {capacity}: longer rows go on "
+            f"without proposals"
+        )
 
 
 def request_for(models: Models) -> PlanRequest:
@@ -90,6 +117,7 @@ def request_for(models: Models) -> PlanRequest:
         num_rows=options.max_batch or max(DEFAULT_ROWS, options.num_groups or 1),
         num_groups=options.num_groups or 1,
         capacity=_capacity(models),
+        draft_context=None if models.draft is None else models.draft.max_context,
         prefill_tokens=options.prefill_tokens or PREFILL_TOKENS,
         **_speculation(resolved),
         **_attention(resolved),
@@ -100,10 +128,9 @@ def request_for(models: Models) -> PlanRequest:
 
 
 def _capacity(models: Models) -> int:
-    """Tokens per row: the user's number or the default, limited by the context of both models."""
-    limits = [model.max_context for model in (models.target, models.draft) if model is not None and model.max_context]
-    most = min(limits, default=DEFAULT_CONTEXT)
-    return min(models.resolved.options.max_context or DEFAULT_CONTEXT, most)
+    """Tokens per row: the user's number or the default, limited by the target's context."""
+    wanted = models.resolved.options.max_context or DEFAULT_CONTEXT
+    return min(wanted, models.target.context.most(models.resolved.asked_context) or wanted)
 
 
 def _speculation(resolved: Resolved) -> dict[str, Any]:
@@ -155,13 +182,15 @@ def _footprint(
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
         "scratch": scratch_bytes(parts),
+        "adapter merge": merge_bytes((*parts, *draft_parts)),
         "activations": _activation_bytes(target, request),
         "draft trees": request.num_rows * spare * draft_kv + (0 if request.kv_on_host else nodes),
     }
     if request.host_bytes is None and request.speculation is Speculation.TREE and request.max_draft_tokens:
         fixed["n-gram index"] = request.num_rows * index_bytes(request.capacity)
     if draft is not None and request.host_bytes is not None:
-        on_device = replace(request, attention_resource=COMPUTE)  # the draft's layers are never split
+        # the draft's layers are never split, and its rows end at its own context
+        on_device = replace(request, attention_resource=COMPUTE, capacity=request.draft_capacity)
         fixed["draft activations"] = _activation_bytes(draft, on_device)  # the draft has its own stream
     if not request.kv_on_host:
         return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv)

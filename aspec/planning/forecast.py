@@ -19,6 +19,7 @@ from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 
 MOST_TASKS = 20_000  # in one run with drafts
 MOST_PLAIN_TASKS = 5_000  # in one run without drafts, where all passes are alike
+FEW_PROMPTS, MOST_TASKS_OF_FEW = 8, 1_200  # so few prompts do not wait long for their plan: about a second
 LEAST_PASSES = 8  # of decoding, even if they have more tasks
 COUNTED = 0.9  # share of the tokens that count: the last ones come from passes with free rows
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # numbers of proposals for which the bound is computed
@@ -160,6 +161,7 @@ class Forecaster:
         """Prompt tokens and new tokens of a row in the run; a shorter run decodes in the middle of the context."""
         work = self.workload
         most = MOST_TASKS if plan.max_draft_tokens else MOST_PLAIN_TASKS
+        most = MOST_TASKS_OF_FEW if work.num_prompts <= FEW_PROMPTS else most
         passes = max(LEAST_PASSES, most // (tasks_per_pass(plan) * plan.num_groups))
         each = self._most_tokens(plan, min(8, plan.max_draft_tokens))
         joining = ceil(plan.num_rows * work.prompt_tokens / (plan.prefill_pass_tokens or work.prompt_tokens))

@@ -33,8 +33,8 @@ def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
 
     Raises BudgetError; its message shows the sum of bytes and the smallest budget that suffices.
     """
-    slots = request.num_rows * (request.capacity + 1)
-    kv, draft_kv = slots * footprint.kv_bytes_per_token, slots * footprint.draft_kv_bytes_per_token
+    kv = request.num_rows * (request.capacity + 1) * footprint.kv_bytes_per_token
+    draft_kv = request.num_rows * (request.draft_capacity + 1) * footprint.draft_kv_bytes_per_token
     on_host = {"KV cache": kv, **footprint.host_fixed} if request.kv_on_host else {}
     _check_host(on_host, request)
     held = {**footprint.fixed, "KV cache": draft_kv + (0 if on_host else kv)}

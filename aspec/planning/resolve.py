@@ -3,7 +3,9 @@
 An engine or a plan resolves its options once. No code below looks for a folder, a device or free memory again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import torch
 from aspec.backends.registry import Kind, kind_of
 from aspec.errors import UserError
 from aspec.io import hub
-from aspec.io.host_memory import available_bytes
+from aspec.io.fetching.fetch import Fetches
+from aspec.io.host_memory import available_bytes, growth_bytes, process_bytes
+from aspec.models.weights.adapter_config import has_adapter, read_adapter_config
 from aspec.options import DEMO, NGRAM, EngineOptions
 from aspec.plan import Speculation
+from aspec.units import format_bytes
 
 MIB = 1 << 20
 DEMO_BUDGET_BYTES = 14 * MIB  # less than the demo target's 16 MB, so that the demo streams
@@ -61,17 +66,40 @@ class Resolved:
     budget_bytes: int
     host_bytes: int | None  # host memory for pinned layers and KV; None: the device is the host's memory
     resident_bytes: int | None  # limit on resident layers, even if more would fit
+    asked_context: int | None = None  # the user's own max_context, which may exceed the length the target was made for
+    adapter: Path | None = None  # of the target
+    draft_adapter: Path | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the target's tokenizer: an adapter may bring one of its own."""
+        own = self.adapter
+        return self.target if own is None or not (own / "tokenizer_config.json").is_file() else own
+
+    @property
+    def trained(self) -> Path:
+        """The folder that tells the target from others: its adapter's, or its own."""
+        return self.adapter or self.target
 
 
-def resolve(options: EngineOptions | Resolved) -> Resolved:
-    """Find the models (hub ids are downloaded) and the device. Blocks. A ``Resolved`` is returned unchanged.
+Weights = tuple[Path, Path | None]
+"""The folder of a model and the folder of its adapter."""
 
-    Raises UserError if a model or a device is not found.
+Find = Callable[..., Path]
+"""``hub.resolve`` for the models of one resolution."""
+
+
+def resolve(options: EngineOptions | Resolved, fetches: Fetches | None = None, *, weights: bool = True) -> Resolved:
+    """Find the models (those of the hub are fetched) and the device. Blocks. A ``Resolved`` is returned unchanged.
+
+    ``weights``: False for a plan; of a model on the hub it needs the headers only. Raises UserError if a model or a
+    device is not found.
     """
     if isinstance(options, Resolved):
         return options
     method = draft_method(options)
-    return _resolved(options, method, *_folders(options, method))
+    found = _folders(options, method, fetches or Fetches(options.progress), weights)
+    return replace(_resolved(options, method, *found), asked_context=options.max_context)
 
 
 def revise(resolved: Resolved, **changes: Any) -> Resolved:
@@ -81,7 +109,9 @@ def revise(resolved: Resolved, **changes: Any) -> Resolved:
     assert not method.has_model or resolved.draft is not None, (
         "the new options need a draft model, and none was resolved"
     )
-    return _resolved(options, method, resolved.target, resolved.draft if method.has_model else None)
+    draft = (resolved.draft, resolved.draft_adapter) if resolved.draft is not None and method.has_model else None
+    revised = _resolved(options, method, (resolved.target, resolved.adapter), draft)
+    return replace(revised, asked_context=resolved.asked_context)
 
 
 def draft_method(options: EngineOptions) -> DraftMethod:
@@ -93,39 +123,105 @@ def draft_method(options: EngineOptions) -> DraftMethod:
     return MODEL_DRAFT if options.draft is not None or options.target is None else NO_DRAFT
 
 
-def _resolved(options: EngineOptions, method: DraftMethod, target: Path, draft: Path | None) -> Resolved:
+def _resolved(options: EngineOptions, method: DraftMethod, target: Weights, draft: Weights | None) -> Resolved:
     kind = kind_of(options.device)
     shows_streaming = options.target is None and options.device_memory is None and kind is not None
     return Resolved(
         options=options,
-        target=target,
-        draft=draft,
+        target=target[0],
+        draft=None if draft is None else draft[0],
         method=method,
         kind=kind,
         dtype=_dtype(options.dtype),
         exact=kind is None if options.exact is None else options.exact,  # a CPU's default: proved there
-        budget_bytes=options.device_memory or _default_budget(options, kind),
+        budget_bytes=options.device_memory or _process_budget(options, kind) or _default_budget(options, kind),
         host_bytes=None if kind is None else options.host_memory or _host_share(),
         resident_bytes=DEMO_RESIDENT_BYTES
         if options.resident_memory is None and shows_streaming
         else options.resident_memory,
+        adapter=target[1],
+        draft_adapter=None if draft is None else draft[1],
     )
 
 
-def _folders(options: EngineOptions, method: DraftMethod) -> tuple[Path, Path | None]:
-    """The folders of target and draft; hub ids are downloaded. Raises UserError if one is not found."""
+def _folders(
+    options: EngineOptions, method: DraftMethod, fetches: Fetches, weights: bool
+) -> tuple[Weights, Weights | None]:
+    """The folders of target and draft. Raises UserError if one is not found."""
     if options.target is None:
-        if options.draft not in (None, NGRAM):
-            raise UserError("--draft was given without --target: a draft belongs to one target. Give both or neither.")
-        return DEMO / "target", DEMO / "draft" if method.has_model else None
-    target = hub.resolve(str(options.target), what="target")
-    return target, hub.resolve(str(options.draft), what="draft") if method.has_model else None
+        for name, value in (("draft", options.draft), ("adapter", options.adapter)):
+            if value not in (None, NGRAM):
+                raise UserError(
+                    f"--{name} was given without --target: a {name} belongs to one target. Give both or neither."
+                )
+        return (DEMO / "target", None), (DEMO / "draft", None) if method.has_model else None
+    find = partial(hub.resolve, fetches=fetches, weights=weights)
+    target = _weights(find, str(options.target), "target", options.adapter)
+    return target, _weights(find, str(options.draft), "draft") if method.has_model else None
+
+
+def _weights(find: Find, name: str, what: str, adapter: str | Path | None = None) -> Weights:
+    """The folders of a model and of its adapter, which may be beside the model's weights, or name the model.
+
+    Raises UserError if one is not found, or if there are two adapters.
+    """
+    folder = find(name, what=what)
+    if not has_adapter(folder):
+        return folder, None if adapter is None else _adapter(find, str(adapter))
+    if adapter is not None:
+        raise UserError(
+            f"{what} {name!r} holds a LoRA adapter of its own, and --adapter {adapter} is a second one. Give one of "
+            f"them; to stack adapters, merge the first with peft (merge_and_unload)."
+        )
+    if (folder / "config.json").is_file():
+        return folder, folder
+    config = read_adapter_config(folder)
+    if config.base is None:
+        raise UserError(
+            f"{config.path} names no base model: expected base_model_name_or_path, found none. Give the base as "
+            f"--{what}, and the adapter with --adapter."
+        )
+    beside = folder / config.base  # a relative path may be relative to the adapter
+    base = find(str(beside if beside.is_dir() else config.base), what=f"the base of {what} {name!r},")
+    if has_adapter(base):
+        raise UserError(
+            f"{config.path}: its base {config.base!r} holds an adapter, too. Merge that one with peft first."
+        )
+    return base, folder
+
+
+def _adapter(find: Find, name: str) -> Path:
+    folder = find(name, what="adapter")
+    if not has_adapter(folder):
+        raise UserError(
+            f"adapter {name!r}: expected a folder with adapter_config.json and adapter_model.safetensors, found no "
+            f"adapter_config.json in {folder}. Check the path."
+        )
+    return folder
 
 
 def _dtype(name: str) -> torch.dtype | None:
     if name not in DTYPES:
         raise UserError(f"--dtype {name!r} is not known: expected one of {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def _process_budget(options: EngineOptions, kind: Kind | None) -> int | None:
+    """Bytes: the rest of --process-memory beside the interpreter and torch; None if the option was not given."""
+    if options.process_memory is None:
+        return None
+    if kind is not None:
+        raise UserError(
+            f"--process-memory is for a CPU, whose device memory is the process's own; the device is {kind.name()}. "
+            f"Give --device-memory and --host-memory."
+        )
+    own = process_bytes()
+    if options.process_memory <= own:
+        raise UserError(
+            f"--process-memory {format_bytes(options.process_memory)} leaves nothing for a model: the interpreter and "
+            f"torch take about {format_bytes(own)}. Give more than that."
+        )
+    return options.process_memory - own
 
 
 def _default_budget(options: EngineOptions, kind: Kind | None) -> int:
@@ -136,5 +232,6 @@ def _default_budget(options: EngineOptions, kind: Kind | None) -> int:
 
 
 def _host_share() -> int:
-    """Bytes: a share of the host's free memory."""
-    return int(available_bytes() * HOST_SHARE)
+    """Bytes: a share of the host's free memory, less if the process itself needs the rest."""
+    free = available_bytes()
+    return max(MIB, min(int(free * HOST_SHARE), free - growth_bytes()))

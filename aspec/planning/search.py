@@ -20,6 +20,7 @@ SLOTS = (1, 10)  # numbers of spare slots that are tried beside SPARE_SLOTS
 CAPS = (4, 8, 32)  # limits on the proposals of a row that are tried beside the usual limit
 MOST_FORECASTS = 40  # in one search
 MARGIN = 0.99  # a plan is run only if its bound is below this share of the best seconds
+GUESS_MARGIN = 1.5  # while acceptance is a guess, another form of proposals must be faster than the usual one by this
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,6 @@ class Forecast:
     job_s: float  # of the whole workload
     tokens_per_pass: float  # per row
     bottleneck: str
-
-    @property
-    def order(self) -> float:
-        """The number that the search minimises."""
-        return self.job_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +70,12 @@ class SearchSpace:
     caps: tuple[int, ...] = ()
     slots: tuple[int, ...] = SLOTS
     prefills: tuple[int, ...] = ()  # tokens of smaller prefill items, for plans that do not fit otherwise
+    usual: Speculation | None = None  # the form of proposals that is preferred by GUESS_MARGIN; None: the fastest wins
+
+    def order(self, plan: Plan, seconds: float) -> float:
+        """The number that the search minimises: the job's seconds, weighted."""
+        is_usual = self.usual is None or (plan.max_draft_tokens > 0 and plan.speculation is self.usual)
+        return seconds if is_usual else seconds * GUESS_MARGIN
 
 
 def rows_for(num_prompts: int) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ def search(
     The search varies rows, groups, speculation and the place of attention first. Then it varies the spare slots and
     the limit on proposals around the best of those plans.
     """
-    runs = _Runs(footprint, least_s, forecast, space.prefills, progress)
+    runs = _Runs(footprint, least_s, forecast, space, progress)
     runs.run(_main_choices(request, space))
     if not runs.found:
         assert runs.refusal is not None
@@ -113,11 +115,11 @@ class _Runs:
         footprint: Callable[[PlanRequest], Footprint],
         least_s: Callable[[Plan], float],
         forecast: Callable[[Plan], Forecast],
-        prefills: tuple[int, ...],
+        space: SearchSpace,
         progress: Callable[[int], None],
     ) -> None:
         self._footprint, self._least_s, self._forecast, self._progress = footprint, least_s, forecast, progress
-        self._prefills = prefills
+        self._space = space
         self.found: list[Candidate] = []
         self.pruned: list[tuple[float, Plan]] = []
         self.num_too_large = 0
@@ -126,20 +128,23 @@ class _Runs:
     @property
     def ranked(self) -> Sequence[Candidate]:
         """The candidates that were run, the best first."""
-        return sorted(self.found, key=lambda candidate: candidate.forecast.order)
+        return sorted(self.found, key=self._order)
+
+    def _order(self, candidate: Candidate) -> float:
+        return self._space.order(candidate.plan, candidate.forecast.job_s)
 
     def run(self, requests: Iterable[PlanRequest]) -> None:
         """Forecast every request that fits and could be better than the candidates so far."""
         for bound, request, plan in sorted(self._planned(requests), key=lambda one: one[0]):
-            best = min((candidate.forecast.order for candidate in self.found), default=float("inf"))
+            best = min(map(self._order, self.found), default=float("inf"))
             if bound >= MARGIN * best or len(self.found) >= MOST_FORECASTS:
-                self.pruned.append((bound, plan))
+                self.pruned.append((self._least_s(plan), plan))
                 continue
             self.found.append(Candidate(request, plan, self._forecast(plan)))
             self._progress(len(self.found))
 
     def _planned(self, requests: Iterable[PlanRequest]) -> Iterator[tuple[float, PlanRequest, Plan]]:
-        """The new plans that fit: lower bound in seconds, fitted request, plan."""
+        """The new plans that fit: lower bound of their order, fitted request, plan."""
         known = [candidate.plan for candidate in self.found]
         for request in requests:
             fitting = self._fitting(request)
@@ -147,11 +152,11 @@ class _Runs:
                 self.num_too_large += 1
             elif fitting[1] not in known:
                 known.append(fitting[1])
-                yield self._least_s(fitting[1]), *fitting
+                yield self._space.order(fitting[1], self._least_s(fitting[1])), *fitting
 
     def _fitting(self, request: PlanRequest) -> tuple[PlanRequest, Plan] | None:
         """The request with the largest prefill items that fit, and its plan; None if none fits."""
-        for tokens in (request.prefill_tokens, *self._prefills):
+        for tokens in (request.prefill_tokens, *self._space.prefills):
             fitted = replace(request, prefill_tokens=tokens)
             try:
                 return fitted, make_plan(self._footprint(fitted), fitted)

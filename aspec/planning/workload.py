@@ -1,4 +1,7 @@
-"""The plan for a known workload: runs the search on a machine's costs and the models' shapes."""
+"""The plan for a known workload: runs the search on a machine's costs and the models' shapes.
+
+``best_plans`` is the one planner: an engine runs its best plan, and ``aspec plan`` shows it.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -6,13 +9,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from aspec.backends.registry import HOST
-from aspec.errors import UnsupportedModelError
+from aspec.errors import BudgetError, UnsupportedModelError
 from aspec.models.model import Model
 from aspec.plan import Plan, PlanRequest, Speculation, Workload
-from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models
-from aspec.planning.forecast import Forecaster
+from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models, request_for
+from aspec.planning.forecast import FEW_PROMPTS, Forecaster
 from aspec.planning.resolve import Resolved, revise
-from aspec.planning.search import CAPS, GROUPS, SLOTS, Search, SearchSpace, rows_for, search
+from aspec.planning.search import CAPS, GROUPS, SLOTS, Candidate, Search, SearchSpace, rows_for, search
+from aspec.planning.usual import shrunk
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
@@ -38,23 +42,38 @@ def measured_basis(models: Models) -> CostBasis:
         resolved.target, models.target.dtype, options.threads, kind=resolved.kind, link_rate=options.link_rate
     )
     draft, sampled = resolved.draft, options.workload is not None and options.workload.sampled
-    known = AcceptanceStats() if draft is None else known_acceptance(resolved.target, draft, sampled=sampled)
+    known = AcceptanceStats() if draft is None else known_acceptance(resolved.trained, draft, sampled=sampled)
     return CostBasis(hardware, known)
 
 
-def plan_workload(
-    models: Models,
-    request: PlanRequest,
-    basis: CostBasis | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+def best_plans(
+    models: Models, basis: CostBasis | None = None, progress: Callable[[int], None] = lambda _: None
 ) -> Search:
-    """Search the settings that the options leave open. Raises BudgetError if no plan fits."""
+    """The plans for the workload of the options, the best first.
+
+    The search varies the settings that the options leave open. If nothing in it fits, the usual shape is shrunk until
+    it fits. Raises BudgetError if even the smallest plan does not fit.
+    """
     work = models.resolved.options.workload
     assert work is not None, "the search needs a workload"
-    basis = basis or measured_basis(models)
+    basis, request = basis or measured_basis(models), request_for(models)
+    work = _within(work, request.capacity)
     forecaster = forecast_for(models, request, basis, work)
     space = search_space(models, basis.hardware, work)
-    return search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
+    if not basis.known.proposals and work.num_prompts <= FEW_PROMPTS:
+        space = replace(space, usual=request.speculation, caps=())  # do not follow a guess of the acceptance far
+    try:
+        return search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
+    except BudgetError:
+        rows = max(request.num_groups, min(request.num_rows, work.num_prompts))
+        plan = shrunk(models, replace(request, num_rows=rows))
+        return Search((Candidate(plan.request, plan, forecaster(plan)),), 0, 0)
+
+
+def _within(work: Workload, capacity: int) -> Workload:
+    """The work that a context of so many tokens allows: longer rows end there."""
+    prompt = max(1, min(work.prompt_tokens, capacity - 2))
+    return replace(work, prompt_tokens=prompt, new_tokens=max(2, min(work.new_tokens, capacity - prompt)))
 
 
 def forecast_for(models: Models, request: PlanRequest, basis: CostBasis, work: Workload) -> Forecaster:
@@ -124,12 +143,12 @@ def elsewhere(resolved: Resolved, hardware: Hardware) -> Resolved:
     """The same models on a machine that is not at hand; the device of this machine does not matter."""
     asked = resolved.options.exact
     exact = hardware.h2d_bytes_per_s is None if asked is None else asked
-    moved = on_machine(revise(resolved, device=HOST, exact=exact), hardware)
+    moved = _on_machine(revise(resolved, device=HOST, exact=exact), hardware)
     budget = moved.options.device_memory or hardware.device_memory or moved.budget_bytes
     return replace(moved, budget_bytes=budget)
 
 
-def on_machine(resolved: Resolved, hardware: Hardware) -> Resolved:
+def _on_machine(resolved: Resolved, hardware: Hardware) -> Resolved:
     """The same models with the host memory of ``hardware``; None if its device is the host's own memory."""
     if hardware.h2d_bytes_per_s is None:
         return replace(resolved, host_bytes=None)

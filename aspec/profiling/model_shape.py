@@ -13,6 +13,9 @@ from transformers import PreTrainedConfig
 
 from aspec.models.model import Model
 
+MERGE_COPIES = (
+    4  # a weight that an adapter changes costs about as many copies of it (measured: 3 at rank 16, 5.5 at rank 64)
+)
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 """Configuration keys of the model families for the number of experts of a token."""
 
@@ -32,7 +35,7 @@ class LayerShape:
     expert_bytes: int = 0  # weights of one routed expert
     experts: int = 0  # number of routed experts
     active: int = 0  # routed experts of one token
-    convert_bytes: int = 0  # weights that are stored in another dtype
+    convert_bytes: int = 0  # weights that are stored in another dtype, or changed by an adapter
 
     @property
     def dense_bytes(self) -> int:
@@ -77,7 +80,8 @@ def shape_of(model: Model) -> ModelShape:
     kv = next(shape for shape in model.kv_shapes() if shape is not None)
     converted: dict[int, int] = {}
     for part in model.parts(1 << 62):
-        converted[part.layer] = converted.get(part.layer, 0) + part.scratch_bytes
+        merged = sum(MERGE_COPIES * weight.nbytes for weight, _ in part.merges)
+        converted[part.layer] = converted.get(part.layer, 0) + part.scratch_bytes + merged
     layers = tuple(layer_shape(layer, text, converted.get(index, 0)) for index, layer in enumerate(model.layer_modules))
     hidden = int(text.hidden_size)
     return ModelShape(

@@ -20,6 +20,7 @@ import torch
 from aspec.backends.registry import Kind
 from aspec.errors import UserError
 from aspec.io.json_file import read_json
+from aspec.options import cache_folder
 from aspec.profiling.ceilings import HostInfo, host_info
 from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
 from aspec.profiling.device_profiler import measure_device
@@ -38,12 +39,6 @@ class AcceptanceStats:
     acceptance: float = ACCEPTANCE
     spread: float = SPREAD
     proposals: float = 0.0
-
-
-def cache_folder() -> Path:
-    """The folder of the files, in the user's cache folder (XDG Base Directory Specification)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "aspec"
 
 
 def default_threads() -> int:

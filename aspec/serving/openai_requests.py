@@ -1,7 +1,8 @@
 """How requests are read from OpenAI's form: the bodies of chat and text completions, read strictly.
 
 An unknown or unsupported field is an error that names the field; no field is ignored. A field that is null counts as
-absent. vLLM's extensions (top_k, min_p, repetition_penalty, ignore_eos) are supported. Standard library only.
+absent. vLLM's extensions (top_k, min_p, repetition_penalty, ignore_eos, min_tokens, bad_words) and some fields of
+transformers (``AS_GIVEN``) are supported. Standard library only.
 """
 
 import json
@@ -28,8 +29,15 @@ AS_GIVEN = (
     "seed",
     "stop",
     "ignore_eos",
+    "logit_bias",
+    "typical_p",
+    "no_repeat_ngram_size",
+    "bad_words",
+    "bad_words_ids",
+    "suppress_tokens",
+    "min_new_tokens",
 )  # fields that have the same name in SamplingParams
-KNOWN = frozenset((*AS_GIVEN, *MAX_TOKENS, "model", "n", "stream", "logprobs"))
+KNOWN = frozenset((*AS_GIVEN, *MAX_TOKENS, "min_tokens", "model", "n", "stream", "logprobs"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,8 @@ class Request:
 
     def params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """The sampling parameters: the request's fields over the defaults; ``seed`` if the request gives none."""
-        return replace(defaults, **{"seed": seed, **self.sampling})
+        own = {"max_length": None} if "max_new_tokens" in self.sampling else {}  # its own limit has precedence
+        return replace(defaults, **{"seed": seed, **own, **self.sampling})
 
 
 def parse_json(text: bytes) -> Any:
@@ -83,6 +92,8 @@ def parse_request(url: str, body: object) -> Request:
     _check(given, "stream", "false: the answer is not streamed", lambda value: value is False)
     prompt = _messages(given[source]) if url == CHAT else _prompt(given[source])
     sampling = {name: given[name] for name in AS_GIVEN if name in given}
+    if "min_tokens" in given:  # vLLM's name
+        sampling["min_new_tokens"] = given["min_tokens"]
     sampling |= _max_tokens(given) | (_chat_logprobs(given) if url == CHAT else _completion_logprobs(given))
     if "stop" in sampling:
         sampling["stop"] = _stop(sampling["stop"])

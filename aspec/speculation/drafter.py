@@ -4,12 +4,10 @@ A lane's thread calls it, never the loop. The task graph orders the tasks that t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from aspec.generation.penalties import Context
 from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.speculation.ngram_index import NgramIndex
 from aspec.speculation.tree import Proposal, Tree
@@ -29,10 +27,6 @@ class DraftState:
     index: NgramIndex = field(default_factory=NgramIndex)  # of the row's own text
     room: tuple[int, int] = (0, 0)  # (most nodes, maximum depth) of the tree's latest level
     beams: int = 0  # of the tree's latest level
-
-    def context(self, paths: Sequence[tuple[int, ...]]) -> Context | None:
-        """The context of penalties at the positions after some paths; None if no penalty is set."""
-        return None if self.sequence.counts is None else Context(self.sequence.counts, paths)
 
 
 class Drafter(ABC):

@@ -13,7 +13,7 @@ from math import log
 import torch
 
 from aspec.backends.device import Capture
-from aspec.errors import NumericError
+from aspec.errors import NoTokenError, NumericError
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
 from aspec.io.upload import upload
@@ -87,14 +87,14 @@ class ModelDrafter(Drafter):
         logits = self._run(item.rows, [state.drafted for state in states], fed)
         positions = [[state.drafted + len(tokens)] for state, tokens in zip(states, fed, strict=True)]
         samplers = [state.sequence.sampler if self._shared_noise else GREEDY for state in states]
-        contexts = [state.context([tuple(state.chain)]) for state in states]
+        contexts = [state.sequence.context_of([tuple(state.chain)]) for state in states]
         errors: dict[tuple[int, int], NumericError] = {}
         drawn = draw_rows(samplers, logits, positions, self._limit, contexts, errors)
         for state, tokens, row_draw in zip(states, fed, drawn, strict=True):
             state.drafted += len(tokens)
             state.chain.append(max(row_draw[0], 0))
         for (index, _), error in errors.items():
-            states[index].sequence.fail(error)
+            self._fail(states[index], error)
 
     def grow_trees(self, item: WorkItem, growth: TreeLevel) -> tuple[TreeStatus, ...]:
         """Grow one level of every row's tree; a new tree starts with the tokens that the draft has not seen yet."""
@@ -107,10 +107,16 @@ class ModelDrafter(Drafter):
                 try:
                     self._add_candidates(level, next(logits), growth.width)
                 except NumericError as error:
-                    level.state.sequence.fail(error)
+                    self._fail(level.state, error)
                 level.tree.prune(budget + growth.ahead)
             statuses.append(self._status(level.row, level.tree, growth.beams))
         return tuple(statuses)
+
+    @staticmethod
+    def _fail(state: DraftState, error: NumericError) -> None:
+        """End a sequence whose draft is damaged; a proposal that may not be continued is only a proposal less."""
+        if not isinstance(error, NoTokenError):
+            state.sequence.fail(error)
 
     def _next_level(self, row: int, budget: int, depth: int, growth: TreeLevel) -> "_Level":
         """The next level of a row's tree: the committed tokens that the draft has not seen, or the best nodes."""
@@ -167,7 +173,8 @@ class ModelDrafter(Drafter):
         depths = [0 if node == ROOT else tree.nodes[node].depth for node in level.nodes]
         positions = [state.drafted + depth for depth in depths]
         noise = sampler.noise(positions, logits.shape[-1], logits.device) if self._shared_noise else None
-        logits = sampler.penalised(logits[..., : self._limit], state.context([tree.path(node) for node in level.nodes]))
+        context = state.sequence.context_of([tree.path(node) for node in level.nodes])
+        logits = sampler.processed(logits[..., : self._limit], context)
         temperature = GREEDY_TEMPERATURE if sampler.greedy else sampler.temperature
         tokens, scores = best_children(logits, width, noise, temperature=temperature, limit=self._limit)
         for node, own_tokens, own_scores in zip(level.nodes, tokens.tolist(), scores.tolist(), strict=True):

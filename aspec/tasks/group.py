@@ -5,7 +5,7 @@ seconds only.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aspec.plan import Plan
 from aspec.tasks.op import Op
@@ -85,8 +85,8 @@ class Group:
         return self.draft is None and self.running is None
 
     def max_proposal(self, row: Row) -> int:
-        """Most proposed tokens on one path of a row, limited by its remaining tokens and its capacity."""
-        return max(0, min(row.remaining - 1, self._plan.capacity - row.length))
+        """Most proposed tokens on one path of a row, limited by its remaining tokens and the draft's context."""
+        return max(0, min(row.remaining - 1, self._plan.draft_capacity - row.length))
 
     def assign(self, rows: Sequence[RowAssignment], number: int) -> Task:
         """The task that assigns rows before pass ``number``: it writes the group's sequences and the draft's state."""
@@ -134,11 +134,19 @@ class Group:
         draft.levels, draft.growing = draft.levels + 1, True
         return task
 
-    def emit_prefill(self, item: WorkItem, number: int) -> Task:
-        """The task that prefills the draft's KV with the prompts of ``item``, in idle times of the pass."""
+    def emit_prefill(self, item: WorkItem, joining: dict[int, Row], number: int) -> list[Task]:
+        """The task that prefills the draft's KV with the prompts of ``item``, in idle times of the pass.
+
+        None for prompts beyond the draft's context: these rows get no proposals.
+        """
+        short = [place for place, n in enumerate(item.rows) if joining[n].length < self._plan.draft_capacity]
+        if not short or not self._plan.max_draft_tokens:
+            return []
+        rows, starts, counts = (tuple(own[at] for at in short) for own in (item.rows, item.starts, item.counts))
+        item = replace(item, rows=rows, starts=starts, counts=counts)
         writes = (Access(draft_kv_buffer(self.number), f"pass {number} item {item.index}"),)
         resource, reads = self._plan.draft_resource, self.inputs(with_proposal=False)
-        return Task(self._next_id(), Op.DRAFT_PREFILL, resource, DRAFT_AHEAD, reads, writes, number, item)
+        return [Task(self._next_id(), Op.DRAFT_PREFILL, resource, DRAFT_AHEAD, reads, writes, number, item)]
 
     def emit_end(self, running: Pass) -> list[Task]:
         """The tasks at the end of the pass; later draft tasks belong to the next pass."""

@@ -136,8 +136,8 @@ class Scheduler:
             return group.inputs(with_proposal=proposes and not item.prefill)
 
         tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, inputs)
-        prefills = [item for item in items if item.prefill] if self.plan.max_draft_tokens else []
-        tasks += [group.emit_prefill(item, number) for item in prefills]
+        prefills = [task for item in items if item.prefill for task in group.emit_prefill(item, joining, number)]
+        tasks += prefills
         group.last_pass = number
         group.running = Pass(number, items, draft, num_open=len(prefills) + sum(item.samples for item in items))
         return tasks if self._may_draft_ahead else tasks + group.emit_end(group.running)

@@ -17,10 +17,12 @@ from aspec.cli.chat.entry import Entry, Message, parse
 from aspec.cli.chat.prefill import PrefillProgress
 from aspec.cli.chat.reading import Reader, open_reader
 from aspec.cli.chat.session import Session
-from aspec.cli.command_flags import ChatFlags
+from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
+from aspec.cli.front.opening import fetching
+from aspec.cli.interrupts import present
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import NumericError, UserError, WriteError
-from aspec.generation.defaults import sampling_params
+from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.tokenizer import Tokenizer
 from aspec.models.model import generation_defaults
@@ -35,11 +37,11 @@ def chat_on_console(flags: ChatFlags, console: Console) -> None:
 
     A refused entry costs only itself; if one came from a pipe or a file, the exit code is 1 at the end.
     """
-    resolved, params = _prepare(flags)
+    resolved, params = _prepare(flags, console)
     reader, progress = open_reader(COMMANDS), PrefillProgress()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         stack = AsyncExitStack()
-        engine = runner.run(_open(stack, resolved, progress, console))
+        engine = present().run(runner, _open(stack, resolved, progress, console))
         try:
             answering = Answering(runner, engine, progress, console, mark_pastes=reader.marks_pastes)
             all_went_well = _converse(Session(resolved, engine, answering, console, params, flags.system), reader)
@@ -71,6 +73,7 @@ def _read(reader: Reader, console: Console) -> Entry | None:
     except KeyboardInterrupt:
         if not reader.interactive:
             raise
+    present().settle()
     console.note("press Ctrl-C again to leave, or Ctrl-D")
     return reader.read()
 
@@ -84,13 +87,15 @@ def _execute(entry: Entry, session: Session) -> None:
             try:
                 execute(call, session)
             except KeyboardInterrupt:
+                present().settle()
                 session.note("stopped")
 
 
-def _prepare(flags: ChatFlags) -> tuple[Resolved, SamplingParams]:
+def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, SamplingParams]:
     """Find the models, which may block for long (a download), and check what needs no weights. Raises UserError."""
-    resolved = resolve(flags.options())
-    tokenizer = Tokenizer.load(resolved.target)
+    with fetching(console) as fetches:
+        resolved = resolve(flags.options(), fetches)
+    tokenizer = Tokenizer.load(resolved.tokenizer)
     if not tokenizer.has_chat_template:
         name = "the embedded demo pair" if resolved.options.target is None else str(resolved.target)
         raise UserError(
@@ -98,12 +103,16 @@ def _prepare(flags: ChatFlags) -> tuple[Resolved, SamplingParams]:
             f"Choose an instruction-tuned model with --target, or continue plain text with `aspec generate`."
         )
     check_system(flags.system, tokenizer.encode_chat)
-    return resolved, sampling_params(generation_defaults(resolved.target), flags.sampling())
+    defaults, given = generation_defaults(resolved.target), flags.sampling()
+    params = sampling_params(defaults, given, ANSWER_TOKENS)
+    if asked_for := describe(defaults, given):
+        console.note(asked_for)
+    return resolved, params
 
 
 async def _open(stack: AsyncExitStack, resolved: Resolved, progress: PrefillProgress, console: Console) -> Engine:
     """Open an engine, which closes with the stack."""
-    monitor = Monitor()
+    monitor = Monitor(console.stops)
     with watch(monitor, console, dashboard=False):
         engine = await stack.enter_async_context(Engine(revise(resolved, progress=monitor.progress), [progress]))
     console.note(describe_plan(engine.plan))

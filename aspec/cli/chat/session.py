@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from aspec.cli.chat.answering import Answering
 from aspec.cli.chat.conversation import Conversation, Turn, fit
+from aspec.cli.interrupts import present
 from aspec.engine.engine import Engine
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
@@ -69,6 +70,7 @@ class Session:
         try:
             self._take_turn(talk, text, self.params)
         except KeyboardInterrupt:  # while the message became tokens
+            present().settle()
             self._note_no_answer()
         except BaseException:
             self.talk = talk

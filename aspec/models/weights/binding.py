@@ -1,7 +1,8 @@
 """Binding of a skeleton's parameters to bytes: views of a part's buffer, or of scratch where bytes are converted.
 
 A parameter is replaced in its module's own table, which costs less than a microsecond; the tensors are created once
-per part and buffer. A parameter without bytes is on meta; ``check`` raises an error for it before a layer runs.
+per part and buffer. An adapter's updates are merged into the bytes that were read, so a part with updates is bound once
+after each read. A parameter without bytes is on meta; ``check`` raises an error for it before a layer runs.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from aspec.errors import InternalError
+from aspec.models.weights.merge import LowRank, merge
 from aspec.models.weights.parts import REST, Binding, Conversion, Part, view
 from aspec.models.weights.tensor_map import convert
 
@@ -48,6 +50,9 @@ class Binder:
             bound = self._bound[key] = _Bound(part, made)
         for table, name, tensor in bound.assignments:
             table[name] = tensor
+        for weight, update in part.updates:
+            stored = view(buffer[part.shift :], weight)
+            merge(stored, stored, _matrices(update, buffer[part.shift :]))
         if part.conversions:
             if scratch is None:
                 raise InternalError(f"part {part.index} needs {part.scratch_bytes} bytes of scratch, was given none")
@@ -83,7 +88,11 @@ class Binder:
         for target in conversion.targets:
             place = view(scratch, target)
             if target.at not in filled:  # tied names share one place
-                place.copy_(made.get(target.target, stored[0][2]))
+                value, update = made.get(target.target, stored[0][2]), conversion.updates.get(target.target)
+                if update is None:
+                    place.copy_(value)
+                else:
+                    merge(place, value, _matrices(update, buffer))
                 filled.add(target.at)
             table, name, tensor = self._place(part, target, scratch)
             table[name] = tensor
@@ -100,6 +109,10 @@ class Binder:
         if isinstance(before, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         return table, name, tensor
+
+
+def _matrices(update: LowRank[Binding], buffer: torch.Tensor) -> LowRank[torch.Tensor]:
+    return LowRank(view(buffer, update.a), view(buffer, update.b), update.scale, update.transposed)
 
 
 def _tables(layer: nn.Module) -> list[tuple[Table, str]]:

@@ -1,20 +1,22 @@
 """From stored tensors to parts: which bytes of which file go where in a buffer, and which parameters use them.
 
 Rules. If a stored tensor needs no conversion, its bytes go to ``at = offset`` modulo a page, so that a direct read can
-write them there, and the parameter is a view of them. Experts of a fused tensor are read directly into their places in
-it. All other tensors (another dtype, an unknown conversion, bytes not aligned to their dtype) are read as stored and
-are converted into scratch memory when their part is bound. This file reads no weights.
+write them there, and the parameter is a view of them; an adapter's update is merged there, once per read. Experts of a
+fused tensor are read directly into their places in it. All other tensors (another dtype, an unknown conversion, bytes
+not aligned to their dtype) are read as stored and are converted into scratch memory when their part is bound. This file
+reads no weights.
 """
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from aspec.io.checkpoint import TensorRef
 from aspec.models.hf_compat import WeightConverter
+from aspec.models.weights.merge import LowRank, temporary_bytes
 from aspec.models.weights.tensor_map import Entry, TensorMap
 
 PAGE = 4096  # bytes; offsets, addresses and lengths of direct reads are multiples of it
@@ -58,6 +60,7 @@ class Conversion:
     sources: tuple[tuple[Binding, str | None], ...]  # a stored tensor, and the converter pattern that its name matched
     targets: tuple[Binding, ...]
     converter: WeightConverter | None  # None: copy the only source, with a cast if the dtypes differ
+    updates: Mapping[str, LowRank[Binding]] = field(default_factory=dict)  # by target, merged while it is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,18 @@ class Part:
     scratch_bytes: int
     scratch_at: int
     shift: int = 0  # bytes before the part in a device's buffer, so that its tensors are aligned
+    updates: tuple[tuple[Binding, LowRank[Binding]], ...] = ()  # merged into bindings, in the buffer
 
     def targets(self) -> tuple[Binding, ...]:
         """All bindings of the part; ``at`` counts in the buffer, or in the scratch for converted tensors."""
         return self.bindings + tuple(target for conversion in self.conversions for target in conversion.targets)
+
+    @property
+    def merges(self) -> tuple[tuple[Binding, LowRank[Binding]], ...]:
+        """All updates of an adapter, each with its weight."""
+        made = {target.target: target for conversion in self.conversions for target in conversion.targets}
+        converted = (pair for conversion in self.conversions for pair in conversion.updates.items())
+        return (*self.updates, *((made[name], update) for name, update in converted))
 
 
 def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
@@ -109,6 +120,12 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: 
 def scratch_bytes(parts: Iterable[Part]) -> int:
     """Bytes of scratch for these parts if layers use it one after another."""
     return max((part.scratch_at + part.scratch_bytes for part in parts), default=0)
+
+
+def merge_bytes(parts: Iterable[Part]) -> int:
+    """Bytes that merging an adapter takes for a moment, one weight after another; 0 without an adapter."""
+    merges = (pair for part in parts for pair in part.merges)
+    return max((temporary_bytes(weight.shape, rank=update.a.shape[0]) for weight, update in merges), default=0)
 
 
 def view(buffer: torch.Tensor, binding: Binding) -> torch.Tensor:
@@ -167,15 +184,15 @@ class _Builder:
         self.scratch = 0  # bytes of scratch in use, a multiple of ALIGNMENT
         self.segments: list[Segment] = []
 
-    def place(self, refs: Iterable[TensorRef]) -> dict[str, int]:
-        """Place stored tensors in file order, neighbours in one segment; returns name -> byte in the buffer."""
-        places: dict[str, int] = {}
+    def place(self, refs: Iterable[TensorRef]) -> dict[TensorRef, int]:
+        """Place stored tensors in file order, neighbours in one segment; returns the byte of each in the buffer."""
+        places: dict[TensorRef, int] = {}
         for run in _runs(sorted(refs, key=lambda ref: (ref.file, ref.offset)), self.gap):
             first, last = run[0], run[-1]
             at = _page_up(self.size) + first.offset % PAGE
             nbytes = last.offset + last.nbytes - first.offset
             self.segments.append(Segment(first.file, first.offset, nbytes, at))
-            places |= {ref.name: at + ref.offset - first.offset for ref in run}
+            places |= {ref: at + ref.offset - first.offset for ref in run}
             self.size = at + nbytes
         return places
 
@@ -221,17 +238,23 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
     builder = _Builder(gap)
     fused = {entry.name: places for entry in entries if (places := _fused_places(entry)) is not None}
     bases = {name: builder.fuse(places) for name, places in fused.items()}
-    plain = builder.place(ref for entry in entries if entry.name not in fused for ref, _ in entry.sources)
+    plain = builder.place(dict.fromkeys(ref for entry in entries if entry.name not in fused for ref in entry.refs))
+    uses = Counter(ref for entry in entries for ref, _ in entry.sources)
     bindings: list[Binding] = []
+    updates: list[tuple[Binding, LowRank[Binding]]] = []
     conversions: list[Conversion] = []
     found = [_stored(entry, bases.get(entry.name), plain) for entry in entries]
     shift = _shift([stored for stored in found if stored is not None], alignment)
     for entry, stored in zip(entries, found, strict=True):
+        own = {name: _placed(update, plain) for name, update in entry.updates.items()}
         aligned = stored is not None and (stored.at + shift) % alignment == 0
-        if stored is not None and aligned and _is_usable(stored, tensors.wanted):
+        shared = bool(own) and uses[entry.sources[0][0]] > 1  # another parameter needs the bytes as they are stored
+        if stored is not None and aligned and not shared and _is_usable(stored, tensors.wanted):
             bindings += _with_aliases(stored, tensors.aliases)
+            updates += [(stored, update) for update in own.values()]
         else:
-            conversions.append(_conversion(entry, stored, plain, builder, tensors))
+            made = _conversion(entry, stored, plain, builder, tensors)
+            conversions.append(replace(made, updates=own))
     return Part(
         index=0,
         layer=REST,
@@ -243,7 +266,14 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
         scratch_bytes=builder.scratch,
         scratch_at=0,
         shift=shift,
+        updates=tuple(updates),
     )
+
+
+def _placed(update: LowRank[TensorRef], plain: Mapping[TensorRef, int]) -> LowRank[Binding]:
+    """An update whose matrices are at their places in the buffer."""
+    a, b = (Binding(ref.name, ref.dtype, ref.shape, plain[ref]) for ref in (update.a, update.b))
+    return LowRank(a, b, update.scale, update.transposed)
 
 
 def _shift(stored: Sequence[Binding], alignment: int) -> int:
@@ -254,12 +284,12 @@ def _shift(stored: Sequence[Binding], alignment: int) -> int:
     return max(skews, key=lambda shift: (skews[shift], -shift), default=0)
 
 
-def _stored(entry: Entry, base: int | None, plain: Mapping[str, int]) -> Binding | None:
+def _stored(entry: Entry, base: int | None, plain: Mapping[TensorRef, int]) -> Binding | None:
     """The parameter in the buffer, in its stored dtype; None if a converter must compute it."""
     if base is None and entry.converter is not None:
         return None
     (target, (shape, dtype)), *_ = entry.outputs.items()
-    return Binding(target, dtype, shape, plain[entry.sources[0][0].name] if base is None else base)
+    return Binding(target, dtype, shape, plain[entry.sources[0][0]] if base is None else base)
 
 
 def _is_usable(stored: Binding, wanted: Mapping[str, torch.dtype]) -> bool:
@@ -272,11 +302,11 @@ def _with_aliases(binding: Binding, aliases: Mapping[str, tuple[str, ...]]) -> l
 
 
 def _conversion(
-    entry: Entry, stored: Binding | None, plain: Mapping[str, int], builder: _Builder, tensors: TensorMap
+    entry: Entry, stored: Binding | None, plain: Mapping[TensorRef, int], builder: _Builder, tensors: TensorMap
 ) -> Conversion:
     """A cast of the stored tensor, or transformers' conversion of it; reserves scratch for the result."""
     sources = ((stored, None),) if stored else tuple(
-        (Binding(ref.name, ref.dtype, ref.shape, plain[ref.name]), pattern) for ref, pattern in entry.sources
+        (Binding(ref.name, ref.dtype, ref.shape, plain[ref]), pattern) for ref, pattern in entry.sources
     )  # fmt: skip
     targets: list[Binding] = []
     for target, (shape, _) in entry.outputs.items():

@@ -9,7 +9,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from aspec.models.hf_compat import (
     rename_source_key,
     tied_weights,
 )
+from aspec.models.weights.merge import LowRank
 
 COMPUTED = r"rotary_emb\.inv_freq"  # old checkpoints store it, every model computes it
 CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -43,11 +44,18 @@ class Entry:
     sources: tuple[Source, ...]
     converter: WeightConverter | None  # a copy for this entry; None: the only source is the parameter
     outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # parameter -> shape and dtype as converted
+    updates: Mapping[str, LowRank[TensorRef]] = field(default_factory=dict)  # of an adapter, by parameter
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All tensors to read: the sources, and the matrices of updates."""
+        matrices = (ref for update in self.updates.values() for ref in (update.a, update.b))
+        return (*(ref for ref, _ in self.sources), *matrices)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(ref.nbytes for ref, _ in self.sources)
+        """Bytes to read."""
+        return sum(ref.nbytes for ref in self.refs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,7 @@ class TensorMap:
     aliases: Mapping[str, tuple[str, ...]]  # parameter -> tied names that share its memory
     wanted: Mapping[str, torch.dtype]  # the dtype of every parameter and stored buffer in the model
     unexpected: tuple[str, ...]  # stored tensors that the model does not use
+    remarks: tuple[str, ...] = ()  # texts for the user
 
 
 def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
@@ -113,6 +122,21 @@ def convert(
 
 def _constant(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: tensor
+
+
+def parameter_names(model: PreTrainedModel) -> Callable[[str], str]:
+    """A function from a stored name to the parameter that it is; a name of none, or of a part of one, is unchanged."""
+    renames = [rule for rule in conversion_rules(model) if isinstance(rule, WeightRenaming)]
+    conversions = [rule for rule in conversion_rules(model) if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+
+    def find(key: str) -> str:
+        if key in state:
+            return key
+        name, pattern = rename_source_key(key, renames, conversions, model.base_model_prefix, state)
+        return name if pattern is None and name in state else key
+
+    return find
 
 
 def _match(

@@ -1,0 +1,1 @@
+"""What comes before a command's own work?"""

@@ -1,0 +1,154 @@
+"""Fetches a model in a process of its own, which can be ended at any moment: by Ctrl-C, or by ``Fetches.stop``."""
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from aspec.errors import CheckpointError
+from aspec.options import Progress, cache_folder
+from aspec.units import format_bytes
+
+CHILD = "from aspec.io.fetching.process import main; main()"
+LINE_S = 5.0  # between two lines on stderr
+LONGEST_GOODBYE_S = 1.0  # for a stopped process to remove its half files
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model of the hub; its text is the user's name for it."""
+
+    name: str
+    revision: str | None = None  # a branch, a tag or a commit; None: the main branch
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def describe(stage: str, done: int, total: int) -> str:
+    """A fetch in words: bytes of files, or headers of shards."""
+    if stage == "fetch":
+        return f"fetched {format_bytes(done)} of {format_bytes(total)}"
+    return f"read the headers of {done} of {total} shards"
+
+
+class Lines:
+    """Prints the state of a fetch now and then; mutable, because it remembers when."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._next_s = stream, 0.0
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Print a line, if the last one is old enough."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + LINE_S
+            print(f"aspec: {describe(stage, done, total)}", file=self._stream, flush=True)
+
+
+class Fetches:
+    """The fetches of one opening. Mutable: any thread may stop the one under way, and those to come."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        """Without ``progress``, lines on stderr tell how far the fetch is."""
+        self.progress = progress or Lines(sys.stderr).show
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End the fetch under way, without waiting for its end: its caller gets a CheckpointError."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                _ask_to_leave(self._process)
+                killer = threading.Timer(LONGEST_GOODBYE_S, self._process.kill)
+                killer.daemon = True
+                killer.start()
+
+    def fetch(self, wanted: Wanted, *, weights: bool) -> Path:
+        """The folder of a model, fetched if it is not there. Raises CheckpointError; its text follows the name.
+
+        Without ``weights``, the headers of the shards are enough.
+        """
+        order = {
+            "name": wanted.name,
+            "revision": wanted.revision,
+            "weights": weights,
+            "headers": str(cache_folder() / "headers" / wanted.name.replace("/", "--")),
+        }
+        with tempfile.TemporaryFile() as said, self._child(said) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            with suppress(OSError):  # it has ended already: its last words follow
+                child.stdin.write(json.dumps(order).encode() + b"\n")
+                child.stdin.flush()
+            for line in child.stdout:
+                if (folder := self._take(json.loads(line))) is not None:
+                    return folder
+            said.seek(0)
+            tail = " ".join(said.read().decode(errors="replace").split())[-300:]
+            raise CheckpointError(f"was not fetched: the process that fetches it has ended ({tail or 'stopped'}).")
+
+    def _take(self, event: dict[str, Any]) -> Path | None:
+        """React to an event; the folder, if it is the last one."""
+        match event.pop("event"):
+            case "folder":
+                return Path(event["folder"])
+            case "error":
+                raise CheckpointError(event["text"])
+            case "warning":
+                warnings.warn(event["text"], getattr(builtins, event["category"], UserWarning), stacklevel=4)
+            case stage:
+                self.progress(stage, event["done"], event["total"])
+        return None
+
+    @contextmanager
+    def _child(self, said: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """The process; it has ended when the block ends."""
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        with self._lock:
+            if self._stopped:
+                raise CheckpointError("was not fetched: the opening was stopped.")
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-c", CHILD],
+                env={**os.environ, "PYTHONPATH": paths},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+            )
+        try:
+            yield process
+        finally:
+            with self._lock:
+                self._process = None
+            _end(process)
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def _ask_to_leave(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(OSError):
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask the process to leave, and kill it if it stays."""
+    _ask_to_leave(process)
+    try:
+        process.wait(LONGEST_GOODBYE_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        process.kill()
+        process.wait()

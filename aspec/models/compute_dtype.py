@@ -1,0 +1,41 @@
+"""The dtype in which a model computes: requested, named by its configuration, or that of most stored weights."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import PreTrainedConfig
+
+from aspec.io.checkpoint import TensorRef
+
+COMPUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def named_dtype(requested: torch.dtype | None, config: PreTrainedConfig) -> torch.dtype | None:
+    """The requested dtype, or that of the configuration; None if neither names one that can be computed in."""
+    return next((dtype for dtype in (requested, config.dtype) if dtype in COMPUTABLE), None)
+
+
+def stored_dtype(tensors: Mapping[str, TensorRef]) -> torch.dtype | None:
+    """The float dtype of most stored bytes; None without weights. Some families store a few tensors in fp32."""
+    nbytes = bytes_by_dtype(tensors.values())
+    return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)
+
+
+def bytes_by_dtype(refs: Iterable[TensorRef]) -> Counter[torch.dtype]:
+    """Stored bytes by float dtype."""
+    found: Counter[torch.dtype] = Counter()
+    for ref in refs:
+        if ref.dtype in COMPUTABLE:
+            found[ref.dtype] += ref.nbytes
+    return found
+
+
+def computed_on(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a device computes ``dtype`` in: a CPU has fast products for bf16, and none for fp16."""
+    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without its module, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""What do the streams and the screen of a terminal take?"""

@@ -1,0 +1,70 @@
+"""The plan of an engine whose work is not known: the usual shape, shrunk until it fits.
+
+A row beyond the first, that the user has not asked for, is taken only if it costs almost no residency: layers that
+stream because of it slow every pass, and its KV helps only a second stream.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from aspec.errors import BudgetError
+from aspec.plan import Plan, PlanRequest
+from aspec.planning.footprint import PREFILL_TOKENS, Models, request_for
+from aspec.planning.placement import make_plan
+
+SMALLEST_CONTEXT = 256
+SMALLEST_PREFILL = 64
+SMALLEST_TREE = 16
+ROWS_SHARE = 0.05  # of the stream: the bytes by which rows that nobody asked for may lengthen a pass
+
+
+def usual_plan(models: Models) -> Plan:
+    """The plan of the usual shape that fits. Raises BudgetError if even the smallest does not fit."""
+    request, options = request_for(models), models.resolved.options
+    if options.max_batch is not None:
+        return shrunk(models, request)
+    alone = shrunk(models, replace(request, num_rows=request.num_groups))
+    most_bytes = int(alone.streamed_bytes * (1 + ROWS_SHARE))  # 0 if all layers are resident
+    for rows in _halved(request.num_rows, None, alone.num_rows + 1):
+        wider = replace(alone.request, num_rows=rows)
+        with suppress(BudgetError):
+            if (plan := make_plan(models.footprint(wider), wider)).streamed_bytes <= most_bytes:
+                return plan
+    return alone
+
+
+def shrunk(models: Models, request: PlanRequest) -> Plan:
+    """Halve the free values until the plan fits: drafts first, then prefill items, then the context, rows last.
+
+    Raises BudgetError if even the smallest does not fit.
+    """
+    refusal: BudgetError | None = None
+    for smaller in _smaller(models, request):
+        try:
+            return make_plan(models.footprint(smaller), smaller)
+        except BudgetError as error:
+            refusal = error
+    assert refusal is not None
+    raise refusal
+
+
+def _smaller(models: Models, request: PlanRequest) -> Iterator[PlanRequest]:
+    """The request with every combination of halved free values, the most wanted first."""
+    options = models.resolved.options
+    for rows in _halved(request.num_rows, options.max_batch, request.num_groups):
+        for capacity in _halved(request.capacity, options.max_context, SMALLEST_CONTEXT):
+            longest = min(options.prefill_tokens or PREFILL_TOKENS, rows * capacity)
+            for prefill in _halved(longest, options.prefill_tokens, SMALLEST_PREFILL):
+                for most in _halved(request.max_draft_tokens, options.num_draft_tokens, SMALLEST_TREE):
+                    yield replace(
+                        request, num_rows=rows, capacity=capacity, prefill_tokens=prefill, max_draft_tokens=most
+                    )
+
+
+def _halved(start: int, fixed: int | None, least: int) -> list[int]:
+    """``start`` and its halves down to ``least``; only ``start`` if the user has fixed the value."""
+    choices = [start]
+    while fixed is None and choices[-1] // 2 >= least:
+        choices.append(choices[-1] // 2)
+    return choices

@@ -222,6 +222,7 @@ def test_a_budget_for_few_rows_takes_few_at_once(pair, tmp_path):
     fixed = batch(pair, tmp_path / "in.jsonl", tmp_path / "o.jsonl", "--device-memory", "2300KiB", "--batch-size", 40)
     assert fixed.exit_code == 1
     assert "budget" in fixed.stderr
+    assert "The context follows the longest row" in fixed.stderr
 
 
 def test_prompts_that_begin_alike_are_prefilled_once_per_row(pair):

@@ -45,7 +45,7 @@ asyncio.run(main())
 
 
 def test_products_of_ever_new_shapes_take_bounded_memory():
-    """A CPU library compiles a product for every new shape and keeps it: a batch with a draft has hundreds of shapes."""
+    """A CPU library compiles a product for every new shape and keeps it; a batch with a draft has hundreds of them."""
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100 * MIB

@@ -23,7 +23,7 @@ from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob
 from aspec.generation.stats import RequestStats
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console

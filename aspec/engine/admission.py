@@ -6,11 +6,11 @@ from typing import cast
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
 from aspec.generation.processors import Processors, needs_processors
-from aspec.generation.prompts import Prompt, first_bad, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.sequence import Sequence as TokenSequence
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.tokenizer import TextStream, Tokenizer
+from aspec.generation.text.prompts import Prompt, first_bad, is_chat
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tokenizer import TextStream, Tokenizer
 from aspec.models.model import Model
 from aspec.planning.fit import too_long
 

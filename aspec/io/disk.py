@@ -95,7 +95,7 @@ class _File:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 since = (
-                    "" if version is None else " It could be, when aspec read its header: leave a model's files alone."
+                    "" if version is None else " It could be when aspec read its header: leave a model's files alone."
                 )
                 raise ReadError(f"{path}: cannot be opened: {error.strerror}.{since}") from error
             self.direct = False
@@ -154,7 +154,10 @@ class _File:
 
 
 def _dated(version: FileVersion) -> str:
-    last = datetime.fromtimestamp(version.mtime_ns / 1e9).isoformat(" ", "milliseconds")
+    try:
+        last = datetime.fromtimestamp(version.mtime_ns / 1e9).isoformat(" ", "milliseconds")
+    except (ValueError, OverflowError, OSError):  # a file system holds times that no calendar has
+        last = f"second {version.mtime_ns / 1e9:.3f}"
     return f"{version.size} bytes of {last}"
 
 

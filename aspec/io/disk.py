@@ -127,7 +127,8 @@ class _File:
         """Raise ReadError if the file is no longer that of the header: weights would be mixed, or at other places."""
         if self.version is None or (found := FileVersion.of(self.fd)) == self.version:
             return
-        what = "was replaced" if found.inode != self.version.inode else "was written to"
+        what = "was truncated" if found.size < self.version.size else "was written to"
+        what = what if found.inode == self.version.inode else "was replaced"
         raise ReadError(
             f"{self.path} {what} since aspec read its header: expected {_dated(self.version)}, found {_dated(found)}. "
             f"Its weights may be a mixture, so the run ends. Leave a model's files as they are while it is in use, and "

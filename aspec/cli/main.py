@@ -21,7 +21,7 @@ from aspec.cli.command_flags import (
 )
 from aspec.cli.flags import takes
 from aspec.cli.interrupts import Interrupts, run
-from aspec.errors import AspecError, WriteError
+from aspec.errors import AspecError
 from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
 from aspec.observe.terminal.standard_streams import prepare_streams
@@ -241,7 +241,7 @@ def main(args: Sequence[str] | None = None) -> None:
     interrupts = Interrupts().install()
     try:
         app(args)
-    except WriteError as error:  # of the help
+    except AspecError as error:  # of the help, of a prompt that is read
         Console().error(str(error))
         sys.exit(1)
     except SystemExit as end:

@@ -57,14 +57,13 @@ class _Input(_Raw):
     def readinto(self, buffer: "Buffer") -> int:
         """Read some bytes; on a descriptor that does not block, wait until there are some."""
         try:
-            read: int | None
             while (read := self._to.readinto(buffer)) is None:
                 select.select([self], [], [])
         except OSError as error:
             raise UserError(
                 f"standard input cannot be read: {error.strerror}. Give --prompt or --file, or another input."
             ) from error
-        return read or 0
+        return int(read)
 
 
 class _Results(_Raw):
@@ -73,7 +72,6 @@ class _Results(_Raw):
     def write(self, data: bytes) -> int:  # type: ignore[override]
         """Write some of ``data``; on a descriptor that does not block, wait until it takes some."""
         try:
-            written: int | None
             while (written := self._to.write(data)) is None:
                 select.select([], [self], [])
         except OSError as error:
@@ -84,7 +82,7 @@ class _Results(_Raw):
                 f"standard output cannot be written: {error.strerror}. The rest of the result is lost; write to a file "
                 f"or a disk that has room."
             ) from error
-        return written
+        return int(written)
 
     def _give_up(self) -> None:
         """Let all later writes succeed: the data that is buffered would fail again as the process ends."""

@@ -27,7 +27,7 @@ from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
 from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
-from aspec.errors import AspecError, WriteError
+from aspec.errors import AspecError
 from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
 from aspec.observe.terminal.standard_streams import prepare_streams
@@ -270,7 +270,7 @@ def main(args: Sequence[str] | None = None) -> None:
     StuckMain(interrupts.end_now).watch()
     try:
         app(args)
-    except WriteError as error:  # of the help
+    except AspecError as error:  # of the help, of a prompt that is read
         Console().error(str(error))
         sys.exit(1)
     except SystemExit as end:

@@ -257,5 +257,5 @@ def _leave(code: int) -> None:
 
 def main() -> None:
     """The console script."""
-    StuckMain(os._exit).watch()
-    app()
+    with StuckMain(os._exit):
+        app()

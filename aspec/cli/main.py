@@ -267,9 +267,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. It prepares what all commands share: the standard streams and the signals."""
     prepare_streams()
     interrupts = Interrupts().install()
-    StuckMain(interrupts.end_now).watch()
     try:
-        app(args)
+        with StuckMain(interrupts.end_now):
+            app(args)
     except AspecError as error:  # of the help, of a prompt that is read
         Console().error(str(error))
         sys.exit(1)

@@ -76,7 +76,8 @@ class Processors:
         Raises PromptError if a parameter names a token that the target does not know.
         """
         self._params = _within(params, vocab_size)
-        self._prompt, self._end_ids, self._max_length = list(prompt), sorted(end_ids), max_length
+        self._prompt, self._max_length = list(prompt), max_length
+        self._end_ids = sorted(token for token in end_ids if 0 <= token < vocab_size)
         self._vocab_size = vocab_size
         self._made: dict[torch.device, tuple[list[Processor], list[Processor]]] = {}  # complete ones only
 
@@ -189,7 +190,8 @@ def _decay(penalty: tuple[int, float], ends: torch.Tensor, num_prompt: int) -> P
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         try:
-            return torch.where(scores < torch.inf, raise_ends(ids, scores).clamp(max=most), scores)
+            raised = raise_ends(ids, scores).clamp(max=most)
+            return torch.where(scores.isfinite(), raised, scores)  # 5.17 makes NaN of a forbidden end
         except OverflowError:
             return scores.index_fill(1, ends, most)
 

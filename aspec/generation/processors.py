@@ -113,16 +113,18 @@ class Processors:
         num_ids, device = scores.shape[-1], scores.device
         if num_ids < self._vocab_size:  # a draft may know fewer tokens than its target
             scores = torch.nn.functional.pad(scores, (0, self._vocab_size - num_ids), value=-torch.inf)
-        done = torch.empty_like(scores)
         before = upload(torch.tensor(tokens, dtype=torch.int64), device)
+        done = torch.empty_like(scores)
         for depth in sorted({len(path) for path in paths}):
             places = [place for place, path in enumerate(paths) if len(path) == depth]
             own = torch.tensor([list(paths[place]) for place in places], dtype=torch.int64).reshape(len(places), depth)
             ids = torch.cat([before.expand(len(places), -1), upload(own, device)], dim=1)
-            index = upload(torch.tensor(places), device)
-            result = scores[index]
+            index, alone = upload(torch.tensor(places), device), len(places) == len(paths)
+            result = scores if alone else scores[index]
             for process in processors:
                 result = process(ids, result)
+            if alone:
+                return result[:, :num_ids]
             done[index] = result
         return done[:, :num_ids]
 

@@ -124,6 +124,10 @@ class Tokenizer:
         """The text of tokens without special ones; spaces stay as generated."""
         return str(self._inner.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def name(self, token: int) -> str:
+        """A token as its vocabulary writes it; of a special token this is its text. Empty beyond the vocabulary."""
+        return self._inner.convert_ids_to_tokens(token) or ""
+
     def vocab(self) -> dict[int, str]:
         """Token id -> token, added tokens included."""
         return {int(index): token for token, index in self._inner.get_vocab().items()}
@@ -260,10 +264,8 @@ class TextStream:
 
     def _push_silent(self, token: int) -> str:
         """The text before a special token that completes a stop string; otherwise none."""
-        name = self._tokenizer.spell([token]) if self._stops else ""
-        if not name:
-            return ""
-        return self._stops.push_hidden(name, self._rest())
+        name = self._tokenizer.name(token) if self._stops else ""
+        return self._stops.push_hidden(name, self._rest()) if name else ""
 
     def finish(self) -> str:
         """The rest of the text; the tokenizer decides on an incomplete character. Call it once, after the last push."""

@@ -2,6 +2,8 @@
 
 import re
 
+from aspec.errors import shown
+
 UNITS = {
     "": 1,
     "b": 1,
@@ -23,7 +25,7 @@ def parse_bytes(text: str) -> int:
     """Parse ``8GiB``, ``512MiB``, ``2GB``, ``1.5g`` or plain bytes. Raises ValueError that names the expected form."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS or float(match[1]) <= 0:
-        raise ValueError(f"expected a size such as 512MiB, 8GiB or 2GB, found {text!r}")
+        raise ValueError(f"expected a size such as 512MiB, 8GiB or 2GB, found '{shown(text)}'")
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
@@ -31,11 +33,11 @@ def parse_rate(text: str) -> float:
     """Parse ``1.0GB/s`` or ``800MB/s`` to bytes per second. Raises ValueError that names the expected form."""
     size, slash, per = text.strip().partition("/")
     if slash and per.strip() != "s":
-        raise ValueError(f"expected a rate such as 1.0GB/s, found {text!r}")
+        raise ValueError(f"expected a rate such as 1.0GB/s, found '{shown(text)}'")
     try:
         return float(parse_bytes(size))
     except ValueError:
-        raise ValueError(f"expected a rate such as 1.0GB/s, found {text!r}") from None
+        raise ValueError(f"expected a rate such as 1.0GB/s, found '{shown(text)}'") from None
 
 
 def format_bytes(nbytes: float) -> str:

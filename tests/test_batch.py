@@ -11,6 +11,9 @@ import time
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from aspec.api import collect, run
@@ -18,13 +21,17 @@ from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.observe.batch_progress import BatchProgress, batch_line, duration
 from aspec.observe.snapshot import Snapshot
-from aspec.serving.batch_input import parse_row
-from aspec.serving.batch_output import journal_of
+from aspec.plan import Workload
+from aspec.serving.batch_check import RowCheck
+from aspec.serving.batch_input import BatchFile, parse_row
+from aspec.serving.batch_journal import journal_of
 from aspec.serving.batch_writer import digest_of
 from aspec.serving.dispatch import WINDOW, PreparedRequest, serve
-from aspec.serving.openai_requests import CHAT, COMPLETION, Request
+from aspec.serving.openai_requests import Request
+from aspec.serving.request_fields import CHAT, COMPLETION
 from tests import tiny
 from tests.fork_server import Command, wait_until
 
@@ -176,6 +183,36 @@ def test_rows_that_do_not_fit_are_error_rows(pair, tmp_path):
     assert "3 of them errors" in again.stderr
 
 
+def test_rows_that_cannot_be_drawn_are_error_rows(pair, tmp_path):
+    """One holds a token whose embedding is not a number, one forbids every token, one names an unknown token."""
+    target = tmp_path / "target"
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[77] = float("nan")
+    model.save_pretrained(target)
+    tiny.save_tokenizer(target)
+    bodies = {f"fine {i}": {"prompt": [3 + i, 9], "logit_bias": {"40": -100}, "min_tokens": 2} for i in range(6)}
+    bodies |= {"damaged": {"prompt": [5, 77, 6]}, "forbidden": {"prompt": [5], "suppress_tokens": list(range(256))}}
+    bodies["unknown"] = {"prompt": [5], "logit_bias": {"999": 1}}
+    names = sorted(bodies)
+    rows = [
+        {"custom_id": n, "method": "POST", "url": COMPLETION, "body": {**bodies[n], "max_tokens": 4}} for n in names
+    ]
+    source = write(tmp_path / "in.jsonl", rows)
+    result = batch((target, pair[1]), source, tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "9 of 9 rows are in" in result.stderr
+    found = answers(tmp_path / "out.jsonl")
+    errors = {name: answer["error"] for name, answer in found.items() if answer["error"]}
+    assert {name: error["code"] for name, error in errors.items()} == {
+        "damaged": "numeric_error",
+        "forbidden": "invalid_prompt",
+        "unknown": "invalid_prompt",
+    }
+    assert "rule every token out" in errors["forbidden"]["message"]
+    assert "logit_bias names token 999" in errors["unknown"]["message"]
+
+
 def test_a_budget_for_few_rows_takes_few_at_once(pair, tmp_path):
     write(tmp_path / "in.jsonl", make_rows(40))
     result = batch(pair, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--device-memory", "2300KiB")
@@ -185,6 +222,7 @@ def test_a_budget_for_few_rows_takes_few_at_once(pair, tmp_path):
     fixed = batch(pair, tmp_path / "in.jsonl", tmp_path / "o.jsonl", "--device-memory", "2300KiB", "--batch-size", 40)
     assert fixed.exit_code == 1
     assert "budget" in fixed.stderr
+    assert "The context follows the longest row" in fixed.stderr
 
 
 def test_prompts_that_begin_alike_are_prefilled_once_per_row(pair):
@@ -204,9 +242,10 @@ def test_prompts_that_begin_alike_are_prefilled_once_per_row(pair):
                     params = SamplingParams(max_new_tokens=2 + i % 5, ignore_eos=True)
                     yield PreparedRequest(str(i), Request(COMPLETION, text, {}), tokens, params)
 
-            async def hear(_, result):
+            async def hear(_, results):
                 nonlocal now
                 now -= 1
+                (result,) = results
                 reused.append(result.stats.num_cached_tokens)
 
             await serve(engine, ask(), hear, asyncio.Event())
@@ -263,23 +302,127 @@ def test_a_folder_that_may_not_be_written_is_refused(pair, tmp_path):
 
 def test_all_rows_are_checked_before_any_is_served(pair, tmp_path):
     rows = make_rows(9)
-    rows[2]["body"]["n"] = 2
+    rows[2]["body"]["n"] = 0
     rows[4]["custom_id"] = "row-1"
     rows[6] = {**rows[1], "custom_id": "long", "body": {"prompt": "a" * 300}}
     rows[8] = {**rows[1], "custom_id": "surrogate", "body": {"prompt": "\ud800"}}
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    problems = {3: "n must be a whole", 5: '"row-1" is already', 7: "context holds 256", 9: "not valid Unicode"}
+
+    def listed(told):
+        assert "4 rows of 9 cannot be served" in told
+        lines = told.splitlines()
+        for number, words in problems.items():
+            assert any(line.startswith(f"  line {number}: ") and words in line for line in lines)
+
+    told = refused(pair, tmp_path, "out.jsonl", "--strict")
+    assert "no row was served" in told
+    listed(told)
+    result = batch(pair, source, output)
+    assert result.exit_code == 0, result.output
+    listed(result.stderr)
+    lines = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert [line["custom_id"] for line in lines[:4]] == ["row-2", None, "long", "surrogate"], "before any work"
+    for line, (number, words) in zip(lines, problems.items(), strict=False):
+        assert line["response"] is None
+        assert line["error"].keys() >= {"message", "type", "param", "code"}
+        assert line["error"]["type"] == "invalid_request_error"
+        assert words in line["error"]["message"]
+        assert line["error"].get("line", number) == number
+    assert sorted(line["custom_id"] for line in lines[4:]) == ["row-0", "row-1", "row-3", "row-5", "row-7"]
+    assert all(line["error"] is None for line in lines[4:])
+    again = batch(pair, source, output)
+    assert "holds 9 of 9 rows" in again.stderr
+    assert len(output.read_bytes().splitlines()) == 9
+
+
+def test_a_file_without_a_row_that_can_be_served_is_refused(pair, tmp_path):
+    rows = make_rows(3)
+    for row in rows:
+        row["body"]["response_format"] = {"type": "json_object"}
     write(tmp_path / "in.jsonl", rows)
     told = refused(pair, tmp_path)
-    assert "4 problems. No row was served" in told
-    for number, words in ((3, "n must be 1"), (5, "'row-1'"), (7, "context holds 256"), (9, "not valid Unicode")):
-        assert any(line.startswith(f"  line {number}: ") and words in line for line in told.splitlines())
+    assert "3 rows of 3 cannot be served, so no row was served. Correct the file and run again:\n  line 1: " in told
+    assert "response_format is not supported: the answer's form cannot be enforced" in told
+
+
+@pytest.mark.parametrize("context", [256, None])
+def test_a_row_that_asks_for_more_than_the_context_is_an_error_row_and_moves_no_plan(pair, tmp_path, context):
+    rows = [
+        {"custom_id": f"{wanted}", "method": "POST", "url": COMPLETION, "body": {"prompt": "a", "max_tokens": wanted}}
+        for wanted in (3, 2_000_000, 10**12, 10**200)
+    ]
+    with BatchFile(write(tmp_path / "in.jsonl", rows)) as file:
+        check = RowCheck(Tokenizer.load(pair[0]), SamplingParams(max_new_tokens=10**15), context)
+        file.scan(check)
+        assert list(file.refused) == [1, 2, 3]
+        assert {refusal.code for refusal in file.refused.values()} == {"context_length_exceeded"}
+        assert (check.longest, check.workload()) == (4, Workload(1, 1, 3))
+
+
+def test_a_template_s_variables_reach_it(pair, tmp_path):
+    target = shutil.copytree(pair[0], tmp_path / "thinking")
+    (target / "chat_template.jinja").write_text(TEMPLATE + "{% if enable_thinking is false %}<no>{% endif %}")
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    rows = [
+        {"custom_id": f"{i}", "method": "POST", "url": CHAT, "body": {**body, "chat_template_kwargs": variables}}
+        for i, variables in enumerate([{}, {"enable_thinking": False}, {"thinking": 1}, {"tokenize": True}])
+    ]
+    result = batch((target,), write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    found = answers(tmp_path / "out.jsonl")
+    counts = [found[f"{i}"]["response"]["body"]["usage"]["prompt_tokens"] for i in range(3)]
+    assert counts[1] == counts[0] + len("<no>")
+    assert counts[2] == counts[0]
+    assert 'the chat template does not use "thinking"' in result.stderr
+    assert "tokenize cannot be given" in found["3"]["error"]["message"]
+
+
+def test_rows_that_name_another_model_are_told_which_one_serves_them(pair, tmp_path):
+    rows = make_rows(3)
+    for row, name in zip(rows, ("gpt-4o", "gpt-4o", pair[0].name), strict=True):
+        row["body"]["model"] = name
+    result = batch(pair, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    assert f'rows name "gpt-4o" as their model; {pair[0]} serves them all' in result.stderr
+
+
+def test_n_choices_are_those_of_n_seeds(pair, tmp_path):
+    body = {"prompt": "ab", "max_tokens": 9, "temperature": 1.5, "ignore_eos": True}
+    rows = [
+        {"custom_id": "three", "method": "POST", "url": COMPLETION, "body": {**body, "n": 3, "seed": 5}},
+        {"custom_id": "one", "method": "POST", "url": COMPLETION, "body": {**body, "seed": 5}},
+        {"custom_id": "second", "method": "POST", "url": COMPLETION, "body": {**body, "seed": derive_seed(5, 1)}},
+    ]
+    assert batch(pair, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl").exit_code == 0
+    found = {name: answer["response"]["body"] for name, answer in answers(tmp_path / "out.jsonl").items()}
+    texts = [choice["text"] for choice in found["three"]["choices"]]
+    assert [choice["index"] for choice in found["three"]["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts[:2] == [found["one"]["choices"][0]["text"], found["second"]["choices"][0]["text"]]
+    assert found["three"]["usage"] == {"prompt_tokens": 2, "completion_tokens": 27, "total_tokens": 29}
+
+
+def test_rows_and_answers_may_pass_through_pipes(pair, tmp_path):
+    rows = make_rows(6)
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert batch(pair, source, output).exit_code == 0
+    result = CliRunner().invoke(app, command(pair, "-", "-"), input=source.read_bytes())
+    assert result.exit_code == 0, result.output
+    assert "without a journal" in result.stderr
+    (tmp_path / "piped.jsonl").write_text(result.stdout)
+    assert timeless(tmp_path / "piped.jsonl") == timeless(output)
+    again = CliRunner().invoke(app, command(pair, "-", output), input=source.read_bytes())
+    assert "holds 6 of 6 rows" in again.stderr, "an input is known by its content"
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "out.jsonl.journal", "piped.jsonl"]
 
 
 def test_chats_need_a_template(pair, tmp_path):
     shutil.copytree(pair[0], tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     write(tmp_path / "in.jsonl", make_rows(3))
-    assert "line 1: " in refused((tmp_path / "plain",), tmp_path)
-    assert "has no chat template" in refused((tmp_path / "plain",), tmp_path)
+    told = refused((tmp_path / "plain",), tmp_path, "out.jsonl", "--strict")
+    assert "one row of 3 cannot be served, so no row was served" in told
+    assert "or leave out --strict: they become error rows then:\n  line 1: " in told
+    assert "has no chat template" in told
 
 
 def test_usage_errors_exit_with_2(pair, tmp_path):
@@ -361,8 +504,8 @@ def test_a_job_that_is_killed_loses_doubles_and_halves_no_row(server, pair, tmp_
 
 
 @pytest.mark.slow
-def test_a_job_that_is_killed_25_times_ends_with_the_rows_of_one_that_nothing_disturbed(server, pair, tmp_path):
-    crash(server, pair, tmp_path, 200, 25)
+def test_a_job_that_is_killed_40_times_ends_with_the_rows_of_one_that_nothing_disturbed(server, pair, tmp_path):
+    crash(server, pair, tmp_path, 200, 40)
 
 
 def test_ctrl_c_finishes_what_is_under_way_and_the_rest_comes_later(pair, tmp_path):
@@ -396,7 +539,7 @@ def test_a_job_that_is_stopped_at_once_loses_no_row(server, pair, tmp_path, sign
     for number in signals:
         os.kill(pid, number)
         wait_until(lambda number=number: number != signal.SIGINT or "no new rows" in (tmp_path / "log").read_text())
-    assert server.wait(pid) == 130, (tmp_path / "log").read_text()
+    assert server.wait(pid) == 128 + signals[-1], (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert 6 <= num_rows_in(output) < 12, "those under way, of 100 tokens each, were not waited for"
     assert batch(pair, source, output).exit_code == 0
@@ -418,6 +561,90 @@ def test_a_full_disk_is_one_error_and_a_resume_completes(server, pair, tmp_path)
         assert output.read_bytes().endswith(b"\n")
     assert server.wait(server.start(args, tmp_path / "log")) == 0
     assert same_rows(quiet, output)
+
+
+@pytest.mark.parametrize("what", ["output", "journal", "input"])
+def test_a_file_that_is_moved_away_or_rewritten_under_a_job_ends_it_and_a_resume_completes(pair, tmp_path, what):
+    """Restored and continued, the job ends with the rows of one that nothing disturbed."""
+    source, quiet, output = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "quiet.jsonl", tmp_path / "o.jsonl"
+    assert batch(pair, source, quiet).exit_code == 0
+    begun_like(quiet, output)
+    process = Command(command(pair, source, output, "--batch-size", 3, "--link-rate", "6MB/s"))
+    wait_until(lambda: num_rows_in(output) > 3)
+    kept = tmp_path / "kept"
+    if what == "input":
+        kept.write_bytes(source.read_bytes())
+        write(source, make_rows(30)[::-1])
+    else:
+        os.rename(output if what == "output" else journal_of(output), kept)
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors.decode()
+    assert errors.count(b"error:") == 1
+    assert b"Traceback" not in errors
+    assert (b"was changed while" if what == "input" else b"was removed or moved away") in errors
+    os.rename(kept, {"output": output, "journal": journal_of(output), "input": source}[what])
+    assert 3 < num_rows_in(output) < 30
+    assert batch(pair, source, output).exit_code == 0
+    assert same_rows(quiet, output)
+
+
+def test_a_stderr_that_cannot_be_written_ends_no_job(pair, tmp_path):
+    """Progress is worth less than answers."""
+    source, output = write(tmp_path / "in.jsonl", make_rows(6)), tmp_path / "out.jsonl"
+    with open("/dev/full", "w") as full:
+        process = Command(command(pair, source, output), stderr=full.fileno())
+        assert process.wait() == 0
+    assert len(answers(output)) == 6
+
+
+def test_a_stdout_that_cannot_be_written_is_one_error(pair, tmp_path):
+    source = write(tmp_path / "in.jsonl", make_rows(6))
+    with open("/dev/full", "w") as full:
+        process = Command(command(pair, source, "-"), stdout=full.fileno())
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.count(b"error:") == 1
+    assert b"standard output cannot be written" in errors
+    process = Command(command(pair, source, "-", "--link-rate", "1MB/s"))
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 1
+    assert b"Traceback" not in errors
+    assert b"error:" not in errors, "the reader has gone, as head does: that is no error of the job"
+
+
+def test_a_row_whose_logits_are_no_numbers_is_an_error_row_and_spoils_no_other(pair, tmp_path):
+    target = shutil.copytree(pair[0], tmp_path / "poisoned")
+    (shard,) = [path for path in target.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(path)]
+    tensors = load_file(shard)
+    tensors["model.embed_tokens.weight"][122] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    rows = make_rows(24)
+    for row in rows[::6]:
+        row["url"], row["body"] = COMPLETION, {"prompt": [97, 98, 122], "max_tokens": 8}
+    source = write(tmp_path / "in.jsonl", rows)
+    for output, models in ((tmp_path / "clean.jsonl", pair), (tmp_path / "out.jsonl", (target, pair[1]))):
+        assert batch(models, source, output, "--batch-size", 3).exit_code == 0
+    clean, found = (answers(tmp_path / name) for name in ("clean.jsonl", "out.jsonl"))
+    failed = {name for name, answer in found.items() if answer["error"]}
+    assert failed >= {f"row-{i}" for i in range(0, 24, 6)}
+    assert len(failed) <= 6, "another row fails only if it draws that token itself"
+    assert {found[name]["error"]["code"] for name in failed} == {"numeric_error"}
+    for name, answer in found.items():
+        if answer["error"] is None:
+            choices = answer["response"]["body"]["choices"], clean[name]["response"]["body"]["choices"]
+            assert choices[0] == choices[1]
+
+
+def test_no_weight_is_read_before_all_rows_are_checked(pair, tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise AssertionError("the engine opened")
+
+    monkeypatch.setattr("aspec.cli.batch.Engine", opened)
+    rows = make_rows(3)
+    rows[2]["body"]["max_tokens"] = 10**9
+    write(tmp_path / "in.jsonl", rows)
+    assert "line 3: " in refused(pair, tmp_path, "out.jsonl", "--strict")
 
 
 def test_a_second_process_on_the_same_output_is_refused(server, pair, tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from aspec.cli.main import app
+from aspec.generation.text.tokenizer import Tokenizer
 from tests import tiny
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1"]
@@ -57,6 +58,24 @@ def test_json_holds_what_it_promises(pair):
         } <= set(stats)
         assert {"ceiling_tokens_per_s", "ceiling_fraction", "peak_rss_bytes"} <= set(stats)
     assert "tokens/s" in made.stderr
+
+
+def test_logprobs_hold_the_text_of_their_tokens(pair):
+    made = objects(run("--target", pair[0], "-p", "hello", "-n", 4, "--json", "--logprobs", 2, *SMALL))[0]
+    tokenizer = Tokenizer.load(pair[0])
+    assert [one["token"] for one in made["logprobs"]] == made["token_ids"]
+    for one in made["logprobs"]:
+        assert len(one["top"]) == 2
+        assert all(entry["text"] == tokenizer.spell([entry["token"]]) for entry in (one, *one["top"]))
+
+
+def test_a_byte_order_mark_is_no_text(pair, tmp_path):
+    plain = objects(run("--target", pair[0], "-p", "hello", "-n", 4, "--json", *SMALL))[0]
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfhello")
+    from_file = objects(run("--target", pair[0], "-f", tmp_path / "prompt.txt", "-n", 4, "--json", *SMALL))[0]
+    from_stdin = objects(run("--target", pair[0], "-n", 4, "--json", *SMALL, stdin="\ufeffhello"))[0]
+    assert plain["usage"] == from_file["usage"] == from_stdin["usage"]
+    assert plain["token_ids"] == from_file["token_ids"] == from_stdin["token_ids"]
 
 
 def test_text_goes_to_stdout_and_everything_else_to_stderr(pair, tmp_path):
@@ -178,7 +197,7 @@ def test_help_teaches():
         "--speculation",
         "--exact",
         "--verify",
-        "--link-rate",
+        "--help-all",
         "Examples",
     ):
         assert word in text

@@ -327,3 +327,16 @@ async def test_a_file_that_stays_as_it_was_is_read_for_ever(blob, tmp_path):
     finally:
         lane.close()
         memory.close()
+
+
+async def test_a_file_that_is_gone_since_its_header_was_read_is_told(blob, tmp_path):
+    path = tmp_path / "shard"
+    path.write_bytes(blob.read_bytes())
+    lane, memory = DiskLane(asyncio.get_running_loop(), versions={str(path): FileVersion.of(path)}), allocate(9000)
+    path.unlink()
+    try:
+        with pytest.raises(ReadError, match=r"cannot be opened: No such file .* when aspec read its header"):
+            await lane.read([Seg(str(path), 0, 9000, 0)], memory.view)
+    finally:
+        lane.close()
+        memory.close()

@@ -12,7 +12,8 @@ import zlib
 import pytest
 
 from aspec.errors import UserError, WriteError
-from aspec.serving.batch_output import OutputRow, journal_of, open_output, seal, unseal
+from aspec.serving.batch_journal import journal_of, seal, unseal
+from aspec.serving.batch_output import OutputRow, open_output
 
 TIES = {"input": "sha256 1234", "seed": 0, "stop": ["a"]}
 
@@ -100,6 +101,98 @@ def test_a_torn_header_is_written_again_only_where_there_is_nothing_to_lose(tmp_
     assert is_whole(path, rows)
 
 
+CHANGES = {
+    "moved away": lambda path: os.rename(path, path.with_suffix(".old")),
+    "removed": lambda path: (shutil.copy(path, path.with_suffix(".old")), path.unlink()),
+    "replaced by a copy": lambda path: (
+        os.rename(path, path.with_suffix(".old")),
+        shutil.copy(path.with_suffix(".old"), path),
+    ),
+    "replaced by nothing": lambda path: (os.rename(path, path.with_suffix(".old")), path.touch()),
+    "cut": lambda path: (shutil.copy(path, path.with_suffix(".old")), os.truncate(path, path.stat().st_size - 1)),
+    "emptied": lambda path: (shutil.copy(path, path.with_suffix(".old")), os.truncate(path, 0)),
+    "longer": lambda path: (shutil.copy(path, path.with_suffix(".old")), path.open("ab").write(b"mine\n")),
+}  # what another process does to a file; its bytes are kept beside it
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", ["output", "journal"])
+def test_a_file_that_another_process_changes_is_one_error_and_costs_no_row(tmp_path, which, change):
+    rows, path = make_rows(9), tmp_path / "out.jsonl"
+    changed = path if which == "output" else journal_of(path)
+    output, _ = begin(path)
+    with output:
+        output.append(rows[:4])
+        output.verify()
+        CHANGES[change](changed)
+        for call in (lambda: output.append(rows[4:6]), output.verify, output.check, lambda: output.append(rows[6:])):
+            with pytest.raises(WriteError, match=rf"{changed} was .* run the same command again"):
+                call()
+    os.replace(changed.with_suffix(".old"), changed)
+    assert write(path, rows).done == {row.id for row in rows[:4]}
+    assert is_whole(path, rows)
+
+
+def test_a_folder_that_is_moved_and_a_link_that_is_turned_are_seen(tmp_path):
+    rows, folder, link = make_rows(4), tmp_path / "folder", tmp_path / "link.jsonl"
+    folder.mkdir()
+    link.symlink_to(folder / "out.jsonl")
+    with begin(link)[0] as output:
+        output.append(rows[:1])
+        link.unlink()
+        link.symlink_to(tmp_path / "other.jsonl")
+        with pytest.raises(WriteError, match=r"link\.jsonl was removed or moved away"):
+            output.append(rows[1:2])
+    with begin(folder / "out.jsonl")[0] as output:
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(WriteError, match="was removed or moved away"):
+            output.append(rows[1:2])
+    assert write(tmp_path / "moved" / "out.jsonl", rows).done == {rows[0].id}
+
+
+@pytest.mark.parametrize("which", ["output", "journal"])
+def test_bytes_that_are_changed_in_place_are_seen_at_the_end(tmp_path, which):
+    rows, path = make_rows(5), tmp_path / "out.jsonl"
+    with begin(path)[0] as output:
+        output.append(rows)
+        with (path if which == "output" else journal_of(path)).open("r+b") as file:
+            file.seek(-9, os.SEEK_END)
+            file.write(b"#")
+        with pytest.raises((UserError, WriteError), match="was changed"):
+            output.verify()
+
+
+HOSTILE_RECORDS = (
+    {},
+    {"id": None, "end": 1, "crc": 1, "failed": False},
+    {"id": "a", "end": "1", "crc": 1, "failed": False},
+    {"id": "a", "end": 1, "crc": 1.5, "failed": False},
+    {"id": "a", "end": 1, "crc": 1, "failed": 0},
+    {"id": ["a"], "end": 1, "crc": 1, "failed": False},
+    {"id": "a", "end": 10**200, "crc": 1, "failed": False},
+)
+
+
+@pytest.mark.parametrize("content", [*HOSTILE_RECORDS, "[1]", "[" * 100_000, "{"])
+def test_a_sealed_line_that_is_no_record_ends_the_journal(tmp_path, content):
+    rows, path = make_rows(5), tmp_path / "out.jsonl"
+    write(path, rows[:2])
+    text = (json.dumps(content) if isinstance(content, dict) else content).encode()
+    with journal_of(path).open("ab") as file:
+        file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    assert write(path, rows).done == {row.id for row in rows[:2]}
+    assert is_whole(path, rows)
+
+
+def test_a_record_that_ends_before_it_begins_is_refused(tmp_path):
+    rows, path = make_rows(3), tmp_path / "out.jsonl"
+    write(path, rows)
+    with journal_of(path).open("ab") as file:
+        file.write(seal({"id": "a", "end": -5, "crc": 0, "failed": False}))
+    with pytest.raises(UserError, match="was changed"):
+        begin(path)
+
+
 class Crash(BaseException):
     """The machine stops."""
 
@@ -179,9 +272,10 @@ def test_another_job_is_refused_and_told_what_differs(tmp_path):
 
 def test_another_format_is_refused(tmp_path):
     path = tmp_path / "out.jsonl"
-    journal_of(path).write_bytes(seal({"aspec": "batch journal", "format": 2}))
-    with pytest.raises(UserError, match="another version"):
-        begin(path)
+    for more in ({"format": 2}, {}, {"format": 1}, {"format": 1, "ties": {}}, {"format": 1, "ties": [], "created": 1}):
+        journal_of(path).write_bytes(seal({"aspec": "batch journal", **more}))
+        with pytest.raises(UserError, match="another version"):
+            begin(path)
 
 
 def test_an_output_without_a_journal_is_refused_and_left_alone(tmp_path):

@@ -21,11 +21,11 @@ from aspec.engine.engine import open_engine
 from aspec.engine.model_runner import ModelRunner
 from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError, UserError
 from aspec.generation.params import SamplingParams
-from aspec.generation.time_limit import TimeLimit, TimeLimitError
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io import disk
 from aspec.io.disk import DiskLane
-from aspec.io.loop_mailbox import LoopMailbox
+from aspec.io.loop.mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.models.model import Model
 from aspec.tasks.rows import RowTable
@@ -491,9 +491,9 @@ async def test_a_bad_row_fails_alone(pair, shape, params, monkeypatch):
 
 async def test_a_bad_request_is_an_answer_of_its_own(pair, monkeypatch):
     """What a batch file gets: an error for that row."""
-    from aspec.serving.batch_writer import error_code
     from aspec.serving.dispatch import PreparedRequest, answer
     from aspec.serving.openai_requests import COMPLETION, Request
+    from aspec.serving.refusals import Refusal
 
     real = Model.head
     monkeypatch.setattr(Model, "head", lambda self, *args: real(self, *args) * float("nan"))
@@ -501,7 +501,7 @@ async def test_a_bad_request_is_an_answer_of_its_own(pair, monkeypatch):
         one = PreparedRequest("1", Request(COMPLETION, "x", {}), [1, 2], SamplingParams(max_new_tokens=3))
         outcome = await answer(opened, one, asyncio.get_running_loop().create_future())
     assert isinstance(outcome, NumericError)
-    assert error_code(outcome) == "numeric_error"
+    assert Refusal.of(outcome).code == "numeric_error"
 
 
 # -- observers -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from aspec.backends import registry
+from aspec.backends.registry import Kind
+from aspec.cli.batch import fingerprint
 from aspec.engine.engine import open_engine
 from aspec.errors import CheckpointError, UnsupportedModelError, UserError
 from aspec.generation.params import SamplingParams
@@ -21,7 +24,10 @@ from aspec.options import EngineOptions
 from aspec.planning.footprint import read_models, request_for
 from aspec.planning.resolve import resolve
 from aspec.profiling.model_shape import shape_of
+from aspec.tasks.op import Op
+from aspec.tasks.races import find_races
 from tests import tiny
+from tests.fake_device import EagerDevice
 
 NEW = 10
 PROMPTS = [torch.randint(3, 256, (n,), generator=torch.Generator().manual_seed(5)).tolist() for n in (20, 11)]
@@ -109,13 +115,13 @@ def generated(model):
     return [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in PROMPTS]
 
 
-async def tokens(target, **options):
+async def tokens(target, spans=None, **options):
     async def one(engine, prompt):
         params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
         return [token async for piece in engine.stream(prompt, params) for token in piece.token_ids]
 
     common = dict(target=target, max_context=96, device_memory=24 << 20, threads=1)
-    async with open_engine(**common | options) as engine:
+    async with open_engine(observers=[] if spans is None else [spans.append], **common | options) as engine:
         return await asyncio.gather(*(one(engine, prompt) for prompt in PROMPTS))
 
 
@@ -173,6 +179,7 @@ PEFT = {
     "regex": ("llama", dict(target_modules=r".*layers\.[12]\.mlp\.(up|down)_proj")),
     "layers": ("mistral", dict(target_modules=["o_proj"], layers_to_transform=[0, 3])),
     "tied": ("llama_tied", dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "whole layers": ("llama", dict(target_modules=["q_proj", "up_proj"], modules_to_save=["mlp", "norm"])),
     "embed": ("llama", dict(target_modules=["embed_tokens", "lm_head"])),
 }
 
@@ -347,7 +354,7 @@ def test_keys_that_do_not_change_the_text_are_taken(base, tmp_path):
         ({"rank_pattern": [1]}, "expected rank_pattern"),
         ({"alpha_pattern": {"(": 1}}, "regular expressions"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "no repeated group"),
-        ({"modules_to_save": ["lm_head"]}, "the module lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "the module 'lm_head'"),
         ({"base_model_name_or_path": 5}, "expected base_model_name_or_path"),
     ],
     ids=str,
@@ -374,7 +381,7 @@ def test_a_file_that_fits_not_the_model_is_refused(base, tmp_path):
     whole = write(tmp_path / "whole", base("llama_tied"), config_of(target_modules=["q_proj"]))
     save_file({"base_model.model.lm_head.weight": torch.zeros(260, 64)}, whole / "adapter_model.safetensors")
     for adapter, said in (
-        (other, r"fit no module of this llama model: model.layers.0.self_attn.qkv_proj"),
+        (other, r"fit no module of this llama model: model\.layers\.\*\.self_attn\.qkv_proj"),
         (half, "fit no module"),
         (dora, "lora_magnitude_vector"),
         (whole, "another vocabulary"),
@@ -410,3 +417,81 @@ def test_plans_count_an_adapter(base, tmp_path):
     assert changed.footprint(request_for(changed)).fixed["adapter merge"] > 0
     assert plain.footprint(request_for(plain)).fixed["adapter merge"] == 0
     assert shape_of(changed.target).layers[0].convert_bytes > shape_of(plain.target).layers[0].convert_bytes == 0
+
+
+# -- behind a link, and beside other features --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host_memory", [1 << 20, 64 << 20], ids=["from the disk", "from host memory"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_the_tokens_are_the_same_across_a_link(base, tmp_path, monkeypatch, host_memory, dtype):
+    kind = Kind(
+        torch.device("cpu"), lambda: True, lambda: 1 << 34, lambda: EagerDevice(copy_pace_s=1e-5), lambda: "a card"
+    )
+    monkeypatch.setitem(registry.KINDS, "cuda", kind)
+    folder = base("llama")
+    adapter = write(tmp_path, folder, config_of(target_modules=[*DENSE, "lm_head", "embed_tokens"]))
+    options = dict(adapter=adapter, dtype=dtype, exact=True)
+    spans = []
+    found = await tokens(folder, device="cuda", host_memory=host_memory, resident_memory=0, spans=spans, **options)
+    assert found == await tokens(folder, **options)
+    assert any(span.task.op is Op.COPY for span in spans)
+    assert not find_races(spans)
+
+
+def test_a_job_with_another_adapter_is_another_job(base, tmp_path):
+    folder = base("llama")
+    first = write(tmp_path / "first", folder, config_of())
+    second = write(tmp_path / "second", folder, config_of(lora_alpha=8))
+    assert fingerprint(first) != fingerprint(second)
+
+
+def test_a_draft_may_have_an_adapter_of_its_own(base, tmp_path):
+    draft = write(tmp_path, base("llama"), config_of(base_model_name_or_path=str(base("llama"))))
+    resolved = resolve(EngineOptions(target=base("llama"), draft=draft))
+    assert (resolved.adapter, resolved.draft, resolved.draft_adapter) == (None, base("llama"), draft)
+    models = read_models(resolved)
+    assert any(part.updates for part in models.draft_parts)
+    assert not any(part.updates for part in models.parts)
+
+
+HOSTILE = [
+    {"peft_type": {"a": [1]}},
+    {"bias": ["all"]},
+    {"init_lora_weights": {"a": 1}},
+    {"target_modules": [1, 2]},
+    {"target_modules": 5},
+    {"exclude_modules": [None]},
+    {"rank_pattern": {"q_proj": True}},
+    {"rank_pattern": {"q_proj": 10**30}},
+    {"alpha_pattern": {"q_proj": "8"}},
+    {"alpha_pattern": {".*" * 50: 8}},
+    {"alpha_pattern": {"(?P<a": 8}},
+    {"layers_to_transform": [True, None]},
+    {"layers_pattern": {"a": 1}},
+    {"lora_alpha": 10**400},
+    {"r": -1},
+    {"r": True},
+    {"x\x1b[31m" * 10_000: 1},
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=lambda value: str(value)[:40])
+def test_any_configuration_is_taken_or_refused_in_a_paragraph(base, tmp_path, changes):
+    adapter = write(tmp_path, base("llama"), config_of())
+    (adapter / "adapter_config.json").write_text(json.dumps(config_of(**changes)))
+    with pytest.raises(UserError) as error:
+        Model(base("llama"), adapter=adapter)
+    text = str(error.value)
+    assert len(text) < 800
+    assert "\n" not in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "b\0c", "\ud800", "", "~nobody/x", "org/" + "x" * 300])
+def test_a_base_of_any_name_is_refused_in_a_paragraph(tmp_path, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config_of(base_model_name_or_path=name)))
+    with pytest.raises(UserError) as error:
+        resolve(EngineOptions(target=tmp_path))
+    assert "\n" not in str(error.value)

@@ -311,6 +311,7 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, family):
         ({"rope_parameters": {"rope_type": "sideways", "rope_theta": 1e4}}, "sideways"),
         ({"num_hidden_layers": 0}, "no decoder layers|expected a list of 0"),
         ({"hidden_act": "sideways"}, "cannot build"),
+        ({"alibi": [1]}, "alibi"),
     ],
 )
 def test_configurations_that_are_refused(folder, tmp_path, changes, message):
@@ -338,3 +339,31 @@ def test_damaged_generation_defaults(tmp_path, text):
     with pytest.raises(CheckpointError, match=r"generation_config\.json") as error:
         generation_defaults(tmp_path)
     assert is_a_paragraph(error)
+
+
+HARMLESS = [
+    ("gpt2", {"pad_token_id": 0}),
+    ("gpt2", {"pad_token_id": 50256}),  # beyond the embedding
+    ("llama", {"pad_token_id": tiny.VOCAB}),
+    ("gpt_neox", {"pad_token_id": 0}),
+    ("opt", {"pad_token_id": 1}),
+    ("mixtral", {"output_router_logits": True}),
+    ("llama", {"output_attentions": True, "output_hidden_states": True}),
+    ("llama", {"return_dict": False}),
+    ("llama", {"use_cache": False}),
+    ("llama", {"torchscript": True}),
+    ("llama", {"attn_implementation": "flash_attention_2"}),
+    ("gpt2", {"reorder_and_upcast_attn": True, "attn_pdrop": 0.5}),
+    ("gemma3", {"use_bidirectional_attention": False}),
+    ("llama", {"quantization_config": None, "rope_scaling": None, "architectures": ["SomethingElse"]}),
+]
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(("family", "changes"), HARMLESS, ids=str)
+def test_a_value_that_changes_no_logits_is_no_reason_to_refuse(folder, tmp_path, family, changes):
+    source = folder(family, shards=1)
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    streamed = tiny.Streamed(Model(tiny.edit_config(tmp_path, **changes)))
+    assert differences(source, streamed=streamed).max() <= TOLERANCE

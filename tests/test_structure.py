@@ -36,7 +36,7 @@ POLICY = (
     *("profiling.hardware", "profiling.cost_tables", "planning.placement", "planning.search"),
 )
 TORCH_FREE = ("tasks", "observe", "serving")  # folders
-THREADS = ("io", "backends", "observe.ticker")  # that hold threads
+THREADS = ("io", "backends", "observe.ticker", "cli.front.stuck_main")  # that hold threads
 ASK_FOR_THREADS = ("models.model", "planning.virtual_time")  # that only ask which thread they are on
 MOST_FILES = 14
 

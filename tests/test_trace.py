@@ -15,7 +15,7 @@ from tests import tiny
 from tests.fork_server import Command
 from tests.trace_rules import check_trace, load
 
-FEW = ["--device-memory", "2250KiB", "--threads", "1", "-p", "hello", "-n", "24"]
+FEW = ["--device-memory", "1800KiB", "--threads", "1", "-p", "hello", "-n", "24"]
 SMALL = [*FEW, "--ignore-eos"]
 TASKS = {"layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
 PROFILE = {"disk_bytes_per_s": 1e9, "tasks": TASKS}
@@ -233,7 +233,7 @@ def test_faster_rates_make_a_faster_simulation(pair, tmp_path):
 def test_a_plan_names_the_rates_that_a_file_of_tasks_lacks(pair, tmp_path, machine, missing):
     file = tmp_path / "machine.json"
     file.write_text(json.dumps(machine))
-    result = run("plan", *pair, "--profile", file)
+    result = run("plan", *pair, "--profile", file, "--quiet")
     assert result.exit_code == 1
     assert missing in result.stderr
     assert result.stderr.count("\n") == 1

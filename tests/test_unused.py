@@ -49,7 +49,11 @@ def changed(source, into, edit=lambda tensors: None, **config):
 @pytest.mark.parametrize(
     ("family", "stored", "names"),
     [
-        ("llama", {"attention_bias": True}, r"16 tensors .*model\.layers\.\*\.self_attn\.k_proj\.bias \(4\)"),
+        (
+            "llama",
+            {"attention_bias": True},
+            r"16 stored tensors have .*model\.layers\.\*\.self_attn\.k_proj\.bias \(4\)",
+        ),
         ("llama", {"mlp_bias": True}, r"mlp\.down_proj\.bias \(4\)"),
         ("llama", {"mlp_bias": True, "attention_bias": True}, "attention_bias is false and mlp_bias is false"),
         ("qwen3", {"attention_bias": True}, "attention_bias is false"),

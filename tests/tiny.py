@@ -163,12 +163,40 @@ for _name in ("apertus", "ernie4_5_moe", "exaone4", "glm", "granitemoeshared", "
 for _name in ("nemotron", "olmo", "phimoe", "seed_oss", "vaultgemma"):
     FAMILIES[_name] = functools.partial(_common, _name)
 
+FAMILIES |= {
+    "stablelm": lambda: T.StableLmConfig(**COMMON),  # it takes a registered attention without saying so
+    "biogpt": lambda: T.BioGptConfig(**COMMON),  # likewise
+    "granitemoehybrid": lambda: T.GraniteMoeHybridConfig(  # a class with recurrent layers, of which this has none
+        **COMMON,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        layer_types=["attention"] * 4,
+    ),
+    "gemma4_unified_text": lambda: T.CONFIG_MAPPING["gemma4_unified_text"](  # its image tokens attend both ways
+        **{**COMMON, "num_hidden_layers": 6},
+        head_dim=16,
+        global_head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ),
+}
+
 REFUSED = {
     "bloom": lambda: T.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
     "falcon": lambda: T.FalconConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
     "mamba": lambda: T.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
     "qwen3_next": lambda: T.Qwen3NextConfig(**COMMON, head_dim=16),
-    "stablelm": lambda: T.StableLmConfig(**COMMON),
+    "gpt_neo": lambda: T.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=64, num_layers=2, attention_types=[[["global"], 2]]
+    ),
+    "gpt_neox_japanese": lambda: T.GPTNeoXJapaneseConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2),
+    "musicgen": lambda: T.MusicgenConfig(
+        text_encoder=T.T5Config().to_dict(),
+        audio_encoder=T.EncodecConfig().to_dict(),
+        decoder=T.MusicgenDecoderConfig().to_dict(),
+    ),
+    "granitemoehybrid_mamba": lambda: T.GraniteMoeHybridConfig(**COMMON, layer_types=["mamba", "attention"] * 2),
     "falcon_h1": lambda: T.FalconH1Config(**COMMON),
     "recurrent_gemma": lambda: T.RecurrentGemmaConfig(**COMMON),
     "t5": lambda: T.T5Config(vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=2),

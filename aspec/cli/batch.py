@@ -1,14 +1,16 @@
 """What ``aspec batch`` does: serve the rows of an input file and write each answer to an output file.
 
-The whole input is checked before the engine opens. The engine holds a bounded window of rows, so the next row begins
-as soon as one ends. An answer is on the disk before its worker takes the next row, so no finished row is lost. Rows
-that end while a sync runs share the next sync.
+The whole input is checked before the engine opens; rows that cannot be served become error rows. The engine holds a
+bounded window of rows, so the next row begins as soon as one ends. An answer is on the disk before its worker takes
+the next row, so no finished row is lost. Rows that end while a sync runs share the next sync.
 """
 
 import asyncio
 import hashlib
 import os
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,22 +21,24 @@ from aspec.cli.command_flags import BatchFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import present, run
 from aspec.engine.engine import Engine, describe_plan
-from aspec.errors import PromptError, UserError, WriteError
+from aspec.errors import BudgetError, PromptError, UserError, WriteError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
 from aspec.models.model import generation_defaults
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
-from aspec.plan import Workload
 from aspec.planning.fit import most_context
 from aspec.planning.resolve import Resolved, resolve, revise
-from aspec.serving.batch_input import BatchFile, BatchRow
-from aspec.serving.batch_output import FinishedRows, Output, check_startable, journal_of, open_output
+from aspec.serving.batch_check import RowCheck, check_file
+from aspec.serving.batch_input import PIPE, BatchFile
+from aspec.serving.batch_journal import journal_of
+from aspec.serving.batch_output import FinishedRows, Output, check_startable, open_output
+from aspec.serving.batch_pipe import PipeOutput
 from aspec.serving.batch_writer import BatchWriter, digest_of
 from aspec.serving.dispatch import PreparedRequest, encode, serve
 
@@ -57,30 +61,36 @@ class BatchJob:
     tokenizer: Tokenizer
     defaults: SamplingParams
     ties: dict[str, Any]  # what the output rows depend on; the journal's header records it
+    if_too_small: str  # the remedy if the budget does not hold the context
     console: Console
 
-    def request(self, row: BatchRow) -> PreparedRequest:
-        """Prepare a row for the engine; a row without a seed derives it from its custom_id."""
-        seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
-        params = row.request.params(self.defaults, seed)
-        return PreparedRequest(row.custom_id, row.request, encode(self.tokenizer, row.request), params)
-
-
-@dataclass(frozen=True, slots=True)
-class RowTotals:
-    """The size of the rows."""
-
-    longest: int  # tokens of the longest row, prompt and requested tokens together
-    workload: Workload
+    def requests(self, pending: list[int]) -> Iterator[PreparedRequest]:
+        """Read rows again and prepare them for the engine; a row without a seed derives it from its custom_id."""
+        for row in map(self.rows.read, pending):
+            seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
+            params = row.request.params(self.defaults, seed)
+            try:
+                tokens = encode(self.tokenizer, row.request)
+            except PromptError as error:  # the check had no error: a template can exceed its time on a busy machine
+                yield PreparedRequest(row.custom_id, row.request, [], params, error)
+            else:
+                yield PreparedRequest(row.custom_id, row.request, tokens, params)
 
 
 def batch_to_console(flags: BatchFlags, console: Console) -> None:
     """Serve a file. Raises AspecError when it cannot be served, KeyboardInterrupt when it is stopped before its end."""
     assert flags.input is not None
     assert flags.output is not None
-    check_paths(flags.input, flags.output, overwrite=flags.overwrite)
+    if flags.output != PIPE:
+        check_paths(flags.input, flags.output, overwrite=flags.overwrite)
+    if flags.input == PIPE and sys.stdin is not None and sys.stdin.isatty():
+        console.note("rows are read from this terminal; Ctrl-D ends them")
     with BatchFile(flags.input) as rows:
         job = prepare(flags, rows, console)
+        if flags.output == PIPE:
+            console.note("answers go to standard output without a journal: a stopped job begins anew")
+            _serve_file(job, PipeOutput(int(time.time())), FinishedRows(frozenset()))
+            return
         output, finished = open_output(flags.output, job.ties, int(time.time()), overwrite=flags.overwrite)
         with output:
             _serve_file(job, output, finished)
@@ -113,10 +123,11 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     defaults = sampling_params(asked, given)
     if asked_for := describe(asked, given):
         console.note(asked_for)
-    limit = most_context(resolved)
-    totals = _check_rows(rows, tokenizer, defaults, limit, console)
-    context = min(filter(None, (resolved.options.max_context or totals.longest, limit)))
-    resolved = revise(resolved, max_context=context, workload=totals.workload)
+    limit = min(filter(None, (most_context(resolved), resolved.options.max_context)), default=None)
+    check = RowCheck(tokenizer, defaults, limit)
+    _check_rows(rows, check, flags, console)
+    context = limit if resolved.options.max_context else check.longest
+    resolved = revise(resolved, max_context=context, workload=check.workload())
     ties = {
         "input": f"sha256 {rows.digest}",
         "target": f"sha256 {fingerprint(resolved.target)}",
@@ -126,7 +137,8 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
         "max_context": context,
         **{name: getattr(defaults, name) for name in SamplingParams.__slots__},
     }
-    return BatchJob(flags, resolved, rows, tokenizer, defaults, ties, console)
+    if_too_small = "" if resolved.asked_context else check.longest_row()
+    return BatchJob(flags, resolved, rows, tokenizer, defaults, ties, if_too_small, console)
 
 
 def fingerprint(folder: Path) -> str:
@@ -144,56 +156,44 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_rows(
-    rows: BatchFile, tokenizer: Tokenizer, defaults: SamplingParams, limit: int | None, console: Console
-) -> RowTotals:
-    """Encode every row once. Raises a UserError that lists the problems."""
-    longest = checked = prompts = new = 0
-    sampled = False
-
-    def check(row: BatchRow) -> None:
-        nonlocal longest, checked, prompts, new, sampled
-        count = len(encode(tokenizer, row.request))
-        if limit is not None and count >= limit:
-            raise PromptError(
-                f"the prompt has {count} tokens; the model's context holds {limit}, and one must stay free to generate"
-            )
-        wanted = row.request.max_new_tokens
-        wanted = defaults.max_new_tokens if wanted is None else wanted
-        longest = max(longest, 2, count + wanted)
-        checked, prompts, new = checked + 1, prompts + count, new + wanted
-        sampled = sampled or row.request.params(defaults, seed=0).temperature > 0.0
-
-    ticker = Ticker(CHECK_LINE_S, lambda: console.progress(f"{checked} rows checked"), "check")
+def _check_rows(rows: BatchFile, check: RowCheck, flags: BatchFlags, console: Console) -> None:
+    """Check every row; tell how far the check is, and what it found. Raises UserError if no row may be served."""
+    ticker = Ticker(CHECK_LINE_S, lambda: console.progress(f"{len(rows.ids)} rows checked"), "check")
     try:
-        rows.scan(check)
+        check_file(rows, check, strict=flags.strict)
     finally:
         ticker.close()
-    mean_prompt, mean_new = max(1, round(prompts / checked)), max(2, round(new / checked))
-    return RowTotals(longest, Workload(checked, mean_prompt, mean_new, sampled=sampled))
+    if rows.refused:
+        console.note(rows.problems())
+    for note in check.notes(flags.target or DEMO_NAME):
+        console.note(note)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------
 
 
-def _serve_file(job: BatchJob, output: Output, finished: FinishedRows) -> None:
-    console, total = job.console, len(job.rows.custom_ids)
-    pending = [index for index, name in enumerate(job.rows.custom_ids) if name not in finished.done]
+def _serve_file(job: BatchJob, output: Output | PipeOutput, finished: FinishedRows) -> None:
+    console, rows, total = job.console, job.rows, len(job.rows.ids)
+    left = [index for index, row_id in enumerate(rows.ids) if row_id not in finished.done]
+    pending = [index for index in left if index not in rows.refused]
     progress = BatchProgress(total, done=len(finished.done), failed=finished.num_failed)
     if finished.done:
-        console.note(f"{output.path} holds {len(finished.done)} of {total} rows; {len(pending)} rows are left")
+        console.note(f"{output.path} holds {len(finished.done)} of {total} rows; {len(left)} rows are left")
     if finished.cut_bytes:
         console.note(f"{finished.cut_bytes} bytes of unfinished rows were removed; these rows are generated again")
+    writer = BatchWriter(output, job.flags.target or DEMO_NAME, progress)
+    writer.refuse([(rows.ids[index], rows.refused[index]) for index in left if index in rows.refused])
     if pending:
-        writer = BatchWriter(output, job.flags.target or DEMO_NAME, progress)
         try:
             run(partial(_run, job, pending, writer, progress))
         except KeyboardInterrupt:
             pass  # a signal stopped the run at once
         finally:
-            with suppress(WriteError):  # serve() has raised the same error already
+            with suppress(WriteError, BrokenPipeError):  # serve() has raised the same error already
                 writer.flush()
         console.note(progress.summary())
+    output.verify()
+    rows.check_unchanged()
     errors = f", {progress.failed} of them errors" if progress.failed else ""
     console.note(f"{progress.done} of {total} rows are in {output.path}{errors}")
     if progress.done < total:
@@ -212,17 +212,20 @@ async def _run(job: BatchJob, pending: list[int], writer: BatchWriter, progress:
             "no finished row is lost"
         )
 
-    with follow(progress, monitor, job.console, live=not job.flags.no_dashboard):
+    shared = job.flags.output == PIPE and sys.stdout.isatty()  # answers come where a live line would be
+    with follow(progress, monitor, job.console, live=not (job.flags.no_dashboard or shared)):
         async with AsyncExitStack() as stack:
             resolved = revise(job.resolved, progress=monitor.progress)
-            engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
+            try:
+                engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
+            except BudgetError as error:
+                raise BudgetError(f"{error} {job.if_too_small}".rstrip()) from error
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
-            requests = (job.request(job.rows.read(index)) for index in pending)
             present().drain = start_draining
             progress.begun_s = progress.ended_s = clock(time.perf_counter())
             try:
-                await serve(engine, requests, partial(writer.keep, engine.tokenizer), drain)
+                await serve(engine, job.requests(pending), partial(writer.keep, engine.tokenizer), drain)
             finally:
                 present().drain = None
                 progress.ended_s = clock(time.perf_counter())

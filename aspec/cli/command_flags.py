@@ -23,7 +23,9 @@ from aspec.cli.flags import (
 )
 from aspec.cli.front.options import MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option
 from aspec.options import EngineOptions
+from aspec.plan import Workload
 
+TURN_TOKENS = 256  # of a message and of its answer, for which a chat is planned
 TRACE, BENCH, WORK = "Trace", "Benchmark", "Workload"
 ANSWER_TOKENS = 1024  # most tokens of an answer of a chat
 
@@ -34,7 +36,11 @@ class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
 
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]", help="A prompt, as with --prompt; several words are one prompt."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="A prompt, as with --prompt; several words are one prompt.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
     verify: Annotated[
         bool,
@@ -63,7 +69,8 @@ class TraceFlags(LogprobFlags, EndFlags, RunFlags):
     """A run to record, or a recorded trace to summarise."""
 
     recorded: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A recorded trace to read; needs --summary.")
+        Path | None,
+        typer.Argument(metavar="FILE", help="A recorded trace to read; needs --summary.", rich_help_panel=TRACE),
     ] = None
     summary: Annotated[
         bool,
@@ -152,8 +159,9 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
     quiet: Annotated[bool, option(OUTPUT, "Print only answers and errors.", "--quiet", "-q")] = False
 
     def options(self) -> EngineOptions:
-        """The engine's options, for one row. Raises UserError for invalid values."""
-        return replace(super().options(), max_batch=1, num_groups=1)
+        """The engine's options, for one row and turns of a usual length. Raises UserError for invalid values."""
+        turn = Workload(1, TURN_TOKENS, TURN_TOKENS, sampled=self.temperature != 0.0)
+        return replace(super().options(), max_batch=1, num_groups=1, workload=turn)
 
 
 @dataclass(frozen=True)
@@ -162,19 +170,29 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
 
     input: Annotated[
         Path | None,
-        option(OUTPUT, "The requests: a file in OpenAI's batch format, one request per line.", "--input", "-i"),
+        option(
+            OUTPUT,
+            "The requests: a file in OpenAI's batch format, one request per line; - is standard input.",
+            "--input",
+            "-i",
+        ),
     ] = None
     output: Annotated[
         Path | None,
         option(
             OUTPUT,
-            "The answers, one per line. A journal beside the file lets a stopped job continue.",
+            "The answers, one per line. A journal beside the file lets a stopped job continue. - is standard output, "
+            "without a journal.",
             "--output",
             "-o",
         ),
     ] = None
     overwrite: Annotated[
         bool, option(OUTPUT, "Start anew if the output exists; its content is lost.", "--overwrite")
+    ] = False
+    strict: Annotated[
+        bool,
+        option(OUTPUT, "Refuse the whole file if a row cannot be served. Default: such rows get an error.", "--strict"),
     ] = False
     quiet: Annotated[bool, option(OUTPUT, "Print no progress and no summary.", "--quiet", "-q")] = False
     max_new_tokens: Annotated[
@@ -264,8 +282,16 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
         ),
     ] = None
     num_prompts: Annotated[int, option(WORK, "Number of prompts.", "--prompts", min=1)] = 1
-    prompt_tokens: Annotated[int, option(WORK, "Tokens per prompt.", "--prompt-tokens", min=1)] = 256
-    new_tokens: Annotated[int, option(WORK, "Tokens to generate per prompt.", "--new-tokens", min=2)] = 128
+    prompt_tokens: Annotated[
+        int | None,
+        option(WORK, "Tokens per prompt. Default: 256, or half of a smaller context.", "--prompt-tokens", min=1),
+    ] = None
+    new_tokens: Annotated[
+        int | None,
+        option(
+            WORK, "Tokens to generate per prompt. Default: 128, or half of a smaller context.", "--new-tokens", min=2
+        ),
+    ] = None
     acceptance: Annotated[
         float | None,
         option(

@@ -84,11 +84,11 @@ class PromptFlags:
         texts = [*self._words(), *(self.prompt or [])]
         for path in self.file or []:
             try:
-                texts.append(path.read_text(encoding="utf-8"))
+                texts.append(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no text
             except (OSError, UnicodeDecodeError) as error:
                 raise typer.BadParameter(f"cannot read {path}: {error}", param_hint="--file") from error
         if not texts and not sys.stdin.isatty():
-            texts.append(sys.stdin.read())
+            texts.append(sys.stdin.read().removeprefix("\ufeff"))
         if not texts:
             raise typer.BadParameter(
                 "give a prompt: --prompt TEXT, --file PATH or standard input", param_hint="--prompt"

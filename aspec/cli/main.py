@@ -25,6 +25,7 @@ from aspec.cli.command_flags import (
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
+from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
 from aspec.errors import AspecError, WriteError
 from aspec.observe.console import Console
@@ -64,7 +65,7 @@ def generate(flags: GenerateFlags) -> None:
 
       aspec generate --target ./model --draft ./small --prompt "..." --verify
     """
-    perform("aspec.cli.generate", "generate_on_console", flags, flags.prompts())
+    perform("aspec.cli.generate", "generate_on_console", flags, flags.prompts)
 
 
 @app.command(cls=HelpCommand)
@@ -107,7 +108,7 @@ def trace(flags: TraceFlags) -> None:
       aspec trace -o gpu.json --simulate machine.json --target ./model --prompt "..."
     """
     if flags.recorded is None:
-        perform("aspec.cli.trace", "record", flags, flags.prompts())
+        perform("aspec.cli.trace", "record", flags, flags.prompts)
         return
     from aspec.cli.trace_summary import summarise_file
 
@@ -141,12 +142,14 @@ def batch(flags: BatchFlags) -> None:
       {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions",
        "body": {"messages": [{"role": "user", "content": "Why?"}]}}
 
-    All rows are checked before the first is served. Each answer is synced to
-    the disk when it is complete; answers come in any order and carry the row's
-    custom_id. To continue a stopped job, run the same command again: aspec
-    reads the journal beside the output (OUT.journal). The rows are the same as
-    without the stop. Draft, memory, batch size and threads may change between
-    the runs; the input, the model and the sampling must stay the same.
+    All rows are checked before the model is loaded. Rows that cannot be served
+    are listed and become error rows; with --strict they refuse the file. Each
+    answer is synced to the disk when it is complete; answers come in any order
+    and carry the row's custom_id (null and the line's number if it has none).
+    To continue a stopped job, run the same command again: aspec reads the
+    journal beside the output (OUT.journal). The rows are the same as without
+    the stop. Draft, memory, batch size and threads may change between the runs;
+    the input, the model and the sampling must stay the same.
 
     Ctrl-C starts no new rows and finishes the rows in progress; a second Ctrl-C
     stops at once.
@@ -158,6 +161,8 @@ def batch(flags: BatchFlags) -> None:
       aspec batch -i in.jsonl -o out.jsonl --target org/big --draft org/small --device-memory 8GiB -n 512
 
       aspec batch -i in.jsonl -o out.jsonl --target ./model --temperature 0.7 --seed 1 --overwrite
+
+      zcat in.jsonl.gz | aspec batch -i - -o - --target ./model > out.jsonl
     """
     perform("aspec.cli.batch", "batch_to_console", flags)
 
@@ -212,8 +217,8 @@ def common(
     """
 
 
-def perform(module: str, function: str, flags: CommandFlags, *args: object) -> None:
-    """Run a command's function, with its arguments and the console; its module imports torch, which takes seconds.
+def perform(module: str, function: str, flags: CommandFlags, *read: Callable[[], object]) -> None:
+    """Run a command's function with what ``read`` reads, and the console; its module imports torch, for seconds.
 
     Mistakes that need no torch are found before, and a first line tells that the command works.
     """
@@ -221,10 +226,11 @@ def perform(module: str, function: str, flags: CommandFlags, *args: object) -> N
 
     def work() -> None:
         find_mistakes(flags)
+        inputs = [one() for one in read]
         console.note(opening_line(flags))
         act = getattr(import_module(module), function)
         with held_back(console):
-            act(flags, *args, console)
+            act(flags, *inputs, console)
 
     guarded(work, console, flags.debug)
 
@@ -261,6 +267,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. It prepares what all commands share: the standard streams and the signals."""
     prepare_streams()
     interrupts = Interrupts().install()
+    StuckMain(interrupts.end_now).watch()
     try:
         app(args)
     except WriteError as error:  # of the help

@@ -17,6 +17,7 @@ import gc
 import itertools
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack
@@ -31,17 +32,26 @@ from aspec.engine.link_rate import raw_link_rate
 from aspec.engine.load import load_all
 from aspec.engine.observers import guarded
 from aspec.engine.streams import Streams
-from aspec.errors import ClosedError, DeviceError, PromptError, UserError, first_error
+from aspec.errors import (
+    AspecError,
+    ClosedError,
+    DeviceError,
+    PromptError,
+    UnsupportedModelError,
+    UserError,
+    first_error,
+    reason_of,
+)
 from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
-from aspec.generation.prompts import PromptLike, as_prompt, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.stats import Piece, RequestStats
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.tokenizer import TEMPLATE_S, Tokenizer
+from aspec.generation.text.prompts import PromptLike, as_prompt, is_chat
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tokenizer import TEMPLATE_S, Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.fetching.fetch import Fetches
-from aspec.io.settling import close_all, in_thread, settle, settle_all
+from aspec.io.loop.settling import close_all, in_thread, settle, settle_all
 from aspec.models.model import generation_defaults
 from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
@@ -327,7 +337,7 @@ def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine
 
 
 def translate_error(error: Exception, plan: Plan) -> Exception:
-    """A DeviceError for an error of the device; any other error unchanged."""
+    """A DeviceError for an error of the device, a UserError for one of a model's code; any other error unchanged."""
     first = first_error(error)
     translated: Exception | None = None
     if isinstance(first, torch.OutOfMemoryError):
@@ -337,10 +347,21 @@ def translate_error(error: Exception, plan: Plan) -> Exception:
         translated = DeviceError(
             f"the device failed while it ran: {said}. Nothing more can be run on it in this process."
         )
+    elif not isinstance(first, AspecError) and _from_model(first):
+        translated = UnsupportedModelError(
+            f"the code of the model failed while it ran: {reason_of(first)}. Its config.json may contradict itself; if "
+            f"transformers runs this model, please report it."
+        )
     if translated is None:
         return error
     translated.__cause__ = error
     return translated
+
+
+def _from_model(error: BaseException) -> bool:
+    """Whether an error comes from below the code of a model of transformers."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(str(frame.f_globals.get("__name__")).startswith("transformers.models.") for frame, _ in frames)
 
 
 def over_budget(plan: Plan, peak_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""What a request's parameters do to the logits of a position, by transformers' own logits processors.
+"""What a request's parameters do to the logits of a position, by transformers' own logits processors and warpers.
 
 A processor may read all tokens before a position: the prompt, the committed tokens and the proposals on the position's
 own path, never a token of another branch. So a draw does not depend on drafts. The order is that of transformers'
@@ -10,21 +10,29 @@ Rule: a processor is a function of tokens and logits; nothing here remembers a c
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from aspec.errors import PromptError
@@ -186,3 +194,33 @@ def _decay(penalty: tuple[int, float], ends: torch.Tensor, num_prompt: int) -> P
             return scores.index_fill(1, ends, most)
 
     return process
+
+
+# -- the filters of sampling --------------------------------------------------------------------------------------
+
+Warper = Callable[[Any, torch.Tensor], torch.Tensor]
+"""(not read, scores [N, V] float32) -> scores, -inf for tokens that it removes."""
+
+
+def warpers_of(params: SamplingParams) -> list[Warper]:
+    """The filters of a request, in transformers' order, for scores at its temperature."""
+    return [
+        *([TopHLogitsWarper(float(params.top_h))] if params.top_h is not None else []),
+        *([TopKLogitsWarper(int(params.top_k))] if params.top_k > 0 else []),
+        *([TopPLogitsWarper(float(params.top_p))] if params.top_p < 1 else []),
+        *([MinPLogitsWarper(float(params.min_p))] if params.min_p > 0 else []),
+        *([TypicalLogitsWarper(float(params.typical_p))] if params.typical_p < 1 else []),
+        *([EpsilonLogitsWarper(float(params.epsilon_cutoff))] if params.epsilon_cutoff > 0 else []),
+        *([_eta(float(params.eta_cutoff))] if params.eta_cutoff > 0 else []),
+    ]
+
+
+def narrows(params: SamplingParams) -> bool:
+    """Whether top-k, top-p and min-p are the only filters: they need no scores of tokens that cannot survive."""
+    others = params.top_h, params.typical_p, params.epsilon_cutoff, params.eta_cutoff
+    return others == (None, 1, 0, 0)
+
+
+def _eta(cutoff: float) -> Warper:
+    """The eta filter on the device of the scores."""
+    return lambda _, scores: EtaLogitsWarper(cutoff, device=scores.device)(_, scores)

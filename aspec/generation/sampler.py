@@ -17,10 +17,9 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
 from aspec.errors import InternalError, NoTokenError, NumericError
-from aspec.generation.filters import narrows, warpers_of
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, Penalties
-from aspec.generation.processors import needs_processors
+from aspec.generation.processors import narrows, needs_processors, warpers_of
 from aspec.io.upload import upload
 
 GREEDY_BELOW = 1e-5  # float32 logits cannot be divided by a lower temperature; the same limit as vLLM

@@ -5,7 +5,6 @@ same tensor are refused before the first weight is read.
 Format: https://github.com/huggingface/safetensors (8-byte little-endian header length, JSON, data).
 """
 
-import math
 import os
 import struct
 from collections.abc import Mapping
@@ -20,10 +19,12 @@ from aspec.errors import CheckpointError, shown
 from aspec.io.disk import FileVersion
 from aspec.io.fetching.files import SIZES
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
+from aspec.io.weight_format import REMEDY, folder_format
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_BYTES, MAX_DIMENSIONS = (1 << 63) - 1, 64  # of a tensor: PyTorch's limits
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
@@ -123,13 +124,13 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def _no_shards(folder: Path) -> str:
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
-    found = ", ".join(others[:3]) or "no weights at all"
-    remedy = "Point to a folder with the model in safetensors format."
-    if any(name.endswith(".safetensors") for name in others):
-        remedy = f"Fetch the missing {INDEX}."
-    return f"{folder} has no shards that can be read: expected {SINGLE} or {INDEX}, found {found}. {remedy}"
+    expected = f"{folder} has no shards that can be read: expected {SINGLE} or {INDEX}, found"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f"{expected} {', '.join(others[:3])}. Fetch the missing {INDEX}."
+    if (found := folder_format(folder)) is not None:
+        return f"{expected} {found[1]:.80} in {found[0]} format, which aspec does not read. {REMEDY}"
+    return f"{expected} no weights at all. Point to a folder with the model in safetensors format."
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -165,7 +166,9 @@ def read_header(path: Path, size: int | None = None) -> list[TensorRef]:
     ``size``: bytes of the whole shard, if ``path`` holds only its header.
     """
     entries, base, size = _read_entries(path, size)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path}: expected texts as metadata, found {shown(metadata)}. {FETCH_AGAIN}")
     refs = [_ref(path, name, entry, base) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     _check_cover(path, refs, base, size)
@@ -227,15 +230,21 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     if offsets is None or len(offsets) != 2:
         refuse("two data offsets", entry.get("data_offsets"))
     begin, end = offsets
-    nbytes = math.prod(shape) * dtype.itemsize
+    nbytes = dtype.itemsize
+    for number in shape:  # step by step: the product of a hostile shape has millions of digits
+        nbytes *= number
+        if nbytes > MAX_BYTES:
+            refuse(f"a tensor of at most {MAX_BYTES} bytes", f"shape {shown(list(shape))}")
     if end - begin != nbytes:
         refuse(f"{nbytes} bytes for {entry['dtype']} {list(shape)}", f"data offsets {begin} .. {end}")
     return TensorRef(name, str(path), dtype, shape, base + begin, nbytes)
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
-    """A list of whole numbers, at least 0, as a tuple; None for any other value."""
-    if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
+    """A list of at most 64 whole numbers from 0 to ``MAX_BYTES`` as a tuple; None for any other value."""
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return None
+    if not all(type(number) is int and 0 <= number <= MAX_BYTES for number in value):
         return None
     return tuple(value)
 

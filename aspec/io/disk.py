@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Protocol, Self
 
 from aspec.errors import DeviceError, InternalError, ReadError
-from aspec.io.loop_mailbox import LoopMailbox
+from aspec.io.loop.mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, address_of, allocate
 from aspec.io.rate_limit import RateLimit
 
@@ -94,7 +94,10 @@ class _File:
             self.fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise ReadError(f"{path}: cannot be opened: {error.strerror}.") from error
+                since = (
+                    "" if version is None else " It could be, when aspec read its header: leave a model's files alone."
+                )
+                raise ReadError(f"{path}: cannot be opened: {error.strerror}.{since}") from error
             self.direct = False
             self.fd = os.open(path, flags)
         if sys.platform == "darwin":

@@ -51,8 +51,18 @@ def parse_json(data: bytes, *, unique: bool = False, constants: bool = False) ->
         raise NotJson(f"expected UTF-8, found byte 0x{data[error.start]:02x} at {error.start}") from error
     except RecursionError as error:
         raise NotJson("expected JSON (it is nested too deeply)") from error
+    except json.JSONDecodeError as error:
+        raise NotJson(f"expected JSON ({error.msg.removesuffix(' at')} {_place(error)})") from error
     except ValueError as error:
         raise NotJson(f"expected JSON ({error})") from error
+
+
+def _place(error: json.JSONDecodeError) -> str:
+    """The place of a fault: a line and a column, in a text of one line a character."""
+    text = error.doc.rstrip()
+    if error.pos >= len(text):
+        return "at its end"
+    return f"at line {error.lineno} column {error.colno}" if "\n" in text else f"at character {error.pos + 1}"
 
 
 def read_json(path: Path, what: str, *, error: type[UserError] = UserError, constants: bool = False) -> Any:

@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
     {
-        "quantization_config": "quantised checkpoints are not supported yet; use the bf16 or fp32 checkpoint",
         "alibi": "positions as an attention bias (alibi) are not supported",
         "is_encoder_decoder": "encoder-decoder models are not supported; aspec runs decoder-only models",
         "use_bidirectional_attention": "attention to later tokens is not supported",
@@ -18,6 +17,13 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Config keys that, when true, change the maths in a way the driver does not support: key -> reason and remedy."""
+
+
+HARMLESS: Mapping[str, object] = MappingProxyType({"use_bidirectional_attention": "vision"})  # image tokens only
+"""Values of refused keys that do not change the maths of text."""
+
+ATTENTION_LAYERS = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+"""Types of layers without a state beside their keys and values."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ __all__ = [
     "compute_buffers",
     "conversion_rules",
     "dot_natural_key",
+    "forget_pad_token",
     "has_recurrent_state",
     "ignore_positions",
     "ignored_keys",
@@ -117,6 +118,14 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         else:
             buffer._is_hf_initialized = True
     model.initialize_weights()
+
+
+def forget_pad_token(config: PreTrainedConfig) -> None:
+    """Make ``config`` name no padding token, also where its class wants one.
+
+    Rows are padded by masks here; with a padding token, some forwards look for it among the tokens.
+    """
+    vars(config)["pad_token_id"] = None
 
 
 def ignore_positions(model: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.json_file import read_json
 from aspec.io.upload import upload
 from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
+from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact import matmul_mode
 from aspec.models.hf_compat import cache_argument, tied_weights
@@ -87,9 +88,13 @@ class Model:
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
         named = named_dtype(dtype, self.config)
-        self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         missing = outlined and not has_weights(self.folder)
-        self.checkpoint = Checkpoint(self.folder, {}, 0, {}) if missing else Checkpoint.open(self.folder)
+        if missing:
+            self.checkpoint = Checkpoint(self.folder, {}, 0, {})
+        else:  # headers are cheap to read, and bound what the configuration may claim
+            self.checkpoint = Checkpoint.open(self.folder)
+            check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
+        self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         self._named_dtype = named or stored_dtype(self.checkpoint.tensors) or torch.float32
         self.dtype = computed_on(self.device, self._named_dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)

@@ -17,13 +17,20 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.attention import attend
-from aspec.models.hf_compat import Cache, cache_argument, ignore_positions
+from aspec.models.hf_compat import (
+    Cache,
+    cache_argument,
+    forget_pad_token,
+    ignore_positions,
+    takes_registered_attention,
+)
 from aspec.models.kv_cache import KVCache, KVShape, MaskKind, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
+NOT_REGISTERED = "its attention does not take a registered attention function"
 SAMPLES = 4096  # pairs of positions for the comparison of a family's mask with aspec's
 UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
 """Arguments of other attention functions that change the result and that ``attend`` does not support."""
@@ -160,20 +167,27 @@ class _ProbeRun:
 @torch.inference_mode(False)  # a view has its base only outside inference mode
 def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
     """Probe a model. Raises UnsupportedModelError if its layers cannot run one by one."""
-    model = _build(config, dtype, NAME)
+    try:
+        model = _build(config, dtype, NAME)
+    except UnsupportedModelError as error:
+        if NAME not in str(error):
+            raise
+        raise UnsupportedModelError(f"{config.model_type} is not supported: {NOT_REGISTERED}.") from error
     try:
         return _examine(config, model, in_tuples=False)
     except _UnfitError as error:
         try:
             return _examine(config, model, in_tuples=True)
-        except _UnfitError:
-            raise UnsupportedModelError(f"{config.model_type} is not supported: {error}.") from error
+        except _UnfitError:  # a family may take a registered attention without saying so: only now is it a reason
+            reason = error if takes_registered_attention(type(model)) else NOT_REGISTERED
+            raise UnsupportedModelError(f"{config.model_type} is not supported: {reason}.") from error
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
-    """The model on meta, so that its forward runs with positions that have no values."""
+    """The model on meta, so that its forward runs with positions and tokens that have no values."""
     model = build_on_meta(config, dtype, attend)
     ignore_positions(model)
+    forget_pad_token(model.config)
     return model
 
 

@@ -10,33 +10,48 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import UnsupportedModelError, reason_of
+from aspec.errors import UnsupportedModelError, reason_of, shown
 from aspec.io.hub import read_config
+from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models import attention
+from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
-from aspec.models.families import REFUSED_KEYS, family_of
+from aspec.models.families import ATTENTION_LAYERS, HARMLESS, REFUSED_KEYS, family_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
+    forget_pad_token,
     has_recurrent_state,
     model_class,
     no_init_weights,
     set_attention,
     set_experts,
-    takes_registered_attention,
 )
+
+OUTPUTS = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+}
+"""Keys that choose what a forward returns beside logits: a training run may have left them in config.json."""
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
     path, raw = folder / "config.json", read_config(folder)
     model_type = raw["model_type"]
+    if (kind := quantisation(raw)) is not None:
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised ({kind}), and quantised checkpoints are not supported yet. {REMEDY}"
+        )
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
         raise UnsupportedModelError(
-            f"{path}: {model_type} is not supported: it {own_code or 'is not known to the installed transformers'}. "
-            f"Update transformers, or choose another model."
+            f"{path}: {shown(model_type)} is not supported: it "
+            f"{own_code or 'is not known to the installed transformers'}. Update transformers, or choose another model."
         )
+    check_numbers(path, raw)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Warning:  # raised as an error by the caller's filter; not caused by the file
@@ -54,27 +69,40 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def _refusals(config: PreTrainedConfig) -> list[str]:
     """Reasons from the configuration alone why aspec cannot run the model; empty if none."""
-    text = config.get_text_config()
-    reasons = [why for key, why in REFUSED_KEYS.items() if getattr(config, key, None) or getattr(text, key, None)]
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        return [f"it holds several models of text ({reason_of(error)})"]
+    reasons = [why for key, why in REFUSED_KEYS.items() if _is_set(config, key) or _is_set(text, key)]
     if (refused := family_of(config.model_type).refused) is not None:
         reasons.append(refused)
     if text is not config:
         reasons.append("it is multimodal; only text-only checkpoints are supported")
     for kind in sorted(rope_types(text)):
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            reasons.append(f"rotary positions of type {kind} are not known to the installed transformers")
+            reasons.append(f"rotary positions of type {shown(kind)} are not known to the installed transformers")
     if (family := model_class(config)) is None:
         return [*reasons, "transformers has no decoder-only language model of this type"]
-    if has_recurrent_state(family):
+    if has_recurrent_state(family) and not _attends_only(text):
         reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
-    elif not reasons and not takes_registered_attention(family):
-        reasons.append("its attention does not take a registered attention function")
     return reasons
+
+
+def _is_set(config: PreTrainedConfig, key: str) -> bool:
+    """Whether a configuration asks for what a key stands for."""
+    value = getattr(config, key, None)
+    return bool(value) and value != HARMLESS.get(key)
+
+
+def _attends_only(text: PreTrainedConfig) -> bool:
+    """Whether the configuration names the type of every layer, and each of them is some form of attention."""
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    return bool(types) and all(kind in ATTENTION_LAYERS for kind in types)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers. Raises UnsupportedModelError if no module list has one per layer."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count > 0:
             return name, module
@@ -89,6 +117,11 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     Raises UnsupportedModelError if transformers cannot build it.
     """
     config = copy.deepcopy(config)
+    if not _has_pad_token(config):  # a fine-tune may name a token beyond the embedding; no layer uses it
+        forget_pad_token(config)
+    for key, value in OUTPUTS.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     set_attention(config, attend)
     if (experts := family_of(config.model_type).experts) is not None:
         set_experts(config, experts)
@@ -105,8 +138,15 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     return model.eval()
 
 
+def _has_pad_token(config: PreTrainedConfig) -> bool:
+    """Whether the padding token of a configuration is within its embedding."""
+    token, size = getattr(config, "pad_token_id", None), getattr(config.get_text_config(), "vocab_size", None)
+    return isinstance(token, int) and isinstance(size, int) and -size <= token < size
+
+
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with parameters and stored buffers on meta, and its computed buffers on ``device``."""
     model = build_on_meta(config, dtype, attention.NAME)
+    check_tables(model)
     compute_buffers(model, device)
     return model

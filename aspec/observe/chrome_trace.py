@@ -31,6 +31,8 @@ SHORTEST_STEP_S = 0.02  # between two values of a counter
 STALL_S = 1e-3  # a shorter stall gets no mark
 MOST_STALLS = 1000  # marked, the longest ones
 
+TEXT_FACTS = ("version", "target", "draft")
+
 Event = tuple[int, int, str]  # microseconds, rank among events of the same time, JSON
 
 LOADS = tuple(op for op in Op if op.loads)  # a load's slice name begins with one of these
@@ -342,9 +344,11 @@ def _timelines(data: Mapping[str, Any]) -> dict[str, Timeline]:
 
 
 def _facts(facts: Any, name: str) -> dict[str, str | int | float]:
-    """The facts of a process; those that are neither texts nor numbers are left out."""
+    """The facts of a process: names of models and versions are texts, all others numbers."""
     own = facts.get(name) if isinstance(facts, dict) else None
-    return {key: value for key, value in own.items() if isinstance(value, str | int | float)} if own else {}
+    texts = {key: str(value) for key, value in own.items() if key in TEXT_FACTS} if isinstance(own, dict) else {}
+    numbers = {key: member(own, key, float) for key in own if key not in TEXT_FACTS} if isinstance(own, dict) else {}
+    return {**numbers, **texts}
 
 
 def _slice(event: Mapping[str, Any], lane: str, unnamed: int) -> Slice:

@@ -240,7 +240,7 @@ def stalls(timeline: Timeline, start_s: float, stop_s: float, least_s: float = S
     found = []
     for (_, idle_from), (idle_to, _) in pairwise(merged):
         if idle_to - idle_from > least_s:
-            after = by_id[begins[bisect_left(begins, (idle_to, -1))][1]]
+            after = by_id[begins[bisect_left(begins, (idle_to,))][1]]
             found.append(Stall(use.lane, idle_from, idle_to, _cause_of(after, by_id.get(after.cause))))
     return sorted(found, key=lambda stall: stall.start_s - stall.stop_s)
 

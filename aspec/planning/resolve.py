@@ -3,6 +3,7 @@
 An engine or a plan resolves its options once. No code below looks for a folder, a device or free memory again.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,9 +152,7 @@ def _folders(
     if options.target is None:
         for name, value in (("draft", options.draft), ("adapter", options.adapter)):
             if value not in (None, NGRAM):
-                raise UserError(
-                    f"--{name} was given without --target: a {name} belongs to one target. Give both or neither."
-                )
+                raise UserError(f"--{name} was given without --target: it belongs to one target. Give both or neither.")
         return (DEMO / "target", None), (DEMO / "draft", None) if method.has_model else None
     find = partial(hub.resolve, fetches=fetches, weights=weights)
     target = _weights(find, str(options.target), "target", options.adapter)
@@ -182,10 +181,11 @@ def _weights(find: Find, name: str, what: str, adapter: str | Path | None = None
             f"--{what}, and the adapter with --adapter."
         )
     beside = folder / config.base  # a relative path may be relative to the adapter
-    base = find(str(beside if beside.is_dir() else config.base), what=f"the base of {what} {name!r},")
+    found = str(beside) if os.path.isdir(beside) else config.base
+    base = find(found, what=f"the base of {what} {name!r},")
     if has_adapter(base):
         raise UserError(
-            f"{config.path}: its base {config.base!r} holds an adapter, too. Merge that one with peft first."
+            f"{config.path}: its base {config.base!r:.200} holds an adapter, too. Merge that one with peft first."
         )
     return base, folder
 

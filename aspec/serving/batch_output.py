@@ -5,12 +5,14 @@ exists. Rows are appended to the output and synced, then recorded in the journal
 complete in the output, and a crash between the two syncs leaves lines without a record. Opening cuts off these lines
 and the torn end of either file; the rows are generated again. A journal line has a checksum of itself, a record also
 one of its row. No byte is rewritten, so no rename is needed. All functions block: do not call them on the loop.
+
+Another process may remove, move, replace or cut a file while it is open. So both files are looked up by their paths
+before every write, and all rows are read back at the end.
 """
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import stat
 import zlib
@@ -20,9 +22,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from aspec.errors import UserError, WriteError
+from aspec.serving.batch_input import RowId
+from aspec.serving.batch_journal import (
+    Record,
+    begin_header,
+    check_header,
+    journal_of,
+    read_header,
+    read_records,
+    seal,
+)
+from aspec.serving.request_fields import as_json
 
-SUFFIX = ".journal"
-FORMAT = 1  # of the journal; another one is refused
 NEWLINE = b"\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, no larger file allowed
 
@@ -31,30 +42,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, no large
 class OutputRow:
     """A line of the output, newline included, and the id of its row."""
 
-    id: str
+    id: RowId
     line: bytes
     failed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The journal's record of a row: the offset in the output where its line ends, and the line's CRC-32."""
-
-    id: str
-    end: int
-    checksum: int
-    failed: bool
-
-    def sealed(self) -> bytes:
-        """The record as a line of the journal."""
-        return seal({"id": self.id, "end": self.end, "crc": self.checksum, "failed": self.failed})
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRows:
     """The rows that the output held when it was opened."""
 
-    done: frozenset[str]  # their ids, failed rows included
+    done: frozenset[RowId]  # their ids, failed rows included
     num_failed: int = 0
     cut_bytes: int = 0  # bytes of lines without a record in the journal
 
@@ -62,17 +59,18 @@ class FinishedRows:
 class Output:
     """An open output; mutable, because it grows. Both files are locked for this process."""
 
-    def __init__(self, path: Path, output: int, journal: int, created: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, output: int, journal: int, created: int, header_end: int) -> None:
+        self.path = path  # as the user gave it
         self.created = created  # when the job began, seconds since the epoch
         self._output, self._journal = output, journal
+        self._journal_path = journal_of(Path(os.path.realpath(path)))
+        self._header_end = header_end
         self._end = self._journal_end = 0  # bytes of synced rows and of their records; later bytes do not count
         self._broken: WriteError | None = None  # the first write error; later writes raise it again
 
     def append(self, rows: Sequence[OutputRow]) -> None:
         """Write and sync rows; they count when this returns. Raises WriteError, then and on every later call."""
-        if self._broken is not None:
-            raise self._broken
+        self.check()
         end, records = self._end, []
         for row in rows:
             end += len(row.line)
@@ -87,6 +85,32 @@ class Output:
             raise self._broken from error
         self._end, self._journal_end = end, self._journal_end + sum(map(len, records))
 
+    def check(self) -> None:
+        """Raises WriteError, then and on every later call, if another process has changed one of the files."""
+        if self._broken is not None:
+            raise self._broken
+        output, journal = (self.path, self._output, self._end), (self._journal_path, self._journal, self._journal_end)
+        for path, file, end in (output, journal):
+            if change := _change(path, file, end):
+                self._broken = WriteError(
+                    f"{path} {change} while rows were written. The finished rows are in the files that this job has "
+                    f"written: put {output[0]} and {journal[0].name} back as they were and run the same command "
+                    f"again; it continues where it stopped. Or start anew with --overwrite."
+                )
+                raise self._broken
+
+    def verify(self) -> None:
+        """Read all rows back. Raises WriteError or UserError if they are no longer those that were written."""
+        self.check()
+        end = 0
+        for record, _ in self._finished():
+            end = record.end
+        if end != self._end:
+            raise WriteError(
+                f"{self._journal_path} was changed while rows were written: it records {end} of {self._end} bytes of "
+                f"{self.path}. Run the same command again: the other rows are generated again."
+            )
+
     def close(self) -> None:
         """Close both files, which releases their locks."""
         os.close(self._output)
@@ -98,26 +122,33 @@ class Output:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def resume(self, header_end: int) -> FinishedRows:
+    def resume(self) -> FinishedRows:
         """Compare the output with its journal, cut what has no record, return the finished rows. Raises UserError."""
-        self._end, self._journal_end = 0, header_end
-        done: set[str] = set()
+        self._end, self._journal_end = 0, self._header_end
+        done: set[RowId] = set()
         num_failed, size = 0, os.fstat(self._output).st_size
-        for record, journal_end in _records(self._journal, header_end):
-            if record.end > size:
-                break  # the storage lost synced bytes, or the file is a cut copy: the rest is generated again
-            line = os.pread(self._output, record.end - self._end, self._end)
-            if zlib.crc32(line) != record.checksum or not line.endswith(NEWLINE):
-                raise UserError(
-                    f"{self.path} was changed: its journal expects the row of {record.id!r} at bytes {self._end} .. "
-                    f"{record.end}, and other bytes are there. Restore the file; or cut it there (truncate -s "
-                    f"{self._end} FILE) to generate that row and the later rows again; or start anew with --overwrite."
-                )
+        for record, journal_end in self._finished():
             done.add(record.id)
             num_failed += record.failed
             self._end, self._journal_end = record.end, journal_end
         self._cut()
         return FinishedRows(frozenset(done), num_failed, max(0, size - self._end))
+
+    def _finished(self) -> Iterator[tuple[Record, int]]:
+        """The records whose rows are in the output, and the offset where each record ends. Raises UserError."""
+        start, size = 0, os.fstat(self._output).st_size
+        for record, journal_end in read_records(self._journal, self._header_end):
+            if record.end > size:
+                return  # the storage lost synced bytes, or the file is a cut copy: the rest is generated again
+            line = os.pread(self._output, max(0, record.end - start), start)
+            if zlib.crc32(line) != record.checksum or not line.endswith(NEWLINE):
+                raise UserError(
+                    f"{self.path} was changed: its journal expects the row of {as_json(record.id)} at bytes "
+                    f"{start} .. {record.end}, and other bytes are there. Restore the file; or cut it there (truncate "
+                    f"-s {start} FILE) to generate that row and the later rows again; or start anew with --overwrite."
+                )
+            yield record, journal_end
+            start = record.end
 
     def _cut(self) -> None:
         """Truncate both files to the bytes that count."""
@@ -135,51 +166,31 @@ def open_output(
     ``ties``: what the rows depend on, as JSON values; an output that was begun with other values is refused. Raises
     UserError when the output cannot be used, WriteError when it cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
     journal_path = journal_of(path)
     try:
         check_startable(path, overwrite=overwrite)
         with contextlib.ExitStack() as stack:
             journal = _open_locked(journal_path, stack)
-            header, header_end = _read_header(journal)
+            header, header_end = read_header(journal)
             begun = header is not None and not overwrite
             if begun:
                 assert header is not None
-                _check_header(header, ties, path)
+                check_header(header, ties, path)
             elif not overwrite and _size(path):
                 raise _no_journal(path)
             output = _open_locked(path, stack)
             if not begun:
-                header = {"aspec": "batch journal", "format": FORMAT, "created": created, "ties": dict(ties)}
+                header = begin_header(created, ties)
                 header_end = _begin(output, journal, header)
             _sync_folder(path.parent)
             assert header is not None
-            opened = Output(path, output, journal, int(header["created"]))
-            found = opened.resume(header_end)
+            opened = Output(given, output, journal, header["created"], header_end)
+            found = opened.resume()
             stack.pop_all()
             return opened, found
     except OSError as error:
         raise _write_error(path, error) from error
-
-
-def journal_of(path: Path) -> Path:
-    """The path of an output's journal."""
-    return path.with_name(path.name + SUFFIX)
-
-
-def seal(content: Mapping[str, Any]) -> bytes:
-    """A line of the journal: the CRC-32 of the JSON in 8 hexadecimal digits, a space, the JSON, a newline."""
-    text = json.dumps(content).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def unseal(line: bytes) -> dict[str, Any] | None:
-    """The content of a journal line; None if the line is torn."""
-    checksum, _, text = line.removesuffix(NEWLINE).partition(b" ")
-    if not line.endswith(NEWLINE) or checksum != b"%08x" % zlib.crc32(text):
-        return None
-    content = json.loads(text)
-    return content if isinstance(content, dict) else None
 
 
 def check_startable(path: Path, *, overwrite: bool) -> None:
@@ -200,6 +211,19 @@ def _no_journal(path: Path) -> UserError:
         f"{path} exists and has no journal ({journal_of(path).name}) that records its rows, so it cannot be continued. "
         f"Give another -o, or start anew with --overwrite: the content of the file is lost then."
     )
+
+
+def _change(path: Path, file: int, end: int) -> str | None:
+    """What has become of an open file of ``end`` bytes that its path named; None if it is as it was."""
+    try:
+        found, opened = os.stat(path), os.fstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return "was removed or moved away"
+    except OSError as error:
+        return f"cannot be reached ({error.strerror})"
+    if not os.path.samestat(found, opened):
+        return "was replaced by another file"
+    return f"was changed (it has {opened.st_size} bytes, {end} were written)" if opened.st_size != end else None
 
 
 def _size(path: Path) -> int:
@@ -228,48 +252,6 @@ def _begin(output: int, journal: int, header: Mapping[str, Any]) -> int:
     line = seal(header)
     _write(journal, line, 0)
     return len(line)
-
-
-def _read_header(journal: int) -> tuple[dict[str, Any] | None, int]:
-    """The header and the offset where it ends; None if the first line is torn or missing."""
-    with open(journal, "rb", closefd=False) as file:
-        file.seek(0)
-        line = file.readline()
-    return unseal(line), len(line)
-
-
-def _check_header(header: Mapping[str, Any], ties: Mapping[str, Any], path: Path) -> None:
-    """Raises a UserError that lists the differences when the output belongs to another job."""
-    start_anew = "Give another -o, or start anew with --overwrite: the rows of the file are lost then."
-    if header.get("format") != FORMAT:
-        raise UserError(
-            f"{path} was begun by another version of aspec; this version cannot read its journal. {start_anew}"
-        )
-    stored, now = header["ties"], json.loads(json.dumps(dict(ties)))
-    names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
-    if names:
-        differences = "; ".join(f"{name} was {_brief(stored.get(name))}, is {_brief(now.get(name))}" for name in names)
-        raise UserError(
-            f"{path} was begun by another job, so old and new rows would not belong together: {differences}. "
-            f"Give the same input, model and options to continue. {start_anew}"
-        )
-
-
-def _brief(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:76] + " ..."
-
-
-def _records(journal: int, start: int) -> Iterator[tuple[Record, int]]:
-    """The records after the header and the offset where each ends, up to the first torn line."""
-    with open(journal, "rb", closefd=False) as file:
-        file.seek(start)
-        for line in file:
-            content = unseal(line)
-            if content is None:
-                return
-            start += len(line)
-            yield Record(content["id"], content["end"], content["crc"], content["failed"]), start
 
 
 def _write(file: int, data: bytes, at: int) -> None:

@@ -1,23 +1,21 @@
 """How an engine serves many requests: a bounded window of requests at a time, one answer per request."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aspec.api import Result, collect
 from aspec.engine.engine import Engine
-from aspec.errors import NumericError, PromptError
+from aspec.errors import NumericError, PromptError, first_error
 from aspec.generation.params import SamplingParams
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.sampler import derive_seed
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.serving.openai_requests import Request
+from aspec.serving.refusals import ContextExceeded, Refused
 
 WINDOW = 2  # requests in the engine per row of its plan; 2, so that the next request begins as soon as one ends
-
-
-class ContextExceeded(PromptError):
-    """A request needs more tokens than the context holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +26,14 @@ class PreparedRequest:
     request: Request
     tokens: list[int]
     params: SamplingParams
+    refused: PromptError | None = None  # an error that came while the request was prepared
 
 
-Refused = PromptError | NumericError
-"""The error of one request; other requests are not affected."""
+Outcome = Sequence[Result] | Refused
+"""The choices of a request, or its error."""
 
-Answered = Callable[[PreparedRequest, Result | Refused], Awaitable[None]]
-"""Called with every answer or error; a worker takes its next request when this returns."""
+Answered = Callable[[PreparedRequest, Outcome], Awaitable[None]]
+"""Called with every outcome; a worker takes its next request when this returns."""
 
 
 async def serve(engine: Engine, requests: Iterable[PreparedRequest], answered: Answered, drain: asyncio.Event) -> None:
@@ -62,33 +61,57 @@ async def serve(engine: Engine, requests: Iterable[PreparedRequest], answered: A
         drained.cancel()
 
 
-async def answer(engine: Engine, one: PreparedRequest, leave: asyncio.Future[Any]) -> Result | Refused | None:
+async def answer(engine: Engine, one: PreparedRequest, leave: asyncio.Future[Any]) -> Outcome | None:
     """The answer to a request, or its error; None if it had generated no token when ``leave`` was done."""
-    room, wanted = engine.max_context - len(one.tokens), one.request.max_new_tokens
-    if room < max(1, wanted or 0):
-        return ContextExceeded(
-            f"the row needs {len(one.tokens)} prompt tokens and {wanted if wanted is not None else 'at least 1'} to "
-            f"generate; the context holds {engine.max_context} tokens. Shorten the prompt, lower max_tokens or raise "
-            f"--max-context."
-        )
+    if one.refused is not None:
+        return one.refused
     begun = asyncio.Event()
-    result = asyncio.ensure_future(collect(engine, one.tokens, one.params, lambda _: begun.set()))
+    results: asyncio.Future[list[Result]] | None = None
     try:
-        await asyncio.wait([result, leave], return_when=asyncio.FIRST_COMPLETED)
-        return await result if result.done() or begun.is_set() else None
+        check_room(len(one.tokens), one.request.max_new_tokens, engine.max_context)
+        results = asyncio.ensure_future(_choices(engine, one, begun))
+        await asyncio.wait([results, leave], return_when=asyncio.FIRST_COMPLETED)
+        return await results if results.done() or begun.is_set() else None
     except (PromptError, NumericError) as error:
         return error
     finally:
-        if not result.done():
-            result.cancel()
+        if results is not None and not results.done():
+            results.cancel()
             with suppress(asyncio.CancelledError):
-                await result
+                await results
+
+
+async def _choices(engine: Engine, one: PreparedRequest, begun: asyncio.Event) -> list[Result]:
+    """All choices of a request, at once; ``begun`` is set at the first token. Raises the first error."""
+    seeds = [one.params.seed, *(derive_seed(one.params.seed, index) for index in range(1, one.request.num_choices))]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(collect(engine, one.tokens, replace(one.params, seed=seed), lambda _: begun.set()))
+                for seed in seeds
+            ]
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from None
+    return [task.result() for task in tasks]
+
+
+def check_room(num_prompt: int, wanted: int | None, context: int) -> None:
+    """Raises ContextExceeded if a prompt and the tokens it asks for, or one if it does not say, need more tokens."""
+    needed = num_prompt + (1 if wanted is None else max(1, wanted))
+    if needed <= context:
+        return
+    raise ContextExceeded(
+        f"the row needs {num_prompt} prompt tokens and {'at least 1' if wanted is None else wanted} to generate; the "
+        f"context holds {context} tokens. Shorten the prompt, lower max_tokens or raise --max-context",
+        "prompt" if num_prompt >= context else "max_tokens",
+    )
 
 
 def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
     """The prompt of a request as token ids. Raises PromptError when it cannot be encoded."""
     if request.is_chat:
-        return tokenizer.encode_chat([message for message in request.prompt if isinstance(message, dict)])
+        messages = [message for message in request.prompt if isinstance(message, dict)]
+        return tokenizer.encode_chat(messages, variables=request.template)
     if isinstance(request.prompt, str):
         return tokenizer.encode(request.prompt)
     return [token for token in request.prompt if isinstance(token, int)]

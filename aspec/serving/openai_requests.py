@@ -1,23 +1,27 @@
 """How requests are read from OpenAI's form: the bodies of chat and text completions, read strictly.
 
-An unknown or unsupported field is an error that names the field; no field is ignored. A field that is null counts as
-absent. vLLM's extensions (top_k, min_p, repetition_penalty, ignore_eos, min_tokens, bad_words) and some fields of
-transformers (``AS_GIVEN``) are supported. Standard library only.
+``request_fields`` has a row for every field; no field is ignored in silence. A field that is null counts as absent. A
+whole number may be written as 64 or 64.0: JSON has one kind of numbers. Standard library only.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from aspec.errors import PromptError
 from aspec.generation.params import MAX_LOGPROBS, SamplingParams
 from aspec.io.json_file import NotJson
 from aspec.io.json_file import parse_json as parse_any_json
+from aspec.serving.refusals import RequestError, one_error
+from aspec.serving.request_fields import CHAT, COMPLETION, as_json, given_fields, plain
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+T = TypeVar("T")
+
 ROLES = ("system", "developer", "user", "assistant")
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the old and the new name
+MIN_TOKENS = ("min_tokens", "min_new_tokens")  # vLLM's name, and that of transformers
+MOST_CHOICES = 128  # of a request, as in OpenAI's interface
 AS_GIVEN = (
     "temperature",
     "top_p",
@@ -35,9 +39,12 @@ AS_GIVEN = (
     "bad_words",
     "bad_words_ids",
     "suppress_tokens",
-    "min_new_tokens",
 )  # fields that have the same name in SamplingParams
-KNOWN = frozenset((*AS_GIVEN, *MAX_TOKENS, "min_tokens", "model", "n", "stream", "logprobs"))
+WHOLE = frozenset(
+    ("top_k", "no_repeat_ngram_size", "seed", "n", "best_of", "logprobs", "top_logprobs", *MAX_TOKENS, *MIN_TOKENS)
+)
+MESSAGE_FIELDS = ("role", "content", "name", "reasoning_content", "reasoning")
+NO_EFFECT = {"tool_calls": [], "annotations": [], "refusal": ""}  # in a message, as OpenAI's own answers have them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +52,11 @@ class Request:
     """One request: the prompt, and the sampling fields that it gives."""
 
     url: str  # CHAT or COMPLETION
-    prompt: str | tuple[int, ...] | tuple[Mapping[str, str], ...]  # a text, token ids, or messages
+    prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]  # a text, token ids, or messages
     sampling: Mapping[str, Any]  # the given fields of SamplingParams
     model: str | None = None  # as the request names it
+    num_choices: int = 1  # answers to generate
+    template: Mapping[str, Any] | None = None  # variables for the chat template
 
     @property
     def is_chat(self) -> bool:
@@ -70,82 +79,146 @@ def parse_json(text: bytes) -> Any:
     try:
         return parse_any_json(text, unique=True)
     except NotJson as error:
-        raise PromptError(str(error)) from error
+        cause = error.__cause__
+        if isinstance(cause, json.JSONDecodeError):  # a request is one line, so a line number says nothing
+            raise RequestError(
+                f"expected JSON ({cause.msg} at character {cause.pos + 1})", code="invalid_json"
+            ) from error
+        raise RequestError(str(error), code="invalid_json") from error
 
 
 def parse_request(url: str, body: object) -> Request:
-    """Parse a request's body. Raises a PromptError that names the field."""
+    """Parse a request's body. Raises a RequestError that names every field that cannot be served."""
     if url not in (CHAT, COMPLETION):
         _refuse("url", f"{CHAT} or {COMPLETION}", url)
     if not isinstance(body, dict):
         _refuse("body", "an object", body)
-    source = "messages" if url == CHAT else "prompt"
-    own = {source, "top_logprobs"} if url == CHAT else {source}
-    for name in body:
-        if name not in KNOWN | own:
-            raise PromptError(f"{name} is not supported in the body of a request to {url}: remove it")
-    given = {name: value for name, value in body.items() if value is not None}
-    if source not in given:
-        raise PromptError(f"{source} is missing: {url} needs it")
-    _check(given, "model", "a text", lambda value: isinstance(value, str))
-    _check(given, "n", "1: one choice per request", lambda value: value == 1 and not isinstance(value, bool))
-    _check(given, "stream", "false: the answer is not streamed", lambda value: value is False)
-    prompt = _messages(given[source]) if url == CHAT else _prompt(given[source])
-    sampling = {name: given[name] for name in AS_GIVEN if name in given}
-    if "min_tokens" in given:  # vLLM's name
-        sampling["min_new_tokens"] = given["min_tokens"]
-    sampling |= _max_tokens(given) | (_chat_logprobs(given) if url == CHAT else _completion_logprobs(given))
-    if "stop" in sampling:
-        sampling["stop"] = _stop(sampling["stop"])
-    try:
-        SamplingParams(**sampling)
-    except PromptError as error:
-        raise PromptError(str(error).partition(". Change it")[0]) from error  # the remedy would name the wrong default
-    except OverflowError as error:
-        raise PromptError("a number of the body is too large for a floating-point value") from error
-    return Request(url, prompt, sampling, given.get("model"))
+    given, problems = given_fields(url, body)
+    given = {name: _as_whole(value) if name in WHOLE else value for name, value in given.items()}
+
+    def attempt(read: Callable[[Mapping[str, Any]], T]) -> T | None:
+        try:
+            return read(given)
+        except RequestError as error:
+            problems.append(error)
+            return None
+
+    prompt = attempt(_messages if url == CHAT else _prompt)
+    attempt(_check_others)
+    num_choices = attempt(_num_choices)
+    template = attempt(_template)
+    most, least = attempt(_max_tokens), attempt(_min_tokens)
+    logprobs = attempt(_chat_logprobs if url == CHAT else _completion_logprobs)
+    sampling = {name: value for name in AS_GIVEN if (value := attempt(_sampling(name))) is not None}
+    if problems:
+        raise one_error(problems)
+    assert prompt is not None
+    assert num_choices is not None
+    sampling |= (most or {}) | (least or {}) | (logprobs or {})
+    return Request(url, prompt, sampling, given.get("model"), num_choices, template)
 
 
 # -- fields ----------------------------------------------------------------------------------------------------
 
 
-def _messages(value: object) -> tuple[Mapping[str, str], ...]:
+def _check_others(given: Mapping[str, Any]) -> None:
+    if not isinstance(given.get("model", ""), str):
+        _refuse("model", "a text", given["model"])
+
+
+def _num_choices(given: Mapping[str, Any]) -> int:
+    count = given.get("n", 1)
+    if not _is_whole(count) or not 1 <= count <= MOST_CHOICES:
+        _refuse("n", f"a whole number from 1 to {MOST_CHOICES}", count)
+    best_of = given.get("best_of", count)
+    if not _is_whole(best_of) or best_of != count:
+        _refuse("best_of", f"n = {count}: every answer is returned", best_of)
+    return int(count)
+
+
+def _template(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The variables of the chat template; ``reasoning_effort`` is one of them, as in vLLM."""
+    variables = given.get("chat_template_kwargs", {})
+    if not isinstance(variables, dict):
+        _refuse("chat_template_kwargs", "an object of the chat template's variables", variables)
+    effort = given.get("reasoning_effort")
+    if effort is None:
+        return dict(variables) or None
+    if not isinstance(effort, str) or not effort:
+        _refuse("reasoning_effort", "a text", effort)
+    return {"reasoning_effort": effort, **variables}
+
+
+def _sampling(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A reader of one field of SamplingParams; it returns None if the request does not give the field."""
+
+    def read(given: Mapping[str, Any]) -> Any:
+        value = given.get(name)
+        if value is None:
+            return None
+        if name == "stop":
+            value = _stop(value)
+        elif name == "top_k" and value == -1:
+            value = 0  # vLLM's word for off
+        alone: dict[str, Any] = {name: value}
+        try:
+            SamplingParams(**alone)
+        except PromptError as error:  # the remedy would name the wrong default
+            raise RequestError(str(error).partition(". Change it")[0], name) from error
+        except OverflowError as error:
+            raise RequestError(f"{name} is too large for a floating-point value", name) from error
+        return value
+
+    return read
+
+
+def _messages(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    value = _source(given, "messages", CHAT)
     if not isinstance(value, list) or not value:
         _refuse("messages", "a list of messages, at least one", value)
     return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(value))
 
 
-def _message(name: str, value: object) -> Mapping[str, str]:
+def _source(given: Mapping[str, Any], name: str, url: str) -> Any:
+    if name not in given:
+        raise RequestError(f"{name} is missing: {url} needs it", name, "missing_required_parameter")
+    return given[name]
+
+
+def _message(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         _refuse(name, "an object with role and content", value)
-    for key in value:
-        if key not in ("role", "content", "name"):
-            raise PromptError(f"{name}.{key} is not supported: remove it")
-    role, speaker = value.get("role"), value.get("name")
-    if role not in ROLES:
-        _refuse(f"{name}.role", f"one of {', '.join(ROLES)}", role)
-    content = _content(f"{name}.content", value.get("content"))
-    if speaker is None:
-        return {"role": role, "content": content}
-    if not isinstance(speaker, str):
-        _refuse(f"{name}.name", "a text", speaker)
-    return {"role": role, "content": content, "name": speaker}
+    message = {key: one for key, one in value.items() if one is not None and NO_EFFECT.get(key) != one}
+    for key in message:
+        if key not in MESSAGE_FIELDS:
+            raise RequestError(f"{name}.{plain(key)} is not supported: remove it", f"{name}.{plain(key)}")
+    if message.get("role") not in ROLES:
+        _refuse(f"{name}.role", f"one of {', '.join(ROLES)}", value.get("role"))
+    for key in message.keys() - {"role", "content"}:
+        if not isinstance(message[key], str):
+            _refuse(f"{name}.{key}", "a text", message[key])
+    return {**message, "content": _content(f"{name}.content", message.get("content"))}
 
 
-def _content(name: str, value: object) -> str:
-    """A text; parts of type text are joined as its lines."""
+def _content(name: str, value: object) -> str | list[dict[str, str]]:
+    """A text, or a list of parts of type text, as the request holds it: the chat template decides."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         _refuse(name, "a text, or a list of parts of type text", value)
     for index, part in enumerate(value):
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+            raise RequestError(f"{name}[{index}] is a part of type {kind}: only parts of type text are supported")
         fine = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
         if not fine or not isinstance(part["text"], str):
-            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}; other parts are not supported', part)
-    return "\n".join(part["text"] for part in value)
+            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}', part)
+    return value
 
 
-def _prompt(value: object) -> str | tuple[int, ...]:
+def _prompt(given: Mapping[str, Any]) -> str | tuple[int, ...]:
+    value = _source(given, "prompt", COMPLETION)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]  # a list of one prompt
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value or not all(_is_whole(token) and token >= 0 for token in value):
@@ -154,31 +227,40 @@ def _prompt(value: object) -> str | tuple[int, ...]:
 
 
 def _max_tokens(given: Mapping[str, Any]) -> dict[str, int]:
-    values = {name: given[name] for name in MAX_TOKENS if name in given}
+    return _count_of_tokens(given, MAX_TOKENS, "max_new_tokens")
+
+
+def _min_tokens(given: Mapping[str, Any]) -> dict[str, int]:
+    return _count_of_tokens(given, MIN_TOKENS, "min_new_tokens")
+
+
+def _count_of_tokens(given: Mapping[str, Any], names: tuple[str, str], meant: str) -> dict[str, int]:
+    """The field ``meant`` of SamplingParams, which requests give by one of two names."""
+    values = {name: given[name] for name in names if name in given}
     for name, value in values.items():
         if not _is_whole(value) or value < 0:
             _refuse(name, "a whole number, at least 0", value)
     if len(set(values.values())) > 1:
-        raise PromptError("max_tokens and max_completion_tokens differ: give one of them")
-    return {"max_new_tokens": next(iter(values.values()))} if values else {}
+        raise RequestError(f"{' and '.join(names)} differ: give one of them", names[0])
+    return {meant: next(iter(values.values()))} if values else {}
 
 
 def _chat_logprobs(given: Mapping[str, Any]) -> dict[str, int]:
     wanted, top = given.get("logprobs", False), given.get("top_logprobs")
     if not isinstance(wanted, bool):
         _refuse("logprobs", "true or false", wanted)
-    if top is None:
+    if top is None or (_is_whole(top) and top == 0 and not wanted):
         return {"logprobs": 0} if wanted else {}
     if not _is_whole(top) or not 0 <= top <= MAX_LOGPROBS:
         _refuse("top_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", top)
     if not wanted:
-        raise PromptError("top_logprobs needs logprobs: true")
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     return {"logprobs": top}
 
 
 def _completion_logprobs(given: Mapping[str, Any]) -> dict[str, int]:
     wanted = given.get("logprobs")
-    if wanted is None:
+    if wanted is None or wanted is False:
         return {}
     if not _is_whole(wanted) or not 0 <= wanted <= MAX_LOGPROBS:
         _refuse("logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", wanted)
@@ -196,11 +278,10 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check(given: Mapping[str, Any], name: str, expected: str, fine: Callable[[Any], bool]) -> None:
-    if name in given and not fine(given[name]):
-        _refuse(name, expected, given[name])
+def _as_whole(value: Any) -> Any:
+    """A number without a fraction as an int; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse(name: str, expected: str, found: object) -> NoReturn:
-    text = json.dumps(found)
-    raise PromptError(f"{name} must be {expected}; found {text if len(text) <= 60 else text[:56] + ' ...'}")
+    raise RequestError(f"{name} must be {expected}; found {as_json(found)}", name)

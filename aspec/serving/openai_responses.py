@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 from aspec.generation.sampler import TokenLogprob
-from aspec.generation.tokenizer import REPLACEMENT, Tokenizer
+from aspec.generation.text.tokenizer import REPLACEMENT, Tokenizer
 from aspec.serving.openai_requests import Request
 
 UNREACHABLE = -9999.0  # the logprob of an impossible token, in place of -inf
@@ -32,29 +32,34 @@ class Label:
     model: str
 
 
-def answer_body(request: Request, made: Generated, label: Label, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The body of a ``chat.completion`` or a ``text_completion`` object."""
+def answer_body(request: Request, choices: Sequence[Generated], label: Label, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The body of a ``chat.completion`` or a ``text_completion`` object, with one or more choices."""
+    num_prompt, num_tokens = choices[0].num_prompt, sum(made.num_tokens for made in choices)
+    return {
+        "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{label.id}",
+        "object": "chat.completion" if request.is_chat else "text_completion",
+        "created": label.created,
+        "model": label.model,
+        "choices": [_choice(request, index, made, tokenizer) for index, made in enumerate(choices)],
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+        },
+    }
+
+
+def _choice(request: Request, index: int, made: Generated, tokenizer: Tokenizer) -> dict[str, Any]:
     asked = request.sampling.get("logprobs") is not None
     form = _chat_logprobs if request.is_chat else _completion_logprobs
-    choice: dict[str, Any] = {"index": 0}
+    choice: dict[str, Any] = {"index": index}
     if request.is_chat:
         choice["message"] = {"role": "assistant", "content": made.text}
     else:
         choice["text"] = made.text
     choice["logprobs"] = form(made.logprobs, tokenizer) if asked else None
     choice["finish_reason"] = made.finish_reason
-    return {
-        "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{label.id}",
-        "object": "chat.completion" if request.is_chat else "text_completion",
-        "created": label.created,
-        "model": label.model,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": made.num_prompt,
-            "completion_tokens": made.num_tokens,
-            "total_tokens": made.num_prompt + made.num_tokens,
-        },
-    }
+    return choice
 
 
 def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> di
         # a token that is only part of a character has no text; OpenAI's interface allows null for its bytes
         return {
             "token": text,
-            "logprob": _finite(logprob),
+            "logprob": finite(logprob),
             "bytes": None if REPLACEMENT in text else list(text.encode()),
         }
 
@@ -80,16 +85,16 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer)
     for text, one in zip(tokens, logprobs, strict=True):
         top: dict[str, float] = {}
         for token, logprob in one.top:
-            top.setdefault(tokenizer.spell([token]), _finite(logprob))  # the likeliest of the tokens with this text
-        tops.append(top if text in top else {**top, text: _finite(one.logprob)})
+            top.setdefault(tokenizer.spell([token]), finite(logprob))  # the likeliest of the tokens with this text
+        tops.append(top if text in top else {**top, text: finite(one.logprob)})
     return {
         "tokens": tokens,
-        "token_logprobs": [_finite(one.logprob) for one in logprobs],
+        "token_logprobs": [finite(one.logprob) for one in logprobs],
         "top_logprobs": tops,
         "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """Replace -inf by UNREACHABLE: JSON has no infinity, and OpenAI's interface uses this number."""
     return max(logprob, UNREACHABLE)

@@ -101,7 +101,7 @@ def _options(ctx: Any, *, everything: bool) -> Iterator[Text]:
     """The options by panel."""
     panels: dict[str, list[tuple[str, str]]] = {}
     folded = 0
-    for param in ctx.command.get_params(ctx):
+    for param in sorted(ctx.command.get_params(ctx), key=lambda param: param.param_type_name):  # arguments first
         names = [*param.opts, *param.secondary_opts] if param.param_type_name == "option" else []
         if param.hidden or (names == [] and not getattr(param, "help", None)):
             continue

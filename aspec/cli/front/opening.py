@@ -8,7 +8,7 @@ from aspec.cli.command_flags import PlanFlags, TraceFlags
 from aspec.cli.flags import MachineFlags, ModelFlags, SamplingFlags
 from aspec.generation.params import SamplingParams
 from aspec.io import hub
-from aspec.io.fetching.fetch import LINE_S, Fetches, describe
+from aspec.io.fetching.fetch import LINE_S, Fetches, Words
 from aspec.observe.console import Console
 from aspec.options import NGRAM
 from aspec.profiling.hardware import read_machine
@@ -42,14 +42,14 @@ def opening_line(flags: ModelFlags) -> str:
 def fetching(console: Console) -> Iterator[Fetches]:
     """Fetches whose state is shown: on a terminal in one line that disappears, elsewhere in a line now and then."""
     live = console.stderr.is_terminal and not console.stderr.is_dumb_terminal
-    next_s = 0.0
+    next_s, words = 0.0, Words()
 
     def show(stage: str, done: int, total: int) -> None:
         nonlocal next_s
         now_s = time.monotonic()
         if console.quiet or now_s < next_s:
             return
-        text = f"aspec: {describe(stage, done, total)}"
+        text = f"aspec: {words(stage, done, total)}"
         if live:
             next_s = now_s + REDRAW_S
             console.stderr.file.write(f"\r\x1b[K{text[: console.stderr.width - 1]}")

@@ -12,16 +12,23 @@ import typer
 from aspec.cli.front.help import HELP_ALL, HELP_PANEL, show_all
 from aspec.units import parse_bytes, parse_rate
 
+SMALLEST_BARE = 1 << 20  # bytes; no model fits into less
 AUTO = -1  # a count that the planner chooses
 MODELS, SAMPLING, PLACE, OUTPUT = "Models", "Sampling", "Memory and speed", "Input and output"
 
 
 def size(text: str) -> int:
-    """Parse a number of bytes such as 8GiB. Raises typer.BadParameter."""
+    """Parse a number of bytes such as 8GiB. Raises typer.BadParameter, also for a few bytes: their unit is missing."""
     try:
-        return parse_bytes(text)
+        nbytes = parse_bytes(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if nbytes < SMALLEST_BARE and text.strip().isdigit():
+        raise typer.BadParameter(
+            f"expected a size with a unit such as 512MiB, found {text!r}, which is {nbytes} bytes; did you mean "
+            f"{text.strip()}MiB or {text.strip()}GiB?"
+        )
+    return nbytes
 
 
 def rate(text: str) -> float:

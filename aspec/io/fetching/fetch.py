@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 
 from aspec.errors import CheckpointError
 from aspec.options import Progress, cache_folder
-from aspec.units import format_bytes
+from aspec.units import format_bytes, format_rate
 
 CHILD = "from aspec.io.fetching.process import main; main()"
 LINE_S = 5.0  # between two lines on stderr
@@ -35,24 +36,36 @@ class Wanted:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
-def describe(stage: str, done: int, total: int) -> str:
-    """A fetch in words: bytes of files, or headers of shards."""
-    if stage == "fetch":
-        return f"fetched {format_bytes(done)} of {format_bytes(total)}"
-    return f"read the headers of {done} of {total} shards"
+class Words:
+    """Puts the state of a fetch into words; mutable, because it remembers the first one, to estimate the time left."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None  # when, and the bytes that were done
+
+    def __call__(self, stage: str, done: int, total: int) -> str:
+        """Bytes of files, or headers of shards."""
+        if stage != "fetch":
+            return f"reading the header of shard {done + 1} of {total}"
+        now_s = time.monotonic()
+        begun_s, before = self._first = self._first or (now_s, done)
+        words = f"fetched {format_bytes(done)} of {format_bytes(total)}"
+        if done > before and now_s - begun_s > 1.0:
+            rate = (done - before) / (now_s - begun_s)
+            words += f", {format_rate(rate)}, {(total - done) / rate:.0f} s left"
+        return words
 
 
 class Lines:
     """Prints the state of a fetch now and then; mutable, because it remembers when."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._next_s = stream, 0.0
+        self._stream, self._words, self._next_s = stream, Words(), 0.0
 
     def show(self, stage: str, done: int, total: int) -> None:
         """Print a line, if the last one is old enough."""
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + LINE_S
-            print(f"aspec: {describe(stage, done, total)}", file=self._stream, flush=True)
+            print(f"aspec: {self._words(stage, done, total)}", file=self._stream, flush=True)
 
 
 class Fetches:
@@ -108,6 +121,8 @@ class Fetches:
                 raise CheckpointError(event["text"])
             case "warning":
                 warnings.warn(event["text"], getattr(builtins, event["category"], UserWarning), stacklevel=4)
+            case "log":
+                logging.getLogger("huggingface_hub").warning(event["text"])
             case stage:
                 self.progress(stage, event["done"], event["total"])
         return None
@@ -120,7 +135,7 @@ class Fetches:
             if self._stopped:
                 raise CheckpointError("was not fetched: the opening was stopped.")
             self._process = process = subprocess.Popen(
-                [sys.executable, "-c", CHILD],
+                [sys.executable, "-W", "always", "-c", CHILD],  # the filters of this process decide on warnings
                 env={**os.environ, "PYTHONPATH": paths},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -7,7 +7,6 @@ after its header.
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,8 +60,10 @@ def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)  # a link whose file has gone
     try:
         target.symlink_to(source)
+    except FileExistsError:  # another process was faster
+        pass
     except OSError:  # a system without links
-        shutil.copyfile(source, target)
+        replace(target, source.read_bytes())
 
 
 def _header(name: str, shard: DryRunFileInfo) -> bytes:

@@ -7,6 +7,7 @@ to no other process, so it removes them; whole files stay.
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -44,6 +45,18 @@ class Events:
             os.write(self._file, json.dumps({"event": kind, **values}).encode() + b"\n")
 
 
+class _Forward(logging.Handler):
+    """Sends what the library logs, such as that it tries again."""
+
+    def __init__(self, events: Events) -> None:
+        super().__init__(logging.WARNING)
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One message."""
+        self._events.send("log", text=record.getMessage())
+
+
 class _Bar(tqdm):  # type: ignore[misc]
     """The library's progress bar, which draws nothing and sends the bytes that are done."""
 
@@ -68,12 +81,14 @@ class _Bar(tqdm):  # type: ignore[misc]
 
 def main() -> None:
     """Fetch what the order says, and report the folder or the reason why there is none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a terminal sends them to this process, too: the parent decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     events = Events(os.dup(1))
     os.dup2(2, 1)  # a library that prints must not print events
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    warnings.simplefilter("always")  # the parent's filters decide
+    logging.getLogger("huggingface_hub").handlers = [_Forward(events)]
     warnings.showwarning = lambda message, category, *_, **__: events.send(
         "warning", category=category.__name__, text=str(message)
     )
@@ -194,7 +209,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "does not fit on the disk of the hub cache. Free some space, or set HF_HOME to a larger disk."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot be stored: {error.filename} may not be written. Set HF_HOME to a folder that may be written."
+        return (
+            f"cannot be stored: {error.filename} may not be written. Set HF_HOME (for headers, XDG_CACHE_HOME) to a "
+            f"folder that may be written."
+        )
     reason = " ".join(str(error).split())[:300].rstrip(".: ")
     return (
         f"could not be fetched from the hub ({type(error).__name__}: {reason}). Try again (whole files are kept), or "

@@ -17,9 +17,10 @@ from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.checkpoint import TensorRef, read_header, version_of
 from aspec.io.disk import FileVersion
 from aspec.models.hf_compat import is_transposed_linear
-from aspec.models.weights.adapter_config import REMEDY, AdapterConfig, read_adapter_config
+from aspec.models.weights.adapter_config import REMEDY, AdapterConfig, is_within, read_adapter_config
 from aspec.models.weights.merge import LowRank
 from aspec.models.weights.tensor_map import CASTABLE, Entry, TensorMap, parameter_names
+from aspec.models.weights.unused import summary
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -109,13 +110,13 @@ class _Changes:
         if unfit:
             raise CheckpointError(
                 f"{file}: {len(unfit)} of its {len(adapter.tensors)} tensors fit no module of this "
-                f"{model.config.model_type} model: {_named(unfit)}. The adapter belongs to another base, or is not "
+                f"{model.config.model_type} model: {summary(unfit)}. The adapter belongs to another base, or is not "
                 f"plain LoRA. {REMEDY}"
             )
         for saved in adapter.config.saved:
-            if not any(f".{name}".rpartition(".")[0].endswith(f".{saved}") for name in whole):
+            if not any(is_within(name, saved) for name in whole):
                 raise CheckpointError(
-                    f"{file}: expected the module {saved:.80}, which modules_to_save of {adapter.config.path.name} "
+                    f"{file}: expected the module {saved!r:.80}, which modules_to_save of {adapter.config.path.name} "
                     f"names, found no tensor of it. Fetch the adapter again."
                 )
         updates = {name: _update(adapter.config, model, name, pair) for name, pair in pairs.items()}
@@ -133,7 +134,7 @@ class _Changes:
             return ()
         return (
             f"{config.path.parent / WEIGHTS}: {len(missing)} modules that {config.path.name} names have no stored "
-            f"update and stay as they are in the base: {_named(missing)}",
+            f"update and stay as they are in the base: {summary(missing)}",
         )
 
     def applied(self, entry: Entry, tied: Mapping[str, Sequence[str]]) -> list[Entry]:
@@ -196,7 +197,7 @@ def _update(
 def _check(ref: TensorRef, shape: tuple[int, ...]) -> None:
     if ref.shape != shape or ref.dtype not in CASTABLE:
         raise CheckpointError(
-            f"{ref.file}: {ref.name} does not fit: expected a plain float type of shape {list(shape)} from "
+            f"{ref.file}: {summary([ref.name])} does not fit: expected a plain float type of shape {list(shape)} from "
             f"adapter_config.json and the base, found {ref.dtype} {list(ref.shape)}. The adapter belongs to another "
             f"base (perhaps to one with another vocabulary), or its two files do not belong together."
         )
@@ -204,7 +205,3 @@ def _check(ref: TensorRef, shape: tuple[int, ...]) -> None:
 
 def _is_changeable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding) or is_transposed_linear(module)
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(f"{name:.80}" for name in names[:3]) + (", ..." if len(names) > 3 else "")

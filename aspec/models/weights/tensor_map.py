@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from aspec.errors import CheckpointError
 from aspec.io.checkpoint import Checkpoint, TensorRef
+from aspec.io.weight_format import REMEDY, quantised_tensors
 from aspec.models.hf_compat import (
     WeightConverter,
     WeightRenaming,
@@ -84,9 +85,13 @@ def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
     missing = [name for name in wanted if name not in produced and name not in shared]
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        kind = quantised_tensors(unexpected)
+        cause = "The checkpoint is incomplete, or its config.json belongs to another model."
+        if kind is not None:
+            cause = f"Its tensors are quantised ({kind}), and quantised checkpoints are not supported yet. {REMEDY}"
         raise CheckpointError(
             f"{checkpoint.folder}: {len(missing)} of the {len(wanted)} tensors of {model.config.model_type} are not "
-            f"stored: expected {names}. The checkpoint is incomplete, or its config.json belongs to another model."
+            f"stored: expected {names}. {cause}"
         )
     return TensorMap(entries, aliases, wanted, tuple(unexpected))
 
@@ -229,5 +234,5 @@ def _check_shapes(
             if dtype != wanted[target] and not {dtype, wanted[target]} <= CASTABLE:
                 raise CheckpointError(
                     f"{checkpoint.folder}: {target} is stored as {dtype}, expected {wanted[target]} or another plain "
-                    f"float type. Quantised tensors are not supported; use the unquantised checkpoint."
+                    f"float type. Quantised checkpoints are not supported yet. {REMEDY}"
                 )

@@ -34,9 +34,10 @@ def check_unused(model: PreTrainedModel, checkpoint: Checkpoint, unused: Sequenc
         return
     said = " and ".join(f"{key} is {_json(getattr(model.config, key))}" for key in found)
     names = list(dict.fromkeys(name for used in found.values() for name in used))
+    count = f"{len(names)} stored tensors have" if len(names) > 1 else "a stored tensor has"
     raise CheckpointError(
-        f"{checkpoint.folder / 'config.json'} contradicts the weights: {said}, but {len(names)} tensors are stored "
-        f"that only the other value uses: {summary(names)}. Without them the text is another. Correct config.json, or "
+        f"{checkpoint.folder / 'config.json'} contradicts the weights: {said}, but {count} a use only with the other "
+        f"value: {summary(names)}. Without them the text is another. Correct config.json, or "
         f"remove the tensors."
     )
 
@@ -60,9 +61,11 @@ def unused_text(folder: Path, unused: Sequence[str]) -> str:
 
 
 def summary(names: Iterable[str]) -> str:
-    """Names in a few words: those that differ in numbers only are one, with their count."""
+    """Names in a few words, fit for a terminal: those that differ in numbers only are one, with their count."""
     kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
-    words = [f"{kind:.100}" + (f" ({count})" if count > 1 else "") for kind, count in kinds.most_common(MOST_NAMES)]
+    words = [
+        repr(kind)[1:-1][:100] + (f" ({count})" if count > 1 else "") for kind, count in kinds.most_common(MOST_NAMES)
+    ]
     return ", ".join(words) + (", ..." if len(kinds) > MOST_NAMES else "")
 
 

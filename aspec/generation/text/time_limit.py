@@ -3,7 +3,7 @@
 A thread cannot be killed, so the code is traced: after every ``CHECK_EVERY`` lines and calls the tracer reads the
 clock, and raises an exception in the code if its time is over. The clock counts the thread's own processor time, so a
 busy machine ends nothing. This ends loops in Python, and a template's loops are; it cannot end a single step in C
-(``2 ** 10 ** 9`` runs to its end).
+(``2 ** 10 ** 9`` runs to its end): ``template_trial.py`` does.
 """
 
 import sys
@@ -21,11 +21,13 @@ class TimeLimitError(Exception):
 class TimeLimit:
     """A context that limits this thread's Python code to ``seconds`` of processor time, and that ``stop`` ends early.
 
-    Raises TimeLimitError inside that code. Mutable, because any thread may stop it.
+    All uses of one limit share its seconds. Raises TimeLimitError inside the code. Mutable, because any thread may stop
+    it.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.left_s = seconds
         self._stopped = False
         self._deadline_s = 0.0
         self._left = CHECK_EVERY
@@ -35,14 +37,20 @@ class TimeLimit:
         """End the code soon; from any thread, also before it has begun."""
         self._stopped = True
 
+    @property
+    def stopped(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopped
+
     def __enter__(self) -> Self:
         self._before = sys.gettrace()
-        self._deadline_s = time.thread_time() + self.seconds
+        self._deadline_s = time.thread_time() + self.left_s
         sys.settrace(self._trace)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         sys.settrace(self._before)
+        self.left_s = self._deadline_s - time.thread_time()
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         self._left -= 1

@@ -8,14 +8,20 @@ from typing import Any, Literal, Self
 from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
-from aspec.generation.stop_strings import StopStrings
-from aspec.generation.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.text.chat_template import ChatTemplate, check_unicode
+from aspec.generation.text.stop_strings import StopStrings
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.vocabulary_files import missing_reader
+from aspec.models.skeleton import load_config
+from aspec.units import format_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a sentencepiece-style tokenizer with byte fallback
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 MAX_WINDOW = 8  # most tokens decoded again at every step; a character has at most 4 bytes, so at most 4 tokens
-TEMPLATE_S = 10.0  # of processor time, for a chat template: a long conversation takes 1 % of it
+TEMPLATE_S = 5.0  # of processor time, for a chat template: a long conversation takes 2 % of it
+MOST_BYTES = 256 << 20  # of tokenizer.json; a vocabulary of 256,000 tokens takes 35 MB
+LONG_PATTERN = re.compile(rb'"Regex"\s*:\s*"(?:[^"\\]|\\.){20000}', re.DOTALL)  # common ones have 400 characters
 
 TokenKind = Literal["text", "byte", "silent"]
 
@@ -26,6 +32,7 @@ class Tokenizer:
     def __init__(self, inner: Any, folder: Path) -> None:
         self._inner = inner
         self.folder = folder
+        self._template = ChatTemplate(inner, folder)
         self._kinds: dict[int, TokenKind] = {}  # a cache, one entry per token seen
 
     @classmethod
@@ -36,15 +43,23 @@ class Tokenizer:
                 f"{folder} has no tokenizer: expected tokenizer.json, or the vocabulary files of its family; found "
                 f"none. Copy the tokenizer files of the original model into the folder."
             )
+        if (folder / "config.json").is_file():
+            load_config(folder)  # transformers reads it too, and its faults are not the tokenizer's
+        if (reason := missing_reader(folder)) is not None:
+            raise _unusable(folder, reason)
+        _check_size(folder)
         try:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            size = len(inner.get_vocab())
+            inner.encode("")  # resets the file's padding and truncation before threads share it
         except Warning:  # a warning that the user turned into an error: not the files' fault
             raise
-        except Exception as error:  # the loaders, and the Rust one, raise many types
+        except BaseException as error:  # the loaders, and the Rust one, raise many types
+            if not _is_library_error(error):
+                raise
             raise _unusable(folder, reason_of(error)) from error
-        if not inner.get_vocab():
+        if not size:
             raise _unusable(folder, "its vocabulary is empty")
-        inner.encode("")  # resets the file's padding and truncation before threads share it
         return cls(inner, folder)
 
     def encode(self, text: str) -> list[int]:
@@ -60,38 +75,28 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer can lay out a conversation as its model expects."""
-        return bool(getattr(self._inner, "chat_template", None))
+        return self._template.exists
+
+    def template_uses(self, name: str) -> bool:
+        """Whether the chat template names a variable."""
+        return self._template.uses(name)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], said: Sequence[int] = (), limit: TimeLimit | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        said: Sequence[int] = (),
+        limit: TimeLimit | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The token ids of a conversation, up to the start of the model's answer.
+        """The token ids of a conversation, up to the start of the model's answer; the template reads ``variables``.
 
-        Raises PromptError if there is no template, if it refuses, or if it takes longer than ``limit`` (default:
-        ``TEMPLATE_S``).
+        The content of a message is a text or a list of text parts. Raises PromptError as ``ChatTemplate.render`` does;
+        the default of ``limit`` is ``TEMPLATE_S``.
 
         The result begins with the tokens ``said``, or all but their last few, if the text begins with their text. The
         tokenizer may encode the same text differently, and only the same tokens already have KV.
         """
-        if not self.has_chat_template:
-            raise PromptError(f"{self.folder} has no chat template: give plain text (--raw) or choose a chat model.")
-        conversation = [dict(message) for message in messages]
-        limit = limit or TimeLimit(TEMPLATE_S)
-        try:
-            with limit:
-                text = self._inner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except Warning:  # a warning that the user turned into an error
-            raise
-        except TimeLimitError as error:
-            raise PromptError(
-                f"the chat template of {self.folder} did not end within {limit.seconds:g} s of processor time. Send "
-                f"fewer or shorter messages, or give plain text (--raw); if none helps, the template is damaged."
-            ) from error
-        except Exception as error:  # a template is the checkpoint's code and may raise anything
-            raise PromptError(
-                f"the chat template of {self.folder} refuses the conversation ({reason_of(error)}). Change the "
-                f"messages' roles or order to what the model expects, or give plain text (--raw)."
-            ) from error
+        text = self._template.render(messages, limit or TimeLimit(TEMPLATE_S), variables)
         for count in range(len(said), max(0, len(said) - MAX_WINDOW), -1):  # the last ones may end inside a character
             begun = self.spell(said[:count])
             if text.startswith(begun):
@@ -136,14 +141,35 @@ class Tokenizer:
         return "silent" if hidden else "text"
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        check_unicode(text, "the prompt")
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
+            found = self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        except Warning:  # a warning that the user turned into an error
+            raise
+        except BaseException as error:
+            if not _is_library_error(error):
+                raise
             raise PromptError(
-                f"the prompt is not valid Unicode at character {error.start}: expected UTF-8 text, found "
-                f"{text[error.start]!r}. Convert the input to UTF-8."
+                f"the tokenizer of {self.folder} cannot encode the prompt ({reason_of(error)}). Change the text; if "
+                f"other texts fail, too, tokenizer.json is damaged."
             ) from error
-        return [int(token) for token in self._inner.encode(text, add_special_tokens=add_special_tokens, verbose=False)]
+        return [int(token) for token in found]
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a tokenizer.json that would take minutes and gigabytes to load. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise _unusable(folder, f"tokenizer.json has {format_bytes(size)}, more than {format_bytes(MOST_BYTES)}")
+    if LONG_PATTERN.search(path.read_bytes()):
+        raise _unusable(folder, "a regular expression of tokenizer.json is too long")
+
+
+def _is_library_error(error: BaseException) -> bool:
+    """Whether a tokenizer raised it: an Exception, or a panic of Rust code (a pattern that backtracks too much)."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_vocabulary(

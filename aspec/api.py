@@ -20,10 +20,10 @@ from typing import Any, Self, TypeVar, overload
 from aspec.engine.engine import Engine
 from aspec.errors import PromptError, UserError, first_error
 from aspec.generation.params import SamplingParams
-from aspec.generation.prompts import Prompt, PromptLike, as_prompt, as_prompts, conversation, is_chat, templated
 from aspec.generation.sampler import TokenLogprob, derive_seed
 from aspec.generation.stats import Piece, RequestStats
-from aspec.io.loop_thread import LoopThread
+from aspec.generation.text.prompts import Prompt, PromptLike, as_prompt, as_prompts, conversation, is_chat, templated
+from aspec.io.loop.loop_thread import LoopThread
 from aspec.options import engine_options, suggestion
 from aspec.plan import Plan
 

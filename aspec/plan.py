@@ -6,6 +6,7 @@ Standard library only: the scheduler, the simulation and the dashboard read it.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from aspec.errors import InternalError, UserError
 from aspec.units import format_bytes
@@ -261,12 +262,37 @@ class Plan:
     @property
     def shape(self) -> str:
         """The shape in a few words, such as ``64 rows in 2 groups with chains of up to 24, 9 slots``."""
-        words = f"{self.num_rows} rows" + (f" in {self.num_groups} groups" if self.num_groups > 1 else "")
+        words = (
+            f"{self.num_rows} row"
+            + "s" * (self.num_rows > 1)
+            + (f" in {self.num_groups} groups" if self.num_groups > 1 else "")
+        )
         kind = "trees" if self.speculation is Speculation.TREE else "chains"
         most = self.max_draft_tokens
         words += f" with {kind} of up to {most}" if most else " without speculation"
         words += ", attention on the CPU" if self.attention_resource != "compute" else ""
         return words + (f", {self.num_slots} slots" if self.streamed else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as a JSON object, in tokens and bytes."""
+        return {
+            "rows": self.num_rows,
+            "groups": self.num_groups,
+            "context": self.capacity,
+            "prefill_tokens": self.prefill_tokens,
+            "speculation": str(self.speculation) if self.max_draft_tokens else "off",
+            "most_draft_tokens": self.max_draft_tokens,
+            "exact": self.request.exact,
+            "attention": self.attention_resource,
+            "micro_batches": self.micro_batches,
+            "slots": self.num_slots,
+            "slot_bytes": self.slot_bytes,
+            "streamed_bytes": self.streamed_bytes,
+            "bytes_by_tier": {str(tier): sum(part.nbytes for part in self.parts if part.tier is tier) for tier in Tier},
+            "budget_bytes": self.budget_bytes,
+            "device_bytes": dict(self.arithmetic),
+            "host_bytes": dict(self.host_arithmetic),
+        }
 
     def describe(self) -> str:
         """The device memory as one sum."""

@@ -19,9 +19,9 @@ import aspec
 from aspec.api import LLM, generate
 from aspec.errors import AspecError, ClosedError, PromptError, UserError
 from aspec.generation.params import SamplingParams
-from aspec.generation.prompts import as_prompt, as_prompts
-from aspec.generation.tokenizer import Tokenizer
-from aspec.io.loop_thread import LoopThread
+from aspec.generation.text.prompts import as_prompt, as_prompts
+from aspec.generation.text.tokenizer import Tokenizer
+from aspec.io.loop.loop_thread import LoopThread
 from tests import tiny
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

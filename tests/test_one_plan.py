@@ -4,18 +4,21 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from aspec.backends import registry as devices
 from aspec.backends.registry import Kind
 from aspec.cli import batch
 from aspec.cli import generate as generation
-from aspec.cli.command_flags import BatchFlags, GenerateFlags, PlanFlags
+from aspec.cli.command_flags import BatchFlags, ChatFlags, GenerateFlags, PlanFlags
 from aspec.cli.flags import AUTO
+from aspec.cli.main import app
 from aspec.cli.plan import explain
 from aspec.engine.design import design
 from aspec.observe.console import Console
 from aspec.planning import resolve as resolving
 from aspec.planning import workload as planning
+from aspec.planning.resolve import resolve
 from aspec.serving.batch_input import BatchFile
 from aspec.serving.openai_requests import COMPLETION
 from tests import tiny
@@ -32,30 +35,23 @@ CASES = {
     "no more than the least": (1, 40, 24, {"device_memory": 2600 * KIB, "draft": "model", "speculation": "tree"}),
     "not exact": (3, 20, 24, {"device_memory": 4 * MIB, "draft": "model", "exact": False}),
     "a context": (1, 10, 12, {"device_memory": 4 * MIB, "max_context": 200}),
-    "rows and groups are given": (
-        6,
-        10,
-        12,
-        {"device_memory": 6 * MIB, "draft": "model", "max_batch": 4, "num_groups": 2},
-    ),
+    "rows and groups are given": (6, 10, 12, {"draft": "model", "max_batch": 4, "num_groups": 2}),
     "eight prompts": (8, 10, 12, {"device_memory": 4 * MIB, "draft": "model"}),
     "twelve prompts": (12, 10, 12, {"device_memory": 4 * MIB, "draft": "model"}),
-    "chains of a given length": (
-        2,
-        10,
-        12,
-        {"device_memory": 4 * MIB, "draft": "model", "speculation": "chain", "num_draft_tokens": 3},
-    ),
+    "chains of a given length": (2, 10, 12, {"draft": "model", "speculation": "chain", "num_draft_tokens": 3}),
     "sampled": (2, 10, 12, {"device_memory": 4 * MIB, "draft": "model", "temperature": 0.7}),
     "whatever is free": (1, 10, 12, {"draft": "model"}),
     "a device": (2, 10, 12, {"device_memory": 4 * MIB, "draft": "model", "device": "cuda"}),
-}  # fmt: skip
+}
+
+
+SIZES = {"hidden_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 4096}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    target = tiny.build(folder / "target", "llama", sizes={"hidden_size": 128, "num_hidden_layers": 8})
+    target = tiny.build(folder / "target", "llama", sizes=SIZES)
     return target, tiny.noisy_copy(tiny.build(folder / "small", "llama"), folder / "draft", 0.1)
 
 
@@ -104,3 +100,24 @@ def test_batch_runs_the_plan_that_is_shown(pair, case, tmp_path):
     with BatchFile(source) as file:
         job = batch.prepare(flags, file, Console(quiet=True))
         assert design(job.resolved).plan == shown(pair, case)
+
+
+def test_a_chat_runs_the_plan_of_its_usual_turns(pair):
+    flags = {"target": pair[0], "device": "cpu", "device_memory": 43 * MIB, "temperature": 0.0, **OPEN}
+    turns = PlanFlags(prompt_tokens=256, new_tokens=256, max_context=4096, **flags)
+    chat = ChatFlags(**{name: value for name, value in flags.items() if name not in ("max_batch", "num_groups")})
+    ran = design(resolve(chat.options())).plan
+    assert ran == explain(turns).search.best.plan
+    assert ran.num_rows == 1
+    assert ran.streamed
+
+
+def test_the_json_of_generate_holds_the_plan_that_ran(pair):
+    flags = ["--target", str(pair[0]), "--device-memory", "1600KiB", "--device", "cpu", "--temperature", "0", "--json"]
+    ran = CliRunner().invoke(app, ["generate", *flags, "-p", "a" * 40, "-n", "24", "--threads", "1"])
+    foretold = CliRunner().invoke(app, ["plan", *flags, "--prompt-tokens", "40", "--new-tokens", "24"])
+    assert ran.exit_code == foretold.exit_code == 0, ran.output + foretold.output
+    foretold = json.loads(foretold.stdout)["plans"][0]
+    del foretold["forecast"]
+    assert json.loads(ran.stdout)["plan"] == foretold
+    assert foretold["bytes_by_tier"]["disk"] > 0

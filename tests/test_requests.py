@@ -12,7 +12,7 @@ import pytest
 from aspec.errors import PromptError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.options import DEMO
 from aspec.serving import batch_input
 from aspec.serving.batch_input import BatchFile, parse_row
@@ -52,7 +52,7 @@ def test_what_is_not_given_is_the_default_and_null_is_not_given():
 
 def test_min_tokens_is_the_name_of_vllm():
     assert parse(CHAT, min_tokens=4).params(SamplingParams(), 1).min_new_tokens == 4
-    with pytest.raises(PromptError, match="min_new_tokens must be a whole number"):
+    with pytest.raises(PromptError, match="min_tokens must be a whole number"):
         parse(CHAT, min_tokens=-1)
 
 

@@ -21,11 +21,11 @@ from aspec.cli.command_flags import BatchFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import present, run
 from aspec.engine.engine import Engine, describe_plan
-from aspec.errors import PromptError, UserError, WriteError
+from aspec.errors import BudgetError, PromptError, UserError, WriteError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
 from aspec.models.model import generation_defaults
 from aspec.observe.batch_progress import BatchProgress, follow
@@ -61,6 +61,7 @@ class BatchJob:
     tokenizer: Tokenizer
     defaults: SamplingParams
     ties: dict[str, Any]  # what the output rows depend on; the journal's header records it
+    if_too_small: str  # the remedy if the budget does not hold the context
     console: Console
 
     def requests(self, pending: list[int]) -> Iterator[PreparedRequest]:
@@ -136,7 +137,8 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
         "max_context": context,
         **{name: getattr(defaults, name) for name in SamplingParams.__slots__},
     }
-    return BatchJob(flags, resolved, rows, tokenizer, defaults, ties, console)
+    if_too_small = "" if resolved.asked_context else check.longest_row()
+    return BatchJob(flags, resolved, rows, tokenizer, defaults, ties, if_too_small, console)
 
 
 def fingerprint(folder: Path) -> str:
@@ -214,7 +216,10 @@ async def _run(job: BatchJob, pending: list[int], writer: BatchWriter, progress:
     with follow(progress, monitor, job.console, live=not (job.flags.no_dashboard or shared)):
         async with AsyncExitStack() as stack:
             resolved = revise(job.resolved, progress=monitor.progress)
-            engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
+            try:
+                engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
+            except BudgetError as error:
+                raise BudgetError(f"{error} {job.if_too_small}".rstrip()) from error
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
             present().drain = start_draining

@@ -23,7 +23,9 @@ from aspec.cli.flags import (
 )
 from aspec.cli.front.options import MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option
 from aspec.options import EngineOptions
+from aspec.plan import Workload
 
+TURN_TOKENS = 256  # of a message and of its answer, for which a chat is planned
 TRACE, BENCH, WORK = "Trace", "Benchmark", "Workload"
 ANSWER_TOKENS = 1024  # most tokens of an answer of a chat
 
@@ -157,8 +159,9 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
     quiet: Annotated[bool, option(OUTPUT, "Print only answers and errors.", "--quiet", "-q")] = False
 
     def options(self) -> EngineOptions:
-        """The engine's options, for one row. Raises UserError for invalid values."""
-        return replace(super().options(), max_batch=1, num_groups=1)
+        """The engine's options, for one row and turns of a usual length. Raises UserError for invalid values."""
+        turn = Workload(1, TURN_TOKENS, TURN_TOKENS, sampled=self.temperature != 0.0)
+        return replace(super().options(), max_batch=1, num_groups=1, workload=turn)
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,16 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
         ),
     ] = None
     num_prompts: Annotated[int, option(WORK, "Number of prompts.", "--prompts", min=1)] = 1
-    prompt_tokens: Annotated[int, option(WORK, "Tokens per prompt.", "--prompt-tokens", min=1)] = 256
-    new_tokens: Annotated[int, option(WORK, "Tokens to generate per prompt.", "--new-tokens", min=2)] = 128
+    prompt_tokens: Annotated[
+        int | None,
+        option(WORK, "Tokens per prompt. Default: 256, or half of a smaller context.", "--prompt-tokens", min=1),
+    ] = None
+    new_tokens: Annotated[
+        int | None,
+        option(
+            WORK, "Tokens to generate per prompt. Default: 128, or half of a smaller context.", "--new-tokens", min=2
+        ),
+    ] = None
     acceptance: Annotated[
         float | None,
         option(

@@ -16,13 +16,14 @@ from aspec.cli.flags import RunFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import run
 from aspec.cli.verify import Generation, Verdict, conclude, verify
+from aspec.engine.design import design
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import PromptError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob
 from aspec.generation.stats import RequestStats
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
@@ -51,6 +52,7 @@ class GenerateJob:
     prompts: list[list[int]]
     params: SamplingParams
     console: Console
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def prepare(flags: RunFlags, prompts: Sequence[str], console: Console, *, weight
     params = sampling_params(defaults, given)
     if asked_for := describe(defaults, given):
         console.note(asked_for)
-    return GenerateJob(flags, _fit(resolved, tokens, params), tokens, params, console)
+    return GenerateJob(flags, _fit(resolved, tokens, params), tokens, params, console, tokenizer)
 
 
 async def generate_to_console(job: GenerateJob, verified: bool) -> None:
@@ -121,6 +123,8 @@ async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe
     """
     console = job.console
     monitor = Monitor(console.stops)
+    if job.params.max_new_tokens == 0:
+        return _serve_nothing(job, (await asyncio.to_thread(design, job.resolved)).plan)
     with watch(monitor, console, dashboard=not job.flags.no_dashboard):
         async with Engine(
             revise(job.resolved, progress=monitor.progress), [monitor, *observers], [monitor.issued]
@@ -137,7 +141,7 @@ async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe
                 raise
             after = await engine.probe_link_rate(PROBE_S) if probe else None
             results = [replace(result, stats=_without_stops(result.stats, console.stops)) for result in results]
-            return Outcome(results, engine.plan, (before, after), engine.tokenizer, engine.device_peak_bytes)
+            return Outcome(results, engine.plan, (before, after), job.tokenizer, engine.device_peak_bytes)
 
 
 def describe_job(job: GenerateJob) -> tuple[str, ...]:
@@ -165,8 +169,10 @@ def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
 
 
 def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -> Resolved:
-    """Set the context and the workload of these prompts. Raises PromptError for a prompt that is too long."""
+    """Set the context and the workload of these prompts. Raises PromptError for one that is empty or too long."""
     lengths, new = [len(tokens) for tokens in prompts], params.max_new_tokens
+    if not min(lengths):
+        raise PromptError("a prompt has no tokens: expected some text that the tokenizer knows; change the prompt.")
     mean = max(1, round(sum(lengths) / len(lengths)))
     work = Workload(len(prompts), mean, max(2, new), sampled=params.temperature > 0.0)
     return fit(resolved, work, max(lengths), new)
@@ -213,6 +219,14 @@ async def _serve(engine: Engine, job: GenerateJob, monitor: Monitor) -> list[Res
     return results
 
 
+def _serve_nothing(job: GenerateJob, plan: Plan) -> Outcome:
+    """The outcome if no token is asked for: empty texts; no weight is read."""
+    stats = [RequestStats(len(prompt), 0.0).close(plan, 0.0) for prompt in job.prompts]
+    if not job.flags.as_json:
+        job.console.write("\n" if len(stats) == 1 else "".join(f"[{index}] \n" for index in range(len(stats))))
+    return Outcome([Result("", (), "length", own) for own in stats], plan, (None, None), job.tokenizer)
+
+
 def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
     """The JSON object of one prompt; link rates are in bytes per second."""
     stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
@@ -227,6 +241,7 @@ def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "usage": {"prompt_tokens": result.stats.prompt_tokens, "completion_tokens": result.stats.completion_tokens},
         "stats": {**stats, **links, "device_peak_bytes": outcome.device_peak_bytes},
+        "plan": outcome.plan.as_dict(),
     }
 
 
@@ -246,14 +261,15 @@ def summarise(outcome: Outcome) -> str:
     alone = len(stats) == 1
     why = next(iter(reasons)) if alone else ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     words = [f"{tokens} tokens ({why})" if alone else f"{len(stats)} prompts: {tokens} tokens ({why})"]
+    more = tokens - len(stats)  # than the first token of each prompt
     words.append(f"prefill {max(one.prefill_s for one in stats):.2f} s")
     begun_s = min(one.arrived_s + one.prefill_s for one in stats)
     decode_s = max(one.arrived_s + one.prefill_s + one.decode_s for one in stats) - begun_s
-    if decode_s > 0 and tokens > len(stats):
-        words.append(f"{(tokens - len(stats)) / decode_s:.2f} tokens/s" + ("" if alone else " together"))
+    if decode_s > 0 and more > 0:
+        words.append(f"{more / decode_s:.2f} tokens/s" + ("" if alone else " together"))
     passes, proposed = sum(one.passes for one in stats), sum(one.proposed for one in stats)
-    if passes:
-        words.append(f"{(tokens - len(stats)) / passes:.2f} tokens {'' if alone else 'of a row '}per pass")
+    if passes and more > 0:
+        words.append(f"{more / passes:.2f} tokens {'' if alone else 'of a row '}per pass")
     if proposed:
         words.append(f"{sum(one.accepted for one in stats) / proposed:.0%} of proposals accepted")
     if outcome.link_rate:
@@ -283,4 +299,4 @@ def _without_stops(stats: RequestStats, stops: Stops) -> RequestStats:
     """The statistics on a clock that stands still while the process is stopped."""
     first_s = stats.arrived_s + stats.prefill_s
     begun, first, ended = (stops.running_s(at) for at in (stats.arrived_s, first_s, first_s + stats.decode_s))
-    return replace(stats, prefill_s=first - begun, decode_s=ended - first)
+    return replace(stats, arrived_s=begun, prefill_s=first - begun, decode_s=ended - first)

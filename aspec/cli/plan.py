@@ -17,7 +17,7 @@ from aspec.models.compute_dtype import dtype_name
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
-from aspec.planning.fit import fit
+from aspec.planning.fit import fit, most_context
 from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import resolve
@@ -27,6 +27,7 @@ from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.units import format_bytes, format_rate
 
+USUAL_TOKENS = 256, 128  # of a prompt, and of the text after it
 RUNNERS_UP = 5  # most other plans that are listed
 
 
@@ -68,7 +69,9 @@ def explain(
     )  # independent of this machine's devices
     resolved = resolve(options, fetches, weights=False)
     sampled = sampling_params(generation_defaults(resolved.target), flags.sampling()).temperature > 0.0
-    work = Workload(flags.num_prompts, flags.prompt_tokens, flags.new_tokens, sampled=sampled)
+    half = min(flags.max_context or USUAL_TOKENS[0] * 2, most_context(resolved) or USUAL_TOKENS[0] * 2) // 2
+    prompt, new = (max(2, min(tokens, half)) for tokens in USUAL_TOKENS)
+    work = Workload(flags.num_prompts, flags.prompt_tokens or prompt, flags.new_tokens or new, sampled=sampled)
     resolved = fit(resolved, work, work.prompt_tokens, work.new_tokens)
     resolved = resolved if hardware is None else elsewhere(resolved, hardware)
     models = read_models(resolved, outlined=True)
@@ -208,26 +211,9 @@ def as_object(explained: PlanExplanation) -> dict[str, Any]:
         "budget_bytes": explained.models.resolved.budget_bytes,
         "dtype": dtype_name(explained.models.target.dtype),
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
-        "plans": [_plan_object(one.plan) | {"forecast": asdict(one.forecast)} for one in search.found],
-        "not_run": [_plan_object(plan) | {"least_s": least_s} for least_s, plan in search.pruned],
+        "plans": [one.plan.as_dict() | {"forecast": asdict(one.forecast)} for one in search.found],
+        "not_run": [plan.as_dict() | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,
         "pruned": search.num_pruned,
         "remarks": list(explained.models.remarks),
-    }
-
-
-def _plan_object(plan: Plan) -> dict[str, Any]:
-    return {
-        "rows": plan.num_rows,
-        "groups": plan.num_groups,
-        "speculation": str(plan.speculation) if plan.max_draft_tokens else "off",
-        "most_draft_tokens": plan.max_draft_tokens,
-        "attention": plan.attention_resource,
-        "micro_batches": plan.micro_batches,
-        "slots": plan.num_slots,
-        "slot_bytes": plan.slot_bytes,
-        "streamed_bytes": plan.streamed_bytes,
-        "bytes_by_tier": {str(tier): sum(part.nbytes for part in plan.parts if part.tier is tier) for tier in Tier},
-        "device_bytes": dict(plan.arithmetic),
-        "host_bytes": dict(plan.host_arithmetic),
     }

@@ -6,12 +6,13 @@ from typing import cast
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
 from aspec.generation.processors import Processors, needs_processors
-from aspec.generation.prompts import Prompt, first_bad, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.sequence import Sequence as TokenSequence
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.tokenizer import TextStream, Tokenizer
+from aspec.generation.text.prompts import Prompt, first_bad, is_chat
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tokenizer import TextStream, Tokenizer
 from aspec.models.model import Model
+from aspec.planning.fit import too_long
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,8 @@ class Admission:
                 f"the prompt's token {bad[0]} is {bad[1]}: expected a token of the target, 0 .. "
                 f"{self.target.vocab_size - 1}. Encode the prompt with the target's own tokenizer."
             )
-        if room < 1:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens; the context holds {self.capacity}, and at least one must "
-                f"stay free to generate. Shorten the prompt or raise --max-context (the model allows "
-                f"{self.target.max_context or 'any'})."
-            )
+        if room < min(params.max_new_tokens, 1):
+            raise PromptError(too_long(len(tokens), self.capacity, self.target.max_context))
         if len(tokens) >= most:
             raise PromptError(
                 f"the prompt has {len(tokens)} tokens; max_length allows {most} of prompt and text together. Give "

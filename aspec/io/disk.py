@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Protocol, Self
 
 from aspec.errors import DeviceError, InternalError, ReadError
-from aspec.io.loop_mailbox import LoopMailbox
+from aspec.io.loop.mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, address_of, allocate
 from aspec.io.rate_limit import RateLimit
 

@@ -22,7 +22,9 @@ def check_memory(plan: Plan, resolved: Resolved) -> None:
         _warn(f"--device-memory {format_bytes(asked)} is more than {where}, which is {format_bytes(most)}.")
     held = sum(plan.host_arithmetic.values()) if kind is not None else plan.held_bytes
     growth, left, free = growth_bytes(), limit_left(), available_bytes()
-    needs = f"the plan holds {format_bytes(held)} of host memory and the process grows by {format_bytes(growth)} more"
+    needs = (
+        f"the plan holds {format_bytes(held)} of host memory and the process itself takes {format_bytes(growth)} more"
+    )
     if left is not None and held + growth > left:
         raise BudgetError(
             f"{needs}, but the memory limit of this process's control group leaves {format_bytes(left)}: the system "

@@ -156,7 +156,8 @@ class _Runs:
 
     def _fitting(self, request: PlanRequest) -> tuple[PlanRequest, Plan] | None:
         """The request with the largest prefill items that fit, and its plan; None if none fits."""
-        for tokens in (request.prefill_tokens, *self._space.prefills):
+        smaller = (tokens for tokens in self._space.prefills if tokens < request.prefill_tokens)
+        for tokens in (request.prefill_tokens, *smaller):
             fitted = replace(request, prefill_tokens=tokens)
             try:
                 return fitted, make_plan(self._footprint(fitted), fitted)
@@ -180,6 +181,7 @@ def _main_choices(request: PlanRequest, space: SearchSpace) -> Iterator[PlanRequ
             fixed_draft_depth=request.fixed_draft_depth if kind else None,
             num_rows=rows,
             num_groups=groups,
+            prefill_tokens=min(request.prefill_tokens, rows * request.capacity),
             attention_resource=place,
             micro_batches=1 if place == "compute" else space.micro_batches,
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from aspec.errors import UserError
 from aspec.generation.params import SamplingParams
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.plan import Workload
 from aspec.serving.batch_input import BatchFile, BatchRow
 from aspec.serving.dispatch import check_room, encode
@@ -24,6 +24,7 @@ class RowCheck:
     context: int | None  # most tokens of a row; None: no limit is stated
     checked: int = 0  # rows that can be served
     longest: int = 2  # tokens of the longest row, prompt and new tokens together
+    longest_id: str = ""  # its custom_id
     sampled: bool = False  # whether any token is drawn with noise
     _choices: int = 0
     _prompt_tokens: int = 0
@@ -40,7 +41,8 @@ class RowCheck:
         most = limit if params.max_length is None else min(limit, params.max_length)
         new = max(0, min(params.max_new_tokens, most - count))
         self.checked += 1
-        self.longest = max(self.longest, count + new)
+        if count + new > self.longest:
+            self.longest, self.longest_id = count + new, row.custom_id
         self.sampled = self.sampled or params.temperature > 0.0
         self._choices += request.num_choices
         self._prompt_tokens += request.num_choices * count
@@ -56,6 +58,13 @@ class RowCheck:
         choices = max(1, self._choices)
         mean_prompt, mean_new = round(self._prompt_tokens / choices), round(self._new_tokens / choices)
         return Workload(choices, max(1, mean_prompt), max(2, mean_new), sampled=self.sampled)
+
+    def longest_row(self) -> str:
+        """What to do if memory is too small for the longest row, as a sentence."""
+        return (
+            f"The context follows the longest row, {as_json(self.longest_id)}, of {self.longest} tokens: a lower "
+            f"--max-context makes rows that ask for more error rows."
+        )
 
     def notes(self, target: str) -> Iterator[str]:
         """What the rows say without an effect, in one line each."""

@@ -8,10 +8,10 @@ from typing import Any, Literal, Self
 from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
-from aspec.generation.chat_template import ChatTemplate, check_unicode
-from aspec.generation.stop_strings import StopStrings
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.vocabulary_files import missing_reader
+from aspec.generation.text.chat_template import ChatTemplate, check_unicode
+from aspec.generation.text.stop_strings import StopStrings
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.vocabulary_files import missing_reader
 from aspec.models.skeleton import load_config
 from aspec.units import format_bytes
 

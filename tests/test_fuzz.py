@@ -26,7 +26,17 @@ def sources(kinds, tmp_path_factory):
     return root
 
 
-KINDS = ("checkpoint", "index", "config", "engine", "generation", "tokenizer", "tokenizer config", "template")
+KINDS = (
+    "checkpoint",
+    "index",
+    "adapter",
+    "config",
+    "engine",
+    "generation",
+    "tokenizer",
+    "tokenizer config",
+    "template",
+)
 KINDS += ("batch", "journal", "profile", "trace", "cache")
 
 

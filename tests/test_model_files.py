@@ -9,8 +9,10 @@ import shutil
 import struct
 
 import pytest
+from typer.testing import CliRunner
 
 import aspec
+from aspec.cli.main import app
 from aspec.errors import (
     MOST_CHARACTERS,
     AspecError,
@@ -256,3 +258,26 @@ def test_a_model_folder_with_something_else_in_the_place_of_a_file(folder, name,
         Tokenizer.load(folder)
     except AspecError:
         assert name != "generation_config.json" or kind != "pipe"
+
+
+def test_a_prompt_from_a_device_ends_and_its_name_is_escaped(tmp_path):
+    for path, reason in (("/dev/zero", "more than"), (tmp_path / ESCAPES.replace("\0", ""), "cannot read")):
+        result = CliRunner().invoke(app, ["generate", "--file", str(path).encode(errors="replace").decode()])
+        assert result.exit_code == 2
+        assert reason in " ".join(result.output.replace("│", " ").split())
+        assert "\x1b]0" not in result.output
+
+
+def test_a_file_that_fails_while_it_is_read_is_one_paragraph(source, tmp_path):
+    """/proc/self/mem is a regular file, and its first byte cannot be read."""
+    command = ["batch", "-i", "/proc/self/mem", "-o", str(tmp_path / "out.jsonl"), "--target", str(source)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "Input/output error" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_dtype_that_is_no_type_is_refused(folder):
+    tiny.edit_config(folder, dtype=5)
+    with pytest.raises(CheckpointError, match="expected dtype to be the name of a type, such as bfloat16, found 5"):
+        load_config(folder)

@@ -104,6 +104,8 @@ def batch_case(dice: Random, sources: Path, folder: Path) -> None:
     shutil.copy(sources / "rows.jsonl", path)
     if dice.random() < 0.3:
         damage(dice, path, is_json=False)
+        if path.is_fifo():
+            path.unlink()  # a batch reads a pipe, as long as it is open
         return
     lines = path.read_bytes().splitlines()
     at = dice.randrange(len(lines))
@@ -153,7 +155,9 @@ def journal_case(dice: Random, _: Path, folder: Path) -> None:
     text = damaged_json(dice, content)
     with suppress(ValueError, RecursionError, TypeError, AttributeError, KeyError):  # the header has no id
         damaged = json.loads(text)
-        text = json.dumps({**damaged, "id": content["id"]} if isinstance(damaged["id"], str) else damaged).encode()
+        text = json.dumps(
+            {**damaged, "id": content["id"]} if isinstance(damaged["id"], str | int) else damaged
+        ).encode()
     lines[at] = b"%08x %s\n" % (zlib.crc32(text), text)
     victim.write_bytes(b"".join(lines))
 

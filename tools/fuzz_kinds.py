@@ -1,8 +1,8 @@
 """The kinds of fuzzed input: how a case of each is made, and which reader takes it.
 
-A reader may accept an input or refuse it with a UserError of one bounded paragraph. Anything else is a fault: another
-exception, an input that is accepted although its own format's reader refuses it, values that differ from that
-reader's, a file outside the folder.
+A reader may accept an input, or refuse it with a UserError or a DeviceError of one bounded paragraph. Anything else is
+a fault: another exception, an input that is accepted although its own format's reader refuses it, values that differ
+from that reader's, a file outside the folder.
 """
 
 import traceback
@@ -17,7 +17,7 @@ import fuzz_files
 import fuzz_models
 from fuzz_compare import WrongAcceptanceError
 
-from aspec.errors import PromptError, UserError
+from aspec.errors import DeviceError, PromptError, UserError
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "checkpoint": Kind(fuzz_models.checkpoint_case, fuzz_models.read_checkpoint),
         "index": Kind(fuzz_models.index_case, fuzz_models.read_index),
+        "adapter": Kind(fuzz_models.adapter_case, fuzz_models.read_adapter),
         "config": Kind(fuzz_models.in_model("config.json"), fuzz_models.read_plan),
         "engine": Kind(fuzz_models.in_model("config.json"), fuzz_models.read_engine),
         "generation": Kind(fuzz_models.in_model("generation_config.json"), fuzz_models.read_generation),
@@ -77,7 +78,7 @@ def run_case(kind: str, dice: Random, sources: Path, folder: Path, opened: Calla
             warnings.simplefilter("ignore")
             KINDS[kind].read(folder)
         verdict = Verdict("accepted")
-    except UserError as error:
+    except (UserError, DeviceError) as error:
         lines = len(str(error).splitlines())
         most = 12 if kind == "batch" and not isinstance(error, PromptError) else 1
         fine = lines <= most and len(str(error)) < 4000 and str(error).replace("\n", "").isprintable()

@@ -5,6 +5,8 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -15,6 +17,7 @@ import transformers
 from fuzz_compare import as_own_reader, expect
 from mutations import damage, damaged_bytes, damaged_json
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -67,6 +70,16 @@ def make_models(root: Path) -> None:
     sharded = transformers.AutoModelForCausalLM.from_pretrained(root / "llama")
     sharded.save_pretrained(root / "sharded", max_shard_size=sum(p.nbytes for p in sharded.parameters()) // 3)
     save_tokenizer(root / "sharded")
+    (root / "adapter").mkdir()
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    more = {"rank_pattern": {"v_proj": 2}, "use_rslora": True, "layers_to_transform": None, "modules_to_save": None}
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps({**plain, **more}))
+    pairs = {}
+    for layer in range(2):
+        for module, width in (("q_proj", 16), ("v_proj", 8)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            pairs |= {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(width, 2)}
+    save_file(pairs, root / "adapter" / "adapter_model.safetensors")
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -166,6 +179,21 @@ def read_model(folder: Path) -> None:
     expect(model.num_layers, model.config.get_text_config().num_hidden_layers, "layers")
 
 
+def adapter_case(dice: Random, sources: Path, folder: Path) -> None:
+    """An adapter beside its base: its configuration or its tensors are damaged."""
+    (folder / "base").symlink_to(sources / "llama")
+    (folder / "adapter").mkdir()
+    names = ("adapter_config.json", "adapter_config.json", "adapter_model.safetensors")
+    path = linked(sources / "adapter", folder / "adapter", dice.choice(names))
+    damage(dice, path, is_json=path.suffix == ".json")
+
+
+def read_adapter(folder: Path) -> None:
+    """An accepted adapter changes the tensors of its base, whose parts can still be planned."""
+    adapted, base = Model(folder / "base", adapter=folder / "adapter"), Model(folder / "base")
+    expect([part.layer for part in adapted.parts(1 << 20)], [part.layer for part in base.parts(1 << 20)], "parts")
+
+
 def read_plan(folder: Path) -> None:
     """An accepted configuration can be planned, and transformers reads the same one."""
     models = read_models(resolve(EngineOptions(target=folder, device_memory=1 << 28)))
@@ -215,12 +243,21 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def read_template(folder: Path) -> None:
-    """The conversation as transformers lays it out."""
+    """The conversation as transformers lays it out, in one of the forms that a content may have."""
     tokenizer = Tokenizer.load(folder)
     tokens = tokenizer.encode_chat(MESSAGES, limit=TimeLimit(TEMPLATE_S))
     theirs = as_own_reader(lambda: transformers.AutoTokenizer.from_pretrained(folder), "transformers")
-    text = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
-    expect(tokens, theirs.encode(text, add_special_tokens=False), "the conversation")
+    texts = []
+    for parts in product((False, True), repeat=len(MESSAGES)):
+        formed = [in_parts(message) if own else message for own, message in zip(parts, MESSAGES, strict=True)]
+        with suppress(Exception):  # a template may take one form only
+            texts.append(theirs.apply_chat_template(formed, add_generation_prompt=True, tokenize=False))
+    expect(tokens in [theirs.encode(text, add_special_tokens=False) for text in texts], True, f"one of {texts}")
+
+
+def in_parts(message: dict[str, str]) -> dict[str, Any]:
+    """A message whose content is a list of parts."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def read_generation(folder: Path) -> None:

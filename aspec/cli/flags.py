@@ -4,6 +4,7 @@ A dataclass lists the fields of its last base first. So a record names its bases
 records have no slots, because Python cannot combine several bases with slots.
 """
 
+import errno
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from aspec.cli.front.options import AUTO, MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option, rate, size
+from aspec.errors import printable
 from aspec.generation.params import SamplingParams
 from aspec.options import ATTENTION, SPECULATION, EngineOptions
+
+MOST_BYTES = 64 << 20  # of a prompt: more than any context holds
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,15 @@ class SystemFlags:
     system: Annotated[str | None, option(OUTPUT, "A system message, for models with a chat template.")] = None
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file or a pipe. Raises OSError, also for more than ``MOST_BYTES``: a device never ends."""
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes")
+    return data.decode("utf-8-sig")  # a byte order mark is no text
+
+
 @dataclass(frozen=True)
 class PromptFlags:
     """The prompts."""
@@ -84,9 +97,9 @@ class PromptFlags:
         texts = [*self._words(), *(self.prompt or [])]
         for path in self.file or []:
             try:
-                texts.append(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no text
+                texts.append(_read_text(path))
             except (OSError, UnicodeDecodeError) as error:
-                raise typer.BadParameter(f"cannot read {path}: {error}", param_hint="--file") from error
+                raise typer.BadParameter(printable(f"cannot read {path}: {error}"), param_hint="--file") from error
         if not texts and not sys.stdin.isatty():
             texts.append(sys.stdin.read().removeprefix("\ufeff"))
         if not texts:

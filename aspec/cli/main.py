@@ -27,7 +27,7 @@ from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
 from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
-from aspec.errors import AspecError
+from aspec.errors import AspecError, reason_of
 from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
 from aspec.observe.terminal.standard_streams import prepare_streams
@@ -260,6 +260,14 @@ def guarded(work: Callable[[], None], console: Console, debug: bool) -> None:
             )
             raise typer.Exit(1) from None
         except BrokenPipeError:
+            raise typer.Exit(1) from None
+        except OSError as error:  # a file or a disk that fails while it is read
+            if debug:
+                raise
+            console.error(
+                f"the system refused a file: {reason_of(error)}. Check the file, its disk and its permissions, and run "
+                f"the command again (--debug shows where it happened)."
+            )
             raise typer.Exit(1) from None
 
 

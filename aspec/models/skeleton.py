@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aspec.errors import UnsupportedModelError, reason_of, shown
+from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
 from aspec.io.hub import read_config
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models import attention
@@ -61,6 +61,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
             f"{path}: transformers cannot read this {model_type} configuration: {reason_of(error)}. Correct the file, "
             f"or update transformers."
         ) from error
+    if not isinstance(config.dtype, torch.dtype | str | None):
+        raise CheckpointError(
+            f"{path}: expected dtype to be the name of a type, such as bfloat16, found {shown(config.dtype)}. Correct "
+            f"the file."
+        )
     reasons = _refusals(config)
     if reasons:
         raise UnsupportedModelError(f"{path}: {config.model_type} is not supported: {'; '.join(reasons)}.")

@@ -11,7 +11,9 @@ import time
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from aspec.api import collect, run
@@ -181,6 +183,36 @@ def test_rows_that_do_not_fit_are_error_rows(pair, tmp_path):
     assert found["token"]["error"]["code"] == "invalid_prompt"
     again = batch(pair, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--max-context", 32)
     assert "3 of them errors" in again.stderr
+
+
+def test_rows_that_cannot_be_drawn_are_error_rows(pair, tmp_path):
+    """One holds a token whose embedding is not a number, one forbids every token, one names an unknown token."""
+    target = tmp_path / "target"
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[77] = float("nan")
+    model.save_pretrained(target)
+    tiny.save_tokenizer(target)
+    bodies = {f"fine {i}": {"prompt": [3 + i, 9], "logit_bias": {"40": -100}, "min_tokens": 2} for i in range(6)}
+    bodies |= {"damaged": {"prompt": [5, 77, 6]}, "forbidden": {"prompt": [5], "suppress_tokens": list(range(256))}}
+    bodies["unknown"] = {"prompt": [5], "logit_bias": {"999": 1}}
+    names = sorted(bodies)
+    rows = [
+        {"custom_id": n, "method": "POST", "url": COMPLETION, "body": {**bodies[n], "max_tokens": 4}} for n in names
+    ]
+    source = write(tmp_path / "in.jsonl", rows)
+    result = batch((target, pair[1]), source, tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "9 of 9 rows are in" in result.stderr
+    found = answers(tmp_path / "out.jsonl")
+    errors = {name: answer["error"] for name, answer in found.items() if answer["error"]}
+    assert {name: error["code"] for name, error in errors.items()} == {
+        "damaged": "numeric_error",
+        "forbidden": "invalid_prompt",
+        "unknown": "invalid_prompt",
+    }
+    assert "rule every token out" in errors["forbidden"]["message"]
+    assert "logit_bias names token 999" in errors["unknown"]["message"]
 
 
 def test_a_budget_for_few_rows_takes_few_at_once(pair, tmp_path):
@@ -512,7 +544,7 @@ def test_a_job_that_is_stopped_at_once_loses_no_row(server, pair, tmp_path, sign
     for number in signals:
         os.kill(pid, number)
         wait_until(lambda number=number: number != signal.SIGINT or "no new rows" in (tmp_path / "log").read_text())
-    assert server.wait(pid) == 128 + signals[0], (tmp_path / "log").read_text()
+    assert server.wait(pid) == 128 + signals[-1], (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert 6 <= num_rows_in(output) < 12, "those under way, of 100 tokens each, were not waited for"
     assert batch(pair, source, output).exit_code == 0

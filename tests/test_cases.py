@@ -134,6 +134,48 @@ async def test_a_draft_whose_logits_are_no_numbers_is_one_error(pair, tmp_path, 
                 await collect(engine, prompt, max_new_tokens=8)
 
 
+# -- damaged weights ---------------------------------------------------------------------------------------
+
+POISON = 77
+WAYS = {
+    "off": {"speculation": "off"},
+    "chains in groups": {**CHAIN, "num_groups": 2},
+    "trees, attention apart": {**TREE, "attention": "cpu"},
+    "trees, prompts in chunks": {**TREE, "prefill_tokens": 5},
+    "ngram": {},
+}
+
+
+def poisoned(source, folder):
+    """A copy of a checkpoint with one token whose embedding is not a number."""
+    return edited(source, folder, lambda model: model.model.embed_tokens.weight[POISON].fill_(float("nan")))
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_poisoned_token_fails_its_own_requests(pair, tmp_path, way):
+    """Rows are fewer than requests, so that later requests follow failed ones; at last every row is poisoned."""
+    target, draft = poisoned(pair[0], tmp_path / "target"), poisoned(pair[1], tmp_path / "draft")
+    good = [[3, 10], [20, 30, 40, 50, 60, 70], [9], [8] * 12]
+    bad = [[5, POISON, 6], [POISON], [5] * 11 + [POISON], [POISON] * 9]
+    plain, _ = await tokens_of(target, prompts=good, max_new_tokens=12, no_repeat_ngram_size=2)
+    options = {**WAYS[way], "max_batch": 3, "device_memory": 6 << 20}
+    uses = {"off": None, "ngram": "ngram"}.get(way, draft)
+    params = SamplingParams(max_new_tokens=12, no_repeat_ngram_size=2, ignore_eos=True)
+
+    async def one(engine, prompt):
+        try:
+            return [token async for piece in engine.stream(prompt, params) for token in piece.token_ids]
+        except NumericError:
+            return None
+
+    async with opened(target, uses, **options) as engine:
+        for prompts in ([*good, *bad], [*bad, *good], bad, good):
+            mixed = prompts[::2] + prompts[1::2]
+            found = dict(zip(map(tuple, mixed), await asyncio.gather(*(one(engine, p) for p in mixed)), strict=True))
+            assert [found[tuple(prompt)] for prompt in good if prompt in prompts] == (plain if prompts != bad else [])
+            assert all(found[tuple(prompt)] is None for prompt in bad if prompt in prompts)
+
+
 def padded(model, size, loudness):
     """More ids than the tokenizer knows, so much louder than those."""
     std = float(model.lm_head.weight.std()) * loudness

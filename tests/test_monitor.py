@@ -1,11 +1,15 @@
 """The monitor: what a run looks like from outside at any moment of it, in virtual time."""
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
+import pytest
+
 from aspec.observe.console import Console, progress_line
 from aspec.observe.monitor import Monitor
-from aspec.observe.snapshot import SlotState
+from aspec.observe.snapshot import SlotState, Snapshot
+from aspec.observe.timeline import Stops
 from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
 from aspec.tasks.op import Op
@@ -83,6 +87,57 @@ def test_a_lane_in_order_runs_one_task_however_many_are_queued():
     assert any(len(lane.running) > 1 for s in seen for lane in s.lanes if lane.name == "disk")
 
 
+def test_stopped_seconds_are_not_busy():
+    stops = Stops()
+    plan = make_plan(num_slots=5, num_rows=1)
+    plain, stopped = Monitor(), Monitor(stops)
+    for monitor in (plain, stopped):
+        monitor.opened(plan, 40)
+    later_s = 0.0
+
+    def finished(span):
+        nonlocal later_s
+        start_s = span.start_s + later_s
+        if span.task.number == 3 and not later_s:  # a stop within this task
+            later_s = 100.0
+            stops.add(start_s, start_s + later_s)
+        plain(span)
+        stopped(replace(span, start_s=start_s, stop_s=span.stop_s + later_s))
+
+    simulate(plan, PROFILE, ((20, 40),), [finished])
+    one, other = plain.snapshot(2.0), stopped.snapshot(2.0 + later_s)
+    assert later_s
+    assert other.now_s == pytest.approx(one.now_s)
+    assert other.tokens_per_s == pytest.approx(one.tokens_per_s)
+    for ours, theirs in zip(other.lanes, one.lanes, strict=True):
+        assert [tuple(work) for work in ours.work] == [pytest.approx(work) for work in theirs.work]
+
+
+def test_the_text_of_each_row_is_kept_apart():
+    monitor = Monitor()
+    for text, row in (("a", 0), ("x", 2), ("b", 0), ("y" * 9000, 2)):
+        monitor.heard(text, row)
+    first, second, third = monitor.snapshot(0.0).texts
+    assert (first, second) == ("ab", "")
+    assert set(third) == {"y"}
+
+
+def test_the_memory_is_told_as_held_of_the_budget():
+    plan = make_plan(num_rows=1, arithmetic={"KV cache": 64 << 20, "slots": 130 << 20})
+    monitor = Monitor()
+    monitor.opened(plan, 1)
+    assert monitor.snapshot(0.0).held == "194 MiB held: slots 130 MiB + KV cache 64.00 MiB"
+    monitor.opened(replace(plan, request=replace(plan.request, budget_bytes=200 << 20)), 1)
+    assert monitor.snapshot(0.0).held == "194 of 200 MiB: slots 130 MiB + KV cache 64.00 MiB"
+
+
+def test_the_host_has_a_lane_where_its_tasks_take_time():
+    slow = replace(PROFILE, accept_s=5e-2)
+    seen, _ = watched(make_plan(num_rows=1), ((20, 40),), slow)
+    assert "cpu" in {lane.name for lane in seen[-1].lanes}
+    assert "cpu" not in {lane.name for lane in watched(make_plan(num_rows=1), ((20, 40),))[0][-1].lanes}
+
+
 def test_progress_in_one_line():
     monitor = Monitor()
     assert progress_line(monitor.snapshot(0.0)) is None
@@ -91,6 +146,8 @@ def test_progress_in_one_line():
     monitor.snapshot(10.0)
     monitor.progress("load", 1 << 30, 4 << 30)
     assert progress_line(monitor.snapshot(15.0)) == "load: 1.00 GiB of 4.00 GiB, 15 s left"
+    prefill = Snapshot(9.0, "prefill", 500, 2000, 2.0)
+    assert progress_line(prefill) == "prefill: 500 of 2000 prompt tokens, 250.0 tokens/s, 6 s left"
     seen, _ = watched(make_plan(num_rows=1), ((20, 40),))
     line = progress_line(seen[-1])
     assert line.startswith("decode: 40 of at most 40 tokens, ")

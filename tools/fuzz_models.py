@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 import aspec
-from aspec.generation.defaults import TAKEN_FROM_CHECKPOINT, sampling_params
+from aspec.generation.defaults import sampling_params
 from aspec.generation.time_limit import TimeLimit
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.checkpoint import Checkpoint
@@ -225,4 +225,4 @@ def read_template(folder: Path) -> None:
 
 def read_generation(folder: Path) -> None:
     """Generation defaults become sampling parameters, or are refused."""
-    sampling_params(generation_defaults(folder), dict.fromkeys(TAKEN_FROM_CHECKPOINT))
+    sampling_params(generation_defaults(folder), {})

@@ -261,14 +261,15 @@ def summarise(outcome: Outcome) -> str:
     alone = len(stats) == 1
     why = next(iter(reasons)) if alone else ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     words = [f"{tokens} tokens ({why})" if alone else f"{len(stats)} prompts: {tokens} tokens ({why})"]
+    more = tokens - len(stats)  # than the first token of each prompt
     words.append(f"prefill {max(one.prefill_s for one in stats):.2f} s")
     begun_s = min(one.arrived_s + one.prefill_s for one in stats)
     decode_s = max(one.arrived_s + one.prefill_s + one.decode_s for one in stats) - begun_s
-    if decode_s > 0 and tokens > len(stats):
-        words.append(f"{(tokens - len(stats)) / decode_s:.2f} tokens/s" + ("" if alone else " together"))
+    if decode_s > 0 and more > 0:
+        words.append(f"{more / decode_s:.2f} tokens/s" + ("" if alone else " together"))
     passes, proposed = sum(one.passes for one in stats), sum(one.proposed for one in stats)
-    if passes:
-        words.append(f"{(tokens - len(stats)) / passes:.2f} tokens {'' if alone else 'of a row '}per pass")
+    if passes and more > 0:
+        words.append(f"{more / passes:.2f} tokens {'' if alone else 'of a row '}per pass")
     if proposed:
         words.append(f"{sum(one.accepted for one in stats) / proposed:.0%} of proposals accepted")
     if outcome.link_rate:
@@ -298,4 +299,4 @@ def _without_stops(stats: RequestStats, stops: Stops) -> RequestStats:
     """The statistics on a clock that stands still while the process is stopped."""
     first_s = stats.arrived_s + stats.prefill_s
     begun, first, ended = (stops.running_s(at) for at in (stats.arrived_s, first_s, first_s + stats.decode_s))
-    return replace(stats, prefill_s=first - begun, decode_s=ended - first)
+    return replace(stats, arrived_s=begun, prefill_s=first - begun, decode_s=ended - first)

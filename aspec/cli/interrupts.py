@@ -46,6 +46,7 @@ class Interrupts:
         self._loop: asyncio.AbstractEventLoop | None = None  # while it runs work
         self._work: asyncio.Task[Any] | None = None
         self._cancelled = False  # cancel only once: a second cancel would interrupt the closing of the engine
+        self._finishing = False  # what runs now must not be broken off
         self._modes = _terminal_modes()
         self._before: dict[signal.Signals, Any] = {}  # the handlers of the caller
 
@@ -108,7 +109,8 @@ class Interrupts:
         from asyncio import CancelledError
 
         try:
-            result = runner.run(self._cancellable(work))
+            with self.finishing():
+                result = runner.run(self._cancellable(work, self._count))
         except CancelledError:
             if self._stopped_by is None:
                 raise
@@ -116,10 +118,22 @@ class Interrupts:
         self.settle()
         return result
 
-    async def _cancellable(self, work: Coroutine[Any, Any, T]) -> T:
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """No signal breaks the block off, such as the closing of an engine; the last one ends the process."""
+        before, self._finishing = self._finishing, True
+        try:
+            yield
+        finally:
+            self._finishing = before
+
+    async def _cancellable(self, work: Coroutine[Any, Any, T], count: int) -> T:
+        """``work``, which signals cancel, also one that came since there were ``count``."""
         from asyncio import current_task, get_running_loop
 
         self._loop, self._work, self._cancelled = get_running_loop(), current_task(), False
+        if self._count > count:
+            self._loop.call_soon(self._stop_work, self._stopped_by)
         try:
             return await work
         finally:
@@ -131,11 +145,12 @@ class Interrupts:
             self._stopped_by = signal.Signals(number)
         if self._count >= MOST_SIGNALS:
             self.end_now(128 + number)
-        if self._loop is None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop_work, number)
+        elif not self._finishing:
             raise KeyboardInterrupt
-        self._loop.call_soon_threadsafe(self._stop_work, number)
 
-    def _stop_work(self, number: int) -> None:
+    def _stop_work(self, number: int | None) -> None:
         if number == signal.SIGINT and self.drain is not None:
             drain, self.drain = self.drain, None
             drain()
@@ -163,18 +178,30 @@ class Interrupts:
             console.stops.add(begun_s, time.perf_counter())
 
 
-def run(main: Callable[[], Awaitable[T]]) -> T:
-    """Run a coroutine function as ``aspec.api.run`` does, so that a signal cancels it and raises KeyboardInterrupt."""
+@contextmanager
+def loop_runner() -> "Iterator[asyncio.Runner]":
+    """A runner of aspec's event loop; no signal breaks off its closing."""
     from asyncio import Runner
 
     from aspec.api import loop_factory
+
+    runner = Runner(loop_factory=loop_factory())
+    try:
+        yield runner
+    finally:
+        with present().finishing():
+            runner.close()
+
+
+def run(main: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine function as ``aspec.api.run`` does, so that a signal cancels it and raises KeyboardInterrupt."""
     from aspec.errors import first_error
 
     async def body() -> T:
         return await main()
 
     try:
-        with Runner(loop_factory=loop_factory()) as runner:
+        with loop_runner() as runner:
             return present().run(runner, body())
     except BaseExceptionGroup as group:
         raise first_error(group) from None

@@ -65,7 +65,7 @@ def generate(flags: GenerateFlags) -> None:
 
       aspec generate --target ./model --draft ./small --prompt "..." --verify
     """
-    perform("aspec.cli.generate", "generate_on_console", flags, flags.prompts())
+    perform("aspec.cli.generate", "generate_on_console", flags, flags.prompts)
 
 
 @app.command(cls=HelpCommand)
@@ -108,7 +108,7 @@ def trace(flags: TraceFlags) -> None:
       aspec trace -o gpu.json --simulate machine.json --target ./model --prompt "..."
     """
     if flags.recorded is None:
-        perform("aspec.cli.trace", "record", flags, flags.prompts())
+        perform("aspec.cli.trace", "record", flags, flags.prompts)
         return
     from aspec.cli.trace_summary import summarise_file
 
@@ -217,8 +217,8 @@ def common(
     """
 
 
-def perform(module: str, function: str, flags: CommandFlags, *args: object) -> None:
-    """Run a command's function, with its arguments and the console; its module imports torch, which takes seconds.
+def perform(module: str, function: str, flags: CommandFlags, *read: Callable[[], object]) -> None:
+    """Run a command's function with what ``read`` reads, and the console; its module imports torch, for seconds.
 
     Mistakes that need no torch are found before, and a first line tells that the command works.
     """
@@ -226,10 +226,11 @@ def perform(module: str, function: str, flags: CommandFlags, *args: object) -> N
 
     def work() -> None:
         find_mistakes(flags)
+        inputs = [one() for one in read]
         console.note(opening_line(flags))
         act = getattr(import_module(module), function)
         with held_back(console):
-            act(flags, *args, console)
+            act(flags, *inputs, console)
 
     guarded(work, console, flags.debug)
 

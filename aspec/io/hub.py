@@ -18,7 +18,7 @@ from aspec.io.weight_format import REMEDY, file_format, folder_format
 __all__ = ["WANTED", "check", "find", "read_config", "resolve"]
 
 CONFIG = "config.json"
-HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
 
 
 def resolve(name: str, *, what: str = "model", weights: bool = True, fetches: Fetches | None = None) -> Path:

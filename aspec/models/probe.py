@@ -22,7 +22,6 @@ from aspec.models.hf_compat import (
     cache_argument,
     forget_pad_token,
     ignore_positions,
-    model_class,
     takes_registered_attention,
 )
 from aspec.models.kv_cache import KVCache, KVShape, MaskKind, StepCache
@@ -31,6 +30,7 @@ from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
+NOT_REGISTERED = "its attention does not take a registered attention function"
 SAMPLES = 4096  # pairs of positions for the comparison of a family's mask with aspec's
 UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
 """Arguments of other attention functions that change the result and that ``attend`` does not support."""
@@ -167,22 +167,20 @@ class _ProbeRun:
 @torch.inference_mode(False)  # a view has its base only outside inference mode
 def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
     """Probe a model. Raises UnsupportedModelError if its layers cannot run one by one."""
-    family = model_class(config)
     try:
         model = _build(config, dtype, NAME)
-        try:
-            return _examine(config, model, in_tuples=False)
-        except _UnfitError as error:
-            try:
-                return _examine(config, model, in_tuples=True)
-            except _UnfitError:
-                raise UnsupportedModelError(f"{config.model_type} is not supported: {error}.") from error
     except UnsupportedModelError as error:
-        if family is None or takes_registered_attention(family):
+        if NAME not in str(error):
             raise
-        raise UnsupportedModelError(  # a family may take one without saying so: only now is it a reason
-            f"{config.model_type} is not supported: its attention does not take a registered attention function."
-        ) from error
+        raise UnsupportedModelError(f"{config.model_type} is not supported: {NOT_REGISTERED}.") from error
+    try:
+        return _examine(config, model, in_tuples=False)
+    except _UnfitError as error:
+        try:
+            return _examine(config, model, in_tuples=True)
+        except _UnfitError:  # a family may take a registered attention without saying so: only now is it a reason
+            reason = error if takes_registered_attention(type(model)) else NOT_REGISTERED
+            raise UnsupportedModelError(f"{config.model_type} is not supported: {reason}.") from error
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:

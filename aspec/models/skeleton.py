@@ -73,11 +73,7 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
         text = config.get_text_config()
     except ValueError as error:
         return [f"it holds several models of text ({reason_of(error)})"]
-    reasons = [
-        why
-        for key, why in REFUSED_KEYS.items()
-        if {getattr(config, key, None) or None, getattr(text, key, None) or None} - {None, HARMLESS.get(key)}
-    ]
+    reasons = [why for key, why in REFUSED_KEYS.items() if _is_set(config, key) or _is_set(text, key)]
     if (refused := family_of(config.model_type).refused) is not None:
         reasons.append(refused)
     if text is not config:
@@ -90,6 +86,12 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     if has_recurrent_state(family) and not _attends_only(text):
         reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
     return reasons
+
+
+def _is_set(config: PreTrainedConfig, key: str) -> bool:
+    """Whether a configuration asks for what a key stands for."""
+    value = getattr(config, key, None)
+    return bool(value) and value != HARMLESS.get(key)
 
 
 def _attends_only(text: PreTrainedConfig) -> bool:
@@ -115,9 +117,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     Raises UnsupportedModelError if transformers cannot build it.
     """
     config = copy.deepcopy(config)
-    if not _is_token(
-        config, getattr(config, "pad_token_id", None)
-    ):  # a fine-tune may name one beyond its embedding; no layer uses it
+    if not _has_pad_token(config):  # a fine-tune may name a token beyond the embedding; no layer uses it
         forget_pad_token(config)
     for key, value in OUTPUTS.items():
         if hasattr(config, key):
@@ -138,10 +138,10 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     return model.eval()
 
 
-def _is_token(config: PreTrainedConfig, token: object) -> bool:
-    """Whether a configuration's token id is within its embedding."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return not isinstance(token, int) or not isinstance(size, int) or -size <= token < size
+def _has_pad_token(config: PreTrainedConfig) -> bool:
+    """Whether the padding token of a configuration is within its embedding."""
+    token, size = getattr(config, "pad_token_id", None), getattr(config.get_text_config(), "vocab_size", None)
+    return isinstance(token, int) and isinstance(size, int) and -size <= token < size
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

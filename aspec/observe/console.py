@@ -134,7 +134,7 @@ class Console:
 
     def _check_encoding(self, text: str) -> None:
         try:
-            text.encode(sys.stdout.encoding)
+            text.encode(sys.stdout.encoding or "utf-8")
         except UnicodeEncodeError:
             self.warn(
                 f"standard output is {sys.stdout.encoding}, which lacks characters of the text: they are written as "

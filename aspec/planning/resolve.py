@@ -152,9 +152,7 @@ def _folders(
     if options.target is None:
         for name, value in (("draft", options.draft), ("adapter", options.adapter)):
             if value not in (None, NGRAM):
-                raise UserError(
-                    f"--{name} was given without --target: a {name} belongs to one target. Give both or neither."
-                )
+                raise UserError(f"--{name} was given without --target: it belongs to one target. Give both or neither.")
         return (DEMO / "target", None), (DEMO / "draft", None) if method.has_model else None
     find = partial(hub.resolve, fetches=fetches, weights=weights)
     target = _weights(find, str(options.target), "target", options.adapter)

@@ -5,7 +5,7 @@ An error's text may hold what a request says, so it is cut, and control characte
 
 from dataclasses import dataclass
 
-from aspec.errors import NumericError, PromptError, printable
+from aspec.errors import NoTokenError, NumericError, PromptError, printable
 
 MOST_SAID = 600  # characters of a message; one row may have many problems
 
@@ -42,7 +42,7 @@ class Refusal:
     def of(cls, error: Refused) -> "Refusal":
         """The error object of an error."""
         message = one_line(str(error))
-        if isinstance(error, NumericError):
+        if isinstance(error, NumericError) and not isinstance(error, NoTokenError):
             return cls(message, "server_error", None, "numeric_error")
         if isinstance(error, RequestError):
             return cls(message, "invalid_request_error", error.param, error.code)

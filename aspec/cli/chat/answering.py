@@ -3,11 +3,11 @@
 import asyncio
 import os
 import sys
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 
 from aspec.cli.chat.keys import HeldKeys, keys_held
-from aspec.cli.chat.prefill import PrefillProgress, ReadingLine
+from aspec.cli.chat.prefill import PrefillProgress, shown_while_reading
 from aspec.cli.chat.wrapping import Wrapper, filled
 from aspec.cli.interrupts import present
 from aspec.engine.engine import Engine
@@ -66,7 +66,8 @@ class Answering:
         """Collect and print the pieces; Ctrl-C cancels this task."""
         wrapper = Wrapper()
         self._progress.begin(len(prompt), self._engine.plan.num_layers)
-        with suppress(asyncio.CancelledError), ReadingLine(self._progress, self._console) as reading:
+        with suppress(asyncio.CancelledError), ExitStack() as reading:
+            reading.enter_context(shown_while_reading(self._progress, self._console))
             async with aclosing(self._engine.stream(prompt, params)) as stream:
                 async for piece in stream:
                     reading.close()

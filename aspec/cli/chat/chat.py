@@ -4,12 +4,10 @@ The loop runs only while the engine opens, answers and closes. It does not run a
 the entry as usual: with editing, and Ctrl-C ends the read.
 """
 
-import asyncio
 from contextlib import AsyncExitStack
 
 import typer
 
-from aspec.api import loop_factory
 from aspec.cli.chat.answering import Answering
 from aspec.cli.chat.commands import COMMANDS, execute
 from aspec.cli.chat.conversation import check_system
@@ -19,7 +17,7 @@ from aspec.cli.chat.reading import Reader, open_reader
 from aspec.cli.chat.session import Session
 from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
 from aspec.cli.front.opening import fetching
-from aspec.cli.interrupts import present
+from aspec.cli.interrupts import loop_runner, present
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import NumericError, UserError, WriteError
 from aspec.generation.defaults import describe, sampling_params
@@ -39,14 +37,15 @@ def chat_on_console(flags: ChatFlags, console: Console) -> None:
     """
     resolved, params = _prepare(flags, console)
     reader, progress = open_reader(COMMANDS), PrefillProgress()
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with loop_runner() as runner:
         stack = AsyncExitStack()
         engine = present().run(runner, _open(stack, resolved, progress, console))
         try:
             answering = Answering(runner, engine, progress, console, mark_pastes=reader.marks_pastes)
             all_went_well = _converse(Session(resolved, engine, answering, console, params, flags.system), reader)
         finally:
-            runner.run(stack.aclose())
+            with present().finishing():
+                runner.run(stack.aclose())
     if not (all_went_well or reader.interactive):
         raise typer.Exit(1)
 
@@ -104,9 +103,10 @@ def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, SamplingPara
         )
     check_system(flags.system, tokenizer.encode_chat)
     defaults, given = generation_defaults(resolved.target), flags.sampling()
+    params = sampling_params(defaults, given, ANSWER_TOKENS)
     if asked_for := describe(defaults, given):
         console.note(asked_for)
-    return resolved, sampling_params(defaults, given, ANSWER_TOKENS)
+    return resolved, params
 
 
 async def _open(stack: AsyncExitStack, resolved: Resolved, progress: PrefillProgress, console: Console) -> Engine:

@@ -12,7 +12,7 @@ from aspec.cli.chat.saved_talk import SavedTalk, load, save
 from aspec.cli.chat.session import Session
 from aspec.cli.chat.wrapping import visible
 from aspec.engine.engine import describe_plan
-from aspec.errors import PromptError
+from aspec.errors import PromptError, shown
 
 SETTING = re.compile(r"([\w-]+)(?:\s*=\s*|\s+|$)(.*)", re.DOTALL)
 KEYS = """\
@@ -127,7 +127,7 @@ def _load(session: Session, argument: str) -> None:
     session.talk, session.params = saved.talk, params
     session.note(f"{_count(saved.talk)} loaded from {path}")
     if saved.model is not None and saved.model != session.model:
-        session.note(f"it was with the model {visible(saved.model)}; {session.model} continues it")
+        session.note(f"it was with the model {shown(saved.model)}; {session.model} continues it")
 
 
 def _regen(session: Session, _: str) -> None:

@@ -1,14 +1,13 @@
 """How far the model has read a message: counted from spans, and shown in a line that the answer replaces."""
 
-import sys
 import time
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from aspec.observe.console import Console
-from aspec.observe.ticker import Ticker
+from aspec.observe.dashboard import show
 from aspec.tasks.task import Span
 
-PERIOD_S = 0.25  # between two lines
 PATIENCE_S = 0.5  # a message that is read faster shows no line
 
 
@@ -48,37 +47,18 @@ class PrefillProgress:
         return f"reading: {read} of {total} tokens, {rate:.4g} tokens/s, {(total - read) / rate:.0f} s left"
 
 
-class ReadingLine:
-    """The progress in the line of the cursor, until ``close``; nothing if stderr is no terminal, or when quiet."""
+@contextmanager
+def shown_while_reading(progress: PrefillProgress, console: Console) -> Iterator[None]:
+    """Show the progress until the block ends: on a terminal in the line of the cursor, which is then erased."""
+    begun_s = time.perf_counter()
 
-    def __init__(self, progress: PrefillProgress, console: Console) -> None:
-        self._progress, self._console = progress, console
-        shows = console.stderr.is_terminal and not console.stderr.is_dumb_terminal and not console.quiet
-        self._begun_s = time.perf_counter()
-        self._drawn = False
-        self._ticker = Ticker(PERIOD_S, self._draw, "prefill") if shows else None
+    def line() -> str:
+        return progress.line(time.perf_counter())
 
-    def __enter__(self) -> Self:
-        return self
+    def draw() -> str:
+        if time.perf_counter() - begun_s < PATIENCE_S:
+            return ""
+        return f"\r\x1b[2maspec: {line()}\x1b[0m\x1b[K"
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Erase the line; it may be called again."""
-        ticker, self._ticker = self._ticker, None
-        if ticker is not None:
-            ticker.close()
-            if self._drawn:
-                self._write("\r\x1b[K")
-
-    def _draw(self) -> None:
-        now_s = time.perf_counter()
-        if now_s - self._begun_s >= PATIENCE_S:
-            text = f"aspec: {self._progress.line(now_s)}"[: max(1, self._console.stderr.width - 1)]
-            self._drawn = True
-            self._write(f"\r\x1b[2m{text}\x1b[0m\x1b[K")
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+    with show(console, draw, line, covers=False, live=True):
+        yield

@@ -11,6 +11,7 @@ from aspec.io.json_file import NotJson, parse_json
 
 SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 DEFAULT = "default"
+ALWAYS = ("max_new_tokens", "temperature", "seed")  # in a description, also where they have their default values
 
 
 def _whole(text: str) -> int:
@@ -77,8 +78,13 @@ def listed(params: SamplingParams) -> str:
 
 
 def described(params: SamplingParams) -> str:
-    """All settings in one line."""
-    return ", ".join(f"{name} {shown(getattr(params, name))}" for name in SETTABLE)
+    """The settings that matter, in one line: without those that are off."""
+    off = SamplingParams()
+    return ", ".join(
+        f"{name} {shown(value)}"
+        for name, value in as_object(params).items()
+        if name in ALWAYS or value != getattr(off, name)
+    )
 
 
 def shown(value: object) -> str:

@@ -45,7 +45,7 @@ class Words:
     def __call__(self, stage: str, done: int, total: int) -> str:
         """Bytes of files, or headers of shards."""
         if stage != "fetch":
-            return f"read the headers of {done} of {total} shards"
+            return f"reading the header of shard {done + 1} of {total}"
         now_s = time.monotonic()
         begun_s, before = self._first = self._first or (now_s, done)
         words = f"fetched {format_bytes(done)} of {format_bytes(total)}"

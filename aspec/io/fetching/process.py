@@ -209,7 +209,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "does not fit on the disk of the hub cache. Free some space, or set HF_HOME to a larger disk."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot be stored: {error.filename} may not be written. Set HF_HOME to a folder that may be written."
+        return (
+            f"cannot be stored: {error.filename} may not be written. Set HF_HOME (for headers, XDG_CACHE_HOME) to a "
+            f"folder that may be written."
+        )
     reason = " ".join(str(error).split())[:300].rstrip(".: ")
     return (
         f"could not be fetched from the hub ({type(error).__name__}: {reason}). Try again (whole files are kept), or "

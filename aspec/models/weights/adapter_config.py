@@ -87,7 +87,7 @@ class AdapterConfig:
         """Whether the adapter changes a module; None where a pattern decides, which is not evaluated."""
         if isinstance(self.excluded, str) or not isinstance(self.target, tuple):
             return None
-        if _ends_with(module, self.excluded) or _ends_with(module, self.saved):
+        if _ends_with(module, self.excluded) or any(is_within(module, name) for name in self.saved):
             return False
         if not _ends_with(module, self.target):
             return False
@@ -218,6 +218,11 @@ class _Fields:
             except (re.error, OverflowError, RecursionError) as error:
                 raise self.refuse(key, f"regular expressions ({error})", pattern) from error
         return value
+
+
+def is_within(name: str, module: str) -> bool:
+    """Whether a name is that of a module or of something in it; ``module`` may be the end of the module's name."""
+    return f".{module}." in f".{name}."
 
 
 def _ends_with(module: str, names: tuple[str, ...]) -> bool:

@@ -17,7 +17,7 @@ from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.checkpoint import TensorRef, read_header, version_of
 from aspec.io.disk import FileVersion
 from aspec.models.hf_compat import is_transposed_linear
-from aspec.models.weights.adapter_config import REMEDY, AdapterConfig, read_adapter_config
+from aspec.models.weights.adapter_config import REMEDY, AdapterConfig, is_within, read_adapter_config
 from aspec.models.weights.merge import LowRank
 from aspec.models.weights.tensor_map import CASTABLE, Entry, TensorMap, parameter_names
 from aspec.models.weights.unused import summary
@@ -114,7 +114,7 @@ class _Changes:
                 f"plain LoRA. {REMEDY}"
             )
         for saved in adapter.config.saved:
-            if not any(f".{name}".rpartition(".")[0].endswith(f".{saved}") for name in whole):
+            if not any(is_within(name, saved) for name in whole):
                 raise CheckpointError(
                     f"{file}: expected the module {saved!r:.80}, which modules_to_save of {adapter.config.path.name} "
                     f"names, found no tensor of it. Fetch the adapter again."

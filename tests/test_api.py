@@ -19,9 +19,9 @@ import aspec
 from aspec.api import LLM, generate
 from aspec.errors import AspecError, ClosedError, PromptError, UserError
 from aspec.generation.params import SamplingParams
-from aspec.generation.prompts import as_prompt, as_prompts
-from aspec.generation.tokenizer import Tokenizer
-from aspec.io.loop_thread import LoopThread
+from aspec.generation.text.prompts import as_prompt, as_prompts
+from aspec.generation.text.tokenizer import Tokenizer
+from aspec.io.loop.loop_thread import LoopThread
 from tests import tiny
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -252,6 +252,17 @@ def test_mistakes_of_a_call_are_named(llm, plain):
         assert raw.generate("hi", max_new_tokens=2).stats.completion_tokens == 2
     assert llm.generate([]) == []
     assert aspec.generate([], target="/nowhere") == []
+
+
+def test_prompts_are_checked_before_a_weight_is_read(plain, monkeypatch):
+    monkeypatch.setattr("aspec.api.Engine", None)  # nothing opens
+    for prompts, says in (
+        ([1] * 10_000, "the prompt has 10000 tokens; the context holds"),
+        (["a", ""], "prompt 1: the prompt is empty"),
+        ("\udc80", "not valid Unicode"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            generate(prompts, target=plain)
 
 
 def test_a_closed_engine_says_so(plain):

@@ -21,7 +21,7 @@ from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.observe.batch_progress import BatchProgress, batch_line, duration
 from aspec.observe.snapshot import Snapshot
 from aspec.plan import Workload

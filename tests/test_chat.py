@@ -15,7 +15,7 @@ import aspec
 from aspec.cli.chat.commands import COMMANDS
 from aspec.cli.chat.conversation import Conversation, Turn
 from aspec.cli.main import app
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from tests import tiny
 from tests.fork_server import wait_until
 from tests.terminal import Terminal

@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from aspec.errors import CheckpointError, PromptError
-from aspec.generation.template_trial import TemplateTrial
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.template_trial import TemplateTrial
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tokenizer import Tokenizer
 from tests import tiny
 from tests.test_text import byte_level, save
 

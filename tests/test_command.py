@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from aspec.cli.main import app
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from tests import tiny
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1"]

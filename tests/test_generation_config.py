@@ -16,7 +16,7 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, TokenCounts
 from aspec.generation.processors import Processors
 from aspec.generation.sampler import Sampler, draw_rows, gumbel
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.models.model import generation_defaults
 from tests import tiny
 

@@ -21,11 +21,11 @@ from aspec.engine.engine import open_engine
 from aspec.engine.model_runner import ModelRunner
 from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError, UserError
 from aspec.generation.params import SamplingParams
-from aspec.generation.time_limit import TimeLimit, TimeLimitError
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io import disk
 from aspec.io.disk import DiskLane
-from aspec.io.loop_mailbox import LoopMailbox
+from aspec.io.loop.mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate
 from aspec.models.model import Model
 from aspec.tasks.rows import RowTable

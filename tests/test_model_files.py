@@ -21,7 +21,7 @@ from aspec.errors import (
     shown,
 )
 from aspec.generation import vocabulary_files
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.checkpoint import SINGLE, Checkpoint, read_header
 from aspec.io.json_file import read_json
 from aspec.models.config_sizes import MAX_TABLE_BYTES

@@ -12,7 +12,7 @@ import pytest
 from aspec.errors import PromptError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.options import DEMO
 from aspec.serving import batch_input
 from aspec.serving.batch_input import BatchFile, parse_row

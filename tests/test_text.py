@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError
-from aspec.generation.tokenizer import MAX_WINDOW, TextStream, Tokenizer, check_tokenizer, check_vocabulary
+from aspec.generation.text.tokenizer import MAX_WINDOW, TextStream, Tokenizer, check_tokenizer, check_vocabulary
 
 SPECIAL = ["<s>", "</s>"]
 CHAT = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no ' + m.role) }}{% endif %}"

@@ -14,7 +14,7 @@ from aspec.errors import DivergenceError, ReadError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, TokenCounts
 from aspec.generation.sampler import Sampler, gumbel
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.speculation.drafter import Drafter
 from tests import tiny
 

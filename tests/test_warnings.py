@@ -83,7 +83,7 @@ def test_a_batch_is_without_a_warning(strict, chatty, tmp_path):
 WARNS = """
 import logging, warnings
 from aspec.cli import main as cli
-from aspec.generation import tokenizer as text
+from aspec.generation.text import tokenizer as text
 
 def decode(self, tokens, own=text.Tokenizer.decode):
     warnings.warn("a name\\n  is going", FutureWarning, stacklevel=1)

@@ -94,7 +94,7 @@ class Job(contest.Task):
 
 def make_prompts(target: str, rows: int) -> list[list[int]]:
     """Tokens of that many prompts: beginnings of the held-out texts, no two the same up to 960."""
-    from aspec.generation.tokenizer import Tokenizer
+    from aspec.generation.text.tokenizer import Tokenizer
     from aspec.options import DEMO
 
     tokenizer = Tokenizer.load(Path(target))

@@ -20,8 +20,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import aspec
 from aspec.generation.defaults import sampling_params
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.checkpoint import Checkpoint
 from aspec.models.model import Model, generation_defaults
 from aspec.options import EngineOptions

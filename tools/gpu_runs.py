@@ -23,7 +23,7 @@ from aspec.cli.bench import Run
 from aspec.engine.design import design
 from aspec.engine.engine import Engine, open_engine
 from aspec.generation.params import SamplingParams
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
 from aspec.io.pinned import PinnedMemory
 from aspec.observe.recorder import Recorder

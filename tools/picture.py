@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.observe.chrome_trace import TRACKS_PER_LANE, assign_tracks, read_trace
 from aspec.observe.frame import Frame
 from aspec.observe.monitor import Monitor

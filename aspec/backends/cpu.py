@@ -11,7 +11,7 @@ from typing import Protocol
 from aspec.backends.thread_lane import ThreadLane
 from aspec.errors import InternalError
 from aspec.io.disk import DiskLane
-from aspec.io.settling import close_all, settle, settle_all
+from aspec.io.loop.settling import close_all, settle, settle_all
 from aspec.models.weights.parts import Part
 from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resource, Task
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from aspec.errors import DeviceError
-from aspec.io.loop_mailbox import LoopMailbox
+from aspec.io.loop.mailbox import LoopMailbox
 from aspec.tasks.task import Completion
 
 Outcome = Completion | BaseException

@@ -22,7 +22,7 @@ from aspec.backends.event_lane import EventLane, Outcome
 from aspec.backends.thread_lane import ThreadLane
 from aspec.errors import DeviceError, InternalError
 from aspec.io.disk import DiskLane
-from aspec.io.settling import close_all, settle, settle_all
+from aspec.io.loop.settling import close_all, settle, settle_all
 from aspec.models.weights.parts import Part
 from aspec.tasks.task import (
     COMPUTE,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from aspec.errors import DeviceError
-from aspec.io.loop_mailbox import LoopMailbox
+from aspec.io.loop.mailbox import LoopMailbox
 from aspec.tasks.task import Completion
 
 Work = Callable[[], Completion]

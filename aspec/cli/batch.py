@@ -25,7 +25,7 @@ from aspec.errors import BudgetError, PromptError, UserError, WriteError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
 from aspec.models.model import generation_defaults
 from aspec.observe.batch_progress import BatchProgress, follow

@@ -18,7 +18,7 @@ from aspec.errors import DivergenceError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context
 from aspec.generation.sampler import Sampler
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
 from aspec.observe.monitor import Monitor

@@ -14,10 +14,10 @@ from aspec.backends.streams import StreamBackend
 from aspec.engine.design import ResolvedEngine, design
 from aspec.engine.model_runner import ModelRunner, Weights
 from aspec.errors import DeviceError
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
+from aspec.io.loop.settling import close_all
 from aspec.io.memory import SlotMemory, allocate, give_back
-from aspec.io.settling import close_all
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor, scratch_bytes

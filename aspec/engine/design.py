@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass
 
-from aspec.generation.tokenizer import Tokenizer, check_tokenizer, check_vocabulary
+from aspec.generation.text.tokenizer import Tokenizer, check_tokenizer, check_vocabulary
 from aspec.plan import Plan
 from aspec.planning.fit import context_cut
 from aspec.planning.footprint import Models, read_models

@@ -44,14 +44,14 @@ from aspec.errors import (
 )
 from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
-from aspec.generation.prompts import PromptLike, as_prompt, is_chat
 from aspec.generation.sampler import Sampler
 from aspec.generation.stats import Piece, RequestStats
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.tokenizer import TEMPLATE_S, Tokenizer
+from aspec.generation.text.prompts import PromptLike, as_prompt, is_chat
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tokenizer import TEMPLATE_S, Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.fetching.fetch import Fetches
-from aspec.io.settling import close_all, in_thread, settle, settle_all
+from aspec.io.loop.settling import close_all, in_thread, settle, settle_all
 from aspec.models.model import generation_defaults
 from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
@@ -149,7 +149,7 @@ class Engine:
 
         A thread encodes texts and chats; a closing engine or a cancelled caller ends it.
         """
-        admission, (streams, _) = self._admission, self._serving()  # raises if the engine has ended
+        tokenizer, (streams, _) = self._open.tokenizer, self._serving()  # raises if the engine has ended
         plain = as_prompt(prompt)
         if not isinstance(plain, str) and not is_chat(plain):
             return cast("list[int]", plain)
@@ -157,7 +157,7 @@ class Engine:
         self._encoding.add(limit)
         try:
             with streams.encoding():
-                return await settle(in_thread(partial(admission.encode, plain, limit)), limit.stop)
+                return await settle(in_thread(partial(tokenizer.encode_prompt, plain, limit)), limit.stop)
         except PromptError:
             self._serving()  # if the closing engine has stopped it, raise that error
             raise

@@ -12,8 +12,8 @@ from aspec.backends.device import DeviceLayer
 from aspec.engine.allocate import ResidentLoad, bind_load
 from aspec.errors import first_error
 from aspec.io.disk import DiskLane
+from aspec.io.loop.settling import close_all, in_thread, settle
 from aspec.io.pinned import HostBuffer
-from aspec.io.settling import close_all, in_thread, settle
 from aspec.models.weights.parts import PAGE, Part, Segment
 
 WINDOW_BYTES = 32 << 20  # of a part that goes through the host to a device

@@ -9,7 +9,7 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, TokenCounts, proposal_paths
 from aspec.generation.processors import Processors
 from aspec.generation.sampler import Sampler, TokenLogprob
-from aspec.generation.tokenizer import TextStream
+from aspec.generation.text.tokenizer import TextStream
 
 Committed = tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]]
 """The text, token ids and, if requested, logprobs of one round."""

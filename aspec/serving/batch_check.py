@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from aspec.errors import UserError
 from aspec.generation.params import SamplingParams
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.plan import Workload
 from aspec.serving.batch_input import BatchFile, BatchRow
 from aspec.serving.dispatch import check_room, encode

@@ -8,8 +8,8 @@ from typing import Any
 
 from aspec.api import Result
 from aspec.errors import NumericError, PromptError
-from aspec.generation.tokenizer import Tokenizer
-from aspec.io.settling import settle
+from aspec.generation.text.tokenizer import Tokenizer
+from aspec.io.loop.settling import settle
 from aspec.observe.batch_progress import BatchProgress
 from aspec.serving.batch_input import RowId
 from aspec.serving.batch_output import Output, OutputRow

@@ -11,7 +11,7 @@ from aspec.engine.engine import Engine
 from aspec.errors import NumericError, PromptError, first_error
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.serving.openai_requests import Request
 from aspec.serving.refusals import ContextExceeded, Refused
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 from aspec.generation.sampler import TokenLogprob
-from aspec.generation.tokenizer import REPLACEMENT, Tokenizer
+from aspec.generation.text.tokenizer import REPLACEMENT, Tokenizer
 from aspec.serving.openai_requests import Request
 
 UNREACHABLE = -9999.0  # the logprob of an impossible token, in place of -inf

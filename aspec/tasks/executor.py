@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from aspec.errors import DeadlockError, first_error
-from aspec.io.settling import settle
+from aspec.io.loop.settling import settle
 from aspec.tasks.backend import Backend
 from aspec.tasks.graph import Graph
 from aspec.tasks.task import Completion, Event, Resource, Span, Started, Task

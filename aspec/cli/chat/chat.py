@@ -22,7 +22,7 @@ from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import NumericError, UserError, WriteError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
-from aspec.generation.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import Tokenizer
 from aspec.models.model import generation_defaults
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch

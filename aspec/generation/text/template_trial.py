@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from aspec.generation.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.text.time_limit import TimeLimit, TimeLimitError
 from aspec.units import format_bytes
 
 WORKER = Path(__file__).with_name("template_worker.py")

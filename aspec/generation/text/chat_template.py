@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from aspec.errors import PromptError
-from aspec.generation.template_trial import TemplateTrial, TrialError
-from aspec.generation.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.text.template_trial import TemplateTrial, TrialError
+from aspec.generation.text.time_limit import TimeLimit, TimeLimitError
 
 Message = Mapping[str, Any]
 

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
-from aspec.generation.chat_template import ChatTemplate, check_unicode
-from aspec.generation.stop_strings import StopStrings
-from aspec.generation.time_limit import TimeLimit
-from aspec.generation.vocabulary_files import missing_reader
+from aspec.generation.text.chat_template import ChatTemplate, check_unicode
+from aspec.generation.text.prompts import Prompt, is_chat
+from aspec.generation.text.stop_strings import StopStrings
+from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.vocabulary_files import missing_reader
 from aspec.models.skeleton import load_config
 from aspec.units import format_bytes
 
@@ -65,6 +66,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids, with the tokenizer's default special tokens. Raises PromptError if ``text`` is no Unicode."""
         return self._encode(text, add_special_tokens=True)
+
+    def encode_prompt(self, prompt: Prompt, limit: TimeLimit | None = None) -> list[int]:
+        """The token ids of a text as it is, a conversation or token ids. Raises PromptError if there are none."""
+        if isinstance(prompt, str):
+            tokens = self.encode(prompt) if prompt else []
+        else:
+            tokens = self.encode_chat(prompt, limit=limit) if is_chat(prompt) else cast("list[int]", prompt)
+        if not tokens:
+            raise PromptError("the prompt is empty: expected at least one token. Give some text.")
+        return tokens
 
     def spellings(self, text: str) -> list[list[int]]:
         """The tokens of a word alone and after a space, without special tokens. Raises PromptError as ``encode``."""

@@ -1,0 +1,1 @@
+"""How do threads and the event loop meet?"""

@@ -79,7 +79,7 @@ def test_a_prompt_that_does_not_fit_is_refused(target, longest, new, asked):
 
 def test_more_groups_than_prompts_are_refused(target):
     with pytest.raises(UserError, match="2 groups need at least as many prompts, found 1"):
-        fitted(target, 10, 10, num_groups=2)
+        design(resolve(EngineOptions(target=target, device="cpu", num_groups=2, workload=Workload(1, 10, 10))))
 
 
 def test_an_engine_tells_that_its_context_is_cut(target):

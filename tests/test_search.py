@@ -111,3 +111,15 @@ def test_kv_beside_the_cpu_counts_against_the_host():
     assert on_host.streamed_bytes < on_device.streamed_bytes, "what KV leaves free keeps layers resident"
     with pytest.raises(BudgetError, match="host memory of 8"):
         make_plan(wide, PlanRequest(64 * MIB, 2, 255, host_bytes=8 * MIB, attention_resource="cpu"))
+
+
+def test_another_form_of_proposals_must_be_clearly_faster_while_acceptance_is_a_guess():
+    def best(usual, seconds):
+        space = SearchSpace(rows=(1,), groups=(1,), speculations=SPACE.speculations, slots=(), usual=usual)
+        return search(REQUEST, space, footprint, lambda _: 0.0, lambda plan: forecast(seconds[plan.speculation])).best
+
+    close = {Speculation.TREE: 14.0, Speculation.CHAIN: 10.0}
+    far = {Speculation.TREE: 16.0, Speculation.CHAIN: 10.0}
+    assert best(Speculation.TREE, close).plan.speculation is Speculation.TREE
+    assert best(Speculation.TREE, far).plan.speculation is Speculation.CHAIN
+    assert best(None, close).plan.speculation is Speculation.CHAIN

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.fork_server import Command
 from tests.trace_rules import check_trace, load
 
-FEW = ["--device-memory", "1800KiB", "--threads", "1", "-p", "hello", "-n", "24"]
+FEW = ["--device-memory", "2250KiB", "--speculation", "tree", "--threads", "1", "-p", "hello", "-n", "24"]
 SMALL = [*FEW, "--ignore-eos"]
 TASKS = {"layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
 PROFILE = {"disk_bytes_per_s": 1e9, "tasks": TASKS}

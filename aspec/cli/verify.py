@@ -116,6 +116,7 @@ async def verify(resolved: Resolved, plan: Plan, generations: Sequence[Generatio
         speculation="off",
         workload=None,
         device_memory=plan.budget_bytes,
+        process_memory=None,
         max_batch=plan.num_rows,
         max_context=plan.capacity,
         prefill_tokens=plan.prefill_tokens,

@@ -5,7 +5,7 @@ The checks need a model's configuration only: no weight is read for a prompt tha
 
 import warnings
 
-from aspec.errors import PromptError, UserError
+from aspec.errors import PromptError
 from aspec.models.context import context_limit
 from aspec.models.skeleton import load_config
 from aspec.plan import Workload
@@ -15,14 +15,9 @@ from aspec.planning.resolve import Resolved, revise
 def fit(resolved: Resolved, work: Workload, longest: int, new_tokens: int) -> Resolved:
     """The models with a context for the ``longest`` prompt and ``new_tokens`` after it, planned for ``work``.
 
-    What the context cuts off is told in a warning. Raises PromptError for a prompt that does not fit, and UserError for
-    more groups than prompts.
+    What the context cuts off is told in a warning. Raises PromptError for a prompt that does not fit.
     """
     options, limit = resolved.options, most_context(resolved)
-    if options.num_groups is not None and options.num_groups > work.num_prompts:
-        raise UserError(
-            f"{options.num_groups} groups need at least as many prompts, found {work.num_prompts}. Lower --groups."
-        )
     wanted = options.max_context or max(2, longest + new_tokens)
     context = wanted if limit is None else min(wanted, limit)
     if options.max_context is not None and context < options.max_context:

@@ -19,7 +19,7 @@ from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 
 MOST_TASKS = 20_000  # in one run with drafts
 MOST_PLAIN_TASKS = 5_000  # in one run without drafts, where all passes are alike
-FEW_PROMPTS, MOST_TASKS_OF_FEW = 8, 1_200  # so few prompts do not wait long for their plan: about a second
+FEW_PROMPTS, MOST_TASKS_OF_FEW = 8, 1_200  # one run for up to 8 prompts: they do not wait long for their plan
 LEAST_PASSES = 8  # of decoding, even if they have more tasks
 COUNTED = 0.9  # share of the tokens that count: the last ones come from passes with free rows
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)  # numbers of proposals for which the bound is computed

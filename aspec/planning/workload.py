@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from aspec.backends.registry import HOST
-from aspec.errors import BudgetError, UnsupportedModelError
+from aspec.errors import BudgetError, UnsupportedModelError, UserError
 from aspec.models.model import Model
 from aspec.plan import Plan, PlanRequest, Speculation, Workload
 from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models, request_for
@@ -52,11 +52,15 @@ def best_plans(
     """The plans for the workload of the options, the best first.
 
     The search varies the settings that the options leave open. If nothing in it fits, the usual shape is shrunk until
-    it fits. Raises BudgetError if even the smallest plan does not fit.
+    it fits. Raises BudgetError if even the smallest plan does not fit, and UserError for more groups than prompts.
     """
     work = models.resolved.options.workload
     assert work is not None, "the search needs a workload"
     basis, request = basis or measured_basis(models), request_for(models)
+    if request.num_groups > work.num_prompts:
+        raise UserError(
+            f"{request.num_groups} groups need at least as many prompts, found {work.num_prompts}. Lower --groups."
+        )
     work = _within(work, request.capacity)
     forecaster = forecast_for(models, request, basis, work)
     space = search_space(models, basis.hardware, work)
@@ -144,8 +148,8 @@ def elsewhere(resolved: Resolved, hardware: Hardware) -> Resolved:
     asked = resolved.options.exact
     exact = hardware.h2d_bytes_per_s is None if asked is None else asked
     moved = _on_machine(revise(resolved, device=HOST, exact=exact), hardware)
-    budget = moved.options.device_memory or hardware.device_memory or moved.budget_bytes
-    return replace(moved, budget_bytes=budget)
+    is_given = moved.options.device_memory is not None or moved.options.process_memory is not None
+    return moved if is_given else replace(moved, budget_bytes=hardware.device_memory or moved.budget_bytes)
 
 
 def _on_machine(resolved: Resolved, hardware: Hardware) -> Resolved:

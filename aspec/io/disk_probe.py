@@ -23,9 +23,9 @@ class _Probe:
         self._lock = threading.Lock()  # of ``_chunks``
 
     def read(self, memory: SlotMemory) -> None:
-        """Read chunk after chunk into ``memory`` until the time is over; on a thread of its own."""
+        """Read chunk after chunk into ``memory`` until the time is over, at least one; on a thread of its own."""
         try:
-            while time.perf_counter() - self.started_s < self._seconds and not self.stopping.is_set():
+            while not self.stopping.is_set() and (not self.done or self._seconds_left() > 0.0):
                 with self._lock:
                     chunk = next(self._chunks)
                 deadline = self.limit.reserve(chunk.nbytes)
@@ -36,6 +36,9 @@ class _Probe:
                 self.done.append(chunk.nbytes)
         except BaseException as error:
             self.failures.append(error)
+
+    def _seconds_left(self) -> float:
+        return self.started_s + self._seconds - time.perf_counter()
 
 
 def probe_rate(

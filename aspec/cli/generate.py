@@ -61,7 +61,6 @@ class Outcome:
     results: list[Result]
     plan: Plan
     link_rates: tuple[float | None, float | None]
-    tokenizer: Tokenizer
     device_peak_bytes: int | None = None  # as its allocator counts; None for a CPU
 
     @property
@@ -99,7 +98,7 @@ async def generate_to_console(job: GenerateJob, verified: bool) -> None:
     console = job.console
     recorder = Recorder(RECENT_SPANS)
     outcome = await run_job(job, [recorder], probe=job.flags.as_json)
-    entries = [as_object(result, outcome) for result in outcome.results]
+    entries = [as_object(result, outcome, job.tokenizer) for result in outcome.results]
     console.note(summarise(outcome))
     console.note(summarise_lanes(console.stops.left_out(recorder.timeline())))
     verdicts: list[Verdict] = []
@@ -139,7 +138,7 @@ async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe
                 raise
             after = await engine.probe_link_rate(PROBE_S) if probe else None
             results = [replace(result, stats=_without_stops(result.stats, console.stops)) for result in results]
-            return Outcome(results, engine.plan, (before, after), job.tokenizer, engine.device_peak_bytes)
+            return Outcome(results, engine.plan, (before, after), engine.device_peak_bytes)
 
 
 def describe_job(job: GenerateJob) -> tuple[str, ...]:
@@ -203,14 +202,14 @@ def _serve_nothing(job: GenerateJob, plan: Plan) -> Outcome:
     stats = [RequestStats(len(prompt), 0.0).close(plan, 0.0) for prompt in job.prompts]
     if not job.flags.as_json:
         job.console.write("\n" if len(stats) == 1 else "".join(f"[{index}] \n" for index in range(len(stats))))
-    return Outcome([Result("", (), "length", own) for own in stats], plan, (None, None), job.tokenizer)
+    return Outcome([Result("", (), "length", own) for own in stats], plan, (None, None))
 
 
-def as_object(result: Result, outcome: Outcome) -> dict[str, Any]:
+def as_object(result: Result, outcome: Outcome, tokenizer: Tokenizer) -> dict[str, Any]:
     """The JSON object of one prompt; link rates are in bytes per second."""
     stats = result.stats.as_dict(outcome.link_rate, peak_rss_bytes())
     before, after = outcome.link_rates
-    logprobs = [_logprobs(one, outcome.tokenizer) for one in result.logprobs]
+    logprobs = [_logprobs(one, tokenizer) for one in result.logprobs]
     more = {"logprobs": logprobs} if logprobs else {}
     links = {"link_bytes_per_s_before": before, "link_bytes_per_s_after": after}
     return {

@@ -68,7 +68,7 @@ def _record(job: GenerateJob, max_spans: int, output: Path) -> tuple[Plan, Timel
         raise
     for result in outcome.results:
         if job.flags.as_json:
-            job.console.write(json.dumps(as_object(result, outcome)) + "\n")
+            job.console.write(json.dumps(as_object(result, outcome, job.tokenizer)) + "\n")
     job.console.note(summarise_results(outcome))
     timeline = recorder.timeline(_facts(job, outcome.plan))
     started_ns = epoch_ns + round(timeline.start_s * 1e9)  # wall-clock time, to align other traces

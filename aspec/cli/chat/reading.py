@@ -1,7 +1,5 @@
 """Where entries come from: lines of a pipe or of a simple terminal; ``prompt.py`` edits them on any other terminal."""
 
-import importlib
-import importlib.util
 import io
 import os
 import sys
@@ -27,7 +25,7 @@ class Reader(Protocol):
 
 
 class LineReader:
-    """Reads lines of standard input; readline edits them where a terminal has it."""
+    """Reads lines of standard input, as the terminal itself edits them."""
 
     marks_pastes = False
 
@@ -35,41 +33,32 @@ class LineReader:
         self.interactive = sys.stdin.isatty()
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused later, alone
-        edits = self.interactive and sys.stdout.isatty() and importlib.util.find_spec("readline")
-        self._editor = importlib.import_module("readline") if edits else None  # input() uses it once it is imported
 
     def read(self) -> Entry | None:
         """The next entry, of one line or of several."""
-        try:
-            text = self._line(PROMPT)
-            while text is not None and (begun := continued(text)) is not None:
-                line = self._line(MORE)
-                if line is None and is_open(text):
-                    raise PromptError(f"the input ends inside {QUOTES}: close it at the end of a line.")
-                if line is None:
-                    return Entry(begun.rstrip("\n"))
-                text = begun + line
-        except KeyboardInterrupt:
-            if not self.interactive or self._editor is None or not self._editor.get_line_buffer():
-                raise
-            return Entry("")
+        text = self._line(PROMPT)
+        while text is not None and (begun := continued(text)) is not None:
+            line = self._line(MORE)
+            if line is None and is_open(text):
+                raise PromptError(f"the input ends inside {QUOTES}: close it at the end of a line.")
+            if line is None:
+                return Entry(begun.rstrip("\n"))
+            text = begun + line
         return None if text is None else Entry(text)
 
     def _line(self, prompt: str) -> str | None:
         """The next line. A prompt that is not for a terminal's stdout goes to stderr, apart from the answers."""
-        if self.interactive and sys.stdout.isatty():
-            try:
-                return input(prompt)
-            except EOFError:
-                sys.stdout.write("\n")
-                return None
-            except KeyboardInterrupt:
-                sys.stdout.write("\n")
-                raise
+        asked = sys.stdout if sys.stdout.isatty() else sys.stderr
         if self.interactive:
-            sys.stderr.write(prompt)
-            sys.stderr.flush()
-        line = sys.stdin.readline()
+            asked.write(prompt)
+            asked.flush()
+        line = ""
+        try:
+            line = sys.stdin.readline()
+        finally:
+            if self.interactive and not line:  # the cursor is behind the prompt
+                asked.write("\n")
+                asked.flush()
         return line.removeprefix("\ufeff").rstrip("\r\n") if line else None
 
 

@@ -18,14 +18,18 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from aspec.engine.engine import Engine
+from aspec.engine.preparation import prepare_prompts
 from aspec.errors import PromptError, UserError, first_error
+from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob, derive_seed
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.text.prompts import Prompt, PromptLike, as_prompt, as_prompts, conversation, is_chat, templated
 from aspec.io.loop.loop_thread import LoopThread
+from aspec.models.model import generation_defaults
 from aspec.options import engine_options, suggestion
 from aspec.plan import Plan
+from aspec.planning.resolve import resolve
 
 T = TypeVar("T")
 
@@ -55,7 +59,7 @@ def generate(
     system: str | None = None,
     **options: Any,
 ) -> Any:
-    """Open an engine, generate as ``LLM.generate`` does, close it.
+    """Open an engine, generate as ``LLM.generate`` does, close it. Prompts are checked before a weight is read.
 
     Keywords are the fields of ``SamplingParams`` and ``EngineOptions``. To generate more than once, keep an ``LLM``:
     it loads its weights once. Raises UserError for input that cannot be used.
@@ -64,10 +68,17 @@ def generate(
     wanted, alone = as_prompts(prompts)
     if not wanted:
         return []
-    engine_options(options, also=SAMPLING)
-    options.setdefault("max_batch", 1 if len(wanted) == 1 else None)
-    with LLM(**options) as llm:
-        return llm.generate(wanted[0] if alone else wanted, params, raw=raw, system=system, **sampling)
+    resolved = resolve(engine_options(options, also=SAMPLING))
+    used = replace(params, **sampling) if params else sampling_params(generation_defaults(resolved.target), sampling)
+    ready = prepare_prompts(resolved, wanted, used, raw=raw, system=system)
+
+    async def main() -> list[Result]:
+        async with Engine(ready.resolved) as engine:
+            return await generate_all(engine, ready.tokens, used)
+
+    with LoopThread("aspec-engine", loop_factory()) as thread:
+        results = thread.call(main)
+    return results[0] if alone else results
 
 
 class LLM:

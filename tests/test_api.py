@@ -254,6 +254,17 @@ def test_mistakes_of_a_call_are_named(llm, plain):
     assert aspec.generate([], target="/nowhere") == []
 
 
+def test_prompts_are_checked_before_a_weight_is_read(plain, monkeypatch):
+    monkeypatch.setattr("aspec.api.Engine", None)  # nothing opens
+    for prompts, says in (
+        ([1] * 10_000, "the prompt has 10000 tokens; the context holds"),
+        (["a", ""], "prompt 1: the prompt is empty"),
+        ("\udc80", "not valid Unicode"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            generate(prompts, target=plain)
+
+
 def test_a_closed_engine_says_so(plain):
     before = threading.active_count()
     llm = LLM(target=plain, **SMALL)

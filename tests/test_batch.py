@@ -164,14 +164,16 @@ def test_rows_that_do_not_fit_are_error_rows(pair, tmp_path):
         {"custom_id": "cut", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 25, "ignore_eos": True}},
         {"custom_id": "long", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 40, "max_tokens": 1}},
         {"custom_id": "many", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 20, "max_tokens": 13}},
+        {"custom_id": "none", "method": "POST", "url": COMPLETION, "body": {"prompt": "a" * 31, "max_tokens": 0}},
         {"custom_id": "token", "method": "POST", "url": COMPLETION, "body": {"prompt": [999], "max_tokens": 1}},
     ]
     result = batch(pair, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", "--max-context", 32)
     assert result.exit_code == 0, result.output
-    assert "5 of 5 rows are in" in result.stderr
+    assert "6 of 6 rows are in" in result.stderr
     assert "3 of them errors" in result.stderr
     found = answers(tmp_path / "out.jsonl")
     assert found["fits"]["error"] is None
+    assert found["none"]["response"]["body"]["usage"]["completion_tokens"] == 0
     cut = found["cut"]["response"]["body"]
     assert (cut["usage"]["completion_tokens"], cut["choices"][0]["finish_reason"]) == (7, "length")
     for name, code in (("long", "context_length_exceeded"), ("many", "context_length_exceeded")):
@@ -278,6 +280,9 @@ def test_the_input_is_never_the_output(pair, tmp_path):
         assert "is the input" in refused(pair, tmp_path, name, "--overwrite")
     write(tmp_path / "out.jsonl.journal", make_rows(2))
     assert "is the input" in refused(pair, tmp_path, source="out.jsonl.journal")
+    with source.open("rb") as file:
+        process = Command(command(pair, "-", source, "--overwrite"), stdin=file.fileno())
+    assert b"is the input" in process.communicate()[1]
     assert source.read_bytes() == content
 
 
@@ -690,6 +695,9 @@ def test_a_line_tells_how_far_it_is_and_how_long_it_takes():
     tally.keep(10, 2)
     assert "30 of 100 rows (2 errors)" in batch_line(tally, snapshot)
     assert " 70 s left" in batch_line(tally, snapshot)
+    tally.refuse(35)
+    assert "65 of 100 rows (37 errors)" in batch_line(tally, snapshot)
+    assert " 35 s left" in batch_line(tally, snapshot), "rows without work say nothing of the speed"
     assert batch_line(tally, Snapshot(now_s=1.0, stage="load", done=1 << 20, total=2 << 20)).startswith(
         "load: 1.00 MiB"
     )

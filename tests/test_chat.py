@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import aspec
 from aspec.cli.chat.commands import COMMANDS
 from aspec.cli.chat.conversation import Conversation, Turn
+from aspec.cli.chat.prompt import History
 from aspec.cli.main import app
 from aspec.generation.text.tokenizer import Tokenizer
 from tests import tiny
@@ -140,7 +141,7 @@ def test_an_answer_that_fills_the_context_ends_there_and_the_talk_goes_on(pair, 
     first, second = footers(made)
     assert sum(first) == sum(second) == 60
     assert made.stderr.count("it is full: the next message drops the oldest turns") == 2
-    assert "1 oldest turn is dropped" in COLOUR.sub("", made.stderr)
+    assert "the oldest turn is dropped" in COLOUR.sub("", made.stderr)
     assert second[1] + second[2] == rendered(("user", "second"))
 
 
@@ -250,7 +251,7 @@ def test_a_line_that_is_no_unicode_is_refused_alone_and_the_exit_code_tells(pair
     made = chat("--target", pair[0], "-n", 4, *SMALL, "-q", stdin=b"ab\xff\nhello\n")
     assert made.exit_code == 1
     assert made.stderr.count("error: ") == 1
-    assert "not valid Unicode" in made.stderr
+    assert "this entry is not valid Unicode at character 2: expected UTF-8 text, found byte 0xff" in made.stderr
     assert made.stdout
 
 
@@ -419,6 +420,46 @@ def test_earlier_chats_are_in_the_history(pair):
         assert b"a long question" in terminal.drawn
     history = pair[0].parent / "state" / "aspec" / "chat_history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_a_history_that_cannot_be_used_costs_only_the_history(tmp_path):
+    (tmp_path / "junk").write_bytes(b"+kept\n\xff\x00\n+\xff\n")
+    (tmp_path / "file").write_text("")
+    for path, known in (
+        ("junk", ["\N{REPLACEMENT CHARACTER}", "kept"]),
+        (".", []),
+        ("file/below", []),
+        ("new/one", []),
+    ):
+        history = History(tmp_path / path)
+        assert list(history.load_history_strings()) == known
+        history.append_string("two\nlines, and no text: \udcff")
+        history.append_string("x" * 200_000)
+    assert list(History(tmp_path / "new" / "one").load_history_strings()) == ["two\nlines, and no text: ?"]
+
+
+def test_tab_completes_commands_and_alt_enter_begins_a_line(pair):
+    terminal = at_prompt(pair[0], "-n", "2")
+    terminal.type(b"/sh\t\r")
+    terminal.wait_for(b"turns     0")
+    terminal.type(b"a\x1b\rb\r")
+    terminal.wait_for(b"tokens (length)")
+    terminal.type(b"/bye\r")
+    assert terminal.end()[0] == 0, terminal.drawn
+    assert f"prompt: {rendered(('user', 'a' + chr(10) + 'b'))} tokens new".encode() in terminal.drawn
+
+
+def test_ctrl_c_pressed_again_and_again_stops_only_the_answer(pair):
+    terminal = at_prompt(pair[0], *SLOW)
+    terminal.type(b"hello\r")
+    terminal.wait_for(PROMPTED, times=2)
+    terminal.interrupt()
+    terminal.interrupt()
+    terminal.wait_for(PROMPTED, times=3)
+    terminal.type(b"/show\r")
+    terminal.wait_for(b"turns     ")
+    terminal.type(b"/bye\r")
+    assert terminal.end()[0] == 0, terminal.drawn
 
 
 def test_a_simple_terminal_reads_lines(pair):

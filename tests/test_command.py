@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from aspec.cli.main import app
-from aspec.generation.text.tokenizer import Tokenizer
+from aspec.generation.text.tokenizer import REPLACEMENT, Tokenizer
 from tests import tiny
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1"]
@@ -67,6 +68,23 @@ def test_logprobs_hold_the_text_of_their_tokens(pair):
     for one in made["logprobs"]:
         assert len(one["top"]) == 2
         assert all(entry["text"] == tokenizer.spell([entry["token"]]) for entry in (one, *one["top"]))
+
+
+def test_a_special_token_is_a_stop_string(copy):
+    """Alone and beside other text; it is no text itself."""
+    asked = ["--target", copy, "-p", "hello", "-n", 12, "--json", "--ignore-eos", *SMALL]
+    tokens = objects(run(*asked))[0]["token_ids"]
+    inner = PreTrainedTokenizerFast.from_pretrained(copy)
+    spelled = Tokenizer.load(copy).spell
+    at = next(at for at in range(1, 12) if tokens[at] not in tokens[:at] and spelled([tokens[at - 1]]) != REPLACEMENT)
+    special = inner.convert_ids_to_tokens(tokens[at])
+    inner.add_special_tokens({"additional_special_tokens": [special]})
+    inner.save_pretrained(copy)
+    beside = spelled([tokens[at - 1]]) + special
+    for stop, text in ((special, spelled(tokens[:at])), (beside, spelled(tokens[: at - 1]))):
+        made = objects(run(*asked, "--stop", stop))[0]
+        assert (made["finish_reason"], made["token_ids"]) == ("stop", tokens[: at + 1])
+        assert made["text"] == text
 
 
 def test_a_byte_order_mark_is_no_text(pair, tmp_path):

@@ -11,7 +11,7 @@ from aspec.cli.chat import settings
 from aspec.cli.chat.conversation import Conversation, Turn, check_system, fit
 from aspec.cli.chat.entry import Call, Entry, Message, continued, parse
 from aspec.cli.chat.saved_talk import SavedTalk, load, save
-from aspec.errors import PromptError, UserError, WriteError
+from aspec.errors import PromptError, UserError
 from aspec.generation.params import SamplingParams
 
 
@@ -297,18 +297,24 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(WriteError, match=r"No space left on device\. The conversation goes on"):
+    with pytest.raises(UserError, match=r"No space left on device\. The conversation goes on"):
         save(path, SavedTalk(talked(2)), overwrite=True)
     assert load(path).talk == talked(1)
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_what_cannot_be_written_is_told(tmp_path):
-    for path in (tmp_path, tmp_path / "none" / "talk.json", tmp_path / ("x" * 300)):
-        with pytest.raises(UserError if path == tmp_path else WriteError):
-            save(path, SavedTalk(talked(1)), overwrite=False)
-    with pytest.raises(WriteError, match="it is a folder"):
-        save(tmp_path, SavedTalk(talked(1)), overwrite=True)
+def test_what_cannot_be_written_is_told_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in (
+        (tmp_path, "exists"),
+        (tmp_path / "pipe", "exists"),
+        (tmp_path / "none" / "talk.json", "No such file"),
+        (tmp_path / ("x" * 300), "name too long"),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="no regular file" if overwrite and said == "exists" else said):
+                save(path, SavedTalk(talked(1)), overwrite=overwrite)
+    assert (tmp_path / "pipe").is_fifo(), "a device or a pipe is not replaced by a file"
 
 
 DAMAGED = {

@@ -266,6 +266,10 @@ def _rewrite(path):
         file.write(b"other")
 
 
+def _touch(path):
+    os.utime(path, ns=(0, 10**18 * 9))
+
+
 def _append(path):
     with path.open("ab") as file:
         file.write(b"more")
@@ -285,7 +289,12 @@ def _retarget(path):
     path.symlink_to(target)
 
 
-WRITTEN = {"rewritten": _rewrite, "appended to": _append, "cut": lambda path: os.truncate(path, SIZE // 2)}
+WRITTEN = {
+    "rewritten": _rewrite,
+    "appended to": _append,
+    "touched": _touch,
+    "cut": lambda path: os.truncate(path, SIZE // 2),
+}
 REPLACED = {"replaced": _replace, "retargeted": _retarget}
 
 

@@ -252,8 +252,8 @@ EVERYTHING = {
     "no_repeat_ngram_size": 2,
     "encoder_no_repeat_ngram_size": 3,
     "bad_words_ids": [[4, 5], [11]],
-    "min_new_tokens": 9,
-    "exponential_decay_length_penalty": (2, 1.5),
+    "min_new_tokens": 5,
+    "exponential_decay_length_penalty": (5, 1.5),
     "suppress_tokens": [20],
     "begin_suppress_tokens": [21],
 }
@@ -323,6 +323,8 @@ def test_a_draft_with_fewer_tokens_is_processed_alike():
 def test_a_penalty_for_length_beyond_a_float_is_the_end():
     params = SamplingParams(exponential_decay_length_penalty=(0, 9.0))
     processors = Processors(params, [4], frozenset({2}), 9, 6)
+    forbidden = torch.tensor([[0.0, 0, -torch.inf, 0, 0, 0]])
+    assert torch.equal(processors.apply(forbidden, [4] * 5, [()]), forbidden), "a forbidden end stays forbidden"
     for length in (300, 3000):
         scores = processors.apply(torch.zeros(1, 6) - 1, [4] * length, [()])
         assert scores.isfinite().all()

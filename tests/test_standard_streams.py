@@ -115,6 +115,17 @@ def test_closed_descriptors_are_not_taken_by_the_event_loop(target, closed):
     assert (b"tokens/s" in errors) == (2 not in closed)
 
 
+@pytest.mark.parametrize("args", [["generate"], ["chat"], ["trace", "-o", "x.json"]], ids=lambda args: args[0])
+def test_a_standard_input_that_cannot_be_read_is_one_error(target, tmp_path, args):
+    with (tmp_path / "written").open("wb") as file:
+        process = Command([*args, "--target", target, *SMALL], stdin=file.fileno())
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.decode().count("error: ") == 1
+    assert "standard input cannot be read: Bad file descriptor." in errors.decode()
+    assert b"Traceback" not in errors
+
+
 def test_a_closed_standard_input_is_an_empty_one(target):
     process = Command(["generate", "--target", target, *SMALL], closed=(0,))
     _, errors = process.communicate()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from aspec.cli.chat.wrapping import Wrapper, filled, visible
+from aspec.cli.chat.wrapping import Wrapper, visible
 
 MOVES = re.compile(r"\x1b\[(\d+)G|\x1b\[K|.", re.DOTALL)
 
@@ -111,8 +111,3 @@ def test_control_characters_do_not_reach_the_terminal():
     assert visible("a\x1b[2J\x07\x9bb\r\n\tc") == "a�[2J��b\n\tc"
     assert "\x1b" not in Wrapper().push("\x1b]52;c;YQ==\x07", 80)
     assert Wrapper().push("a\x1bb", 0) == "a�b", "a terminal that tells no width"
-
-
-def test_a_note_wraps_at_words():
-    assert filled("two words", 80) == "two words"
-    assert filled("one two three", 14) == "one two\nthree", "the prefix takes seven columns"

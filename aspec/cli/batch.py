@@ -100,7 +100,7 @@ def check_paths(source: Path, output: Path, *, overwrite: bool) -> None:
     """Refuse paths that cannot work, before any file is read. Raises UserError."""
     target = Path(os.path.realpath(output))
     for file in (target, journal_of(target)):
-        if source.exists() and file.exists() and source.samefile(file):
+        if _is_same(source, file):
             raise UserError(f"the output {file} is the input {source}: it would be overwritten. Give another -o.")
     if target.is_dir():
         raise UserError(f"the output {output} is a folder: expected a file. Give -o a file in it.")
@@ -109,6 +109,14 @@ def check_paths(source: Path, output: Path, *, overwrite: bool) -> None:
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UserError(f"the output's folder {target.parent} is not writable. Change its mode, or give another -o.")
     check_startable(target, overwrite=overwrite)
+
+
+def _is_same(source: Path, file: Path) -> bool:
+    """Whether an existing file is the input, which may be standard input."""
+    try:
+        return os.path.samestat(os.fstat(0) if source == PIPE else os.stat(source), os.stat(file))
+    except OSError:  # one of them does not exist
+        return False
 
 
 def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:

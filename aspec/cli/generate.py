@@ -18,7 +18,7 @@ from aspec.cli.interrupts import run
 from aspec.cli.verify import Generation, Verdict, conclude, verify
 from aspec.engine.design import design
 from aspec.engine.engine import Engine, describe_plan
-from aspec.errors import PromptError
+from aspec.engine.preparation import prepare_prompts
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob
@@ -32,8 +32,7 @@ from aspec.observe.monitor import Monitor
 from aspec.observe.recorder import Recorder
 from aspec.observe.snapshot import Snapshot
 from aspec.observe.timeline import Stops, Timeline, bottleneck, decode_stretch, hidden_share, uses_of
-from aspec.plan import Plan, Workload
-from aspec.planning.fit import fit
+from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.serving.openai_responses import finite
 from aspec.tasks.executor import Observer
@@ -83,13 +82,12 @@ def prepare(flags: RunFlags, prompts: Sequence[str], console: Console, *, weight
     """
     with fetching(console) as fetches:
         resolved = resolve(flags.options(), fetches, weights=weights)
-    tokenizer = Tokenizer.load(resolved.tokenizer)
-    tokens = [_encode(tokenizer, text, flags) for text in prompts]
     defaults, given = generation_defaults(resolved.target), flags.sampling()
     params = sampling_params(defaults, given)
+    ready = prepare_prompts(resolved, prompts, params, raw=flags.raw, system=flags.system)
     if asked_for := describe(defaults, given):
         console.note(asked_for)
-    return GenerateJob(flags, _fit(resolved, tokens, params), tokens, params, console, tokenizer)
+    return GenerateJob(flags, ready.resolved, ready.tokens, params, console, ready.tokenizer)
 
 
 async def generate_to_console(job: GenerateJob, verified: bool) -> None:
@@ -157,25 +155,6 @@ def describe_job(job: GenerateJob) -> tuple[str, ...]:
     num_tokens = sum(len(prompt) for prompt in job.prompts)
     prompts = f"{len(job.prompts)} prompts of {num_tokens} tokens in all" if len(job.prompts) > 1 else ""
     return models, prompts or f"prompt of {num_tokens} tokens", words
-
-
-def _encode(tokenizer: Tokenizer, text: str, flags: RunFlags) -> list[int]:
-    if not text:
-        raise PromptError("the prompt is empty: expected some text; give --prompt, --file or standard input.")
-    if flags.raw or not tokenizer.has_chat_template:
-        return tokenizer.encode(text)
-    system = [{"role": "system", "content": flags.system}] if flags.system else []
-    return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
-
-
-def _fit(resolved: Resolved, prompts: list[list[int]], params: SamplingParams) -> Resolved:
-    """Set the context and the workload of these prompts. Raises PromptError for one that is empty or too long."""
-    lengths, new = [len(tokens) for tokens in prompts], params.max_new_tokens
-    if not min(lengths):
-        raise PromptError("a prompt has no tokens: expected some text that the tokenizer knows; change the prompt.")
-    mean = max(1, round(sum(lengths) / len(lengths)))
-    work = Workload(len(prompts), mean, max(2, new), sampled=params.temperature > 0.0)
-    return fit(resolved, work, max(lengths), new)
 
 
 async def _verify(job: GenerateJob, outcome: Outcome) -> list[Verdict]:

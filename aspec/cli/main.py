@@ -27,7 +27,7 @@ from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
 from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
-from aspec.errors import AspecError, WriteError, reason_of
+from aspec.errors import AspecError, reason_of
 from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
 from aspec.observe.terminal.standard_streams import prepare_streams
@@ -275,10 +275,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. It prepares what all commands share: the standard streams and the signals."""
     prepare_streams()
     interrupts = Interrupts().install()
-    StuckMain(interrupts.end_now).watch()
     try:
-        app(args)
-    except WriteError as error:  # of the help
+        with StuckMain(interrupts.end_now):
+            app(args)
+    except AspecError as error:  # of the help, of a prompt that is read
         Console().error(str(error))
         sys.exit(1)
     except SystemExit as end:

@@ -1,15 +1,13 @@
 """What a request must be to run: its prompt becomes tokens, its tokens and limits are checked, a sequence is made."""
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
 from aspec.generation.processors import Processors, needs_processors
 from aspec.generation.sampler import Sampler
 from aspec.generation.sequence import Sequence as TokenSequence
-from aspec.generation.text.prompts import Prompt, first_bad, is_chat
-from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.prompts import first_bad
 from aspec.generation.text.tokenizer import TextStream, Tokenizer
 from aspec.models.model import Model
 from aspec.planning.fit import too_long
@@ -23,20 +21,12 @@ class Admission:
     target: Model
     capacity: int
 
-    def encode(self, prompt: Prompt, limit: TimeLimit) -> list[int]:
-        """The tokens of a prompt. Blocks. Raises PromptError, also if ``limit`` ends it."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if is_chat(prompt):
-            return self.tokenizer.encode_chat(prompt, limit=limit)
-        return cast("list[int]", prompt)
-
     def sequence(self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
         """A new sequence. Raises PromptError if the target cannot run its tokens, or has no room for one more."""
         room = self.capacity - len(tokens)
         most = self.capacity if params.max_length is None else params.max_length
         if not tokens:
-            raise PromptError("the prompt is empty: expected at least one token; give --prompt some text.")
+            raise PromptError("the prompt is empty: expected at least one token.")
         if (bad := first_bad(tokens, self.target.vocab_size)) is not None:
             raise PromptError(
                 f"the prompt's token {bad[0]} is {bad[1]}: expected a token of the target, 0 .. "

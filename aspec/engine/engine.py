@@ -149,7 +149,7 @@ class Engine:
 
         A thread encodes texts and chats; a closing engine or a cancelled caller ends it.
         """
-        admission, (streams, _) = self._admission, self._serving()  # raises if the engine has ended
+        tokenizer, (streams, _) = self._open.tokenizer, self._serving()  # raises if the engine has ended
         plain = as_prompt(prompt)
         if not isinstance(plain, str) and not is_chat(plain):
             return cast("list[int]", plain)
@@ -157,7 +157,7 @@ class Engine:
         self._encoding.add(limit)
         try:
             with streams.encoding():
-                return await settle(in_thread(partial(admission.encode, plain, limit)), limit.stop)
+                return await settle(in_thread(partial(tokenizer.encode_prompt, plain, limit)), limit.stop)
         except PromptError:
             self._serving()  # if the closing engine has stopped it, raise that error
             raise

@@ -11,6 +11,7 @@ from aspec.errors import PromptError
 
 MAX_LOGPROBS = 20  # as in OpenAI's and vLLM's interfaces
 MAX_BIAS = 100.0  # of ``logit_bias``, as in OpenAI's interface
+LARGEST = 1e30  # of a sequence's bias: a larger one may make a float32 logit infinite
 
 TokenIds = tuple[int, ...]
 
@@ -134,7 +135,7 @@ FACTOR: Check = (_positive, "finite and above 0; 1 switches it off")
 PENALTY: Check = (lambda value: _number(value, -2, 2), "between -2 and 2; 0 switches it off")
 SHARE: Check = (lambda value: _positive(value, 1), "above 0 and at most 1; 1 switches it off")
 CUTOFF: Check = (lambda value: _number(value, 0, 1) and value < 1, "at least 0 and below 1; 0 switches it off")
-TOKENS: Check = (_tokens, "a list of token ids")
+SUPPRESSED: Check = (lambda value: all(map(_whole, value)), "a list of token ids")  # -1 is none, as in transformers
 TEXTS: Check = (lambda value: all(isinstance(text, str) and text for text in value), "made of texts that are not empty")
 
 CHECKS: Mapping[str, Check] = {
@@ -158,15 +159,15 @@ CHECKS: Mapping[str, Check] = {
     "encoder_no_repeat_ngram_size": OFF_COUNT,
     "bad_words_ids": (lambda value: all(map(_sequence, value)), "a list of lists of token ids, none of them empty"),
     "bad_words": TEXTS,
-    "suppress_tokens": TOKENS,
-    "begin_suppress_tokens": TOKENS,
+    "suppress_tokens": SUPPRESSED,
+    "begin_suppress_tokens": SUPPRESSED,
     "logit_bias": (
         lambda value: _biases(value, _count, MAX_BIAS),
         f"a mapping from token ids to numbers between {-MAX_BIAS:g} and {MAX_BIAS:g}",
     ),
     "sequence_bias": (
-        lambda value: _biases(value, _sequence, inf),
-        "a list of pairs, each a list of token ids and a finite number",
+        lambda value: _biases(value, _sequence, LARGEST),
+        f"a list of pairs, each a list of token ids and a number between {-LARGEST:g} and {LARGEST:g}",
     ),
     "forced_bos_token_id": (lambda value: value is None or _count(value), "a token id"),
     "forced_eos_token_id": (_tokens, "a token id, or a list of them"),

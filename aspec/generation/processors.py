@@ -76,7 +76,8 @@ class Processors:
         Raises PromptError if a parameter names a token that the target does not know.
         """
         self._params = _within(params, vocab_size)
-        self._prompt, self._end_ids, self._max_length = list(prompt), sorted(end_ids), max_length
+        self._prompt, self._max_length = list(prompt), max_length
+        self._end_ids = sorted(token for token in end_ids if 0 <= token < vocab_size)
         self._vocab_size = vocab_size
         self._made: dict[torch.device, tuple[list[Processor], list[Processor]]] = {}  # complete ones only
 
@@ -112,16 +113,18 @@ class Processors:
         num_ids, device = scores.shape[-1], scores.device
         if num_ids < self._vocab_size:  # a draft may know fewer tokens than its target
             scores = torch.nn.functional.pad(scores, (0, self._vocab_size - num_ids), value=-torch.inf)
-        done = torch.empty_like(scores)
         before = upload(torch.tensor(tokens, dtype=torch.int64), device)
+        done = torch.empty_like(scores)
         for depth in sorted({len(path) for path in paths}):
             places = [place for place, path in enumerate(paths) if len(path) == depth]
             own = torch.tensor([list(paths[place]) for place in places], dtype=torch.int64).reshape(len(places), depth)
             ids = torch.cat([before.expand(len(places), -1), upload(own, device)], dim=1)
-            index = upload(torch.tensor(places), device)
-            result = scores[index]
+            index, alone = upload(torch.tensor(places), device), len(places) == len(paths)
+            result = scores if alone else scores[index]
             for process in processors:
                 result = process(ids, result)
+            if alone:
+                return result[:, :num_ids]
             done[index] = result
         return done[:, :num_ids]
 
@@ -189,7 +192,8 @@ def _decay(penalty: tuple[int, float], ends: torch.Tensor, num_prompt: int) -> P
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         try:
-            return torch.where(scores < torch.inf, raise_ends(ids, scores).clamp(max=most), scores)
+            raised = raise_ends(ids, scores).clamp(max=most)
+            return torch.where(scores.isfinite(), raised, scores)  # 5.17 makes NaN of a forbidden end
         except OverflowError:
             return scores.index_fill(1, ends, most)
 

@@ -219,7 +219,8 @@ class Sampler:
             self.penalties.apply(scores, context)
         if processors is not None:
             scores = processors.apply(scores, context.tokens, context.paths)
-            if bool(((scores.amax(-1) == -torch.inf) & (logits.amax(-1) > -torch.inf)).any()):
+            empty = scores.amax(-1) == -torch.inf
+            if bool(empty.any()) and bool((logits[empty].amax(-1) > -torch.inf).any()):
                 raise NoTokenError(
                     "the request's parameters rule every token out: expected one that may follow the text. Remove "
                     "suppress_tokens, bad_words_ids, no_repeat_ngram_size or what else forbids tokens, from the "

@@ -95,7 +95,7 @@ class _File:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 since = (
-                    "" if version is None else " It could be, when aspec read its header: leave a model's files alone."
+                    "" if version is None else " It could be when aspec read its header: leave a model's files alone."
                 )
                 raise ReadError(f"{path}: cannot be opened: {error.strerror}.{since}") from error
             self.direct = False
@@ -127,7 +127,8 @@ class _File:
         """Raise ReadError if the file is no longer that of the header: weights would be mixed, or at other places."""
         if self.version is None or (found := FileVersion.of(self.fd)) == self.version:
             return
-        what = "is another file" if found.inode != self.version.inode else "was written to"
+        what = "was truncated" if found.size < self.version.size else "was written to"
+        what = what if found.inode == self.version.inode else "was replaced"
         raise ReadError(
             f"{self.path} {what} since aspec read its header: expected {_dated(self.version)}, found {_dated(found)}. "
             f"Its weights may be a mixture, so the run ends. Leave a model's files as they are while it is in use, and "
@@ -154,7 +155,10 @@ class _File:
 
 
 def _dated(version: FileVersion) -> str:
-    last = datetime.fromtimestamp(version.mtime_ns / 1e9).isoformat(" ", "milliseconds")
+    try:
+        last = datetime.fromtimestamp(version.mtime_ns / 1e9).isoformat(" ", "milliseconds")
+    except (ValueError, OverflowError, OSError):  # a file system holds times that no calendar has
+        last = f"second {version.mtime_ns / 1e9:.3f}"
     return f"{version.size} bytes of {last}"
 
 

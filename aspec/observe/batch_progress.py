@@ -53,6 +53,10 @@ class BatchProgress:
         """Count ``rows`` that are now in the output, ``failed`` of them errors."""
         self.done, self.made, self.failed = self.done + rows, self.made + rows, self.failed + failed
 
+    def refuse(self, rows: int) -> None:
+        """Count ``rows`` that are now in the output as errors without any work: they say nothing of the speed."""
+        self.done, self.failed = self.done + rows, self.failed + rows
+
     def left_s(self, now_s: float) -> float | None:
         """Seconds to the end, if the remaining rows are like those of this run; None before the first one."""
         return (self.total - self.done) * (now_s - self.begun_s) / self.made if self.made else None

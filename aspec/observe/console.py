@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Protocol
 
 import rich.console
+from rich.text import Text
 
 from aspec.errors import printable
 from aspec.observe.snapshot import Snapshot
@@ -32,7 +33,8 @@ class Console:
     """The terminal of one command; mutable, because it holds output back while a dashboard covers it."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+        wraps = sys.stderr.isatty()  # at words; elsewhere a message is one line
+        self.stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=not wraps)
         self.quiet = quiet
         self.stops = Stops()  # of the process
         self._display: Display | None = None
@@ -152,8 +154,7 @@ class Console:
 
     def _print_headed(self, head: str, style: str, text: str) -> None:
         with self._own_lines():
-            self.stderr.print(head, style=style, end=" ")
-            self.stderr.print(printable(text), markup=False)
+            self.stderr.print(Text.assemble((head, style), " ", printable(text)))
 
 
 def progress_line(snapshot: Snapshot) -> str | None:

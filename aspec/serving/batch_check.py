@@ -41,8 +41,8 @@ class RowCheck:
         most = limit if params.max_length is None else min(limit, params.max_length)
         new = max(0, min(params.max_new_tokens, most - count))
         self.checked += 1
-        if count + new > self.longest:
-            self.longest, self.longest_id = count + new, row.custom_id
+        if count + max(1, new) > self.longest:  # one token is free, even if none is asked for
+            self.longest, self.longest_id = count + max(1, new), row.custom_id
         self.sampled = self.sampled or params.temperature > 0.0
         self._choices += request.num_choices
         self._prompt_tokens += request.num_choices * count

@@ -38,7 +38,9 @@ class BatchWriter:
     def refuse(self, refused: Sequence[tuple[RowId, Refusal]]) -> None:
         """Write the rows that cannot be served. Blocks. Raises WriteError."""
         for start in range(0, len(refused), REFUSED_AT_ONCE):
-            self._commit([_error_row(*one) for one in refused[start : start + REFUSED_AT_ONCE]])
+            rows = [_error_row(*one) for one in refused[start : start + REFUSED_AT_ONCE]]
+            self._output.append(rows)
+            self._progress.refuse(len(rows))
 
     async def keep(self, tokenizer: Tokenizer, one: PreparedRequest, outcome: Outcome) -> None:
         """Write an answer; returns when it is synced. Raises WriteError."""

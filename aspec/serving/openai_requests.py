@@ -104,8 +104,7 @@ def parse_request(url: str, body: object) -> Request:
             return None
 
     prompt = attempt(_messages if url == CHAT else _prompt)
-    attempt(_check_others)
-    num_choices = attempt(_num_choices)
+    model, num_choices = attempt(_model), attempt(_num_choices)
     template = attempt(_template)
     most, least = attempt(_max_tokens), attempt(_min_tokens)
     logprobs = attempt(_chat_logprobs if url == CHAT else _completion_logprobs)
@@ -115,15 +114,17 @@ def parse_request(url: str, body: object) -> Request:
     assert prompt is not None
     assert num_choices is not None
     sampling |= (most or {}) | (least or {}) | (logprobs or {})
-    return Request(url, prompt, sampling, given.get("model"), num_choices, template)
+    return Request(url, prompt, sampling, model, num_choices, template)
 
 
 # -- fields ----------------------------------------------------------------------------------------------------
 
 
-def _check_others(given: Mapping[str, Any]) -> None:
-    if not isinstance(given.get("model", ""), str):
-        _refuse("model", "a text", given["model"])
+def _model(given: Mapping[str, Any]) -> str | None:
+    model = given.get("model")
+    if model is not None and not isinstance(model, str):
+        _refuse("model", "a text", model)
+    return model
 
 
 def _num_choices(given: Mapping[str, Any]) -> int:

@@ -45,7 +45,7 @@ def fixed(*values: Any, reason: str) -> Field:
     return Field(fixed=values, reason=reason)
 
 
-NO_TOOLS = "tools are not supported"
+NO_TOOLS = "calls of tools are not read from the text"
 NO_GRAMMAR = "the answer's form cannot be enforced"
 NO_BEAMS = "beam search is not supported"
 NO_TRANSFER = "KV is not transferred between servers"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from aspec.cli.chat.keys import HeldKeys, keys_held
 from aspec.cli.chat.prefill import PrefillProgress, shown_while_reading
-from aspec.cli.chat.wrapping import Wrapper, filled
+from aspec.cli.chat.wrapping import Wrapper
 from aspec.cli.interrupts import present
 from aspec.engine.engine import Engine
 from aspec.generation.params import SamplingParams
@@ -58,8 +58,7 @@ class Answering:
                 self._console.write("\n")
         self._console.show_warnings()
         if answer.pieces and self._console.stderr.is_terminal:
-            line = footer(answer, len(prompt), self._engine.max_context)
-            self._console.note(filled(line, self._console.stderr.width))
+            self._console.note(footer(answer, len(prompt), self._engine.max_context))
         return answer
 
     async def _stream(self, prompt: list[int], params: SamplingParams, answer: Answer, keys: HeldKeys | None) -> None:

@@ -19,7 +19,7 @@ from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import loop_runner, present
 from aspec.engine.engine import Engine, describe_plan
-from aspec.errors import NumericError, UserError, WriteError
+from aspec.errors import NumericError, PromptError, UserError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.text.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def _converse(session: Session, reader: Reader) -> bool:
             if entry is None:
                 break
             _execute(entry, session)
-        except (UserError, NumericError, WriteError) as error:  # of this entry only: the conversation goes on
+        except (UserError, NumericError) as error:  # of this entry only: the conversation goes on
             session.console.error(str(error))
             all_went_well = False
     return all_went_well
@@ -78,6 +78,13 @@ def _read(reader: Reader, console: Console) -> Entry | None:
 
 
 def _execute(entry: Entry, session: Session) -> None:
+    try:
+        entry.text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"this entry is not valid Unicode at character {error.start}: expected UTF-8 text, found byte "
+            f"0x{ord(entry.text[error.start]) & 0xFF:02x}. Convert the input to UTF-8."
+        ) from error
     match parse(entry):
         case Message(text):
             if text.strip():

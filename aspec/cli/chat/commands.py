@@ -21,7 +21,7 @@ Ctrl-C   stop an answer and keep its text so far; at the prompt, drop the line;
 Ctrl-D   leave, at an empty prompt
 Up       earlier entries, also of earlier chats
 \"\"\"      begins and ends a message of several lines; a backslash at the end of
-         a line continues it, too; pasted lines are one message as they are
+         a line and Alt-Enter continue it; pasted lines are one message
 //NAME   a message that begins with a slash, where /NAME looks like a command"""
 
 
@@ -173,8 +173,7 @@ COMMANDS = {
 
 def _print(session: Session, text: str) -> None:
     """Print to stderr, also when quiet: stdout is for answers only."""
-    stderr = session.console.stderr
-    stderr.print(visible(text), markup=False, emoji=False, soft_wrap=not stderr.is_terminal)
+    session.console.stderr.print(visible(text), markup=False, emoji=False)
 
 
 def _path(argument: str) -> Path:

@@ -34,10 +34,10 @@ class PromptReader:
             output.enable_cpr = False  # an answer of the terminal would mix with keys that were typed early
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
-            prompt_continuation=MORE,
+            prompt_continuation=lambda width, line, is_wrapped: " " * width if is_wrapped else MORE,
             history=History(history_file()),
             key_bindings=self._bindings(),
-            completer=WordCompleter(list(commands), pattern=re.compile(r"^/\w*")),
+            completer=WordCompleter(list(commands), pattern=re.compile(r"\S+")),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
             reserve_space_for_menu=0,

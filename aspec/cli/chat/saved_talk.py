@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aspec.cli.chat.conversation import Conversation, Turn
-from aspec.errors import UserError, WriteError
+from aspec.errors import UserError
 from aspec.io.json_file import read_json
 
 MAX_BYTES = 256 << 20  # of a file; a conversation of a million tokens has a few megabytes
@@ -27,7 +27,7 @@ class SavedTalk:
 
 
 def save(path: Path, saved: SavedTalk, *, overwrite: bool) -> None:
-    """Write a file, synced to the disk. Raises UserError if it exists, unless ``overwrite``; WriteError if it fails."""
+    """Write a file, synced to the disk. Raises UserError if that fails, and if it exists unless ``overwrite``."""
     messages = [*_all_messages(saved.talk)]
     content = {"model": saved.model, "messages": messages, "settings": dict(saved.settings)}
     try:
@@ -37,7 +37,7 @@ def save(path: Path, saved: SavedTalk, *, overwrite: bool) -> None:
             f"{path} exists and is unchanged: choose another name, or replace it with /save! {path}"
         ) from None
     except OSError as error:
-        raise WriteError(
+        raise UserError(
             f"{path} cannot be written: {error.strerror or error}. The conversation goes on; save it elsewhere."
         ) from error
 
@@ -60,8 +60,8 @@ def _write(path: Path, text: str, overwrite: bool) -> None:
     """Write a file beside ``path``, then give it the name in one step. Raises OSError."""
     if not overwrite and path.exists():
         raise FileExistsError
-    if path.is_dir():
-        raise IsADirectoryError(None, "it is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(None, "it is no regular file")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:

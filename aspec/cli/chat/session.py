@@ -97,10 +97,8 @@ class Session:
                 "temperature 0.7 allows other answers."
             )
         if dropped := talk.num_left_out - base.num_left_out:
-            turns = "turn is" if dropped == 1 else "turns are"
-            self.console.note(
-                f"the context is full: the {dropped} oldest {turns} dropped from it; /save keeps all turns"
-            )
+            turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
+            self.console.note(f"the context is full: the {turns} dropped from it; /save keeps all turns")
         answer = self._answering.ask(prompt, params)
         if not answer.pieces:
             self._note_no_answer()

@@ -1,7 +1,5 @@
 """Words that wrap at the edge of a terminal while they arrive: text and a width in, the text to print out."""
 
-import textwrap
-
 from rich.cells import cell_len
 
 CLOSING = frozenset(
@@ -18,12 +16,6 @@ CONTROL |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
 def visible(text: str) -> str:
     """A text without control characters, which a terminal would obey; only line breaks and tabs stay."""
     return text.translate(CONTROL)
-
-
-def filled(note: str, columns: int) -> str:
-    """A note in lines of at most ``columns`` columns, with its prefix ``aspec: `` before the first one."""
-    prefix = len("aspec: ")
-    return textwrap.fill(note, max(columns, 2 * prefix), initial_indent=" " * prefix)[prefix:]
 
 
 class Wrapper:

@@ -17,20 +17,28 @@ if hasattr(signal, "SIGURG"):
 
 
 class StuckMain:
-    """Counts the interrupts that the main thread has not seen; mutable for that."""
+    """Counts the interrupts that the main thread has not seen; mutable for that. Use it on the main thread.
+
+    The block must begin before other threads start: they inherit that SIGINT is blocked. After the block, while the
+    interpreter waits for threads and ends, one Ctrl-C is enough.
+    """
 
     def __init__(self, end: Callable[[int], object]) -> None:
         """``end`` ends the process with an exit code, on the thread that took the last interrupt."""
         self._end = end
         self._num_unseen = 0
+        self._watches = hasattr(signal, "pthread_sigmask") and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
-    def watch(self) -> None:
-        """Begin; call it on the main thread, before other threads start: they inherit that SIGINT is blocked."""
-        if not hasattr(signal, "pthread_sigmask") or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            return
-        signal.signal(WAKE, self._seen)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        threading.Thread(target=self._run, name="aspec-interrupts", daemon=True).start()
+    def __enter__(self) -> None:
+        if self._watches:
+            signal.signal(WAKE, self._seen)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            threading.Thread(target=self._run, name="aspec-interrupts", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._watches:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _seen(self, *_: object) -> None:
         """The main thread runs handlers."""

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from transformers import AutoTokenizer
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
 from aspec.generation.text.chat_template import ChatTemplate, check_unicode
+from aspec.generation.text.prompts import Prompt, is_chat
 from aspec.generation.text.stop_strings import StopStrings
 from aspec.generation.text.time_limit import TimeLimit
 from aspec.generation.text.vocabulary_files import missing_reader
@@ -66,6 +67,16 @@ class Tokenizer:
         """Token ids, with the tokenizer's default special tokens. Raises PromptError if ``text`` is no Unicode."""
         return self._encode(text, add_special_tokens=True)
 
+    def encode_prompt(self, prompt: Prompt, limit: TimeLimit | None = None) -> list[int]:
+        """The token ids of a text as it is, a conversation or token ids. Raises PromptError if there are none."""
+        if isinstance(prompt, str):
+            tokens = self.encode(prompt) if prompt else []
+        else:
+            tokens = self.encode_chat(prompt, limit=limit) if is_chat(prompt) else cast("list[int]", prompt)
+        if not tokens:
+            raise PromptError("the prompt is empty: expected at least one token. Give some text.")
+        return tokens
+
     def spellings(self, text: str) -> list[list[int]]:
         """The tokens of a word alone and after a space, without special tokens. Raises PromptError as ``encode``."""
         word = text.lstrip()
@@ -112,6 +123,10 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens without special ones; spaces stay as generated."""
         return str(self._inner.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def name(self, token: int) -> str:
+        """A token as its vocabulary writes it; of a special token this is its text. Empty beyond the vocabulary."""
+        return self._inner.convert_ids_to_tokens(token) or ""
 
     def vocab(self) -> dict[int, str]:
         """Token id -> token, added tokens included."""
@@ -249,10 +264,8 @@ class TextStream:
 
     def _push_silent(self, token: int) -> str:
         """The text before a special token that completes a stop string; otherwise none."""
-        name = self._tokenizer.spell([token]) if self._stops else ""
-        if not name:
-            return ""
-        return self._stops.push_hidden(name, self._rest())
+        name = self._tokenizer.name(token) if self._stops else ""
+        return self._stops.push_hidden(name, self._rest()) if name else ""
 
     def finish(self) -> str:
         """The rest of the text; the tokenizer decides on an incomplete character. Call it once, after the last push."""

@@ -22,7 +22,9 @@ from aspec.units import format_bytes, format_rate
 
 CHILD = "from aspec.io.fetching.process import main; main()"
 LINE_S = 5.0  # between two lines on stderr
-LONGEST_GOODBYE_S = 1.0  # for a stopped process to remove its half files
+LONGEST_GOODBYE_S = (
+    5.0  # for a stopped process to remove its half files, which takes it milliseconds on a quiet machine
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,7 @@ def _used_if(model: PreTrainedModel, key: str, value: bool, names: Sequence[str]
 
 def unused_text(folder: Path, unused: Sequence[str]) -> str:
     """The warning of stored tensors that are not read."""
-    are = "stored tensors have" if len(unused) > 1 else "stored tensor has"
-    return f"{folder}: {len(unused)} {are} no use in this model, not read: {summary(unused)}"
+    return f"{folder}: {len(unused)} stored tensors have no use in this model and are not read: {summary(unused)}"
 
 
 def summary(names: Iterable[str]) -> str:

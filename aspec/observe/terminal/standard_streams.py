@@ -1,8 +1,8 @@
 """The standard streams of a command, as its results and its progress need them.
 
-A closed descriptor is opened on the null device, because the event loop would take its number for itself. Results are
-worth an error: what standard output refuses raises WriteError, and a character that its encoding lacks is written as
-an escape. Progress is not: what standard error refuses is dropped.
+A closed descriptor is opened on the null device, because the event loop would take its number for itself. A failed read
+raises UserError. Results are worth an error: what standard output refuses raises WriteError, and a character that its
+encoding lacks is written as an escape. Progress is not: what standard error refuses is dropped.
 """
 
 import io
@@ -10,9 +10,12 @@ import os
 import select
 import sys
 from contextlib import suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from aspec.errors import WriteError
+from aspec.errors import UserError, WriteError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
 
 NAMES = ("stdin", "stdout", "stderr")
 CHUNK_BYTES = 4096  # a pipe that is ready takes so many without blocking (PIPE_BUF)
@@ -24,7 +27,7 @@ class _Raw(io.RawIOBase):
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream  # it would close the descriptor when it is collected
-        self._to = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+        self._to: Any = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
 
     def fileno(self) -> int:
         """The descriptor."""
@@ -40,13 +43,35 @@ class _Raw(io.RawIOBase):
         return True
 
 
+class _Input(_Raw):
+    """Standard input: a failed read raises UserError."""
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def writable(self) -> bool:
+        """No."""
+        return False
+
+    def readinto(self, buffer: "Buffer") -> int:
+        """Read some bytes; on a descriptor that does not block, wait until there are some."""
+        try:
+            while (read := self._to.readinto(buffer)) is None:
+                select.select([self], [], [])
+        except OSError as error:
+            raise UserError(
+                f"standard input cannot be read: {error.strerror}. Give --prompt or --file, or another input."
+            ) from error
+        return int(read)
+
+
 class _Results(_Raw):
     """Standard output: a failed write raises WriteError once; a broken pipe stays a BrokenPipeError."""
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         """Write some of ``data``; on a descriptor that does not block, wait until it takes some."""
         try:
-            written: int | None
             while (written := self._to.write(data)) is None:
                 select.select([], [self], [])
         except OSError as error:
@@ -57,7 +82,7 @@ class _Results(_Raw):
                 f"standard output cannot be written: {error.strerror}. The rest of the result is lost; write to a file "
                 f"or a disk that has room."
             ) from error
-        return written
+        return int(written)
 
     def _give_up(self) -> None:
         """Let all later writes succeed: the data that is buffered would fail again as the process ends."""
@@ -93,6 +118,8 @@ def prepare_streams() -> None:
     """Prepare the standard streams; call it once, before anything is opened, printed or read."""
     for number, name in enumerate(NAMES):
         _open_missing(number, name)
+    stdin = sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(_Input(stdin)), encoding=stdin.encoding, errors=stdin.errors)
     sys.stdout = _text(sys.stdout, _Results)
     sys.stderr = _text(sys.stderr, _Progress)
 

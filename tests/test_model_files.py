@@ -22,7 +22,7 @@ from aspec.errors import (
     printable,
     shown,
 )
-from aspec.generation import vocabulary_files
+from aspec.generation.text import vocabulary_files
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.checkpoint import SINGLE, Checkpoint, read_header
 from aspec.io.json_file import read_json

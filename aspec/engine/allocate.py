@@ -16,7 +16,7 @@ from aspec.engine.model_runner import ModelRunner, Weights
 from aspec.errors import DeviceError
 from aspec.generation.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane
-from aspec.io.memory import SlotMemory, allocate, give_back
+from aspec.io.memory import SlotMemory, allocate
 from aspec.io.settling import close_all
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
@@ -66,8 +66,6 @@ class EngineMemory:
 def assemble(resolved: Resolved) -> EngineMemory:
     """Design and allocate. Raises UserError if the input cannot be used, DeviceError if memory is refused."""
     made = design(resolved)
-    if resolved.options.workload is not None:
-        give_back()  # memory that the search for a plan has freed
     if resolved.kind is None:
         return _on_host(made)
     device = resolved.kind.open()

@@ -136,9 +136,11 @@ def check(held, **options):
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_a_plan_that_the_group_would_kill_is_refused_before_loading(in_group, version):
     in_group(300, version)
-    check(230)  # and the process itself takes 64 more
+    check(230, device_memory=230 * MIB)  # and the process itself takes 64 more
     with pytest.raises(BudgetError, match=r"leaves 300 MiB.* Give --device-memory at most 236MiB, or raise the limit"):
-        check(250)
+        check(250, device_memory=250 * MIB)
+    with pytest.warns(RuntimeWarning, match="300 MiB are free"):
+        check(250)  # a default budget
 
 
 def test_a_plan_above_the_free_memory_is_a_warning(monkeypatch):

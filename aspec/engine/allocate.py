@@ -17,7 +17,7 @@ from aspec.errors import DeviceError
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.loop.settling import close_all
-from aspec.io.memory import SlotMemory, allocate, give_back
+from aspec.io.memory import SlotMemory, allocate
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor, scratch_bytes
@@ -76,8 +76,6 @@ class EngineMemory:
 def assemble(resolved: Resolved) -> EngineMemory:
     """Design and allocate. Raises UserError if the input cannot be used, DeviceError if memory is refused."""
     made = design(resolved)
-    if resolved.options.workload is not None:
-        give_back()  # memory that the search for a plan has freed
     if resolved.kind is None:
         return _on_host(made)
     device = resolved.kind.open()

@@ -4,6 +4,7 @@ import warnings
 
 from aspec.errors import BudgetError
 from aspec.io.host_memory import available_bytes, growth_bytes, limit_left, total_bytes
+from aspec.io.memory import give_back
 from aspec.plan import Plan
 from aspec.planning.resolve import Resolved
 from aspec.units import format_bytes
@@ -12,9 +13,11 @@ from aspec.units import format_bytes
 def check_memory(plan: Plan, resolved: Resolved) -> None:
     """Compare a plan, and the budget that the user gave, with the memory of this machine.
 
-    Raises BudgetError if the limit of a control group, as of a container, would be exceeded: the system then kills the
-    process without a message. More than the free memory is a warning, as the system may find room.
+    Raises BudgetError if a given budget exceeds the limit of a control group, as of a container: the system then kills
+    the process without a message. More than the free memory is a warning, as the system may find room; so is a default
+    budget, which left some room when it was chosen.
     """
+    give_back()  # memory that the search and its measurements have freed
     asked, kind = resolved.options.device_memory, resolved.kind
     most = total_bytes() if kind is None else kind.free_bytes()
     if asked is not None and asked > most:
@@ -25,7 +28,8 @@ def check_memory(plan: Plan, resolved: Resolved) -> None:
     needs = (
         f"the plan holds {format_bytes(held)} of host memory and the process itself takes {format_bytes(growth)} more"
     )
-    if left is not None and held + growth > left:
+    is_given = asked is not None or resolved.options.process_memory is not None
+    if left is not None and held + growth > left and (is_given or kind is not None):
         raise BudgetError(
             f"{needs}, but the memory limit of this process's control group leaves {format_bytes(left)}: the system "
             f"would kill the process. {_remedy(left - growth, on_device=kind is not None)}, or raise the limit."

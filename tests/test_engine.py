@@ -100,7 +100,7 @@ async def test_weights_without_a_use_are_told_once(pair, tmp_path):
             shutil.copy(pair[0] / name, tmp_path / name)
     tensors = {name: tensor for file in pair[0].glob("*.safetensors") for name, tensor in load_file(file).items()}
     save_file({**tensors, "extra.weight": torch.zeros(8)}, tmp_path / "model.safetensors")
-    with pytest.warns(RuntimeWarning, match=r"1 stored tensor has no use .*: extra\.weight") as told:
+    with pytest.warns(RuntimeWarning, match=r"1 stored tensors have no use .*: extra\.weight") as told:
         async with open_engine(target=tmp_path, max_batch=1, **SMALL):
             pass
     assert sum("no use" in str(one.message) for one in told) == 1
@@ -238,7 +238,7 @@ async def test_a_shard_cut_while_running_is_an_error_and_no_text(pair, tmp_path)
         await asyncio.sleep(0.2)
         for shard in tmp_path.glob("*.safetensors"):
             os.truncate(shard, 3000)
-        with pytest.raises(ReadError, match="was written to since"):
+        with pytest.raises(ReadError, match="truncated"):
             await task
 
 

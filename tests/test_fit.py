@@ -58,7 +58,6 @@ def test_the_context_is_what_the_prompts_need_or_what_is_given(target, longest, 
         ),
         (250, 7, None, "has room for 6"),
         (10, 50, 40, "the context of 40 has room for 30"),
-        (10, 5, 100_000, "a context of 100000 tokens was asked for; the model allows 256, which is taken"),
     ],
 )
 def test_what_is_cut_off_is_one_warning(target, longest, new, asked, words):
@@ -82,12 +81,17 @@ def test_more_groups_than_prompts_are_refused(target):
         design(resolve(EngineOptions(target=target, device="cpu", num_groups=2, workload=Workload(1, 10, 10))))
 
 
-def test_an_engine_tells_that_its_context_is_cut(target):
-    with pytest.warns(RuntimeWarning, match="the model allows 256"):
+@pytest.mark.parametrize(("family", "words", "capacity"), [("llama", "may be poor", 1000), ("gpt2", "rows end", None)])
+def test_a_context_beyond_the_models_is_told(tmp_path, family, words, capacity):
+    """Rotary positions go on, a table of positions ends."""
+    target = tiny.build(tmp_path / "target", family)
+    with pytest.warns(RuntimeWarning, match=rf"--max-context 1000 exceeds .*{words}") as told:
         plan = design(
             resolve(EngineOptions(target=target, device="cpu", device_memory=64 * MIB, max_context=1000))
         ).plan
-    assert plan.capacity == CONTEXT
+    assert plan.capacity == (capacity or plan.capacity)
+    assert plan.capacity <= 1000
+    assert len(told) == 1
 
 
 # -- at the command line --------------------------------------------------------------------------------------
@@ -125,9 +129,7 @@ async def test_no_tokens_asked_of_an_engine_are_an_empty_text(target):
             [_ async for _ in engine.stream([5] * 17, SamplingParams(max_new_tokens=0))]
 
 
-@pytest.mark.parametrize(
-    "args", [("-n", "100000"), ("--max-context", "100000"), ("--device-memory", "999GiB")], ids=str
-)
+@pytest.mark.parametrize("args", [("-n", "100000"), ("--max-context", "1000"), ("--device-memory", "999GiB")], ids=str)
 def test_what_a_command_cuts_off_is_told_once(target, args):
     result = generate(target, "-n", "2", "--stop", "a", *args)
     assert result.exit_code == 0, result.output
@@ -147,7 +149,7 @@ def test_what_a_command_cuts_off_is_told_once(target, args):
         (("--prompt-tokens", 10**12), "the prompt has 1000000000000 tokens; the context holds 256"),
         (("--new-tokens", 10**12), "1000000000000 new tokens were asked for"),
         (("--new-tokens", 10**30), "new_tokens of a workload must be between 2 and"),
-        (("--max-context", 10**18), "a context of 1000000000000000000 tokens was asked for"),
+        (("--max-context", 10**18), "--max-context 1000000000000000000 exceeds the 256 tokens"),
         (("--batch-size", 10**15, "--prompts", 10**9), "Give --device-memory at least"),
         (("--prompts", 100, "--groups", 100), "Give --device-memory at least"),
         (("--draft", "ngram", "--draft-budget", 10**12), "Give --device-memory at least"),

@@ -39,6 +39,7 @@ class PlanExplanation:
     basis: CostBasis
     work: Workload
     search: Search
+    acceptance_from: str  # its source, in words
 
 
 def plan_to_console(flags: PlanFlags, console: Console) -> None:
@@ -76,12 +77,14 @@ def explain(
     resolved = resolved if hardware is None else elsewhere(resolved, hardware)
     models = read_models(resolved, outlined=True)
     basis = measured_basis(models) if hardware is None else CostBasis(hardware, AcceptanceStats())
+    source = "measured" if basis.known.proposals else "a guess; aspec bench measures it"
     if flags.acceptance is not None:
-        basis = replace(basis, known=replace(basis.known, acceptance=flags.acceptance))
+        given = replace(basis.known, acceptance=flags.acceptance, proposals=max(1.0, basis.known.proposals))
+        basis, source = replace(basis, known=given), "given"
     search = best_plans(models, basis, progress)
     if hardware is None:
         check_memory(search.best.plan, resolved)
-    return PlanExplanation(models, basis, work, search)
+    return PlanExplanation(models, basis, work, search, source)
 
 
 def _read_rates(path: Path) -> Hardware:
@@ -141,8 +144,7 @@ def _machine_line(explained: PlanExplanation) -> str:
     words += [f"link {format_rate(link)}"] if link else []
     words.append(f"budget {format_bytes(explained.models.resolved.budget_bytes)}")
     if explained.models.draft is not None:
-        source = "measured" if known.proposals else "a guess; aspec bench measures it"
-        words.append(f"acceptance {known.acceptance:.2f} ({source})")
+        words.append(f"acceptance {known.acceptance:.2f} ({explained.acceptance_from})")
     return ", ".join(words)
 
 

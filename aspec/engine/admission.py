@@ -24,7 +24,7 @@ class Admission:
     def sequence(self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
         """A new sequence. Raises PromptError if the target cannot run its tokens, or has no room for one more."""
         room = self.capacity - len(tokens)
-        most = self.capacity if params.max_length is None else params.max_length
+        most = len(tokens) + room if params.max_length is None else params.max_length
         if not tokens:
             raise PromptError("the prompt is empty: expected at least one token.")
         if (bad := first_bad(tokens, self.target.vocab_size)) is not None:
@@ -34,7 +34,7 @@ class Admission:
             )
         if room < min(params.max_new_tokens, 1):
             raise PromptError(too_long(len(tokens), self.capacity, self.target.max_context))
-        if len(tokens) >= most:
+        if params.max_length is not None and len(tokens) >= most:
             raise PromptError(
                 f"the prompt has {len(tokens)} tokens; max_length allows {most} of prompt and text together. Give "
                 f"max_new_tokens (-n), which has precedence, or shorten the prompt."

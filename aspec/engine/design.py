@@ -1,11 +1,9 @@
 """From resolved options to the design of an engine: models are checked, a plan is decided, nothing is allocated."""
 
-import warnings
 from dataclasses import dataclass
 
 from aspec.generation.text.tokenizer import Tokenizer, check_tokenizer, check_vocabulary
 from aspec.plan import Plan
-from aspec.planning.fit import context_cut
 from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import Resolved
@@ -35,9 +33,6 @@ def design(resolved: Resolved) -> ResolvedEngine:
     tell("plan", 0, 0)
     plan = decide(models)
     check_memory(plan, resolved)
-    wanted = resolved.options.max_context
-    if wanted is not None and plan.capacity < wanted:
-        warnings.warn(context_cut(wanted, plan.capacity), RuntimeWarning, stacklevel=2)
     return ResolvedEngine(models if plan.max_draft_tokens else models.without_draft(), tokenizer, plan)
 
 

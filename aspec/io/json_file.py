@@ -16,7 +16,7 @@ T = TypeVar("T")
 KINDS: Mapping[type, str] = MappingProxyType(
     {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
 )
-LARGEST = 1e15
+LARGEST = 1e20
 MAX_FILE_BYTES = 1 << 30  # of a file that is read as a whole
 MAX_DIGITS = 300  # of a whole number: a longer one does not fit a float, and readers compute with floats
 

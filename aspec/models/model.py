@@ -88,21 +88,17 @@ class Model:
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
         named = named_dtype(dtype, self.config)
-        missing = outlined and not has_weights(self.folder)
-        if missing:
-            self.checkpoint = Checkpoint(self.folder, {}, 0, {})
-        else:  # headers are cheap to read, and bound what the configuration may claim
+        self.checkpoint = Checkpoint(self.folder, {}, 0, {})
+        if stored := has_weights(self.folder):  # headers are cheap to read, and bound what the configuration may claim
             self.checkpoint = Checkpoint.open(self.folder)
             check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
         self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         self._named_dtype = named or stored_dtype(self.checkpoint.tensors) or torch.float32
         self.dtype = computed_on(self.device, self._named_dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
-        if missing:
-            tied = tied_weights(self._layers_model)
-            stored = {name: own for name, own in self._layers_model.state_dict().items() if name not in tied}
-            self.checkpoint = outline(self.folder, stored)
         self._layers_name, self._layers = find_layers(self._layers_model)
+        if not stored:
+            self.checkpoint = self._outline() if outlined else Checkpoint.open(self.folder)  # which raises
         self._tensors = map_tensors(self._layers_model, self.checkpoint)
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
@@ -121,6 +117,12 @@ class Model:
         self.vocab_size = int(text.vocab_size)
         self.context = context_limit(text)
         self.end_ids = _end_ids(self.folder, text)
+
+    def _outline(self) -> Checkpoint:
+        """What the configuration says that the checkpoint would hold."""
+        tied = tied_weights(self._layers_model)
+        stored = {name: own for name, own in self._layers_model.state_dict().items() if name not in tied}
+        return outline(self.folder, stored)
 
     @property
     def max_context(self) -> int | None:

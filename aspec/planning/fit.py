@@ -6,7 +6,7 @@ The checks need a model's configuration only: no weight is read for a prompt tha
 import warnings
 
 from aspec.errors import PromptError
-from aspec.models.context import context_limit
+from aspec.models.context import ContextLimit, context_limit
 from aspec.models.skeleton import load_config
 from aspec.plan import Workload
 from aspec.planning.resolve import Resolved, revise
@@ -20,10 +20,8 @@ def fit(resolved: Resolved, work: Workload, longest: int, new_tokens: int) -> Re
     options, limit = resolved.options, most_context(resolved)
     wanted = options.max_context or max(2, longest + new_tokens)
     context = wanted if limit is None else min(wanted, limit)
-    if options.max_context is not None and context < options.max_context:
-        warnings.warn(context_cut(options.max_context, context), RuntimeWarning, stacklevel=2)
     if longest + min(new_tokens, 1) > context:
-        raise PromptError(too_long(longest, context, limit))
+        raise PromptError(too_long(longest, context, context_of(resolved).trained))
     if longest + new_tokens > context:
         warnings.warn(
             f"{new_tokens} new tokens were asked for; after the longest prompt, of {longest} tokens, the context of "
@@ -36,7 +34,12 @@ def fit(resolved: Resolved, work: Workload, longest: int, new_tokens: int) -> Re
 
 def most_context(resolved: Resolved) -> int | None:
     """The most tokens of a sequence of the target, which is more if the user has asked for more; None: any number."""
-    return context_limit(load_config(resolved.target).get_text_config()).most(resolved.asked_context)
+    return context_of(resolved).most(resolved.asked_context)
+
+
+def context_of(resolved: Resolved) -> ContextLimit:
+    """The limits of the target, by its configuration."""
+    return context_limit(load_config(resolved.target).get_text_config())
 
 
 def too_long(tokens: int, context: int, limit: int | None) -> str:
@@ -45,8 +48,3 @@ def too_long(tokens: int, context: int, limit: int | None) -> str:
         f"the prompt has {tokens} tokens; the context holds {context}, and at least one must stay free to generate. "
         f"Shorten the prompt or raise --max-context (the model allows {limit or 'any'})."
     )
-
-
-def context_cut(wanted: int, context: int) -> str:
-    """The message for a context that is larger than the model allows."""
-    return f"a context of {wanted} tokens was asked for; the model allows {context}, which is taken."

@@ -94,8 +94,8 @@ def fitted_spread(plan: Plan, profile: SimCosts, tokens_per_pass: float) -> floa
 def _fitted(plan: Plan, profile_with: Callable[[float], SimCosts], most: float, tokens_per_pass: float) -> float:
     """The number in 0..most whose profile gives so many tokens per pass, by bisection: tokens grow with the number."""
     low, high = 0.0, most
-    request = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2)
-    roomy = replace(plan, request=request)  # long rows, so that their ends count little
+    request = replace(plan.request, num_rows=FIT_ROWS, num_groups=1, capacity=FIT_TOKENS + 2, draft_context=None)
+    roomy = replace(plan, request=request)  # long rows, so that their ends and that of the draft's context count little
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
         outcomes: list[RowOutcome] = []

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from aspec.cli.main import main
+from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.errors import CheckpointError
 from aspec.models.model import Model
@@ -101,17 +102,12 @@ async def test_an_engine_warns_once_of_a_model_and_of_its_draft(build, tmp_path,
         assert text.endswith("model.layers.*.mlp.gate.weight (3), model.extra.weight")
 
 
-def test_a_plan_tells_it_too(build, tmp_path, capsys, monkeypatch):
+def test_a_plan_tells_it_too(build, tmp_path):
     folder = changed(build("llama"), tmp_path, lambda tensors: tensors.update(EXTRA))
-    monkeypatch.setattr(
-        "sys.argv", ["aspec", "plan", "--json", "--target", str(folder), "--profile", _machine(tmp_path)]
-    )
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    out, err = capsys.readouterr()
-    assert "4 stored tensors have no use in this model" in err
-    assert len(json.loads(out)["remarks"]) == 1
+    result = CliRunner().invoke(app, ["plan", "--json", "--target", str(folder), "--profile", _machine(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "4 stored tensors have no use in this model" in result.stderr
+    assert len(json.loads(result.stdout)["remarks"]) == 1
 
 
 def _machine(folder):

@@ -51,13 +51,18 @@ def chat_on_console(flags: ChatFlags, console: Console) -> None:
 
 
 def _converse(session: Session, reader: Reader) -> bool:
-    """Execute entries until the end; returns False if one was refused."""
+    """Execute entries until the end; returns False if one was refused. Raises UserError if no entry can be read."""
     all_went_well = True
     while not session.leaving:
         try:
             entry = _read(reader, session.console)
-            if entry is None:
-                break
+        except PromptError as error:
+            session.console.error(str(error))
+            all_went_well = False
+            continue
+        if entry is None:
+            break
+        try:
             _execute(entry, session)
         except (UserError, NumericError) as error:  # of this entry only: the conversation goes on
             session.console.error(str(error))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREPARED = """
 import sys
 from aspec.cli import main as cli
-def app():
+def app(args):
 {body}
 cli.app = app
 cli.main()

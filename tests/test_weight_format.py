@@ -87,7 +87,8 @@ def test_a_configuration_beside_bin_files_is_enough_for_a_plan(tmp_path):
 )
 def test_quantised_tensors_without_a_word_in_config_json_are_named(tmp_path, end, name):
     folder = tiny.build(tmp_path / "m", "llama", shards=1)
-    save_file({f"model.layers.0.mlp.up_proj.{end}": torch.zeros(8, 8, dtype=torch.int32)}, folder / "model.safetensors")
+    tensors = {f"model.layers.{layer}.mlp.up_proj.{end}": torch.zeros(8, 8, dtype=torch.int32) for layer in range(4)}
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=name) as error:
         Model(folder)
     assert "original model" in str(error.value)

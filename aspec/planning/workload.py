@@ -65,7 +65,10 @@ def best_plans(
     forecaster = forecast_for(models, request, basis, work)
     space = search_space(models, basis.hardware, work)
     if not basis.known.proposals and work.num_prompts <= FEW_PROMPTS:
-        space = replace(space, usual=request.speculation, caps=())  # do not follow a guess of the acceptance far
+        proposing = tuple(pair for pair in space.speculations if pair[0] is not None)
+        space = replace(  # do not follow a guess of the acceptance far: proposals that do not pay end while it runs
+            space, usual=request.speculation, caps=(), speculations=proposing or space.speculations
+        )
     try:
         return search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
     except BudgetError:

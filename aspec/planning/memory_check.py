@@ -17,7 +17,6 @@ def check_memory(plan: Plan, resolved: Resolved) -> None:
     the process without a message. More than the free memory is a warning, as the system may find room; so is a default
     budget, which left some room when it was chosen.
     """
-    give_back()  # memory that the search and its measurements have freed
     asked, kind = resolved.options.device_memory, resolved.kind
     most = total_bytes() if kind is None else kind.free_bytes()
     if asked is not None and asked > most:
@@ -25,6 +24,9 @@ def check_memory(plan: Plan, resolved: Resolved) -> None:
         _warn(f"--device-memory {format_bytes(asked)} is more than {where}, which is {format_bytes(most)}.")
     held = sum(plan.host_arithmetic.values()) if kind is not None else plan.held_bytes
     growth, left, free = growth_bytes(), limit_left(), available_bytes()
+    if held + growth > (free if left is None else min(free, left)):
+        give_back()  # memory that the search and its measurements have freed
+        growth, left, free = growth_bytes(), limit_left(), available_bytes()
     needs = (
         f"the plan holds {format_bytes(held)} of host memory and the process itself takes {format_bytes(growth)} more"
     )

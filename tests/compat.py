@@ -19,3 +19,8 @@ def of_kinds(families):
         pytest.param(name, marks=pytest.mark.compat if name in FAMILIES else () if name in KINDS else pytest.mark.slow)
         for name in families
     ]
+
+
+def few(values, quick):
+    """Values as parameters; those beyond the first ``quick`` are marked ``slow``."""
+    return [pytest.param(value, marks=pytest.mark.slow if i >= quick else ()) for i, value in enumerate(values)]

@@ -21,6 +21,7 @@ from aspec.tasks.cost_model import CostModel
 from aspec.tasks.op import Op
 from aspec.tasks.task import LayerWork, Span, Task, WorkItem
 from tests import tiny
+from tests.compat import few
 from tests.simulate import make_plan, simulate
 from tests.test_engine import SMALL, collect
 
@@ -151,7 +152,7 @@ def poisoned(source, folder):
     return edited(source, folder, lambda model: model.model.embed_tokens.weight[POISON].fill_(float("nan")))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", few(WAYS, 3))
 async def test_a_poisoned_token_fails_its_own_requests(pair, tmp_path, way):
     """Rows are fewer than requests, so that later requests follow failed ones; at last every row is poisoned."""
     target, draft = poisoned(pair[0], tmp_path / "target"), poisoned(pair[1], tmp_path / "draft")
@@ -185,7 +186,7 @@ def padded(model, size, loudness):
 
 @BOTH
 @EITHER
-@pytest.mark.parametrize(("of_target", "of_draft"), [(256, 300), (300, 256)])
+@pytest.mark.parametrize(("of_target", "of_draft"), [(256, 300), pytest.param(300, 256, marks=pytest.mark.slow)])
 async def test_vocabularies_padded_differently(pair, tmp_path, of_target, of_draft, params, speculation):
     target = edited(pair[0], tmp_path / "target", lambda model: padded(model, of_target, 1.0))
     draft = edited(pair[1], tmp_path / "draft", lambda model: padded(model, of_draft, 3.0))

@@ -361,6 +361,7 @@ def test_keys_typed_during_an_answer_are_the_next_entry_and_never_print_into_it(
     assert terminal.drawn.count(b"tokens (length)") == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_token_keeps_the_message_and_the_terminal_echoes_again(pair):
     terminal = at_prompt(pair[0], "-n", "2", "--link-rate", "200KB/s", "--device-memory", "1800KiB")
     terminal.type(b"hello\r")

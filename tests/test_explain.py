@@ -153,6 +153,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_405b_model_is_planned_in_little_memory(models, machine):
     """A real process, which tells its own peak: the system's count starts from that of whoever started it."""
     command = [sys.executable, "-c", MEASURED, "plan", "--target", models["405b"], "--profile", machine]

@@ -23,6 +23,7 @@ from aspec.io.fetching.fetch import Fetches, Wanted
 from aspec.io.fetching.files import SIZES
 from aspec.io.hub import resolve
 from tests import fake_hub, tiny
+from tests.compat import few
 from tests.fake_hub import surroundings, url
 from tests.fork_server import Command, wait_until
 from tests.test_explain import MACHINE
@@ -109,6 +110,7 @@ def test_a_header_longer_than_the_first_piece_is_whole(hub, tmp_path, folders, m
     assert found.nbytes == Checkpoint.open(folders["single"]).nbytes
 
 
+@pytest.mark.slow
 def test_a_cached_model_serves_a_plan(hub, tmp_path, folders, machine):
     whole = resolve("org/sharded")
     served = hub.served
@@ -131,7 +133,7 @@ def test_headers_alone_are_no_model_to_run(hub):
     assert resolve("org/single") != folder
 
 
-@pytest.mark.parametrize("command", ["profile", "trace"])
+@pytest.mark.parametrize("command", few(["profile", "trace"], 1))
 def test_other_commands_that_read_headers_fetch_no_weights(hub, tmp_path, machine, monkeypatch, command):
     monkeypatch.setattr("aspec.cli.profile.machine_profile", lambda *_, **__: aspec_machine())
     more = {

@@ -232,6 +232,7 @@ async def test_tokens_and_proposals_are_those_of_eager_drafts(monkeypatch, specu
     assert captured[1] == eager[1]
 
 
+@pytest.mark.slow
 async def test_a_long_text_is_drafted_by_few_graphs(monkeypatch):
     requests = [("def f(x):\n    return x\n" * 20, 330)]
     options = dict(speculation="chain", num_draft_tokens=4, max_batch=1, max_context=1000)

@@ -143,6 +143,7 @@ def state_of(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+@pytest.mark.slow
 def test_ctrl_z_gives_the_screen_back_and_fg_takes_it_again(target):
     begun = time.monotonic()
     terminal = Terminal("generate", "--target", target, "-p", "hello", "--json", *SLOW, "--link-rate", "6MB/s")

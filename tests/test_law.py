@@ -90,7 +90,9 @@ async def draw(pair, speculation, num_draft_tokens):
     return codes.bincount(minlength=VOCAB**3).reshape(VOCAB, VOCAB, VOCAB), [stats for _, stats in found]
 
 
-@pytest.mark.parametrize(("speculation", "num_draft_tokens"), [("chain", 2), ("tree", 4)])
+@pytest.mark.parametrize(
+    ("speculation", "num_draft_tokens"), [pytest.param("chain", 2, marks=pytest.mark.slow), ("tree", 4)]
+)
 async def test_three_tokens_follow_the_targets_law(pair, laws, speculation, num_draft_tokens):
     counts, stats = await draw(pair, speculation, num_draft_tokens)
     accepted, proposed = sum(s.accepted for s in stats), sum(s.proposed for s in stats)

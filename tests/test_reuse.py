@@ -249,8 +249,8 @@ async def fresh(pair, prompt, **params):
     [
         ("llama", "bfloat16"),
         ("gemma3", "bfloat16"),
-        ("gpt_oss", "float32"),
-        ("llama4_text", "float32"),
+        pytest.param("gpt_oss", "float32", marks=pytest.mark.slow),
+        pytest.param("llama4_text", "float32", marks=pytest.mark.slow),
     ],
 )
 async def test_a_second_turn_says_what_a_fresh_engine_says_of_the_whole(models, family, dtype, params):

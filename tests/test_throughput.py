@@ -10,6 +10,7 @@ from aspec.generation.params import SamplingParams
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny
+from tests.compat import few
 
 SMALL = dict(device_memory=64 << 20, resident_memory=100_000, threads=1, dtype="float32", prefill_tokens=128)
 LENGTHS = (1, 300, 3, 17, 64, 65, 128, 2, 129, 7, 33, 5)  # about the tiles of 64 and the items of 128 tokens
@@ -82,7 +83,7 @@ def plain(pair):
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", few([1, 2], 1))
 async def test_many_rounds_on_a_short_prompt(pair, plain, groups):
     """Where SpecOffload's mask, shifted by one, parts from plain decoding."""
     options = dict(speculation="chain", num_draft_tokens=3, max_batch=2, num_groups=groups, max_context=320, **SMALL)

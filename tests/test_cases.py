@@ -236,7 +236,7 @@ def ending_with(target, folder, ends):
     return folder
 
 
-@BOTH
+@pytest.mark.parametrize("speculation", few([TREE, CHAIN], 1), ids=["tree", "chain"])
 async def test_an_end_token_at_every_place_of_a_block(pair, tmp_path, speculation):
     """As the first token, inside an accepted path, as its leaf and as the bonus token; of several end ids."""
     (plain,), _ = await tokens_of(pair[0], max_new_tokens=12)

@@ -274,6 +274,7 @@ async def test_refusals_at_the_door(pair, tmp_path):
             pass
 
 
+@pytest.mark.slow
 async def test_memory_is_given_back(pair):
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -12,7 +12,7 @@ from aspec.generation.params import SamplingParams
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny
-from tests.compat import few, marked
+from tests.compat import few, of_kinds
 
 NEW = 16
 LENGTHS = (20, 37, 11)  # longer than every window (8) and than a prefill item (16)
@@ -145,7 +145,7 @@ def pairs(tmp_path_factory):
     return functools.cache(lambda family: make_pair(family, tmp_path_factory))
 
 
-@pytest.fixture(scope="module", params=marked(NAMED))
+@pytest.fixture(scope="module", params=of_kinds(NAMED))
 def pair(request, pairs):
     return pairs(request.param)
 

@@ -171,10 +171,12 @@ def ablation():
     return offload(), offload(groups=1), mean(unsearched), offload(candidates=0)
 
 
+@pytest.mark.slow
 def test_the_ablation_of_specoffload_comes_out_in_its_order(ablation):
     assert all(a > b for a, b in pairwise(ablation)), ablation
 
 
+@pytest.mark.slow
 def test_the_ablation_of_specoffload_comes_out_in_its_size(ablation):
     assert ablation == pytest.approx((FULL, SERIAL, UNSEARCHED, PLAIN), rel=0.25)
     assert ablation[0] == pytest.approx(FULL, rel=0.03)  # the one that was fitted

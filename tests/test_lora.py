@@ -155,7 +155,11 @@ def scale_of(config):
     return scale
 
 
-@pytest.mark.parametrize(("family", "changes", "ranks"), PLAIN, ids=lambda value: json.dumps(value)[:60])
+@pytest.mark.parametrize(
+    ("family", "changes", "ranks"),
+    [pytest.param(*one, marks=pytest.mark.slow if i % 2 else ()) for i, one in enumerate(PLAIN)],
+    ids=lambda value: json.dumps(value)[:60],
+)
 async def test_tokens_equal_the_merged_model(base, tmp_path, family, changes, ranks):
     config = config_of(**changes)
     adapter = write(tmp_path / "adapter", base(family), config, ranks=ranks)

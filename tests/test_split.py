@@ -42,7 +42,7 @@ from aspec.tasks.task import (
     rows_kv_buffer,
 )
 from tests import tiny
-from tests.compat import marked, of_kinds
+from tests.compat import KINDS, marked, of_kinds
 from tests.simulate import make_plan, simulate
 from tests.test_equality import NAMED, OTHERS
 
@@ -241,7 +241,13 @@ SHAPES = {"off": ("off", None), "chain": ("chain", 4), "tree": ("tree", 9)}
 HOW = list(itertools.product(SHAPES, ("exact", "not exact")))
 
 
-@pytest.mark.parametrize(("family", "shape", "exactness"), [(f, *HOW[i % len(HOW)]) for i, f in enumerate(NAMED)])
+@pytest.mark.parametrize(
+    ("family", "shape", "exactness"),
+    [
+        pytest.param(family, *HOW[i % len(HOW)], marks=() if family in KINDS else pytest.mark.slow)
+        for i, family in enumerate(NAMED)
+    ],
+)
 def test_attention_on_the_cpu_lane_changes_no_token(family, shape, exactness, tmp_path):
     """fp32; without exact steps the logprobs are equal up to what the size of a pass does to rounding."""
     target = tiny.build(tmp_path / "target", family, varied=True)

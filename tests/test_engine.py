@@ -288,7 +288,8 @@ async def test_memory_is_given_back(pair):
     assert sizes[-1] - sizes[1] < 30 << 20
 
 
-def test_the_demo_pair_streams_by_default():
+def test_the_demo_pair_streams_by_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a first run: nothing is known of the pair
     result = aspec.generate("def main(argv):\n    ", max_new_tokens=24)
     assert result.stats.completion_tokens == 24
     assert result.stats.bytes_per_pass > 0, "its budget is below its size"

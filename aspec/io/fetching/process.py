@@ -5,6 +5,7 @@ of its standard input it leaves: its parent has closed the pipe, or has died. Th
 to no other process, so it removes them; whole files stay.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -26,6 +27,7 @@ from aspec.io.fetching.files import SIZES, UNWANTED, WANTED, WEIGHTS, listing
 from aspec.io.fetching.headers import BadHeaderError, fetch_headers
 from aspec.units import format_bytes
 
+HALF = ".incomplete"  # the end of the names of half files
 SPARE_BYTES = 64 << 20  # that must stay free on the disk of the cache
 
 
@@ -87,7 +89,7 @@ def main() -> None:
     events = Events(os.dup(1))
     os.dup2(2, 1)  # a library that prints must not print events
     order = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=(_HalfFiles(),), daemon=True).start()
     logging.getLogger("huggingface_hub").handlers = [_Forward(events)]
     warnings.showwarning = lambda message, category, *_, **__: events.send(
         "warning", category=category.__name__, text=str(message)
@@ -98,13 +100,33 @@ def main() -> None:
         events.send("error", text=explain(error))
 
 
-def _leave_with_parent() -> None:
+class _HalfFiles:
+    """The half files that this process has opened; mutable: every open of Python is noted."""
+
+    def __init__(self) -> None:
+        self._paths: set[str] = set()
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and args and str(args[0]).endswith(HALF):
+            self._paths.add(os.path.abspath(str(args[0])))
+
+    def remove(self) -> None:
+        """Remove them; no thread can open another one any more, where the system allows to forbid it."""
+        opened = {file.path for file in psutil.Process().open_files() if file.path.endswith(HALF)}  # by other languages
+        with contextlib.suppress(ImportError, OSError, ValueError):
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        for path in opened | self._paths:
+            Path(path).unlink(missing_ok=True)
+
+
+def _leave_with_parent(half_files: _HalfFiles) -> None:
     """End the process when the parent closes the pipe; half files of this process are removed."""
     while sys.stdin.buffer.read(1):
         pass
-    for file in psutil.Process().open_files():
-        if file.path.endswith(".incomplete"):
-            Path(file.path).unlink(missing_ok=True)
+    half_files.remove()
     os._exit(1)
 
 

@@ -14,7 +14,7 @@ from tests.terminal import Terminal
 
 ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
-FLAGS = ["-p", "hello", "--ignore-eos", "--device-memory", "1650KiB", "--threads", "1"]
+FLAGS = ["-p", "hello", "--ignore-eos", "--device-memory", "600KiB", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.terminal import Terminal
 
 ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
-FLAGS = ["-p", "hello", "--ignore-eos", "--device-memory", "600KiB", "--threads", "1"]
+FLAGS = ["-p", "hello", "--ignore-eos", "--device-memory", "1650KiB", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def on_terminal(target, *flags, **ends):
 
 
 def test_it_comes_follows_the_window_and_goes(target):
-    terminal = on_terminal(target, "-n", "40", "--link-rate", "4MB/s")
+    terminal = on_terminal(target, "-n", "40", "--link-rate", "4MB/s", "--device-memory", "700KiB")
     terminal.wait_for(b"decode")
     for columns, rows in ((60, 16), (200, 50), (41, 8)):
         seen = len(terminal.drawn)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from aspec.errors import PromptError
+from aspec.errors import PromptError, reason_of, shown
 from aspec.generation.text.template_trial import TemplateTrial, TrialError
 from aspec.generation.text.time_limit import TimeLimit, TimeLimitError
 
@@ -143,7 +143,7 @@ class ChatTemplate:
 def _checked(name: str, message: Any) -> dict[str, Any]:
     """A message as a dictionary. Raises PromptError unless it has a role, and no content or one that is text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise PromptError(f"{name} must be an object with role and content; found {reason_of(message)}.")
+        raise PromptError(f"{name} must be an object with role and content; found {shown(message)}.")
     content = message.get("content")
     if isinstance(content, list | tuple):
         content = [_part(f"{name}.content[{index}]", part) for index, part in enumerate(content)]
@@ -151,7 +151,7 @@ def _checked(name: str, message: Any) -> dict[str, Any]:
     elif isinstance(content, str) or content is None:
         texts = [content or ""]
     else:
-        raise PromptError(f"{name}.content must be a text or a list of text parts; found {reason_of(content)}.")
+        raise PromptError(f"{name}.content must be a text or a list of text parts; found {shown(content)}.")
     for text in texts:
         check_unicode(text, f"the text of {name} ({message['role']})")
     return dict(message) if content is None else {**message, "content": content}
@@ -162,11 +162,10 @@ def _part(name: str, part: Any) -> dict[str, str]:
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":
         raise PromptError(
-            f"{name} is a part of type {reason_of(kind)}: expected parts of type text; others are not supported. "
-            f"Remove it."
+            f"{name} is a part of type {shown(kind)!r}: expected parts of type text; others are not supported. Remove it."
         )
     if not isinstance(part.get("text"), str):
-        raise PromptError(f"{name}.text must be a text; found {reason_of(part.get('text'))}.")
+        raise PromptError(f"{name}.text must be a text; found {shown(part.get('text'))}.")
     return {"type": "text", "text": part["text"]}
 
 
@@ -179,9 +178,3 @@ def check_unicode(text: str, what: str) -> None:
             f"{what} is not valid Unicode at character {error.start}: expected UTF-8 text, found "
             f"{text[error.start]!r}. Convert the input to UTF-8."
         ) from error
-
-
-def reason_of(found: object) -> str:
-    """An error of a library, or a value, in one short line."""
-    text = f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else repr(found)
-    return " ".join(text[:1000].split())[:300].rstrip(".: ")

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from aspec.models.attention import attend
-from aspec.models.exact import FixedTileMatmul
+from aspec.models.exact.products import ExactProducts
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
 from tests import tiny
@@ -282,7 +282,7 @@ def test_a_product_in_blocks_does_not_depend_on_the_other_rows(inner, width, dty
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(width, inner, generator=generator) * inner**-0.5).to(dtype)
     rows = torch.randn(200, inner, generator=generator).to(dtype)
-    with FixedTileMatmul():
+    with ExactProducts():
         expected = torch.nn.functional.linear(rows, weight)
         for count in (1, 2, 5, 17, 64, 65, 150):
             chosen = torch.randperm(200, generator=generator)[:count]
@@ -293,7 +293,7 @@ def test_a_product_in_blocks_does_not_depend_on_the_other_rows(inner, width, dty
 @pytest.mark.parametrize("width", [1, 8, 48, 64, 96])
 def test_activation_functions_do_not_depend_on_the_other_rows(width, dtype):
     rows = torch.randn(70, width).to(dtype)
-    with FixedTileMatmul():
+    with ExactProducts():
         for function in (torch.sigmoid, torch.nn.functional.silu, torch.nn.functional.gelu, torch.Tensor.sigmoid):
             expected = function(rows)
             for start, count in ((0, 1), (3, 1), (5, 2), (7, 33), (69, 1)):
@@ -305,7 +305,7 @@ def test_activation_functions_do_not_depend_on_the_other_rows(width, dtype):
 def test_activation_functions_of_half_a_row_do_not_depend_on_the_other_rows(width, dtype):
     rows = (torch.randn(72, 2 * width, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     half = rows.chunk(2, -1)[0]
-    with FixedTileMatmul():
+    with ExactProducts():
         for function in (torch.sigmoid, torch.nn.functional.silu, torch.nn.functional.gelu):
             alone = torch.cat([function(half[row : row + 1]) for row in range(72)])
             for count in (2, 7, 8, 16, 64, 72):

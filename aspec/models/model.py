@@ -26,7 +26,7 @@ from aspec.io.upload import upload
 from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
-from aspec.models.exact import matmul_mode
+from aspec.models.exact.products import LayerModes, matmul_mode, route
 from aspec.models.hf_compat import cache_argument, tied_weights
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
@@ -110,6 +110,9 @@ class Model:
         self._cache_argument = cache_argument(self._frame)
         for index, layer in enumerate(find_layers(self._frame)[1]):
             layer.forward = self._stub(index)
+        for skeleton in (self._layers_model, self._frame):
+            route(skeleton)
+        self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
         self._local = threading.local()  # .tape: for the frame's forward on this thread
         text = self.config.get_text_config()
@@ -223,7 +226,7 @@ class Model:
         if activation.step.offloaded:
             raise InternalError("a layer whose KV is in host memory must run split, from project to finish")
         self._binder.check(index)
-        with matmul_mode(activation.step):
+        with self._modes.of(index, activation.step):
             activation.hidden = self._forward(index, activation)
 
     @cached_property
@@ -246,7 +249,7 @@ class Model:
         KV in host memory there are five calls: ``send`` before ``attend``, which then stores, and ``bring_back`` after.
         """
         self._binder.check(index)
-        with matmul_mode(activation.step):
+        with self._modes.of(index, activation.step, "project"):
             activation.split = project(partial(self._forward, index, activation), activation.hidden)
         if activation.step.offloaded:
             facts = self._facts.layers[index]
@@ -272,7 +275,7 @@ class Model:
     def finish(self, index: int, activation: Activation) -> None:
         """Run the rest of a layer after its attention."""
         assert activation.split is not None
-        with matmul_mode(activation.step):
+        with self._modes.of(index, activation.step, "finish"):
             activation.hidden = finish(partial(self._forward, index, activation), activation.split)
         activation.split = None
 

@@ -10,6 +10,7 @@ progress at once. Callers run everything under ``torch.inference_mode``.
 import contextlib
 import reprlib
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -35,7 +36,7 @@ from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.lora import Adapter, adapt
-from aspec.models.weights.parts import Part, plan_parts
+from aspec.models.weights.parts import REST, Binding, Part, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.unused import check_unused, unused_text
 
@@ -110,8 +111,7 @@ class Model:
         self._cache_argument = cache_argument(self._frame)
         for index, layer in enumerate(find_layers(self._frame)[1]):
             layer.forward = self._stub(index)
-        for skeleton in (self._layers_model, self._frame):
-            route(skeleton)
+        self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
         self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
         self._local = threading.local()  # .tape: for the frame's forward on this thread
@@ -186,12 +186,25 @@ class Model:
         """
         self._binder.bind(part, buffer, scratch)
 
+    def pack(self, part: Part) -> tuple[Binding, ...]:
+        """Reorder weights of a bound part that stays bound, where products get faster; the bits stay the same.
+
+        Returns the bindings whose bytes of the part's buffer are not read any more. Call it with the threads that
+        compute. The reordered weights need as much memory as these bytes, one weight more while it runs.
+        """
+        linears = self._frame_linears if part.layer == REST else self._layer_linears
+        uses = Counter(binding.at for binding in part.targets())  # tied weights have other readers
+        able = [own for own in part.bindings if own.target in linears and uses[own.at] == 1]
+        return tuple(own for own in able if linears[own.target].pack())
+
     def unbind(self, part: Part) -> None:
         """Put the part's parameters back on meta: its layer raises InternalError until the next ``bind``."""
         self._binder.unbind(part)
 
     def forget(self, parts: tuple[Part, ...] = ()) -> None:
-        """Unbind these parts and drop all views of buffers, so that the buffers can be freed."""
+        """Unbind these parts and drop all views of buffers and packed weights, so that the memory can be freed."""
+        for linear in (*self._frame_linears.values(), *self._layer_linears.values()):
+            linear.packed = None
         for part in parts:
             self._binder.unbind(part)
         self._binder.forget()

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 def _entry(recipe: Recipe) -> list[object]:
     packing = recipe.packing
-    return [recipe.lowest, recipe.highest, recipe.larger, [] if packing is None else [packing.hint, packing.sizes]]
+    own = [] if packing is None else [packing.hint, packing.faster, _entry(packing.recipe)]
+    return [recipe.lowest, recipe.highest, recipe.larger, own]
 
 
 def _recipe(entry: object) -> Recipe | None:
@@ -68,9 +70,9 @@ def _recipe(entry: object) -> Recipe | None:
     match entry:
         case [int(lowest), int(highest), list(larger), []] if 1 <= lowest <= highest and _descends(larger, highest):
             return Recipe(lowest, highest, tuple(larger))
-        case [int(), int(), list(), [int(hint), list(sizes)]] if hint > 0 and sizes and _descends(sizes, 0):
-            plain = _recipe([*entry[:3], []])
-            return plain and Recipe(plain.lowest, plain.highest, plain.larger, Packing(hint, tuple(sizes)))
+        case [int(), int(), list(), [int(hint), bool(faster), list(own)]]:
+            plain, packed = _recipe([*entry[:3], []]), _recipe(own)
+            return plain and packed and replace(plain, packing=Packing(hint, packed, faster))
     return None
 
 

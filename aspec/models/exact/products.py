@@ -10,6 +10,7 @@ threads; bits differ between thread counts, and between exact and other steps.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -111,31 +112,67 @@ class LayerModes:
 
 
 class RoutedLinear:
-    """The forward of one ``nn.Linear``: exact in an exact step, torch's own in others."""
+    """The forward of one ``nn.Linear``: exact in an exact step, torch's own in others.
 
-    __slots__ = ("_table",)
+    ``packed``: its weight in the library's own order, with the same bits as the plain one; None: it is not packed.
+    """
+
+    __slots__ = ("_table", "packed")
 
     def __init__(self, module: nn.Linear) -> None:
         self._table = module._parameters
+        self.packed: PackedWeight | None = None
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]. A torch function mode sees one call of ``multiply``."""
-        return multiply(rows, self._table["weight"], self._table["bias"])  # type: ignore[arg-type]
+        return multiply(rows, self._table["weight"], self._table["bias"], self.packed)  # type: ignore[arg-type]
+
+    def pack(self) -> bool:
+        """Keep a packed copy of the bound weight if products with it are faster; the plain one is not read then.
+
+        Returns whether there is one. In place of the plain weight stands a tensor of the same shape without memory,
+        whose numbers are not numbers: code that reads it would be noticed.
+        """
+        weight, bias = self._table["weight"], self._table["bias"]
+        assert weight is not None, "a linear module has a weight"
+        packing = _recipe("linear", weight, bias).packing
+        if packing is None or not packing.faster:
+            return False
+        self.packed = PackedWeight(pack(weight, bias, packing.hint), packing.recipe)
+        nothing = weight.new_full((1, 1), float("nan")).expand(weight.shape)
+        self._table["weight"] = nn.Parameter(nothing, requires_grad=False)
+        return True
 
 
-def route(model: nn.Module) -> None:
-    """Give every linear module of ``model`` a RoutedLinear, once after it is built."""
-    for module in model.modules():
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A product with a packed weight, and how an exact step computes it."""
+
+    product: Product
+    recipe: Recipe
+
+
+def route(model: nn.Module) -> dict[str, RoutedLinear]:
+    """Give every linear module of ``model`` a RoutedLinear, once after it is built; by the name of its weight."""
+    routed = {}
+    for name, module in model.named_modules():
         if type(module) is nn.Linear:
-            module.forward = RoutedLinear(module)  # type: ignore[assignment]
+            module.forward = routed[f"{name}.weight"] = RoutedLinear(module)  # type: ignore[assignment]
+    return routed
 
 
-def multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``functional.linear``, exact in an exact step."""
+def multiply(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: PackedWeight | None
+) -> torch.Tensor:
+    """``functional.linear``, exact in an exact step; ``packed`` takes the place of ``weight`` and ``bias``."""
     if has_torch_function_unary(rows):
-        made: torch.Tensor = handle_torch_function(multiply, (rows,), rows, weight, bias)
+        made: torch.Tensor = handle_torch_function(multiply, (rows,), rows, weight, bias, packed)
         return made
     exact = getattr(_thread, "exact", False)
+    if packed is not None:
+        flat = rows.reshape(-1, rows.shape[-1])
+        made = _multiply(flat, packed.product, packed.recipe) if exact else packed.product(flat)
+        return made.view(*rows.shape[:-1], -1)
     return _linear(rows, weight, bias) if exact else functional.linear(rows, weight, bias)
 
 
@@ -148,9 +185,8 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     count = flat.shape[0]
     if recipe.lowest <= count <= recipe.highest:
         made = functional.linear(flat, weight, bias)
-    elif sizes := recipe.packed_blocks(count):
-        assert recipe.packing is not None
-        made = in_blocks(flat, pack(weight, bias, recipe.packing.hint), sizes)
+    elif recipe.packing is not None and recipe.packs(count):
+        made = in_blocks(flat, pack(weight, bias, recipe.packing.hint), recipe.packing.recipe.blocks(count))
     else:
         made = in_blocks(flat, lambda block: functional.linear(block, weight, bias), recipe.blocks(count))
     return made.view(*rows.shape[:-1], -1)

@@ -26,32 +26,34 @@ TYPICAL = ((1, 3), (16, 2), (64, 1), (512, 1))
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """Proven with weights that were reordered for ``hint`` rows: numbers of rows, descending."""
-
-    hint: int
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Recipe:
     """Proven numbers of rows: all from ``lowest`` to ``highest``, and ``larger`` ones, descending."""
 
     lowest: int
     highest: int
     larger: tuple[int, ...] = ()
-    packing: Packing | None = None
+    packing: "Packing | None" = None
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """Rows of every block for ``count`` rows; the last block may have more rows than are left."""
         return _blocks(self, count)
 
-    def packed_blocks(self, count: int) -> tuple[int, ...]:
-        """The same with packed weights; empty if packing does not pay."""
-        if self.packing is None:
-            return ()
-        plain = self.blocks(count)
-        return _packed(self.packing, count) if len(plain) >= PACK_BLOCKS and count < SMALL_BLOCK * len(plain) else ()
+    def packs(self, count: int) -> bool:
+        """Whether it pays to pack plain weights for one product of ``count`` rows."""
+        num_blocks = len(self.blocks(count))
+        return self.packing is not None and num_blocks >= PACK_BLOCKS and count < SMALL_BLOCK * num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Weights in the library's own order for ``hint`` rows, and the recipe of products with them.
+
+    ``faster``: even one row is multiplied faster than with plain weights, so it pays to keep weights packed.
+    """
+
+    hint: int
+    recipe: Recipe
+    faster: bool
 
 
 BLOCKS = Recipe(BLOCK_ROWS, BLOCK_ROWS)
@@ -67,15 +69,6 @@ def _blocks(recipe: Recipe, count: int) -> tuple[int, ...]:
     return (*sizes, max(count, recipe.lowest)) if count else tuple(sizes)
 
 
-@lru_cache(4096)
-def _packed(packing: Packing, count: int) -> tuple[int, ...]:
-    sizes: list[int] = []
-    for size in packing.sizes:
-        sizes += [size] * (count // size)
-        count %= size
-    return (*sizes, packing.sizes[-1]) if count else tuple(sizes)
-
-
 def cost(recipe: Recipe) -> float:
     """How much more the typical products cost than without blocks, all together; lower is better."""
     return sum(
@@ -84,16 +77,17 @@ def cost(recipe: Recipe) -> float:
     )
 
 
-def candidates(kinds: Sequence[int], larger: Sequence[tuple[int, int]]) -> list[Recipe]:
+def candidates(kinds: Sequence[object], larger: Sequence[tuple[int, object]], wanted: object = None) -> list[Recipe]:
     """Recipes, the cheapest first.
 
-    ``kinds``: for 1, 2, 3 ... rows the kind of bits that the first row has. ``larger``: (number of rows, kind) of
-    single larger numbers.
+    ``kinds``: for 1, 2, 3 ... rows the kind of bits that the rows have. ``larger``: (number of rows, kind) of single
+    larger numbers. ``wanted``: the only kind that may be used; None: any one.
     """
     found, start = [], 1
     for kind, run in groupby(kinds):
         stop = start + len(list(run)) - 1
         more = tuple(sorted((size for size, own in larger if own == kind), reverse=True))
-        found.append(Recipe(start, stop, more))
+        if wanted is None or kind == wanted:
+            found.append(Recipe(start, stop, more))
         start = stop + 1
     return sorted(found, key=cost)

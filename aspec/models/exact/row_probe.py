@@ -6,6 +6,7 @@ extreme size, and at another alignment. What is not proven runs in blocks of one
 """
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,22 +14,22 @@ import torch
 from torch.nn import functional
 
 from aspec.models.exact.blocks import Product, in_blocks, pack
-from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, candidates, cost
+from aspec.models.exact.recipe import BLOCKS, SMALL_BLOCK, Packing, Recipe, candidates, cost
 
 SMALLEST_WEIGHT = 128 * 128
 """Elements; the blocks of smaller weights cost next to nothing, so nothing is probed."""
 
-DENSE = ((4 << 20, 128), (16 << 20, 64), (64 << 20, 32))
-"""Up to so many elements of a weight every number of rows up to the second number is tried; above the last, 16. It
+DENSE = ((32 << 20, 64), (64 << 20, 32))
+"""Up to so many bytes of a weight every number of rows up to the second number is tried; above the last, 16. It
 bounds the seconds of a probe."""
 
-LARGER, MOST_PRODUCTS = (64, 128, 256, 512, 1024), 4 << 30
+LARGER, MOST_PRODUCTS = (32, 64, 128, 256, 512, 1024), 4 << 30
 """Single numbers of rows above the dense ones, and the most multiplications of one product."""
 
 HINTS = (1, 32, 128)
 """Rows that weights are reordered for; the library derives its layout and its blocks from them."""
 
-PACKED_SIZES = (256, 128, 64, 32)
+FASTER, TIMED = 0.9, 7  # packed weights are kept if they take at most this share of the seconds; calls of a timing
 HUGE = 1e30
 TRIED = 3  # recipes, the cheapest first, before the proof is given up
 
@@ -60,23 +61,52 @@ def probe(kind: ProductKind) -> Recipe:
     elements = max(1, kind.batch) * kind.out * kind.inner
     if elements < SMALLEST_WEIGHT or kind.dtype not in (torch.bfloat16, torch.float32):
         return BLOCKS
-    dense = next((rows for limit, rows in DENSE if elements <= limit), 16)
+    dense = next((rows for limit, rows in DENSE if elements * kind.dtype.itemsize <= limit), 16)
     larger = [size for size in LARGER if size > dense and size * elements <= MOST_PRODUCTS]
     generator = torch.Generator().manual_seed(5)
-    rows = _cancelling(max([dense, *larger]), kind, generator)
+    rows = _cancelling(max([2 * dense, *larger]), kind, generator)
     weight = _weight(kind, generator)
     bias = torch.randn(kind.out, generator=generator).to(kind.dtype) if kind.bias else None
-    recipe = prove(_product(kind, weight, bias), rows, dense, larger)
-    if kind.op != "linear" or recipe.highest >= BLOCKS.highest:
-        return recipe
-    plain = _product(kind, weight, bias)
+    product = _product(kind, weight, bias)
+    recipe = prove(product, rows, dense, larger)
+    return (
+        replace(recipe, packing=_packing(recipe, product, rows[: 2 * dense], weight, bias))
+        if kind.op == "linear"
+        else recipe
+    )
+
+
+def _packing(
+    recipe: Recipe, product: Product, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> Packing | None:
+    """The cheapest packing whose bits are those of the recipe; None if packing would never pay."""
+    most = len(rows)
+    expected = in_blocks(rows, product, recipe.blocks(most))
+    found: list[Packing] = []
     for hint in HINTS:
         with contextlib.suppress(RuntimeError, AttributeError):  # a build of torch without these products
             packed = pack(weight, bias, hint)
-            sizes = _agreeing_sizes(plain, packed, rows, recipe)
-            if sizes and (recipe.packing is None or sizes[0] > recipe.packing.sizes[0]):
-                recipe = replace(recipe, packing=Packing(hint, sizes))
-    return recipe
+            faster = _seconds(packed, rows[:1]) < FASTER * _seconds(product, rows[:1])
+            if not faster and recipe.highest >= SMALL_BLOCK:
+                break
+            counts = [*range(1, most // 2 + 1), most]
+            agrees = [torch.equal(packed(rows[:count]), expected[:count]) for count in counts]
+            own = candidates(agrees[:-1], [(most, agrees[-1])], wanted=True)
+            if own and _holds(own[0], packed, rows, expected):
+                found.append(Packing(hint, own[0], faster))
+            if all(agrees):
+                break
+    return min(found, key=lambda packing: cost(packing.recipe), default=None)
+
+
+def _seconds(product: Product, rows: torch.Tensor) -> float:
+    """Seconds of one product, the least of a few; compared only with others of the same moment."""
+    seconds = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        product(rows)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def prove(product: Product, rows: torch.Tensor, dense: int, larger: list[int]) -> Recipe:
@@ -122,19 +152,6 @@ def _holds(recipe: Recipe, product: Product, rows: torch.Tensor, expected: torch
             if not torch.equal(product(beside)[..., place, :], expected[..., place, :]):
                 return False
     return True
-
-
-def _agreeing_sizes(plain: Product, packed: Product, rows: torch.Tensor, recipe: Recipe) -> tuple[int, ...]:
-    """The numbers of rows, descending, whose bits with packed weights are those of the recipe."""
-    most = min(PACKED_SIZES[0], rows.shape[0])
-    whole = in_blocks(rows[:most], plain, recipe.blocks(most))
-    return tuple(
-        size
-        for size in PACKED_SIZES
-        if recipe.highest <= size <= most
-        and torch.equal(packed(rows[:size]), whole[:size])
-        and torch.equal(packed(rows[:size].flip(0)), whole[:size].flip(0))
-    )
 
 
 # -- operands ------------------------------------------------------------------------------------------------

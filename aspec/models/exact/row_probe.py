@@ -30,7 +30,7 @@ HINTS = (1, 32, 128)
 """Rows that weights are reordered for; the library derives its layout and its blocks from them."""
 
 FASTER, TIMED = 0.9, 7  # packed weights are kept if they take at most this share of the seconds; calls of a timing
-HUGE = 1e30
+HUGE, SMALL = 1e30, 1e-7  # rows beside others; a bias, which must not hide what is left of a sum
 TRIED = 3  # recipes, the cheapest first, before the proof is given up
 
 
@@ -64,9 +64,9 @@ def probe(kind: ProductKind) -> Recipe:
     dense = next((rows for limit, rows in DENSE if elements * kind.dtype.itemsize <= limit), 16)
     larger = [size for size in LARGER if size > dense and size * elements <= MOST_PRODUCTS]
     generator = torch.Generator().manual_seed(5)
-    rows = _cancelling(max([2 * dense, *larger]), kind, generator)
+    rows = _rows(max([2 * dense, *larger]), kind, generator)
     weight = _weight(kind, generator)
-    bias = torch.randn(kind.out, generator=generator).to(kind.dtype) if kind.bias else None
+    bias = (SMALL * torch.randn(kind.out, generator=generator)).to(kind.dtype) if kind.bias else None
     product = _product(kind, weight, bias)
     recipe = prove(product, rows, dense, larger)
     return (
@@ -157,11 +157,12 @@ def _holds(recipe: Recipe, product: Product, rows: torch.Tensor, expected: torch
 # -- operands ------------------------------------------------------------------------------------------------
 
 
-def _cancelling(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
-    """[B, M, K] or [M, K]: the second half of a row repeats the first, in the order of ``_weight``; sizes differ."""
+def _rows(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
+    """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``_weight``."""
     half, shape = kind.inner // 2, (kind.batch, count) if kind.batch else (count,)
-    values = torch.randn(*shape, kind.inner, generator=generator)
-    values[..., half : 2 * half] = values[..., :half].roll(7, -1)
+    values = _uneven((*shape, kind.inner), generator)
+    cancels = torch.arange(count) % 3 > 0
+    values[..., cancels, half : 2 * half] = values[..., cancels, :half].roll(7, -1)
     sizes = 2.0 ** (6 * (torch.arange(count) % 5) - 12)
     return (values * sizes[:, None]).to(kind.dtype)
 
@@ -169,7 +170,7 @@ def _cancelling(count: int, kind: ProductKind, generator: torch.Generator) -> to
 def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     """[N, K], [K, N] or [B, K, N], in the order of memory that ``kind`` tells."""
     half, few = kind.inner // 2, min(kind.out, 61)
-    base = torch.randn(few, kind.inner, generator=generator)
+    base = _uneven((few, kind.inner), generator)
     base[:, half : 2 * half] = -base[:, :half].roll(7, -1)
     stored = base.to(kind.dtype).repeat(-(-kind.out // few), 1)[: kind.out]  # [N, K]
     if kind.op == "linear":
@@ -177,6 +178,11 @@ def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     memory = (stored if kind.transposed else stored.t()).contiguous()
     memory = memory.repeat(kind.batch, 1, 1) if kind.batch else memory
     return memory.transpose(-1, -2) if kind.transposed else memory
+
+
+def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random numbers of many sizes, so that sums in fp32 are rounded at every step."""
+    return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 7, shape, generator=generator)
 
 
 def _product(kind: ProductKind, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from aspec.models.attention import attend
+from aspec.models.exact import known_recipes, products, row_probe
 from aspec.models.exact.products import ExactProducts
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
@@ -15,12 +16,22 @@ from tests import tiny
 from tests.compat import of_kinds
 from tests.test_kv import grow, permuted, random_parents, slow_path
 
+PROVEN = {}  # recipes, kept between the tests of this file
 LENGTH = 134  # committed tokens of the reference: a little more than two tiles
 EDGES = (0, 1, 5, 37, 58, 60, 62, 63, 64, 65, 70, 100, 122, 126, 127, 128, 129, LENGTH)
 DTYPES = [torch.bfloat16, torch.float32]
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 QUICK = ("llama", "mistral", "gemma2", "gpt_oss", "llama4_text", "mixtral", "deepseek_v3", "gpt_neox", "qwen2_moe")
 OTHERS = sorted(set(tiny.FAMILIES) - set(QUICK))
+
+
+@pytest.fixture(autouse=True)
+def _recipes(monkeypatch):
+    """Products of tiny models follow proven recipes too: elsewhere in the suite they run in blocks of one size."""
+    monkeypatch.setattr(row_probe, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(known_recipes, "_known", PROVEN)
+    monkeypatch.setattr(products, "_recipes", {})
+    monkeypatch.setattr(known_recipes, "replace_json", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

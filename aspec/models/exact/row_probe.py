@@ -30,6 +30,7 @@ HINTS = (1, 32, 128)
 """Rows that weights are reordered for; the library derives its layout and its blocks from them."""
 
 FASTER, TIMED = 0.9, 7  # packed weights are kept if they take at most this share of the seconds; calls of a timing
+OUTPUTS = 1024  # compared per row: narrow products are computed with several weights
 HUGE, SMALL = 1e30, 1e-7  # rows beside others; a bias, which must not hide what is left of a sum
 TRIED = 3  # recipes, the cheapest first, before the proof is given up
 
@@ -65,27 +66,22 @@ def probe(kind: ProductKind) -> Recipe:
     larger = [size for size in LARGER if size > dense and size * elements <= MOST_PRODUCTS]
     generator = torch.Generator().manual_seed(5)
     rows = _rows(max([2 * dense, *larger]), kind, generator)
-    weight = _weight(kind, generator)
-    bias = (SMALL * torch.randn(kind.out, generator=generator)).to(kind.dtype) if kind.bias else None
-    product = _product(kind, weight, bias)
+    operands = [_operands(kind, generator) for _ in range(max(1, OUTPUTS // kind.out))]
+    product = _side_by_side([_product(kind, *own) for own in operands])
     recipe = prove(product, rows, dense, larger)
-    return (
-        replace(recipe, packing=_packing(recipe, product, rows[: 2 * dense], weight, bias))
-        if kind.op == "linear"
-        else recipe
-    )
+    if kind.op == "linear":
+        recipe = replace(recipe, packing=_packing(recipe, product, rows[: 2 * dense], operands))
+    return recipe
 
 
-def _packing(
-    recipe: Recipe, product: Product, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Packing | None:
+def _packing(recipe: Recipe, product: Product, rows: torch.Tensor, operands: "list[Operands]") -> Packing | None:
     """The cheapest packing whose bits are those of the recipe; None if packing would never pay."""
     most = len(rows)
     expected = in_blocks(rows, product, recipe.blocks(most))
     found: list[Packing] = []
     for hint in HINTS:
         with contextlib.suppress(RuntimeError, AttributeError):  # a build of torch without these products
-            packed = pack(weight, bias, hint)
+            packed = _side_by_side([pack(weight, bias, hint) for weight, bias in operands])
             faster = _seconds(packed, rows[:1]) < FASTER * _seconds(product, rows[:1])
             if not faster and recipe.highest >= SMALL_BLOCK:
                 break
@@ -158,17 +154,31 @@ def _holds(recipe: Recipe, product: Product, rows: torch.Tensor, expected: torch
 
 
 def _rows(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
-    """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``_weight``."""
+    """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``_operands``."""
     half, shape = kind.inner // 2, (kind.batch, count) if kind.batch else (count,)
     values = _uneven((*shape, kind.inner), generator)
-    cancels = torch.arange(count) % 3 > 0
+    cancels = torch.arange(count) % 3 < 2
     values[..., cancels, half : 2 * half] = values[..., cancels, :half].roll(7, -1)
     sizes = 2.0 ** (6 * (torch.arange(count) % 5) - 12)
     return (values * sizes[:, None]).to(kind.dtype)
 
 
+Operands = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight [N, K], [K, N] or [B, K, N], and a bias [N] or None."""
+
+
+def _operands(kind: ProductKind, generator: torch.Generator) -> Operands:
+    """Random operands, in the order of memory that ``kind`` tells."""
+    bias = (SMALL * torch.randn(kind.out, generator=generator)).to(kind.dtype) if kind.bias else None
+    return _weight(kind, generator), bias
+
+
+def _side_by_side(products: list[Product]) -> Product:
+    """The results of several products [..., M, K] -> [..., M, N], beside each other: more to compare."""
+    return products[0] if len(products) == 1 else lambda rows: torch.cat([one(rows) for one in products], -1)
+
+
 def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
-    """[N, K], [K, N] or [B, K, N], in the order of memory that ``kind`` tells."""
     half, few = kind.inner // 2, min(kind.out, 61)
     base = _uneven((few, kind.inner), generator)
     base[:, half : 2 * half] = -base[:, :half].roll(7, -1)

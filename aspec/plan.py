@@ -82,7 +82,7 @@ class PlanRequest:
     max_draft_depth: int = 32  # most tokens of a tree's longest path
     fixed_draft_depth: int | None = None  # levels of a tree; None: chosen by measured cost
     draft_ahead: bool = True  # trees grow while the target verifies them
-    exact: bool = False  # matrix products use fixed blocks of rows, which need larger buffers
+    exact: bool = False  # a token's bits do not depend on the other tokens of its pass
     attention_resource: str = "compute"  # "cpu": every layer is split, attention runs in parallel with other items
     micro_batches: int = 1  # most work items that the decoding rows are divided into
     resident_bytes: int | None = None  # most bytes of resident layers, even where more would fit
@@ -120,6 +120,7 @@ class Plan:
     crossing: tuple[tuple[int, int], ...] = ()  # by split layer: bytes per token to host attention and back
     arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held on the device, by label
     host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held in host memory, by label
+    exact_price: float | None = None  # share by which exact passes take longer; None: nobody compared
 
     def __post_init__(self) -> None:
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
@@ -273,6 +274,16 @@ class Plan:
         words += ", attention on the CPU" if self.attention_resource != "compute" else ""
         return words + (f", {self.num_slots} slots" if self.streamed else "")
 
+    @property
+    def exactness(self) -> str:
+        """Whether passes are exact, and what that costs, if it was compared; empty if there is nothing to tell."""
+        if self.exact_price is None:
+            return ""
+        share = f"{max(0.0, self.exact_price):.0%}"
+        if self.request.exact:
+            return f"exact passes, which take {share} longer"
+        return f"passes that are not exact: exact ones would take {share} longer (--exact)"
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as a JSON object, in tokens and bytes."""
         return {
@@ -283,6 +294,7 @@ class Plan:
             "speculation": str(self.speculation) if self.max_draft_tokens else "off",
             "most_draft_tokens": self.max_draft_tokens,
             "exact": self.request.exact,
+            "exact_price": self.exact_price,
             "attention": self.attention_resource,
             "micro_batches": self.micro_batches,
             "slots": self.num_slots,

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from aspec.cli.main import app
 from aspec.errors import UserError
+from aspec.io.json_file import replace_json
 from aspec.options import DEMO
 from aspec.profiling import profile_cache as kept
 from aspec.profiling.cpu_profiler import files_of, measure_processor
@@ -183,7 +184,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(measured, tmp_path):
 
 def _write_often(folder, value):
     for _ in range(300):
-        kept._write(Path(folder) / "one.json", {"value": [value] * 200})
+        replace_json(Path(folder) / "one.json", {"value": [value] * 200})
 
 
 def test_who_reads_while_others_write_reads_one_of_theirs(tmp_path):
@@ -303,7 +304,7 @@ def test_the_command_measures_prints_and_remembers(tmp_path):
     assert written.disk_bytes_per_s > 0
     assert written.threads == 1
     files = {file.name: file.read_bytes() for file in (tmp_path / "aspec").iterdir()}
-    assert {name.split("-")[0] for name in files} == {"machine", "disk"}
+    assert {name.split("-")[0] for name in files} == {"machine", "disk", "rows"}
     again = json.loads(run("--json", "-q").stdout)
     assert hardware_from(again["hardware"], "") == written  # from the cache
     assert {file.name: file.read_bytes() for file in (tmp_path / "aspec").iterdir()} == files

@@ -165,7 +165,7 @@ def test_a_table_is_read_off_and_without_one_the_slower_of_two_counts():
     assert weight_seconds(MEASURED, "bfloat16", 1) == 1e-10
     assert weight_seconds(MEASURED, "bfloat16", 40) == pytest.approx(1.6e-10)
     assert weight_seconds(MEASURED, "bfloat16", 512) == pytest.approx(4e-10 + 256 * 2e-10 / 192)
-    assert weight_seconds(MEASURED, "bfloat16", 65, exact=True) == 4e-10
+    assert weight_seconds(MEASURED, "bfloat16", 128, exact=True) == 4e-10
     bare = Processor(flop_per_s={"bfloat16": 1e12}, memory_bytes_per_s=1e10)
     assert weight_seconds(bare, "bfloat16", 1) == 1e-10
     assert weight_seconds(bare, "bfloat16", 1000) == pytest.approx(1e-9)

@@ -160,7 +160,7 @@ def _assembly(
         shared = resolved.options.shared_noise
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
     capacity = plan.capacity + plan.tree_slots
-    cache = _cache(target, plan, capacity, place, exact=resolved.exact, offloaded=plan.kv_on_host)
+    cache = _cache(target, plan, capacity, place, exact=plan.request.exact, offloaded=plan.kv_on_host)
     runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
     return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 

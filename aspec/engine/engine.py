@@ -395,4 +395,5 @@ def _tune_process(threads: int | None) -> None:
 def describe_plan(plan: Plan) -> str:
     """One line for people: parts and bytes streamed per pass, bytes held."""
     streamed = format_bytes(plan.streamed_bytes)
-    return f"{len(plan.streamed)} of {len(plan.parts)} parts stream, {streamed} per pass; held: {plan.describe()}"
+    facts = f"{len(plan.streamed)} of {len(plan.parts)} parts stream, {streamed} per pass; held: {plan.describe()}"
+    return f"{facts}; {plan.exactness}" if plan.exactness else facts

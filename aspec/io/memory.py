@@ -66,7 +66,7 @@ def discard(view: memoryview) -> None:
     start = address_of(view)
     first, last = -(-start // PAGE) * PAGE, (start + len(view)) // PAGE * PAGE
     if sys.platform == "linux" and last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_REMOVE)
 
 
 def peak_rss_bytes() -> int:

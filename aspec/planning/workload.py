@@ -24,6 +24,7 @@ from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, mac
 from aspec.profiling.roofline import prices
 from aspec.tasks.task import COMPUTE, CPU
 
+MOST_EXACT_PRICE = 0.1  # share of the seconds; where exact passes cost more, they are for those who ask for them
 PREFILLS = (256, 128, 64)  # tokens of smaller prefill items, tried if memory is short
 
 
@@ -70,11 +71,30 @@ def best_plans(
             space, usual=request.speculation, caps=(), speculations=proposing or space.speculations
         )
     try:
-        return search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
+        found = search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
+        return _with_exactness_settled(found, models, basis, work)
     except BudgetError:
         rows = max(request.num_groups, min(request.num_rows, work.num_prompts))
         plan = shrunk(models, replace(request, num_rows=rows))
         return Search((Candidate(plan.request, plan, forecaster(plan)),), 0, 0)
+
+
+def _with_exactness_settled(found: Search, models: Models, basis: CostBasis, work: Workload) -> Search:
+    """Make the best plan inexact if exact passes would take much longer and nobody asked for them.
+
+    Large jobs stay exact: a job that goes on after a stop must make the same tokens, whatever is left of it.
+    """
+    best = found.best
+    if models.resolved.options.exact is not None or not best.plan.request.exact or work.num_prompts > FEW_PROMPTS:
+        return found
+    request = replace(best.plan.request, exact=False)
+    other = replace(best.plan, request=request)
+    forecast = forecast_for(models, request, basis, work)(other)
+    price = best.forecast.job_s / forecast.job_s - 1.0 if forecast.job_s else 0.0
+    settled = replace(best, plan=replace(best.plan, exact_price=price))
+    if price > MOST_EXACT_PRICE:
+        settled = Candidate(replace(best.request, exact=False), replace(other, exact_price=price), forecast)
+    return replace(found, found=(settled, *found.found[1:]))
 
 
 def _within(work: Workload, capacity: int) -> Workload:

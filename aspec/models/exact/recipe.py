@@ -18,6 +18,9 @@ PACK_BLOCKS, SMALL_BLOCK = 4, 64
 Measured, ms, [5632, 2048] in bf16, one thread, with AMX: packing takes 3.5, blocks of 32 rows 1.7 each from plain
 weights, blocks of 128 rows 2.7 from packed ones."""
 
+MOST_PACKED_BYTES = 128 << 20
+"""Bytes of the largest weight that is packed: a packed copy is memory beside the plan's weights while it is made."""
+
 BLOCK_COST = 32
 """Cost of a block beside that of its rows, in rows: the weights are read once per block."""
 

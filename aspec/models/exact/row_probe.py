@@ -14,10 +14,13 @@ import torch
 from torch.nn import functional
 
 from aspec.models.exact.blocks import Product, in_blocks, pack
-from aspec.models.exact.recipe import BLOCKS, SMALL_BLOCK, Packing, Recipe, candidates, cost
+from aspec.models.exact.recipe import BLOCKS, MOST_PACKED_BYTES, SMALL_BLOCK, Packing, Recipe, candidates, cost
 
 SMALLEST_WEIGHT = 128 * 128
 """Elements; the blocks of smaller weights cost next to nothing, so nothing is probed."""
+
+LARGEST_BYTES = 512 << 20
+"""Of a weight; the probe of a larger one would take more memory and seconds than it is worth."""
 
 DENSE = ((32 << 20, 64), (64 << 20, 32))
 """Up to so many bytes of a weight every number of rows up to the second number is tried; above the last, 16. It
@@ -30,7 +33,7 @@ HINTS = (1, 32, 128)
 """Rows that weights are reordered for; the library derives its layout and its blocks from them."""
 
 FASTER, TIMED = 0.9, 7  # packed weights are kept if they take at most this share of the seconds; calls of a timing
-OUTPUTS = 1024  # compared per row: narrow products are computed with several weights
+OUTPUTS, MOST_WEIGHTS = 1024, 32  # results compared per row: narrow products are computed with several weights
 HUGE, SMALL = 1e30, 1e-7  # rows beside others; a bias, which must not hide what is left of a sum
 TRIED = 3  # recipes, the cheapest first, before the proof is given up
 
@@ -60,16 +63,17 @@ class ProductKind:
 def probe(kind: ProductKind) -> Recipe:
     """The cheapest proven recipe; takes up to about a second. Call it with ``kind.threads`` threads set."""
     elements = max(1, kind.batch) * kind.out * kind.inner
-    if elements < SMALLEST_WEIGHT or kind.dtype not in (torch.bfloat16, torch.float32):
+    nbytes = elements * kind.dtype.itemsize
+    if elements < SMALLEST_WEIGHT or nbytes > LARGEST_BYTES or kind.dtype not in (torch.bfloat16, torch.float32):
         return BLOCKS
-    dense = next((rows for limit, rows in DENSE if elements * kind.dtype.itemsize <= limit), 16)
+    dense = next((rows for limit, rows in DENSE if nbytes <= limit), 16)
     larger = [size for size in LARGER if size > dense and size * elements <= MOST_PRODUCTS]
     generator = torch.Generator().manual_seed(5)
     rows = _rows(max([2 * dense, *larger]), kind, generator)
-    operands = [_operands(kind, generator) for _ in range(max(1, OUTPUTS // kind.out))]
+    operands = [_operands(kind, generator) for _ in range(min(MOST_WEIGHTS, max(1, OUTPUTS // kind.out)))]
     product = _side_by_side([_product(kind, *own) for own in operands])
     recipe = prove(product, rows, dense, larger)
-    if kind.op == "linear":
+    if kind.op == "linear" and nbytes <= MOST_PACKED_BYTES:
         recipe = replace(recipe, packing=_packing(recipe, product, rows[: 2 * dense], operands))
     return recipe
 

@@ -3,7 +3,6 @@
 The rates are ceilings to compare a run with, not predictions of a run. Blocking: call these functions in a thread.
 """
 
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from aspec.threads import num_cores
 
 COPY_BYTES = 64 << 20
 MATMUL_ROWS, MATMUL_SIZE = 64, 2048
@@ -41,8 +42,7 @@ class HostInfo:
 
 def host_info() -> HostInfo:
     """The name of the processor, the cores that this process may use, the threads of torch, its version."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return HostInfo(_cpu_name(), cores, torch.get_num_threads(), torch.__version__)
+    return HostInfo(_cpu_name(), num_cores(), torch.get_num_threads(), torch.__version__)
 
 
 def measure_ceilings(disk_bytes_per_s: float | None, draft_step_s: float | None, dtype: torch.dtype) -> Ceilings:

@@ -10,8 +10,10 @@ import torch
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.models.model import Model
+from aspec.options import DEMO
 from aspec.profiling import profile_cache, threads
 from aspec.profiling.hardware import Hardware, Processor
+from aspec.profiling.layer_ratios import measure_layer_ratios
 from aspec.profiling.model_shape import LayerShape, ModelShape
 from aspec.profiling.threads import GAIN, choose_threads, fastest, thread_counts
 from aspec.threads import WAITING, Threads, asked_threads, wait_passively
@@ -165,6 +167,15 @@ def test_products_of_looping_and_of_sleeping_threads_are_measured_apart(measured
         found.append((profile(tmp_path, threads=1), profile(tmp_path, threads=2)))
     assert found[0][0] == found[1][0]
     assert found[0][1] != found[1][1]
+
+
+def test_prices_of_exactness_and_of_threads_are_ratios_by_kind_of_pass():
+    before = torch.get_num_threads()
+    found = measure_layer_ratios(DEMO / "target", None, exact=True, threads=1, cores=2)
+    assert found.exact.keys() == found.cores.keys() == {"row", "tree", "prompt"}
+    assert min(*found.exact.values(), *found.cores.values()) > 0
+    assert torch.get_num_threads() == before
+    assert not measure_layer_ratios(DEMO / "target", None, exact=False, threads=1, cores=1).cores
 
 
 # -- a run ---------------------------------------------------------------------------------------------------

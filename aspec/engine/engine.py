@@ -269,7 +269,7 @@ class Engine:
             if self._options.progress is not None:
                 self._options.progress("load", done, total)
 
-        await load_all(assembly.loads, disk, assembly.device, assembly.plan.request.threads, report)
+        await load_all(assembly.loads, disk, assembly.device, report, assembly.plan.request.threads)
 
     async def _wait_rest(self) -> None:
         """Wait until no lane has work. Raises the engine's failure if it ends first."""

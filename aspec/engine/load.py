@@ -24,8 +24,8 @@ async def load_all(
     loads: Sequence[ResidentLoad],
     disk: DiskLane,
     device: DeviceLayer[Any, Any] | None,
-    threads: Threads | None,
     report: Callable[[int], None],
+    threads: Threads | None = None,
 ) -> None:
     """Read and bind every part; ``report`` receives the bytes of each part that is loaded.
 

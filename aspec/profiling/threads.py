@@ -18,7 +18,7 @@ from aspec.profiling.roofline import prices
 from aspec.tasks.task import WorkItem
 from aspec.threads import Threads, asked_threads, num_cores
 
-GAIN = 0.9  # a thread per core is taken where it needs at most this share of one thread's seconds
+GAIN = 0.85  # a thread per core is taken where it needs at most this share of one thread's seconds
 CONTEXT = 256  # keys before the tokens of a pass
 ROW, VERIFIED, PROMPT = 1, 16, 256  # tokens of the passes that are compared: one row, its proposals, a prompt
 PAUSES, PAUSE_S, BUSY_SHARE = 8, 2e-3, 0.25  # of the probe of waiting threads

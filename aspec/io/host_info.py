@@ -1,11 +1,12 @@
 """The facts about this host that every measured figure needs beside it."""
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from aspec.threads import num_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,8 @@ class HostInfo:
 
 def host_info() -> HostInfo:
     """The name of the processor, the cores that this process may use, the threads of torch, its version."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name = _cpu_lines("model name") or platform.processor() or platform.machine()
-    return HostInfo(name, cores, torch.get_num_threads(), torch.__version__)
+    return HostInfo(name, num_cores(), torch.get_num_threads(), torch.__version__)
 
 
 def cpu_features() -> str:

@@ -137,7 +137,7 @@ def _capacity(models: Models) -> int:
 def _speculation(resolved: Resolved) -> dict[str, Any]:
     """The fields of a request for speculation; none if there is no draft."""
     options, shapes = resolved.options, resolved.method.shapes
-    if not shapes:
+    if not shapes or resolved.method.if_free:
         return {}
     many = options.speculation == "auto" and (options.max_batch or 1) > MOST_TREES
     chain = (many or options.speculation == "chain") and Speculation.CHAIN in shapes
@@ -149,6 +149,7 @@ def _speculation(resolved: Resolved) -> dict[str, Any]:
         "max_draft_depth": options.draft_depth or MAX_DEPTH,
         "fixed_draft_depth": options.draft_depth,
         "draft_ahead": options.draft_ahead and resolved.method.grows_ahead,
+        "from_text": not resolved.method.has_model,
     }
 
 

@@ -23,6 +23,7 @@ from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measur
 from aspec.profiling.device_profiler import measure_device
 from aspec.profiling.hardware import Hardware, hardware_from
 from aspec.profiling.roofline import ACCEPTANCE, SPREAD
+from aspec.profiling.threads import idle_threads_loop
 
 VERSION = 3  # of the format of machine files
 DISK_AGE_S = 3600.0  # a disk is measured again after this time: the rates of shared disks change
@@ -38,15 +39,10 @@ class AcceptanceStats:
     proposals: float = 0.0
 
 
-def default_threads() -> int:
-    """Compute threads of an engine if the user gives no number: all cores except one."""
-    return max(1, host_info().cores - 1)
-
-
 def machine_profile(
     folder: Path,
     dtype: torch.dtype,
-    threads: int | None = None,
+    threads: int,
     *,
     kind: Kind | None = None,
     link_rate: float | None = None,
@@ -55,11 +51,11 @@ def machine_profile(
 ) -> Hardware:
     """This machine, with the disk that holds ``folder``: from the cache, or measured now, which takes some seconds.
 
-    ``kind``: the device that runs the layers. ``link_rate``: limit on the disk lane in bytes per second.
-    Blocking: call it in a thread.
+    ``threads``: compute threads. ``kind``: the device that runs the layers. ``link_rate``: limit on the disk lane in
+    bytes per second. Blocking: call it in a thread.
     """
     cache = cache or cache_folder()
-    machine = replace(host_info(), threads=threads or default_threads())
+    machine = replace(host_info(), threads=threads)
     if kind is not None:
         machine = replace(machine, cpu=f"{kind.name()} beside {machine.cpu}")
     hardware = None if refresh else _known_machine(cache, machine, dtype)
@@ -153,7 +149,8 @@ def _known_machine(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Hardwa
 
 
 def _machine_file(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Path:
-    return cache / f"machine-{_digest(*asdict(machine).values(), dtype, VERSION)}.json"
+    loops = machine.threads > 1 and idle_threads_loop()  # the same product then takes other seconds
+    return cache / f"machine-{_digest(*asdict(machine).values(), loops, dtype, VERSION)}.json"
 
 
 def _pair_file(cache: Path, target: Path, draft: Path, sampled: bool) -> Path:

@@ -26,6 +26,7 @@ def prices(
     draft: ModelShape | None,
     hardware: Hardware,
     *,
+    draft_hardware: Hardware | None = None,
     exact: bool = False,
     sampled: bool = False,
     tree: bool = False,
@@ -35,14 +36,15 @@ def prices(
 ) -> SimCosts:
     """The costs of all tasks on a machine.
 
-    ``exact``: the costs of exact steps. ``sampled``: draws with noise. ``tree``: proposals are
-    trees. ``cpu_attention``: attention runs on the CPU, with the KV cache in host memory, on a machine with a device.
+    ``draft_hardware``: the same machine with the draft's threads. ``exact``: the costs of exact steps. ``sampled``:
+    draws with noise. ``tree``: proposals are trees. ``cpu_attention``: attention runs on the CPU, with the KV cache in
+    host memory, on a machine with a device.
     """
     device = hardware.processor
     kv_owner = hardware.cpu if cpu_attention else device  # of the target's KV cache
     gathers_s = kv_owner.gather_s * len(target.layers) + (0.0 if draft is None else device.gather_s * len(draft.layers))
     target_cost = model_cost(target, hardware, exact=exact, sampled=sampled, cpu_attention=cpu_attention)
-    draft_cost = None if draft is None else model_cost(draft, hardware, sampled=sampled)
+    draft_cost = None if draft is None else model_cost(draft, draft_hardware or hardware, sampled=sampled)
     cost_table = CostTable(
         target_cost,
         draft_cost,

@@ -310,7 +310,7 @@ def test_attention_equals_the_definition(softcap, sinks, block, monkeypatch):
 
 def test_attention_holds_a_bounded_block():
     assert temporary_bytes(1, 32, 16, 256) == 3 * 16 * 32 * 256 * 4
-    assert temporary_bytes(4, 32, 512, 4096) <= 3 * MAX_SCORE_BYTES
+    assert temporary_bytes(4, 32, 512, 4096) == 3 * 4 * 32 * 4096 * 4, "one token at a time"
     assert temporary_bytes_exact(4, 32, 512, 4096, 4096) <= 4 * MAX_GROUP_BYTES + 4096 * 4096
     assert temporary_bytes_exact(2, 8, 2, 64, 1024) == 4 * 2 * 64 * (8 * 4 + 1024) + 64 * 1024, (
         "scores and copies of two rows"

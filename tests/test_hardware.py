@@ -281,7 +281,7 @@ def test_what_is_measured_is_positive_and_threads_are_as_before():
     for field in fields(Processor):
         if field.name not in ("attention", "exact_attention") and not field.name.endswith("weight_s"):
             assert getattr(measured, field.name) is not None, field.name
-    for tables in (measured.weight_s, measured.block_weight_s, measured.cached_weight_s):
+    for tables in (measured.weight_s, measured.exact_weight_s, measured.cached_weight_s):
         assert all(seconds > 0 for _, seconds in tables["float32"])
     assert measured.attention.kv_byte_s > 0
     assert measured.exact_attention.own_score_s > 0

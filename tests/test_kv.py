@@ -150,9 +150,9 @@ def check_paths(paths, start, tree, first, kind):
     assert paths.num_slots >= start + len(tree)
     for at in range(len(tree) - first):
         slots = list(range(start)) + [start + node for node in slow_path(tree, first + at)]
-        assert paths.visible.shape[1] % KEY_TILE == 0
-        expected = slow_mask(kind, len(slots) - 1, 1, paths.visible.shape[1])[0]
-        assert paths.visible[at].tolist() == expected
+        assert paths.hidden.shape[1] % KEY_TILE == 0
+        expected = slow_mask(kind, len(slots) - 1, 1, paths.hidden.shape[1])[0]
+        assert (~paths.hidden[at]).tolist() == expected
         found = list(range(paths.prefix)) + ([] if paths.tail is None else paths.tail[at].tolist())
         assert found[: len(slots)] == slots
         assert max(found) < paths.num_slots

@@ -30,7 +30,7 @@ MEASURED = Processor(
     element_s=1e-9,
     mask_pair_s=1e-9,
     weight_s={"bfloat16": ((1, 1e-10), (16, 1.2e-10), (64, 2e-10), (256, 4e-10))},
-    block_weight_s={"bfloat16": ((64, 2e-10), (128, 4e-10), (256, 8e-10))},
+    exact_weight_s={"bfloat16": ((64, 2e-10), (128, 4e-10), (256, 8e-10))},
     attention=AttentionRates(6e-5, 1e-6, 4e-10, 2e-9, 2e-11),
     exact_attention=AttentionRates(1e-5, 1e-4, 5e-10, 2e-9, 2e-11, 3e-8),
 )

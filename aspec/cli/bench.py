@@ -19,6 +19,7 @@ from aspec.cli.command_flags import BenchFlags
 from aspec.cli.generate import PROBE_S, GenerateJob, prepare
 from aspec.cli.interrupts import run
 from aspec.engine.engine import Engine, describe_plan
+from aspec.io.host_info import HostInfo, host_info
 from aspec.io.memory import peak_rss_bytes
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
@@ -29,7 +30,7 @@ from aspec.observe.timeline import DRAFT
 from aspec.plan import Plan
 from aspec.planning.resolve import revise
 from aspec.planning.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
-from aspec.profiling.ceilings import Ceilings, HostInfo, host_info, measure_ceilings
+from aspec.profiling.ceilings import Ceilings, measure_ceilings
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance

@@ -17,7 +17,7 @@ from aspec.errors import DeviceError
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.loop.settling import close_all
-from aspec.io.memory import SlotMemory, allocate
+from aspec.io.memory import SlotMemory, allocate, discard
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor, scratch_bytes
@@ -203,7 +203,10 @@ def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
 
 
 def bind_load(load: ResidentLoad) -> None:
-    """Bind resident parameters to their buffer until the engine closes; converted ones get memory of their own."""
+    """Bind resident parameters to their buffer until the engine closes; converted ones get memory of their own.
+
+    In host memory, weights are packed where that makes products faster, and their plain bytes are given back.
+    """
     if load.model is None:
         return
     buffer = load.buffer
@@ -212,6 +215,11 @@ def bind_load(load: ResidentLoad) -> None:
         buffer = as_tensor(load.view)
     scratch = torch.empty(load.part.scratch_bytes, dtype=torch.uint8, device=buffer.device)
     load.model.bind(replace(load.part, scratch_at=0), buffer, scratch)
+    if load.view is None:
+        return
+    for packed in load.model.pack(load.part):
+        start = load.part.shift + packed.at
+        discard(load.view[start : start + packed.nbytes])
 
 
 def free_memory(assembly: EngineMemory) -> None:

@@ -10,7 +10,7 @@ import torch
 from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.io.memory import PAGE
 from aspec.models.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
-from aspec.models.exact import BLOCK_ROWS
+from aspec.models.exact.recipe import BLOCK_ROWS
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model

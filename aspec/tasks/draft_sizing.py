@@ -21,7 +21,7 @@ FIRST_NODES = 48  # and the first tree to this many
 MAX_LEVELS = 16  # levels with an average of their own; deeper levels share the last one
 LEAST_GAIN = 0.02  # tokens; a level with a smaller gain bound is not worth the loop's time
 TRY_AGAIN_EVERY = 32  # most rounds between two trials of a draft, while proposals do not pay
-TRIAL_SHARE = 0.03  # of the time: the most that such trials may cost while they pause for fewer rounds
+TRIAL_SHARE = 0.02  # of the time: the most that such trials may cost while they pause for fewer rounds
 RECOVERY = 0.1  # by which the yield of a level that was not drafted approaches that of the level before, per round
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)

@@ -40,10 +40,12 @@ _AT = tuple(log2(size) for size in SIZES)
 def _prior() -> list[list[float]]:
     """The covariance of the logarithms, by size, while the speed of the machine is known: that of one token is 0."""
     steps = [b - a for a, b in pairwise(_AT)]
-    slopes = [[SPREAD**2 * exp(-abs(a - b) / REACH) for b in _AT] for a in _AT]
-    moved = [[c * one * two for c, two in zip(row, steps)] for row, one in zip(slopes, steps)]
-    by_column = [list(accumulate(row, initial=0.0)) for row in moved]
-    return [list(row) for row in zip(*(accumulate(column, initial=0.0) for column in zip(*by_column)))]
+    near = [[exp(-abs(a - b) / REACH) for b in _AT[1:]] for a in _AT[1:]]
+    moves = [
+        [SPREAD**2 * one * two * c for c, two in zip(row, steps, strict=True)]
+        for row, one in zip(near, steps, strict=True)
+    ]
+    return [[sum(sum(row[:to]) for row in moves[:at]) for to in range(len(_AT))] for at in range(len(_AT))]
 
 
 _PRIOR = _prior()
@@ -95,12 +97,23 @@ class PriceCurve:
         if self._prices is None:
             weights = [exp(evidence - max(self._evidence)) for evidence in self._evidence]
             means = [sum(map(mul, weights, values)) / sum(weights) for values in zip(*self._means, strict=True)]
-            doubts = [sqrt(max(0.0, row[place])) for place, row in enumerate(self._covariance)]
-            known = doubts.index(min(doubts))
-            low = [m - OPTIMISM * d * (at > known) for at, (m, d) in enumerate(zip(means, doubts, strict=True))]
+            low = [m - OPTIMISM * doubt for m, doubt in zip(means, self._doubts(), strict=True)]
             self._prices = list(accumulate(reversed(low), min))[::-1]
         low_place, share, beyond = _place(tokens)
         return exp(_between(self._prices, low_place, share) + beyond)
+
+    def _doubts(self) -> list[float]:
+        """Standard deviations of larger sizes from the best known one; 0 for smaller ones, and for the speed itself.
+
+        A smaller size needs no optimism: it is cheaper anyway, and costs proposals that are known to pay.
+        """
+        own = [row[place] for place, row in enumerate(self._covariance)]
+        known = own.index(min(own))
+        beside = self._covariance[known]
+        return [
+            sqrt(max(0.0, variance + own[known] - 2.0 * beside[place])) if place > known else 0.0
+            for place, variance in enumerate(own)
+        ]
 
 
 def _place(tokens: int) -> tuple[int, float, float]:

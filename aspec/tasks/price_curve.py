@@ -30,7 +30,7 @@ NOISE = 0.1  # standard deviation of a sample's logarithm
 NEW_NOISE = 0.3  # likewise of the first sample of a number of tokens: its kernels may have to be created
 DRIFT = 0.15  # standard deviation of the machine's speed from one sample to the next, as a logarithm
 FORGETTING = 0.005  # of the certainty of every size, per sample
-MOST_SURPRISE = 2.0  # standard deviations; a sample farther off counts as one so far off
+MOST_SURPRISE = 4.0  # standard deviations; a sample farther off counts as one so far off
 UNKNOWN_SPEED = 100.0  # variance of its logarithm before the first sample
 OPTIMISM = 0.5  # standard deviations by which a price is below its estimate
 

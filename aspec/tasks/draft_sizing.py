@@ -36,8 +36,8 @@ class DraftSizing:
 
     def __init__(self, plan: Plan, costs: CostModel) -> None:
         self._plan, self._costs = plan, costs
-        self._pause = 0  # rounds without a draft that follow one whose proposals did not pay
-        self._paused = 0  # of them: rounds left
+        self._failed = 0  # drafts in a row whose proposals did not pay
+        self._paused = 0  # rounds without a draft that are left after them
         self._chosen = Average()  # nodes per row that were worth verifying
         self._yields = [1.0] * MAX_LEVELS  # by level: gain of profit / gain bound, as a running average
         self._deepest = -1  # level that this round has drafted
@@ -119,8 +119,8 @@ class DraftSizing:
         alone_s = self._costs.round_seconds(self._plan, num_rows, 0.0) or 1.0
         trial_s = (self._costs.round_seconds(self._plan, num_rows, drafted_s) or alone_s) - alone_s
         longest = min(TRY_AGAIN_EVERY - 1, ceil(trial_s / alone_s / TRIAL_SHARE))
-        self._pause = 0 if num_nodes else min(longest, 2 * self._pause + 1)
-        self._paused = self._pause
+        self._failed = 0 if num_nodes else min(self._failed + 1, TRY_AGAIN_EVERY)
+        self._paused = min(longest, 2 ** max(0, self._failed - 1) - 1)  # one hard place in a text is no reason
 
     def ahead_pays(self, gain: float, loads: int, now_s: float) -> bool:
         """Whether to draft a level while a pass runs whose next layer needs ``loads`` loads since the first pass.

@@ -104,7 +104,7 @@ def test_batch_runs_the_plan_that_is_shown(pair, case, tmp_path):
 
 
 def test_a_chat_runs_the_plan_of_its_usual_turns(pair):
-    flags = {"target": pair[0], "device": "cpu", "device_memory": 43 * MIB, "temperature": 0.0, **OPEN}
+    flags = {"target": pair[0], "device": "cpu", "device_memory": 32 * MIB, "temperature": 0.0, **OPEN}
     turns = PlanFlags(prompt_tokens=256, new_tokens=256, max_context=4096, **flags)
     chat = ChatFlags(**{name: value for name, value in flags.items() if name not in ("max_batch", "num_groups")})
     ran = design(resolve(chat.options())).plan

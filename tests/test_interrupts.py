@@ -22,7 +22,7 @@ from tests.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTER, LEAVE, CURSOR = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[?25h"
-SLOW = ["--device-memory", "1800KiB", "--threads", "1", "--link-rate", "1MB/s", "--ignore-eos", "-n", "120"]
+SLOW = ["--device-memory", "1850KiB", "--threads", "1", "--link-rate", "1MB/s", "--ignore-eos", "-n", "120"]
 ENDS = {signal.SIGTERM: 143, signal.SIGHUP: 129}
 INSTALLED = """
 import asyncio, os, sys, time

@@ -146,15 +146,15 @@ def test_it_answers_through_its_template(smollm2):
 
 @pytest.mark.slow
 def test_n_grams_change_no_token_of_a_real_model(smollm2):
-    made = generate(smollm2, "-p", LISTING, "-n", "300", "--ignore-eos", "--draft", "ngram", "--verify")
-    assert made["verified"] == {"equal": True, "tokens": 300, "divergence": None}
-    assert made["stats"]["tokens_per_pass"] > 1.5
+    made = generate(smollm2, "-p", LISTING, "-n", "200", "--ignore-eos", "--draft", "ngram", "--verify")
+    assert made["verified"] == {"equal": True, "tokens": 200, "divergence": None}
+    assert made["stats"]["tokens_per_pass"] > 1.1
 
 
 @pytest.mark.slow
 def test_a_real_model_that_drafts_for_itself_changes_none(smollm2):
     """Sampled: its proposals are what it would draw, up to the rounding of a pass of another size."""
-    asked = ["-p", LISTING, "-n", "200", "--ignore-eos", "--temperature", "0.8", "--draft", str(smollm2)]
+    asked = ["-p", LISTING, "-n", "160", "--ignore-eos", "--temperature", "0.8", "--draft", str(smollm2)]
     made = generate(smollm2, *asked, "--speculation", "chain", "--draft-budget", "4", "--verify")
-    assert made["verified"] == {"equal": True, "tokens": 200, "divergence": None}
+    assert made["verified"] == {"equal": True, "tokens": 160, "divergence": None}
     assert made["stats"]["tokens_per_pass"] > 4

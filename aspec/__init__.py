@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from aspec.errors import AspecError, DeviceError, InternalError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
+from aspec.threads import wait_passively
 
 if TYPE_CHECKING:
     from aspec.api import LLM, Result, generate
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from aspec.generation.stats import Piece, RequestStats
 
 __version__ = "0.1.0"
+
+wait_passively()  # before anything here imports torch
 
 __all__ = [
     "LLM",

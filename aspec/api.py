@@ -85,7 +85,8 @@ class LLM:
     """An engine that stays open, for synchronous code; use it as a context manager, or call ``close``.
 
     Its weights are loaded once. Keywords are the fields of ``EngineOptions``; sizes may be texts such as "8GiB". An
-    instance that is never closed ends with its last reference, or with the program. Raises UserError if an option or a
+    instance that is never closed ends with its last reference, or with the program. Import aspec before torch: idle
+    compute threads then sleep, so that a run may take all cores beside other work. Raises UserError if an option or a
     model cannot be used.
     """
 

@@ -36,7 +36,7 @@ class EngineOptions:
     """
 
     target: str | Path | None = None  # folder or hub id; None: the embedded demo pair
-    draft: str | Path | None = None
+    draft: str | Path | None = None  # folder, hub id or ngram; None: the text itself proposes, where that is free
     adapter: str | Path | None = None  # folder or hub id of a LoRA adapter for the target
     device: str = "auto"
     device_memory: int | None = None  # bytes, or a text such as 8GiB (as for every size and rate here)

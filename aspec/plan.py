@@ -4,11 +4,12 @@ Standard library only: the scheduler, the simulation and the dashboard read it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from aspec.errors import InternalError, UserError
+from aspec.threads import Threads
 from aspec.units import format_bytes
 
 PREFILL_ITEMS = 8  # full prefill items that share one pass over the weights
@@ -82,10 +83,12 @@ class PlanRequest:
     max_draft_depth: int = 32  # most tokens of a tree's longest path
     fixed_draft_depth: int | None = None  # levels of a tree; None: chosen by measured cost
     draft_ahead: bool = True  # trees grow while the target verifies them
-    exact: bool = False  # matrix products use fixed blocks of rows, which need larger buffers
+    from_text: bool = False  # proposals come from what a row's own text has said before, not from a draft model
+    exact: bool = False  # a token's bits do not depend on the other tokens of its pass
     attention_resource: str = "compute"  # "cpu": every layer is split, attention runs in parallel with other items
     micro_batches: int = 1  # most work items that the decoding rows are divided into
     resident_bytes: int | None = None  # most bytes of resident layers, even where more would fit
+    threads: Threads | None = None  # None: unknown, as for a machine that is not at hand
     spare_slots: int = field(default=SPARE_SLOTS, compare=False)  # beyond one layer's parts; the plan has the count
     host_bytes: int | None = field(default=None, compare=False)  # host budget; None: the device is the host
 
@@ -120,6 +123,7 @@ class Plan:
     crossing: tuple[tuple[int, int], ...] = ()  # by split layer: bytes per token to host attention and back
     arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held on the device, by label
     host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held in host memory, by label
+    exact_price: float | None = None  # share by which exact passes take longer; None: nobody compared
 
     def __post_init__(self) -> None:
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
@@ -269,9 +273,20 @@ class Plan:
         )
         kind = "trees" if self.speculation is Speculation.TREE else "chains"
         most = self.max_draft_tokens
-        words += f" with {kind} of up to {most}" if most else " without speculation"
+        source = " from the text" if self.request.from_text else ""
+        words += f" with {kind} of up to {most}{source}" if most else " without speculation"
         words += ", attention on the CPU" if self.attention_resource != "compute" else ""
         return words + (f", {self.num_slots} slots" if self.streamed else "")
+
+    @property
+    def exactness(self) -> str:
+        """Whether passes are exact, and what that costs, if it was compared; empty if there is nothing to tell."""
+        if self.exact_price is None:
+            return ""
+        share = f"{max(0.0, self.exact_price):.0%}"
+        if self.request.exact:
+            return f"exact passes, which take {share} longer"
+        return f"passes that are not exact: exact ones would take {share} longer (--exact)"
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as a JSON object, in tokens and bytes."""
@@ -282,7 +297,10 @@ class Plan:
             "prefill_tokens": self.prefill_tokens,
             "speculation": str(self.speculation) if self.max_draft_tokens else "off",
             "most_draft_tokens": self.max_draft_tokens,
+            "from_text": self.request.from_text,
             "exact": self.request.exact,
+            "exact_price": self.exact_price,
+            "threads": None if self.request.threads is None else asdict(self.request.threads),
             "attention": self.attention_resource,
             "micro_batches": self.micro_batches,
             "slots": self.num_slots,

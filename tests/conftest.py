@@ -19,6 +19,7 @@ from aspec.cli import generate as generation
 from aspec.models import model
 from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.profiling import ceilings as profile
+from aspec.profiling import layer_ratios
 from tests.fork_server import shared_server
 from tools.real_model import Unavailable, real_model
 
@@ -73,6 +74,7 @@ def short_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "PROBE_S", 0.02)
         patch.setattr(bench, "PROBE_S", 0.02)
+        patch.setattr(layer_ratios, "ROUNDS", 1)
         patch.setattr(profile, "SHORTEST_S", 1e-3)
         patch.setattr(profile, "COPY_BYTES", 8 << 20)
         patch.setattr(profile, "MATMUL_SIZE", 256)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aspec.speculation.calibration import Calibration
 from aspec.speculation.tree import ROOT, Tree
 from aspec.tasks.cost_model import expected_tokens
-from aspec.tasks.draft_sizing import another_level, marginal_seconds, worthwhile
+from aspec.tasks.draft_sizing import Size, another_level, most_profitable
 
 INF = math.inf
 GRID = [math.log(p) for p in (1e-6, 0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999)] + [0.0]
@@ -167,58 +167,28 @@ def test_verdicts_of_real_rounds_calibrate_a_bold_draft():
 # -- size --------------------------------------------------------------------------------------------------
 
 
-def plainly(probabilities, rate, marginal):
-    count = 0
-    for number, p in enumerate(probabilities, 1):
-        if p <= rate * marginal(number):
-            break
-        count += 1
-    return count
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.floats(0.0, 1.0), max_size=40),
-    st.floats(0.0, 50.0),
-    st.lists(st.floats(0.0, 0.05), min_size=40, max_size=40),
-)
-def test_rising_costs_are_the_plain_rule(probabilities, rate, steps):
-    probabilities = sorted(probabilities, reverse=True)
-    costs = sorted(steps)
-    gains = [p - rate * cost for p, cost in zip(probabilities, costs, strict=False)]
-    chosen = worthwhile(probabilities, rate, lambda n: costs[n - 1])
-    expected = plainly(probabilities, rate, lambda n: costs[n - 1])
-    assert chosen <= expected
-    assert sum(gains[chosen:expected]) < 1e-9, "nodes may be left out only where rounding hides their gain"
-
-
-def test_worthwhile_at_the_ends():
-    assert worthwhile([], 5.0, lambda n: 1.0) == 0
-    assert worthwhile([0.5, 0.1], 0.0, lambda n: 1.0) == 2, "no rate is known yet: everything pays"
-    assert worthwhile([0.5, 0.1], 1e9, lambda n: 1.0) == 0
-    assert worthwhile([0.5, 0.0], 0.0, lambda n: 0.0) == 1, "a node without hope is not worth its memory"
+def test_the_most_profitable_size_at_the_ends():
+    assert most_profitable([[]], 5.0, lambda width: 1.0) == Size(0, -5.0)
+    assert most_profitable([[0.5, 0.1]], 0.0, lambda width: 1.0).nodes == 2, "seconds without a price: everything pays"
+    assert most_profitable([[0.5, 0.1]], 1e9, float).nodes == 0
+    assert most_profitable([[0.5, 0.0]], 0.0, float).nodes == 1, "a node without hope is not worth its memory"
     assert another_level(1.0, 2.0, 0.4)
     assert not another_level(1.0, 2.0, 0.5)
 
 
 def test_nodes_beyond_a_jump_pay_for_it_together():
-    cost = [0.0] * 7 + [0.3] + [0.0] * 7
-    probabilities = [0.1] * 15
-    assert worthwhile(probabilities, 1.0, lambda n: cost[n - 1]) == 15
-    assert worthwhile(probabilities, 4.0, lambda n: cost[n - 1]) == 7
+    def cost(width):
+        return 1.0 + 0.3 * (width > 8)
+
+    assert most_profitable([[0.1] * 15], 1.0, cost).nodes == 15
+    assert most_profitable([[0.1] * 15], 4.0, cost).nodes == 7
 
 
-def test_marginal_seconds_from_measured_passes():
-    marginal = marginal_seconds([(16, 0.191), (1, 0.136), (6, 0.148), (64, 0.448), (128, 0.778)])
-    assert marginal(1) == pytest.approx((0.148 - 0.136) / 5)
-    assert marginal(5) == pytest.approx((0.148 - 0.136) / 5)
-    assert marginal(6) == pytest.approx((0.191 - 0.148) / 10)
-    assert sum(marginal(n) for n in range(1, 128)) == pytest.approx(0.778 - 0.136)
-    assert marginal(1000) == pytest.approx((0.778 - 0.448) / 64), "the last line goes on"
-    beside = marginal_seconds([(1, 0.1), (10, 0.1), (20, 0.3)], other_tokens=10)
-    assert beside(1) == pytest.approx(0.02), "ten rows decode already"
-    assert marginal_seconds([])(3) == marginal_seconds([(5, 1.0)])(3) == 0.0
-    assert marginal_seconds([(1, 0.2), (8, 0.1), (16, 0.3)])(3) == 0.0, "a faster larger pass is noise"
+def test_all_rows_are_as_wide_as_the_widest_so_its_width_costs_all_of_them():
+    certain, hopeless = [1.0] * 7, [0.01] * 7
+    assert most_profitable([certain], 1.0, lambda width: 0.9 * width).nodes == 7
+    assert most_profitable([certain, hopeless], 1.0, lambda width: 2 * 0.9 * width).nodes == 0
+    assert most_profitable([certain, hopeless], 1.0, lambda width: 2 * 0.4 * width).nodes == 7
 
 
 MODELS = {
@@ -226,7 +196,7 @@ MODELS = {
     "linear": lambda tokens: 1.0 + 0.01 * tokens,
     "knee": lambda tokens: 1.0 + 0.03 * max(0, tokens - 16),
     "convex": lambda tokens: 1.0 + 0.0005 * tokens**2,
-    "steps": lambda tokens: 1.0 + 0.25 * (tokens // 16),
+    "steps": lambda tokens: 1.0 + 0.25 * ((tokens - 1) // 16),
     "two cores": lambda tokens: 0.61 + 0.0045 * tokens,
 }
 
@@ -242,8 +212,7 @@ def test_the_running_rate_leads_to_the_best_fixed_size(name, decay):
 
     rate, sizes = 0.0, []
     for _ in range(30):
-        sizes.append(worthwhile(probabilities, rate, lambda n: seconds(n + 1) - seconds(n)))
+        sizes.append(most_profitable([probabilities], rate, seconds).nodes)
         rate += 0.3 * (made(sizes[-1]) - rate)
     best = max(made(size) for size in range(201))
-    assert made(sizes[-1]) >= 0.99 * best
-    assert made(worthwhile(probabilities, rate, [(n, seconds(n)) for n in (1, 4, 16, 17, 64, 128)])) >= 0.8 * best
+    assert made(sizes[-1]) >= 0.98 * best

@@ -470,9 +470,12 @@ async def test_statistics_are_those_of_the_spans_with_and_without_a_draft(pair, 
 
 def observed(costs, seconds_of, rounds):
     """The cost model after some rounds whose layers take so long."""
-    for tokens in (1, 2, 4, 8, 16) * rounds:
-        item = WorkItem(0, (0,), (5,), (tokens,))
-        costs.observe(Span(Task(0, Op.LAYER, "compute", 0, item=item, payload=LayerWork(0)), 0.0, seconds_of(tokens)))
+    for number, tokens in enumerate((1, 2, 4, 8, 16) * rounds):
+        task = Task(
+            0, Op.LAYER, "compute", 0, number=number, item=WorkItem(0, (0,), (5,), (tokens,)), payload=LayerWork(0)
+        )
+        costs.observe(Span(task, 0.0, seconds_of(tokens)))
+        costs.end_round(number, 0.0)
     return costs
 
 

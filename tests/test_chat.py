@@ -170,7 +170,14 @@ def test_a_setting_that_is_wrong_changes_nothing(pair):
     assert "\ntop_k 4\n" in made.stderr
     shown = made.stderr[made.stderr.index("\nmodel") :]
     assert str(pair[0]) in shown
-    for words in ("draft     none", "parts stream", "top_k 4", "context   0 of ", "turns     0", "system    none"):
+    for words in (
+        "draft     the text itself",
+        "parts stream",
+        "top_k 4",
+        "context   0 of ",
+        "turns     0",
+        "system    none",
+    ):
         assert words in shown, words
 
 

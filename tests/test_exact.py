@@ -8,19 +8,30 @@ import torch
 import transformers
 
 from aspec.models.attention import attend
-from aspec.models.exact import FixedTileMatmul
+from aspec.models.exact import known_recipes, products, row_probe
+from aspec.models.exact.products import ExactProducts
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
 from tests import tiny
 from tests.compat import of_kinds
 from tests.test_kv import grow, permuted, random_parents, slow_path
 
+PROVEN = {}  # recipes, kept between the tests of this file
 LENGTH = 134  # committed tokens of the reference: a little more than two tiles
 EDGES = (0, 1, 5, 37, 58, 60, 62, 63, 64, 65, 70, 100, 122, 126, 127, 128, 129, LENGTH)
 DTYPES = [torch.bfloat16, torch.float32]
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 QUICK = ("llama", "mistral", "gemma2", "gpt_oss", "llama4_text", "mixtral", "deepseek_v3", "gpt_neox", "qwen2_moe")
 OTHERS = sorted(set(tiny.FAMILIES) - set(QUICK))
+
+
+@pytest.fixture(autouse=True)
+def _recipes(monkeypatch):
+    """Products of tiny models follow proven recipes too: elsewhere in the suite they run in blocks of one size."""
+    monkeypatch.setattr(row_probe, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(known_recipes, "_known", PROVEN)
+    monkeypatch.setattr(products, "_recipes", {})
+    monkeypatch.setattr(known_recipes, "replace_json", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +293,7 @@ def test_a_product_in_blocks_does_not_depend_on_the_other_rows(inner, width, dty
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(width, inner, generator=generator) * inner**-0.5).to(dtype)
     rows = torch.randn(200, inner, generator=generator).to(dtype)
-    with FixedTileMatmul():
+    with ExactProducts():
         expected = torch.nn.functional.linear(rows, weight)
         for count in (1, 2, 5, 17, 64, 65, 150):
             chosen = torch.randperm(200, generator=generator)[:count]
@@ -293,7 +304,7 @@ def test_a_product_in_blocks_does_not_depend_on_the_other_rows(inner, width, dty
 @pytest.mark.parametrize("width", [1, 8, 48, 64, 96])
 def test_activation_functions_do_not_depend_on_the_other_rows(width, dtype):
     rows = torch.randn(70, width).to(dtype)
-    with FixedTileMatmul():
+    with ExactProducts():
         for function in (torch.sigmoid, torch.nn.functional.silu, torch.nn.functional.gelu, torch.Tensor.sigmoid):
             expected = function(rows)
             for start, count in ((0, 1), (3, 1), (5, 2), (7, 33), (69, 1)):
@@ -305,7 +316,7 @@ def test_activation_functions_do_not_depend_on_the_other_rows(width, dtype):
 def test_activation_functions_of_half_a_row_do_not_depend_on_the_other_rows(width, dtype):
     rows = (torch.randn(72, 2 * width, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     half = rows.chunk(2, -1)[0]
-    with FixedTileMatmul():
+    with ExactProducts():
         for function in (torch.sigmoid, torch.nn.functional.silu, torch.nn.functional.gelu):
             alone = torch.cat([function(half[row : row + 1]) for row in range(72)])
             for count in (2, 7, 8, 16, 64, 72):

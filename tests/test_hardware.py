@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from aspec.cli.main import app
 from aspec.errors import UserError
+from aspec.io.json_file import replace_json
 from aspec.options import DEMO
 from aspec.profiling import profile_cache as kept
 from aspec.profiling.cpu_profiler import files_of, measure_processor
@@ -183,7 +184,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(measured, tmp_path):
 
 def _write_often(folder, value):
     for _ in range(300):
-        kept._write(Path(folder) / "one.json", {"value": [value] * 200})
+        replace_json(Path(folder) / "one.json", {"value": [value] * 200})
 
 
 def test_who_reads_while_others_write_reads_one_of_theirs(tmp_path):
@@ -281,7 +282,7 @@ def test_what_is_measured_is_positive_and_threads_are_as_before():
     for field in fields(Processor):
         if field.name not in ("attention", "exact_attention") and not field.name.endswith("weight_s"):
             assert getattr(measured, field.name) is not None, field.name
-    for tables in (measured.weight_s, measured.block_weight_s, measured.cached_weight_s):
+    for tables in (measured.weight_s, measured.exact_weight_s, measured.cached_weight_s):
         assert all(seconds > 0 for _, seconds in tables["float32"])
     assert measured.attention.kv_byte_s > 0
     assert measured.exact_attention.own_score_s > 0
@@ -303,7 +304,7 @@ def test_the_command_measures_prints_and_remembers(tmp_path):
     assert written.disk_bytes_per_s > 0
     assert written.threads == 1
     files = {file.name: file.read_bytes() for file in (tmp_path / "aspec").iterdir()}
-    assert {name.split("-")[0] for name in files} == {"machine", "disk"}
+    assert {name.split("-")[0] for name in files} == {"machine", "disk", "rows"}
     again = json.loads(run("--json", "-q").stdout)
     assert hardware_from(again["hardware"], "") == written  # from the cache
     assert {file.name: file.read_bytes() for file in (tmp_path / "aspec").iterdir()} == files

@@ -39,7 +39,7 @@ PROCESSOR = Processor(
     offer_s=5e-9,
     sampled_offer_s=1e-8,
     weight_s={"bfloat16": ((1, 1e-10), (64, 2e-10), (256, 4e-10))},
-    block_weight_s={"bfloat16": ((64, 4e-10), (128, 8e-10), (256, 1.6e-9))},
+    exact_weight_s={"bfloat16": ((64, 4e-10), (128, 8e-10), (256, 1.6e-9))},
     attention=ATTENTION,
     exact_attention=ATTENTION,
 )
@@ -89,7 +89,7 @@ def attention(**changes):
 
 DEAR_BLOCKS = {"bfloat16": ((64, 8e-10), (128, 1.6e-9), (256, 3.2e-9))}
 SLOWER = {  # what is changed: the kinds of plans that it slows, and the machine
-    "products": (("off", "chain", "tree"), dearer(HOST, block_weight_s=DEAR_BLOCKS)),
+    "products": (("off", "chain", "tree"), dearer(HOST, exact_weight_s=DEAR_BLOCKS)),
     "layer": (("off", "chain", "tree"), dearer(HOST, exact_layer_s=5e-3)),
     "elements": (("off", "chain", "tree"), dearer(HOST, element_s=1e-7)),
     "masks": (("off", "chain", "tree"), dearer(HOST, mask_pair_s=1e-5)),

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from aspec.models.attention import MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
+from aspec.models.attention import MAX_GROUP_BYTES, MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
 from aspec.models.kv_cache import KEY_TILE, KVCache, MaskKind
 
 KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
@@ -150,9 +150,9 @@ def check_paths(paths, start, tree, first, kind):
     assert paths.num_slots >= start + len(tree)
     for at in range(len(tree) - first):
         slots = list(range(start)) + [start + node for node in slow_path(tree, first + at)]
-        assert paths.visible.shape[1] % KEY_TILE == 0
-        expected = slow_mask(kind, len(slots) - 1, 1, paths.visible.shape[1])[0]
-        assert paths.visible[at].tolist() == expected
+        assert paths.hidden.shape[1] % KEY_TILE == 0
+        expected = slow_mask(kind, len(slots) - 1, 1, paths.hidden.shape[1])[0]
+        assert (~paths.hidden[at]).tolist() == expected
         found = list(range(paths.prefix)) + ([] if paths.tail is None else paths.tail[at].tolist())
         assert found[: len(slots)] == slots
         assert max(found) < paths.num_slots
@@ -310,8 +310,10 @@ def test_attention_equals_the_definition(softcap, sinks, block, monkeypatch):
 
 def test_attention_holds_a_bounded_block():
     assert temporary_bytes(1, 32, 16, 256) == 3 * 16 * 32 * 256 * 4
-    assert temporary_bytes(4, 32, 512, 4096) <= 3 * MAX_SCORE_BYTES
-    assert temporary_bytes_exact(4, 32, 512, 4096, 4096) <= 6 * MAX_SCORE_BYTES
-    assert temporary_bytes_exact(2, 8, 2, 64, 1024) == 4 * 2 * 64 * (8 * 4 + 1024), "scores and copies of two rows"
-    assert temporary_bytes_exact(1, 8, 1, 64, 1024) == 4 * 64 * 8 * 4, "a lone row is not copied"
+    assert temporary_bytes(4, 32, 512, 4096) == 3 * 4 * 32 * 4096 * 4, "one token at a time"
+    assert temporary_bytes_exact(4, 32, 512, 4096, 4096) <= 4 * MAX_GROUP_BYTES + 4096 * 4096
+    assert temporary_bytes_exact(2, 8, 2, 64, 1024) == 4 * 2 * 64 * (8 * 4 + 1024) + 64 * 1024, (
+        "scores and copies of two rows"
+    )
+    assert temporary_bytes_exact(1, 8, 1, 64, 1024) == 4 * 64 * 8 * 4 + 64 * 1024, "of a lone row only keys are copied"
     assert temporary_bytes(64, 64, 1, 1 << 16) == 3 * 64 * 64 * (1 << 16) * 4, "one token's scores are never split"

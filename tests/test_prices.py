@@ -30,7 +30,7 @@ MEASURED = Processor(
     element_s=1e-9,
     mask_pair_s=1e-9,
     weight_s={"bfloat16": ((1, 1e-10), (16, 1.2e-10), (64, 2e-10), (256, 4e-10))},
-    block_weight_s={"bfloat16": ((64, 2e-10), (128, 4e-10), (256, 8e-10))},
+    exact_weight_s={"bfloat16": ((64, 2e-10), (128, 4e-10), (256, 8e-10))},
     attention=AttentionRates(6e-5, 1e-6, 4e-10, 2e-9, 2e-11),
     exact_attention=AttentionRates(1e-5, 1e-4, 5e-10, 2e-9, 2e-11, 3e-8),
 )
@@ -165,7 +165,7 @@ def test_a_table_is_read_off_and_without_one_the_slower_of_two_counts():
     assert weight_seconds(MEASURED, "bfloat16", 1) == 1e-10
     assert weight_seconds(MEASURED, "bfloat16", 40) == pytest.approx(1.6e-10)
     assert weight_seconds(MEASURED, "bfloat16", 512) == pytest.approx(4e-10 + 256 * 2e-10 / 192)
-    assert weight_seconds(MEASURED, "bfloat16", 65, exact=True) == 4e-10
+    assert weight_seconds(MEASURED, "bfloat16", 128, exact=True) == 4e-10
     bare = Processor(flop_per_s={"bfloat16": 1e12}, memory_bytes_per_s=1e10)
     assert weight_seconds(bare, "bfloat16", 1) == 1e-10
     assert weight_seconds(bare, "bfloat16", 1000) == pytest.approx(1e-9)

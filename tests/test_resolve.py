@@ -8,6 +8,7 @@ from aspec.options import DEMO, EngineOptions
 from aspec.plan import Speculation
 from aspec.planning.resolve import (
     DEMO_BUDGET_BYTES,
+    FREE_NGRAM_DRAFT,
     MODEL_DRAFT,
     NGRAM_DRAFT,
     NO_DRAFT,
@@ -24,7 +25,11 @@ PAIR = {"target": DEMO / "target", "draft": DEMO / "draft", "device": "cpu"}
     [
         ({}, MODEL_DRAFT),  # the demo's own
         ({"draft": "ngram"}, NGRAM_DRAFT),
-        ({"target": "x"}, NO_DRAFT),
+        ({"target": "x"}, FREE_NGRAM_DRAFT),
+        ({"target": "x", "speculation": "off"}, NO_DRAFT),
+        ({"target": "x", "num_draft_tokens": 0}, NO_DRAFT),
+        ({"target": "x", "num_draft_tokens": 8}, NGRAM_DRAFT),
+        ({"target": "x", "speculation": "chain"}, NGRAM_DRAFT),
         ({"target": "x", "draft": "y"}, MODEL_DRAFT),
         ({"target": "x", "draft": "ngram"}, NGRAM_DRAFT),
         ({"target": "x", "draft": "ngram", "speculation": "off"}, NO_DRAFT),
@@ -36,7 +41,7 @@ def test_the_draft_method_follows_from_the_options(options, method):
 
 
 def test_a_lookup_proposes_trees_only():
-    assert NGRAM_DRAFT.shapes == (Speculation.TREE,)
+    assert NGRAM_DRAFT.shapes == FREE_NGRAM_DRAFT.shapes == (Speculation.TREE,)
     assert not NO_DRAFT.shapes
     assert [method.has_model for method in (NO_DRAFT, NGRAM_DRAFT, MODEL_DRAFT)] == [False, False, True]
 

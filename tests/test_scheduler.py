@@ -164,11 +164,11 @@ def test_a_tree_never_reaches_beyond_what_a_row_may_still_generate():
 
 def test_a_node_that_costs_more_than_it_brings_is_left_out():
     scheduler, decision = decoding(fixed_draft_tokens=None, max_draft_tokens=64)
-    for tokens, seconds in ((1, 0.1), (2, 0.1), (4, 0.1), (8, 30.0)):  # seconds of a layer: a steep knee behind 4
-        item = WorkItem(0, (0,), (5,), (tokens,))
-        scheduler.costs.observe(
-            Span(Task(10**6 + tokens, Op.LAYER, "compute", 0, item=item, payload=LayerWork(0)), 0.0, seconds)
-        )
+    for number, (tokens, seconds) in enumerate([(1, 0.1), (2, 0.1), (4, 0.1), (8, 20.0)] * 10, 10**6):
+        item = WorkItem(0, (0,), (5,), (tokens,))  # seconds of a layer: a steep knee behind 4
+        layer = Task(number, Op.LAYER, "compute", 0, number=number, item=item, payload=LayerWork(0))
+        scheduler.costs.observe(Span(layer, 0.0, seconds))
+        scheduler.costs.end_round(number, 0.0)
     embed = Task(10**6, Op.EMBED, "compute", 0, number=77)
     scheduler.costs.observe(Span(embed, 0.0, 1e-3))
     done = Task(10**6 + 1, Op.ACCEPT, "cpu", 0, number=77, item=WorkItem(0, (0,), (5,), (1,)))

@@ -175,7 +175,8 @@ def benched(pair):
 def test_bench_prints_one_table_and_one_object(pair, benched):
     result = run("bench", *pair, *FEW, "--rounds", 2)
     assert result.exit_code == 0, result.output
-    for row in ("disk", "memory copy", "matrix products", "one draft step", "tokens/s", "fraction of the ceiling"):
+    found = ("disk", "memory copy", "matrix products", "one draft step", "exact, with 1 thread", "tokens/s")
+    for row in (*found, "fraction of the ceiling"):
         assert row in result.stdout
     data = json.loads(benched)
     assert data["ceilings"]["matmul_flop_per_s"] > 0
@@ -185,6 +186,8 @@ def test_bench_prints_one_table_and_one_object(pair, benched):
     assert run_["ceiling_fraction"] == pytest.approx(run_["tokens_per_s"] / run_["ceiling_tokens_per_s"])
     assert hardware["disk_bytes_per_s"] > 0
     assert hardware["tasks"]["layer_s"] > 0
+    assert min(data["ratios"]["exact"].values()) > 0
+    assert data["ratios"]["threads"] == 1
 
 
 def test_one_machine_file_serves_every_command(pair, benched, tmp_path, monkeypatch):

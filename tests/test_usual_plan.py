@@ -1,15 +1,18 @@
-"""The plan of an engine whose work is not known: layers come before rows that nobody asked for."""
+"""The plan of an engine whose work is not known: layers come before rows and proposals that nobody asked for."""
 
 from dataclasses import replace
 
 import pytest
 
 from aspec.engine.design import decide
+from aspec.engine.engine import describe_plan
 from aspec.errors import BudgetError
 from aspec.options import EngineOptions
+from aspec.plan import Workload
 from aspec.planning.footprint import DEFAULT_ROWS, read_models
-from aspec.planning.resolve import resolve
-from aspec.planning.usual import ROWS_SHARE
+from aspec.planning.resolve import resolve, revise
+from aspec.planning.search import TREE_ROWS
+from aspec.planning.usual import FREE_SHARE, ROWS_SHARE
 from tests import tiny
 
 MIB = 1 << 20
@@ -24,9 +27,7 @@ def models(tmp_path_factory):
 
 def plan(models, budget, **options):
     """The plan under a budget; the parts of the model do not depend on it."""
-    resolved = replace(
-        models.resolved, budget_bytes=budget, options=replace(models.resolved.options, device_memory=budget, **options)
-    )
+    resolved = replace(revise(models.resolved, device_memory=budget, **options), budget_bytes=budget)
     return decide(replace(models, resolved=resolved))
 
 
@@ -61,3 +62,27 @@ def test_rows_that_are_asked_for_are_reserved(models):
     one, four = (plan(models, budget, max_batch=rows) for rows in (1, 4))
     assert four.num_rows == 4
     assert four.arithmetic["KV cache"] == 4 * one.arithmetic["KV cache"]
+
+
+@pytest.mark.parametrize("work", [{}, {"workload": Workload(3, 20, 24)}], ids=["usual", "searched"])
+def test_the_text_itself_proposes_where_that_costs_almost_nothing(models, work):
+    seen = set()
+    for budget in budgets(models):
+        try:
+            without = plan(models, budget, speculation="off", **work)
+        except BudgetError:
+            continue
+        found = plan(models, budget, **work)
+        assert found.num_rows == without.num_rows
+        assert found.streamed_bytes <= without.streamed_bytes * (1 + FREE_SHARE)
+        assert found.num_slots >= without.num_slots or not found.streamed
+        assert found.held_bytes <= budget
+        assert found.request.from_text == (found.max_draft_tokens > 0) == ("from the text" in describe_plan(found))
+        seen.add((found.max_draft_tokens, bool(found.streamed)))
+    assert (128, False) in seen
+    assert (0, True) in seen, "a layer more would stream"
+
+
+def test_many_rows_propose_nothing_unasked(models):
+    assert not plan(models, 64 * MIB, max_batch=TREE_ROWS + 1).max_draft_tokens
+    assert plan(models, 64 * MIB, max_batch=TREE_ROWS).max_draft_tokens

@@ -1,11 +1,14 @@
 """What ``--speculation auto`` chooses beside every fixed choice, interleaved in one run; and the same in simulation.
 
-    python tools/bench_auto.py BIG --draft aspec/demo/draft --device-memory 512MiB --link-rate 1.0GB/s --rounds 3
+    python tools/bench_auto.py BIG --draft aspec/demo/draft --device-memory 512MiB 1GiB all --rounds 3 --threads 1
     python tools/bench_auto.py --simulate
 
 Each contender decodes the same held-out prompts greedily (or at --temperature), end tokens ignored; round r starts with
-contender r. Printed are medians over the rounds of decode tokens/s and tokens per pass, the ratio of each to auto, and
-the share of its ceiling: tokens per pass * link rate / bytes that stream in a pass.
+contender r. For each memory (all: everything resident) are printed medians over the rounds of decode tokens/s and
+tokens per pass, the ratio of each to auto, and the share of its ceiling: tokens per pass * link rate / bytes that
+stream in a pass. A last table compares auto with the best fixed contender of every prompt, and auto's speed by memory.
+Where everything is resident, ``--cpu`` counts CPU seconds of the process: beside a busy neighbour wall seconds do not
+compare; with several threads CPU seconds include their waiting.
 
 In simulation a pass of 1.5 s streams over a link to a device whose layers cost the same for any number of tokens
 (flat), more from 32 tokens on (knee), or more with every token (steep); a draft step costs 50 ms, the chance of
@@ -15,9 +18,11 @@ acceptance is 0.8. A last table drafts ahead and does not, with steps of 0.9 s p
 import argparse
 import asyncio
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from time import process_time
 from typing import Any
 
 from aspec.engine.engine import open_engine
@@ -49,6 +54,7 @@ class Run:
     tokens_per_s: float
     tokens_per_pass: float
     ceiling: float = 0.0  # tokens/s
+    speeds: tuple[float, ...] = ()  # tokens/s of every prompt
 
 
 def contenders(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -59,34 +65,41 @@ def contenders(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return rows | {"off": {"speculation": "off"}}
 
 
-async def run_once(options: argparse.Namespace, settings: dict[str, Any], prompts: list[str]) -> Run:
+async def run_once(
+    options: argparse.Namespace, memory: int | None, settings: dict[str, Any], prompts: list[str]
+) -> Run:
     """All prompts, one after the other."""
-    passes, tokens, seconds = 0, 0, 0.0
+    passes, tokens, spent = 0, 0, []
     async with open_engine(
         target=options.target,
         draft=options.draft,
-        device_memory=options.device_memory,
+        device_memory=memory,
         link_rate=options.link_rate,
         threads=options.threads,
+        exact=options.exact,
         max_batch=1,
         max_context=1024,
         **settings,
     ) as engine:
         for index, prompt in enumerate(prompts):
             params = SamplingParams(options.tokens, temperature=options.temperature, seed=index, ignore_eos=True)
+            started_s = None
             async for piece in engine.stream(prompt, params):
+                started_s = process_time() if started_s is None else started_s  # the prompt is behind us
                 last = piece
             assert last.stats is not None
+            assert started_s is not None
             passes += last.stats.passes
             tokens += last.stats.completion_tokens - 1
-            seconds += last.stats.decode_s
+            spent.append(process_time() - started_s if options.cpu else last.stats.decode_s)
         streamed = engine.plan.streamed_bytes
-        rate = options.link_rate or await engine.probe_link_rate(0.5) or 0.0
+        rate = (options.link_rate or await engine.probe_link_rate(0.5) or 0.0) if streamed else 0.0
     ceiling = tokens / passes * rate / streamed if streamed else 0.0
-    return Run(tokens / seconds, tokens / passes, ceiling)
+    own = tokens / len(prompts)
+    return Run(tokens / sum(spent), tokens / passes, ceiling, tuple(own / seconds for seconds in spent))
 
 
-async def measure(options: argparse.Namespace) -> dict[str, list[Run]]:
+async def measure(options: argparse.Namespace, memory: int | None) -> dict[str, list[Run]]:
     """Every contender in every round."""
     prompts = json.loads((DEMO / "heldout.json").read_text(encoding="utf-8"))[: options.prompts]
     rows = contenders(options)
@@ -95,12 +108,30 @@ async def measure(options: argparse.Namespace) -> dict[str, list[Run]]:
     for number in range(options.rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            run = await run_once(options, rows[name], prompts)
+            run = await run_once(options, memory, rows[name], prompts)
             runs[name].append(run)
-            print(
-                f"round {number}, {name}: {run.tokens_per_s:.2f} tokens/s, {run.tokens_per_pass:.2f} a pass", flush=True
-            )
+            each = " ".join(f"{speed:.2f}" for speed in run.speeds)
+            print(f"round {number}, {name}: {run.tokens_per_s:.2f} tokens/s ({each}), {run.tokens_per_pass:.2f} a pass")
+            sys.stdout.flush()
     return runs
+
+
+def print_verdict(measured: dict[str, dict[str, list[Run]]]) -> dict[str, Any]:
+    """By memory: auto's speed, and auto beside the fixed contender that is the best for each prompt."""
+    print("\nauto beside the best fixed size of every prompt")
+    print("| memory | auto, tokens/s | median | worst |\n|---|---|---|---|")
+    verdict = {}
+    for memory, runs in measured.items():
+        speeds = {
+            name: [median(own) for own in zip(*(run.speeds for run in kept), strict=True)]
+            for name, kept in runs.items()
+        }
+        fixed = [own for name, own in speeds.items() if not name.startswith(AUTO)]
+        ratios = [own / max(others) for own, *others in zip(speeds[AUTO], *fixed, strict=True)]
+        speed = median(run.tokens_per_s for run in runs[AUTO])
+        verdict[memory] = {"tokens_per_s": speed, "median": median(ratios), "worst": min(ratios)}
+        print(f"| {memory} | {speed:.2f} | {median(ratios):.3f} | {min(ratios):.3f} |")
+    return verdict
 
 
 def plan_of(settings: dict[str, Any], budget: int) -> Plan:
@@ -170,7 +201,9 @@ def main() -> None:
     parser.add_argument("target", nargs="?", help="checkpoint folder; the demo pair without it")
     parser.add_argument("--draft")
     parser.add_argument("--simulate", action="store_true", help="virtual time only")
-    parser.add_argument("--device-memory", type=parse_bytes, default=parse_bytes("512MiB"))
+    parser.add_argument("--device-memory", nargs="+", default=["512MiB"], help="all: everything is resident")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--cpu", action="store_true", help="count CPU seconds instead of wall seconds")
     parser.add_argument("--link-rate", type=parse_rate)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -191,7 +224,10 @@ def main() -> None:
         }
         tables["ahead"] = print_table("drafting ahead", simulate_ahead(options))
     else:
-        tables = {"measured": print_table("measured", asyncio.run(measure(options)))}
+        budgets = {name: None if name == "all" else parse_bytes(name) for name in options.device_memory}
+        runs = {name: asyncio.run(measure(options, memory)) for name, memory in budgets.items()}
+        tables = {name: print_table(name, own) for name, own in runs.items()}
+        tables["verdict"] = print_verdict(runs)
     if options.json:
         options.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 

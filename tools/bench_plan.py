@@ -34,6 +34,7 @@ from aspec.planning.search import Forecast
 from aspec.planning.simulation import fitted_acceptance, fitted_spread
 from aspec.planning.workload import best_plans, forecast_for, measured_basis
 from aspec.profiling.profile_cache import known_acceptance, machine_profile, remember_acceptance
+from aspec.profiling.threads import thread_counts
 from aspec.units import parse_bytes, parse_rate
 
 PLANS: tuple[dict[str, Any], ...] = (
@@ -123,14 +124,10 @@ def as_keywords(options: EngineOptions) -> dict[str, Any]:
 def measure_machine(options: EngineOptions) -> None:
     """Anew, into the cache, from which plans are then made."""
     models = read_models(resolve(options))
-    machine_profile(
-        models.resolved.target,
-        models.target.dtype,
-        options.threads,
-        kind=models.resolved.kind,
-        link_rate=options.link_rate,
-        refresh=True,
-    )
+    kind = models.resolved.kind
+    for number in thread_counts(options.threads, on_device=kind is not None):
+        how: dict[str, Any] = {"kind": kind, "link_rate": options.link_rate, "refresh": True}
+        machine_profile(models.resolved.target, models.target.dtype, number, **how)
 
 
 def foretell(options: EngineOptions, plan: Plan, work: Workload) -> Forecast:

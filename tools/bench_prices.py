@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--attention", choices=["device", "cpu"], nargs="+", default=["device"])
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 300], help="tokens")
     parser.add_argument("--tokens", type=int, default=6, help="new ones of every row")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--exact", type=int, nargs="+", default=[0, 1], help="1: exact steps")
     parser.add_argument("--refresh", action="store_true", help="measure the machine again before every scene")
     parser.add_argument("--json", type=Path)

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 import torch
 
+from aspec.io.host_info import host_info
 from aspec.options import DEMO
-from aspec.profiling.ceilings import host_info
 from aspec.units import format_bytes, parse_bytes
 from tools import contest, expand, gpu_runs, gpu_steps
 from tools.contest import Record

@@ -135,7 +135,7 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     check = RowCheck(tokenizer, defaults, limit)
     _check_rows(rows, check, flags, console)
     context = limit if resolved.options.max_context else check.longest
-    resolved = revise(resolved, max_context=context, workload=check.workload())
+    resolved = revise(resolved, max_context=context, workload=check.workload(), exact=resolved.exact)
     ties = {
         "input": f"sha256 {rows.digest}",
         "target": f"sha256 {fingerprint(resolved.target)}",

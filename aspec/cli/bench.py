@@ -19,6 +19,7 @@ from aspec.cli.command_flags import BenchFlags
 from aspec.cli.generate import PROBE_S, GenerateJob, prepare
 from aspec.cli.interrupts import run
 from aspec.engine.engine import Engine, describe_plan
+from aspec.io.host_info import HostInfo, host_info
 from aspec.io.memory import peak_rss_bytes
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
@@ -29,10 +30,12 @@ from aspec.observe.timeline import DRAFT
 from aspec.plan import Plan
 from aspec.planning.resolve import revise
 from aspec.planning.simulation import fitted_acceptance, fitted_spread, measured_profile, task_seconds
-from aspec.profiling.ceilings import Ceilings, HostInfo, host_info, measure_ceilings
+from aspec.profiling.ceilings import Ceilings, measure_ceilings
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware, Processor
+from aspec.profiling.layer_ratios import LayerRatios, measure_layer_ratios
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
+from aspec.threads import Threads, num_cores
 from aspec.units import format_bytes
 
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"
@@ -78,6 +81,7 @@ class BenchReport:
     hardware: Hardware  # this machine, with the tasks of the last run
     peak_rss_bytes: int
     device_peak_bytes: int | None  # as its allocator counts; None for a CPU
+    ratios: LayerRatios | None = None  # None on a device
 
 
 def bench_to_console(flags: BenchFlags, console: Console) -> None:
@@ -86,6 +90,8 @@ def bench_to_console(flags: BenchFlags, console: Console) -> None:
     job = prepare(flags, prompts, console)
     job = replace(job, params=replace(job.params, ignore_eos=True))
     report = run(partial(_measure, job, flags.rounds))
+    if job.resolved.kind is None:  # the engine has freed its memory
+        report = replace(report, ratios=_layer_ratios(job, report.plan))
     if flags.as_json:
         print(json.dumps(as_object(report)))
     else:
@@ -119,6 +125,12 @@ async def _measure(job: GenerateJob, rounds: int) -> BenchReport:
             await asyncio.to_thread(_remember, job, engine.plan, measured, runs)
             peaks = peak_rss_bytes(), engine.device_peak_bytes
             return BenchReport(host_info(), ceilings, engine.plan, tuple(runs), hardware, *peaks)
+
+
+def _layer_ratios(job: GenerateJob, plan: Plan) -> LayerRatios:
+    resolved, threads = job.resolved, plan.request.threads or Threads()
+    how = partial(measure_layer_ratios, exact=resolved.exact, threads=threads.decode, cores=num_cores())
+    return how(resolved.target, resolved.dtype)
 
 
 def _hardware(ceilings: Ceilings, measured: SimCosts, dtype: torch.dtype) -> Hardware:
@@ -205,6 +217,10 @@ def table(report: BenchReport) -> Iterator[str]:
         ("matrix products, 64 rows", _scaled(ceilings.matmul_flop_per_s, 1e9, "GFLOP/s")),
         ("one draft step", _scaled(ceilings.draft_step_s, 1e-3, "ms")),
     )
+    if report.ratios is not None:
+        yield ""
+        yield "the same layers in another way, seconds as a multiple: 1 row, tree of 32, prompt of 256"
+        yield from _rows(*_ratio_rows(report.ratios))
     yield ""
     yield f"the run, median of {len(report.runs)} (least .. most)"
     yield from _rows(
@@ -223,6 +239,13 @@ def table(report: BenchReport) -> Iterator[str]:
         ),
         ("bottleneck", report.runs[-1].summary.bottleneck),
     )
+
+
+def _ratio_rows(ratios: LayerRatios) -> Iterator[tuple[str, str]]:
+    yield f"exact, with {Threads.all(ratios.threads)}", ", ".join(f"{x:.2f}" for x in ratios.exact.values())
+    if ratios.cores:
+        words = f"{Threads.all(ratios.num_cores)} instead of one"
+        yield words, ", ".join(f"{x:.2f}" for x in ratios.cores.values())
 
 
 def _rows(*rows: tuple[str, str]) -> Iterator[str]:
@@ -261,5 +284,6 @@ def as_object(report: BenchReport) -> dict[str, Any]:
         ],
         "peak_rss_bytes": report.peak_rss_bytes,
         "device_peak_bytes": report.device_peak_bytes,
+        "ratios": None if report.ratios is None else asdict(report.ratios),
         "hardware": report.hardware.as_object(),
     }

@@ -17,6 +17,10 @@ from aspec.errors import printable
 from aspec.generation.params import SamplingParams
 from aspec.options import ATTENTION, SPECULATION, EngineOptions
 
+THREADS = (
+    "Compute threads. Default: OMP_NUM_THREADS if it is set; otherwise one, or one per core, by the measured costs of "
+    "each kind of work."
+)
 MOST_BYTES = 64 << 20  # of a prompt: more than any context holds
 
 
@@ -39,8 +43,8 @@ class ModelFlags:
         str | None,
         option(
             MODELS,
-            "A small model with the same vocabulary; it proposes tokens while the target's weights stream. Or ngram: "
-            "proposals come from earlier text, without a model.",
+            "A small model with the same vocabulary; it proposes tokens while the target's weights stream. Default, or "
+            "ngram: proposals come from the text itself, without a model; --speculation off ends them.",
             "--draft",
             "--draft-model",
             metavar="MODEL",
@@ -218,7 +222,7 @@ class MachineFlags:
     device: Annotated[
         str, option(PLACE, "auto, cpu or cuda. auto: a GPU if there is one.", "--device", metavar="NAME")
     ] = "auto"
-    threads: Annotated[int | None, option(PLACE, "Compute threads. Default: all cores but one.", min=1)] = None
+    threads: Annotated[int | None, option(PLACE, THREADS, min=1)] = None
     link_rate: Annotated[
         float | None,
         option(

@@ -110,7 +110,7 @@ async def generate_to_console(job: GenerateJob, verified: bool) -> None:
         if job.flags.as_json:
             console.write("".join(json.dumps(entry) + "\n" for entry in entries))
     if verified:
-        console.note(conclude(verdicts, exact=job.resolved.exact))
+        console.note(conclude(verdicts, exact=outcome.plan.request.exact))
 
 
 async def run_job(job: GenerateJob, observers: Sequence[Observer] = (), *, probe: bool = False) -> Outcome:

@@ -118,6 +118,8 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     yield from (f"  {line}" for line in placement(best.plan))
     yield f"  predicted: {outlook(best, work)}"
     yield f"  bottleneck: {best.forecast.bottleneck}"
+    if best.plan.exactness:
+        yield f"  {best.plan.exactness}"
     others = list(runners_up(explained))[:RUNNERS_UP]
     if others:
         yield ""

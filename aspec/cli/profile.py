@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.model_shape import ModelShape, shape_of
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.profiling.roofline import prices, weight_seconds
+from aspec.profiling.threads import choose_threads, thread_counts
 from aspec.tasks.task import WorkItem
+from aspec.threads import Threads
 from aspec.units import format_bytes, format_rate
 
 TOKENS = (1, 16, 64, 256)  # sizes of the work items whose costs are shown
@@ -35,6 +37,7 @@ class PairOnMachine:
     target: ModelShape
     draft: ModelShape | None
     known: AcceptanceStats
+    threads: Threads  # that work on this pair takes
 
 
 def profile_to_console(flags: ProfileFlags, console: Console) -> None:
@@ -57,10 +60,12 @@ def _pair_on_machine(resolved: Resolved, flags: ProfileFlags) -> PairOnMachine:
     big = Model(target, dtype=resolved.dtype, adapter=resolved.adapter)
     small = None if draft is None else Model(draft, dtype=resolved.dtype, adapter=resolved.draft_adapter)
     how: dict[str, Any] = {"kind": resolved.kind, "link_rate": resolved.options.link_rate, "refresh": flags.refresh}
-    hardware = machine_profile(target, big.dtype, flags.threads, **how)
+    counts = thread_counts(flags.threads, on_device=resolved.kind is not None)
+    machines = {number: machine_profile(target, big.dtype, number, **how) for number in counts}
     known = AcceptanceStats() if draft is None else known_acceptance(target, draft)
-    shape = shape_of(big)
-    return PairOnMachine(hardware, shape.dtype, shape, None if small is None else shape_of(small), known)
+    shape, draft_shape = shape_of(big), None if small is None else shape_of(small)
+    threads = choose_threads(machines, shape, draft_shape, exact=resolved.exact)
+    return PairOnMachine(machines[threads.decode], shape.dtype, shape, draft_shape, known, threads)
 
 
 def _write(path: Path, hardware: Hardware) -> None:
@@ -76,7 +81,7 @@ def _write(path: Path, hardware: Hardware) -> None:
 def table(pair: PairOnMachine) -> Iterator[str]:
     """The figures as lines of text."""
     hardware, cpu, dtype = pair.hardware, pair.hardware.processor, pair.dtype
-    yield f"{hardware.name}, {hardware.threads} compute threads, {dtype}"
+    yield f"{hardware.name}, {pair.threads}, {dtype}"
     links = {"host to device": hardware.h2d_bytes_per_s, "device to host": hardware.d2h_bytes_per_s}
     yield from _rows(
         ("disk, direct reads", format_rate(hardware.disk_bytes_per_s)),
@@ -116,6 +121,7 @@ def table(pair: PairOnMachine) -> Iterator[str]:
 def as_object(pair: PairOnMachine) -> dict[str, Any]:
     """The JSON object, in seconds and bytes. ``hardware`` is the content of a machine file."""
     made: dict[str, Any] = {"hardware": pair.hardware.as_object(), "dtype": pair.dtype}
+    made["threads"] = asdict(pair.threads)
     made["target"] = {
         "layers": len(pair.target.layers),
         "bytes": pair.target.nbytes,

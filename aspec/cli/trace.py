@@ -81,7 +81,7 @@ def _task_costs(job: GenerateJob, plan: Plan, machine: Hardware) -> SimCosts:
         return tasks_profile(machine, machine.tasks)
     models = read_models(elsewhere(job.resolved, machine))
     sampled = job.params.temperature > 0.0
-    return pricing(models, CostBasis(machine, AcceptanceStats()), exact=models.resolved.exact, sampled=sampled)(plan)
+    return pricing(models, CostBasis(machine, AcceptanceStats()), exact=plan.request.exact, sampled=sampled)(plan)
 
 
 def _simulate(job: GenerateJob, plan: Plan, costs: SimCosts, max_spans: int) -> Timeline:

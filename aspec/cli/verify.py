@@ -114,6 +114,7 @@ async def verify(resolved: Resolved, plan: Plan, generations: Sequence[Generatio
     reference = revise(
         resolved,
         speculation="off",
+        exact=plan.request.exact,
         workload=None,
         device_memory=plan.budget_bytes,
         process_memory=None,

@@ -12,17 +12,17 @@ from aspec.backends.device import Buffers, DeviceLayer
 from aspec.backends.registry import ALIGNMENT
 from aspec.backends.streams import StreamBackend
 from aspec.engine.design import ResolvedEngine, design
-from aspec.engine.model_runner import ModelRunner, Weights
+from aspec.engine.model_runner import ModelRunner, Weights, use_threads
 from aspec.errors import DeviceError
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.loop.settling import close_all
-from aspec.io.memory import SlotMemory, allocate
+from aspec.io.memory import SlotMemory, allocate, discard
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor, scratch_bytes
 from aspec.plan import Plan, Tier
-from aspec.planning.resolve import NGRAM_DRAFT, Resolved
+from aspec.planning.resolve import Resolved
 from aspec.speculation.drafter import Drafter
 from aspec.speculation.model_drafter import ModelDrafter
 from aspec.speculation.ngram_drafter import NgramDrafter
@@ -76,6 +76,8 @@ class EngineMemory:
 def assemble(resolved: Resolved) -> EngineMemory:
     """Design and allocate. Raises UserError if the input cannot be used, DeviceError if memory is refused."""
     made = design(resolved)
+    threads = made.plan.request.threads
+    use_threads(None if threads is None else threads.decode)  # for all that a model asks of torch while it opens
     if resolved.kind is None:
         return _on_host(made)
     device = resolved.kind.open()
@@ -153,15 +155,15 @@ def _assembly(
     one = (
         1 if resolved.options.speculation == "chain" else None
     )  # continuations of a lookup; None: as many as a tree takes
-    drafter: Drafter | None = NgramDrafter(one) if resolved.method is NGRAM_DRAFT else None
+    drafter: Drafter | None = NgramDrafter(one) if plan.request.from_text and plan.max_draft_tokens else None
     if draft is not None:
         cache = _cache(draft, plan, plan.draft_capacity + plan.draft_slots, place)
         capture = None if device is None else device.create_capture()
         shared = resolved.options.shared_noise
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
     capacity = plan.capacity + plan.tree_slots
-    cache = _cache(target, plan, capacity, place, exact=resolved.exact, offloaded=plan.kv_on_host)
-    runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter)
+    cache = _cache(target, plan, capacity, place, exact=plan.request.exact, offloaded=plan.kv_on_host)
+    runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter, plan.request.threads)
     return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
 
@@ -203,7 +205,10 @@ def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
 
 
 def bind_load(load: ResidentLoad) -> None:
-    """Bind resident parameters to their buffer until the engine closes; converted ones get memory of their own."""
+    """Bind resident parameters to their buffer until the engine closes; converted ones get memory of their own.
+
+    In host memory, weights are packed where that makes products faster, and their plain bytes are given back.
+    """
     if load.model is None:
         return
     buffer = load.buffer
@@ -212,6 +217,11 @@ def bind_load(load: ResidentLoad) -> None:
         buffer = as_tensor(load.view)
     scratch = torch.empty(load.part.scratch_bytes, dtype=torch.uint8, device=buffer.device)
     load.model.bind(replace(load.part, scratch_at=0), buffer, scratch)
+    if load.view is None:
+        return
+    for packed in load.model.pack(load.part):
+        start = load.part.shift + packed.at
+        discard(load.view[start : start + packed.nbytes])
 
 
 def free_memory(assembly: EngineMemory) -> None:

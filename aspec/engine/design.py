@@ -1,6 +1,6 @@
 """From resolved options to the design of an engine: models are checked, a plan is decided, nothing is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aspec.generation.text.tokenizer import Tokenizer, check_tokenizer, check_vocabulary
 from aspec.plan import Plan
@@ -8,7 +8,7 @@ from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import Resolved
 from aspec.planning.usual import usual_plan
-from aspec.planning.workload import best_plans
+from aspec.planning.workload import best_plans, threads_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,4 +41,7 @@ def decide(models: Models) -> Plan:
 
     Raises BudgetError if even the smallest does not fit.
     """
-    return usual_plan(models) if models.resolved.options.workload is None else best_plans(models).best.plan
+    if models.resolved.options.workload is not None:
+        return best_plans(models).best.plan
+    plan = usual_plan(models)
+    return replace(plan, request=replace(plan.request, threads=threads_for(models)))

@@ -94,7 +94,7 @@ class Engine:
     async def __aenter__(self) -> Self:
         if self._streams is not None:
             raise UserError("an engine opens once, and this one was opened before. Make another one.")
-        _tune_process(self._options.threads)
+        _tune_process()
         try:
             await self._start()
         except BaseException as error:
@@ -269,7 +269,7 @@ class Engine:
             if self._options.progress is not None:
                 self._options.progress("load", done, total)
 
-        await load_all(assembly.loads, disk, assembly.device, report)
+        await load_all(assembly.loads, disk, assembly.device, report, assembly.plan.request.threads)
 
     async def _wait_rest(self) -> None:
         """Wait until no lane has work. Raises the engine's failure if it ends first."""
@@ -378,21 +378,22 @@ def _warn(assembly: EngineMemory) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
-def _tune_process(threads: int | None) -> None:
-    """Keep the interpreter responsive beside compute threads; leave one core to the disk threads and the loop.
+def _tune_process() -> None:
+    """Keep the interpreter responsive beside compute threads, and few compiled products.
 
-    With a compute thread per core, any other thread makes every parallel region wait at its barrier for a time slice.
     A CPU's bf16 products are compiled for every new shape and kept, 0.6 MB each, in two caches of 1,024. Fewer suffice:
     a batch's shapes are seldom the same again. torch reads the variables at its first such product.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(MOST_KERNELS))
     sys.setswitchinterval(1e-3)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores - 1))
 
 
 def describe_plan(plan: Plan) -> str:
-    """One line for people: parts and bytes streamed per pass, bytes held."""
+    """One line for people: parts and bytes streamed per pass, what proposes without a model, threads, bytes held."""
     streamed = format_bytes(plan.streamed_bytes)
-    return f"{len(plan.streamed)} of {len(plan.parts)} parts stream, {streamed} per pass; held: {plan.describe()}"
+    words = [f"{len(plan.streamed)} of {len(plan.parts)} parts stream, {streamed} per pass"]
+    words += ["proposals from the text itself"] if plan.request.from_text else []
+    words += [] if plan.request.threads is None else [str(plan.request.threads)]
+    words += [plan.exactness] if plan.exactness else []
+    return "; ".join([*words, f"held: {plan.describe()}"])

@@ -6,22 +6,26 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from aspec.backends.device import DeviceLayer
 from aspec.engine.allocate import ResidentLoad, bind_load
+from aspec.engine.model_runner import use_threads
 from aspec.errors import first_error
 from aspec.io.disk import DiskLane
 from aspec.io.loop.settling import close_all, in_thread, settle
 from aspec.io.pinned import HostBuffer
 from aspec.models.weights.parts import PAGE, Part, Segment
+from aspec.threads import Threads
 
 WINDOW_BYTES = 32 << 20  # of a part that goes through the host to a device
 WINDOWS = 3  # buffers: one is read while another is copied
 
 
 async def load_all(
-    loads: Sequence[ResidentLoad], disk: DiskLane, device: DeviceLayer[Any, Any] | None, report: Callable[[int], None]
+    loads: Sequence[ResidentLoad],
+    disk: DiskLane,
+    device: DeviceLayer[Any, Any] | None,
+    report: Callable[[int], None],
+    threads: Threads | None = None,
 ) -> None:
     """Read and bind every part; ``report`` receives the bytes of each part that is loaded.
 
@@ -37,7 +41,7 @@ async def load_all(
             assert loader is not None, "a device's part needs a device"
             await loader.load(load)
         async with turn:
-            await settle(in_thread(partial(_bind, load)))
+            await settle(in_thread(partial(_bind, load, threads)))
         report(load.part.nbytes)
 
     try:
@@ -59,8 +63,8 @@ async def _read(disk: DiskLane, segments: Sequence[Segment], view: memoryview) -
     await settle(read, lambda: disk.abandon(read))
 
 
-def _bind(load: ResidentLoad) -> None:
-    torch.get_num_threads()  # without this call the thread's first product would use every core
+def _bind(load: ResidentLoad, threads: Threads | None) -> None:
+    use_threads(None if threads is None else threads.decode)
     bind_load(load)
 
 

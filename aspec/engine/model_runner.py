@@ -21,6 +21,7 @@ from aspec.models.weights.parts import Part
 from aspec.speculation.drafter import Drafter, item_of, pad
 from aspec.tasks.op import Op
 from aspec.tasks.task import NOTHING, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus
+from aspec.threads import Threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,11 @@ class ModelRunner:
         target_kv: KVCache,
         weights: Weights,
         drafter: Drafter | None = None,
+        threads: Threads | None = None,
     ) -> None:
+        """``threads``: None for as many as torch has."""
         self._target, self._target_kv, self._weights = target, target_kv, weights
-        self._drafter = drafter
+        self._drafter, self._threads = drafter, threads
         self._sequences: dict[int, TokenSequence] = {}  # by id: waiting for a row
         self._rows: dict[int, TokenSequence] = {}  # the sequence in each row, or the last one there
         self._activations: dict[str, Activation] = {}  # by item, between EMBED and HEAD
@@ -102,6 +105,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, task: Task) -> Report:
         """Compute one task; logits that are not numbers fail only their own sequence."""
+        use_threads(None if self._threads is None else _number_of_threads(task, self._threads))
         return self._ops[task.op](task)
 
     def _assign_rows(self, task: Task) -> Report:
@@ -149,7 +153,6 @@ class ModelRunner:
         return NOTHING
 
     def _attend(self, task: Task) -> Report:
-        torch.get_num_threads()  # without this call the first product would use every core: other bits
         self._target.attend(self._activations[item_of(task).name])
         return NOTHING
 
@@ -274,6 +277,21 @@ class ModelRunner:
         assert self._drafter is not None
         self._drafter.prefill(item_of(task))
         return NOTHING
+
+
+def use_threads(number: int | None) -> None:
+    """Let this thread's products run on so many threads; None: as many as the process is set to.
+
+    A thread that never asked would use every core.
+    """
+    if torch.get_num_threads() != number and number is not None:
+        torch.set_num_threads(number)
+
+
+def _number_of_threads(task: Task, threads: Threads) -> int:
+    if task.op in (Op.DRAFT, Op.DRAFT_PREFILL):
+        return threads.draft
+    return threads.prefill if task.item is not None and task.item.prefill else threads.decode
 
 
 def depths_of(parents: Sequence[int]) -> list[int]:

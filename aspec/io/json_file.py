@@ -1,9 +1,11 @@
 """JSON from untrusted files: any bytes become a value, or an error of one sentence."""
 
+import contextlib
 import errno
 import json
 import os
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,3 +123,17 @@ def _whole(digits: str) -> int:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise NotJson(f"expected JSON, which has no {name}")
+
+
+def replace_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file as a whole: other processes read the old or the new one. An OSError is ignored."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                json.dump(values, stream, indent=1)
+            os.replace(temporary, file)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

@@ -61,6 +61,14 @@ def address_of(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
 
 
+def discard(view: memoryview) -> None:
+    """Return the whole pages of ``view``, a part of a SlotMemory, to the system, if it can; they read as zeros then."""
+    start = address_of(view)
+    first, last = -(-start // PAGE) * PAGE, (start + len(view)) // PAGE * PAGE
+    if sys.platform == "linux" and last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_REMOVE)
+
+
 def peak_rss_bytes() -> int:
     """The peak resident memory of this process so far, in bytes.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -27,9 +27,13 @@ from aspec.models.hf_compat import sdpa_mask
 from aspec.models.kv_cache import KEY_TILE, Paths
 
 NAME = "aspec"
-MAX_SCORE_BYTES, DEVICE_SCORE_BYTES = 4 << 20, 64 << 20
-"""Bytes of fp32 scores in one block of query tokens, on a CPU and on a device. On a CPU 1 to 512 MiB are equally fast;
-a device is faster with fewer launches."""
+MAX_SCORE_BYTES, DEVICE_SCORE_BYTES = 1 << 20, 64 << 20
+"""Bytes of fp32 scores in one block of query tokens, on a CPU and on a device. On a CPU a block stays in the
+caches: measured, ms of 512 tokens over 2,048 keys in blocks of 32 / 64 / 128 / 512 tokens: 28 / 33 / 32 / 50. A device
+is faster with fewer launches."""
+
+MAX_GROUP_BYTES = 4 << 20
+"""Bytes of scores, keys and values of the rows that an exact step attends to together."""
 
 
 def attend(
@@ -65,6 +69,11 @@ def attend(
     if isinstance(attention_mask, tuple):
         _attend_exactly(output, query, key, value, attention_mask, scoring)
         return output, None
+    if scoring.plain and query.is_cpu and width == value.shape[-1]:
+        mixed = scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=scoring.scale, enable_gqa=heads != key.shape[1]
+        )
+        return output.copy_(mixed.transpose(1, 2)), None
     block = _block_tokens(batch * heads * key.shape[2], MAX_SCORE_BYTES if query.is_cpu else DEVICE_SCORE_BYTES)
     for start in range(0, tokens, block):
         stop = min(tokens, start + block)
@@ -85,11 +94,11 @@ def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot
     """Bytes that ``attend`` holds in an exact step of ``batch`` rows with ``tokens`` tokens in total.
 
     ``slot_bytes``: bytes of keys and values in one slot. Besides scores, weights and a cast, an exact step holds the
-    scores in a second order, or the result of every tile. Rows run one after another, or several together with copies
-    of their keys and values.
+    scores in a second order, or the result of every tile, and a copy of a row's keys. Rows run one after another, or
+    several together with copies of their keys and values.
     """
-    together = min(MAX_SCORE_BYTES, length * (heads * tokens * 4 + batch * slot_bytes)) if batch > 1 else 0
-    return max(temporary_bytes(1, heads, tokens, length), 3 * together) * 4 // 3
+    together = min(MAX_GROUP_BYTES, length * (heads * tokens * 4 + batch * slot_bytes)) if batch > 1 else 0
+    return max(temporary_bytes(1, heads, tokens, length), 3 * together) * 4 // 3 + length * slot_bytes
 
 
 def _block_tokens(scores_per_token: int, max_bytes: int) -> int:
@@ -118,19 +127,29 @@ class _Scoring:
         """The same scoring for the heads of ``count`` rows."""
         return replace(self, sinks=None if self.sinks is None else self.sinks.repeat(count))
 
-    def logits(self, products: torch.Tensor) -> torch.Tensor:
-        """fp32 logits of products of any shape."""
-        scores = products.float().mul_(self.scale)
-        return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
+    @property
+    def plain(self) -> bool:
+        """Whether weights are a softmax of the scaled products and nothing else."""
+        return self.softcap is None and self.sinks is None
 
-    def weights(self, logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Softmax of [..., G, H / G, T, S] over the ``visible`` keys (broadcast); overwrites ``logits``."""
-        logits.masked_fill_(~visible, float("-inf"))
-        if self.sinks is None:
-            return logits.softmax(-1)
-        groups, shared = logits.shape[-4:-2]
-        sinks = self.sinks.float().view(groups, shared, 1, 1).expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+    def weights(self, products: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Softmax in fp32 of [..., G, H / G, T, S] without the ``hidden`` keys (broadcast), in the products' dtype.
+
+        It overwrites ``products``. Plain weights are scaled in the products' own dtype, as transformers does it: half
+        the memory traffic of fp32 scores.
+        """
+        if self.plain:
+            scaled = products if self.scale == 1.0 else products.mul_(self.scale)
+            return scaled.masked_fill_(hidden, float("-inf")).softmax(-1)
+        scores = products.float().mul_(self.scale)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        scores.masked_fill_(hidden, float("-inf"))
+        if self.sinks is not None:
+            groups, shared = scores.shape[-4:-2]
+            sinks = self.sinks.float().view(groups, shared, 1, 1).expand(*scores.shape[:-1], 1)
+            return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(products.dtype)
+        return scores.softmax(-1).to(products.dtype)
 
 
 def _attend_block(
@@ -142,9 +161,8 @@ def _attend_block(
     shared = heads // groups
     grouped = query.reshape(batch, groups, shared * tokens, width)
     products = torch.matmul(grouped, key.transpose(-1, -2)).view(batch, groups, shared, tokens, length)
-    weights = scoring.weights(scoring.logits(products), mask[:, :, None])
-    weights = weights.to(value.dtype).reshape(batch, groups, shared * tokens, length)
-    mixed = torch.matmul(weights, value)
+    weights = scoring.weights(products, ~mask[:, :, None])
+    mixed = torch.matmul(weights.reshape(batch, groups, shared * tokens, length), value)
     return mixed.view(batch, heads, tokens, value.shape[-1]).transpose(1, 2)
 
 
@@ -171,11 +189,11 @@ def _attend_exactly(
 
 
 def _row_groups(paths: tuple[Paths, ...], bytes_per_slot: int) -> Iterator[list[int]]:
-    """Rows to attend together: chains up to 1.5 times as long as the shortest, within MAX_SCORE_BYTES; a tree alone."""
+    """Rows to attend together: chains up to 1.5 times as long as the shortest, within MAX_GROUP_BYTES; a tree alone."""
     together: list[int] = []
     for row in sorted(range(len(paths)), key=lambda row: (paths[row].tail is None, paths[row].num_slots)):
         length = paths[row].num_slots
-        fits = (len(together) + 1) * length * bytes_per_slot <= MAX_SCORE_BYTES
+        fits = (len(together) + 1) * length * bytes_per_slot <= MAX_GROUP_BYTES
         if together and not (fits and paths[row].tail is None and length <= 1.5 * paths[together[0]].num_slots):
             yield together
             together = []
@@ -188,10 +206,10 @@ def _row_groups(paths: tuple[Paths, ...], bytes_per_slot: int) -> Iterator[list[
 
 
 def _merge_chains(paths: list[Paths], groups: int) -> Paths:
-    """Several chains as one row with ``groups`` key heads per chain: ``visible`` [B * G, 1, T, P]."""
+    """Several chains as one row with ``groups`` key heads per chain: ``hidden`` [B * G, 1, T, P]."""
     length = paths[-1].num_slots  # the longest
-    visible = torch.stack([pad(own.visible, (0, length - own.prefix)) for own in paths])
-    return Paths(length, length, None, visible.repeat_interleave(groups, 0)[:, None])
+    hidden = torch.stack([pad(own.hidden, (0, length - own.prefix), value=True) for own in paths])
+    return Paths(length, length, None, hidden.repeat_interleave(groups, 0)[:, None])
 
 
 def _attend_row(
@@ -203,12 +221,15 @@ def _attend_row(
     if paths.num_slots > length:  # the last tile extends past the end of the cache
         key, value = (pad(states, (0, 0, 0, paths.num_slots - length)) for states in (key, value))
     tail_bytes = 0 if paths.tail is None else paths.tail.shape[1] * groups * value_width * value.element_size()
-    block = max(1, MAX_SCORE_BYTES // (heads * paths.visible.shape[-1] * 4 + tail_bytes))
+    key = key[:, : paths.num_slots].contiguous()  # products with a cache's own memory, transposed, are slower
+    block = max(1, MAX_SCORE_BYTES // (heads * paths.hidden.shape[-1] * 4 + tail_bytes))
+    if tokens <= block:
+        return _attend_paths(query, key, value, paths, scoring)
     output = query.new_empty(tokens, heads, value_width)
     for start in range(0, tokens, block):
         own = slice(start, start + block)
         tail = None if paths.tail is None else paths.tail[own]
-        part = replace(paths, tail=tail, visible=paths.visible[..., own, :])
+        part = replace(paths, tail=tail, hidden=paths.hidden[..., own, :])
         output[own] = _attend_paths(query[:, own], key, value, part, scoring)
     return output
 
@@ -216,21 +237,24 @@ def _attend_row(
 def _attend_paths(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paths: Paths, scoring: _Scoring
 ) -> torch.Tensor:
-    """One block of query tokens of a row of an exact step."""
+    """One block of query tokens of a row of an exact step: query [H, T, D], key [G, num_slots, D], value [G, S, Dv]."""
     heads, tokens, width = query.shape
     groups, prefix = key.shape[0], paths.prefix
     shared = heads // groups
     rows = _at_least_min_rows(query.reshape(groups, shared * tokens, width))
-    products = torch.matmul(rows, key[:, : paths.num_slots].transpose(-1, -2))[:, : shared * tokens].reshape(
-        groups, shared, tokens, -1
-    )
+    products = torch.matmul(rows, key.transpose(-1, -2))[:, : shared * tokens].view(groups, shared, tokens, -1)
     if paths.tail is not None:
         own = paths.tail.expand(groups, shared, -1, -1)
         products = torch.cat([products[..., :prefix], products.gather(-1, own)], -1)
-    weights = scoring.weights(scoring.logits(products), paths.visible)
-    tiles = weights.to(value.dtype).view(groups, shared, tokens, -1, KEY_TILE)  # [G, H / G, T, P / 64, 64]
+    weights = scoring.weights(products, paths.hidden)
+    tiles = weights.view(groups, shared, tokens, -1, KEY_TILE)  # [G, H / G, T, P / 64, 64]
     wide, whole = value.shape[-1], prefix // KEY_TILE
-    filled = value.new_zeros(groups, tiles.shape[3], shared * tokens, -(-wide // SUM_WIDTH) * SUM_WIDTH)
+    if tiles.shape[3] == 1 and whole == 1:  # the sum of one tile
+        mixed = torch.matmul(_at_least_min_rows(weights.view(groups, shared * tokens, -1)), value[:, :KEY_TILE])
+        return mixed[:, : shared * tokens].reshape(heads, tokens, wide).transpose(0, 1)
+    padded = -(-wide // SUM_WIDTH) * SUM_WIDTH
+    new = value.new_empty if padded == wide else value.new_zeros
+    filled = new(groups, tiles.shape[3], shared * tokens, padded)
     mixed = filled[..., :wide]
     _mix_shared(tiles[..., :whole, :].flatten(1, 2), value[:, :prefix], mixed[:, :whole])
     if paths.tail is not None:

@@ -59,7 +59,7 @@ class Paths:
     num_slots: int  # slots of the row up to its last node, in whole tiles
     prefix: int
     tail: torch.Tensor | None
-    visible: torch.Tensor
+    hidden: torch.Tensor
 
 
 class KVCache:
@@ -247,15 +247,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         for row, (start, end) in enumerate(zip(self._starts, ends, strict=True)):
             length = _whole_tiles(end)
             position = torch.arange(length, device=self.position_ids.device)
-            visible = kind.visible(self.position_ids[row, :, None], position)
+            hidden = ~kind.visible(self.position_ids[row, :, None], position)
             if self._tree is None or nodes is None or self._tree.is_chain[row]:
-                made.append(Paths(length, length, None, visible))
+                made.append(Paths(length, length, None, hidden))
                 continue
             prefix = start // KEY_TILE * KEY_TILE
             position = position[prefix:]
             level = (position - start).clamp(0, nodes.shape[2] - 1)
             tail = torch.where(position < start, position, start + nodes[row][:, level])
-            made.append(Paths(_whole_tiles(start + self._totals[row]), prefix, tail, visible))
+            made.append(Paths(_whole_tiles(start + self._totals[row]), prefix, tail, hidden))
         return tuple(made)
 
     def update(

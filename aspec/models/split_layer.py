@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from aspec.errors import InternalError
 from aspec.models.attention import attend
-from aspec.models.exact import PRODUCTS
+from aspec.models.exact.products import PRODUCTS, multiply
 from aspec.models.kv_cache import MaskKind, StepCache
 from aspec.models.kv_offload import HostAttention
 
-RECORDED = PRODUCTS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
+RECORDED = {*PRODUCTS, multiply, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
 """Functions that run in the first half only: the expensive ones, those whose bits may depend on the memory address of
 their operands, and the one that stores keys and values."""
 

@@ -10,7 +10,7 @@ import torch
 from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.io.memory import PAGE
 from aspec.models.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
-from aspec.models.exact import BLOCK_ROWS
+from aspec.models.exact.recipe import BLOCK_ROWS, MOST_PACKED_BYTES, PACK_BLOCKS
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
@@ -29,6 +29,7 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 PREFILL_TOKENS = 512  # tokens of one prefill item
 MICRO_BATCHES = 2  # if attention has its own lane: one micro batch attends while the other one computes
+LEAST_BLOCK = 16  # rows; where proven blocks are as small, weights are packed for a few of them
 DRAW_BYTES = 64  # per vocabulary entry while one row is drawn: scores, noise and their sum
 
 
@@ -136,7 +137,7 @@ def _capacity(models: Models) -> int:
 def _speculation(resolved: Resolved) -> dict[str, Any]:
     """The fields of a request for speculation; none if there is no draft."""
     options, shapes = resolved.options, resolved.method.shapes
-    if not shapes:
+    if not shapes or resolved.method.if_free:
         return {}
     many = options.speculation == "auto" and (options.max_batch or 1) > MOST_TREES
     chain = (many or options.speculation == "chain") and Speculation.CHAIN in shapes
@@ -148,6 +149,7 @@ def _speculation(resolved: Resolved) -> dict[str, Any]:
         "max_draft_depth": options.draft_depth or MAX_DEPTH,
         "fixed_draft_depth": options.draft_depth,
         "draft_ahead": options.draft_ahead and resolved.method.grows_ahead,
+        "from_text": not resolved.method.has_model,
     }
 
 
@@ -214,7 +216,9 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     joining = min(request.prefill_pass_tokens, request.num_rows * request.capacity)
     others = max(0, joining - request.prefill_tokens)  # tokens that wait while one item is in a layer
     waiting = others * (hidden * item + request.capacity)  # their hidden states and their masks
-    layer = tokens * 3 * wide * item
+    packs = request.exact and request.host_bytes is None and tokens >= PACK_BLOCKS * LEAST_BLOCK
+    packed = min(MOST_PACKED_BYTES, wide * hidden * item) if packs else 0
+    layer = tokens * 3 * wide * item + packed
     if request.kv_on_host:
         held = (verified + 2 * request.prefill_tokens) * target.offload.per_token
         return waiting + tokens * 2 * hidden * item + held + max(projected, layer, head)

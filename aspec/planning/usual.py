@@ -1,4 +1,4 @@
-"""The plan of an engine whose work is not known: the usual shape, shrunk until it fits.
+"""The plan of an engine whose work is not known: the usual shape, shrunk until it fits; and what every plan gets free.
 
 A row beyond the first, that the user has not asked for, is taken only if it costs almost no residency: layers that
 stream because of it slow every pass, and its KV helps only a second stream.
@@ -9,18 +9,43 @@ from contextlib import suppress
 from dataclasses import replace
 
 from aspec.errors import BudgetError
-from aspec.plan import Plan, PlanRequest
-from aspec.planning.footprint import PREFILL_TOKENS, Models, request_for
+from aspec.plan import Plan, PlanRequest, Speculation
+from aspec.planning.footprint import MAX_TREE, PREFILL_TOKENS, Models, request_for
 from aspec.planning.placement import make_plan
+from aspec.planning.search import TREE_ROWS
 
 SMALLEST_CONTEXT = 256
 SMALLEST_PREFILL = 64
 SMALLEST_TREE = 16
+FREE_SHARE = 0.02  # of the stream: the bytes by which proposals that nobody asked for may lengthen a pass
 ROWS_SHARE = 0.05  # of the stream: the bytes by which rows that nobody asked for may lengthen a pass
 
 
 def usual_plan(models: Models) -> Plan:
     """The plan of the usual shape that fits. Raises BudgetError if even the smallest does not fit."""
+    return with_free_proposals(models, _usual_shape(models))
+
+
+def with_free_proposals(models: Models, plan: Plan) -> Plan:
+    """The plan with proposals from the rows' own text, if nobody decided on proposals and they cost almost nothing.
+
+    While a text does not repeat itself nothing is proposed, so only their memory could cost time. The largest trees are
+    taken whose memory streams the fewest bytes.
+    """
+    if not models.resolved.method.if_free or plan.num_rows > TREE_ROWS:
+        return plan
+    proposing = []
+    for most in _halved(MAX_TREE, None, SMALLEST_TREE):
+        request = replace(plan.request, speculation=Speculation.TREE, max_draft_tokens=most, from_text=True)
+        with suppress(BudgetError):
+            made = make_plan(models.footprint(request), request)
+            proposing.append(replace(made, exact_price=plan.exact_price))
+    most_bytes = int(plan.streamed_bytes * (1 + FREE_SHARE))
+    free = [one for one in proposing if one.streamed_bytes <= most_bytes and one.num_slots >= plan.num_slots]
+    return min(free, key=lambda one: one.streamed_bytes, default=plan)
+
+
+def _usual_shape(models: Models) -> Plan:
     request, options = request_for(models), models.resolved.options
     if options.max_batch is not None:
         return shrunk(models, request)

@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 from aspec.backends.registry import HOST
 from aspec.errors import BudgetError, UnsupportedModelError, UserError
@@ -16,14 +16,17 @@ from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models,
 from aspec.planning.forecast import FEW_PROMPTS, Forecaster
 from aspec.planning.resolve import Resolved, revise
 from aspec.planning.search import CAPS, GROUPS, SLOTS, Candidate, Search, SearchSpace, rows_for, search
-from aspec.planning.usual import shrunk
+from aspec.planning.usual import shrunk, with_free_proposals
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
 from aspec.profiling.roofline import prices
+from aspec.profiling.threads import choose_threads, thread_counts
 from aspec.tasks.task import COMPUTE, CPU
+from aspec.threads import Threads
 
+MOST_EXACT_PRICE = 0.1  # share of the seconds; where exact passes cost more, they are for those who ask for them
 PREFILLS = (256, 128, 64)  # tokens of smaller prefill items, tried if memory is short
 
 
@@ -31,19 +34,37 @@ PREFILLS = (256, 128, 64)  # tokens of smaller prefill items, tried if memory is
 class CostBasis:
     """The input of forecasts: the machine, and how often the target accepts the draft's proposals."""
 
-    hardware: Hardware
+    hardware: Hardware  # with the threads of the target's decoding
     known: AcceptanceStats
+    draft_hardware: Hardware | None = None  # with the threads of the draft; None: the same
+    threads: Threads | None = None
 
 
 def measured_basis(models: Models) -> CostBasis:
     """The basis for this machine: from the cache, or measured now, which takes some seconds."""
     resolved, options = models.resolved, models.resolved.options
-    hardware = machine_profile(
-        resolved.target, models.target.dtype, options.threads, kind=resolved.kind, link_rate=options.link_rate
-    )
+    machine = cache(partial(_this_machine, models))
+    threads = threads_for(models, machine)
     draft, sampled = resolved.draft, options.workload is not None and options.workload.sampled
     known = AcceptanceStats() if draft is None else known_acceptance(resolved.trained, draft, sampled=sampled)
-    return CostBasis(hardware, known)
+    return CostBasis(machine(threads.decode), known, machine(threads.draft), threads)
+
+
+def threads_for(models: Models, machine: Callable[[int], Hardware] | None = None) -> Threads:
+    """The compute threads for these models on this machine; ``machine`` measures it with a number of threads."""
+    resolved = models.resolved
+    counts = thread_counts(resolved.options.threads, on_device=resolved.kind is not None)
+    if len(counts) == 1:
+        return Threads.all(*counts)
+    measured = {number: (machine or partial(_this_machine, models))(number) for number in counts}
+    draft = None if models.draft is None else shape_of(models.draft)
+    return choose_threads(measured, shape_of(models.target), draft, exact=resolved.exact)
+
+
+def _this_machine(models: Models, threads: int) -> Hardware:
+    """This machine with so many compute threads: from the cache, or measured now."""
+    resolved, rate = models.resolved, models.resolved.options.link_rate
+    return machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
 
 
 def best_plans(
@@ -56,7 +77,8 @@ def best_plans(
     """
     work = models.resolved.options.workload
     assert work is not None, "the search needs a workload"
-    basis, request = basis or measured_basis(models), request_for(models)
+    basis = basis or measured_basis(models)
+    request = replace(request_for(models), threads=basis.threads)
     if request.num_groups > work.num_prompts:
         raise UserError(
             f"{request.num_groups} groups need at least as many prompts, found {work.num_prompts}. Lower --groups."
@@ -70,11 +92,32 @@ def best_plans(
             space, usual=request.speculation, caps=(), speculations=proposing or space.speculations
         )
     try:
-        return search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
+        found = search(request, space, models.footprint, forecaster.least_s, forecaster, progress)
+        found = _with_exactness_settled(found, models, basis, work)
     except BudgetError:
         rows = max(request.num_groups, min(request.num_rows, work.num_prompts))
         plan = shrunk(models, replace(request, num_rows=rows))
-        return Search((Candidate(plan.request, plan, forecaster(plan)),), 0, 0)
+        found = Search((Candidate(plan.request, plan, forecaster(plan)),), 0, 0)
+    plan = with_free_proposals(models, found.best.plan)
+    return replace(found, found=(Candidate(plan.request, plan, found.best.forecast), *found.found[1:]))
+
+
+def _with_exactness_settled(found: Search, models: Models, basis: CostBasis, work: Workload) -> Search:
+    """Make the best plan inexact if exact passes would take much longer and nobody asked for them.
+
+    Large jobs stay exact: a job that goes on after a stop must make the same tokens, whatever is left of it.
+    """
+    best = found.best
+    if models.resolved.options.exact is not None or not best.plan.request.exact or work.num_prompts > FEW_PROMPTS:
+        return found
+    request = replace(best.plan.request, exact=False)
+    other = replace(best.plan, request=request)
+    forecast = forecast_for(models, request, basis, work)(other)
+    price = best.forecast.job_s / forecast.job_s - 1.0 if forecast.job_s else 0.0
+    settled = replace(best, plan=replace(best.plan, exact_price=price))
+    if price > MOST_EXACT_PRICE:
+        settled = Candidate(replace(best.request, exact=False), replace(other, exact_price=price), forecast)
+    return replace(found, found=(settled, *found.found[1:]))
 
 
 def _within(work: Workload, capacity: int) -> Workload:
@@ -98,6 +141,7 @@ def pricing(models: Models, basis: CostBasis, *, exact: bool, sampled: bool) -> 
             target,
             draft,
             basis.hardware,
+            draft_hardware=basis.draft_hardware,
             exact=exact,
             sampled=sampled,
             tree=tree,
@@ -137,7 +181,7 @@ def _can_attend_on_host(model: Model) -> bool:
 def _speculations(resolved: Resolved) -> tuple[tuple[Speculation | None, int], ...]:
     """(shape, most proposals of a row) to try; shape None: no draft."""
     fixed, asked, shapes = resolved.options.num_draft_tokens, resolved.options.speculation, resolved.method.shapes
-    if not shapes:
+    if not shapes or resolved.method.if_free:
         return ((None, 0),)
     wanted = shapes if asked == "auto" else tuple(shape for shape in shapes if shape == asked) or shapes
     most = {Speculation.CHAIN: MAX_CHAIN, Speculation.TREE: MAX_TREE}

@@ -3,12 +3,9 @@
 The rates are ceilings to compare a run with, not predictions of a run. Blocking: call these functions in a thread.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -27,22 +24,6 @@ class Ceilings:
     memory_bytes_per_s: float  # reading weights: a matrix times one vector
     matmul_flop_per_s: float  # 64 rows through a 2048 x 2048 matrix in the run's dtype
     draft_step_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class HostInfo:
-    """The facts about a host that every measured figure needs beside it."""
-
-    cpu: str
-    cores: int
-    threads: int
-    torch: str
-
-
-def host_info() -> HostInfo:
-    """The name of the processor, the cores that this process may use, the threads of torch, its version."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return HostInfo(_cpu_name(), cores, torch.get_num_threads(), torch.__version__)
 
 
 def measure_ceilings(disk_bytes_per_s: float | None, draft_step_s: float | None, dtype: torch.dtype) -> Ceilings:
@@ -83,13 +64,3 @@ def best_seconds(work: Callable[[], object]) -> float:
             calls += 1
         stretches.append((time.perf_counter() - start) / calls)
     return min(stretches)
-
-
-def _cpu_name() -> str:
-    """The processor's name; the machine's type if the system does not give a name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()

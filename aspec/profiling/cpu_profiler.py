@@ -23,7 +23,7 @@ from aspec.io.disk_probe import probe_rate
 from aspec.io.host_memory import total_bytes
 from aspec.io.memory import allocate
 from aspec.models.attention import NAME, attend
-from aspec.models.exact import BLOCK_ROWS, FixedTileMatmul, matmul_mode
+from aspec.models.exact.products import ExactProducts, ExactStep, route
 from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
@@ -39,7 +39,6 @@ from aspec.tasks.task import WorkItem
 
 ROUNDS = 5  # over all products, so that a busy moment of the machine spoils only one round
 ROWS = (1, 4, 16, 32, 64, 100, 200, 300)  # of products, typical of drafts and prompts; powers of two are faster
-NUM_BLOCKS = (1, 2, 5)  # row counts of exact products, in blocks
 ARENA_BYTES = 128 << 20  # of weights that are read in turn: too many for most caches
 NUM_MATRICES, COLUMNS = 16, 2048
 CACHED_BYTES = 1 << 20  # of weights that fit into any cache
@@ -55,7 +54,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
     """Measure the CPU with so many compute threads and products in ``dtype``. Takes about two seconds."""
     with _threads(threads):
         name = str(dtype).removeprefix("torch.")
-        table, blocks = _products(dtype)
+        table, exact = _products(dtype)
         cached = _cached_products(dtype)
         copy = torch.empty(ARENA_BYTES // 4, dtype=torch.uint8)
         measured = Processor(
@@ -65,7 +64,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             cache_bytes=_cache_bytes(),
             product_s=_smallest_product(dtype),
             weight_s={name: table},
-            block_weight_s={name: blocks},
+            exact_weight_s={name: exact},
             cached_weight_s={name: cached},
             attention=_attention(dtype, exact=False),
             exact_attention=_attention(dtype, exact=True),
@@ -145,18 +144,18 @@ def _weights(dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
 
 
 def _products(dtype: torch.dtype) -> tuple[Table, Table]:
-    """Seconds per byte of weights by rows: of plain products, and of exact products in whole blocks."""
+    """Seconds per byte of weights by rows: of plain products, and of exact ones."""
     with _weights(dtype) as weights:
         turn, nbytes = cycle(weights), weights[0].nbytes
-        plain, blocks = dict.fromkeys(ROWS, inf), dict.fromkeys((count * BLOCK_ROWS for count in NUM_BLOCKS), inf)
+        plain, exact = dict.fromkeys(ROWS, inf), dict.fromkeys(ROWS, inf)
         for _ in range(ROUNDS):
-            for best, context in ((plain, contextlib.nullcontext()), (blocks, FixedTileMatmul())):
+            for best, context in ((plain, contextlib.nullcontext()), (exact, ExactProducts())):
                 for rows in best:
                     hidden = torch.randn(rows, COLUMNS).to(dtype)
                     with context:
                         seconds = seconds_of(partial(_next_product, hidden, turn), repeats=2)
                     best[rows] = min(best[rows], seconds / nbytes)
-    return tuple(plain.items()), tuple(blocks.items())
+    return tuple(plain.items()), tuple(exact.items())
 
 
 def _next_product(hidden: torch.Tensor, turn: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -290,6 +289,7 @@ class _LayerTimer:
         set_attention(config, NAME)
         with torch.device("meta"):
             self._layer = LlamaDecoderLayer(config, 0).to(dtype).eval()
+        route(self._layer)
         facts = layer_shape(self._layer, config)
         for module in self._layer.modules():
             if multiplies or not isinstance(module, nn.Linear):
@@ -319,7 +319,7 @@ class _LayerTimer:
         mask, cache = step.layer_mask(MaskKind()), {cache_argument(self._layer): step}
 
         def once() -> None:
-            with matmul_mode(step):
+            with ExactStep() if step.exact else contextlib.nullcontext():
                 self._layer(hidden, attention_mask=mask, position_embeddings=(angles, angles), **cache)
 
         return cold_seconds_of(once) if cold else seconds_of(once)

@@ -158,7 +158,7 @@ class Processor:
     node_s: float = field(default=5e-5, metadata=SECONDS)  # per node of a tree whose children are offered
     tree_row_s: float = field(default=5e-4, metadata=SECONDS)  # per row's tree, in every pass that verifies it
     weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)
-    block_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # exact, in blocks of rows
+    exact_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # in exact steps
     cached_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # weights in a cache
     attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
     exact_attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})

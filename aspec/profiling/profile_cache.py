@@ -6,9 +6,6 @@ the new file. An unreadable file counts as missing. If a file cannot be written,
 
 import contextlib
 import hashlib
-import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,15 +16,16 @@ import torch
 
 from aspec.backends.registry import Kind
 from aspec.errors import UserError
-from aspec.io.json_file import read_json
+from aspec.io.host_info import HostInfo, host_info
+from aspec.io.json_file import read_json, replace_json
 from aspec.options import cache_folder
-from aspec.profiling.ceilings import HostInfo, host_info
 from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
 from aspec.profiling.device_profiler import measure_device
 from aspec.profiling.hardware import Hardware, hardware_from
 from aspec.profiling.roofline import ACCEPTANCE, SPREAD
+from aspec.profiling.threads import idle_threads_loop
 
-VERSION = 2  # of the format of machine files
+VERSION = 3  # of the format of machine files
 DISK_AGE_S = 3600.0  # a disk is measured again after this time: the rates of shared disks change
 MAX_EVIDENCE = 2000.0  # largest weight of earlier runs beside the latest run, in proposals
 
@@ -41,15 +39,10 @@ class AcceptanceStats:
     proposals: float = 0.0
 
 
-def default_threads() -> int:
-    """Compute threads of an engine if the user gives no number: all cores except one."""
-    return max(1, host_info().cores - 1)
-
-
 def machine_profile(
     folder: Path,
     dtype: torch.dtype,
-    threads: int | None = None,
+    threads: int,
     *,
     kind: Kind | None = None,
     link_rate: float | None = None,
@@ -58,11 +51,11 @@ def machine_profile(
 ) -> Hardware:
     """This machine, with the disk that holds ``folder``: from the cache, or measured now, which takes some seconds.
 
-    ``kind``: the device that runs the layers. ``link_rate``: limit on the disk lane in bytes per second.
-    Blocking: call it in a thread.
+    ``threads``: compute threads. ``kind``: the device that runs the layers. ``link_rate``: limit on the disk lane in
+    bytes per second. Blocking: call it in a thread.
     """
     cache = cache or cache_folder()
-    machine = replace(host_info(), threads=threads or default_threads())
+    machine = replace(host_info(), threads=threads)
     if kind is not None:
         machine = replace(machine, cpu=f"{kind.name()} beside {machine.cpu}")
     hardware = None if refresh else _known_machine(cache, machine, dtype)
@@ -70,7 +63,7 @@ def machine_profile(
         hardware = _measure(machine, dtype, folder)
         if kind is not None:
             hardware = _measure_device(kind, dtype, hardware)
-        _write(_machine_file(cache, machine, dtype), {"hardware": hardware.as_object()})
+        replace_json(_machine_file(cache, machine, dtype), {"hardware": hardware.as_object()})
     rate = disk_rate(folder, refresh=refresh, cache=cache)
     rate = hardware.disk_bytes_per_s if rate is None else rate
     return replace(hardware, disk_bytes_per_s=rate if link_rate is None else min(rate, link_rate))
@@ -86,7 +79,7 @@ def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None)
             return rate
     measured = measure_disk(folder)
     if measured is not None:
-        _write(file, {"bytes_per_s": measured, "measured_at": time.time()})
+        replace_json(file, {"bytes_per_s": measured, "measured_at": time.time()})
     return measured
 
 
@@ -122,7 +115,7 @@ def remember_acceptance(
         proposals=earlier + proposals,
     )
     names = {"target": str(target.resolve()), "draft": str(draft.resolve()), "sampled": sampled}
-    _write(_pair_file(cache, target, draft, sampled), {**asdict(known), **names})
+    replace_json(_pair_file(cache, target, draft, sampled), {**asdict(known), **names})
     return known
 
 
@@ -156,7 +149,8 @@ def _known_machine(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Hardwa
 
 
 def _machine_file(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Path:
-    return cache / f"machine-{_digest(*asdict(machine).values(), dtype, VERSION)}.json"
+    loops = machine.threads > 1 and idle_threads_loop()  # the same product then takes other seconds
+    return cache / f"machine-{_digest(*asdict(machine).values(), loops, dtype, VERSION)}.json"
 
 
 def _pair_file(cache: Path, target: Path, draft: Path, sampled: bool) -> Path:
@@ -180,17 +174,3 @@ def _number(values: Mapping[str, Any], name: str, missing: float) -> float:
     value = values.get(name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
     return float(value) if is_number else missing  # type: ignore[arg-type]  # a number
-
-
-def _write(file: Path, values: Mapping[str, Any]) -> None:
-    """Replace a file as a whole; an OSError is ignored."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(values, stream, indent=1)
-            os.replace(temporary, file)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise

@@ -8,7 +8,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
-from aspec.models.exact import BLOCK_ROWS
 from aspec.profiling.cost_tables import Attention, CostTable, LayerCost, ModelCost, PiecewiseLinear, SimCosts
 from aspec.profiling.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
 from aspec.profiling.model_shape import LayerShape, ModelShape, touched_experts
@@ -27,6 +26,7 @@ def prices(
     draft: ModelShape | None,
     hardware: Hardware,
     *,
+    draft_hardware: Hardware | None = None,
     exact: bool = False,
     sampled: bool = False,
     tree: bool = False,
@@ -36,14 +36,15 @@ def prices(
 ) -> SimCosts:
     """The costs of all tasks on a machine.
 
-    ``exact``: products in blocks of rows, as in exact steps. ``sampled``: draws with noise. ``tree``: proposals are
-    trees. ``cpu_attention``: attention runs on the CPU, with the KV cache in host memory, on a machine with a device.
+    ``draft_hardware``: the same machine with the draft's threads. ``exact``: the costs of exact steps. ``sampled``:
+    draws with noise. ``tree``: proposals are trees. ``cpu_attention``: attention runs on the CPU, with the KV cache in
+    host memory, on a machine with a device.
     """
     device = hardware.processor
     kv_owner = hardware.cpu if cpu_attention else device  # of the target's KV cache
     gathers_s = kv_owner.gather_s * len(target.layers) + (0.0 if draft is None else device.gather_s * len(draft.layers))
     target_cost = model_cost(target, hardware, exact=exact, sampled=sampled, cpu_attention=cpu_attention)
-    draft_cost = None if draft is None else model_cost(draft, hardware, sampled=sampled)
+    draft_cost = None if draft is None else model_cost(draft, draft_hardware or hardware, sampled=sampled)
     cost_table = CostTable(
         target_cost,
         draft_cost,
@@ -143,15 +144,11 @@ def _product_line(
 ) -> PiecewiseLinear:
     """Seconds by tokens: fixed seconds, the products, and elementwise work per output."""
     per_element = device.passes_s(ELEMENT_PASSES, 2) if device.element_s is None else device.element_s
-    in_blocks = exact and len(weights) == 1  # each expert has its own blocks: no steps in the sum over tokens
-    counts = [BLOCK_ROWS * count for count in (1, *ROWS[1:6])] if in_blocks else list(ROWS)
-    if exact and not in_blocks:
-        counts = sorted({*counts, *(count + 1 for count in ROWS[6:])})
     points = []
-    for count in counts:
+    for count in ROWS:
         products_s = sum(_product_s(w, count, dtype, device, exact=exact, cached=cached) for w in weights)
         points.append((count, fixed_s + products_s))
-    return PiecewiseLinear(tuple(points), BLOCK_ROWS if in_blocks else 1, per_element * elements)
+    return PiecewiseLinear(tuple(points), each_s=per_element * elements)
 
 
 def _product_s(
@@ -167,11 +164,9 @@ def _product_s(
 
 def weight_seconds(device: Processor, dtype: str, rows: float, *, exact: bool = False, cached: bool = False) -> float:
     """Seconds per byte of weights for a product of so many rows."""
-    if exact:
-        rows = -(-rows // BLOCK_ROWS) * BLOCK_ROWS
     tables = device.cached_weight_s if cached else device.weight_s
-    if exact and not cached and dtype in device.block_weight_s:
-        tables = device.block_weight_s
+    if exact and not cached and dtype in device.exact_weight_s:
+        tables = device.exact_weight_s
     table = tables.get(dtype)
     if table is not None:
         return _interpolate(table, rows)

@@ -4,16 +4,25 @@ Pure policy: it receives seconds and never reads a clock. In virtual time the sa
 spans, so the code that runs a plan also judges it.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from statistics import fmean, median
 
 from aspec.plan import Plan
 from aspec.tasks.op import Cost, Op
-from aspec.tasks.task import COMPUTE, LayerWork, Span, Task
+from aspec.tasks.price_curve import NEW_NOISE, NOISE, PriceCurve
+from aspec.tasks.task import COMPUTE, LayerWork, Span, Task, WorkItem
 
 SMOOTHING = 0.2  # weight of a new sample; about the last ten samples count
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # lower bounds, in tokens, of the averages of layer seconds
-
-COUNTS = (*range(1, 32), *range(32, 128, 4), *range(128, 1025, 32))  # token counts at which a pass is estimated
+RATE_DECAY = 0.9  # factor on the earlier rounds' tokens and seconds, at each round: about the last ten count
+FEW_TOKENS = 2  # of a row in a pass: expected before any round has ended
+LAST_STEPS = 9  # draft steps whose median is the price of one
+DEPTHS = 32  # tokens of a chain with an acceptance of their own
+DEPTH_DECAY = 0.98  # factor on a depth's counts, at each observation there: about the last 50 count
+PRIOR = 5.0  # weight of the acceptance expected of a depth, in observations: that of the depth before
+FIRST_ACCEPTANCE = 0.8  # expected of the first token
 
 
 def expected_tokens(acceptance: float, num_draft: int) -> float:
@@ -38,6 +47,32 @@ class Average:
         self.value = sample if self.value is None else self.value + self._smoothing * (sample - self.value)
 
 
+class ChainAcceptance:
+    """The chance that a chain's proposal is accepted, by its depth, given that all before it were.
+
+    It is learned for every depth: a chain that has come far is in a predictable text, so chances often grow with depth.
+    """
+
+    def __init__(self) -> None:
+        self._accepted = [0.0] * DEPTHS  # by depth: decayed counts
+        self._seen = [0.0] * DEPTHS
+
+    def observe(self, num_proposed: int, num_accepted: int) -> None:
+        """Learn from one verified chain."""
+        for depth in range(min(num_proposed, num_accepted + 1, DEPTHS)):
+            self._seen[depth] = self._seen[depth] * DEPTH_DECAY + 1.0
+            self._accepted[depth] = self._accepted[depth] * DEPTH_DECAY + (depth < num_accepted)
+
+    def tokens(self, most: int) -> list[float]:
+        """Expected tokens of a round, including the bonus token, by the number of proposals, 0 .. ``most``."""
+        chance, chances = FIRST_ACCEPTANCE, []
+        for depth in range(most):
+            if depth < DEPTHS:
+                chance = (self._accepted[depth] + PRIOR * chance) / (self._seen[depth] + PRIOR)
+            chances.append(chance)
+        return list(accumulate(accumulate(chances, mul), initial=1.0))
+
+
 @dataclass(slots=True)
 class _SplitLayer:
     """A split layer of one pass; mutable, because every task of every item adds its seconds."""
@@ -55,72 +90,99 @@ class _SplitLayer:
         return max([self.compute_s, *parallel]) if self.items > 1 else self.compute_s + sum(parallel)
 
 
+@dataclass(slots=True)
+class _Round:
+    """A round that has not ended; mutable, because every task adds to it."""
+
+    start_s: float | None = None
+    num_rows: int = 0  # decoding rows
+    num_new: int = 0  # their new tokens
+    layers_s: dict[WorkItem, list[float]] = field(default_factory=dict)  # of whole layers, by item
+    split_s: list[float] = field(default_factory=list)  # of split layers, all items together
+    split_tokens: int = 0
+    ends_s: dict[WorkItem, float] = field(default_factory=dict)  # embedding, head and acceptance, by decoding item
+
+
 class CostModel:
     """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
 
     def __init__(self) -> None:
-        self._layer = {bucket: (Average(), Average()) for bucket in BUCKETS}  # average tokens and seconds of a layer
-        self._mean = {cost: Average() for cost in Cost}
+        self._layer = PriceCurve()  # by padded tokens
+        self._ends = PriceCurve()  # embedding, head and acceptance of decoding rows, by padded tokens
+        self._steps = deque[float](maxlen=LAST_STEPS)  # seconds of draft steps
         self._link = Average()
         self._link_free_s = 0.0  # when the latest load landed
         self._landed, self._landed_s = 0, 0.0  # the number of loads in their slots, and when the latest landed
-        self._tokens_per_s = Average()  # over rounds, for all rows together
         self._pieces: dict[str, dict[Op, float]] = {}  # by item: seconds of projections, attention and transfers
         self._split = _SplitLayer()  # the latest split layer
-        self._round_start_s: dict[int, float] = {}  # by round that has not ended
-        self._round_tokens: dict[int, int] = {}  # by round: new tokens of decoding rows
+        self._rounds: dict[int, _Round] = {}  # by number
         self._round_end_s = 0.0  # end of the latest round; rounds of several groups overlap
-        self._accepted, self._refused = 4.0, 1.0  # decayed counts; the prior says p = 0.8
+        self._new, self._new_s = 0.0, 0.0  # decayed sums over rounds: new tokens of all rows, and their seconds
+        self._chains = ChainAcceptance()
 
     def observe(self, span: Span) -> None:
         """Learn from one finished task."""
         seconds, task = span.stop_s - span.start_s, span.task
         if task.filled_slot is not None:
             self._landed, self._landed_s = self._landed + 1, span.stop_s
-        if task.op is Op.LAYER:
-            self._learn_layer(task.num_tokens, seconds)
-        elif isinstance(task.payload, LayerWork):
-            self._learn_split(task, task.payload.layer, seconds)
-        elif task.op.cost is Cost.DISK:
+        if task.op.cost is Cost.DISK:
             busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
             if busy > 0:
                 self._link.add(task.nbytes / busy)
             self._link_free_s = max(self._link_free_s, span.stop_s)
-        else:
-            self._mean[task.op.cost].add(seconds)
-        if task.op in (Op.DRAFT, Op.EMBED):
-            self._round_start_s.setdefault(task.number, span.start_s)
+        if task.op is Op.DRAFT:
+            self._steps.append(seconds)
+        if task.item is not None:
+            self._learn_item(task, task.item, span)
         for outcome in span.outcomes:
-            self._learn_acceptance(outcome.num_proposed, outcome.num_accepted)
-        if task.item is not None and not task.item.prefill and span.outcomes:
-            num_new = sum(outcome.num_new for outcome in span.outcomes)
-            self._round_tokens[task.number] = self._round_tokens.get(task.number, 0) + num_new
+            self._chains.observe(outcome.num_proposed, outcome.num_accepted)
+
+    def _learn_item(self, task: Task, item: WorkItem, span: Span) -> None:
+        """Add an item's task to its round."""
+        own, seconds = self._rounds.setdefault(task.number, _Round()), span.stop_s - span.start_s
+        if own.start_s is None and task.op in (Op.DRAFT, Op.EMBED):
+            own.start_s = span.start_s
+        if task.op is Op.LAYER:
+            own.layers_s.setdefault(item, []).append(seconds)
+        elif isinstance(task.payload, LayerWork):
+            self._learn_split(task, item, task.payload.layer, seconds)
+        elif task.op.cost in (Cost.EMBED, Cost.HEAD, Cost.ACCEPT) and not item.prefill:
+            own.ends_s[item] = own.ends_s.get(item, 0.0) + seconds
+        if not item.prefill:
+            own.num_rows += len(span.outcomes)
+            own.num_new += sum(outcome.num_new for outcome in span.outcomes)
 
     def end_round(self, number: int, stop_s: float) -> None:
-        """Learn the speed of round ``number``, whose rows are all back.
+        """Learn the costs and the speed of round ``number``, whose rows are all back.
 
         Its time counts from its start, or from the end of the previous round if that is later.
         """
-        start_s = max(self._round_start_s.pop(number, stop_s), self._round_end_s)
-        tokens = self._round_tokens.pop(number, 0)
+        own = self._rounds.pop(number, _Round())
+        if self._split.key[0] == number:
+            self._end_split(own)
+        for item, layers_s in own.layers_s.items():
+            self._layer.add(item.padded_tokens, fmean(layers_s), NEW_NOISE if item.prefill else NOISE)
+        if own.split_s:
+            self._layer.add(own.split_tokens, fmean(own.split_s))
+        for item, ends_s in own.ends_s.items():
+            self._ends.add(item.padded_tokens, ends_s)
+        start_s = max(stop_s if own.start_s is None else own.start_s, self._round_end_s)
         self._round_end_s = stop_s
-        if tokens and stop_s > start_s:
-            self._tokens_per_s.add(tokens / (stop_s - start_s))
-
-    @property
-    def acceptance(self) -> float:
-        """The probability that a proposed token is accepted, given that all tokens before it were accepted."""
-        return self._accepted / (self._accepted + self._refused)
+        if own.num_new and stop_s > start_s:
+            if not self._new_s:  # one round tells little: it counts beside one of few tokens
+                self._new, self._new_s = FEW_TOKENS * max(1, own.num_rows), stop_s - start_s
+            self._new = RATE_DECAY * self._new + own.num_new
+            self._new_s = RATE_DECAY * self._new_s + stop_s - start_s
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second of decoding, as a running average; 0 before it is known."""
-        return self._tokens_per_s.value or 0.0
+        return self._new / self._new_s if self._new_s else 0.0
 
     @property
     def draft_step_s(self) -> float:
         """Seconds of one draft step; 0 before it is known."""
-        return self._mean[Cost.DRAFT].value or 0.0
+        return median(self._steps) if self._steps else 0.0
 
     def seconds_until(self, loads: int, load_bytes: int, now_s: float) -> float:
         """Seconds from ``now_s`` until ``loads`` loads have landed, at the present rate; 0 if they have."""
@@ -129,45 +191,36 @@ class CostModel:
             return 0.0
         return max(0.0, self._landed_s + missing * load_bytes / rate - now_s)
 
-    def round_seconds(self, plan: Plan, drafted_s: float, most: int) -> list[tuple[int, float]]:
-        """Estimated (tokens, seconds) of rounds that verify up to ``most`` tokens after ``drafted_s`` of drafting.
-
-        The list is empty before any layer was measured.
-        """
-        if self._layer_seconds(1) is None:
-            return []
-        counts = sorted({*(n for n in COUNTS if n < most), most})
-        return [(n, self._round_seconds(plan, n, drafted_s)) for n in counts]
-
     def level_seconds(self, plan: Plan, elapsed_s: float, num_tokens: int) -> float:
         """Seconds that one more draft step adds to a round that has drafted for ``elapsed_s``.
 
         It adds 0 while the weight stream limits the round and still fills free slots beside the draft.
         """
-        step, rate = self._mean[Cost.DRAFT].value or 0.0, self._link.value
-        compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
+        step, rate = self.draft_step_s, self._link.value
+        compute = plan.num_layers * (self._layer.seconds(num_tokens) or 0.0)
         streams = rate is not None and compute < plan.streamed_bytes / rate
         return 0.0 if streams and rate and elapsed_s + step <= plan.spare_bytes / rate else step
 
     def best_draft_tokens(self, plan: Plan, num_rows: int) -> int:
         """The chain length, 0 .. ``plan.max_draft_tokens``, with the highest estimated tokens per second."""
         most = plan.max_draft_tokens
-        draft = self._mean[Cost.DRAFT].value or 0.0
-        if self._layer_seconds(num_rows) is None:
+        if self._layer.seconds(num_rows) is None:
             return min(4, most)
+        tokens, step = self._chains.tokens(most), self.draft_step_s
         return max(
-            range(most + 1),
-            key=lambda n: (
-                expected_tokens(self.acceptance, n) / self._round_seconds(plan, num_rows * (n + 1), n * draft)
-            ),
+            range(most + 1), key=lambda n: tokens[n] / (self.round_seconds(plan, num_rows * (n + 1), n * step) or 1.0)
         )
 
-    def _round_seconds(self, plan: Plan, num_tokens: int, draft_s: float) -> float:
-        """Seconds of a pass over ``num_tokens``, plus the draft seconds that do not overlap with other work."""
-        rate = self._link.value or float("inf")
-        compute = plan.num_layers * (self._layer_seconds(num_tokens) or 0.0)
-        stream = plan.streamed_bytes / rate
-        between = (self._mean[Cost.HEAD].value or 0.0) + (self._mean[Cost.EMBED].value or 0.0)
+    def round_seconds(self, plan: Plan, num_tokens: int, draft_s: float) -> float | None:
+        """Seconds of a pass over ``num_tokens`` padded tokens, plus the draft seconds that do not overlap with it.
+
+        None before any layer was measured.
+        """
+        layer_s, rate = self._layer.seconds(num_tokens), self._link.value or float("inf")
+        if layer_s is None:
+            return None
+        compute, stream = plan.num_layers * layer_s, plan.streamed_bytes / rate
+        between = self._ends.seconds(num_tokens) or 0.0
         if plan.num_groups > 1:  # the busiest lane bounds the round; other groups' passes overlap with the rest
             shared = plan.draft_resource == COMPUTE
             return max(compute + between + (draft_s if shared else 0.0), stream, draft_s) + 1e-6
@@ -175,61 +228,26 @@ class CostModel:
         hidden = min(between, plan.spare_bytes / rate)  # meanwhile the stream fills free slots
         return max(compute + hidden, stream) + between - hidden + 1e-6
 
-    def _layer_seconds(self, num_tokens: int) -> float | None:
-        """Seconds of one layer for a token count, interpolated between the nearest measured counts; None without any.
-
-        Below all measured counts, seconds are proportional to tokens: optimistic, so that smaller passes are tried and
-        then measured. Above them, the line of the last two continues; with a single count, up to twice as many tokens
-        are assumed to cost the same.
-        """
-        known = [(t.value, s.value) for t, s in self._layer.values() if t.value is not None and s.value is not None]
-        if not known:
-            return None
-        below = [pair for pair in known if pair[0] <= num_tokens]
-        above = [pair for pair in known if pair[0] > num_tokens]
-        if not below:
-            return above[0][1] * num_tokens / above[0][0]
-        if not above and len(below) == 1:
-            return below[0][1] * max(1.0, num_tokens / (2 * below[0][0]))
-        if not above:
-            (low, low_s), (high, high_s) = below[-2:]
-            return high_s + max(0.0, high_s - low_s) / (high - low) * (num_tokens - high)
-        (low, low_s), (high, high_s) = below[-1], above[0]
-        return low_s + (high_s - low_s) * (num_tokens - low) / (high - low)
-
-    def _learn_layer(self, num_tokens: int, seconds: float) -> None:
-        tokens, mean_s = self._layer[_bucket(num_tokens)]
-        tokens.add(num_tokens)
-        mean_s.add(seconds)
-
-    def _learn_split(self, task: Task, layer: int, seconds: float) -> None:
+    def _learn_split(self, task: Task, item: WorkItem, layer: int, seconds: float) -> None:
         """Collect the tasks of a split layer; the layer is learned, over all its items, when the next layer ends."""
-        assert task.item is not None
-        name = task.item.name
         if not task.op.ends_layer:
-            self._pieces.setdefault(name, {})[task.op] = seconds
+            self._pieces.setdefault(item.name, {})[task.op] = seconds
             return
         if self._split.key != (task.number, layer):
-            if self._split.items:
-                self._learn_layer(self._split.tokens, self._split.seconds)
+            self._end_split(self._rounds.get(self._split.key[0]))
             self._split = _SplitLayer((task.number, layer))
         self._split.items += 1
-        self._split.tokens += task.num_tokens
+        self._split.tokens += item.padded_tokens
         self._split.compute_s += seconds
-        for op, piece_s in self._pieces.pop(name, {}).items():
+        for op, piece_s in self._pieces.pop(item.name, {}).items():
             if op.lane is task.op.lane:
                 self._split.compute_s += piece_s
             else:
                 self._split.parallel_s[op] = self._split.parallel_s.get(op, 0.0) + piece_s
 
-    def _learn_acceptance(self, num_proposed: int, num_accepted: int) -> None:
-        if num_proposed == 0:
-            return
-        decay = 0.98
-        self._accepted = self._accepted * decay + num_accepted
-        self._refused = self._refused * decay + (num_accepted < num_proposed)
-
-
-def _bucket(num_tokens: int) -> int:
-    """The largest bucket that is not above ``num_tokens``."""
-    return max((b for b in BUCKETS if b <= num_tokens), default=BUCKETS[0])
+    def _end_split(self, own: _Round | None) -> None:
+        """Add the latest split layer to its round."""
+        if own is not None and self._split.items:
+            own.split_s.append(self._split.seconds)
+            own.split_tokens = self._split.tokens
+        self._split = _SplitLayer()

@@ -1,30 +1,34 @@
 """The size of drafts: a chain's tokens, a tree's levels and nodes, and when to draft ahead. From measured costs alone.
 
 A node brings its calibrated path probability in expected tokens, and costs seconds in which the engine would make
-tokens at its running rate. A node is verified while it brings more tokens than it costs; a level is drafted under the
-same condition. When the rate converges, this maximises tokens per second (Dinkelbach, 1967; for the trees see Sequoia,
-arXiv 2402.12374, and OPT-Tree, arXiv 2406.17276).
+tokens at its running rate. As many nodes are verified as bring the most tokens beyond their cost; a level is drafted
+while it is expected to raise that profit by more than its seconds are worth. When the rate converges, this maximises
+tokens per second (Dinkelbach, 1967; for the trees see Sequoia, arXiv 2402.12374, and OPT-Tree, arXiv 2406.17276).
 Pure policy: counts, bytes and seconds only.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from itertools import accumulate, zip_longest
+from math import ceil
 
 from aspec.plan import Plan
-from aspec.tasks.cost_model import Average, CostModel
+from aspec.tasks.cost_model import FEW_TOKENS, SMOOTHING, Average, CostModel
 from aspec.tasks.task import COMPUTE
 
 LEAST_NODES = 16  # every tree may grow to at least this many nodes
+FIRST_NODES = 48  # and the first tree to this many
 MAX_LEVELS = 16  # levels with an average of their own; deeper levels share the last one
 LEAST_GAIN = 0.02  # tokens; a level with a smaller gain bound is not worth the loop's time
-TRY_AGAIN_EVERY = 32  # rounds between two trials of a draft, while proposals do not pay
+TRY_AGAIN_EVERY = 32  # most rounds between two trials of a draft, while proposals do not pay
+TRIAL_SHARE = 0.02  # of the time: the most that such trials may cost while they pause for fewer rounds
+RECOVERY = 0.1  # by which the yield of a level that was not drafted approaches that of the level before, per round
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Tokens of a row in a pass, the root and its nodes: few sizes, so that each is measured often and has its kernels."""
 
 Probabilities = Mapping[int, Sequence[float]]
 """By row: the path probabilities of its nodes, descending."""
-
-MarginalCost = Callable[[int], float] | Sequence[tuple[int, float]]
-"""Seconds that node n (from 1) adds to a pass; or measured (tokens, seconds) of whole passes, including the root."""
 
 
 class DraftSizing:
@@ -32,9 +36,11 @@ class DraftSizing:
 
     def __init__(self, plan: Plan, costs: CostModel) -> None:
         self._plan, self._costs = plan, costs
-        self._quiet_rounds = 0  # decode rounds since the last one with a proposal
+        self._failed = 0  # drafts in a row whose proposals did not pay
+        self._paused = 0  # rounds without a draft that are left after them
         self._chosen = Average()  # nodes per row that were worth verifying
-        self._yields = [Average() for _ in range(MAX_LEVELS)]  # by level: actual gain / gain bound
+        self._yields = [1.0] * MAX_LEVELS  # by level: gain of profit / gain bound, as a running average
+        self._deepest = -1  # level that this round has drafted
 
     @property
     def max_nodes(self) -> int:
@@ -43,7 +49,7 @@ class DraftSizing:
         if fixed is not None:
             return fixed
         chosen = self._chosen.value
-        return min(self._plan.max_draft_tokens, LEAST_NODES + int(2 * chosen) if chosen is not None else 1 << 30)
+        return min(self._plan.max_draft_tokens, FIRST_NODES if chosen is None else LEAST_NODES + int(2 * chosen))
 
     @property
     def max_depth(self) -> int:
@@ -51,61 +57,70 @@ class DraftSizing:
         fixed = self._plan.fixed_draft_depth
         return self._plan.max_draft_depth if fixed is None else fixed
 
+    def _rate(self, num_rows: int) -> float:
+        """Tokens per second against which seconds are weighed: the running rate, or a guess in the first round."""
+        alone_s = self._costs.round_seconds(self._plan, num_rows, 0.0)
+        alone = num_rows / alone_s if alone_s else 0.0  # a rate that is always to be had: without a draft
+        return max(self._costs.tokens_per_s or FEW_TOKENS * alone, alone)
+
     # -- trees -----------------------------------------------------------------------------------------------
 
     def skips_draft(self) -> bool:
-        """Whether this round has no draft: while proposals do not pay, one is tried every ``TRY_AGAIN_EVERY`` rounds.
-
-        Call it once per round: it counts the rounds.
-        """
-        quiet = self._quiet_rounds
-        self._quiet_rounds += quiet > 0
-        return not self.max_nodes or (quiet > 0 and quiet % TRY_AGAIN_EVERY != 0)
+        """Whether this round has no draft, because proposals did not pay. Call it once per round: it counts them."""
+        paused, self._paused = self._paused, max(0, self._paused - 1)
+        return not self.max_nodes or paused > 0
 
     def learn(self, level: int, gain_bound: float, before: Probabilities, after: Probabilities) -> None:
-        """Learn the share of ``gain_bound`` tokens that a level brought, from the nodes before and after it."""
+        """Learn the share of ``gain_bound`` tokens by which a level raised the profit of the nodes to verify."""
         if gain_bound > 0.0:
-            share = (self._worth(after) - self._worth(before)) / gain_bound
-            self._yields[min(level, MAX_LEVELS - 1)].add(min(1.0, max(0.0, share)))
+            self._deepest = place = min(level, MAX_LEVELS - 1)
+            share = (self._best(after).profit - self._best(before).profit) / gain_bound
+            self._yields[place] += SMOOTHING * (min(1.0, max(0.0, share)) - self._yields[place])
 
-    def _worth(self, probabilities: Probabilities) -> float:
-        """Expected tokens of the likeliest nodes of all rows, as many nodes as were recently verified."""
-        chosen = self._chosen.value
-        most = None if chosen is None else max(1, round(chosen)) * len(probabilities)
-        return sum(sorted((p for own in probabilities.values() for p in own), reverse=True)[:most])
-
-    def level_pays(self, level: int, gain_bound: float, elapsed_s: float, num_tokens: int) -> bool:
-        """Whether a level's expected gain is worth its seconds.
-
-        The round has drafted for ``elapsed_s`` and would verify ``num_tokens``.
-        """
+    def level_pays(self, level: int, gain_bound: float, elapsed_s: float, probabilities: Probabilities) -> bool:
+        """Whether a level's expected gain is worth its seconds, in a round that has drafted for ``elapsed_s``."""
         plan = self._plan
         if plan.fixed_draft_tokens is not None or plan.fixed_draft_depth is not None:
             return True
-        level_s = self._costs.level_seconds(plan, elapsed_s, num_tokens)
+        num_rows = len(probabilities)
+        level_s = self._costs.level_seconds(plan, elapsed_s, num_rows * (1 + self._best(probabilities).nodes))
         if gain_bound <= LEAST_GAIN or level_s == 0.0:
             return gain_bound > LEAST_GAIN
-        share = self._yields[min(level, MAX_LEVELS - 1)].value
-        return another_level(gain_bound if share is None else gain_bound * share, self._costs.tokens_per_s, level_s)
+        gain = gain_bound * self._yields[min(level, MAX_LEVELS - 1)]
+        return another_level(gain, self._rate(num_rows), level_s)
 
     def nodes(self, probabilities: Probabilities, drafted_s: float) -> dict[int, int]:
-        """The number of nodes to verify, by row: the likeliest of all rows, while a node is worth its seconds."""
+        """The number of nodes to verify, by row: the likeliest, as many as are worth the seconds of the pass.
+
+        All rows of a pass are as wide as the widest, so all get the same number, if they have it.
+        """
         plan = self._plan
         if plan.fixed_draft_tokens is not None:
             return {row: len(own) for row, own in probabilities.items()}
-        ranked = sorted(((p, row) for row, own in probabilities.items() for p in own), reverse=True)
-        points = self._costs.round_seconds(plan, drafted_s, len(probabilities) + len(ranked))
-        num_rows, rate = len(probabilities), self._costs.tokens_per_s
-        best = 0 if rate else LEAST_NODES * num_rows  # before the first measured round
-        if points:
-            worth = worthwhile(
-                [p for p, _ in ranked], rate or num_rows / points[0][1], marginal_seconds(points, num_rows)
-            )
-            best = max(best, worth)
-        chosen = {row: sum(owner == row for _, owner in ranked[:best]) for row in probabilities}
-        self._chosen.add(sum(chosen.values()) / len(chosen))
-        self._quiet_rounds = 0 if any(chosen.values()) else self._quiet_rounds + 1
-        return chosen
+        best = self._best(probabilities, drafted_s).nodes
+        self._chosen.add(best)
+        for level in range(max(1, self._deepest + 1), MAX_LEVELS):  # not drafted: it has no price of today
+            self._yields[level] += RECOVERY * max(0.0, self._yields[level - 1] - self._yields[level])
+        self._deepest = -1
+        self._pause_after(best, len(probabilities), drafted_s)
+        return {row: min(best, len(own)) for row, own in probabilities.items()}
+
+    def _best(self, probabilities: Probabilities, drafted_s: float = 0.0) -> "Size":
+        """The most profitable number of nodes per row."""
+        num_rows = len(probabilities)
+
+        def cost(width: int) -> float:
+            return self._costs.round_seconds(self._plan, num_rows * width, drafted_s) or 0.0
+
+        return most_profitable(list(probabilities.values()), self._rate(num_rows), cost)
+
+    def _pause_after(self, num_nodes: int, num_rows: int, drafted_s: float) -> None:
+        """Pause after a draft that did not pay: longer each time, but no longer than limits what trials cost."""
+        alone_s = self._costs.round_seconds(self._plan, num_rows, 0.0) or 1.0
+        trial_s = (self._costs.round_seconds(self._plan, num_rows, drafted_s) or alone_s) - alone_s
+        longest = min(TRY_AGAIN_EVERY - 1, ceil(trial_s / alone_s / TRIAL_SHARE))
+        self._failed = 0 if num_nodes else min(self._failed + 1, TRY_AGAIN_EVERY)
+        self._paused = min(longest, 2 ** max(0, self._failed - 1) - 1)  # one hard place in a text is no reason
 
     def ahead_pays(self, gain: float, loads: int, now_s: float) -> bool:
         """Whether to draft a level while a pass runs whose next layer needs ``loads`` loads since the first pass.
@@ -133,50 +148,35 @@ class DraftSizing:
         if not num_rows or not plan.max_draft_tokens:
             return 0
         best = self._costs.best_draft_tokens(plan, num_rows)
-        self._quiet_rounds = 0 if best else self._quiet_rounds + 1
-        return best or int(self._quiet_rounds % TRY_AGAIN_EVERY == 0)
+        if not best and self._paused:
+            self._paused -= 1
+            return 0
+        self._pause_after(best, num_rows, self._costs.draft_step_s)
+        return best or 1
 
 
 # -- the rules of size ---------------------------------------------------------------------------------------
 
 
-def worthwhile(probabilities: Sequence[float], rate: float, marginal_s: MarginalCost) -> int:
-    """The number of nodes to verify at ``rate`` tokens per second; ``probabilities`` of their paths, descending.
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The nodes of every row in a pass, and their profit."""
 
-    A node pays while its probability exceeds ``rate`` times its marginal seconds. Where costs jump (a kernel's tile
-    is full) several nodes beyond the jump may pay for it together, so the function returns the number with the largest
-    sum of gains. Where marginal costs never decrease, both rules agree.
+    nodes: int
+    profit: float  # expected tokens, less the tokens that the engine makes elsewhere in the same seconds
+
+
+def most_profitable(probabilities: Sequence[Sequence[float]], rate: float, cost: Callable[[int], float]) -> Size:
+    """The most profitable size at ``rate`` tokens per second; ``probabilities`` of every row's nodes, descending.
+
+    ``cost``: seconds of a pass, by the tokens of its widest row (1 for the root alone). Among equals the smallest wins.
     """
-    cost = marginal_s if callable(marginal_s) else marginal_seconds(marginal_s)
-    gains = accumulate(p - rate * cost(number) for number, p in enumerate(probabilities, 1))
-    best, most = 0, 0.0
-    for number, gain in enumerate(gains, 1):
-        if gain > most:
-            best, most = number, gain
-    return best
-
-
-def marginal_seconds(points: Sequence[tuple[int, float]], other_tokens: int = 1) -> Callable[[int], float]:
-    """A function of n: the seconds that node n adds to a pass of ``other_tokens`` and n - 1 nodes.
-
-    ``points``: measured (tokens, seconds) of passes. The function interpolates between the points and extends the last
-    line. A pass measured faster than a smaller one counts as equally slow. A single point has no slope: further nodes
-    then cost 0 until a larger pass is measured.
-    """
-    ordered = sorted(dict(points).items())
-    tokens = [count for count, _ in ordered]
-    seconds = list(accumulate((s for _, s in ordered), max))
-    slopes = [(s2 - s1) / (t2 - t1) for (t1, s1), (t2, s2) in pairwise(zip(tokens, seconds, strict=True))]
-
-    def marginal(node: int) -> float:
-        if not slopes:
-            return 0.0
-        before = other_tokens + node - 1  # the line from the tokens before this node to those with it
-        if before < tokens[0]:
-            return 0.0
-        return slopes[min(bisect_right(tokens, before), len(slopes)) - 1]
-
-    return marginal
+    longest = max(map(len, probabilities), default=0)
+    padded = zip_longest(*probabilities, fillvalue=0.0)
+    gains = list(accumulate(map(sum, padded), initial=0.0))
+    sizes = [width - 1 for width in WIDTHS if width <= longest] + [longest]
+    profits = [Size(nodes, gains[nodes] - rate * cost(nodes + 1)) for nodes in sizes]
+    return max(profits, key=lambda size: size.profit)
 
 
 def another_level(gain_tokens: float, rate: float, level_s: float) -> bool:

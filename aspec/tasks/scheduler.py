@@ -204,8 +204,7 @@ class Scheduler:
         """The next level while it pays; otherwise the pass over the nodes that pay."""
         gain_bound = sum(draft.gain_bounds.values())
         some_empty = not all(draft.probabilities.values())
-        nodes = len(draft.rows) + sum(map(len, draft.probabilities.values()))
-        pays = self.sizing.level_pays(draft.levels, gain_bound, draft.seconds, nodes)
+        pays = self.sizing.level_pays(draft.levels, gain_bound, draft.seconds, draft.probabilities)
         if gain_bound and (pays or (some_empty and not draft.levels)):
             return [group.emit_level(self.passes, draft, draft.gain_bounds)]
         if self._covering_pass is not None:

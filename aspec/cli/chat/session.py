@@ -50,7 +50,10 @@ class Session:
     @property
     def draft(self) -> str:
         """The draft, as the user named it."""
-        return str(self._resolved.options.draft or "embedded") if self._resolved.method.shapes else "none"
+        named = self._resolved.options.draft
+        if self.engine.plan.request.from_text:
+            return str(named or "the text itself")
+        return str(named or "embedded") if self._resolved.method.has_model else "none"
 
     @property
     def num_used(self) -> int | None:

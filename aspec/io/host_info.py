@@ -1,0 +1,40 @@
+"""The facts about this host that every measured figure needs beside it."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aspec.threads import num_cores
+
+
+@dataclass(frozen=True, slots=True)
+class HostInfo:
+    """The facts about a host that every measured figure needs beside it."""
+
+    cpu: str
+    cores: int
+    threads: int
+    torch: str
+
+
+def host_info() -> HostInfo:
+    """The name of the processor, the cores that this process may use, the threads of torch, its version."""
+    name = _cpu_lines("model name") or platform.processor() or platform.machine()
+    return HostInfo(name, num_cores(), torch.get_num_threads(), torch.__version__)
+
+
+def cpu_features() -> str:
+    """The instruction sets of the processor; two processors of the same name may differ in them."""
+    return _cpu_lines("flags") or _cpu_lines("Features")
+
+
+def _cpu_lines(field: str) -> str:
+    """The first value of a field of /proc/cpuinfo; empty if the system does not give it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    values = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(field)]
+    return values[0] if values else ""

@@ -1,0 +1,82 @@
+"""The recipes of this machine: proven once, then kept in the cache folder, beside the machine's profile.
+
+One file per processor, its instruction sets, version of torch, and settings that change kernels. A kind of product that
+is not in the file is probed now. An unreadable file counts as missing; if it cannot be written, the next run probes.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aspec.errors import UserError
+from aspec.io.host_info import cpu_features, host_info
+from aspec.io.json_file import read_json, replace_json
+from aspec.models.exact.recipe import BLOCKS, Packing, Recipe
+from aspec.models.exact.row_probe import ProductKind, probe
+from aspec.options import cache_folder
+
+VERSION = 1  # of the format, and of what a proof means
+SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+"""Environment variables that change which kernels run."""
+
+_known: dict[ProductKind, Recipe] = {}
+
+
+def recipe_for(kind: ProductKind) -> Recipe:
+    """The recipe of a kind of product. The first call of a machine probes it: up to about a second."""
+    found = _known.get(kind)
+    if found is None:
+        file = cache_folder() / f"rows-{_machine()}.json"
+        found = _recipe(_read(file).get(kind.name))
+        if found is None:
+            found = probe(kind)
+            if found != BLOCKS:
+                replace_json(file, {**_read(file), kind.name: _entry(found)})
+        _known[kind] = found
+    return found
+
+
+@cache
+def _machine() -> str:
+    host = host_info()
+    settings = [os.environ.get(name, "") for name in SETTINGS]
+    words = (host.cpu, cpu_features(), host.torch, torch.get_float32_matmul_precision(), *settings, str(VERSION))
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    with suppress(UserError):
+        values = read_json(file, "a record of the cache")
+        if isinstance(values, dict):
+            return values
+    return {}
+
+
+def _entry(recipe: Recipe) -> list[object]:
+    packing = recipe.packing
+    own = [] if packing is None else [packing.hint, packing.faster, _entry(packing.recipe)]
+    return [recipe.lowest, recipe.highest, recipe.larger, own]
+
+
+def _recipe(entry: object) -> Recipe | None:
+    """The recipe of an entry; None if it is not one."""
+    match entry:
+        case [int(lowest), int(highest), list(larger), []] if 1 <= lowest <= highest and _descends(larger, highest):
+            return Recipe(lowest, highest, tuple(larger))
+        case [int(), int(), list(), [int(hint), bool(faster), list(own)]]:
+            plain, packed = _recipe([*entry[:3], []]), _recipe(own)
+            return plain and packed and replace(plain, packing=Packing(hint, packed, faster))
+    return None
+
+
+def _descends(sizes: list[object], least: int) -> bool:
+    """Whether all are whole numbers above ``least``, in descending order."""
+    whole = [size for size in sizes if isinstance(size, int) and size > least]
+    return len(whole) == len(sizes) and whole == sorted(set(whole), reverse=True)

@@ -1,0 +1,262 @@
+"""Products whose bits depend on the token only, so that speculative output is bit-identical to plain decoding.
+
+A CPU library splits a product's inner length depending on the number of rows, and computes the remainder of a width
+with other instructions. So a token's last bits depend on the number of tokens in the pass. Here every product uses
+numbers of rows that were proven to give equal bits on this machine (``row_probe.py``), or blocks of one size.
+``attention.py`` and ``kv_cache.py`` do the same for attention. ``tests/test_exact.py`` checks it with one and two
+threads; bits differ between thread counts, and between exact and other steps.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+
+from aspec.models.exact.blocks import Product, in_blocks, pack
+from aspec.models.exact.known_recipes import recipe_for
+from aspec.models.exact.recipe import BLOCKS, Recipe
+from aspec.models.exact.row_probe import ProductKind
+from aspec.models.kv_cache import StepCache
+
+VECTOR_ELEMENTS = 64
+"""Elements that one iteration of a CPU's elementwise loop computes: two vectors of 64 bytes in bf16."""
+
+
+class ExactStep:
+    """Linear modules that are ``routed`` compute exact products on the thread that enters it."""
+
+    def __enter__(self) -> None:
+        _thread.exact = True
+
+    def __exit__(self, *_: object) -> None:
+        _thread.exact = False
+
+
+class ExactProducts(TorchFunctionMode):
+    """Computes every product of activations and weights exactly, on the thread that enters the mode.
+
+    A token's bits then depend on the token only: not on its place in the pass and not on the other rows.
+    ``torch.matmul`` is unchanged, because only attention uses it. Inputs of activation functions are padded to whole
+    vectors, because other instructions compute the remainder of a width. ``acted``: some call was changed, so that
+    ``ExactStep`` would not do.
+    """
+
+    acted = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        product = PRODUCTS.get(func)
+        if product is not None:
+            self.acted = True
+            return product(*args, **kwargs)
+        if func in WHOLE_VECTORS and args[0].shape[-1] % VECTOR_ELEMENTS:
+            self.acted = True
+            return _in_whole_vectors(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> "ExactProducts":
+        _thread.exact = True
+        return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.exact = False
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+
+_thread = threading.local()  # .exact: whether this thread is in an exact step
+
+
+def matmul_mode(step: StepCache) -> contextlib.AbstractContextManager[object]:
+    """The context in which a step's products are computed: ExactProducts if the step is exact."""
+    return ExactProducts() if step.exact else contextlib.nullcontext()
+
+
+class LayerModes:
+    """The cheapest context in which the products of each layer of a model are exact.
+
+    A mode costs microseconds in every call of torch. The first step of every layer runs in one; if it changes nothing,
+    all the layer's products are those of routed linear modules, and later steps need no mode. One token and several
+    are told apart, because a layer may take another way for one.
+    """
+
+    def __init__(self) -> None:
+        self._bare: set[object] = set()
+        self._needs_mode: set[int] = set()
+
+    def of(self, layer: int, step: StepCache, half: str = "") -> contextlib.AbstractContextManager[object]:
+        """The context of one layer's step; ``half``: of a layer that runs in two halves."""
+        if not step.exact:
+            return contextlib.nullcontext()
+        key = layer, half, step.position_ids.shape[1] == 1
+        return ExactStep() if key in self._bare and layer not in self._needs_mode else self._learn(layer, key)
+
+    @contextlib.contextmanager
+    def _learn(self, layer: int, key: object) -> Iterator[None]:
+        with ExactProducts() as mode:
+            yield
+        if mode.acted:
+            self._needs_mode.add(layer)
+        self._bare.add(key)
+
+
+# -- linear modules ------------------------------------------------------------------------------------------
+
+
+class RoutedLinear:
+    """The forward of one ``nn.Linear``: exact in an exact step, torch's own in others.
+
+    ``packed``: its weight in the library's own order, with the same bits as the plain one; None: it is not packed.
+    """
+
+    __slots__ = ("_table", "packed")
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._table = module._parameters
+        self.packed: PackedWeight | None = None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]. A torch function mode sees one call of ``multiply``."""
+        return multiply(rows, self._table["weight"], self._table["bias"], self.packed)  # type: ignore[arg-type]
+
+    def pack(self) -> bool:
+        """Keep a packed copy of the bound weight if products with it are faster; the plain one is not read then.
+
+        Returns whether there is one. In place of the plain weight stands a tensor of the same shape without memory,
+        whose numbers are not numbers: code that reads it would be noticed.
+        """
+        weight, bias = self._table["weight"], self._table["bias"]
+        assert weight is not None, "a linear module has a weight"
+        packing = _recipe("linear", weight, bias).packing
+        if packing is None or not packing.faster:
+            return False
+        self.packed = PackedWeight(pack(weight, bias, packing.hint), packing.recipe)
+        nothing = weight.new_full((1, 1), float("nan")).expand(weight.shape)
+        self._table["weight"] = nn.Parameter(nothing, requires_grad=False)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A product with a packed weight, and how an exact step computes it."""
+
+    product: Product
+    recipe: Recipe
+
+
+def route(model: nn.Module) -> dict[str, RoutedLinear]:
+    """Give every linear module of ``model`` a RoutedLinear, once after it is built; by the name of its weight."""
+    routed = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            module.forward = routed[f"{name}.weight"] = RoutedLinear(module)  # type: ignore[assignment]
+    return routed
+
+
+def multiply(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: PackedWeight | None
+) -> torch.Tensor:
+    """``functional.linear``, exact in an exact step; ``packed`` takes the place of ``weight`` and ``bias``."""
+    if has_torch_function_unary(rows):
+        made: torch.Tensor = handle_torch_function(multiply, (rows,), rows, weight, bias, packed)
+        return made
+    exact = getattr(_thread, "exact", False)
+    if packed is not None:
+        flat = rows.reshape(-1, rows.shape[-1])
+        made = _multiply(flat, packed.product, packed.recipe) if exact else packed.product(flat)
+        return made.view(*rows.shape[:-1], -1)
+    return _linear(rows, weight, bias) if exact else functional.linear(rows, weight, bias)
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """functional.linear as the recipe of its weight says."""
+    flat, recipe = rows.reshape(-1, rows.shape[-1]), _recipe("linear", weight, bias)
+    count = flat.shape[0]
+    if recipe.lowest <= count <= recipe.highest:
+        made = functional.linear(flat, weight, bias)
+    elif recipe.packing is not None and recipe.packs(count):
+        made = in_blocks(flat, pack(weight, bias, recipe.packing.hint), recipe.packing.recipe.blocks(count))
+    else:
+        made = in_blocks(flat, lambda block: functional.linear(block, weight, bias), recipe.blocks(count))
+    return made.view(*rows.shape[:-1], -1)
+
+
+def _addmm(bias: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _multiply(rows, lambda block: torch.addmm(bias, block, weight), _recipe("addmm", weight, bias))
+
+
+def _bmm(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return _multiply(rows, lambda block: torch.bmm(block, weights), _recipe("bmm", weights))
+
+
+def _grouped_mm(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **options: object) -> torch.Tensor:
+    """Product of experts: rows [M, K] in groups that end at ``offs`` [E], weights [E, K, N]; returns [M, N]."""
+    assert not any(value is not None for value in options.values()), f"a grouped product with {options}"
+    ends = offs.tolist()
+    made = [
+        _multiply(rows[start:end], _times(weight), _recipe("mm", weight))
+        for start, end, weight in zip([0, *ends[:-1]], ends, weights, strict=True)
+        if start < end
+    ]
+    return torch.cat(made)
+
+
+def _times(weight: torch.Tensor) -> Product:
+    return lambda block: torch.mm(block, weight)
+
+
+def _multiply(rows: torch.Tensor, product: Product, recipe: Recipe) -> torch.Tensor:
+    """``product`` of rows [..., M, K] as its recipe says; [..., M, N]."""
+    count = rows.shape[-2]
+    return product(rows) if recipe.lowest <= count <= recipe.highest else in_blocks(rows, product, recipe.blocks(count))
+
+
+def _recipe(op: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Recipe:
+    """The recipe of a product with ``weight``; blocks of one size for memory in another order than probes use."""
+    *_, first, second = weight.shape
+    key = (op, weight.dtype, weight.shape, weight.stride(), bias is None, torch.get_num_threads(), weight.device.type)
+    found = _recipes.get(key)
+    if found is None:
+        memory = weight.mT if weight.mT.is_contiguous() else weight
+        plain = memory.is_contiguous() and weight.is_cpu and (op != "linear" or weight.is_contiguous())
+        out, inner = (first, second) if op == "linear" else (second, first)
+        batch = weight.shape[0] if weight.dim() == 3 else 0
+        transposed = op != "linear" and memory is not weight
+        kind = ProductKind(op, weight.dtype, batch, out, inner, transposed, bias is not None, key[5])
+        found = _recipes[key] = recipe_for(kind) if plain else BLOCKS
+    return found
+
+
+_recipes: dict[object, Recipe] = {}  # by what a product can be told apart by, at once
+
+
+def _in_whole_vectors(func: Callable[..., torch.Tensor], values: torch.Tensor, **options: Any) -> torch.Tensor:
+    """An elementwise function of ``values``, computed over whole vectors only."""
+    filled = functional.pad(
+        values.flatten(), (0, -values.numel() % VECTOR_ELEMENTS)
+    )  # torch computes a view with gaps row by row
+    return func(filled, **options)[: values.numel()].view(values.shape)
+
+
+PRODUCTS: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(
+    {
+        functional.linear: _linear,
+        torch.addmm: _addmm,
+        torch.bmm: _bmm,
+        torch._grouped_mm: _grouped_mm,
+    }
+)
+"""The functions that multiply activations by weights, and how an exact step computes them."""
+
+WHOLE_VECTORS = frozenset({torch.sigmoid, torch.Tensor.sigmoid, functional.silu, functional.gelu, functional.softplus})

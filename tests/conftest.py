@@ -21,6 +21,7 @@ from aspec.planning.virtual_time import VirtualTimeLoop
 from aspec.profiling import ceilings as profile
 from aspec.profiling import layer_ratios
 from tests.fork_server import shared_server
+from tools.real_model import Unavailable, real_model
 
 torch.cuda.is_available()  # settles what this process sees of a GPU; those that tests start see none
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -130,6 +131,15 @@ def server():
 @pytest.fixture(scope="session")
 def cache_home(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """A real model of 135M parameters, built once in the user's own cache folder; a skip where it cannot be had."""
+    try:
+        return real_model()
+    except Unavailable as reason:
+        pytest.skip(f"no real model: {reason}")
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,7 @@ def test_it_stays_away_where_it_is_not_wanted(target, flags, environment):
 
 
 def test_no_color_is_honoured(target):
-    plain = on_terminal(target, "-n", "120", "--link-rate", "1MB/s", NO_COLOR="1")
+    plain = on_terminal(target, "-n", "120", "--link-rate", "1MB/s", "--device-memory", "1200KiB", NO_COLOR="1")
     plain.wait_for(b"disk")
     plain.interrupt()
     assert plain.end()[0] == 130

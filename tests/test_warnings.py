@@ -119,7 +119,7 @@ def deprecated(monkeypatch):
 
 
 def test_a_chat_shows_a_warning_after_the_first_answer(deprecated, chatty):
-    made = CliRunner().invoke(app, ["chat", *chatty, *SMALL], input="import os\nimport sys\n")
+    made = CliRunner().invoke(app, ["chat", *chatty, *SMALL, "-n", "30"], input="import os\nimport sys\n")
     assert made.exit_code == 0, made.output
     first, second = made.output.split("warning: FutureWarning: a name is going\n")
     assert first.splitlines()[-1].strip()

@@ -20,7 +20,7 @@ import aspec
 from tools.real_model import real_model
 
 SHORT = "The three most important things to know about the history of Rome are"
-REPEATS = "Item 1: apples, red. Item 2: pears, green. Item 3: apples, red. Item 4: pears, green. " * 4
+REPEATS = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n\n" * 4
 NEW_TOKENS = 60
 PREFILLS = (2000, 7000)
 
@@ -53,7 +53,7 @@ def main() -> None:
     longest = max([*given.prefill, 1000]) + NEW_TOKENS
     settings = {"as it comes": {}, "exact": {"exact": True}, "not exact": {"exact": False}}
     for name, setting in settings.items():
-        options = {"target": folder, "threads": given.threads, "max_context": longest, "max_batch": 1, **setting}
+        options = {"target": folder, "threads": given.threads, "max_context": longest, "reuse_prefix": False, **setting}
         with aspec.LLM(speculation="off", **options) as llm:
             short = tokenizer(SHORT)["input_ids"]
             _compare(f"{NEW_TOKENS} tokens, {name}", ours(llm, short, NEW_TOKENS), theirs(short, NEW_TOKENS), given)

@@ -55,15 +55,23 @@ def main() -> None:
     for name, setting in settings.items():
         options = {"target": folder, "threads": given.threads, "max_context": longest, "reuse_prefix": False, **setting}
         with aspec.LLM(speculation="off", **options) as llm:
-            short = tokenizer(SHORT)["input_ids"]
+            short = _as_chat(tokenizer, SHORT)
             _compare(f"{NEW_TOKENS} tokens, {name}", ours(llm, short, NEW_TOKENS), theirs(short, NEW_TOKENS), given)
             for count in given.prefill if name != "as it comes" else ():
                 long = (short * (count // len(short) + 1))[:count]
                 _compare(f"prefill of {count}, {name}", ours(llm, long, 1), theirs(long, 1), given)
         with aspec.LLM(**options) as llm:
-            ids = tokenizer(REPEATS)["input_ids"]
+            ids = _as_chat(tokenizer, REPEATS)
             again = f"{NEW_TOKENS} tokens of a text that repeats itself, {name}"
             _compare(again, ours(llm, ids, NEW_TOKENS), theirs(ids, NEW_TOKENS), given)
+
+
+def _as_chat(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a first message, as the model was trained to read it."""
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return [int(token) for token in tokenizer(chat, add_special_tokens=False)["input_ids"]]
 
 
 def _generate(model: transformers.PreTrainedModel, ids: list[int], new: int, threads: int) -> list[int]:

@@ -319,8 +319,8 @@ class EngineFlags(MachineFlags):
         bool | None,
         option(
             PLACE,
-            "Tokens equal decoding without speculation bit by bit, also in bf16, at a fixed thread count; costs 1.3 to "
-            "1.8 times the compute. Default: on for a CPU.",
+            "Tokens equal decoding without speculation bit by bit, also in bf16, at a fixed thread count; aspec bench "
+            "shows the price. Default: on for a CPU, unless the job would take over 10 % longer.",
             "--exact/--no-exact",
         ),
     ] = None

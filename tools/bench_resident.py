@@ -3,8 +3,8 @@
     python tools/bench_resident.py [FOLDER] --threads 1 --rounds 5
 
 Rows: 60 greedy tokens of a short prompt, as it comes, exact, and not exact; the same where the text repeats itself and
-proposes from itself; the prefill of long prompts. A ratio above 1 means that aspec is faster. FOLDER: a checkpoint, or the
-model of ``tools/real_model.py``. Seconds are the median of the rounds.
+proposes from itself; the prefill of long prompts. A ratio above 1 means that aspec is faster. Seconds are the median of
+the rounds. FOLDER: a checkpoint; without it the model of ``tools/real_model.py``.
 """
 
 import argparse

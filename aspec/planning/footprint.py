@@ -239,7 +239,8 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     if not request.exact:
         on_device = request.host_bytes is not None and not request.kv_on_host
         most = DEVICE_SCORE_BYTES if on_device else MAX_SCORE_BYTES
-        return temporary_bytes(1, heads, tokens, request.capacity, most)
+        mask = 0 if on_device else tokens * request.capacity * target.dtype.itemsize  # torch's kernel adds it to scores
+        return temporary_bytes(1, heads, tokens, request.capacity, most) + mask
     slot = _slot_bytes(target, request)
     return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot)
 

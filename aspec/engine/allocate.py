@@ -17,7 +17,7 @@ from aspec.errors import DeviceError
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.loop.settling import close_all
-from aspec.io.memory import SlotMemory, allocate, discard
+from aspec.io.memory import SlotMemory, allocate, discard, give_back
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor, scratch_bytes
@@ -105,6 +105,10 @@ def out_of_memory(plan: Plan) -> str:
 
 def _on_host(made: ResolvedEngine) -> EngineMemory:
     """Allocate two arenas (resident, slots) and the caches; no weight is read yet."""
+    for model in (made.models.target, made.models.draft):
+        if model is not None:
+            model.prove_products()
+    give_back()
     memory: list[SlotMemory] = []
     once = _residents(made)
     views = _carve(memory, [part.size for part, _ in once])

@@ -62,7 +62,7 @@ from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import Event, Shutdown
 from aspec.units import format_bytes
 
-MOST_KERNELS = 64  # compiled products that torch keeps
+MOST_KERNELS = 48  # compiled products that torch keeps
 
 
 class Engine:

@@ -186,6 +186,11 @@ class Model:
         """
         self._binder.bind(part, buffer, scratch)
 
+    def prove_products(self) -> None:
+        """Prove the recipes of all linear modules, before memory is taken for weights."""
+        for linear in (*self._frame_linears.values(), *self._layer_linears.values()):
+            linear.prove()
+
     def pack(self, part: Part) -> tuple[Binding, ...]:
         """Reorder weights of a bound part that stays bound, where products get faster; the bits stay the same.
 
@@ -220,13 +225,8 @@ class Model:
             raise InternalError(f"tokens {list(input_ids.shape)} do not fit positions {list(step.position_ids.shape)}")
         tape = _Tape()
         with contextlib.suppress(_Stop):
-            self._run_frame(
-                tape,
-                input_ids,
-                self._on_layers_device(step, step.position_ids),
-                self._on_layers_device(step, step.mask()),
-                step,
-            )
+            positions, mask = (self._on_layers_device(step, own) for own in (step.position_ids, step.mask()))
+            self._run_frame(tape, input_ids, positions, mask, step)
         hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
         for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
             # offloaded: the attention makes its mask on the host, and no code reads this placeholder

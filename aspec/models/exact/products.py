@@ -127,6 +127,13 @@ class RoutedLinear:
         """[..., K] -> [..., N]. A torch function mode sees one call of ``multiply``."""
         return multiply(rows, self._table["weight"], self._table["bias"], self.packed)  # type: ignore[arg-type]
 
+    def prove(self) -> None:
+        """Prove the recipe of the weight's kind now, bound or not: a probe takes memory, later there may be less."""
+        weight = self._table["weight"]
+        assert weight is not None, "a linear module has a weight"
+        (out, inner), biased = weight.shape, self._table["bias"] is not None
+        recipe_for(ProductKind("linear", weight.dtype, 0, out, inner, False, biased, torch.get_num_threads()))
+
     def pack(self) -> bool:
         """Keep a packed copy of the bound weight if products with it are faster; the plain one is not read then.
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from aspec.cli.main import app
 from aspec.errors import UserError
-from aspec.io.json_file import replace_json
+from aspec.io.json_file import read_record, replace_json
 from aspec.options import DEMO
 from aspec.profiling import profile_cache as kept
 from aspec.profiling.cpu_profiler import files_of, measure_processor
@@ -194,7 +194,7 @@ def test_who_reads_while_others_write_reads_one_of_theirs(tmp_path):
         writer.start()
     seen = set()
     while any(writer.is_alive() for writer in writers):
-        if found := kept._read(tmp_path / "one.json"):
+        if found := read_record(tmp_path / "one.json"):
             assert found["value"] in ([1] * 200, [2] * 200)
             seen.add(found["value"][0])
     for writer in writers:

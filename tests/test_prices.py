@@ -77,10 +77,9 @@ def test_a_line_is_exact_at_its_points_and_straight_between():
     assert PiecewiseLinear(((5, 2.0),)).at(99) == 2.0
 
 
-def test_a_line_of_blocks_has_stairs():
-    line = PiecewiseLinear(((64, 1.0), (128, 2.5)), block=64)
-    assert [line.at(count) for count in (1, 64, 65, 128, 129)] == [1.0, 1.0, 2.5, 2.5, 4.0]
-    assert replace(line, each_s=0.5).at(65) == 2.5 + 0.5 * 65
+def test_a_line_may_rise_with_every_count():
+    line = PiecewiseLinear(((64, 1.0), (128, 2.5)), each_s=0.5)
+    assert line.at(96) == 1.75 + 0.5 * 96
 
 
 @pytest.mark.parametrize("points", [(), ((2, 1.0), (1, 2.0)), ((1, 1.0), (1, 2.0))])

@@ -129,7 +129,7 @@ async def _measure(job: GenerateJob, rounds: int) -> BenchReport:
 
 def _layer_ratios(job: GenerateJob, plan: Plan) -> LayerRatios:
     resolved, threads = job.resolved, plan.request.threads or Threads()
-    how = partial(measure_layer_ratios, exact=resolved.exact, threads=threads.decode, cores=num_cores())
+    how = partial(measure_layer_ratios, exact=plan.request.exact, threads=threads.decode, cores=num_cores())
     return how(resolved.target, resolved.dtype)
 
 

@@ -125,6 +125,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise NotJson(f"expected JSON, which has no {name}")
 
 
+def read_record(file: Path) -> Mapping[str, Any]:
+    """The JSON object of a file that aspec wrote; empty if the file is missing or holds no JSON object."""
+    with contextlib.suppress(UserError):
+        values = read_json(file, "a record of the cache")
+        if isinstance(values, dict):
+            return values
+    return {}
+
+
 def replace_json(file: Path, values: Mapping[str, Any]) -> None:
     """Replace a file as a whole: other processes read the old or the new one. An OSError is ignored."""
     with contextlib.suppress(OSError):

@@ -22,17 +22,15 @@ TREE_DEPTH = 16  # assumed tokens of a tree's longest path; deeper nodes are not
 class PiecewiseLinear:
     """Seconds by a count: linear between points, constant below the first, the last piece extended beyond the last.
 
-    ``block``: counts are rounded up to whole blocks first. ``each_s``: further seconds per count, which is not rounded.
-    Raises ValueError for points that do not ascend.
+    ``each_s``: further seconds per count. Raises ValueError for points that do not ascend.
     """
 
     points: tuple[tuple[float, float], ...]
-    block: int = 1
     each_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.points or any(a >= b for (a, _), (b, _) in pairwise(self.points)) or self.block < 1:
-            raise ValueError(f"a line needs points in ascending order of count, and blocks of at least 1, found {self}")
+        if not self.points or any(a >= b for (a, _), (b, _) in pairwise(self.points)):
+            raise ValueError(f"a line needs points in ascending order of count, found {self}")
 
     def times(self, factor: float) -> "PiecewiseLinear":
         """A line whose points take ``factor`` times as long."""
@@ -40,7 +38,7 @@ class PiecewiseLinear:
 
     def at(self, count: float) -> float:
         """Seconds of a count; at a point, exactly the point's seconds."""
-        return self._between(-(-count // self.block) * self.block) + self.each_s * count
+        return self._between(count) + self.each_s * count
 
     def _between(self, count: float) -> float:
         above = bisect_right(self.points, (count, inf))

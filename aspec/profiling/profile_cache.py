@@ -17,7 +17,7 @@ import torch
 from aspec.backends.registry import Kind
 from aspec.errors import UserError
 from aspec.io.host_info import HostInfo, host_info
-from aspec.io.json_file import read_json, replace_json
+from aspec.io.json_file import read_record, replace_json
 from aspec.options import cache_folder
 from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
 from aspec.profiling.device_profiler import measure_device
@@ -73,7 +73,7 @@ def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None)
     """Bytes per second of a model's disk, measured within the last hour or now; None if its files are too small."""
     file = (cache or cache_folder()) / f"disk-{folder.stat().st_dev:x}.json"
     if not refresh:
-        found = _read(file)
+        found = read_record(file)
         age_s = time.time() - _number(found, "measured_at", 0.0)
         if 0.0 <= age_s < DISK_AGE_S and (rate := _number(found, "bytes_per_s", 0.0)) > 0.0:
             return rate
@@ -85,7 +85,7 @@ def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None)
 
 def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> AcceptanceStats:
     """The statistics of earlier runs of a pair; the default guess if there were none."""
-    found = _read(_pair_file(cache or cache_folder(), target, draft, sampled))
+    found = read_record(_pair_file(cache or cache_folder(), target, draft, sampled))
     values = [_number(found, name, -1.0) for name in ("acceptance", "spread", "proposals")]
     if min(values) < 0.0 or max(values[:2]) > 1.0:
         return AcceptanceStats()
@@ -144,7 +144,7 @@ def _measure_device(kind: Kind, dtype: torch.dtype, host: Hardware) -> Hardware:
 def _known_machine(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Hardware | None:
     file = _machine_file(cache, machine, dtype)
     with contextlib.suppress(UserError):
-        return hardware_from(_read(file).get("hardware"), str(file))
+        return hardware_from(read_record(file).get("hardware"), str(file))
     return None
 
 
@@ -159,15 +159,6 @@ def _pair_file(cache: Path, target: Path, draft: Path, sampled: bool) -> Path:
 
 def _digest(*words: object) -> str:
     return hashlib.sha256("\n".join(map(str, words)).encode()).hexdigest()[:16]
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    """The JSON object of a file; empty if the file is missing or holds no JSON object."""
-    with contextlib.suppress(UserError):
-        values = read_json(file, "a record of the cache")
-        if isinstance(values, dict):
-            return values
-    return {}
 
 
 def _number(values: Mapping[str, Any], name: str, missing: float) -> float:

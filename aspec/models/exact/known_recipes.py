@@ -6,18 +6,13 @@ is not in the file is probed now. An unreadable file counts as missing; if it ca
 
 import hashlib
 import os
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from aspec.errors import UserError
 from aspec.io.host_info import cpu_features, host_info
-from aspec.io.json_file import read_json, replace_json
+from aspec.io.json_file import read_record, replace_json
 from aspec.models.exact.recipe import BLOCKS, Packing, Recipe
 from aspec.models.exact.row_probe import ProductKind, probe
 from aspec.options import cache_folder
@@ -34,11 +29,11 @@ def recipe_for(kind: ProductKind) -> Recipe:
     found = _known.get(kind)
     if found is None:
         file = cache_folder() / f"rows-{_machine()}.json"
-        found = _recipe(_read(file).get(kind.name))
+        found = _recipe(read_record(file).get(kind.name))
         if found is None:
             found = probe(kind)
             if found != BLOCKS:
-                replace_json(file, {**_read(file), kind.name: _entry(found)})
+                replace_json(file, {**read_record(file), kind.name: _entry(found)})
         _known[kind] = found
     return found
 
@@ -49,14 +44,6 @@ def _machine() -> str:
     settings = [os.environ.get(name, "") for name in SETTINGS]
     words = (host.cpu, cpu_features(), host.torch, torch.get_float32_matmul_precision(), *settings, str(VERSION))
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    with suppress(UserError):
-        values = read_json(file, "a record of the cache")
-        if isinstance(values, dict):
-            return values
-    return {}
 
 
 def _entry(recipe: Recipe) -> list[object]:

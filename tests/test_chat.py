@@ -1,5 +1,6 @@
 """A conversation in the terminal: turns from a pipe and from a real terminal, what is kept of them, how it ends."""
 
+import io
 import json
 import os
 import re
@@ -9,12 +10,16 @@ import stat
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.data_structures import Size
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output.vt100 import Vt100_Output
 from typer.testing import CliRunner
 
 import aspec
+from aspec.cli.chat import prompt
 from aspec.cli.chat.commands import COMMANDS
 from aspec.cli.chat.conversation import Conversation, Turn
-from aspec.cli.chat.prompt import History
+from aspec.cli.chat.prompt import History, PromptReader
 from aspec.cli.main import app
 from aspec.generation.text.tokenizer import Tokenizer
 from tests import tiny
@@ -397,6 +402,25 @@ def test_a_signal_that_ends_a_chat_leaves_a_terminal_that_echoes(pair, number, c
     assert terminal.echoes
     assert terminal.end()[0] == code, terminal.drawn
     assert terminal.drawn.count(b"\x1b[?2004h") == terminal.drawn.count(b"\x1b[?2004l")
+
+
+def test_a_signal_amid_the_first_drawing_of_the_prompt_ends_the_marking_of_pastes(monkeypatch):
+    written = io.StringIO()
+    output = Vt100_Output(written, lambda: Size(rows=30, columns=80), term="xterm-256color")
+    monkeypatch.setattr(prompt, "create_output", lambda: output)
+    reader = PromptReader(["/help"])
+    draw = reader._session.app.renderer.render
+
+    def interrupted(*args, **keywords):
+        draw(*args, **keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader._session.app.renderer, "render", interrupted)
+    with create_pipe_input() as typed:
+        reader._session.app.input = typed
+        with pytest.raises(KeyboardInterrupt):
+            reader.read()
+    assert written.getvalue().count("\x1b[?2004h") == written.getvalue().count("\x1b[?2004l") == 1
 
 
 def state_of(pid):

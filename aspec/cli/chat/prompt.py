@@ -53,6 +53,9 @@ class PromptReader:
             text = self._session.prompt()
         except EOFError:
             return None
+        except BaseException:
+            self._session.app.renderer.reset()  # a signal amid the first drawing: the prompt leaves its marks there
+            raise
         return Entry(text, verbatim=self._is_pasted)
 
     def _forget_paste(self, buffer: Buffer) -> None:

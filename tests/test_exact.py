@@ -10,8 +10,9 @@ import transformers
 from aspec.models.attention import attend
 from aspec.models.exact import known_recipes, products, row_probe
 from aspec.models.exact.products import ExactProducts
-from aspec.models.kv_cache import KVCache, MaskKind
+from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
+from aspec.models.paths import MaskKind
 from tests import tiny
 from tests.compat import of_kinds
 from tests.test_kv import grow, permuted, random_parents, slow_path

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from aspec.models.attention import MAX_GROUP_BYTES, MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
-from aspec.models.kv_cache import KEY_TILE, KVCache, MaskKind
+from aspec.models.kv_cache import KVCache
+from aspec.models.paths import KEY_TILE, MaskKind
 
 KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
 SHAPES = [(2, 4, 4), None, (1, 6, 3)]

@@ -62,6 +62,8 @@ class ProductKind:
 @torch.inference_mode()
 def probe(kind: ProductKind) -> Recipe:
     """The cheapest proven recipe; takes up to about a second. Call it with ``kind.threads`` threads set."""
+    if kind.op == "flash":
+        return _probe_attention(kind)
     elements = max(1, kind.batch) * kind.out * kind.inner
     nbytes = elements * kind.dtype.itemsize
     if elements < SMALLEST_WEIGHT or nbytes > LARGEST_BYTES or kind.dtype not in (torch.bfloat16, torch.float32):
@@ -76,6 +78,43 @@ def probe(kind: ProductKind) -> Recipe:
     if kind.op == "linear" and nbytes <= MOST_PACKED_BYTES:
         recipe = replace(recipe, packing=_packing(recipe, product, rows[: 2 * dense], operands))
     return recipe
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+LENGTHS = (64, 448, 512, 576, 1216)
+"""Numbers of keys of which torch's kernel is proven: it computes blocks of 512 keys and a last one."""
+
+MOST_QUERIES, MANY_QUERIES = 32, (64, 128, 192, 256)
+"""The kernel's smallest block of queries, within which every number is proven, and single larger numbers."""
+
+
+def attention_product(key: torch.Tensor, value: torch.Tensor, scale: float) -> Product:
+    """torch's attention to keys [G, S, D] that all queries [G, M, D] see: [G, M, D + 1] in fp32.
+
+    The last column is the logarithm of the sum of exponentials.
+    """
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        mixed, exponents = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows[None], key[None], value[None], scale=scale
+        )
+        return torch.cat([mixed[0], exponents[0, ..., None]], -1)
+
+    return product
+
+
+def _probe_attention(kind: ProductKind) -> Recipe:
+    """The recipe of numbers of queries; the values of the first and the second half of the keys cancel."""
+    generator = torch.Generator().manual_seed(5)
+    products = []
+    for length in LENGTHS:
+        key = _uneven((kind.batch, length, kind.inner), generator) * kind.inner**-0.5
+        value = _uneven((kind.batch, length, kind.inner), generator)
+        value[:, length // 2 :] = -value[:, : length // 2].roll(7, 1)
+        products.append(attention_product(key.to(kind.dtype), value.to(kind.dtype), 1.0))
+    rows = 0.1 * torch.randn(kind.batch, max(MANY_QUERIES), kind.inner, generator=generator)
+    return prove(_side_by_side(products), rows.to(kind.dtype), MOST_QUERIES, list(MANY_QUERIES))
 
 
 def _packing(recipe: Recipe, product: Product, rows: torch.Tensor, operands: "list[Operands]") -> Packing | None:

@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
-from aspec.models.attention import MAX_GROUP_BYTES, MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
+from aspec.models.attention import attend, temporary_bytes, temporary_bytes_exact
+from aspec.models.exact.attention import MAX_GROUP_BYTES
+from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.kv_cache import KVCache
 from aspec.models.paths import KEY_TILE, MaskKind
 

@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from aspec.models.exact.attention import MAX_GROUP_BYTES, MAX_SCORE_BYTES, attend_exactly
+from aspec.models.exact.attention import MAX_GROUP_BYTES, attend_exactly
 from aspec.models.exact.scoring import Scoring
+from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.hf_compat import sdpa_mask
 from aspec.models.paths import Paths
 

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from aspec.io.upload import upload
 from aspec.models.hf_compat import Cache
-from aspec.models.paths import KEY_TILE, MaskKind, Paths, whole_tiles
+from aspec.models.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
 
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""
@@ -205,7 +205,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         nodes = None if self._tree is None else self._node_paths(self._tree)
         made = []
         for row, (start, positions) in enumerate(zip(self._starts, self.position_ids.tolist(), strict=True)):
-            length = whole_tiles(max(positions) + 1)
+            length = (max(positions) // PIECE + 1) * PIECE
             position = torch.arange(length, device=self.position_ids.device)
             hidden = ~kind.visible(self.position_ids[row, :, None], position)
             if self._tree is None or nodes is None or self._tree.is_chain[row]:

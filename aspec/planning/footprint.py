@@ -9,8 +9,9 @@ import torch
 
 from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.io.memory import PAGE
-from aspec.models.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
+from aspec.models.attention import DEVICE_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.models.exact.recipe import BLOCK_ROWS, MOST_PACKED_BYTES, PACK_BLOCKS
+from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model

@@ -62,8 +62,6 @@ class ProductKind:
 @torch.inference_mode()
 def probe(kind: ProductKind) -> Recipe:
     """The cheapest proven recipe; takes up to about a second. Call it with ``kind.threads`` threads set."""
-    if kind.op == "flash":
-        return _probe_attention(kind)
     elements = max(1, kind.batch) * kind.out * kind.inner
     nbytes = elements * kind.dtype.itemsize
     if elements < SMALLEST_WEIGHT or nbytes > LARGEST_BYTES or kind.dtype not in (torch.bfloat16, torch.float32):
@@ -73,48 +71,11 @@ def probe(kind: ProductKind) -> Recipe:
     generator = torch.Generator().manual_seed(5)
     rows = _rows(max([2 * dense, *larger]), kind, generator)
     operands = [_operands(kind, generator) for _ in range(min(MOST_WEIGHTS, max(1, OUTPUTS // kind.out)))]
-    product = _side_by_side([_product(kind, *own) for own in operands])
+    product = side_by_side([_product(kind, *own) for own in operands])
     recipe = prove(product, rows, dense, larger)
     if kind.op == "linear" and nbytes <= MOST_PACKED_BYTES:
         recipe = replace(recipe, packing=_packing(recipe, product, rows[: 2 * dense], operands))
     return recipe
-
-
-# -- attention -----------------------------------------------------------------------------------------------
-
-LENGTHS = (64, 448, 512, 576, 1216)
-"""Numbers of keys of which torch's kernel is proven: it computes blocks of 512 keys and a last one."""
-
-MOST_QUERIES, MANY_QUERIES = 32, (64, 128, 192, 256)
-"""The kernel's smallest block of queries, within which every number is proven, and single larger numbers."""
-
-
-def attention_product(key: torch.Tensor, value: torch.Tensor, scale: float) -> Product:
-    """torch's attention to keys [G, S, D] that all queries [G, M, D] see: [G, M, D + 1] in fp32.
-
-    The last column is the logarithm of the sum of exponentials.
-    """
-
-    def product(rows: torch.Tensor) -> torch.Tensor:
-        mixed, exponents = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows[None], key[None], value[None], scale=scale
-        )
-        return torch.cat([mixed[0], exponents[0, ..., None]], -1)
-
-    return product
-
-
-def _probe_attention(kind: ProductKind) -> Recipe:
-    """The recipe of numbers of queries; the values of the first and the second half of the keys cancel."""
-    generator = torch.Generator().manual_seed(5)
-    products = []
-    for length in LENGTHS:
-        key = _uneven((kind.batch, length, kind.inner), generator) * kind.inner**-0.5
-        value = _uneven((kind.batch, length, kind.inner), generator)
-        value[:, length // 2 :] = -value[:, : length // 2].roll(7, 1)
-        products.append(attention_product(key.to(kind.dtype), value.to(kind.dtype), 1.0))
-    rows = 0.1 * torch.randn(kind.batch, max(MANY_QUERIES), kind.inner, generator=generator)
-    return prove(_side_by_side(products), rows.to(kind.dtype), MOST_QUERIES, list(MANY_QUERIES))
 
 
 def _packing(recipe: Recipe, product: Product, rows: torch.Tensor, operands: "list[Operands]") -> Packing | None:
@@ -124,7 +85,7 @@ def _packing(recipe: Recipe, product: Product, rows: torch.Tensor, operands: "li
     found: list[Packing] = []
     for hint in HINTS:
         with contextlib.suppress(RuntimeError, AttributeError):  # a build of torch without these products
-            packed = _side_by_side([pack(weight, bias, hint) for weight, bias in operands])
+            packed = side_by_side([pack(weight, bias, hint) for weight, bias in operands])
             faster = _seconds(packed, rows[:1]) < FASTER * _seconds(product, rows[:1])
             if not faster and recipe.highest >= SMALL_BLOCK:
                 break
@@ -199,7 +160,7 @@ def _holds(recipe: Recipe, product: Product, rows: torch.Tensor, expected: torch
 def _rows(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``_operands``."""
     half, shape = kind.inner // 2, (kind.batch, count) if kind.batch else (count,)
-    values = _uneven((*shape, kind.inner), generator)
+    values = uneven((*shape, kind.inner), generator)
     cancels = torch.arange(count) % 3 < 2
     values[..., cancels, half : 2 * half] = values[..., cancels, :half].roll(7, -1)
     sizes = 2.0 ** (6 * (torch.arange(count) % 5) - 12)
@@ -216,14 +177,14 @@ def _operands(kind: ProductKind, generator: torch.Generator) -> Operands:
     return _weight(kind, generator), bias
 
 
-def _side_by_side(products: list[Product]) -> Product:
+def side_by_side(products: list[Product]) -> Product:
     """The results of several products [..., M, K] -> [..., M, N], beside each other: more to compare."""
     return products[0] if len(products) == 1 else lambda rows: torch.cat([one(rows) for one in products], -1)
 
 
 def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     half, few = kind.inner // 2, min(kind.out, 61)
-    base = _uneven((few, kind.inner), generator)
+    base = uneven((few, kind.inner), generator)
     base[:, half : 2 * half] = -base[:, :half].roll(7, -1)
     stored = base.to(kind.dtype).repeat(-(-kind.out // few), 1)[: kind.out]  # [N, K]
     if kind.op == "linear":
@@ -233,7 +194,7 @@ def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     return memory.transpose(-1, -2) if kind.transposed else memory
 
 
-def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Random numbers of many sizes, so that sums in fp32 are rounded at every step."""
     return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 7, shape, generator=generator)
 

@@ -31,27 +31,12 @@ class Scoring:
         if self.plain:
             scaled = products if self.scale == 1.0 else products.mul_(self.scale)
             return scaled.masked_fill_(hidden, float("-inf")).softmax(-1)
-        return self._joint(products, hidden, [])[0]
-
-    def weights_beside(
-        self, products: torch.Tensor, hidden: torch.Tensor, before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``weights``, beside other keys with the sum of exponentials exp(``before``) [..., G, H / G, T, 1].
-
-        Returns the weights, and in fp32 the weight of all other keys together.
-        """
-        return self._joint(products, hidden, [before])
-
-    def _joint(
-        self, products: torch.Tensor, hidden: torch.Tensor, more: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = products.float().mul_(self.scale)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         scores.masked_fill_(hidden, float("-inf"))
         if self.sinks is not None:
             groups, shared = scores.shape[-4:-2]
-            more = [*more, self.sinks.float().view(groups, shared, 1, 1).expand(*scores.shape[:-1], 1)]
-        length = scores.shape[-1]
-        joint = (torch.cat([scores, *more], -1) if more else scores).softmax(-1)
-        return joint[..., :length].to(products.dtype), joint[..., length : length + 1]
+            sinks = self.sinks.float().view(groups, shared, 1, 1).expand(*scores.shape[:-1], 1)
+            return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(products.dtype)
+        return scores.softmax(-1).to(products.dtype)

@@ -120,8 +120,10 @@ def _join(parts: list[Joinable], scoring: Scoring, tokens: int) -> torch.Tensor:
     elif len(parts) == 1:
         return parts[0][0]
     weights = torch.stack(exponents, -1).softmax(-1)
-    scaled = [mixed * weights[..., part : part + 1] for part, (mixed, _) in enumerate(parts)]
-    return (scaled[0] if len(scaled) == 1 else scaled[0].add_(scaled[1])).to(parts[0][0].dtype)
+    total = parts[0][0].float().mul_(weights[..., :1])
+    if len(parts) > 1:
+        total.add_(parts[1][0].float().mul_(weights[..., 1:2]))
+    return total.to(parts[0][0].dtype)
 
 
 def _slots(states: torch.Tensor, part: range) -> torch.Tensor:

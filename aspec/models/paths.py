@@ -67,7 +67,8 @@ class Paths:
         tiles: dict[int, list[int]] = {}
         for token, position in enumerate(self.positions):
             tiles.setdefault(position // PIECE, []).append(token)
-        return tuple(piece for tile, tokens in tiles.items() for piece in self._split(tile, tokens))
+        parts = [(tile, all_[at : at + PIECE]) for tile, all_ in tiles.items() for at in range(0, len(all_), PIECE)]
+        return tuple(piece for part in parts for piece in self._split(*part))
 
     def _split(self, tile: int, tokens: list[int]) -> "Iterator[Piece]":
         """The piece of some tokens; a piece per token if their paths part before the tokens' last two tiles."""
@@ -117,6 +118,11 @@ class Piece:
     path: torch.Tensor | None  # [end]: the slots of all positions; None: the slots of the same numbers
     own: Own | None  # None: no query has keys of its own
     hidden: torch.Tensor  # [n, end - first] bool
+
+    @property
+    def of_tree(self) -> bool:
+        """Whether queries have keys that are not in the slots of a chain."""
+        return self.path is not None or self.own is not None
 
     @property
     def count(self) -> int:

@@ -68,7 +68,7 @@ def _groups(
     shortest, within MAX_GROUP_BYTES; a piece of a tree is alone."""
 
     def likeness(piece: Piece) -> tuple[bool, bool, int]:
-        return piece.own is not None, bool(piece.seen), piece.count
+        return piece.of_tree, bool(piece.seen), piece.count
 
     together: list[RowPiece] = []
     for found in sorted(pieces, key=lambda own: (*likeness(own[1]), length(own[1]))):
@@ -76,7 +76,7 @@ def _groups(
         if together:
             shortest = together[0][1]
             nbytes = (len(together) + 1) * length(piece) * (piece.count * score_bytes + slot_bytes)
-            like = piece.own is None and likeness(piece) == likeness(shortest)
+            like = not piece.of_tree and likeness(piece) == likeness(shortest)
             if not (like and nbytes <= MAX_GROUP_BYTES and length(piece) <= spread * length(shortest)):
                 yield together
                 together = []

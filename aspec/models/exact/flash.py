@@ -17,6 +17,9 @@ from aspec.models.exact.row_probe import ProductKind
 from aspec.models.exact.scoring import Scoring
 from aspec.models.paths import Piece
 
+MAX_COPIED_BYTES = 4 << 20
+"""Bytes of the copies of keys and values for the queries of a tree, at once."""
+
 
 def flash_recipe(key: torch.Tensor, value: torch.Tensor) -> Recipe | None:
     """The proven numbers of queries for keys [B, G, S, D] and values [B, G, S, Dv]; None: do not use the kernel."""
@@ -71,17 +74,22 @@ def _attend_own(own: Inputs, scoring: Scoring, recipe: Recipe) -> Joinable:
     """The rest of a tree's keys: every query is a batch with copies of its own ones."""
     (heads, tokens, width), groups = own.query.shape, len(own.key)
     slots = own.piece.rest_slots  # [n, W]
-    keys, values = (
-        states.index_select(1, slots.flatten()).view(groups, *slots.shape, width).transpose(0, 1)
-        for states in (own.key, own.value)
-    )
     query = own.query.view(groups, -1, tokens, width).permute(2, 0, 1, 3)  # [n, G, H / G, D]
     hidden = own.piece.rest_hidden[:, None, None].expand(-1, -1, heads // groups, -1)
-    mixed, exponents = _attend(query, keys, values, scoring, recipe, hidden)
-    return (
-        mixed.permute(1, 2, 0, 3).reshape(1, groups, -1, width),
-        exponents.permute(1, 2, 0).reshape(1, groups, -1),
-    )
+    block = max(1, MAX_COPIED_BYTES // (2 * slots.shape[1] * groups * width * query.element_size()))
+    made = []
+    for start in range(0, tokens, block):
+        part = slice(start, start + block)
+        keys, values = (_gathered(states, slots[part]) for states in (own.key, own.value))
+        made.append(_attend(query[part], keys, values, scoring, recipe, hidden[part]))
+    mixed, exponents = (_joined(parts) for parts in zip(*made, strict=True))
+    return mixed.permute(1, 2, 0, 3).reshape(1, groups, -1, width), exponents.permute(1, 2, 0).reshape(1, groups, -1)
+
+
+def _gathered(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """[n, G, W, D]: the states [G, S, D] in every query's slots [n, W]."""
+    found = states.index_select(1, slots.flatten())
+    return found.view(len(states), *slots.shape, -1).transpose(0, 1)
 
 
 def _attend(

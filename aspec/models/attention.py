@@ -78,9 +78,7 @@ def temporary_bytes(batch: int, heads: int, tokens: int, length: int, max_bytes:
     return 3 * min(tokens, _block_tokens(batch * heads * length, max_bytes)) * batch * heads * length * 4
 
 
-def temporary_bytes_exact(
-    batch: int, heads: int, tokens: int, length: int, slot_bytes: int, head_bytes: int
-) -> int:
+def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot_bytes: int, head_bytes: int) -> int:
     """Bytes that ``attend`` holds in an exact step of ``batch`` rows with ``tokens`` tokens in total.
 
     ``slot_bytes``: bytes of keys and values in one slot; ``head_bytes``: of one head's value. Pieces run one after

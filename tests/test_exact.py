@@ -8,10 +8,12 @@ import torch
 import transformers
 
 from aspec.models.attention import attend
-from aspec.models.exact import known_recipes, products, row_probe
+from aspec.models.exact import flash, flash_probe, known_recipes, products, row_probe
 from aspec.models.exact.products import ExactProducts
-from aspec.models.kv_cache import KVCache, MaskKind
+from aspec.models.exact.recipe import Recipe
+from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
+from aspec.models.paths import MaskKind
 from tests import tiny
 from tests.compat import of_kinds
 from tests.test_kv import grow, permuted, random_parents, slow_path
@@ -282,6 +284,98 @@ def test_attention_of_every_kind(name, dtype):
     generator = random.Random(0)
     for start in (5, 60, 130, 250):
         check_attention(HEADS[0], dtype, start, random_parents(16, generator), options)
+
+
+LONG = 700  # positions: several pieces, and keys beyond one block of torch's kernel
+DEEP = [*range(-1, 89), 40, 40, 91, *range(88, 120)]  # a tree whose paths part before a piece that they reach
+
+
+class Prompt:
+    """The attention of one layer to LONG positions, in steps of any kind."""
+
+    def __init__(self, shape, dtype, options):
+        heads, self.groups, self.width = shape
+        generator = torch.Generator().manual_seed(0)
+        self.dtype, self.kind = dtype, options.get("kind", MaskKind())
+        self.extra = {name: value for name, value in options.items() if name != "kind"}
+        self.query, self.key, self.value = (
+            (torch.randn(1, count, LONG, self.width, generator=generator) * size).to(dtype)
+            for count, size in ((heads, 2), (self.groups, 1), (self.groups, 1))
+        )
+
+    def cache(self, start):
+        """The keys and values before ``start``, and rubbish behind them."""
+        cache = KVCache([(self.groups, self.width, self.width)], 1, LONG + 200, self.dtype, exact=True)
+        for storage, known in ((cache.keys[0], self.key), (cache.values[0], self.value)):
+            storage.normal_()
+            storage[:, :, :start] = known[:, :, :start]
+        return cache
+
+    def attend(self, start, nodes, parents=None):
+        """Attention of tokens whose queries, keys and values are those of the positions ``nodes``."""
+        step = self.cache(start).step([0], [start], [len(nodes)], parents)
+        keys, values = step.update(self.key[:, :, nodes], self.value[:, :, nodes], 0)
+        return attend(None, self.query[:, :, nodes], keys, values, step.layer_mask(self.kind), **self.extra)[0][0]
+
+
+def check_prompt(prompt):
+    """A prompt in one step, in chunks, alone, and as the paths of trees."""
+    whole = prompt.attend(0, list(range(LONG)))
+    for start, stop in ((0, 1), (64, 130), (100, 129), (190, 400), (255, 257), (383, 700), (511, 520), (639, 700)):
+        chunk = prompt.attend(start, list(range(start, stop)))
+        assert torch.equal(chunk, whole[start:stop]), (start, stop)
+    for position in (0, 127, 128, 191, 192, 384, 500, 699):
+        assert torch.equal(prompt.attend(position, [position])[0], whole[position]), position
+    for start in (20, 127, 190, 300, 511, 560):
+        for parents in (DEEP,) if start in (20, 300) else ([-1, 0, 1, 0, 3, 4, 4], [-1, -1, 0]):
+            depths = [len(slow_path(parents, node)) - 1 for node in range(len(parents))]
+            tree = prompt.attend(start, [start + depth for depth in depths], [parents])
+            for node, depth in enumerate(depths):
+                assert torch.equal(tree[node], whole[start + depth]), (start, len(parents), node)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape", [(9, 3, 64), (2, 2, 48), (8, 1, 128)], ids=str)
+def test_long_prompts_in_any_steps(shape, dtype, threads):
+    torch.set_num_threads(threads)
+    check_prompt(Prompt(shape, dtype, {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("name", ["window", "small window", "chunk", "large chunk", "softcap", "sinks", "both"])
+def test_long_prompts_of_every_kind(name, dtype):
+    torch.set_num_threads(1)
+    sinks = {"s_aux": torch.randn(4, generator=torch.Generator().manual_seed(1)).to(dtype)}
+    options = {
+        "window": {"kind": MaskKind(window=300)},
+        "small window": {"kind": MaskKind(window=70)},
+        "chunk": {"kind": MaskKind(chunk=250)},
+        "large chunk": {"kind": MaskKind(chunk=600)},
+        "softcap": {"softcap": 5.0},
+        "sinks": sinks,
+        "both": {"kind": MaskKind(window=250), **sinks},
+    }[name]
+    check_prompt(Prompt((4, 2, 64), dtype, options))
+
+
+def test_a_kernel_whose_bits_depend_on_the_number_of_queries_is_not_used(monkeypatch):
+    """The rule holds with a kernel that lies; without the proof, the lie is seen."""
+    true = flash_probe.flash
+
+    def lies(rows, *others):
+        mixed, exponents = true(rows, *others)
+        return mixed * (1 + rows.shape[2] % 64 * 1e-3), exponents
+
+    prompt = Prompt((4, 2, 64), torch.float32, {})
+    monkeypatch.setattr(known_recipes, "_known", {})
+    monkeypatch.setattr(flash_probe, "flash", lies)
+    monkeypatch.setattr(flash, "flash", lies)
+    torch.set_num_threads(1)
+    check_prompt(prompt)
+    monkeypatch.setattr(flash, "recipe_for", lambda _: Recipe(1, 512))
+    with pytest.raises(AssertionError):
+        check_prompt(prompt)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -1,12 +1,16 @@
 """The slot cache: masks against a slow reference, ragged rows, trees, padding that nobody ever sees."""
 
+import itertools
 import random
 
 import pytest
 import torch
 
-from aspec.models.attention import MAX_GROUP_BYTES, MAX_SCORE_BYTES, attend, temporary_bytes, temporary_bytes_exact
-from aspec.models.kv_cache import KEY_TILE, KVCache, MaskKind
+from aspec.models.attention import attend, temporary_bytes, temporary_bytes_exact
+from aspec.models.exact.attention import MAX_GROUP_BYTES
+from aspec.models.exact.tiles import MAX_SCORE_BYTES
+from aspec.models.kv_cache import KVCache
+from aspec.models.paths import KEY_TILE, MaskKind
 
 KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
 SHAPES = [(2, 4, 4), None, (1, 6, 3)]
@@ -311,9 +315,36 @@ def test_attention_equals_the_definition(softcap, sinks, block, monkeypatch):
 def test_attention_holds_a_bounded_block():
     assert temporary_bytes(1, 32, 16, 256) == 3 * 16 * 32 * 256 * 4
     assert temporary_bytes(4, 32, 512, 4096) == 3 * 4 * 32 * 4096 * 4, "one token at a time"
-    assert temporary_bytes_exact(4, 32, 512, 4096, 4096) <= 4 * MAX_GROUP_BYTES + 4096 * 4096
-    assert temporary_bytes_exact(2, 8, 2, 64, 1024) == 4 * 2 * 64 * (8 * 4 + 1024) + 64 * 1024, (
-        "scores and copies of two rows"
-    )
-    assert temporary_bytes_exact(1, 8, 1, 64, 1024) == 4 * 64 * 8 * 4 + 64 * 1024, "of a lone row only keys are copied"
     assert temporary_bytes(64, 64, 1, 1 << 16) == 3 * 64 * 64 * (1 << 16) * 4, "one token's scores are never split"
+
+
+STEPS = {  # rows, start of the first, tokens of each, parents
+    "decode": (1, 1400, 1, None),
+    "tree": (1, 1400, 32, [-1] + [0] * 31),
+    "prompt": (1, 1000, 400, None),
+    "rows": (8, 1400, 1, None),
+    "short rows": (8, 100, 3, None),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "dtype"), [(9, 3, 64, torch.bfloat16), (16, 1, 64, torch.float32)]
+)
+def test_exact_attention_holds_no_more_than_is_told(heads, groups, width, dtype, name, softcap):
+    rows, start, tokens, parents = STEPS[name]
+    storage = KVCache([(groups, width, width)], rows, 1500, dtype, exact=True)
+    trees = parents and [parents] * rows
+    step = storage.step(list(range(rows)), [start + 9 * row for row in range(rows)], [tokens] * rows, trees)
+    query, out = torch.zeros(rows, heads, tokens, width, dtype=dtype), torch.empty(rows, tokens, heads, width).to(dtype)
+    arguments = (None, query, *step.stored(0), step.layer_mask(MaskKind()))
+    attend(*arguments, softcap=softcap, out=out)  # what is proven and kept once does not count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        attend(*arguments, softcap=softcap, out=out)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    slot = 2 * groups * width * dtype.itemsize
+    told = temporary_bytes_exact(rows, heads, rows * tokens, 1500, slot, width * dtype.itemsize)
+    assert max(held) <= told
+    assert told <= 4 * MAX_GROUP_BYTES + 1500 * slot, "whatever the step"

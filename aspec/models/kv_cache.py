@@ -17,49 +17,10 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from aspec.io.upload import upload
 from aspec.models.hf_compat import Cache
+from aspec.models.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
 
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""
-
-
-KEY_TILE = 64
-"""Slots in a tile. Attention runs over whole tiles: a CPU library compiles and keeps a kernel for every new length of a
-product, so fewer lengths save time and memory. Exact attention sums tile by tile."""
-
-
-@dataclass(frozen=True, slots=True)
-class MaskKind:
-    """Limits which earlier positions a query may see, in addition to causality."""
-
-    window: int | None = None  # only the last ``window`` positions
-    chunk: int | None = None  # only positions of the same chunk of this size
-
-    def narrow(self, query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """``visible`` without the positions that this kind excludes; the three tensors are broadcast together."""
-        if self.window is not None:
-            visible = visible & (query - key < self.window)
-        if self.chunk is not None:
-            visible = visible & (query // self.chunk == key // self.chunk)
-        return visible
-
-    def visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Bool: whether a query at position ``query`` may see a key at position ``key``; both are broadcast."""
-        return self.narrow(query, key, key <= query)
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """The input of exact attention for one row: its keys in the order of their positions, as in plain decoding.
-
-    For every query, positions below ``prefix`` are in the slots of the same number. After them each query of a tree has
-    its own path: ``tail`` [T, W] int64 is the slot of position ``prefix + w``. ``visible`` [T, P] bool is over
-    positions, P = prefix + W. All three lengths are whole tiles. A chain has only a prefix and no tail.
-    """
-
-    num_slots: int  # slots of the row up to its last node, in whole tiles
-    prefix: int
-    tail: torch.Tensor | None
-    hidden: torch.Tensor
 
 
 class KVCache:
@@ -185,7 +146,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._starts = starts
         self._totals = [first + count for first, count in zip(firsts, counts, strict=True)]
         end = max(start + total for start, total in zip(starts, self._totals, strict=True))
-        self.high = min(_whole_tiles(end), storage.capacity)
+        self.high = min(whole_tiles(end), storage.capacity)
         uploaded = upload(torch.tensor([list(starts), list(counts), list(firsts), list(rows)]), device)
         self._start, last, first = uploaded[0][:, None], uploaded[1][:, None] - 1, uploaded[2][:, None]  # [B, 1]
         offsets = torch.arange(width, device=device)[None]  # [1, T]
@@ -241,21 +202,20 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return tree.paths.gather(1, self._node[:, :, None].expand(-1, -1, tree.paths.shape[2]))
 
     def _make_paths(self, kind: MaskKind) -> tuple[Paths, ...]:
-        ends = (self.position_ids.amax(1) + 1).tolist()
         nodes = None if self._tree is None else self._node_paths(self._tree)
         made = []
-        for row, (start, end) in enumerate(zip(self._starts, ends, strict=True)):
-            length = _whole_tiles(end)
+        for row, (start, positions) in enumerate(zip(self._starts, self.position_ids.tolist(), strict=True)):
+            length = (max(positions) // PIECE + 1) * PIECE
             position = torch.arange(length, device=self.position_ids.device)
             hidden = ~kind.visible(self.position_ids[row, :, None], position)
             if self._tree is None or nodes is None or self._tree.is_chain[row]:
-                made.append(Paths(length, length, None, hidden))
+                made.append(Paths(kind, positions, length, length, None, hidden))
                 continue
             prefix = start // KEY_TILE * KEY_TILE
             position = position[prefix:]
             level = (position - start).clamp(0, nodes.shape[2] - 1)
             tail = torch.where(position < start, position, start + nodes[row][:, level])
-            made.append(Paths(_whole_tiles(start + self._totals[row]), prefix, tail, hidden))
+            made.append(Paths(kind, positions, whole_tiles(start + self._totals[row]), prefix, tail, hidden))
         return tuple(made)
 
     def update(
@@ -336,10 +296,6 @@ def visible_slots(kind: MaskKind, positions: torch.Tensor, length: int, tree: Tr
     key = torch.where(offset < 0, slot, start + depths[:, None].gather(2, node))
     own = seen.gather(2, node.expand(-1, seen.shape[1], -1)) & (offset < depths.shape[1])
     return kind.narrow(query, key, (offset < 0) | own)
-
-
-def _whole_tiles(length: int) -> int:
-    return -(-length // KEY_TILE) * KEY_TILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,9 @@ from aspec.models.hf_compat import (
     ignore_positions,
     takes_registered_attention,
 )
-from aspec.models.kv_cache import KVCache, KVShape, MaskKind, StepCache
+from aspec.models.kv_cache import KVCache, KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
+from aspec.models.paths import MaskKind
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
 

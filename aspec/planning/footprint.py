@@ -9,8 +9,9 @@ import torch
 
 from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.io.memory import PAGE
-from aspec.models.attention import DEVICE_SCORE_BYTES, MAX_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
+from aspec.models.attention import DEVICE_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.models.exact.recipe import BLOCK_ROWS, MOST_PACKED_BYTES, PACK_BLOCKS
+from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
@@ -241,8 +242,9 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
         most = DEVICE_SCORE_BYTES if on_device else MAX_SCORE_BYTES
         mask = 0 if on_device else tokens * request.capacity * target.dtype.itemsize  # torch's kernel adds it to scores
         return temporary_bytes(1, heads, tokens, request.capacity, most) + mask
-    slot = _slot_bytes(target, request)
-    return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot)
+    slot, shapes = _slot_bytes(target, request), target.kv_shapes(offloaded=request.kv_on_host)
+    head = max(shape[2] for shape in shapes if shape) * target.dtype.itemsize
+    return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot, head)
 
 
 def _slot_bytes(target: Model, request: PlanRequest) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from aspec.io.host_info import cpu_features, host_info
 from aspec.io.json_file import read_record, replace_json
+from aspec.models.exact.flash_probe import FLASH, probe_flash
 from aspec.models.exact.recipe import BLOCKS, Packing, Recipe
 from aspec.models.exact.row_probe import ProductKind, probe
 from aspec.options import cache_folder
@@ -31,7 +32,7 @@ def recipe_for(kind: ProductKind) -> Recipe:
         file = cache_folder() / f"rows-{_machine()}.json"
         found = _recipe(read_record(file).get(kind.name))
         if found is None:
-            found = probe(kind)
+            found = probe_flash(kind) if kind.op == FLASH else probe(kind)
             if found != BLOCKS:
                 replace_json(file, {**read_record(file), kind.name: _entry(found)})
         _known[kind] = found

@@ -71,7 +71,7 @@ def probe(kind: ProductKind) -> Recipe:
     generator = torch.Generator().manual_seed(5)
     rows = _rows(max([2 * dense, *larger]), kind, generator)
     operands = [_operands(kind, generator) for _ in range(min(MOST_WEIGHTS, max(1, OUTPUTS // kind.out)))]
-    product = _side_by_side([_product(kind, *own) for own in operands])
+    product = side_by_side([_product(kind, *own) for own in operands])
     recipe = prove(product, rows, dense, larger)
     if kind.op == "linear" and nbytes <= MOST_PACKED_BYTES:
         recipe = replace(recipe, packing=_packing(recipe, product, rows[: 2 * dense], operands))
@@ -85,7 +85,7 @@ def _packing(recipe: Recipe, product: Product, rows: torch.Tensor, operands: "li
     found: list[Packing] = []
     for hint in HINTS:
         with contextlib.suppress(RuntimeError, AttributeError):  # a build of torch without these products
-            packed = _side_by_side([pack(weight, bias, hint) for weight, bias in operands])
+            packed = side_by_side([pack(weight, bias, hint) for weight, bias in operands])
             faster = _seconds(packed, rows[:1]) < FASTER * _seconds(product, rows[:1])
             if not faster and recipe.highest >= SMALL_BLOCK:
                 break
@@ -160,7 +160,7 @@ def _holds(recipe: Recipe, product: Product, rows: torch.Tensor, expected: torch
 def _rows(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``_operands``."""
     half, shape = kind.inner // 2, (kind.batch, count) if kind.batch else (count,)
-    values = _uneven((*shape, kind.inner), generator)
+    values = uneven((*shape, kind.inner), generator)
     cancels = torch.arange(count) % 3 < 2
     values[..., cancels, half : 2 * half] = values[..., cancels, :half].roll(7, -1)
     sizes = 2.0 ** (6 * (torch.arange(count) % 5) - 12)
@@ -177,14 +177,14 @@ def _operands(kind: ProductKind, generator: torch.Generator) -> Operands:
     return _weight(kind, generator), bias
 
 
-def _side_by_side(products: list[Product]) -> Product:
+def side_by_side(products: list[Product]) -> Product:
     """The results of several products [..., M, K] -> [..., M, N], beside each other: more to compare."""
     return products[0] if len(products) == 1 else lambda rows: torch.cat([one(rows) for one in products], -1)
 
 
 def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     half, few = kind.inner // 2, min(kind.out, 61)
-    base = _uneven((few, kind.inner), generator)
+    base = uneven((few, kind.inner), generator)
     base[:, half : 2 * half] = -base[:, :half].roll(7, -1)
     stored = base.to(kind.dtype).repeat(-(-kind.out // few), 1)[: kind.out]  # [N, K]
     if kind.op == "linear":
@@ -194,7 +194,7 @@ def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
     return memory.transpose(-1, -2) if kind.transposed else memory
 
 
-def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Random numbers of many sizes, so that sums in fp32 are rounded at every step."""
     return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 7, shape, generator=generator)
 

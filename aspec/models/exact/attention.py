@@ -1,0 +1,85 @@
+"""Exact attention: a token's bits depend on its own path only, not on the other tokens of the pass.
+
+Queries are computed in pieces (``paths.py``): the keys of a call follow from the positions of its piece. Pieces run
+with torch's kernel (``flash.py``) where it is proven on this machine, in separate products (``tiles.py``) elsewhere.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from aspec.models.exact.flash import Inputs, attend_with_flash, flash_recipe
+from aspec.models.exact.scoring import Scoring
+from aspec.models.exact.tiles import Keys, attend_in_tiles
+from aspec.models.paths import Paths, Piece
+
+MAX_GROUP_BYTES = 4 << 20
+"""Bytes of scores, keys and values of the pieces that an exact step attends to together."""
+
+MOST_REST = 512
+"""Keys in one block of torch's kernel; every query must see one of them."""
+
+RowPiece = tuple[int, Piece]
+"""A row's number and a piece of its queries."""
+
+
+def attend_exactly(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    paths: tuple[Paths, ...],
+    scoring: Scoring,
+) -> None:
+    """Write an exact step of query [B, H, T, D] to ``output`` [B, T, H, Dv]. Similar pieces run together."""
+    heads = query.shape[1]
+    slot_bytes = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size()
+    recipe = flash_recipe(key, value) if scoring.softcap is None else None
+    quick: list[RowPiece] = []
+    slow: list[RowPiece] = []
+    for row, own in enumerate(paths):
+        for piece in own.pieces:
+            (slow if recipe is None or piece.num_rest > MOST_REST else quick).append((row, piece))
+
+    def inputs(row: int, piece: Piece) -> Inputs:
+        states = key[row], value[row]
+        if piece.path is not None:
+            states = states[0].index_select(1, piece.path), states[1].index_select(1, piece.path)
+        return Inputs(piece, query[row, :, piece.tokens], *states)
+
+    if recipe is not None:
+        for group in _groups(quick, lambda piece: piece.num_rest, 1.0, heads * 4, slot_bytes):
+            mixed = attend_with_flash([inputs(*own) for own in group], scoring, recipe)
+            for (row, piece), own_mixed in zip(group, mixed, strict=True):
+                output[row, piece.tokens] = own_mixed.transpose(0, 1)
+    for group in _groups(slow, lambda piece: piece.end - piece.first, 1.5, heads * 4, slot_bytes):
+        several = [inputs(*own) for own in group]
+        keys = Keys.merged([Keys.of(own.key, own.value, own.piece) for own in several])
+        queries = several[0].query if len(several) == 1 else torch.cat([own.query for own in several])
+        mixed = attend_in_tiles(queries, keys, scoring.repeated(len(group)))
+        for at, (row, piece) in enumerate(group):
+            output[row, piece.tokens] = mixed[:, at * heads : (at + 1) * heads]
+
+
+def _groups(
+    pieces: list[RowPiece], length: Callable[[Piece], int], spread: float, score_bytes: int, slot_bytes: int
+) -> Iterator[list[RowPiece]]:
+    """Pieces to attend to together: chains of equally many queries, and up to ``spread`` times as many keys as the
+    shortest, within MAX_GROUP_BYTES; a piece of a tree is alone."""
+
+    def likeness(piece: Piece) -> tuple[bool, bool, int]:
+        return piece.of_tree, bool(piece.seen), piece.count
+
+    together: list[RowPiece] = []
+    for found in sorted(pieces, key=lambda own: (*likeness(own[1]), length(own[1]))):
+        piece = found[1]
+        if together:
+            shortest = together[0][1]
+            nbytes = (len(together) + 1) * length(piece) * (piece.count * score_bytes + slot_bytes)
+            like = not piece.of_tree and likeness(piece) == likeness(shortest)
+            if not (like and nbytes <= MAX_GROUP_BYTES and length(piece) <= spread * length(shortest)):
+                yield together
+                together = []
+        together.append(found)
+    if together:
+        yield together

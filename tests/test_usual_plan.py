@@ -34,7 +34,7 @@ def plan(models, budget, **options):
 def budgets(models):
     """From the least that one row needs to more than all rows need."""
     most = plan(models, 64 * MIB).held_bytes
-    return range(most // 4, 2 * most, most // 12)
+    return range(most // 4, 2 * most, most // 24)
 
 
 def test_rows_are_as_many_as_memory_has_for_nothing(models):

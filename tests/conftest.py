@@ -33,7 +33,7 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     """A process that only hands out tests to others needs no fixture, and none of the seconds that importing takes."""
-    if config.option.dist == "no" or hasattr(config, "workerinput"):
+    if getattr(config.option, "dist", "no") == "no" or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("tests.fixtures")
 
 

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from aspec.models.exact.attention import MAX_GROUP_BYTES, MOST_REST, attend_exactly
+from aspec.models.exact.attention import MAX_GROUP_BYTES, MOST_REST, attend_exactly, flash_bytes
+from aspec.models.exact.flash import MAX_COPIED_BYTES
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.hf_compat import sdpa_mask
@@ -78,21 +79,22 @@ def temporary_bytes(batch: int, heads: int, tokens: int, length: int, max_bytes:
     return 3 * min(tokens, _block_tokens(batch * heads * length, max_bytes)) * batch * heads * length * 4
 
 
-def temporary_bytes_exact(batch: int, heads: int, tokens: int, length: int, slot_bytes: int, head_bytes: int) -> int:
+def temporary_bytes_exact(
+    batch: int, heads: int, tokens: int, length: int, slot_bytes: int, head_bytes: int, most_tree: int
+) -> int:
     """Bytes that ``attend`` holds in an exact step of ``batch`` rows with ``tokens`` tokens in total.
 
-    ``slot_bytes``: bytes of keys and values in one slot; ``head_bytes``: of one head's value. Pieces run one after
-    another, or several together with copies of their keys and values. Besides scores, weights and a cast, separate
-    products hold the scores in a second order, or the result of every tile. torch's kernel holds results and their
-    casts, masks, and a copy of the keys in its own order.
+    ``slot_bytes``: bytes of keys and values in one slot; ``head_bytes``: of one head's value; ``most_tree``: most tokens of
+    a row's tree, whose queries have copies of their own keys. Pieces run one after another, or several together.
     """
-    pieces = min(tokens, 2 * batch + tokens // PIECE)
-    together = min(MAX_GROUP_BYTES, length * (heads * tokens * 4 + pieces * slot_bytes)) if pieces > 1 else 0
-    separate = max(temporary_bytes(1, heads, min(tokens, PIECE), length), 3 * together) * 4 // 3
-    rest = min(length, MOST_REST)
-    rows = heads * min(tokens, max(PIECE, MAX_GROUP_BYTES // (rest * heads * 4)))
-    copies = max(rest * slot_bytes, min(MAX_GROUP_BYTES, rest * tokens * slot_bytes))
-    return max(separate, rows * (10 * head_bytes + 5 * rest) + copies) + length * slot_bytes
+    piece, tree, rest = min(tokens, PIECE), min(most_tree, PIECE), min(length, MOST_REST)
+    copies = max(rest * slot_bytes, min(MAX_COPIED_BYTES, rest * tree * slot_bytes)) if tree else 0
+    one = max(
+        temporary_bytes(1, heads, piece, length) * 4 // 3,
+        flash_bytes(heads, slot_bytes, head_bytes, piece, rest),
+        flash_bytes(heads, slot_bytes, head_bytes, tree, rest) + copies,
+    )
+    return max(one, MAX_GROUP_BYTES if batch > 1 or tokens > PIECE else 0) + length * slot_bytes
 
 
 def _block_tokens(scores_per_token: int, max_bytes: int) -> int:

@@ -244,7 +244,8 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
         return temporary_bytes(1, heads, tokens, request.capacity, most) + mask
     slot, shapes = _slot_bytes(target, request), target.kv_shapes(offloaded=request.kv_on_host)
     head = max(shape[2] for shape in shapes if shape) * target.dtype.itemsize
-    return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot, head)
+    tree = 1 + request.max_draft_tokens if request.speculation is Speculation.TREE and request.max_draft_tokens else 0
+    return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot, head, tree)
 
 
 def _slot_bytes(target: Model, request: PlanRequest) -> int:

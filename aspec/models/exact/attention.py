@@ -5,6 +5,7 @@ with torch's kernel (``flash.py``) where it is proven on this machine, in separa
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from aspec.models.exact.tiles import Keys, attend_in_tiles
 from aspec.models.paths import Paths, Piece
 
 MAX_GROUP_BYTES = 4 << 20
-"""Bytes of scores, keys and values of the pieces that an exact step attends to together."""
+"""Bytes that an exact step holds while it attends to several pieces together."""
 
 MOST_REST = 512
 """Keys in one block of torch's kernel; every query must see one of them."""
@@ -32,7 +33,7 @@ def attend_exactly(
     scoring: Scoring,
 ) -> None:
     """Write an exact step of query [B, H, T, D] to ``output`` [B, T, H, Dv]. Similar pieces run together."""
-    heads = query.shape[1]
+    heads, head_bytes = query.shape[1], value.shape[-1] * value.element_size()
     slot_bytes = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size()
     recipe = flash_recipe(key, value) if scoring.softcap is None else None
     quick: list[RowPiece] = []
@@ -48,11 +49,12 @@ def attend_exactly(
         return Inputs(piece, query[row, :, piece.tokens], *states)
 
     if recipe is not None:
-        for group in _groups(quick, lambda piece: piece.num_rest, 1.0, heads * 4, slot_bytes):
+        held = partial(flash_bytes, heads, slot_bytes, head_bytes)
+        for group in _groups(quick, lambda piece: piece.num_rest, 1.0, held):
             mixed = attend_with_flash([inputs(*own) for own in group], scoring, recipe)
             for (row, piece), own_mixed in zip(group, mixed, strict=True):
                 output[row, piece.tokens] = own_mixed.transpose(0, 1)
-    for group in _groups(slow, lambda piece: piece.end - piece.first, 1.5, heads * 4, slot_bytes):
+    for group in _groups(slow, lambda piece: piece.end - piece.first, 1.5, partial(tile_bytes, heads, slot_bytes)):
         several = [inputs(*own) for own in group]
         keys = Keys.merged([Keys.of(own.key, own.value, own.piece) for own in several])
         queries = several[0].query if len(several) == 1 else torch.cat([own.query for own in several])
@@ -61,8 +63,21 @@ def attend_exactly(
             output[row, piece.tokens] = mixed[:, at * heads : (at + 1) * heads]
 
 
+def flash_bytes(heads: int, slot_bytes: int, head_bytes: int, queries: int, keys: int) -> int:
+    """Bytes that torch's kernel and the join hold for a piece, besides its result: masks, results, keys in its order.
+
+    ``slot_bytes``: of a token's keys and values; ``head_bytes``: of one head's value; ``keys``: not seen by all.
+    """
+    return queries * heads * (10 * head_bytes + 5 * keys) + keys * slot_bytes
+
+
+def tile_bytes(heads: int, slot_bytes: int, queries: int, keys: int) -> int:
+    """Likewise of separate products: scores in two orders, weights, results of every tile, two copies of the keys."""
+    return queries * heads * keys * 16 + 2 * keys * slot_bytes
+
+
 def _groups(
-    pieces: list[RowPiece], length: Callable[[Piece], int], spread: float, score_bytes: int, slot_bytes: int
+    pieces: list[RowPiece], length: Callable[[Piece], int], spread: float, held: Callable[[int, int], int]
 ) -> Iterator[list[RowPiece]]:
     """Pieces to attend to together: chains of equally many queries, and up to ``spread`` times as many keys as the
     shortest, within MAX_GROUP_BYTES; a piece of a tree is alone."""
@@ -75,7 +90,7 @@ def _groups(
         piece = found[1]
         if together:
             shortest = together[0][1]
-            nbytes = (len(together) + 1) * length(piece) * (piece.count * score_bytes + slot_bytes)
+            nbytes = (len(together) + 1) * held(piece.count, length(piece))
             like = not piece.of_tree and likeness(piece) == likeness(shortest)
             if not (like and nbytes <= MAX_GROUP_BYTES and length(piece) <= spread * length(shortest)):
                 yield together

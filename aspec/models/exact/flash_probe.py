@@ -10,6 +10,7 @@ import torch
 from aspec.models.exact.blocks import Product
 from aspec.models.exact.recipe import BLOCKS, Recipe
 from aspec.models.exact.row_probe import ProductKind, prove, side_by_side, uneven
+from aspec.models.paths import KEY_TILE
 
 FLASH = "flash"  # the operation's name in a ProductKind; ``batch`` is the number of key heads
 
@@ -18,6 +19,14 @@ DENSE, LARGER = 32, (64, 128, 256, 384, 512)
 
 LENGTHS = (64, 192, 512, 832)
 """Numbers of keys: parts of a block, a block, a block and a part, and several. Shorter ones with hidden keys too."""
+
+BLOCK_KEYS = 512
+"""Keys of a block."""
+
+PACKED_HEADS, PACKED_WIDTH = 4, 64  # fewer key heads are never packed, nor other widths than multiples
+PACKED_ELEMENTS = 2688 << 10
+"""Elements of the keys of all heads from which on the kernel packs keys for other numbers of queries than below: both
+ways must give the same bits."""
 
 MOST_WIDTH = 256
 """Of a head; the probe of wider ones would take more seconds than it is worth."""
@@ -43,16 +52,23 @@ def probe_flash(kind: ProductKind) -> Recipe:
         return BLOCKS
     generator = torch.Generator().manual_seed(5)
     products = []
-    for length in LENGTHS:
+    for length in (*LENGTHS, *_packed_length(kind)):
         key = uneven((1, kind.batch, length, kind.inner), generator) * kind.inner**-0.5
         value = uneven((1, kind.batch, length, kind.inner), generator)
         value[:, :, length // 2 :] = -value[:, :, : length // 2].roll(7, 2)
         key, value = key.to(kind.dtype), value.to(kind.dtype)
         products.append(_product(key, value, 0))
-        if length <= 512:
+        if length <= BLOCK_KEYS:
             products.append(_product(key, value, length // 4))
     rows = 0.1 * torch.randn(kind.batch, max(LARGER), kind.inner, generator=generator)
     return prove(side_by_side(products), rows.to(kind.dtype), DENSE, list(LARGER))
+
+
+def _packed_length(kind: ProductKind) -> list[int]:
+    """The number of keys from which on they are packed for other numbers of queries; empty if they never are."""
+    if kind.batch < PACKED_HEADS or kind.inner % PACKED_WIDTH or kind.dtype == torch.float32:
+        return []
+    return [PACKED_ELEMENTS // (kind.batch * kind.inner * KEY_TILE) * KEY_TILE + KEY_TILE]
 
 
 def _product(key: torch.Tensor, value: torch.Tensor, num_hidden: int) -> Product:

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from aspec.models.exact.attention import MAX_GROUP_BYTES, MOST_REST, attend_exactly, flash_bytes
+from aspec.models.exact.attention import MAX_GROUP_BYTES, MOST_REST, attend_exactly, flash_bytes, tile_bytes
 from aspec.models.exact.flash import MAX_COPIED_BYTES
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
@@ -84,7 +84,7 @@ def temporary_bytes_exact(
 ) -> int:
     """Bytes that ``attend`` holds in an exact step of ``batch`` rows with ``tokens`` tokens in total.
 
-    ``slot_bytes``: bytes of keys and values in one slot; ``head_bytes``: of one head's value; ``most_tree``: most tokens of
+    ``slot_bytes``: of keys and values in one slot; ``head_bytes``: of one head's value; ``most_tree``: most tokens of
     a row's tree, whose queries have copies of their own keys. Pieces run one after another, or several together.
     """
     piece, tree, rest = min(tokens, PIECE), min(most_tree, PIECE), min(length, MOST_REST)
@@ -94,7 +94,12 @@ def temporary_bytes_exact(
         flash_bytes(heads, slot_bytes, head_bytes, piece, rest),
         flash_bytes(heads, slot_bytes, head_bytes, tree, rest) + copies,
     )
-    return max(one, MAX_GROUP_BYTES if batch > 1 or tokens > PIECE else 0) + length * slot_bytes
+    pieces = min(tokens, 2 * batch + tokens // PIECE)
+    several = max(
+        flash_bytes(heads, slot_bytes, head_bytes, tokens, rest) + pieces * rest * slot_bytes,
+        tile_bytes(heads, slot_bytes, tokens, length) + 2 * pieces * length * slot_bytes,
+    )
+    return max(one, min(MAX_GROUP_BYTES, several) if pieces > 1 else 0) + length * slot_bytes
 
 
 def _block_tokens(scores_per_token: int, max_bytes: int) -> int:

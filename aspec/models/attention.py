@@ -97,7 +97,7 @@ def temporary_bytes_exact(
     pieces = min(tokens, 2 * batch + tokens // PIECE)
     several = max(
         flash_bytes(heads, slot_bytes, head_bytes, tokens, rest) + pieces * rest * slot_bytes,
-        tile_bytes(heads, slot_bytes, tokens, length) + 2 * pieces * length * slot_bytes,
+        tile_bytes(heads, slot_bytes, tokens, length) + (2 * pieces - 3) * length * slot_bytes,
     )
     return max(one, min(MAX_GROUP_BYTES, several) if pieces > 1 else 0) + length * slot_bytes
 

@@ -100,7 +100,7 @@ class Model:
         self._layers_name, self._layers = find_layers(self._layers_model)
         if not stored:
             self.checkpoint = self._outline() if outlined else Checkpoint.open(self.folder)  # which raises
-        self._tensors = map_tensors(self._layers_model, self.checkpoint)
+        self._tensors = map_tensors(self._layers_model, self.folder, self.checkpoint.tensors)
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:

@@ -24,6 +24,10 @@ PAGE = 4096  # bytes; offsets, addresses and lengths of direct reads are multipl
 MAX_GAP = (
     1 << 20
 )  # bytes; a smaller gap is read too, which costs less than a second read (3 MiB reads run at full rate)
+MERGE_COPIES = (
+    4  # a weight that an adapter changes costs about as many copies of it (measured: 3 at rank 16, 5.5 at 64)
+)
+MAX_COPIED = 1 << 20  # bytes of a plain tensor beside packed ones that is copied, so that decoding frees the slot
 ALIGNMENT = 256  # bytes; of converted tensors. The kernels' results and speed depend on it
 REST = -1  # the layer number of tensors that belong to no layer
 
@@ -106,6 +110,11 @@ class Part:
         made = {target.target: target for conversion in self.conversions for target in conversion.targets}
         converted = (pair for conversion in self.conversions for pair in conversion.updates.items())
         return (*self.updates, *((made[name], update) for name, update in converted))
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes that binding writes, after every read; 0 where weights are used as they were read."""
+        return self.scratch_bytes + sum(MERGE_COPIES * weight.nbytes for weight, _ in self.merges)
 
 
 def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
@@ -261,11 +270,13 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
     conversions: list[Conversion] = []
     found = [_stored(entry, bases.get(entry.name), plain) for entry in entries]
     shift = _shift([stored for stored in found if stored is not None], alignment)
+    packed = any(isinstance(own, PackedWeight) for entry in entries for own, _ in entry.sources)
     for entry, stored in zip(entries, found, strict=True):
         own = {name: _placed(update, plain) for name, update in entry.updates.items()}
         aligned = stored is not None and (stored.at + shift) % alignment == 0
         shared = bool(own) and uses[entry.sources[0][0]] > 1  # another parameter needs the bytes as they are stored
-        if stored is not None and aligned and not shared and _is_usable(stored, tensors.wanted):
+        copied = packed and entry.nbytes <= MAX_COPIED
+        if stored is not None and aligned and not (shared or copied) and _is_usable(stored, tensors.wanted):
             bindings += _with_aliases(stored, tensors.aliases)
             updates += [(stored, update) for update in own.values()]
         else:

@@ -22,10 +22,9 @@ def make_plan(
     **changes,
 ):
     parts = tuple(
-        PlannedPart(
-            i, i // parts_per_layer, nbytes, nbytes, Tier.DEVICE if i in resident else tier, decoded, decoded, in_place
-        )
+        PlannedPart(i, i // parts_per_layer, nbytes, nbytes, own, decoded, decoded, in_place)
         for i in range(num_layers * parts_per_layer)
+        for own in [Tier.DEVICE if i in resident else tier]
     )
     defaults = dict(num_rows=3, capacity=512, max_draft_tokens=8, fixed_draft_tokens=4, prefill_tokens=64)
     return plan_of(parts, num_layers, num_slots, nbytes, **{**defaults, **changes})

@@ -32,7 +32,7 @@ def test_a_layer_is_decoded_beside_the_products_of_the_one_before(virtual, resou
     spans = spans_of(virtual, plan, resources, disk_bytes_per_s=1e12, layer_s=0.01, layer_token_s=0.0, decode_s=0.01)
     both, decoding = seconds(spans, Op.DECODE, Op.LAYER), seconds(spans, Op.DECODE)
     assert both < 1.05 * seconds(spans, Op.LAYER) + 0.02
-    assert decoding > 0.9 * seconds(spans, Op.LAYER)
+    assert decoding > 0.8 * seconds(spans, Op.LAYER)
     assert find_races(spans) == []
 
 

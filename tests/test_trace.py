@@ -52,8 +52,10 @@ def test_a_recorded_run_agrees_with_its_own_statistics(pair, tmp_path, name):
         stats["acceptance_rate"] * sum(r.proposed for r in timeline.rounds)
     )
     assert stop - start == pytest.approx(stats["decode_s"], rel=0.01)
-    landed = sum(s.nbytes for s in timeline.lane("disk") if start < s.stop_s <= stop)
-    assert landed / stats["decode_s"] == pytest.approx(stats["stream_bytes_per_s"], rel=0.01)
+    reads = timeline.lane("disk")
+    landed = sum(s.nbytes for s in reads if start < s.stop_s <= stop)
+    one = 2 * max(s.nbytes for s in reads) / stats["decode_s"]  # at each end a read may land while its round is counted
+    assert landed / stats["decode_s"] == pytest.approx(stats["stream_bytes_per_s"], abs=one)
     assert timeline.facts["bytes_per_pass"] > 0
     assert timeline.facts["started_ns"] > 1.7e18
 

@@ -17,6 +17,7 @@ from tests.trace_rules import check_trace, load
 
 FEW = ["--device-memory", "2250KiB", "--speculation", "tree", "--threads", "1", "-p", "hello", "-n", "24"]
 SMALL = [*FEW, "--ignore-eos"]
+STREAMED = ["--draft-budget", "4", "--resident-memory", "0"]
 TASKS = {"layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
 PROFILE = {"disk_bytes_per_s": 1e9, "tasks": TASKS}
 
@@ -40,7 +41,7 @@ def profile(tmp_path):
 
 @pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
 def test_a_recorded_run_agrees_with_its_own_statistics(pair, tmp_path, name):
-    result = run("trace", "-o", tmp_path / name, *pair, *SMALL, "--json")
+    result = run("trace", "-o", tmp_path / name, *pair, *SMALL, *STREAMED, "--json")
     assert result.exit_code == 0, result.output
     stats = json.loads(result.stdout)["stats"]
     check_trace(load(tmp_path / name))

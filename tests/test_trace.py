@@ -17,7 +17,7 @@ from tests.trace_rules import check_trace, load
 
 FEW = ["--device-memory", "2250KiB", "--speculation", "tree", "--threads", "1", "-p", "hello", "-n", "24"]
 SMALL = [*FEW, "--ignore-eos"]
-STREAMED = ["--draft-budget", "4", "--resident-memory", "0"]
+STREAMED = ["--draft-budget", "4", "--device-memory", "1850KiB"]
 TASKS = {"layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
 PROFILE = {"disk_bytes_per_s": 1e9, "tasks": TASKS}
 

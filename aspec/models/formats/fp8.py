@@ -1,0 +1,260 @@
+"""Eight-bit floats with a scale for each block of rows and columns: FP8 of DeepSeek, Qwen, FBGEMM and others.
+
+The size of a block is the settings', never derived from the grid of scales: the last block of a row or column may be
+ragged. Products are made in float32 and rounded once, as transformers does. A scale of activations (``input_scale``,
+``activation_scale``: static quantisation of the inputs) is not applied: that is transformers' way where it dequantises.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aspec.errors import shown
+from aspec.io.checkpoint import TensorRef
+from aspec.models.formats import fp4
+from aspec.models.formats.fp4 import POWERS, SMALLEST, GroupedFp4
+from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.settings import Settings, check_shape, misfit, missing
+from aspec.models.formats.workspace import Workspace, room
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (torch.float32, torch.bfloat16, torch.float16, *POWERS)
+DEFAULT_BLOCK = (128, 128)  # transformers', where the settings have no weight_block_size
+TILE = 1 << 16  # weights that are decoded at once, in float32: they stay in the second-level cache
+HALF_EXPONENT = 2.0**8  # e4m3 bits in the place of float16's are too small by it
+COMPANIONS = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+KNOWN = (
+    "quant_method",
+    "activation_scheme",
+    "weight_block_size",
+    "modules_to_not_convert",
+    "ignored_layers",
+    "modules_to_convert",
+    "scale_fmt",
+    "fmt",
+    "expert_dtype",
+    "dequantize",
+    "is_checkpoint_fp8_serialized",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFp8:
+    """Decodes weights [..., N, K] with scales [..., ceil(N / rows), ceil(K / columns)]."""
+
+    rows: int  # of a block
+    columns: int
+    grid: tuple[int, int]  # blocks of a matrix
+    rounded: torch.dtype | None = None  # the dtype of the library's product, if that is not float32
+
+    def __call__(self, stored: Sequence[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor) -> None:
+        """See ``Decode``."""
+        height, width = out.shape[-2:]
+        codes, scales, outs = (
+            stored[0].view(-1, height, width),
+            stored[1].view(-1, *self.grid),
+            out.view(-1, height, width),
+        )
+        for matrix in range(codes.shape[0]):
+            for rows, blocks in _tiles(height, self.rows, max(1, TILE // width)):
+                space = Workspace(workspace)
+                own = outs[matrix, rows]
+                direct = out.dtype == torch.float32 and self.rounded in (None, torch.float32)
+                tile = own if direct else space.take(torch.float32, *own.shape)
+                factor = _widen(codes[matrix, rows], tile, space)
+                scale = _widened_scales(scales[matrix, blocks], space)
+                self._multiply(tile, scale if factor == 1 else scale.mul_(factor))
+                if self.rounded not in (None, torch.float32, out.dtype):
+                    tile.copy_(space.take(self.rounded, *own.shape).copy_(tile))
+                if not direct:
+                    own.copy_(tile)
+
+    def _multiply(self, tile: torch.Tensor, scale: torch.Tensor) -> None:
+        """Multiply whole blocks of rows, or rows of one block, by scales [blocks, blocks of a row]."""
+        height, width = tile.shape
+        blocks, whole = scale.shape[0], width // self.columns
+        scale = scale.view(blocks, 1, -1, 1)
+        if whole:
+            inner = tile[:, : whole * self.columns].view(blocks, height // blocks, whole, self.columns)
+            inner.mul_(scale[:, :, :whole])
+        if whole < scale.shape[2]:  # the ragged block at the end of the rows
+            tile[:, whole * self.columns :].view(blocks, height // blocks, 1, -1).mul_(scale[:, :, whole:])
+
+
+def _tiles(height: int, block: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Rows to decode at once, and the rows of scales that they have: whole blocks, or rows of one block."""
+    step = most // block * block
+    if step:
+        whole = height // block * block
+        for first in range(0, whole, step):
+            yield slice(first, min(first + step, whole)), slice(first // block, min(first + step, whole) // block)
+        if whole < height:
+            yield slice(whole, height), slice(whole // block, whole // block + 1)
+        return
+    for first in range(0, height, block):
+        end = min(first + block, height)
+        for row in range(first, end, most):
+            yield slice(row, min(row + most, end)), slice(first // block, first // block + 1)
+
+
+def _widen(codes: torch.Tensor, tile: torch.Tensor, space: Workspace) -> float:
+    """Write codes as float32, too small by the power of two that is returned.
+
+    On a CPU PyTorch converts e4m3 one by one. Its bits in the place of a float16's are as good, but for codes that are
+    not numbers: float16 has other bits for them.
+    """
+    if codes.device.type != "cpu":
+        tile.copy_(codes)
+        return 1
+    bits = space.take(torch.int16, *codes.shape).copy_(codes.view(torch.int8))
+    if codes.dtype == torch.float8_e5m2:
+        tile.copy_(bits.mul_(1 << 8).view(torch.float16))
+        return 1
+    if codes.view(torch.int8).amax() == 0x7F or codes.view(torch.uint8).amax() == 0xFF:
+        tile.copy_(codes)
+        return 1
+    tile.copy_(bits.mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16))  # the sign has come to two bits
+    return HALF_EXPONENT
+
+
+def _widened_scales(scales: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """Scales as float32."""
+    wide = space.take(torch.float32, *scales.shape)
+    if scales.dtype != torch.uint8:
+        return wide.copy_(scales)
+    wide.view(torch.int32).copy_(scales).bitwise_left_shift_(23).clamp_min_(SMALLEST)
+    return wide
+
+
+class Fp8:
+    """The method ``fp8``: the stored tensors say which weights are packed."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.check_known(KNOWN)
+        settings.choice("activation_scheme", ("dynamic", "static"), "dynamic")
+        settings.choice("scale_fmt", ("float", "ue8m0", None), None)
+        settings.choice("fmt", ("e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2", None), None)
+        settings.choice("expert_dtype", ("fp8", "fp4"), "fp8")
+        for key in ("dequantize", "is_checkpoint_fp8_serialized"):
+            settings.flag(key)
+        for key in ("modules_to_not_convert", "ignored_layers", "modules_to_convert"):
+            settings.names(key)  # the weights that they name are stored plainly, or with scales as all others
+        given = "weight_block_size" in settings.values
+        self._block = settings.sizes("weight_block_size", 2) if given else DEFAULT_BLOCK
+        self._settings = settings
+
+    def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
+        """See ``Format``."""
+        found, used = [], set()
+        for name, ref in tensors.items():
+            scale = _companion(name, ref, tensors)
+            if scale is not None:
+                used.add(scale.name)
+                found.append(self._packed(name, ref, scale))
+            elif ref.dtype in FP8:
+                raise missing(ref, name + "_scale_inv")
+        for name, ref in tensors.items():
+            if name.endswith("_scale_inv") and name not in used:
+                weight = name.removesuffix("_scale_inv")
+                raise missing(ref, weight) if weight not in tensors else misfit(tensors[weight], "float8_e4m3fn")
+        self._settings.check_found(len(found), "tensors of float8_e4m3fn with scales")
+        return found
+
+    def _packed(self, name: str, weight: TensorRef, scale: TensorRef) -> PackedWeight:
+        if weight.dtype == torch.int8:  # experts of DeepSeek-V4
+            return fp4.packed(name, weight, scale, None, GroupedFp4(32), "FP4")
+        block = self._block
+        if len(scale.shape) < 2 and torch.Size(scale.shape).numel() == 1:
+            block = None
+        return packed(name, weight, scale, block, "FP8")
+
+
+def _companion(name: str, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> TensorRef | None:
+    """The scales of a stored weight; None if it isn't a packed one."""
+    if weight.dtype not in (*FP8, torch.int8) or name.endswith(COMPANIONS):
+        return None
+    base = name.removesuffix("weight")
+    names = [base + own for own in COMPANIONS] if base != name else [name + "_scale_inv", name + "_scale"]
+    return next((tensors[own] for own in names if own in tensors), None)
+
+
+class Fbgemm:
+    """The method ``fbgemm_fp8``: a scale for each output; Llama 4's fused experts [E, input, output] too."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.check_known(("quant_method", "activation_scale_ub", "modules_to_not_convert"))
+        settings.names("modules_to_not_convert")
+        self._settings = settings
+
+    def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
+        """See ``Format``."""
+        found = []
+        for name, ref in tensors.items():
+            scale = tensors.get(name + "_scale")
+            if scale is None:
+                if ref.dtype in FP8:
+                    raise missing(ref, name + "_scale")
+            elif len(ref.shape) == 3:
+                check_shape(scale, *_of_experts(ref, scale))
+                found.append(packed(name, ref, scale, (ref.shape[1], 1), "FP8 of FBGEMM"))
+            else:
+                found.append(packed(name, ref, scale, None, "FP8 of FBGEMM"))
+        self._settings.check_found(len(found), "tensors of float8_e4m3fn with a *_scale")
+        return found
+
+
+def _of_experts(weight: TensorRef, scale: TensorRef) -> tuple[tuple[int, ...], str]:
+    """The shape that the scales of fused experts have: one for each expert and output, in one of two orders."""
+    experts, _, outputs = weight.shape
+    shape = (experts, outputs, 1) if scale.shape[-1:] == (1,) else (experts, 1, outputs)
+    return shape, f"a scale for each output of {shown(weight.name)}"
+
+
+def packed(
+    name: str,
+    weight: TensorRef,
+    scale: TensorRef,
+    block: tuple[int, ...] | None,
+    method: str,
+    rounded: torch.dtype | None = None,
+) -> PackedWeight:
+    """A weight [..., N, K] of codes and scales. Raises CheckpointError if they do not fit each other.
+
+    ``block``: rows and columns with one scale; None: one scale for a matrix, or for each of its rows, as the scales
+    are. ``rounded``: the dtype in which the library multiplies, if its result is rounded to it before any cast.
+    """
+    if weight.dtype not in FP8 or len(weight.shape) < 2 or not weight.nbytes:
+        raise misfit(weight, f"a matrix of float8_e4m3fn or float8_e5m2, as {shown(scale.name)} scales it")
+    if scale.dtype not in SCALES:
+        raise misfit(scale, "scales of float32, bfloat16, float16, float8_e8m0fnu or uint8")
+    *matrices, height, width = weight.shape
+    count, given = torch.Size(matrices).numel(), torch.Size(scale.shape).numel()
+    if block is None:
+        block = (height, width) if given == count else (1, width)
+        if given not in (count, count * height):
+            raise misfit(scale, f"one scale, or {height} for the rows of {shown(name)}", list(scale.shape))
+    rows, columns = min(block[0], height), min(block[1], width)
+    grid = (-(-height // rows), -(-width // columns))
+    expected = (*matrices, *grid)
+    if given != count * grid[0] * grid[1] or not _alike(scale.shape, expected):
+        raise misfit(scale, f"{list(expected)} (blocks of {rows} x {columns} of {shown(name)})", list(scale.shape))
+    decode = BlockFp8(rows, columns, grid, rounded)
+    tile = max(TILE, width)
+    needed = room(4 * tile, 2 * tile, 4 * (tile // width + 1) * grid[1], 2 * tile)
+    return PackedWeight(name, tuple(weight.shape), rounded or torch.bfloat16, (weight, scale), method, decode, needed)
+
+
+def _alike(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether two shapes are equal but for dimensions of one."""
+    return [own for own in shape if own != 1] == [own for own in expected if own != 1]
+
+
+def read(values: Mapping[str, object], where: str) -> Format:
+    """The method ``fp8`` with the settings of a checkpoint."""
+    return Fp8(Settings(values, where, "FP8"))
+
+
+def read_fbgemm(values: Mapping[str, object], where: str) -> Format:
+    """The method ``fbgemm_fp8`` with the settings of a checkpoint."""
+    return Fbgemm(Settings(values, where, "FP8 of FBGEMM"))

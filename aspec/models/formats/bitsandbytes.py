@@ -21,7 +21,7 @@ from aspec.models.formats.packed import Format, PackedWeight
 from aspec.models.formats.settings import Settings, check_shape, misfit, missing
 from aspec.models.formats.workspace import Workspace, room
 
-TILE = 1 << 16  # weights that are decoded at once, in float32: they stay in the second-level cache
+TILE = 1 << 17  # weights that are decoded at once, in float32: they stay in the second-level cache
 BLOCKS = tuple(1 << power for power in range(5, 13))  # sizes that bitsandbytes has
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")

@@ -17,7 +17,7 @@ from aspec.models.formats.workspace import Workspace, room
 
 CODES = 256  # values of a byte
 TABLE_BYTES = CODES * CODES * 2 * 4  # in float32, the widest
-TILE = 1 << 16  # bytes of codes that are looked up at once; their indices and the table stay in the second-level cache
+TILE = 1 << 16  # bytes of codes that are looked up at once, CODES squared at most: they and the table stay in the cache
 POWERS = frozenset({torch.uint8, torch.float8_e8m0fnu})  # scales that are powers of two, in both dtypes that they have
 SMALLEST = 0x00400000  # 2 ** -127 as the bits of a float32: the scale of code 0
 
@@ -54,7 +54,7 @@ class GroupedFp4:
         """The weights of all scales and bytes."""
         groups = space.take(torch.int32, TILE * 2 // self.group)
         pairs, scale = space.take(torch.float32, 1, 2 * CODES), space.take(torch.float32, CODES, 1)
-        exact, other = space.take(torch.float32, CODES, 2 * CODES), space.take(torch.int32, TILE)
+        exact, other = space.take(torch.float32, CODES, 2 * CODES), space.take(torch.int32, CODES * CODES)
         _write_pairs(pairs, exact)
         _write_scales(scale, scales, exact)
         if factor is not None:
@@ -63,7 +63,7 @@ class GroupedFp4:
         if self.rounded is not None:
             exact.copy_(other.view(self.rounded).view(CODES, -1).copy_(exact))
         if wanted == torch.float32:
-            return _Table(exact.view(torch.int64).view(-1), other, groups)
+            return _Table(exact.view(torch.int64).view(-1), other[:TILE], groups)
         narrow = other.view(wanted).view(CODES, -1).copy_(exact)
         return _Table(narrow.view(torch.int32).view(-1), exact.view(torch.int32).view(-1)[:TILE], groups)
 
@@ -95,7 +95,7 @@ def _decode_transposed(
 ) -> None:
     """Weights [E, K, N] of codes of [E, N, K]: some rows at a time."""
     experts, width, height = out.shape
-    step = max(1, 2 * TILE // width)
+    step = min(max(1, 2 * TILE // width), -(-height // 2))  # never all rows: PyTorch takes memory to transpose these
     tile = space.take(out.dtype, step, width)
     codes, scales = codes.view(experts, height, width // 2), scales.view(experts, height, width // group)
     for expert in range(experts):
@@ -158,5 +158,5 @@ def packed(
         refs = (codes, scales, factor)
     shape = (*height[:-1], width, height[-1]) if decode.transposed else (*height, width)
     tile = max(2 * TILE, width) * 4 if decode.transposed else 0
-    needed = room(8 * TILE // group, 8 * CODES, 4 * CODES, TABLE_BYTES, 4 * TILE, tile)
+    needed = room(8 * TILE // group, 8 * CODES, 4 * CODES, TABLE_BYTES, TABLE_BYTES // 2, tile)
     return PackedWeight(name, shape, decode.rounded or torch.bfloat16, refs, method, decode, needed)

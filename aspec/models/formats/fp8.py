@@ -5,7 +5,7 @@ ragged. Products are made in float32 and rounded once, as transformers does. A s
 ``activation_scale``: static quantisation of the inputs) is not applied: that is transformers' way where it dequantises.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,7 @@ from aspec.models.formats.workspace import Workspace, room
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, *POWERS)
 DEFAULT_BLOCK = (128, 128)  # transformers', where the settings have no weight_block_size
-TILE = 1 << 16  # weights that are decoded at once, in float32: they stay in the second-level cache
-HALF_EXPONENT = 2.0**8  # e4m3 bits in the place of float16's are too small by it
+TILE = 1 << 17  # weights that are decoded at once, in float32: they stay in the second-level cache
 COMPANIONS = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 KNOWN = (
     "quant_method",
@@ -36,6 +35,10 @@ KNOWN = (
     "expert_dtype",
     "dequantize",
     "is_checkpoint_fp8_serialized",
+    "weight_per_tensor",
+    "act_per_tensor",
+    "kv_cache_scheme",
+    "kv_cache_quant_targets",
 )
 
 
@@ -51,35 +54,34 @@ class BlockFp8:
     def __call__(self, stored: Sequence[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor) -> None:
         """See ``Decode``."""
         height, width = out.shape[-2:]
-        codes, scales, outs = (
-            stored[0].view(-1, height, width),
-            stored[1].view(-1, *self.grid),
-            out.view(-1, height, width),
-        )
+        codes, scales = stored[0].view(-1, height, width), stored[1].view(-1, *self.grid)
+        outs, space, step = out.view(-1, height, width), Workspace(workspace), min(height, max(1, TILE // width))
+        tiles = space.take(torch.float32, step, width)
+        scratch = space.take(torch.int16, step, width)
+        wide = space.take(torch.float32, step, self.grid[1])  # scales: of one block at least for a row
+        widen, factor = _widening(codes)
+        direct = out.dtype == torch.float32 and self.rounded in (None, torch.float32)
         for matrix in range(codes.shape[0]):
-            for rows, blocks in _tiles(height, self.rows, max(1, TILE // width)):
-                space = Workspace(workspace)
-                own = outs[matrix, rows]
-                direct = out.dtype == torch.float32 and self.rounded in (None, torch.float32)
-                tile = own if direct else space.take(torch.float32, *own.shape)
-                factor = _widen(codes[matrix, rows], tile, space)
-                scale = _widened_scales(scales[matrix, blocks], space)
-                self._multiply(tile, scale if factor == 1 else scale.mul_(factor))
+            for rows, blocks in _tiles(height, self.rows, step):
+                own, count = outs[matrix, rows], rows.stop - rows.start
+                tile = own if direct else tiles[:count]
+                widen(codes[matrix, rows], tile, scratch[:count])
+                _multiply(tile, self.columns, _widened(scales[matrix, blocks], wide, factor))
                 if self.rounded not in (None, torch.float32, out.dtype):
-                    tile.copy_(space.take(self.rounded, *own.shape).copy_(tile))
+                    tile.copy_(scratch[:count].view(self.rounded).copy_(tile))
                 if not direct:
                     own.copy_(tile)
 
-    def _multiply(self, tile: torch.Tensor, scale: torch.Tensor) -> None:
-        """Multiply whole blocks of rows, or rows of one block, by scales [blocks, blocks of a row]."""
-        height, width = tile.shape
-        blocks, whole = scale.shape[0], width // self.columns
-        scale = scale.view(blocks, 1, -1, 1)
-        if whole:
-            inner = tile[:, : whole * self.columns].view(blocks, height // blocks, whole, self.columns)
-            inner.mul_(scale[:, :, :whole])
-        if whole < scale.shape[2]:  # the ragged block at the end of the rows
-            tile[:, whole * self.columns :].view(blocks, height // blocks, 1, -1).mul_(scale[:, :, whole:])
+
+def _multiply(tile: torch.Tensor, columns: int, scale: torch.Tensor) -> None:
+    """Multiply whole blocks of rows, or rows of one block, by scales [blocks, blocks of a row]."""
+    height, width = tile.shape
+    blocks, whole = scale.shape[0], width // columns
+    scale = scale.view(blocks, 1, -1, 1)
+    if whole:
+        tile[:, : whole * columns].view(blocks, height // blocks, whole, columns).mul_(scale[:, :, :whole])
+    if whole < scale.shape[2]:  # the ragged block at the end of the rows
+        tile[:, whole * columns :].view(blocks, height // blocks, 1, -1).mul_(scale[:, :, whole:])
 
 
 def _tiles(height: int, block: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -98,33 +100,46 @@ def _tiles(height: int, block: int, most: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, min(row + most, end)), slice(first // block, first // block + 1)
 
 
-def _widen(codes: torch.Tensor, tile: torch.Tensor, space: Workspace) -> float:
-    """Write codes as float32, too small by the power of two that is returned.
+Widen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+"""Writes codes as float32; the last tensor is int16, to work in."""
 
-    On a CPU PyTorch converts e4m3 one by one. Its bits in the place of a float16's are as good, but for codes that are
-    not numbers: float16 has other bits for them.
+
+def _widening(codes: torch.Tensor) -> tuple[Widen, float]:
+    """How these codes become float32, and the power of two that the results are too small by.
+
+    On a CPU PyTorch converts codes one by one. Their bits are as good in the place of a float16's, but for e4m3 codes
+    that are not numbers: float16 has other bits for them.
     """
     if codes.device.type != "cpu":
-        tile.copy_(codes)
-        return 1
-    bits = space.take(torch.int16, *codes.shape).copy_(codes.view(torch.int8))
+        return _convert, 1
     if codes.dtype == torch.float8_e5m2:
-        tile.copy_(bits.mul_(1 << 8).view(torch.float16))
-        return 1
-    if codes.view(torch.int8).amax() == 0x7F or codes.view(torch.uint8).amax() == 0xFF:
-        tile.copy_(codes)
-        return 1
-    tile.copy_(bits.mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16))  # the sign has come to two bits
-    return HALF_EXPONENT
+        return _shift_e5m2, 1
+    if codes.view(torch.int8).amax().item() == 0x7F or codes.view(torch.uint8).amax().item() == 0xFF:
+        return _convert, 1
+    return _shift_e4m3, 2.0**8
 
 
-def _widened_scales(scales: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """Scales as float32."""
-    wide = space.take(torch.float32, *scales.shape)
-    if scales.dtype != torch.uint8:
-        return wide.copy_(scales)
-    wide.view(torch.int32).copy_(scales).bitwise_left_shift_(23).clamp_min_(SMALLEST)
-    return wide
+def _convert(codes: torch.Tensor, tile: torch.Tensor, scratch: torch.Tensor) -> None:
+    tile.copy_(codes)
+
+
+def _shift_e5m2(codes: torch.Tensor, tile: torch.Tensor, scratch: torch.Tensor) -> None:
+    tile.copy_(scratch.copy_(codes.view(torch.int8)).mul_(1 << 8).view(torch.float16))
+
+
+def _shift_e4m3(codes: torch.Tensor, tile: torch.Tensor, scratch: torch.Tensor) -> None:
+    bits = scratch.copy_(codes.view(torch.int8)).mul_(1 << 7)
+    tile.copy_(bits.bitwise_and_(~0x4000).view(torch.float16))  # the sign is in this bit too
+
+
+def _widened(scales: torch.Tensor, wide: torch.Tensor, factor: float) -> torch.Tensor:
+    """Scales as float32, times ``factor``."""
+    own = wide[: scales.shape[0]]
+    if scales.dtype == torch.uint8:
+        own.view(torch.int32).copy_(scales).bitwise_left_shift_(23).clamp_min_(SMALLEST)
+    else:
+        own.copy_(scales)
+    return own if factor == 1 else own.mul_(factor)
 
 
 class Fp8:
@@ -136,7 +151,7 @@ class Fp8:
         settings.choice("scale_fmt", ("float", "ue8m0", None), None)
         settings.choice("fmt", ("e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2", None), None)
         settings.choice("expert_dtype", ("fp8", "fp4"), "fp8")
-        for key in ("dequantize", "is_checkpoint_fp8_serialized"):
+        for key in ("dequantize", "is_checkpoint_fp8_serialized", "weight_per_tensor", "act_per_tensor"):
             settings.flag(key)
         for key in ("modules_to_not_convert", "ignored_layers", "modules_to_convert"):
             settings.names(key)  # the weights that they name are stored plainly, or with scales as all others
@@ -240,8 +255,8 @@ def packed(
     if given != count * grid[0] * grid[1] or not _alike(scale.shape, expected):
         raise misfit(scale, f"{list(expected)} (blocks of {rows} x {columns} of {shown(name)})", list(scale.shape))
     decode = BlockFp8(rows, columns, grid, rounded)
-    tile = max(TILE, width)
-    needed = room(4 * tile, 2 * tile, 4 * (tile // width + 1) * grid[1], 2 * tile)
+    step = min(height, max(1, TILE // width))
+    needed = room(4 * step * width, 2 * step * width, 4 * step * grid[1])
     return PackedWeight(name, tuple(weight.shape), rounded or torch.bfloat16, (weight, scale), method, decode, needed)
 
 

@@ -24,10 +24,12 @@ KNOWN = (
     "ignore",
     "exclude_modules",
     "group_size",
+    "input_activations",
     "kv_cache_quant_algo",
     "kv_cache_scheme",
     "producer",
     "quantized_layers",
+    "weights",
 )
 ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "MIXED_PRECISION")
 CHANGED = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")  # tensors of other ModelOpt algorithms

@@ -32,7 +32,7 @@ def read_format(config: Mapping[str, object], where: str) -> Format | None:
     settings = next((value for key in KEYS if (value := config.get(key))), None)
     if settings is None:
         return None
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    method = _method(settings) if isinstance(settings, Mapping) else None
     reader = READERS.get(method) if isinstance(method, str) else None
     if not isinstance(settings, Mapping) or reader is None:
         raise UnsupportedModelError(
@@ -40,3 +40,10 @@ def read_format(config: Mapping[str, object], where: str) -> Format | None:
             f"{', '.join(READERS)}, found {shown(method)}. {REMEDY}"
         )
     return reader(settings, where)
+
+
+def _method(settings: Mapping[str, object]) -> object:
+    """The method's name; settings of old versions of bitsandbytes have none."""
+    if settings.get("load_in_4bit") is True or settings.get("load_in_8bit") is True:
+        return "bitsandbytes"
+    return settings.get("quant_method")

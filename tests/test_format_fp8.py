@@ -254,5 +254,7 @@ def test_wrong_dtypes_are_named(tmp_path):
         read({"a.weight": codes(8, 8), "a.weight_scale_inv": torch.ones(1, 1, dtype=torch.int32)}, tmp_path)
     with pytest.raises(CheckpointError, match=r"a.weight: expected float8_e4m3fn, found bfloat16"):
         read({"a.weight": torch.rand(8, 8).bfloat16(), "a.weight_scale_inv": torch.ones(1, 1)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"a.weight: expected float8_e4m3fn, found float32"):
+        read({"a.weight": torch.rand(8, 8), "a.weight_scale": torch.ones(())}, tmp_path)
     with pytest.raises(CheckpointError, match=r"tensors of float8_e4m3fn with scales, found none"):
         read({"a.weight": torch.rand(8, 8).bfloat16()}, tmp_path)

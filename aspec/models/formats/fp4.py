@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from aspec.errors import shown
 from aspec.io.checkpoint import TensorRef
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.formats.settings import check_shape, misfit
@@ -148,8 +149,8 @@ def packed(
     of_nvfp4 = decode.divided is not None
     if scales.dtype not in (POWERS if not of_nvfp4 else {torch.float8_e4m3fn}):
         raise misfit(scales, "float8_e4m3fn" if of_nvfp4 else "uint8 or float8_e8m0fnu")
-    height = codes.shape[: -1 - (tail - 1)]
-    check_shape(scales, (*height, width // group), f"a scale for {group} codes of {name}")
+    height = codes.shape[:-tail]
+    check_shape(scales, (*height, width // group), f"a scale for {group} codes of {shown(name)}")
     refs: tuple[TensorRef, ...] = (codes, scales)
     if factor is not None:
         counts = {1, height[0]} if len(height) > 1 else {1}

@@ -23,6 +23,7 @@ SCALES = (torch.float32, torch.bfloat16, torch.float16, *POWERS)
 DEFAULT_BLOCK = (128, 128)  # transformers', where the settings have no weight_block_size
 TILE = 1 << 17  # weights that are decoded at once, in float32: they stay in the second-level cache
 COMPANIONS = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+ALONE = {"_scale_inv": "", ".weight_scale": ".weight", ".qscale_weight": ".weight"}  # ends of scales -> of weights
 KNOWN = (
     "quant_method",
     "activation_scheme",
@@ -169,10 +170,11 @@ class Fp8:
                 found.append(self._packed(name, ref, scale))
             elif ref.dtype in FP8:
                 raise missing(ref, name + "_scale_inv")
-        for name, ref in tensors.items():
-            if name.endswith("_scale_inv") and name not in used:
-                weight = name.removesuffix("_scale_inv")
-                raise missing(ref, weight) if weight not in tensors else misfit(tensors[weight], "float8_e4m3fn")
+        for name in (name for name in tensors if name not in used):
+            for end in (end for end in ALONE if name.endswith(end)):
+                weight = name.removesuffix(end) + ALONE[end]
+                known = weight in tensors
+                raise misfit(tensors[weight], "float8_e4m3fn") if known else missing(tensors[name], weight)
         self._settings.check_found(len(found), "tensors of float8_e4m3fn with scales")
         return found
 

@@ -13,7 +13,7 @@ import torch
 from aspec.errors import shown
 from aspec.io.checkpoint import TensorRef
 from aspec.models.formats import fp4
-from aspec.models.formats.fp4 import POWERS, SMALLEST, GroupedFp4
+from aspec.models.formats.fp4 import CODES, POWERS, SMALLEST, GroupedFp4
 from aspec.models.formats.packed import Format, PackedWeight
 from aspec.models.formats.settings import Settings, check_shape, misfit, missing
 from aspec.models.formats.workspace import Workspace, room
@@ -21,7 +21,7 @@ from aspec.models.formats.workspace import Workspace, room
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, *POWERS)
 DEFAULT_BLOCK = (128, 128)  # transformers', where the settings have no weight_block_size
-TILE = 1 << 17  # weights that are decoded at once, in float32: they stay in the second-level cache
+TILE = 1 << 17  # weights that are decoded at once: their indices stay in the second-level cache
 COMPANIONS = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 ALONE = {"_scale_inv": "", ".weight_scale": ".weight", ".qscale_weight": ".weight"}  # ends of scales -> of weights
 KNOWN = (
@@ -45,44 +45,89 @@ KNOWN = (
 
 @dataclass(frozen=True, slots=True)
 class BlockFp8:
-    """Decodes weights [..., N, K] with scales [..., ceil(N / rows), ceil(K / columns)]."""
+    """Decodes weights [..., N, K] with scales [..., ceil(N / rows), ceil(K / columns)].
+
+    A block of many weights has one table of all its 256 weights, so that decoding is one look-up; its products are
+    rounded in the table. Other blocks are looked up in float32, and multiplied.
+    """
 
     rows: int  # of a block
     columns: int
     grid: tuple[int, int]  # blocks of a matrix
     rounded: torch.dtype | None = None  # the dtype of the library's product, if that is not float32
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether blocks have tables of their own: those that are much larger than a table."""
+        return self.rows * self.columns >= 16 * CODES and self.grid[1] <= CODES
+
     def __call__(self, stored: Sequence[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor) -> None:
         """See ``Decode``."""
         height, width = out.shape[-2:]
-        codes, scales = stored[0].view(-1, height, width), stored[1].view(-1, *self.grid)
-        outs, space, step = out.view(-1, height, width), Workspace(workspace), min(height, max(1, TILE // width))
-        tiles = space.take(torch.float32, step, width)
-        scratch = space.take(torch.int16, step, width)
-        wide = space.take(torch.float32, step, self.grid[1])  # scales: of one block at least for a row
-        widen, factor = _widening(codes)
-        direct = out.dtype == torch.float32 and self.rounded in (None, torch.float32)
+        codes, scales = stored[0].view(torch.uint8).view(-1, height, width), stored[1].view(-1, *self.grid)
+        outs, space, step = out.view(-1, height, width), Workspace(workspace), _step(height, width)
+        values = space.take(torch.float32, CODES)
+        values.copy_(torch.arange(CODES, out=space.take(torch.uint8, CODES)).view(stored[0].dtype))
+        index, wide = space.take(torch.int32, step, width), space.take(torch.float32, step, self.grid[1])
+        results = space.take(torch.float32, *((self._tables(step), CODES) if self.has_tables else (step, width)))
+        narrow = space.take(torch.int16, *results.shape)
+        offsets = torch.arange(self._tables(step), out=space.take(torch.int32, self._tables(step))).mul_(CODES)
+        tables, made = results, None
         for matrix in range(codes.shape[0]):
             for rows, blocks in _tiles(height, self.rows, step):
-                own, count = outs[matrix, rows], rows.stop - rows.start
-                tile = own if direct else tiles[:count]
-                widen(codes[matrix, rows], tile, scratch[:count])
-                _multiply(tile, self.columns, _widened(scales[matrix, blocks], wide, factor))
-                if self.rounded not in (None, torch.float32, out.dtype):
-                    tile.copy_(scratch[:count].view(self.rounded).copy_(tile))
-                if not direct:
-                    own.copy_(tile)
+                own, indices = outs[matrix, rows], index[: rows.stop - rows.start]
+                indices.copy_(codes[matrix, rows])
+                if self.has_tables:
+                    if made != (matrix, blocks):  # tiles of the same blocks have the same tables
+                        scale, made = _widened(scales[matrix, blocks], wide), (matrix, blocks)
+                        products = torch.mul(scale.view(-1, 1), values, out=results[: scale.numel()])
+                        tables = self._result(products, narrow, out.dtype)
+                    _on_blocks(torch.Tensor.add_, indices, self.columns, offsets[: len(tables)].view(-1, self.grid[1]))
+                    _look_up(tables, indices, own)
+                else:
+                    tile = results[: rows.stop - rows.start]
+                    _look_up(values, indices, tile)
+                    _on_blocks(torch.Tensor.mul_, tile, self.columns, _widened(scales[matrix, blocks], wide))
+                    own.copy_(self._result(tile, narrow, out.dtype))
+
+    def _tables(self, step: int) -> int:
+        """The most blocks that a tile has parts of."""
+        return max(1, step // self.rows) * self.grid[1]
+
+    def _result(self, products: torch.Tensor, narrow: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:
+        """Products as the library rounds them, in the dtype of the weight."""
+        other = narrow[: products.shape[0]]
+        if self.rounded not in (None, torch.float32, wanted):
+            products.copy_(other.view(self.rounded).copy_(products))
+        return products if wanted == torch.float32 else other.view(wanted).copy_(products)
 
 
-def _multiply(tile: torch.Tensor, columns: int, scale: torch.Tensor) -> None:
-    """Multiply whole blocks of rows, or rows of one block, by scales [blocks, blocks of a row]."""
+def _step(height: int, width: int) -> int:
+    """Rows of a tile."""
+    return min(height, max(1, TILE // width))
+
+
+def _look_up(table: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    """Write numbers of a table, as the integers that their bits are."""
+    whole = torch.int32 if out.dtype == torch.float32 else torch.int16
+    torch.index_select(table.view(whole).view(-1), 0, index.view(-1), out=out.view(whole).view(-1))
+
+
+def _on_blocks(
+    operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    tile: torch.Tensor,
+    columns: int,
+    values: torch.Tensor,
+) -> None:
+    """Add or multiply a value [blocks, blocks of a row] to whole blocks of rows, or to rows of one block."""
     height, width = tile.shape
-    blocks, whole = scale.shape[0], width // columns
-    scale = scale.view(blocks, 1, -1, 1)
+    blocks, whole = values.shape[0], width // columns
+    values = values.view(blocks, 1, -1, 1)
     if whole:
-        tile[:, : whole * columns].view(blocks, height // blocks, whole, columns).mul_(scale[:, :, :whole])
-    if whole < scale.shape[2]:  # the ragged block at the end of the rows
-        tile[:, whole * columns :].view(blocks, height // blocks, 1, -1).mul_(scale[:, :, whole:])
+        inner = tile[:, : whole * columns].view(blocks, height // blocks, whole, columns)
+        operation(inner, values[:, :, :whole])
+    if whole < values.shape[2]:  # the ragged block at the end of the rows
+        operation(tile[:, whole * columns :].view(blocks, height // blocks, 1, -1), values[:, :, whole:])
 
 
 def _tiles(height: int, block: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -101,46 +146,13 @@ def _tiles(height: int, block: int, most: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, min(row + most, end)), slice(first // block, first // block + 1)
 
 
-Widen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
-"""Writes codes as float32; the last tensor is int16, to work in."""
-
-
-def _widening(codes: torch.Tensor) -> tuple[Widen, float]:
-    """How these codes become float32, and the power of two that the results are too small by.
-
-    On a CPU PyTorch converts codes one by one. Their bits are as good in the place of a float16's, but for e4m3 codes
-    that are not numbers: float16 has other bits for them.
-    """
-    if codes.device.type != "cpu":
-        return _convert, 1
-    if codes.dtype == torch.float8_e5m2:
-        return _shift_e5m2, 1
-    if codes.view(torch.int8).amax().item() == 0x7F or codes.view(torch.uint8).amax().item() == 0xFF:
-        return _convert, 1
-    return _shift_e4m3, 2.0**8
-
-
-def _convert(codes: torch.Tensor, tile: torch.Tensor, scratch: torch.Tensor) -> None:
-    tile.copy_(codes)
-
-
-def _shift_e5m2(codes: torch.Tensor, tile: torch.Tensor, scratch: torch.Tensor) -> None:
-    tile.copy_(scratch.copy_(codes.view(torch.int8)).mul_(1 << 8).view(torch.float16))
-
-
-def _shift_e4m3(codes: torch.Tensor, tile: torch.Tensor, scratch: torch.Tensor) -> None:
-    bits = scratch.copy_(codes.view(torch.int8)).mul_(1 << 7)
-    tile.copy_(bits.bitwise_and_(~0x4000).view(torch.float16))  # the sign is in this bit too
-
-
-def _widened(scales: torch.Tensor, wide: torch.Tensor, factor: float) -> torch.Tensor:
-    """Scales as float32, times ``factor``."""
+def _widened(scales: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Scales as float32."""
     own = wide[: scales.shape[0]]
-    if scales.dtype == torch.uint8:
-        own.view(torch.int32).copy_(scales).bitwise_left_shift_(23).clamp_min_(SMALLEST)
-    else:
-        own.copy_(scales)
-    return own if factor == 1 else own.mul_(factor)
+    if scales.dtype != torch.uint8:
+        return own.copy_(scales)
+    own.view(torch.int32).copy_(scales).bitwise_left_shift_(23).clamp_min_(SMALLEST)
+    return own
 
 
 class Fp8:
@@ -257,8 +269,9 @@ def packed(
     if given != count * grid[0] * grid[1] or not _alike(scale.shape, expected):
         raise misfit(scale, f"{list(expected)} (blocks of {rows} x {columns} of {shown(name)})", list(scale.shape))
     decode = BlockFp8(rows, columns, grid, rounded)
-    step = min(height, max(1, TILE // width))
-    needed = room(4 * step * width, 2 * step * width, 4 * step * grid[1])
+    step, tables = _step(height, width), decode._tables(_step(height, width))
+    results = tables * CODES if decode.has_tables else step * width
+    needed = room(4 * CODES, CODES, 4 * step * width, 4 * step * grid[1], 4 * results, 2 * results, 4 * tables)
     return PackedWeight(name, tuple(weight.shape), rounded or torch.bfloat16, (weight, scale), method, decode, needed)
 
 

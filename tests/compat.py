@@ -1,6 +1,7 @@
 """Which families stand for all: in tests with the oldest supported transformers too, and in the quick ones."""
 
 import pytest
+import torch
 
 FAMILIES = {"llama", "mixtral"}
 
@@ -13,12 +14,18 @@ def marked(families):
     return [pytest.param(name, marks=pytest.mark.compat if name in FAMILIES else ()) for name in families]
 
 
-def of_kinds(families):
-    """The same; those beyond one of every kind are marked ``slow``."""
-    return [
-        pytest.param(name, marks=pytest.mark.compat if name in FAMILIES else () if name in KINDS else pytest.mark.slow)
-        for name in families
-    ]
+def of_kinds(families, *more, quick=KINDS):
+    """The same; those beyond one of every kind, or beyond ``quick``, are marked ``slow``. ``more``: values beside."""
+
+    def marks(name):
+        return pytest.mark.compat if name in FAMILIES else () if name in quick else pytest.mark.slow
+
+    return [pytest.param(name, *more, marks=marks(name)) for name in families]
+
+
+def in_both(families):
+    """Families with their dtype: in bf16, which rounds more, one of every kind; in fp32 the plainest are enough."""
+    return [*of_kinds(families, torch.bfloat16), *of_kinds(families, torch.float32, quick=FAMILIES)]
 
 
 def few(values, quick):

@@ -1,6 +1,7 @@
 """Processes of the command line that start at once: forked from one that has imported everything and done nothing."""
 
 import functools
+import gc
 import json
 import os
 import resource
@@ -56,10 +57,10 @@ def shared_server():
 class Command:
     """A running ``aspec``, as ``subprocess.Popen`` would show it; what is not a pipe is a file, or nothing at all.
 
-    ``closed``: numbers of standard streams that it finds closed.
+    ``closed``: numbers of standard streams that it finds closed. ``encoding``: of the streams, as Python made them.
     """
 
-    def __init__(self, args, stdin=None, stdout=PIPE, stderr=PIPE, closed=(), **environment):
+    def __init__(self, args, stdin=None, stdout=PIPE, stderr=PIPE, closed=(), encoding="utf-8", **environment):
         self.server, self.returncode = shared_server(), None
         ours, theirs = {}, []
         for name, stream in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
@@ -70,7 +71,7 @@ class Command:
             else:
                 theirs.append(os.open(os.devnull, os.O_RDWR) if stream is None else os.dup(stream))
         self.stdin, self.stdout, self.stderr = (ours.get(name) for name in ("stdin", "stdout", "stderr"))
-        self.pid = self.server.fork(args, theirs, environment=environment, closed=closed)
+        self.pid = self.server.fork(args, theirs, environment=environment, closed=closed, encoding=encoding)
         for stream in theirs:
             os.close(stream)
         self.ended = os.pidfd_open(self.pid)
@@ -112,14 +113,14 @@ def wait_until(condition, seconds=120.0):
         time.sleep(1e-3)
 
 
-def become(args, streams, largest_file=None, environment=None, closed=()):
+def become(args, streams, largest_file=None, environment=None, closed=(), encoding="utf-8"):
     """The rest of a forked child's life."""
     from aspec.cli.main import main
 
     os.setpgid(0, 0)  # of the same session: only then can it be stopped
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, encoding=encoding) for n, mode in enumerate("rww"))
     for number in closed:
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
@@ -145,7 +146,12 @@ def main():
     import aspec.cli.chat.prompt
     import aspec.cli.generate
     import aspec.cli.trace  # noqa: F401
+    from tests.quick import SHORT
 
+    for place, name, value in SHORT:
+        setattr(place, name, value)
+    gc.collect()
+    gc.freeze()  # or each fork would go through, and so copy, all that was imported
     orders = socket.socket(fileno=int(sys.argv[1]))
     while True:
         data, streams, *_ = socket.recv_fds(orders, 1 << 16, 3)

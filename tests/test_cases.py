@@ -375,7 +375,7 @@ async def test_a_wrong_guess_ahead_touches_neither_output_nor_caches(pair, param
         spans.append(span)
         caches.observe(span)
 
-    slow = {**TREE, "resident_memory": 0, "link_rate": 10e6, "draft_depth": 3}
+    slow = {**TREE, "resident_memory": 0, "link_rate": 3e6, "draft_depth": 3}
     async with opened(pair[0], pair[1], observe, **slow) as caches.engine:
         _, tokens, _ = await collect(caches.engine, PROMPT, max_new_tokens=60, **params)
     assert [tokens] == (await tokens_of(pair[0], max_new_tokens=60, **params))[0]

@@ -302,7 +302,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(pair):
     terminal.type(b"hello\n")
     first = b""
     while len(first) < 3:
-        first += os.read(terminal.process.stdout.fileno(), 4096)
+        more = os.read(terminal.process.stdout.fileno(), 4096)
+        assert more, terminal.drawn
+        first += more
     terminal.interrupt()
     terminal.wait_for(b"aspec: stopped")
     assert terminal.process.poll() is None, "the conversation goes on"

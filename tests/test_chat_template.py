@@ -156,6 +156,12 @@ def test_a_hostile_template_is_refused(tokenizer, name):
     assert tokenizer.decode(tokenizer.encode_chat([user("b")])) == "[user]b"
 
 
+def test_a_template_that_calls_itself_for_ever_does_so_in_the_trial_only(tokenizer):
+    tokenizer._inner.chat_template = HOSTILE["endless macros"]
+    with pytest.raises(PromptError, match="needs too much memory"):
+        tokenizer.encode_chat([user("a")])
+
+
 def test_nothing_is_left_of_trials():
     known, fds = set(psutil.Process().children()), psutil.Process().num_fds()
     trial = TemplateTrial()

@@ -17,6 +17,7 @@ from aspec.models.model import Model
 from aspec.models.weights.parts import PAGE, REST, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
 from tests import tiny
+from tests.compat import of_kinds
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -177,8 +178,11 @@ def check_part(part):
     assert max((a + n for a, n in used), default=0) <= part.scratch_bytes
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in tiny.FAMILIES), *of_kinds(tiny.FAMILIES, torch.bfloat16)],
+    ids=str,
+)
 def test_parts_hold_every_tensor_once(folder, family, dtype):
     model = Model(folder(family), dtype=dtype)
     for max_part_bytes in (1, 30_000, 1 << 30):

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from typer.testing import CliRunner
 from aspec.cli.main import app
 from aspec.generation.text.tokenizer import REPLACEMENT, Tokenizer
 from tests import tiny
+from tests.fork_server import Command
 
 SMALL = ["--device-memory", "4MiB", "--threads", "1"]
 
@@ -228,14 +227,10 @@ def test_debug_shows_where(copy):
 
 def test_ctrl_c_ends_with_130_and_keeps_the_text(pair):
     args = ["--target", pair[0], "-p", "hello", "-n", "200", "--ignore-eos", "--link-rate", "3MB/s"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aspec", "generate", *map(str, args), "--device-memory", "2MiB"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = Command(["generate", *args, "--device-memory", "2MiB"])
     first = os.read(process.stdout.fileno(), 4096)
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate()
     assert process.returncode == 130, errors.decode()
     assert first
     assert len(first + rest) < 200, "far fewer tokens than were asked for"

@@ -45,7 +45,7 @@ def test_it_comes_follows_the_window_and_goes(target):
 
 
 def test_ctrl_c_gives_the_terminal_back(target):
-    terminal = on_terminal(target, "-n", "120", "--link-rate", "1MB/s")
+    terminal = on_terminal(target, "-n", "40", "--link-rate", "1MB/s", "--device-memory", "700KiB")
     terminal.wait_for(b"decode")
     terminal.process.send_signal(signal.SIGINT)
     code, out = terminal.end()

@@ -26,8 +26,8 @@ from aspec.models.model import Model
 from aspec.models.weights.parts import PAGE
 from aspec.options import DEMO, EngineOptions
 from aspec.plan import Tier, Workload
+from aspec.planning import simulation
 from aspec.planning.resolve import resolve
-from aspec.profiling import device_profiler as gauging
 from aspec.profiling import profile_cache as cache
 from aspec.profiling.hardware import Processor
 from aspec.profiling.profile_cache import machine_profile
@@ -135,8 +135,6 @@ HOST, CARD = (
 def test_a_device_is_measured_and_planned_for(card, tmp_path, monkeypatch):
     """The figures name the device; a plan for a known job is searched with them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in {"ROWS": (1, 8, 64), "MATRIX_BYTES": 1 << 20, "REPEATS": 1, "CALLS": 2}.items():
-        monkeypatch.setattr(gauging, name, value)  # a card's sizes take a processor minutes
     for name, value in {"processor": HOST, "read_contention": 1.0, "disk": 1e9}.items():
         monkeypatch.setattr(cache, f"measure_{name}", lambda *_, value=value: value)  # of test_hardware.py
     found = machine_profile(DEMO / "target", torch.float32, 1, kind=devices.KINDS["cuda"])
@@ -285,6 +283,7 @@ def test_the_first_command_takes_the_card_and_streams(card):
 
 def test_bench_names_the_links_and_the_device_s_peak(card, monkeypatch):
     monkeypatch.setattr(EagerDevice, "peak_bytes", 20 * MIB)
+    monkeypatch.setattr(simulation, "FIT_STEPS", 1)  # what is remembered of the pair is not asked for here
     found = CliRunner().invoke(app, ["bench", "-n", "8", "--rounds", "1"])
     assert found.exit_code == 0, found.stderr
     assert "links, raw" in found.stdout

@@ -13,7 +13,7 @@ from aspec.models.exact.products import ExactProducts
 from aspec.models.kv_cache import KVCache, MaskKind
 from aspec.models.model import Model
 from tests import tiny
-from tests.compat import of_kinds
+from tests.compat import few, of_kinds
 from tests.test_kv import grow, permuted, random_parents, slow_path
 
 PROVEN = {}  # recipes, kept between the tests of this file
@@ -165,7 +165,7 @@ def test_steps_equal_decoding(engine, family, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", few(["llama", "mixtral"], 1))
 def test_steps_equal_decoding_with_two_threads(engine, family, dtype):
     check(engine(family, dtype, 2), range(2, 4))
 

@@ -323,9 +323,9 @@ def test_a_job_takes_what_all_of_it_takes_in_virtual_time(prompts, disk):
     hardware = hardware_from({"disk_bytes_per_s": disk, "cpu": CARD["cpu"]}, "here")
     profile = prices(SHAPE, None, hardware)
     shape = make_plan(num_rows=8, nbytes=44 << 20, max_draft_tokens=0, prefill_tokens=512, capacity=512)
-    forecast = Forecaster(lambda _: profile, Workload(prompts, 32, 400))(shape)
+    forecast = Forecaster(lambda _: profile, Workload(prompts, 32, 150))(shape)
     ends = []
-    simulate(shape, profile, [(32, 400)] * prompts, [lambda span: ends.append(span.stop_s)])
+    simulate(shape, profile, [(32, 150)] * prompts, [lambda span: ends.append(span.stop_s)])
     assert forecast.job_s == pytest.approx(max(ends), rel=0.06)
 
 

@@ -339,6 +339,7 @@ def test_no_alternative_is_started_when_the_time_is_over(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_coroutine_tests_run_without_the_plugin_for_them():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:asyncio", "-k", "event_lane", "tests/test_cuda.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -26,7 +26,7 @@ from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io import disk
 from aspec.io.disk import DiskLane
 from aspec.io.loop.mailbox import LoopMailbox
-from aspec.io.memory import PAGE, SlotMemory, allocate
+from aspec.io.memory import PAGE, SlotMemory, allocate, freeze
 from aspec.models.model import Model
 from aspec.tasks.rows import RowTable
 from aspec.tasks.task import Completion, Op, RequestAdded
@@ -641,3 +641,28 @@ async def test_a_prompt_that_takes_long_to_become_tokens_holds_nobody_up(monkeyp
         opened.open(SimpleNamespace(id=0, num_prompt=4, max_new_tokens=2, tokens=[1, 2]), 0.0)
         while not posted:
             await asyncio.sleep(0)
+
+
+# -- garbage collections ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thawed(monkeypatch):
+    """Nothing is frozen, as in an ordinary process."""
+    monkeypatch.setattr(engine, "freeze", freeze)
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+async def test_what_an_open_engine_needs_is_kept_out_of_collections(pair, thawed):
+    async with open_engine(target=pair[0], **SMALL):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+
+
+async def test_what_an_application_has_frozen_stays_frozen(pair, thawed):
+    gc.freeze()
+    async with open_engine(target=pair[0], **SMALL):
+        pass
+    assert gc.get_freeze_count() > 0

@@ -32,6 +32,7 @@ from aspec.tasks.task import (
     WorkItem,
 )
 from tests import tiny
+from tests.compat import few
 from tests.simulate import make_plan, simulate
 
 MEASURED = Processor(
@@ -326,7 +327,7 @@ def test_the_formula_the_dice_and_the_simulation_agree(acceptance, length):
         assert abs(mean - expected) <= 4 * deviation + 1e-12
 
 
-@pytest.mark.parametrize("speculation", [Speculation.CHAIN, Speculation.TREE])
+@pytest.mark.parametrize("speculation", few([Speculation.CHAIN, Speculation.TREE], 1))
 def test_an_acceptance_is_found_again_from_tokens_per_pass(virtual, speculation):
     plan = make_plan(num_rows=8, speculation=speculation, fixed_draft_tokens=6, fixed_draft_depth=6, capacity=2048)
     profile = SimCosts(acceptance=0.6, spread=0.3)

@@ -141,7 +141,9 @@ def generate(model, *args):
 
 @pytest.mark.slow
 def test_it_answers_through_its_template(smollm2):
-    assert "Paris" in generate(smollm2, "-p", "What is the capital of France?", "-n", "16")["text"]
+    """In bf16 its two best first tokens are equal here, and rounding would choose."""
+    asked = ["-p", "What is the capital of France?", "-n", "16", "--temperature", "0", "--dtype", "float32"]
+    assert "Paris" in generate(smollm2, *asked)["text"]
 
 
 @pytest.mark.slow

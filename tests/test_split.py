@@ -41,7 +41,7 @@ from aspec.tasks.task import (
     rows_kv_buffer,
 )
 from tests import tiny
-from tests.compat import KINDS, marked, of_kinds
+from tests.compat import KINDS, in_both, marked
 from tests.simulate import make_plan, simulate
 from tests.test_equality import NAMED, OTHERS
 
@@ -122,8 +122,7 @@ def check_bits(family, dtype, folder):
                 assert torch.equal(one, other), f"{family}, exact: {exact}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("family", of_kinds([*NAMED, "gemma3n_text"]))
+@pytest.mark.parametrize(("family", "dtype"), in_both([*NAMED, "gemma3n_text"]), ids=str)
 def test_a_split_layer_gives_the_bits_of_a_whole_one(family, dtype, tmp_path):
     check_bits(family, dtype, tmp_path)
 

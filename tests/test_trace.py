@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from aspec.cli.main import app
 from aspec.observe.chrome_trace import read_trace
 from aspec.observe.timeline import decode_stretch
+from aspec.planning import simulation
 from aspec.profiling.hardware import read_machine
 from tests import tiny
 from tests.fork_server import Command
@@ -167,6 +168,14 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_run(pair, tmp_path)
     result = run("trace", tmp_path / "none.json", "--summary")
     assert result.exit_code == 1
     assert "cannot be read" in result.stderr
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fitted_roughly():
+    """What ``bench`` remembers of a pair is not asked for here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "FIT_STEPS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -229,13 +229,14 @@ class Sizes:
 
 def choose_sizes(options: argparse.Namespace, max_context: int) -> Sizes:
     """See the head of this file."""
-    from aspec.engine.design import design
+    from aspec.engine.design import decide
+    from aspec.planning.footprint import read_models
     from aspec.planning.resolve import resolve
 
     models = {"target": options.target, "draft": options.draft, "speculation": "chain"}
-    roomy = {"device_memory": 1 << 50, "resident_memory": 0}
+    roomy = {"device_memory": 1 << 50, "resident_memory": 0}  # of the plan alone: this machine need not have it
     asked = EngineOptions(**models, **roomy, max_batch=options.rows, max_context=max_context)
-    held = design(resolve(asked)).plan.arithmetic
+    held = decide(read_models(resolve(asked))).arithmetic
     device = options.device_memory or options.weight_memory + sum(held[label] for label in BESIDE)
     limit = options.memory_limit or device + options.process_memory
     offload = options.offload_memory or limit - PEER_BYTES - held["KV cache"]

@@ -20,7 +20,7 @@ import torch
 from aspec.api import run
 from aspec.backends.cuda import TorchDevice
 from aspec.cli.bench import Run
-from aspec.engine.design import design
+from aspec.engine.design import decide, design
 from aspec.engine.engine import Engine, open_engine
 from aspec.generation.params import SamplingParams
 from aspec.generation.text.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from aspec.observe.recorder import Recorder
 from aspec.observe.summary import summarise
 from aspec.observe.timeline import LINKS, TARGET, LaneUse, Timeline, decode_stretch, hidden_share
 from aspec.options import EngineOptions
+from aspec.planning.footprint import read_models
 from aspec.planning.resolve import resolve
 from tools import bench_batch, bench_peers, contest
 from tools.contest import Record
@@ -271,9 +272,8 @@ def kv_bytes(job: Job, prompts: list[list[int]]) -> int:
     """Of all rows, as aspec's plan counts it."""
     context = max(map(len, prompts)) + job.sizes.peer_batch_tokens
     roomy = {"device_memory": 1 << 50, "resident_memory": 0, "max_batch": len(prompts), "max_context": context}
-    return design(resolve(EngineOptions(target=job.target, device="cpu", speculation="off", **roomy))).plan.arithmetic[
-        "KV cache"
-    ]
+    asked = EngineOptions(target=job.target, device="cpu", speculation="off", **roomy)
+    return decide(read_models(resolve(asked))).arithmetic["KV cache"]
 
 
 # -- a trace -------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Interrupts:
         self._work: asyncio.Task[Any] | None = None
         self._cancelled = False  # cancel only once: a second cancel would interrupt the closing of the engine
         self._finishing = False  # what runs now must not be broken off
-        self._modes = _terminal_modes()
+        self._modes = terminal_modes()
         self._before: dict[signal.Signals, Any] = {}  # the handlers of the caller
 
     def install(self) -> Self:
@@ -164,7 +164,7 @@ class Interrupts:
             with suppress(OSError, ValueError):
                 if select.select([], [descriptor], [], LONGEST_WAIT_S)[1]:
                     os.write(descriptor, text.encode("utf-8", "replace"))
-        _restore_terminal_modes(self._modes)
+        restore_terminal_modes(self._modes)
         os._exit(code)
 
     def _suspend(self, *_: object) -> None:
@@ -220,7 +220,7 @@ def _installed() -> Interrupts | None:
     return None
 
 
-def _terminal_modes() -> list[Any] | None:
+def terminal_modes() -> list[Any] | None:
     """The modes of the terminal of standard input, None if it is none."""
     if sys.platform == "win32":
         return None
@@ -229,7 +229,8 @@ def _terminal_modes() -> list[Any] | None:
     return None
 
 
-def _restore_terminal_modes(modes: list[Any] | None) -> None:
+def restore_terminal_modes(modes: list[Any] | None) -> None:
+    """Set the terminal of standard input to ``modes``, unless another process holds it."""
     if sys.platform == "win32" or modes is None:
         return
     with suppress(termios.error, OSError):

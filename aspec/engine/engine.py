@@ -13,13 +13,12 @@ cancellation of a caller is raised after that.
 """
 
 import asyncio
-import gc
 import itertools
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Self, cast
@@ -52,6 +51,7 @@ from aspec.generation.text.tokenizer import TEMPLATE_S, Tokenizer
 from aspec.io.disk import DiskLane
 from aspec.io.fetching.fetch import Fetches
 from aspec.io.loop.settling import close_all, in_thread, settle, settle_all
+from aspec.io.memory import freeze
 from aspec.models.generation_defaults import generation_defaults
 from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
@@ -85,6 +85,7 @@ class Engine:
         self._disk: DiskLane | None = None
         self._backend: Backend | None = None
         self._streams: Streams | None = None  # None before the opening
+        self._thaw: Callable[[], None] = lambda: None  # lets garbage collections see what the opening has made
         self._running: asyncio.Task[None] | None = None
         self._encoding: set[TimeLimit] = set()  # of the prompts that are being encoded
         self._defaults: dict[str, Any] | None = None  # of generation_config.json; None: not read
@@ -254,7 +255,7 @@ class Engine:
         observers = [streams.observe, *self._observers]
         self._executor = Executor(scheduler, self._backend, observers, self._issue_observers)
         self._running = asyncio.create_task(self._run(self._executor, streams), name="aspec engine")
-        gc.freeze()  # these objects live until the end: keep them out of collections
+        self._thaw = freeze()  # these objects live until the end: keep them out of collections
 
     def _post(self, event: Event) -> None:
         self._executor.post(event)
@@ -319,7 +320,7 @@ class Engine:
     def _free_memory(self) -> None:
         """Join the disk threads and free the memory; the models are freed with the assembly."""
         assembly, self._assembly = self._assembly, None
-        gc.unfreeze()
+        self._thaw()
         close_all(
             [
                 *([] if self._disk is None else [self._disk.close]),

@@ -49,8 +49,8 @@ class Executor:
     ) -> None:
         self._policy, self._backend = policy, backend
         self._observers, self._issue_observers = observers, issue_observers
-        self._graph = Graph(backend.resources)
         self._wake = {resource.name: asyncio.Event() for resource in backend.resources}
+        self._graph = Graph(backend.resources, on_ready=lambda resource: self._wake[resource].set())
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._in_flight = 0
         self._at_rest = asyncio.Event()  # set while no task runs, none can start, and no event is queued
@@ -91,7 +91,6 @@ class Executor:
             ended = [event.task.id for event in events if isinstance(event, Span)]
             for task in self._policy.handle(events):
                 self._graph.add(task, ended[-1] if ended else -1)
-            self._kick()
             if self._policy.done:
                 return
             self._check_progress()
@@ -101,18 +100,12 @@ class Executor:
 
     def _check_progress(self) -> None:
         """Raise DeadlockError, with the reason, as soon as the schedule can never finish."""
-        ready = any(self._graph.has_ready(name) for name in self._wake)
-        if ready or self._in_flight or not self._events.empty():
+        if self._graph.has_ready or self._in_flight or not self._events.empty():
             return
         if not self._policy.idle:
             blocked = "\n  ".join(self._graph.blocked()) or "none"
             raise DeadlockError(f"no task runs and no task can become ready; the oldest tasks:\n  {blocked}")
         self._at_rest.set()
-
-    def _kick(self) -> None:
-        for name, wake in self._wake.items():
-            if self._graph.has_ready(name):
-                wake.set()
 
     async def _work(self, resource: Resource) -> None:
         wake = self._wake[resource.name]
@@ -126,7 +119,6 @@ class Executor:
                 future = self._backend.issue(task, after)
                 for observe in self._issue_observers:
                     observe(task, self._backend.now())
-                self._kick()
                 completion = await settle(future)
             except Exception as error:
                 self._explain(error, task)
@@ -137,7 +129,6 @@ class Executor:
 
     def _finish(self, task: Task, completion: Completion) -> None:
         cause = self._graph.complete(task)
-        self._kick()
         span = Span(
             task, completion.start_s, completion.stop_s, completion.report.outcomes, completion.report.grown, cause
         )

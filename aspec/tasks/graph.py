@@ -7,7 +7,7 @@ issued, any other edge when it completes. What may NOT go in: clocks, tensors, a
 """
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from aspec.errors import GraphError
@@ -38,7 +38,11 @@ class _Node:
 class Graph:
     """The tasks that were emitted and have not completed, and a queue of those that may start."""
 
-    def __init__(self, resources: Iterable[Resource]) -> None:
+    def __init__(
+        self, resources: Iterable[Resource], on_ready: Callable[[str], object] = lambda resource: None
+    ) -> None:
+        """``on_ready`` is called with the name of a resource whenever a task of it becomes ready."""
+        self._on_ready = on_ready
         self._resources: Mapping[str, Resource] = {resource.name: resource for resource in resources}
         self._buffers: dict[str, _Buffer] = {}
         self._nodes: dict[int, _Node] = {}
@@ -73,9 +77,10 @@ class Graph:
         queue = self._ready[resource]
         return self._nodes[heapq.heappop(queue)[1]].task if queue else None
 
-    def has_ready(self, resource: str) -> bool:
-        """Whether ``pop`` would return a task."""
-        return bool(self._ready[resource])
+    @property
+    def has_ready(self) -> bool:
+        """Whether ``pop`` would return a task of some resource."""
+        return any(self._ready.values())
 
     def issue(self, task: Task) -> tuple[int, ...]:
         """Mark a popped task as issued; returns the ids of tasks that it must follow inside its domain."""
@@ -145,3 +150,4 @@ class Graph:
 
     def _push(self, task: Task) -> None:
         heapq.heappush(self._ready[task.resource], (task.priority, task.id))
+        self._on_ready(task.resource)

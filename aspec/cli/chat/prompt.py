@@ -17,6 +17,7 @@ from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from aspec.cli.chat.entry import MORE, PROMPT, Entry, continued
+from aspec.cli.interrupts import restore_terminal_modes, terminal_modes
 
 LONGEST_KEPT = 100_000  # characters of an entry in the file of the history
 
@@ -49,12 +50,14 @@ class PromptReader:
     def read(self) -> Entry | None:
         """The next entry. Ctrl-C drops what is typed; at an empty prompt it raises KeyboardInterrupt."""
         self._is_pasted = False
+        modes = terminal_modes()
         try:
             text = self._session.prompt()
         except EOFError:
             return None
-        except BaseException:
-            self._session.app.renderer.reset()  # a signal amid the first drawing: the prompt leaves its marks there
+        except BaseException:  # a signal amid the first drawing or the last: the prompt leaves its marks and modes
+            self._session.app.renderer.reset()
+            restore_terminal_modes(modes)
             raise
         return Entry(text, verbatim=self._is_pasted)
 

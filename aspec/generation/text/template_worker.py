@@ -80,7 +80,7 @@ def answer(body: bytes) -> str:
     try:
         request = json.loads(body)
         return str(len(environment().from_string(request["template"]).render(**request["variables"])))
-    except MemoryError:
+    except (MemoryError, RecursionError):  # where the stack is that of another process, the second may end that one
         return "memory"
     except Exception:  # the template is foreign code; transformers' own rendering will say what is wrong
         return "error"

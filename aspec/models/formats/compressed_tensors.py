@@ -1,0 +1,241 @@
+"""compressed-tensors: packed integers, plain integers and floats, each with a scheme of its own per module.
+
+A module stores ``weight_packed`` int32 [out, in * bits / 32] (pack-quantized) or ``weight`` in int8 or float8, and
+``weight_scale`` per group, channel or tensor; where its scheme is not symmetric, ``weight_zero_point``, which is packed
+along the outputs; and in old files ``weight_g_idx``, the group of every input. The weight is (q - z) * s. Library:
+https://github.com/vllm-project/compressed-tensors (``decompress`` of its compressors).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+
+from aspec.errors import CheckpointError
+from aspec.io.checkpoint import TensorRef
+from aspec.models.formats.compressed_settings import Scheme, Settings, unsupported
+from aspec.models.formats.fields import CONFIG, FLOATS, Module, modules_with
+from aspec.models.formats.packed import PackedWeight
+from aspec.models.formats.packed_ints import num_words, transpose, unpack
+from aspec.models.formats.scaled import IntegerDecode, Pieces, Room, ScaledDecode, Shared, Tile
+
+MULTIPLE = 8  # of inputs and outputs of packed weights
+QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of plain weights
+TOGETHER = f"{CONFIG} and the weights do not belong together."
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensors:
+    """compressed-tensors with the settings of one checkpoint; a ``Format``."""
+
+    unused: ClassVar[tuple[str, ...]] = (
+        *("input_global_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+        *("k_scale", "k_zero_point", "q_scale", "q_zero_point", "v_scale", "v_zero_point", "weight_shape"),
+    )
+    """Last parts of the names of tensors that decoding weights does not need."""
+
+    settings: Settings
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """From a ``quantization_config``. Raises UnsupportedModelError, by name, for what is not supported."""
+        return cls(Settings.of(config))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Texts for the user."""
+        return self.settings.remarks
+
+    def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
+        """See ``Format``."""
+        plain = [name for name in modules_with(tensors, "weight") if tensors[f"{name}.weight"].dtype in QUANTISED]
+        found = (modules_with(tensors, "weight_packed"), modules_with(tensors, "weight_scale"), plain)
+        names = dict.fromkeys(name for group in found for name in group)
+        return [self._weight(Module(name, tensors)) for name in names]
+
+    def _weight(self, module: Module) -> PackedWeight:
+        scheme = self.settings.scheme_of(module.name)
+        if scheme is None:
+            raise module.refuse(f"{CONFIG} says that it is not quantised, but its weight is", TOGETHER)
+        kind = scheme.format
+        if kind == "mixed-precision":  # of the model, where the group names none
+            kind = "pack-quantized" if module.find("weight_packed") and scheme.type == "int" else "naive-quantized"
+        if kind not in LAYOUTS:
+            raise unsupported(module.name, scheme, " or ".join(LAYOUTS))
+        return LAYOUTS[kind](module, scheme)
+
+
+def packed(module: Module, scheme: Scheme) -> PackedWeight:
+    """A weight that is pack-quantized."""
+    if scheme.type != "int" or scheme.bits > 8 or scheme.strategy not in ("group", "channel", "tensor"):
+        raise unsupported(module.name, scheme, "integers of 1 to 8 bits by group, channel or tensor")
+    words = module.get("weight_packed", (torch.int32,))
+    rows, columns = words.shape[0], words.shape[1] * 32 // scheme.bits
+    scales = _scales(module, scheme, rows, columns)
+    if scheme.strategy == "group":
+        columns = scales.shape[1] * scheme.group_size
+    if not columns or columns % MULTIPLE or num_words(columns, scheme.bits) != words.shape[1]:
+        raise module.refuse(
+            f"expected inputs in multiples of {MULTIPLE} that fill weight_packed, found weight_packed "
+            f"{list(words.shape)} and weight_scale {list(scales.shape)} for {scheme.text}",
+            TOGETHER,
+        )
+    groups = scales.shape[1] if scheme.strategy == "group" else 1
+    refs = [words, scales]
+    if not scheme.symmetric:
+        if scheme.strategy == "tensor":
+            refs.append(_flat(module, "weight_zero_point", (torch.int8,)))
+        elif rows % MULTIPLE:
+            raise module.refuse(f"expected outputs in multiples of {MULTIPLE}, found {rows}", TOGETHER)
+        else:
+            shape = (num_words(rows, scheme.bits), groups)
+            refs.append(module.get("weight_zero_point", (torch.int32,), shape))
+    index = scheme.reordered or module.find("weight_g_idx") is not None
+    if index:
+        refs.append(module.get("weight_g_idx", (torch.int32,), (columns,)))
+    decode = PackedDecode(module.name, (rows, columns, groups), scales.dtype, scheme, index)
+    return _made(module, scheme, (rows, columns), scales.dtype, refs, decode)
+
+
+def plain(module: Module, scheme: Scheme) -> PackedWeight:
+    """A weight whose numbers are stored one by one."""
+    dtype = torch.int8 if scheme.type == "int" else torch.float8_e4m3fn
+    if scheme.bits > 8 or (scheme.type == "float" and scheme.bits != 8) or scheme.strategy == "block":
+        raise unsupported(module.name, scheme, "int8 or float8 by group, channel or tensor")
+    numbers = module.get("weight", (dtype,))
+    rows, columns = numbers.shape
+    if scheme.strategy == "group" and columns % scheme.group_size:
+        raise module.refuse(f"expected inputs in groups of {scheme.group_size}, found {columns}", TOGETHER)
+    scales = _scales(module, scheme, rows, columns)
+    refs = [numbers, scales]
+    if module.find("weight_zero_point") is not None or not scheme.symmetric:
+        zeros = (
+            module.get("weight_zero_point", (dtype, torch.int8), scales.shape)
+            if len(scales.shape) == 2
+            else _flat(module, "weight_zero_point", (dtype, torch.int8))
+        )
+        refs.append(zeros)
+    groups = columns // scheme.group_size if scheme.strategy == "group" else 1
+    decode = PlainDecode(rows, columns, groups, scales.dtype)
+    return _made(module, scheme, (rows, columns), scales.dtype, refs, decode)
+
+
+LAYOUTS: Mapping[str, Callable[[Module, Scheme], PackedWeight]] = MappingProxyType(
+    {
+        "pack-quantized": packed,
+        "int-quantized": plain,
+        "float-quantized": plain,
+        "naive-quantized": plain,
+    }
+)
+"""How the library calls a layout -> the function that finds a module's weight in it."""
+
+
+def _scales(module: Module, scheme: Scheme, rows: int, columns: int) -> TensorRef:
+    if scheme.strategy == "tensor":
+        return _flat(module, "weight_scale", FLOATS)
+    if scheme.strategy == "channel":
+        return module.get("weight_scale", FLOATS, (rows, 1))
+    known = columns // scheme.group_size if module.find("weight") is not None else -1
+    return module.get("weight_scale", FLOATS, (rows, known))
+
+
+def _flat(module: Module, end: str, dtypes: Sequence[torch.dtype]) -> TensorRef:
+    """A tensor of one number, with up to two dimensions."""
+    ref = module.find(end)
+    shape = (1,) * (1 if ref is None else min(len(ref.shape), 2))
+    return module.get(end, dtypes, shape)
+
+
+def _made(
+    module: Module,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    refs: Sequence[TensorRef],
+    decode: ScaledDecode,
+) -> PackedWeight:
+    method = f"compressed-tensors, {scheme.text}"
+    return PackedWeight(f"{module.name}.weight", shape, dtype, tuple(refs), method, decode, decode.workspace_bytes)
+
+
+class PackedDecode(IntegerDecode):
+    """Decodes ``weight_packed``, ``weight_scale`` and, where stored, ``weight_zero_point`` and ``weight_g_idx``."""
+
+    def __init__(
+        self, name: str, sizes: tuple[int, int, int], dtype: torch.dtype, scheme: Scheme, has_index: bool
+    ) -> None:
+        self.name = name  # for messages
+        self.has_zeros, self.has_index = not scheme.symmetric, has_index
+        super().__init__(*sizes, dtype, scheme.bits)
+
+    def take_shared(self, room: Room) -> Pieces:  # noqa: D102
+        turned = (self.groups, num_words(self.rows, self.bits)) if self.has_zeros else (0, 0)
+        words, block = room.take(torch.int32, *turned), room.take(torch.int32, *reversed(turned))
+        zeros = (self.groups, self.rows) if self.has_zeros else (0, 0)
+        values, spare = (room.take(torch.uint8, *zeros) for _ in range(2))
+        columns = self.columns if self.has_index else 0
+        return words, block, values, spare, *(room.take(torch.int32, columns) for _ in range(2))
+
+    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:  # noqa: D102
+        words, block, values, spare, index, adjacent = pieces
+        offset = 1 << self.bits - 1  # of what is stored, in numbers and packed zero points
+        zeros: torch.Tensor | int = offset
+        if self.has_zeros and stored[2].dtype is torch.int8:
+            zeros = block[:1, :1].copy_(stored[2].view(1, 1)).add_(offset).expand(self.rows, self.groups)
+        elif self.has_zeros:
+            transpose(stored[2], words, block)
+            unpack(words, self.bits, values, spare)
+            zeros = values.t()
+        scales = stored[1] if stored[1].numel() > 1 else stored[1].view(1, 1).expand(self.rows, self.groups)
+        return Shared(scales, zeros, self._index(stored[-1], index, adjacent) if self.has_index else None)
+
+    def _index(self, stored: torch.Tensor, index: torch.Tensor, adjacent: torch.Tensor) -> torch.Tensor | None:
+        """The group of every input; if one is -1, groups are adjacent inputs, as in the library.
+
+        On a device, where looking at values would wait for all work before, it is not checked, only made safe.
+        """
+        torch.arange(self.columns, out=adjacent)
+        adjacent.floor_divide_(self.columns // self.groups)
+        if stored.device.type != "cpu":
+            torch.where(torch.amin(stored) == -1, adjacent, stored, out=index)
+            return index.clamp_(0, self.groups - 1)
+        least, most = (int(bound) for bound in torch.aminmax(stored))
+        if least < -1 or most >= self.groups:
+            raise CheckpointError(
+                f"{self.name}: expected groups from 0 to {self.groups - 1} in its tensor weight_g_idx, found {least} "
+                f"to {most}. The checkpoint is damaged: fetch it again."
+            )
+        return None if least == -1 or torch.equal(stored, adjacent) else stored
+
+    def take_words(self, room: Room, rows: int) -> Pieces:  # noqa: D102
+        return ()
+
+    def unpack(self, stored: torch.Tensor, start: int, values: torch.Tensor, spare: torch.Tensor, own: Pieces) -> None:  # noqa: D102
+        unpack(stored[start : start + values.shape[0]], self.bits, values, spare)
+
+
+class PlainDecode(ScaledDecode):
+    """Decodes ``weight`` in 8 bits, ``weight_scale`` and, where stored, ``weight_zero_point``."""
+
+    def take_shared(self, room: Room) -> Pieces:  # noqa: D102
+        return ()
+
+    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:  # noqa: D102
+        scales, *zeros = (
+            own if own.numel() > 1 else own.view(1, 1).expand(self.rows, self.groups) for own in stored[1:]
+        )
+        return Shared(scales, zeros[0] if zeros else 0)
+
+    def take_own(self, room: Room, rows: int) -> Pieces:  # noqa: D102
+        return (room.take(torch.float32, rows, self.groups),)
+
+    def fill(self, stored: Sequence[torch.Tensor], shared: Shared, start: int, tile: Tile) -> None:  # noqa: D102
+        end = start + tile.floats.shape[0]
+        tile.floats.copy_(stored[0][start:end])
+        if isinstance(shared.zeros, torch.Tensor):
+            (zeros,) = tile.own
+            zeros.copy_(shared.zeros[start:end])
+            self.grouped(tile.floats).sub_(zeros.unsqueeze(-1))

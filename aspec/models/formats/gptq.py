@@ -1,0 +1,251 @@
+"""GPTQ: integers of 2, 3, 4 or 8 bits that are packed along the input, with scales and zero points by group.
+
+A module stores ``qweight`` int32 [in * bits / 32, out], ``qzeros`` int32 [groups, out * bits / 32], ``scales`` [groups,
+out] and ``g_idx`` int32 [in], the group of every input; its weight [out, in] is (q - z) * s. Version 1 stores z - 1,
+version 2 (``checkpoint_format`` gptq_v2) stores z. Library: https://github.com/ModelCloud/GPTQModel (TorchLinear).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from aspec.errors import CheckpointError
+from aspec.io.checkpoint import TensorRef
+from aspec.models.formats.fields import CONFIG, FLOATS, Fields, Module, compiled, modules_with
+from aspec.models.formats.packed import PackedWeight
+from aspec.models.formats.packed_ints import num_words, transpose, unpack
+from aspec.models.formats.scaled import IntegerDecode, Pieces, Room, Shared
+
+BITS = (2, 3, 4, 8)
+MULTIPLE = 8  # of inputs and of outputs
+VERSIONS = {"gptq": 1, "gptq_v2": 2}
+
+OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
+"""Fields that ``dynamic`` may set for some modules."""
+
+LAYOUT = OVERRIDES | {"quant_method", "checkpoint_format", "format", "pack_dtype", "dynamic", "lm_head"}
+
+QUANTISING = frozenset(
+    {
+        "act_group_aware",
+        "autoround_version",
+        "backend",
+        "batch_size",
+        "block_name_to_quantize",
+        "cache_block_outputs",
+        "damp_auto_increment",
+        "damp_percent",
+        "data_type",
+        "dataset",
+        "device",
+        "disable_exllama",
+        "enable_full_range",
+        "enable_minmax_tuning",
+        "enable_quanted_input",
+        "exllama_config",
+        "fail_safe",
+        "fallback",
+        "foem",
+        "gptaq",
+        "gradient_accumulate_steps",
+        "hessian",
+        "hyb_act",
+        "iters",
+        "low_gpu_mem_usage",
+        "lr",
+        "max_input_length",
+        "meta",
+        "method",
+        "minmax_lr",
+        "mock_quantization",
+        "model_file_base_name",
+        "model_name_or_path",
+        "model_seqlen",
+        "module_name_preceding_first_block",
+        "modules_in_block_to_quantize",
+        "mse",
+        "nsamples",
+        "offload_to_disk",
+        "offload_to_disk_path",
+        "pack_impl",
+        "pad_token_id",
+        "parallel_packing",
+        "quantizer",
+        "scale_dtype",
+        "seqlen",
+        "static_groups",
+        "tokenizer",
+        "train_bs",
+        "true_sequential",
+        "use_cuda_fp16",
+        "use_exllama",
+        "v2",
+        "v2_alpha",
+        "v2_memory_device",
+    }
+)
+"""Fields of how the model was quantised, or with which kernels it is run: they do not change what is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one module is stored."""
+
+    bits: int
+    group_size: int  # -1: one group
+    reordered: bool  # desc_act: groups need not be adjacent inputs
+
+    @classmethod
+    def of(cls, fields: Fields, default: "Layout | None" = None) -> Self:
+        """The layout that the fields name; others are as in ``default``."""
+        bits = fields.integer("bits", default.bits if default else 0)
+        if bits not in BITS:
+            raise fields.unsupported("bits", "2, 3, 4 or 8")
+        size = fields.integer("group_size", default.group_size if default else 128, least=-1)
+        if size == 0:
+            raise fields.refuse("group_size", "-1 or a whole number from 1 on")
+        fields.flag("sym", True)  # zero points are stored in both cases
+        return cls(bits, size, fields.flag("desc_act", default.reordered if default else False))
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """GPTQ with the settings of one checkpoint; a ``Format``."""
+
+    layout: Layout
+    version: int
+    overrides: tuple[tuple[Any, Layout | None], ...]  # a pattern -> its layout; None: not quantised
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """From a ``quantization_config``. Raises UnsupportedModelError, by name, for what is not supported."""
+        fields = Fields.of(config, CONFIG)
+        fields.check_known(LAYOUT | QUANTISING)
+        for key in ("checkpoint_format", "format"):
+            if fields.text(key, "gptq") not in VERSIONS:
+                raise fields.unsupported(key, "gptq or gptq_v2")
+        if fields.text("pack_dtype", "int32").removeprefix("torch.") != "int32":
+            raise fields.unsupported("pack_dtype", "int32")
+        fields.flag("lm_head", False)  # what is stored tells
+        layout = Layout.of(fields)
+        named = fields.text("checkpoint_format") or fields.text("format", "gptq")
+        rules = Fields.of(fields.raw.get("dynamic") or {}, f"{CONFIG}.dynamic")
+        return cls(layout, VERSIONS[named], tuple(_rule(rules, key, layout) for key in rules.raw))
+
+    def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
+        """See ``Format``."""
+        check_companions(tensors, ("qzeros", "scales", "g_idx"))
+        return [self._weight(Module(name, tensors)) for name in modules_with(tensors, "qweight")]
+
+    def _layout_of(self, name: str) -> Layout | None:
+        found = (layout for pattern, layout in self.overrides if pattern.match(name))
+        return next(found, self.layout)
+
+    def _weight(self, module: Module) -> PackedWeight:
+        layout = self._layout_of(module.name)
+        if layout is None:
+            raise module.refuse(f"{CONFIG}.dynamic says that it is not quantised, but it has a tensor qweight")
+        words = module.get("qweight", (torch.int32,))
+        rows = words.shape[1]
+        columns = words.shape[0] * 32 // layout.bits
+        size = columns if layout.group_size == -1 else layout.group_size
+        if rows % MULTIPLE or columns % MULTIPLE or num_words(columns, layout.bits) != words.shape[0]:
+            raise module.refuse(
+                f"expected inputs and outputs in multiples of {MULTIPLE}, found qweight {list(words.shape)} with "
+                f"{layout.bits} bits: {columns} inputs and {rows} outputs",
+                f"{CONFIG} and the weights do not belong together.",
+            )
+        groups = -(-columns // size)
+        zeros = module.get("qzeros", (torch.int32,), (groups, num_words(rows, layout.bits)))
+        scales = module.get("scales", FLOATS, (groups, rows))
+        refs = [words, zeros, scales]
+        if layout.reordered or columns % size or module.find("g_idx") is not None:
+            refs.append(module.get("g_idx", (torch.int32,), (columns,)))
+        decode = GptqDecode(module.name, rows, columns, groups, scales.dtype, layout.bits, self.version)
+        return PackedWeight(
+            name=f"{module.name}.weight",
+            shape=(rows, columns),
+            dtype=scales.dtype,
+            refs=tuple(refs),
+            method=f"GPTQ, {layout.bits} bits, " + ("one group" if groups == 1 else f"groups of {size}"),
+            decode=decode,
+            workspace_bytes=decode.workspace_bytes,
+        )
+
+
+def check_companions(tensors: Mapping[str, TensorRef], ends: Sequence[str]) -> None:
+    """Raise CheckpointError if a tensor that belongs to a ``qweight`` is stored without it."""
+    for name in tensors:
+        module, _, end = name.rpartition(".")
+        if end in ends and f"{module}.qweight" not in tensors:
+            raise Module(module, tensors).refuse(f"expected a tensor qweight beside {end}, found none")
+
+
+def _rule(rules: Fields, key: str, default: Layout) -> tuple[Any, Layout | None]:
+    """One rule of ``dynamic``: what begins with "-:" is not quantised, all other modules get the settings."""
+    pattern = compiled(key.removeprefix("-:").removeprefix("+:"), rules.where)
+    if key.startswith("-:"):
+        return pattern, None
+    fields = Fields.of(rules.raw[key], f"{rules.where}.{key}")
+    fields.check_known(OVERRIDES | QUANTISING)
+    return pattern, Layout.of(fields, default)
+
+
+class GptqDecode(IntegerDecode):
+    """Decodes ``qweight``, ``qzeros``, ``scales`` and, where stored, ``g_idx``."""
+
+    def __init__(
+        self, name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, bits: int, version: int
+    ) -> None:
+        self.name = name  # for messages
+        self.version = version
+        super().__init__(rows, columns, groups, dtype, bits)
+
+    def take_shared(self, room: Room) -> Pieces:  # noqa: D102
+        words = room.take(torch.int32, self.groups, num_words(self.rows, self.bits))
+        values, spare = (room.take(torch.uint8, self.groups, self.rows) for _ in range(2))
+        return words, values, spare, *(room.take(torch.int32, self.columns) for _ in range(2))
+
+    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:  # noqa: D102
+        words, values, spare, *_ = pieces
+        if self.version == 1 and self.bits != 3:
+            one_each = sum(1 << start for start in range(0, 32, self.bits))
+            torch.add(stored[1], one_each, out=words)  # as the library, which carries into the next zero point
+        else:
+            words.copy_(stored[1])
+        unpack(words, self.bits, values, spare)
+        if self.version == 1 and self.bits == 3:
+            values.add_(1).bitwise_and_(7)
+        index = self._index(stored[3], *pieces[3:]) if len(stored) == 4 else None
+        return Shared(stored[2].t(), values.t(), index)
+
+    def _index(self, stored: torch.Tensor, index: torch.Tensor, spare: torch.Tensor) -> torch.Tensor | None:
+        """The group of every input; None where groups are adjacent inputs.
+
+        On a device, where looking at values would wait for all work before, it is not checked, only made safe.
+        """
+        torch.remainder(stored, self.groups, out=index)  # a negative group counts from the end, as in the library
+        if stored.device.type != "cpu":
+            return index
+        least, most = (int(bound) for bound in torch.aminmax(stored))
+        if least < -self.groups or most >= self.groups:
+            raise CheckpointError(
+                f"{self.name}: expected groups from 0 to {self.groups - 1} in its tensor g_idx, found {least} to "
+                f"{most}. The checkpoint is damaged: fetch it again."
+            )
+        if self.columns % self.groups:
+            return index
+        torch.arange(self.columns, out=spare)
+        spare.floor_divide_(self.columns // self.groups)
+        return None if torch.equal(index, spare) else index
+
+    def take_words(self, room: Room, rows: int) -> Pieces:  # noqa: D102
+        count = num_words(self.columns, self.bits)
+        return room.take(torch.int32, count, rows), room.take(torch.int32, rows, count)
+
+    def unpack(self, stored: torch.Tensor, start: int, values: torch.Tensor, spare: torch.Tensor, own: Pieces) -> None:  # noqa: D102
+        block, words = own
+        transpose(stored[:, start : start + values.shape[0]], words, block)
+        unpack(words, self.bits, values, spare)

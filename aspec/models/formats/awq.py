@@ -15,10 +15,10 @@ import torch
 from aspec.errors import UnsupportedModelError, shown
 from aspec.io.checkpoint import TensorRef
 from aspec.models.formats.fields import CONFIG, FLOATS, Fields, Module, compiled, modules_with
-from aspec.models.formats.gptq import QUANTISING, check_companions
+from aspec.models.formats.gptq import QUANTISING, check_companions, turned
 from aspec.models.formats.packed import PackedWeight
-from aspec.models.formats.packed_ints import AWQ_ROWS, transpose, unpack, unpack_awq
-from aspec.models.formats.scaled import IntegerDecode, Pieces, Room, Shared
+from aspec.models.formats.packed_ints import AWQ_ROWS, AwqUnpacker, Room, Unpacker
+from aspec.models.formats.scaled import Grid, ScaledDecode, Shared, Sizes
 
 BITS, EIGHT = 4, 8
 
@@ -98,7 +98,7 @@ class Awq:
         groups = columns // size
         zeros = module.get("qzeros", (torch.int32,), (groups, words.shape[1]))
         scales = module.get("scales", FLOATS, (groups, rows))
-        decode = AwqDecode(rows, columns, groups, scales.dtype, BITS)
+        decode = AwqDecode(Sizes(rows, columns, groups, scales.dtype, BITS))
         return PackedWeight(
             name=f"{module.name}.weight",
             shape=(rows, columns),
@@ -116,29 +116,28 @@ def _within(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?:{name})(?:(?<=\.)|(?=\.|$))")
 
 
-class AwqDecode(IntegerDecode):
+class AwqDecode(ScaledDecode):
     """Decodes ``qweight``, ``qzeros`` and ``scales``."""
 
+    narrow = True
     multiple = EIGHT
 
-    def take_shared(self, room: Room) -> Pieces:  # noqa: D102
-        return tuple(room.take(torch.uint8, self.groups, self.rows) for _ in range(2))
+    @classmethod
+    def take_shared(cls, sizes: Sizes, room: Room) -> tuple[Any, ...]:  # noqa: D102
+        by_nibble = Unpacker(room, BITS, sizes.groups, sizes.rows)
+        return by_nibble, room.take(torch.uint8, sizes.groups, sizes.rows)
 
-    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:  # noqa: D102
-        in_words, in_rows = pieces
-        unpack(stored[1], BITS, in_words, in_rows)
-        nibbles, rows = (piece.view(self.groups, -1, EIGHT) for piece in pieces)
+    @classmethod
+    def unpacker(cls, sizes: Sizes, room: Room, rows: int, columns: int) -> Unpacker:  # noqa: D102
+        return AwqUnpacker(room, BITS, rows, columns)
+
+    def numbers(self, stored: torch.Tensor, height: int) -> Grid:  # noqa: D102
+        return turned(stored, self.width, height // EIGHT)
+
+    def share(self, stored: Sequence[torch.Tensor], pieces: tuple[Any, ...]) -> Shared:  # noqa: D102
+        by_nibble, zeros = pieces
+        by_nibble(stored[1])
+        nibbles, rows = (own.view(self.sizes.groups, -1, EIGHT) for own in (by_nibble.values, zeros))
         for nibble, row in enumerate(AWQ_ROWS):
             rows[..., row].copy_(nibbles[..., nibble])
-        return Shared(stored[2].t(), in_rows.t())
-
-    def take_words(self, room: Room, rows: int) -> Pieces:  # noqa: D102
-        words = rows // EIGHT
-        block, turned = room.take(torch.int32, self.columns, words), room.take(torch.int32, words, self.columns)
-        return block, turned, room.take(torch.uint8, words, self.columns)
-
-    def unpack(self, stored: torch.Tensor, start: int, values: torch.Tensor, spare: torch.Tensor, own: Pieces) -> None:  # noqa: D102
-        block, words, pairs = own
-        first = start // EIGHT
-        transpose(stored[:, first : first + words.shape[0]], words, block)
-        unpack_awq(words, values, block.view(words.shape), pairs)
+        return Shared(stored[2].t(), zeros.t())

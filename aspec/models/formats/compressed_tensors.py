@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from aspec.errors import CheckpointError
 from aspec.io.checkpoint import TensorRef
 from aspec.models.formats.compressed_settings import Scheme, Settings, unsupported
 from aspec.models.formats.fields import CONFIG, FLOATS, Module, modules_with
+from aspec.models.formats.gptq import check_groups
 from aspec.models.formats.packed import PackedWeight
-from aspec.models.formats.packed_ints import num_words, transpose, unpack
-from aspec.models.formats.scaled import IntegerDecode, Pieces, Room, ScaledDecode, Shared, Tile
+from aspec.models.formats.packed_ints import Room, Turn, Unpacker, num_words
+from aspec.models.formats.scaled import ScaledDecode, Shared, Sizes
 
 MULTIPLE = 8  # of inputs and outputs of packed weights
 QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of plain weights
@@ -95,7 +95,8 @@ def packed(module: Module, scheme: Scheme) -> PackedWeight:
     index = scheme.reordered or module.find("weight_g_idx") is not None
     if index:
         refs.append(module.get("weight_g_idx", (torch.int32,), (columns,)))
-    decode = PackedDecode(module.name, (rows, columns, groups), scales.dtype, scheme, index)
+    sizes = Sizes(rows, columns, groups, scales.dtype, scheme.bits, not scheme.symmetric, index)
+    decode = PackedDecode(module.name, sizes)
     return _made(module, scheme, (rows, columns), scales.dtype, refs, decode)
 
 
@@ -118,7 +119,7 @@ def plain(module: Module, scheme: Scheme) -> PackedWeight:
         )
         refs.append(zeros)
     groups = columns // scheme.group_size if scheme.strategy == "group" else 1
-    decode = PlainDecode(rows, columns, groups, scales.dtype)
+    decode = PlainDecode(Sizes(rows, columns, groups, scales.dtype, has_zeros=len(refs) == 3))
     return _made(module, scheme, (rows, columns), scales.dtype, refs, decode)
 
 
@@ -161,81 +162,69 @@ def _made(
     return PackedWeight(f"{module.name}.weight", shape, dtype, tuple(refs), method, decode, decode.workspace_bytes)
 
 
-class PackedDecode(IntegerDecode):
+class PackedDecode(ScaledDecode):
     """Decodes ``weight_packed``, ``weight_scale`` and, where stored, ``weight_zero_point`` and ``weight_g_idx``."""
 
-    def __init__(
-        self, name: str, sizes: tuple[int, int, int], dtype: torch.dtype, scheme: Scheme, has_index: bool
-    ) -> None:
+    def __init__(self, name: str, sizes: Sizes) -> None:
+        super().__init__(sizes)
         self.name = name  # for messages
-        self.has_zeros, self.has_index = not scheme.symmetric, has_index
-        super().__init__(*sizes, dtype, scheme.bits)
 
-    def take_shared(self, room: Room) -> Pieces:  # noqa: D102
-        turned = (self.groups, num_words(self.rows, self.bits)) if self.has_zeros else (0, 0)
-        words, block = room.take(torch.int32, *turned), room.take(torch.int32, *reversed(turned))
-        zeros = (self.groups, self.rows) if self.has_zeros else (0, 0)
-        values, spare = (room.take(torch.uint8, *zeros) for _ in range(2))
-        columns = self.columns if self.has_index else 0
-        return words, block, values, spare, *(room.take(torch.int32, columns) for _ in range(2))
+    @classmethod
+    def take_shared(cls, sizes: Sizes, room: Room) -> tuple[Any, ...]:  # noqa: D102
+        index = [room.take(torch.int32, sizes.columns if sizes.reordered else 0) for _ in range(2)]
+        if not sizes.has_zeros:
+            return None, None, *index
+        turn = Turn(room, num_words(sizes.rows, sizes.bits), sizes.groups)
+        return turn, Unpacker(room, sizes.bits, sizes.groups, -(-sizes.rows // MULTIPLE) * MULTIPLE), *index
 
-    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:  # noqa: D102
-        words, block, values, spare, index, adjacent = pieces
-        offset = 1 << self.bits - 1  # of what is stored, in numbers and packed zero points
+    @classmethod
+    def unpacker(cls, sizes: Sizes, room: Room, rows: int, columns: int) -> Unpacker:  # noqa: D102
+        return Unpacker(room, sizes.bits, rows, columns)
+
+    def share(self, stored: Sequence[torch.Tensor], pieces: tuple[Any, ...]) -> Shared:  # noqa: D102
+        turn, unpack, *index = pieces
+        sizes = self.sizes
+        offset = 1 << sizes.bits - 1  # of numbers and packed zero points
         zeros: torch.Tensor | int = offset
-        if self.has_zeros and stored[2].dtype is torch.int8:
-            zeros = block[:1, :1].copy_(stored[2].view(1, 1)).add_(offset).expand(self.rows, self.groups)
-        elif self.has_zeros:
-            transpose(stored[2], words, block)
-            unpack(words, self.bits, values, spare)
-            zeros = values.t()
-        scales = stored[1] if stored[1].numel() > 1 else stored[1].view(1, 1).expand(self.rows, self.groups)
-        return Shared(scales, zeros, self._index(stored[-1], index, adjacent) if self.has_index else None)
+        if sizes.has_zeros and stored[2].dtype is torch.int8:
+            zeros = turn.turned[:1, :1].copy_(stored[2].view(1, 1)).add_(offset).expand(sizes.rows, sizes.groups)
+        elif sizes.has_zeros:
+            turn(stored[2])
+            unpack(turn.turned)
+            zeros = unpack.values.t()
+        return Shared(_expanded(stored[1], sizes), zeros, self._index(stored[-1], *index) if sizes.reordered else None)
 
     def _index(self, stored: torch.Tensor, index: torch.Tensor, adjacent: torch.Tensor) -> torch.Tensor | None:
         """The group of every input; if one is -1, groups are adjacent inputs, as in the library.
 
         On a device, where looking at values would wait for all work before, it is not checked, only made safe.
         """
-        torch.arange(self.columns, out=adjacent)
-        adjacent.floor_divide_(self.columns // self.groups)
-        if stored.device.type != "cpu":
-            torch.where(torch.amin(stored) == -1, adjacent, stored, out=index)
-            return index.clamp_(0, self.groups - 1)
-        least, most = (int(bound) for bound in torch.aminmax(stored))
-        if least < -1 or most >= self.groups:
-            raise CheckpointError(
-                f"{self.name}: expected groups from 0 to {self.groups - 1} in its tensor weight_g_idx, found {least} "
-                f"to {most}. The checkpoint is damaged: fetch it again."
-            )
-        return None if least == -1 or torch.equal(stored, adjacent) else stored
-
-    def take_words(self, room: Room, rows: int) -> Pieces:  # noqa: D102
-        return ()
-
-    def unpack(self, stored: torch.Tensor, start: int, values: torch.Tensor, spare: torch.Tensor, own: Pieces) -> None:  # noqa: D102
-        unpack(stored[start : start + values.shape[0]], self.bits, values, spare)
+        groups = self.sizes.groups
+        torch.arange(self.sizes.columns, out=adjacent)
+        adjacent.floor_divide_(self.sizes.group)
+        if stored.device.type == "cpu":
+            check_groups(self.name, "weight_g_idx", stored, -1, groups)
+            return None if torch.equal(stored, adjacent) or int(stored.min()) == -1 else stored
+        torch.where(torch.amin(stored) == -1, adjacent, stored, out=index)
+        return index.clamp_(0, groups - 1)
 
 
 class PlainDecode(ScaledDecode):
     """Decodes ``weight`` in 8 bits, ``weight_scale`` and, where stored, ``weight_zero_point``."""
 
-    def take_shared(self, room: Room) -> Pieces:  # noqa: D102
+    @classmethod
+    def take_shared(cls, sizes: Sizes, room: Room) -> tuple[Any, ...]:  # noqa: D102
         return ()
 
-    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:  # noqa: D102
-        scales, *zeros = (
-            own if own.numel() > 1 else own.view(1, 1).expand(self.rows, self.groups) for own in stored[1:]
-        )
-        return Shared(scales, zeros[0] if zeros else 0)
+    @classmethod
+    def unpacker(cls, sizes: Sizes, room: Room, rows: int, columns: int) -> Unpacker:  # noqa: D102
+        return Unpacker(room, 8, rows, columns)  # for its memory only
 
-    def take_own(self, room: Room, rows: int) -> Pieces:  # noqa: D102
-        return (room.take(torch.float32, rows, self.groups),)
+    def share(self, stored: Sequence[torch.Tensor], pieces: tuple[Any, ...]) -> Shared:  # noqa: D102
+        zeros = _expanded(stored[2], self.sizes) if self.sizes.has_zeros else 0
+        return Shared(_expanded(stored[1], self.sizes), zeros)
 
-    def fill(self, stored: Sequence[torch.Tensor], shared: Shared, start: int, tile: Tile) -> None:  # noqa: D102
-        end = start + tile.floats.shape[0]
-        tile.floats.copy_(stored[0][start:end])
-        if isinstance(shared.zeros, torch.Tensor):
-            (zeros,) = tile.own
-            zeros.copy_(shared.zeros[start:end])
-            self.grouped(tile.floats).sub_(zeros.unsqueeze(-1))
+
+def _expanded(stored: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """One number for the whole weight, or [rows, groups], as [rows, groups]."""
+    return stored.view(1, 1).expand(sizes.rows, sizes.groups) if stored.numel() == 1 else stored

@@ -11,12 +11,12 @@ from typing import Any, Self
 
 import torch
 
-from aspec.errors import CheckpointError
-from aspec.io.checkpoint import TensorRef
+from aspec.errors import CheckpointError, shown
+from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.models.formats.fields import CONFIG, FLOATS, Fields, Module, compiled, modules_with
 from aspec.models.formats.packed import PackedWeight
-from aspec.models.formats.packed_ints import num_words, transpose, unpack
-from aspec.models.formats.scaled import IntegerDecode, Pieces, Room, Shared
+from aspec.models.formats.packed_ints import ColumnUnpacker, Room, Unpacker, num_words
+from aspec.models.formats.scaled import Grid, ScaledDecode, Shared, Sizes
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 8  # of inputs and of outputs
@@ -163,7 +163,8 @@ class Gptq:
         refs = [words, zeros, scales]
         if layout.reordered or columns % size or module.find("g_idx") is not None:
             refs.append(module.get("g_idx", (torch.int32,), (columns,)))
-        decode = GptqDecode(module.name, rows, columns, groups, scales.dtype, layout.bits, self.version)
+        sizes = Sizes(rows, columns, groups, scales.dtype, layout.bits, reordered=len(refs) == 4)
+        decode = GptqDecode(module.name, sizes, self.version)
         return PackedWeight(
             name=f"{module.name}.weight",
             shape=(rows, columns),
@@ -193,59 +194,67 @@ def _rule(rules: Fields, key: str, default: Layout) -> tuple[Any, Layout | None]
     return pattern, Layout.of(fields, default)
 
 
-class GptqDecode(IntegerDecode):
+class GptqDecode(ScaledDecode):
     """Decodes ``qweight``, ``qzeros``, ``scales`` and, where stored, ``g_idx``."""
 
-    def __init__(
-        self, name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, bits: int, version: int
-    ) -> None:
+    narrow = True
+
+    def __init__(self, name: str, sizes: Sizes, version: int) -> None:
+        super().__init__(sizes)
         self.name = name  # for messages
         self.version = version
-        super().__init__(rows, columns, groups, dtype, bits)
 
-    def take_shared(self, room: Room) -> Pieces:  # noqa: D102
-        words = room.take(torch.int32, self.groups, num_words(self.rows, self.bits))
-        values, spare = (room.take(torch.uint8, self.groups, self.rows) for _ in range(2))
-        return words, values, spare, *(room.take(torch.int32, self.columns) for _ in range(2))
+    @classmethod
+    def take_shared(cls, sizes: Sizes, room: Room) -> tuple[Any, ...]:  # noqa: D102
+        zeros = Unpacker(room, sizes.bits, sizes.groups, sizes.rows)
+        words = room.take(torch.int32, sizes.groups, num_words(sizes.rows, sizes.bits))
+        return zeros, words, *(room.take(torch.int32, sizes.columns) for _ in range(2))
 
-    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:  # noqa: D102
-        words, values, spare, *_ = pieces
-        if self.version == 1 and self.bits != 3:
-            one_each = sum(1 << start for start in range(0, 32, self.bits))
+    @classmethod
+    def unpacker(cls, sizes: Sizes, room: Room, rows: int, columns: int) -> Unpacker:  # noqa: D102
+        return ColumnUnpacker(room, sizes.bits, rows, columns)
+
+    def numbers(self, stored: torch.Tensor, height: int) -> Grid:  # noqa: D102
+        return turned(stored, num_words(self.width, self.sizes.bits), height)
+
+    def share(self, stored: Sequence[torch.Tensor], pieces: tuple[Any, ...]) -> Shared:  # noqa: D102
+        zeros, words, *rest = pieces
+        bits = self.sizes.bits
+        if self.version == 1 and bits != 3:
+            one_each = sum(1 << start for start in range(0, 32, bits))
             torch.add(stored[1], one_each, out=words)  # as the library, which carries into the next zero point
+            zeros(words)
         else:
-            words.copy_(stored[1])
-        unpack(words, self.bits, values, spare)
-        if self.version == 1 and self.bits == 3:
-            values.add_(1).bitwise_and_(7)
-        index = self._index(stored[3], *pieces[3:]) if len(stored) == 4 else None
-        return Shared(stored[2].t(), values.t(), index)
+            zeros(stored[1])
+        if self.version == 1 and bits == 3:
+            zeros.values.add_(1).bitwise_and_(7)
+        index = self._index(stored[3], *rest) if self.sizes.reordered else None
+        return Shared(stored[2].t(), zeros.values.t(), index)
 
-    def _index(self, stored: torch.Tensor, index: torch.Tensor, spare: torch.Tensor) -> torch.Tensor | None:
+    def _index(self, stored: torch.Tensor, index: torch.Tensor, adjacent: torch.Tensor) -> torch.Tensor | None:
         """The group of every input; None where groups are adjacent inputs.
 
         On a device, where looking at values would wait for all work before, it is not checked, only made safe.
         """
-        torch.remainder(stored, self.groups, out=index)  # a negative group counts from the end, as in the library
-        if stored.device.type != "cpu":
-            return index
-        least, most = (int(bound) for bound in torch.aminmax(stored))
-        if least < -self.groups or most >= self.groups:
-            raise CheckpointError(
-                f"{self.name}: expected groups from 0 to {self.groups - 1} in its tensor g_idx, found {least} to "
-                f"{most}. The checkpoint is damaged: fetch it again."
-            )
-        if self.columns % self.groups:
-            return index
-        torch.arange(self.columns, out=spare)
-        spare.floor_divide_(self.columns // self.groups)
-        return None if torch.equal(index, spare) else index
+        groups = self.sizes.groups
+        torch.remainder(stored, groups, out=index)  # a negative group counts from the end, as in the library
+        if stored.device.type == "cpu":
+            check_groups(self.name, "g_idx", stored, -groups, groups)
+            torch.arange(self.sizes.columns, out=adjacent)
+            return None if torch.equal(index, adjacent.floor_divide_(self.sizes.group)) else index
+        return index
 
-    def take_words(self, room: Room, rows: int) -> Pieces:  # noqa: D102
-        count = num_words(self.columns, self.bits)
-        return room.take(torch.int32, count, rows), room.take(torch.int32, rows, count)
 
-    def unpack(self, stored: torch.Tensor, start: int, values: torch.Tensor, spare: torch.Tensor, own: Pieces) -> None:  # noqa: D102
-        block, words = own
-        transpose(stored[:, start : start + values.shape[0]], words, block)
-        unpack(words, self.bits, values, spare)
+def turned(stored: torch.Tensor, words: int, rows: int) -> Grid:
+    """The tiles of words that are stored by column, by row of the weight."""
+    return list(zip(*(block.split(rows, 1) for block in stored.split(words)), strict=True))
+
+
+def check_groups(module: str, end: str, stored: torch.Tensor, least: int, groups: int) -> None:
+    """Raise CheckpointError if the group of an input is not from ``least`` to the last of ``groups``."""
+    low, high = (int(bound) for bound in torch.aminmax(stored))
+    if low < least or high >= groups:
+        raise CheckpointError(
+            f"{shown(module)}: expected groups from 0 to {groups - 1} in its tensor {end}, found {low} to {high}. The "
+            f"checkpoint is damaged. {FETCH_AGAIN}"
+        )

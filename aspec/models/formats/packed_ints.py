@@ -4,16 +4,40 @@ Value i of a row is the bits from ``bits * i`` on of the row's words, low bits f
 value of 3 bits may lie in two words. GPTQ and compressed-tensors pack so; words that are packed along columns are
 transposed first, which moves an eighth of what the values would. AWQ (gemm) packs 8 rows into a word, in another order.
 
-No function allocates: results and intermediate values go to memory of the caller. A pass over a tile that stays in the
-cache costs 0.03 to 0.1 ns per value, a look-up in a table 0.4 to 8 ns: hence the arithmetic on 2 or 8 values at once.
+Unpacking allocates nothing: all memory is of a workspace. A pass over a tile that stays in the cache costs 0.03 to 0.1
+ns per value, a look-up in a table 0.4 to 8 ns: hence the arithmetic on 2 or 8 values at once. Views are made once per
+size of tile, because each costs as much as a pass over 10,000 values.
 """
+
+import math
 
 import torch
 
+from aspec.errors import InternalError
+
+ALIGNMENT = 64
 AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
 """The row of each nibble of a word of AWQ, low bits first."""
 
-EIGHTS, PAIRS = 8, 2  # values of an int64, of an int16, one a byte
+PAIR, EIGHT = 2, 8  # values of an int16, of an int64, one a byte
+
+
+class Room:
+    """Hands out a workspace, piece by piece; without a workspace it counts, with pieces on meta."""
+
+    def __init__(self, workspace: torch.Tensor | None = None, used: int = 0) -> None:
+        self._workspace = workspace
+        self.used = used  # bytes, a multiple of ALIGNMENT
+
+    def take(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """The next piece, with undefined contents. Raises InternalError if too few bytes are left."""
+        start, end = self.used, self.used + math.prod(shape) * dtype.itemsize
+        self.used = -(-end // ALIGNMENT) * ALIGNMENT
+        if self._workspace is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        if end > self._workspace.numel():
+            raise InternalError(f"decoding needs more than the {self._workspace.numel()} bytes of its workspace")
+        return self._workspace[start:end].view(dtype).view(shape)
 
 
 def num_words(count: int, bits: int) -> int:
@@ -21,56 +45,97 @@ def num_words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def unpack(words: torch.Tensor, bits: int, values: torch.Tensor, spare: torch.Tensor) -> None:
-    """Write the first values of every row.
+class Unpacker:
+    """Unpacks words of rows, int32 [rows, words], to ``values``, uint8 [rows, columns]; columns a multiple of 8."""
 
-    ``words``: int32 [rows, at least the words of the values], its last dimension contiguous. ``values``: uint8 [rows, a
-    multiple of 8], contiguous; ``spare``: likewise, undefined before and after.
+    def __init__(self, room: Room, bits: int, rows: int, columns: int) -> None:
+        self.bits = bits
+        self.bytes = room.take(torch.uint8, 2, rows, columns)
+        self.values, spare = self.bytes
+        self.signed = self.values.view(torch.int8)
+        kind = torch.int16 if bits == 4 else torch.int64
+        if bits != EIGHT:
+            self._together, self._high = self.values.view(kind), spare.view(kind)  # several values
+        self._halvings = _halvings(bits)
+
+    def __call__(self, words: torch.Tensor) -> None:
+        """Unpack; the last dimension of ``words`` is contiguous."""
+        self._unpack(words.view(torch.uint8))
+
+    def _unpack(self, stored: torch.Tensor) -> None:
+        columns = self.values.shape[1]
+        if self.bits == EIGHT:
+            self.values.copy_(stored if stored.shape[1] == columns else stored[:, :columns])
+        elif self.bits == 4:
+            self._together.copy_(stored if stored.shape[1] * PAIR == columns else stored[:, : columns // PAIR])
+            torch.bitwise_and(self._together, 0xF0, out=self._high)
+            self._together.add_(self._high, alpha=0x0F)  # 0x00F0 becomes 0x0F00
+        else:
+            self._together.zero_()
+            for byte in range(self.bits):
+                self.values[:, byte::EIGHT].copy_(stored[:, byte : columns // EIGHT * self.bits : self.bits])
+            for mask, factor in self._halvings:
+                torch.bitwise_and(self._together, mask, out=self._high)
+                self._together.add_(self._high, alpha=factor)
+
+
+class ColumnUnpacker(Unpacker):
+    """Unpacks words of columns, int32 [words, rows]."""
+
+    def __init__(self, room: Room, bits: int, rows: int, columns: int) -> None:
+        super().__init__(room, bits, rows, columns)
+        count = num_words(columns, bits)
+        self._turn = Turn(room, count, rows)
+        self._turned = self._turn.turned.view(torch.uint8)
+
+    def __call__(self, words: torch.Tensor) -> None:  # noqa: D102
+        self._turn(words)
+        self._unpack(self._turned)
+
+
+class AwqUnpacker(Unpacker):
+    """Unpacks words of columns, int32 [columns, rows / 8], with the values of 8 rows in the order of AWQ."""
+
+    def __init__(self, room: Room, bits: int, rows: int, columns: int) -> None:
+        super().__init__(room, EIGHT, rows, columns)
+        count = rows // EIGHT
+        self._turn = Turn(room, columns, count)
+        self._shifts = room.take(torch.int32, 4, 1, 1)
+        torch.arange(0, 32, EIGHT, out=self._shifts.view(-1))
+        self._shifted = room.take(torch.int32, 4, count, columns)
+        self._pairs = room.take(torch.uint8, 4, count, columns)  # the bytes of the words
+        self._split = self._pairs.view(2, 2, count, columns)
+        # nibble h of byte 2p + a has the row 4a + 2h + p
+        rows_of = self.values.view(count, 2, 2, 2, columns)
+        self._low, self._high = (rows_of[:, :, half].permute(2, 1, 0, 3) for half in (0, 1))
+
+    def __call__(self, words: torch.Tensor) -> None:  # noqa: D102
+        self._turn(words)
+        torch.bitwise_right_shift(self._turn.turned, self._shifts, out=self._shifted)
+        self._pairs.copy_(self._shifted)  # the lowest byte
+        torch.bitwise_and(self._split, 0x0F, out=self._low)
+        torch.bitwise_right_shift(self._split, 4, out=self._high)
+
+
+class Turn:
+    """Transposes [a, b] to ``turned`` [b, a].
+
+    torch has a fast transpose for contiguous tensors only, so that copying first takes a fifth of the time.
     """
-    stored = words.view(torch.uint8)
-    columns = values.shape[1]
-    if bits == 8:
-        values.copy_(stored[:, :columns])
-    elif bits == 4:
-        pairs, high = values.view(torch.int16), spare.view(torch.int16)
-        pairs.copy_(stored[:, : columns // PAIRS])
-        torch.bitwise_and(pairs, 0xF0, out=high)
-        pairs.add_(high, alpha=0x0F)  # 0x00F0 becomes 0x0F00
-    else:
-        eights, high = values.view(torch.int64), spare.view(torch.int64)
-        eights.zero_()
-        for byte in range(bits):
-            values[:, byte::EIGHTS].copy_(stored[:, byte : columns // EIGHTS * bits : bits])
-        for mask, shift in _halvings(bits):
-            torch.bitwise_and(eights, mask, out=high)
-            eights.add_(high, alpha=shift)
 
+    def __init__(self, room: Room, rows: int, columns: int) -> None:
+        self.turned = room.take(torch.int32, columns, rows)
+        self._copy = room.take(torch.int32, rows, columns)
+        self._view = self._copy.t()
 
-def transpose(block: torch.Tensor, result: torch.Tensor, spare: torch.Tensor) -> None:
-    """Write the transpose of ``block`` [a, b] to ``result`` [b, a]; ``spare`` [a, b] and both others contiguous.
-
-    torch has a fast transpose for contiguous tensors only, so that copying the block first takes a fifth of the time.
-    """
-    spare.copy_(block)
-    result.copy_(spare.t())
-
-
-def unpack_awq(words: torch.Tensor, values: torch.Tensor, shifted: torch.Tensor, pairs: torch.Tensor) -> None:
-    """Write 8 rows of values per row of words.
-
-    ``words``, ``shifted``: int32 [rows, columns]; ``values``: uint8 [8 * rows, columns]; ``pairs``: uint8 [rows,
-    columns]. All are contiguous; ``shifted`` and ``pairs`` are undefined before and after.
-    """
-    rows = values.view(words.shape[0], 8, words.shape[1])
-    for byte in range(4):
-        torch.bitwise_right_shift(words, 8 * byte, out=shifted)
-        pairs.copy_(shifted)  # the lowest byte
-        torch.bitwise_and(pairs, 0x0F, out=rows[:, AWQ_ROWS[2 * byte]])
-        torch.bitwise_right_shift(pairs, 4, out=rows[:, AWQ_ROWS[2 * byte + 1]])
+    def __call__(self, words: torch.Tensor) -> None:
+        """Transpose."""
+        self._copy.copy_(words)
+        self.turned.copy_(self._view)
 
 
 def _halvings(bits: int) -> list[tuple[int, int]]:
-    """Steps from 8 adjacent values to one a byte: the mask of the values to move up, and the factor - 1 that moves them.
+    """Steps from 8 adjacent values to one a byte: the mask of the values to move up, and a factor that moves them.
 
     Each step halves: 8 values into twice 4, these into twice 2, these into twice 1. ``x + (x & mask) * (2**n - 1)``
     moves the masked bits up by n, into bits that are zero.
@@ -79,5 +144,5 @@ def _halvings(bits: int) -> list[tuple[int, int]]:
     for half in (4, 2, 1):
         upper = ((1 << half * bits) - 1) << half * bits
         mask = sum(upper << start for start in range(0, 64, 16 * half))
-        steps.append((mask, (1 << half * (8 - bits)) - 1))
+        steps.append((mask, (1 << half * (EIGHT - bits)) - 1))
     return steps

@@ -5,37 +5,23 @@ the model's dtype. Here it is computed in float32, where an integer of 9 bits ti
 then rounded to the dtype of the scales: to the same bits.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
-from aspec.errors import InternalError
+from aspec.models.formats.packed_ints import Room, Unpacker
 
-ALIGNMENT = 64
-TILE = 1 << 16  # weights; 256 KiB in float32
-NOTHING = torch.empty(0)
+TILE = 1 << 17  # weights; 512 KiB in float32
+NARROW = 512  # columns of a tile, where a row of stored words holds columns of the weight
+WORD = 32  # columns of such a tile are a multiple
 
-Pieces = tuple[torch.Tensor, ...]
-
-
-class Room:
-    """Hands out a workspace, piece by piece; without a workspace it only counts the bytes."""
-
-    def __init__(self, workspace: torch.Tensor | None = None, used: int = 0) -> None:
-        self._workspace = workspace
-        self.used = used  # bytes, a multiple of ALIGNMENT
-
-    def take(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """The next piece, with undefined contents. Raises InternalError if too few bytes are left."""
-        start, end = self.used, self.used + torch.Size(shape).numel() * dtype.itemsize
-        self.used = -(-end // ALIGNMENT) * ALIGNMENT
-        if self._workspace is None:
-            return NOTHING
-        if end > self._workspace.numel():
-            raise InternalError(f"decoding needs more than the {self._workspace.numel()} bytes of its workspace")
-        return self._workspace[start:end].view(dtype).view(shape)
+Grid = list[Sequence[torch.Tensor]]
+"""The tiles of a tensor, by row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,135 +29,170 @@ class Shared:
     """What all tiles of a weight use."""
 
     scales: torch.Tensor  # [rows, groups], any strides
-    zeros: torch.Tensor | int  # [rows, groups], any strides
+    zeros: torch.Tensor | int  # likewise
     index: torch.Tensor | None = None  # int32 [columns]: the group of each column; None: groups of adjacent columns
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """Memory for some rows."""
+class Sizes:
+    """Of a weight: what the layout of its workspace depends on."""
 
-    floats: torch.Tensor  # float32 [rows, columns]
-    others: torch.Tensor  # float32 [rows, columns]
-    scales: torch.Tensor  # float32 [rows, groups]
-    own: Pieces  # of the decoder's class
+    rows: int
+    columns: int
+    groups: int
+    dtype: torch.dtype  # of the scales
+    bits: int = 8
+    has_zeros: bool = True
+    reordered: bool = False  # whether columns may choose their groups
+
+    @property
+    def group(self) -> int:
+        """Adjacent columns with one scale."""
+        return self.columns // self.groups if self.columns % self.groups == 0 else self.columns
+
+
+def grid(tensor: torch.Tensor, height: int, width: int, count: int) -> Grid:
+    """The tiles of a tensor [rows, columns], ``count`` a row, or the same for all; slicing one by one is slower."""
+    rows = [row.split(width, 1) for row in tensor.split(height)]
+    return rows if len(rows[0]) == count else [list(row) * count for row in rows]
 
 
 class ScaledDecode(ABC):
-    """Decodes a weight [rows, columns] that has a scale per row and group of columns; see ``Decode``."""
+    """Decodes a weight that has a scale per row and group of columns; see ``Decode``."""
 
+    narrow = False  # whether a row of stored words holds columns of the weight
     multiple = 1  # of the rows of a tile, except of the last one
 
-    def __init__(self, rows: int, columns: int, groups: int, dtype: torch.dtype) -> None:
-        self.rows, self.columns, self.groups = rows, columns, groups
-        self.dtype = dtype  # of the scales
-        steps = max(1, TILE // max(1, columns * self.multiple))
-        self._step = min(steps * self.multiple, rows)
-        room = Room()
-        self.take_shared(room)
-        self._shared_bytes = room.used
-        self._take_tile(room, self._step)
-        self.workspace_bytes = room.used
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        unit = math.lcm(sizes.group, WORD) if sizes.groups > 1 else WORD
+        self.width = min(max(1, NARROW // unit) * unit, sizes.columns) if self.narrow else sizes.columns
+        self.height = min(max(1, TILE // self.width // self.multiple) * self.multiple, sizes.rows)
+        self._shared_bytes, self.workspace_bytes = _bytes(type(self), sizes, self.height, self.width)
 
+    @classmethod
     @abstractmethod
-    def take_shared(self, room: Room) -> Pieces:
+    def take_shared(cls, sizes: Sizes, room: Room) -> tuple[Any, ...]:
         """Memory for ``share``."""
 
     @abstractmethod
-    def share(self, stored: Sequence[torch.Tensor], pieces: Pieces) -> Shared:
+    def share(self, stored: Sequence[torch.Tensor], pieces: tuple[Any, ...]) -> Shared:
         """Unpack what all tiles use."""
 
+    @classmethod
     @abstractmethod
-    def take_own(self, room: Room, rows: int) -> Pieces:
-        """Memory for ``fill``, for a tile of ``rows``."""
+    def unpacker(cls, sizes: Sizes, room: Room, rows: int, columns: int) -> Unpacker:
+        """What unpacks the numbers of a tile, and has two bytes a weight."""
 
-    @abstractmethod
-    def fill(self, stored: Sequence[torch.Tensor], shared: Shared, start: int, tile: Tile) -> None:
-        """Write q - z of the rows from ``start`` on to ``tile.floats``."""
+    def numbers(self, stored: torch.Tensor, height: int) -> Grid:
+        """The tiles of the first stored tensor, for tiles of ``height`` and ``width`` of the weight."""
+        return [(row,) for row in stored.split(height)]
 
     def __call__(self, stored: Sequence[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor) -> None:
         """See ``Decode``. On a device, where each operation has its price, tiles are as large as the workspace."""
-        room = Room(workspace)
-        shared = self.share(stored, self.take_shared(room))
-        step, used = self._step, room.used
+        room, sizes, height = Room(workspace), self.sizes, self.height
+        shared = self.share(stored, self.take_shared(sizes, room))
+        scales, zeros = _prepare(sizes, room, shared)
         if out.device.type != "cpu":
-            step *= max(1, (workspace.numel() - used) // (self.workspace_bytes - used))
-        tile: Tile | None = None
-        for start in range(0, self.rows, step):
-            rows = min(step, self.rows - start)
-            if tile is None or tile.floats.shape[0] != rows:
-                tile = self._take_tile(Room(workspace, used), rows)
-            tile.scales.copy_(shared.scales[start : start + rows])
-            self.fill(stored, shared, start, tile)
-            self._multiply(tile, shared.index)
-            self._store(tile, out[start : start + rows])
+            height *= max(1, (workspace.numel() - room.used) // (self.workspace_bytes - self._shared_bytes))
+        numbers = self.numbers(stored[0], height)
+        count = len(numbers[0])
+        groups = sizes.groups if shared.index is not None else max(1, self.width // sizes.group)
+        outs, factors = grid(out, height, self.width, count), grid(scales, height, groups, count)
+        offsets = [[zeros] * count] * len(outs) if isinstance(zeros, int) else grid(zeros, height, groups, count)
+        index = [None] * count if shared.index is None else list(shared.index.split(self.width))
+        tiles: dict[torch.Size, Tile] = {}
+        for row in zip(numbers, outs, factors, offsets, strict=True):
+            for number, piece, factor, offset, columns in zip(*row, index, strict=True):
+                tile = tiles.get(piece.shape)
+                if tile is None:
+                    own = Room(workspace, room.used)
+                    tile = tiles[piece.shape] = Tile(type(self), sizes, own, *piece.shape, columns is not None)
+                tile.read(number, offset, columns)
+                tile.multiply(factor, columns)
+                tile.write(piece)
 
-    def _take_tile(self, room: Room, rows: int) -> Tile:
-        floats, others = (room.take(torch.float32, rows, self.columns) for _ in range(2))
-        return Tile(floats, others, room.take(torch.float32, rows, self.groups), self.take_own(room, rows))
 
-    def _multiply(self, tile: Tile, index: torch.Tensor | None) -> None:
-        if index is None:
-            self.grouped(tile.floats).mul_(tile.scales.unsqueeze(-1))
+@cache
+def _bytes(kind: type[ScaledDecode], sizes: Sizes, height: int, width: int) -> tuple[int, int]:
+    """Bytes that all tiles share, and bytes of a workspace."""
+    room = Room()
+    kind.take_shared(sizes, room)
+    _take_prepared(sizes, room)
+    shared = room.used
+    Tile(kind, sizes, room, height, width, sizes.reordered)
+    return shared, room.used
+
+
+def _take_prepared(sizes: Sizes, room: Room) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = sizes.rows, sizes.groups
+    return room.take(torch.float32, *shape), room.take(torch.float32, *shape if sizes.has_zeros else (0, 0))
+
+
+def _prepare(sizes: Sizes, room: Room, shared: Shared) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """Scales in float32, and zero points as they are subtracted: in int8 from integers, or in float32."""
+    scales, zeros = _take_prepared(sizes, room)
+    scales.copy_(shared.scales)
+    if isinstance(shared.zeros, int):
+        return scales, shared.zeros
+    if sizes.bits < 8 and shared.index is None:
+        zeros = zeros.view(-1).view(torch.int8)[: zeros.numel()].view(zeros.shape)
+    return scales, zeros.copy_(shared.zeros)
+
+
+class Tile:
+    """Memory for a tile of one size, and views of it."""
+
+    def __init__(
+        self, kind: type[ScaledDecode], sizes: Sizes, room: Room, rows: int, columns: int, reordered: bool
+    ) -> None:
+        self._floats = room.take(torch.float32, rows, columns)
+        self._others = room.take(torch.float32, rows, columns if reordered else 0)
+        self._unpacker = kind.unpacker(sizes, room, rows, columns)
+        groups = 1 if reordered else max(1, columns // sizes.group)
+        self._grouped = self._floats.view(rows, groups, columns // groups)
+        self._integers = self._unpacker.signed.view(rows, groups, columns // groups)
+        self._rounded = self._floats
+        if sizes.dtype is not torch.float32:
+            self._rounded = self._unpacker.bytes.view(-1).view(sizes.dtype).view(rows, columns)
+
+    def read(self, numbers: torch.Tensor, zeros: torch.Tensor | int, index: torch.Tensor | None) -> None:
+        """q - z, with zero points by row and group, or one for all."""
+        if numbers.dtype is torch.int32:
+            self._unpacker(numbers)
+            self._floats.copy_(self._offset(zeros))
         else:
-            torch.index_select(tile.scales, 1, index, out=tile.others)
-            tile.floats.mul_(tile.others)
-
-    def _store(self, tile: Tile, out: torch.Tensor) -> None:
-        """Round to the dtype of the scales, and cast."""
-        if self.dtype not in (torch.float32, out.dtype):
-            rounded = tile.others.view(-1).view(self.dtype)[: out.numel()].view(out.shape)
-            rounded.copy_(tile.floats)
-            (out if out.dtype is torch.float32 else tile.floats).copy_(rounded)
-            if out.dtype is torch.float32:
-                return
-        out.copy_(tile.floats)
-
-    def grouped(self, tile: torch.Tensor) -> torch.Tensor:
-        """[rows, columns] as [rows, groups, columns of a group]."""
-        return tile.view(tile.shape[0], self.groups, self.columns // self.groups)
-
-
-class IntegerDecode(ScaledDecode):
-    """Decodes packed integers of ``bits`` with zero points."""
-
-    def __init__(self, rows: int, columns: int, groups: int, dtype: torch.dtype, bits: int) -> None:
-        self.bits = bits
-        self._signed = torch.int16 if bits == 8 else torch.int8  # holds q - z
-        super().__init__(rows, columns, groups, dtype)
-
-    @abstractmethod
-    def take_words(self, room: Room, rows: int) -> Pieces:
-        """Memory for ``unpack``, for a tile of ``rows``."""
-
-    @abstractmethod
-    def unpack(self, stored: torch.Tensor, start: int, values: torch.Tensor, spare: torch.Tensor, own: Pieces) -> None:
-        """Write q of the rows from ``start`` on to ``values``, uint8 [rows, columns]; ``spare`` is like ``values``."""
-
-    def take_own(self, room: Room, rows: int) -> Pieces:  # noqa: D102
-        values = room.take(torch.uint8, rows, self.columns)
-        spare = room.take(self._signed, rows, self.columns)
-        integers, floats = room.take(self._signed, rows, self.groups), room.take(torch.float32, rows, self.groups)
-        return (values, spare, integers, floats, *self.take_words(room, rows))
-
-    def fill(self, stored: Sequence[torch.Tensor], shared: Shared, start: int, tile: Tile) -> None:  # noqa: D102
-        values, spare, integers, floats, *own = tile.own
-        self.unpack(stored[0], start, values, spare.view(torch.uint8)[:, : self.columns], tuple(own))
-        zeros = shared.zeros
-        if isinstance(zeros, torch.Tensor):
-            zeros = zeros[start : start + values.shape[0]]
-        if shared.index is not None and isinstance(zeros, torch.Tensor):
-            floats.copy_(zeros)
-            torch.index_select(floats, 1, shared.index, out=tile.others)
-            torch.sub(values, tile.others, out=tile.floats)
+            self._floats.copy_(numbers)
+        if not isinstance(zeros, torch.Tensor) or zeros.dtype is not torch.float32:
             return
-        signed = values.view(torch.int8)
-        if self.bits == 8:
-            signed = spare
-            signed.copy_(values)
-        if isinstance(zeros, torch.Tensor):
-            integers.copy_(zeros)
-            self.grouped(signed).sub_(integers.unsqueeze(-1))
+        if index is None:
+            self._grouped.sub_(zeros.unsqueeze(-1))
         else:
-            signed.sub_(zeros)
-        tile.floats.copy_(signed)
+            torch.index_select(zeros, 1, index, out=self._others)
+            self._floats.sub_(self._others)
+
+    def _offset(self, zeros: torch.Tensor | int) -> torch.Tensor:
+        """The unpacked integers, without zero points that are integers."""
+        if isinstance(zeros, int):
+            return self._unpacker.signed.add_(-zeros)  # modulo 256
+        if zeros.dtype is torch.float32:
+            return self._unpacker.values
+        self._integers.sub_(zeros.unsqueeze(-1))
+        return self._unpacker.signed
+
+    def multiply(self, scales: torch.Tensor, index: torch.Tensor | None) -> None:
+        """(q - z) * s."""
+        if index is None:
+            self._grouped.mul_(scales.unsqueeze(-1))
+        else:
+            torch.index_select(scales, 1, index, out=self._others)
+            self._floats.mul_(self._others)
+
+    def write(self, out: torch.Tensor) -> None:
+        """Round to the dtype of the scales, and cast."""
+        if self._rounded.dtype in (torch.float32, out.dtype):
+            out.copy_(self._floats)
+        elif out.dtype is torch.float32:
+            out.copy_(self._rounded.copy_(self._floats))
+        else:
+            out.copy_(self._floats.copy_(self._rounded.copy_(self._floats)))

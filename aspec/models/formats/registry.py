@@ -1,0 +1,49 @@
+"""The methods that aspec decodes: ``quant_method`` of a quantization_config -> the function that reads its settings."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from aspec.errors import UnsupportedModelError, shown
+from aspec.io.weight_format import REMEDY, quantisation
+from aspec.models.formats import bitsandbytes, fp8, mxfp4, nvfp4
+from aspec.models.formats.packed import Format
+
+KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json, old and new
+
+Reader = Callable[[Mapping[str, object], str], Format]
+"""From the settings, and the file that they are from, for messages. Raises UnsupportedModelError."""
+
+READERS: Mapping[str, Reader] = MappingProxyType(
+    {
+        "bitsandbytes": bitsandbytes.read,
+        "fbgemm_fp8": fp8.read_fbgemm,
+        "fp8": fp8.read,
+        "modelopt": nvfp4.read,
+        "mxfp4": mxfp4.read,
+    }
+)
+
+
+def read_format(config: Mapping[str, object], where: str) -> Format | None:
+    """The method of a config.json; None if its weights are not quantised.
+
+    Raises UnsupportedModelError, with the name of the method or field, if aspec does not know it.
+    """
+    settings = next((value for key in KEYS if (value := config.get(key))), None)
+    if settings is None:
+        return None
+    method = _method(settings) if isinstance(settings, Mapping) else None
+    reader = READERS.get(method) if isinstance(method, str) else None
+    if not isinstance(settings, Mapping) or reader is None:
+        raise UnsupportedModelError(
+            f"{where}: the weights are quantised with {shown(quantisation(config))}: expected a quant_method among "
+            f"{', '.join(READERS)}, found {shown(method)}. {REMEDY}"
+        )
+    return reader(settings, where)
+
+
+def _method(settings: Mapping[str, object]) -> object:
+    """The method's name; settings of old versions of bitsandbytes have none."""
+    if settings.get("load_in_4bit") is True or settings.get("load_in_8bit") is True:
+        return "bitsandbytes"
+    return settings.get("quant_method")

@@ -7,18 +7,18 @@ https://github.com/casper-hansen/AutoAWQ (WQLinear_GEMM), https://github.com/Mod
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from aspec.errors import UnsupportedModelError, shown
 from aspec.io.checkpoint import TensorRef
-from aspec.models.formats.fields import CONFIG, FLOATS, Fields, Module, compiled, modules_with
+from aspec.io.weight_format import REMEDY
 from aspec.models.formats.gptq import QUANTISING, check_companions, turned
-from aspec.models.formats.packed import PackedWeight
-from aspec.models.formats.packed_ints import AWQ_ROWS, AwqUnpacker, Room, Unpacker
-from aspec.models.formats.scaled import Grid, ScaledDecode, Shared, Sizes
+from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
+from aspec.models.formats.integers.packed_ints import AWQ_ROWS, AwqUnpacker, Room, Unpacker
+from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes
+from aspec.models.formats.packed import Format, PackedWeight
 
 BITS, EIGHT = 4, 8
 
@@ -43,77 +43,65 @@ FUSED = frozenset({"do_fuse", "fuse_max_seq_len", "modules_to_fuse", "rope_theta
 """Fields of modules that AutoAWQ fuses to run faster."""
 
 
-@dataclass(frozen=True, slots=True)
 class Awq:
-    """AWQ with the settings of one checkpoint; a ``Format``."""
+    """AWQ with the settings of one checkpoint."""
 
-    group_size: int  # -1: one group
-    excluded: tuple[tuple[str, re.Pattern[str]], ...]  # modules_to_not_convert: a name and its pattern
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """From a ``quantization_config``. Raises UnsupportedModelError, by name, for what is not supported."""
-        fields = Fields.of(config, CONFIG)
+    def __init__(self, fields: Fields) -> None:
         fields.check_known(LAYOUT | FUSED | QUANTISING)
         for key in ("version", "format"):
-            if fields.text(key, "gemm") != "gemm":
-                raise fields.unsupported(key, "gemm")
+            fields.text(key, "gemm", ("gemm",))
         if fields.text("backend", "auto") == "llm-awq":
-            raise fields.unsupported("backend", "a backend of the layout gemm")
-        if fields.text("pack_dtype", "int32").removeprefix("torch.") != "int32":
-            raise fields.unsupported("pack_dtype", "int32")
+            fields.refuse("backend", "one that reads the layout gemm")
+        fields.text("pack_dtype", "int32", ("int32", "torch.int32"))
         for key in ("bits", "w_bit"):
-            if fields.integer(key, BITS) != BITS:
-                raise fields.unsupported(key, "4")
+            fields.choice(key, (BITS, None), BITS)
         for key in ("zero_point", "sym", "desc_act", "lm_head"):
-            fields.flag(key, False)
-        key = "group_size" if fields.raw.get("group_size") is not None else "q_group_size"
-        size = fields.integer(key, 128, least=-1)
-        if size == 0:
-            raise fields.refuse(key, "-1 or a whole number from 1 on")
-        names = fields.texts("modules_to_not_convert")
-        return cls(size, tuple((name, _within(name)) for name in names))
+            fields.choice(key, (True, False, None), None)
+        key = "group_size" if fields.values.get("group_size") is not None else "q_group_size"
+        self._size = fields.whole(key, 128, least=-1)  # -1: one group
+        if self._size == 0:
+            fields.refuse(key, "-1 or a whole number from 1 on")
+        self._fields = fields
+        self._excluded = [(name, _start(fields, name)) for name in fields.names("modules_to_not_convert")]
 
     def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
         """See ``Format``."""
         if scaled := next((name for name in tensors if name.endswith(".act.scales")), None):
             raise UnsupportedModelError(
-                f"{shown(scaled)}: scales of activations are not supported: expected scales of weights only. Give a "
-                f"copy of the model that is quantised in another way, or the original model."
+                f"{tensors[scaled].file}: tensor {shown(scaled)} scales activations, which is not supported: expected "
+                f"scales of weights only. {REMEDY}"
             )
         check_companions(tensors, ("qzeros", "scales"))
-        return [self._weight(Module(name, tensors)) for name in modules_with(tensors, "qweight")]
+        found = [self._weight(Module(name, tensors)) for name in modules_with(tensors, "qweight")]
+        self._fields.check_found(len(found), "tensors named *.qweight")
+        return found
 
     def _weight(self, module: Module) -> PackedWeight:
-        if any(module.name.endswith(name) or pattern.match(module.name) for name, pattern in self.excluded):
-            raise module.refuse(f"{CONFIG} says that it is not quantised, but it has a tensor qweight")
+        if any(module.name.endswith(name) or start.match(module.name) for name, start in self._excluded):
+            raise module.misfit("expected no tensor qweight, as modules_to_not_convert names the module, found one")
         words = module.get("qweight", (torch.int32,))
         columns, rows = words.shape[0], words.shape[1] * EIGHT
-        size = columns if self.group_size == -1 else self.group_size
-        if not columns or columns % size:
-            raise module.refuse(
-                f"expected inputs in groups of {size}, found qweight {list(words.shape)}: {columns} inputs",
-                f"{CONFIG} and the weights do not belong together.",
-            )
+        size = columns if self._size == -1 else self._size
+        if not rows * columns or columns % size:
+            raise module.misfit(f"expected inputs in groups of {size}, found qweight {list(words.shape)}")
         groups = columns // size
         zeros = module.get("qzeros", (torch.int32,), (groups, words.shape[1]))
         scales = module.get("scales", FLOATS, (groups, rows))
+        method = "AWQ, 4 bits, " + ("one group" if groups == 1 else f"groups of {size}")
         decode = AwqDecode(Sizes(rows, columns, groups, scales.dtype, BITS))
-        return PackedWeight(
-            name=f"{module.name}.weight",
-            shape=(rows, columns),
-            dtype=scales.dtype,
-            refs=(words, zeros, scales),
-            method="AWQ, 4 bits, " + ("one group" if groups == 1 else f"groups of {size}"),
-            decode=decode,
-            workspace_bytes=decode.workspace_bytes,
-        )
+        name, refs = f"{module.name}.weight", (words, zeros, scales)
+        return PackedWeight(name, (rows, columns), scales.dtype, refs, method, decode, decode.workspace_bytes)
 
 
-def _within(name: str) -> re.Pattern[str]:
-    """What transformers takes for the beginning of a name of ``modules_to_not_convert``."""
-    compiled(name, f"{CONFIG}.modules_to_not_convert")
+def _start(fields: Fields, name: str) -> re.Pattern[str]:
+    """What transformers looks for at the start of a module's name: one of ``modules_to_not_convert``, as a pattern."""
+    fields.pattern(name)
     return re.compile(rf"(?:{name})(?:(?<=\.)|(?=\.|$))")
+
+
+def read(values: Mapping[str, object], where: str) -> Format:
+    """The method with the settings of a checkpoint."""
+    return Awq(Fields(values, where, "AWQ"))
 
 
 class AwqDecode(ScaledDecode):

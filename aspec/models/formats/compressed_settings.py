@@ -2,19 +2,18 @@
 
 A target, or an entry of ``ignore``, is a module's name, a pattern of names after "re:", or the name of a class of
 modules. Among the targets that match a module, names and patterns come before classes, and the first in alphabetical
-order wins, as in the library: https://github.com/vllm-project/compressed-tensors (``match_targets``, ``QuantizationArgs``).
-No torch here: of a module only the name is known, which tells an embedding from a linear layer.
+order wins, as in the library: https://github.com/vllm-project/compressed-tensors (``match_targets``). Of a module only
+the name is known here, which tells an embedding from a linear layer.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-from aspec.errors import UnsupportedModelError
-from aspec.models.formats.fields import CONFIG, Fields, compiled, is_empty
+from aspec.models.formats.integers.fields import Fields
 
 PATTERN = "re:"
+MOST = 1 << 30  # rows or columns of a block
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 TYPES = ("int", "float")
 ORDERS = {"group": True, "dynamic": True, "weight": False, "static": False, "": False}
@@ -84,9 +83,9 @@ class Target:
     pattern: re.Pattern[str] | None
 
     @classmethod
-    def of(cls, text: str, where: str) -> Self:
+    def of(cls, text: str, fields: Fields) -> Self:
         """A target as it stands in the settings."""
-        return cls(text, compiled(text.removeprefix(PATTERN), where) if text.startswith(PATTERN) else None)
+        return cls(text, fields.pattern(text.removeprefix(PATTERN)) if text.startswith(PATTERN) else None)
 
     def is_name_of(self, module: str) -> bool:
         """Whether the module's name matches."""
@@ -97,85 +96,64 @@ class Target:
         return self.text in _classes(module)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The settings of one checkpoint."""
+class Schemes:
+    """The schemes of one checkpoint, by module."""
 
-    targets: tuple[tuple[Target, Scheme | None], ...]  # None: weights that are not quantised
-    ignore: tuple[Target, ...]
-    remarks: tuple[str, ...]  # texts for the user
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """From a ``quantization_config``. Raises UnsupportedModelError, by name, for what is not supported."""
-        fields = Fields.of(config, CONFIG)
+    def __init__(self, fields: Fields) -> None:
         fields.check_known(KNOWN)
-        sparsity = Fields.of(fields.raw.get("sparsity_config") or {}, f"{CONFIG}.sparsity_config")
-        if sparsity.text("format", "dense") != "dense":
-            raise sparsity.unsupported("format", "dense")
-        groups = Fields.of(fields.raw.get("config_groups") or {}, f"{CONFIG}.config_groups")
+        fields.inner("sparsity_config").text("format", "dense", ("dense",))
+        groups = fields.inner("config_groups")
         schemes: dict[str, Scheme | None] = {}
-        activations = []
-        for name, value in groups.raw.items():
-            group = Fields.of(value, f"{groups.where}.{name}")
+        unapplied = []
+        for name in groups.values:
+            group = groups.inner(name)
             group.check_known(GROUP)
-            scheme = _scheme(group, fields.text("format"))
-            schemes |= dict.fromkeys(group.texts("targets"), scheme)  # of equal targets the last one counts
-            activations += [key for key in ("input_activations", "output_activations") if not is_empty(value.get(key))]
-        if not is_empty(fields.raw.get("kv_cache_scheme")):
-            activations.append("kv_cache_scheme")
+            scheme = _scheme(group, fields.text("format", ""))
+            schemes |= dict.fromkeys(group.names("targets"), scheme)  # of equal targets the last one counts
+            unapplied += [key for key in ("input_activations", "output_activations") if group.inner(key).values]
+        unapplied += ["kv_cache_scheme"] * bool(fields.inner("kv_cache_scheme").values)
         order = sorted(schemes, key=lambda text: (PATTERN in text, text))
-        return cls(
-            tuple((Target.of(text, groups.where), schemes[text]) for text in order),
-            tuple(Target.of(text, f"{CONFIG}.ignore") for text in fields.texts("ignore")),
-            (_remark(activations),) if activations else (),
-        )
+        self._targets = [(Target.of(text, groups), schemes[text]) for text in order]
+        self._ignored = [Target.of(text, fields) for text in fields.names("ignore")]
+        self.remarks = (_remark(fields.where, unapplied),) if unapplied else ()
 
-    def scheme_of(self, module: str) -> Scheme | None:
+    def of(self, module: str) -> Scheme | None:
         """The scheme of a module's weight; None if it is not quantised."""
-        if any(target.is_name_of(module) or target.is_class_of(module) for target in self.ignore):
+        if any(target.is_name_of(module) or target.is_class_of(module) for target in self._ignored):
             return None
-        by_name = (scheme for target, scheme in self.targets if target.is_name_of(module))
-        by_class = (scheme for target, scheme in self.targets if target.is_class_of(module))
+        by_name = (scheme for target, scheme in self._targets if target.is_name_of(module))
+        by_class = (scheme for target, scheme in self._targets if target.is_class_of(module))
         return next(by_name, next(by_class, None))
 
 
 def _classes(module: str) -> tuple[str, ...]:
     """The names of a module's classes, by its name."""
     last = module.rpartition(".")[2]
-    kind = "Embedding" if "embed" in last or last in ("wte", "wpe") else "Linear"
-    return kind, "Module"
+    return "Embedding" if "embed" in last or last in ("wte", "wpe") else "Linear", "Module"
 
 
-def _remark(keys: list[str]) -> str:
+def _remark(where: str, keys: list[str]) -> str:
     names = " and ".join(dict.fromkeys(keys))
     return (
-        f"{CONFIG} asks for {names}: only the weights are decoded, and activations keep their precision, as in "
+        f"{where} asks for {names}. Only weights are decoded: activations and the KV cache keep their precision, as in "
         f"transformers with dequantize=True."
     )
 
 
 def _scheme(group: Fields, default: str) -> Scheme | None:
-    if is_empty(group.raw.get("weights")):
+    weights = group.inner("weights")
+    if not weights.values:
         return None
-    weights = Fields.of(group.raw["weights"], f"{group.where}.weights")
     weights.check_known(ARGUMENTS)
-    if not is_empty(weights.raw.get("dynamic")):
-        raise weights.unsupported("dynamic", "false")
-    kind = weights.text("type", "int")
-    if kind not in TYPES:
-        raise weights.unsupported("type", "int or float")
-    size = weights.integer("group_size", 0, least=-1)
-    block = weights.raw.get("block_structure")
-    strategy = weights.text("strategy") or ("group" if size > 0 else "channel" if size == -1 else "tensor")
-    if strategy not in STRATEGIES:
-        raise weights.unsupported("strategy", " or ".join(STRATEGIES))
+    weights.choice("dynamic", (False, None), False)
+    size, block = weights.whole("group_size", 0, least=-1), weights.values.get("block_structure")
+    strategy = weights.text("strategy", "group" if size > 0 else "tensor" if size == 0 else "channel", STRATEGIES)
     if ("group" in strategy) != (size > 0):
-        raise weights.refuse("group_size", f"{'positive' if 'group' in strategy else 'null'} with strategy {strategy}")
+        weights.refuse("group_size", f"{'a size' if 'group' in strategy else 'null'} with strategy {strategy}")
     return Scheme(
-        format=group.text("format") or default,
-        type=kind,
-        bits=weights.integer("num_bits", 8),
+        format=group.text("format", default),
+        type=weights.text("type", "int", TYPES),
+        bits=weights.whole("num_bits", 8),
         symmetric=weights.flag("symmetric", True),
         strategy=strategy,
         group_size=max(size, 0),
@@ -186,25 +164,12 @@ def _scheme(group: Fields, default: str) -> Scheme | None:
 
 def _block(weights: Fields, value: object) -> tuple[int, int]:
     """The rows and columns of a block: a list of two, or a text such as "128x128"."""
-    sizes = value.split("x") if isinstance(value, str) else value
-    if isinstance(sizes, list) and len(sizes) == 2 and all(str(size).isdecimal() and int(size) > 0 for size in sizes):
-        return int(sizes[0]), int(sizes[1])
-    raise weights.refuse("block_structure", "two whole numbers from 1 on")
+    sizes = [str(size) for size in value] if isinstance(value, list) else str(value).split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and 0 < int(size) <= MOST for size in sizes):
+        weights.refuse("block_structure", "two whole numbers from 1 on")
+    return int(sizes[0]), int(sizes[1])
 
 
 def _reordered(weights: Fields) -> bool:
-    value = weights.raw.get("actorder")
-    if isinstance(value, bool):
-        return value
-    found = ORDERS.get(weights.text("actorder"))
-    if found is None:
-        raise weights.unsupported("actorder", "group or weight")
-    return found
-
-
-def unsupported(module: str, scheme: Scheme, expected: str) -> UnsupportedModelError:
-    """An error for weights that are quantised in a way that aspec does not decode."""
-    return UnsupportedModelError(
-        f"{module}: weights that are {scheme.text} are not supported: expected {expected}. Give a copy of the model "
-        f"that is quantised in another way, or the original model."
-    )
+    value = weights.values.get("actorder")
+    return value if isinstance(value, bool) else ORDERS[weights.text("actorder", "", ORDERS)]

@@ -7,80 +7,76 @@ https://github.com/vllm-project/compressed-tensors (``decompress`` of its compre
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 
+from aspec.errors import UnsupportedModelError, shown
 from aspec.io.checkpoint import TensorRef
-from aspec.models.formats.compressed_settings import Scheme, Settings, unsupported
-from aspec.models.formats.fields import CONFIG, FLOATS, Module, modules_with
+from aspec.io.weight_format import REMEDY
+from aspec.models.formats import fp8, mxfp4, nvfp4
+from aspec.models.formats.compressed_settings import Scheme, Schemes
 from aspec.models.formats.gptq import check_groups
-from aspec.models.formats.packed import PackedWeight
-from aspec.models.formats.packed_ints import Room, Turn, Unpacker, num_words
-from aspec.models.formats.scaled import ScaledDecode, Shared, Sizes
+from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
+from aspec.models.formats.integers.packed_ints import Room, Turn, Unpacker, num_words
+from aspec.models.formats.integers.scaled import ScaledDecode, Shared, Sizes
+from aspec.models.formats.packed import Format, PackedWeight
 
 MULTIPLE = 8  # of inputs and outputs of packed weights
-QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of plain weights
-TOGETHER = f"{CONFIG} and the weights do not belong together."
+PLAIN = (torch.int8, torch.float8_e4m3fn)  # dtypes of weights whose numbers are stored one by one
+ENDS = ("weight_packed", "weight_scale")
 
 
-@dataclass(frozen=True, slots=True)
 class CompressedTensors:
-    """compressed-tensors with the settings of one checkpoint; a ``Format``."""
+    """compressed-tensors with the settings of one checkpoint."""
 
-    unused: ClassVar[tuple[str, ...]] = (
-        *("input_global_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point"),
-        *("k_scale", "k_zero_point", "q_scale", "q_zero_point", "v_scale", "v_zero_point", "weight_shape"),
-    )
-    """Last parts of the names of tensors that decoding weights does not need."""
-
-    settings: Settings
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """From a ``quantization_config``. Raises UnsupportedModelError, by name, for what is not supported."""
-        return cls(Settings.of(config))
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Texts for the user."""
-        return self.settings.remarks
+    def __init__(self, fields: Fields) -> None:
+        self._fields = fields
+        self._schemes = Schemes(fields)
+        self.remarks = self._schemes.remarks  # texts for the user
 
     def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
         """See ``Format``."""
-        plain = [name for name in modules_with(tensors, "weight") if tensors[f"{name}.weight"].dtype in QUANTISED]
-        found = (modules_with(tensors, "weight_packed"), modules_with(tensors, "weight_scale"), plain)
-        names = dict.fromkeys(name for group in found for name in group)
-        return [self._weight(Module(name, tensors)) for name in names]
+        names = dict.fromkeys(name for end in ENDS for name in modules_with(tensors, end))
+        names |= {name: None for name in modules_with(tensors, "weight") if tensors[f"{name}.weight"].dtype in PLAIN}
+        found = [self._weight(Module(name, tensors)) for name in names]
+        self._fields.check_found(len(found), "tensors named *.weight_packed or *.weight_scale")
+        return found
 
     def _weight(self, module: Module) -> PackedWeight:
-        scheme = self.settings.scheme_of(module.name)
+        scheme = self._schemes.of(module.name)
         if scheme is None:
-            raise module.refuse(f"{CONFIG} says that it is not quantised, but its weight is", TOGETHER)
+            raise module.misfit("expected a plain weight, as no group of the settings names the module, found scales")
         kind = scheme.format
         if kind == "mixed-precision":  # of the model, where the group names none
-            kind = "pack-quantized" if module.find("weight_packed") and scheme.type == "int" else "naive-quantized"
+            kind = "pack-quantized" if module.find("weight_packed") is not None else "naive-quantized"
         if kind not in LAYOUTS:
-            raise unsupported(module.name, scheme, " or ".join(LAYOUTS))
+            raise unsupported(module, scheme, " or ".join(LAYOUTS))
         return LAYOUTS[kind](module, scheme)
+
+
+def unsupported(module: Module, scheme: Scheme, expected: str) -> UnsupportedModelError:
+    """An error for weights that are quantised in a way that aspec does not decode."""
+    return UnsupportedModelError(
+        f"{shown(module.name)}: its weight is stored as {scheme.text}, which is not supported: expected {expected}. "
+        f"{REMEDY}"
+    )
 
 
 def packed(module: Module, scheme: Scheme) -> PackedWeight:
     """A weight that is pack-quantized."""
     if scheme.type != "int" or scheme.bits > 8 or scheme.strategy not in ("group", "channel", "tensor"):
-        raise unsupported(module.name, scheme, "integers of 1 to 8 bits by group, channel or tensor")
+        raise unsupported(module, scheme, "integers of 1 to 8 bits by group, channel or tensor")
     words = module.get("weight_packed", (torch.int32,))
     rows, columns = words.shape[0], words.shape[1] * 32 // scheme.bits
     scales = _scales(module, scheme, rows, columns)
     if scheme.strategy == "group":
         columns = scales.shape[1] * scheme.group_size
     if not columns or columns % MULTIPLE or num_words(columns, scheme.bits) != words.shape[1]:
-        raise module.refuse(
+        raise module.misfit(
             f"expected inputs in multiples of {MULTIPLE} that fill weight_packed, found weight_packed "
-            f"{list(words.shape)} and weight_scale {list(scales.shape)} for {scheme.text}",
-            TOGETHER,
+            f"{list(words.shape)} and weight_scale {list(scales.shape)} for {scheme.text}"
         )
     groups = scales.shape[1] if scheme.strategy == "group" else 1
     refs = [words, scales]
@@ -88,7 +84,7 @@ def packed(module: Module, scheme: Scheme) -> PackedWeight:
         if scheme.strategy == "tensor":
             refs.append(_flat(module, "weight_zero_point", (torch.int8,)))
         elif rows % MULTIPLE:
-            raise module.refuse(f"expected outputs in multiples of {MULTIPLE}, found {rows}", TOGETHER)
+            raise module.misfit(f"expected outputs in multiples of {MULTIPLE}, found {rows}")
         else:
             shape = (num_words(rows, scheme.bits), groups)
             refs.append(module.get("weight_zero_point", (torch.int32,), shape))
@@ -101,26 +97,41 @@ def packed(module: Module, scheme: Scheme) -> PackedWeight:
 
 
 def plain(module: Module, scheme: Scheme) -> PackedWeight:
-    """A weight whose numbers are stored one by one."""
-    dtype = torch.int8 if scheme.type == "int" else torch.float8_e4m3fn
-    if scheme.bits > 8 or (scheme.type == "float" and scheme.bits != 8) or scheme.strategy == "block":
-        raise unsupported(module.name, scheme, "int8 or float8 by group, channel or tensor")
-    numbers = module.get("weight", (dtype,))
+    """A weight whose numbers are stored one by one, in 8 bits."""
+    if scheme.type == "float":
+        return _float8(module, scheme)
+    if scheme.bits > 8 or scheme.strategy not in ("group", "channel", "tensor"):
+        raise unsupported(module, scheme, "integers of up to 8 bits by group, channel or tensor")
+    numbers = module.get("weight", (torch.int8,))
     rows, columns = numbers.shape
-    if scheme.strategy == "group" and columns % scheme.group_size:
-        raise module.refuse(f"expected inputs in groups of {scheme.group_size}, found {columns}", TOGETHER)
+    if not rows * columns or (scheme.strategy == "group" and columns % scheme.group_size):
+        raise module.misfit(f"expected inputs in groups of {scheme.group_size}, found weight {list(numbers.shape)}")
     scales = _scales(module, scheme, rows, columns)
     refs = [numbers, scales]
-    if module.find("weight_zero_point") is not None or not scheme.symmetric:
-        zeros = (
-            module.get("weight_zero_point", (dtype, torch.int8), scales.shape)
-            if len(scales.shape) == 2
-            else _flat(module, "weight_zero_point", (dtype, torch.int8))
-        )
-        refs.append(zeros)
+    if not scheme.symmetric or module.find("weight_zero_point") is not None:  # old files have zeros, too
+        refs.append(module.get("weight_zero_point", (torch.int8,), scales.shape))
     groups = columns // scheme.group_size if scheme.strategy == "group" else 1
     decode = PlainDecode(Sizes(rows, columns, groups, scales.dtype, has_zeros=len(refs) == 3))
     return _made(module, scheme, (rows, columns), scales.dtype, refs, decode)
+
+
+def _float8(module: Module, scheme: Scheme) -> PackedWeight:
+    if scheme.bits != 8 or not scheme.symmetric:
+        raise unsupported(module, scheme, "symmetric floats of 8 bits")
+    weight, scales = module.need("weight"), module.need("weight_scale")
+    block = {"group": (1, scheme.group_size), "block": scheme.block}.get(scheme.strategy)
+    rounded = scales.dtype if scales.dtype in FLOATS else torch.bfloat16  # of powers of two, in the library
+    return fp8.packed(weight.name, weight, scales, block, f"compressed-tensors, {scheme.text}", rounded)
+
+
+def _float4(module: Module, scheme: Scheme) -> PackedWeight:
+    """Floats of 4 bits: mxfp4, or nvfp4, which has a scale of the whole weight, too."""
+    if scheme.type != "float" or scheme.bits != 4 or not scheme.symmetric:
+        raise unsupported(module, scheme, "symmetric floats of 4 bits")
+    name, codes = f"{module.name}.weight", module.need("weight_packed")
+    if scheme.format.startswith("mxfp4"):
+        return mxfp4.packed(name, codes, module.need("weight_scale"), torch.bfloat16)
+    return nvfp4.packed(name, codes, module.need("weight_scale"), module.need("weight_global_scale"))
 
 
 LAYOUTS: Mapping[str, Callable[[Module, Scheme], PackedWeight]] = MappingProxyType(
@@ -129,12 +140,16 @@ LAYOUTS: Mapping[str, Callable[[Module, Scheme], PackedWeight]] = MappingProxyTy
         "int-quantized": plain,
         "float-quantized": plain,
         "naive-quantized": plain,
+        "mxfp8-quantized": plain,
+        "mxfp4-pack-quantized": _float4,
+        "nvfp4-pack-quantized": _float4,
     }
 )
 """How the library calls a layout -> the function that finds a module's weight in it."""
 
 
 def _scales(module: Module, scheme: Scheme, rows: int, columns: int) -> TensorRef:
+    """The scales of integers."""
     if scheme.strategy == "tensor":
         return _flat(module, "weight_scale", FLOATS)
     if scheme.strategy == "channel":
@@ -146,8 +161,7 @@ def _scales(module: Module, scheme: Scheme, rows: int, columns: int) -> TensorRe
 def _flat(module: Module, end: str, dtypes: Sequence[torch.dtype]) -> TensorRef:
     """A tensor of one number, with up to two dimensions."""
     ref = module.find(end)
-    shape = (1,) * (1 if ref is None else min(len(ref.shape), 2))
-    return module.get(end, dtypes, shape)
+    return module.get(end, dtypes, (1,) * (1 if ref is None else min(len(ref.shape), 2)))
 
 
 def _made(
@@ -210,7 +224,7 @@ class PackedDecode(ScaledDecode):
 
 
 class PlainDecode(ScaledDecode):
-    """Decodes ``weight`` in 8 bits, ``weight_scale`` and, where stored, ``weight_zero_point``."""
+    """Decodes ``weight`` in int8, ``weight_scale`` and, where stored, ``weight_zero_point``."""
 
     @classmethod
     def take_shared(cls, sizes: Sizes, room: Room) -> tuple[Any, ...]:  # noqa: D102
@@ -228,3 +242,8 @@ class PlainDecode(ScaledDecode):
 def _expanded(stored: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """One number for the whole weight, or [rows, groups], as [rows, groups]."""
     return stored.view(1, 1).expand(sizes.rows, sizes.groups) if stored.numel() == 1 else stored
+
+
+def read(values: Mapping[str, object], where: str) -> Format:
+    """The method with the settings of a checkpoint."""
+    return CompressedTensors(Fields(values, where, "compressed-tensors"))

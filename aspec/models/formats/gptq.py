@@ -13,10 +13,10 @@ import torch
 
 from aspec.errors import CheckpointError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
-from aspec.models.formats.fields import CONFIG, FLOATS, Fields, Module, compiled, modules_with
-from aspec.models.formats.packed import PackedWeight
-from aspec.models.formats.packed_ints import ColumnUnpacker, Room, Unpacker, num_words
-from aspec.models.formats.scaled import Grid, ScaledDecode, Shared, Sizes
+from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
+from aspec.models.formats.integers.packed_ints import ColumnUnpacker, Room, Unpacker, num_words
+from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes, split
+from aspec.models.formats.packed import Format, PackedWeight
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 8  # of inputs and of outputs
@@ -100,63 +100,66 @@ class Layout:
     @classmethod
     def of(cls, fields: Fields, default: "Layout | None" = None) -> Self:
         """The layout that the fields name; others are as in ``default``."""
-        bits = fields.integer("bits", default.bits if default else 0)
+        bits = fields.whole("bits", default.bits if default else 0)
         if bits not in BITS:
-            raise fields.unsupported("bits", "2, 3, 4 or 8")
-        size = fields.integer("group_size", default.group_size if default else 128, least=-1)
+            fields.refuse("bits", "2, 3, 4 or 8")
+        size = fields.whole("group_size", default.group_size if default else 128, least=-1)
         if size == 0:
-            raise fields.refuse("group_size", "-1 or a whole number from 1 on")
-        fields.flag("sym", True)  # zero points are stored in both cases
-        return cls(bits, size, fields.flag("desc_act", default.reordered if default else False))
+            fields.refuse("group_size", "-1 or a whole number from 1 on")
+        fields.choice("sym", (True, False, None), None)  # zero points are stored in both cases
+        reordered = fields.choice("desc_act", (True, False, None), default.reordered if default else False)
+        return cls(bits, size, bool(reordered))
 
 
-@dataclass(frozen=True, slots=True)
 class Gptq:
-    """GPTQ with the settings of one checkpoint; a ``Format``."""
+    """GPTQ with the settings of one checkpoint."""
 
-    layout: Layout
-    version: int
-    overrides: tuple[tuple[Any, Layout | None], ...]  # a pattern -> its layout; None: not quantised
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """From a ``quantization_config``. Raises UnsupportedModelError, by name, for what is not supported."""
-        fields = Fields.of(config, CONFIG)
+    def __init__(self, fields: Fields) -> None:
         fields.check_known(LAYOUT | QUANTISING)
-        for key in ("checkpoint_format", "format"):
-            if fields.text(key, "gptq") not in VERSIONS:
-                raise fields.unsupported(key, "gptq or gptq_v2")
-        if fields.text("pack_dtype", "int32").removeprefix("torch.") != "int32":
-            raise fields.unsupported("pack_dtype", "int32")
-        fields.flag("lm_head", False)  # what is stored tells
-        layout = Layout.of(fields)
-        named = fields.text("checkpoint_format") or fields.text("format", "gptq")
-        rules = Fields.of(fields.raw.get("dynamic") or {}, f"{CONFIG}.dynamic")
-        return cls(layout, VERSIONS[named], tuple(_rule(rules, key, layout) for key in rules.raw))
+        fields.text("pack_dtype", "int32", ("int32", "torch.int32"))
+        fields.flag("lm_head")  # what is stored tells
+        versions = {fields.text(key, "", VERSIONS) for key in ("checkpoint_format", "format")} - {""}
+        if len(versions) > 1:
+            fields.refuse("checkpoint_format", "the same as format")
+        self._fields = fields
+        self._version = VERSIONS[versions.pop() if versions else "gptq"]
+        self._layout = Layout.of(fields)
+        rules = fields.inner("dynamic")
+        self._rules = [(rules.pattern(_pattern(key)), self._rule(rules, key)) for key in rules.values]
 
     def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
         """See ``Format``."""
         check_companions(tensors, ("qzeros", "scales", "g_idx"))
-        return [self._weight(Module(name, tensors)) for name in modules_with(tensors, "qweight")]
+        found = [self._weight(Module(name, tensors)) for name in modules_with(tensors, "qweight")]
+        self._fields.check_found(len(found), "tensors named *.qweight")
+        return found
 
-    def _layout_of(self, name: str) -> Layout | None:
-        found = (layout for pattern, layout in self.overrides if pattern.match(name))
-        return next(found, self.layout)
+    def _rule(self, rules: Fields, key: str) -> Layout | None:
+        """The layout of modules that match a pattern of ``dynamic``; None if they are not quantised."""
+        if key.startswith("-:"):
+            return None
+        fields = rules.inner(key)
+        fields.check_known(OVERRIDES | QUANTISING)
+        return Layout.of(fields, self._layout)
 
     def _weight(self, module: Module) -> PackedWeight:
-        layout = self._layout_of(module.name)
+        found = (layout for pattern, layout in self._rules if pattern.match(module.name))
+        layout = next(found, self._layout)
         if layout is None:
-            raise module.refuse(f"{CONFIG}.dynamic says that it is not quantised, but it has a tensor qweight")
+            raise module.misfit("expected no tensor qweight, as dynamic excludes the module, found one")
         words = module.get("qweight", (torch.int32,))
-        rows = words.shape[1]
-        columns = words.shape[0] * 32 // layout.bits
-        size = columns if layout.group_size == -1 else layout.group_size
-        if rows % MULTIPLE or columns % MULTIPLE or num_words(columns, layout.bits) != words.shape[0]:
-            raise module.refuse(
-                f"expected inputs and outputs in multiples of {MULTIPLE}, found qweight {list(words.shape)} with "
-                f"{layout.bits} bits: {columns} inputs and {rows} outputs",
-                f"{CONFIG} and the weights do not belong together.",
+        rows, columns = words.shape[1], words.shape[0] * 32 // layout.bits
+        if (
+            not rows * columns
+            or rows % MULTIPLE
+            or columns % MULTIPLE
+            or words.shape[0] != num_words(columns, layout.bits)
+        ):
+            raise module.misfit(
+                f"expected inputs and outputs in multiples of {MULTIPLE}, found qweight {list(words.shape)} of "
+                f"{layout.bits} bits, which is {columns} inputs and {rows} outputs"
             )
+        size = columns if layout.group_size == -1 else layout.group_size
         groups = -(-columns // size)
         zeros = module.get("qzeros", (torch.int32,), (groups, num_words(rows, layout.bits)))
         scales = module.get("scales", FLOATS, (groups, rows))
@@ -164,16 +167,15 @@ class Gptq:
         if layout.reordered or columns % size or module.find("g_idx") is not None:
             refs.append(module.get("g_idx", (torch.int32,), (columns,)))
         sizes = Sizes(rows, columns, groups, scales.dtype, layout.bits, reordered=len(refs) == 4)
-        decode = GptqDecode(module.name, sizes, self.version)
-        return PackedWeight(
-            name=f"{module.name}.weight",
-            shape=(rows, columns),
-            dtype=scales.dtype,
-            refs=tuple(refs),
-            method=f"GPTQ, {layout.bits} bits, " + ("one group" if groups == 1 else f"groups of {size}"),
-            decode=decode,
-            workspace_bytes=decode.workspace_bytes,
-        )
+        method = f"GPTQ, {layout.bits} bits, " + ("one group" if groups == 1 else f"groups of {size}")
+        decode = GptqDecode(module.name, sizes, self._version)
+        name = f"{module.name}.weight"
+        return PackedWeight(name, (rows, columns), scales.dtype, tuple(refs), method, decode, decode.workspace_bytes)
+
+
+def _pattern(key: str) -> str:
+    """The pattern of a rule: after "-:", which excludes modules, or after "+:", or alone."""
+    return key[2:] if key[:2] in ("-:", "+:") else key
 
 
 def check_companions(tensors: Mapping[str, TensorRef], ends: Sequence[str]) -> None:
@@ -181,17 +183,12 @@ def check_companions(tensors: Mapping[str, TensorRef], ends: Sequence[str]) -> N
     for name in tensors:
         module, _, end = name.rpartition(".")
         if end in ends and f"{module}.qweight" not in tensors:
-            raise Module(module, tensors).refuse(f"expected a tensor qweight beside {end}, found none")
+            Module(module, tensors).get("qweight", (torch.int32,))
 
 
-def _rule(rules: Fields, key: str, default: Layout) -> tuple[Any, Layout | None]:
-    """One rule of ``dynamic``: what begins with "-:" is not quantised, all other modules get the settings."""
-    pattern = compiled(key.removeprefix("-:").removeprefix("+:"), rules.where)
-    if key.startswith("-:"):
-        return pattern, None
-    fields = Fields.of(rules.raw[key], f"{rules.where}.{key}")
-    fields.check_known(OVERRIDES | QUANTISING)
-    return pattern, Layout.of(fields, default)
+def read(values: Mapping[str, object], where: str) -> Format:
+    """The method with the settings of a checkpoint."""
+    return Gptq(Fields(values, where, "GPTQ"))
 
 
 class GptqDecode(ScaledDecode):
@@ -247,7 +244,7 @@ class GptqDecode(ScaledDecode):
 
 def turned(stored: torch.Tensor, words: int, rows: int) -> Grid:
     """The tiles of words that are stored by column, by row of the weight."""
-    return list(zip(*(block.split(rows, 1) for block in stored.split(words)), strict=True))
+    return list(zip(*(split(block, rows, 1) for block in split(stored, words)), strict=True))
 
 
 def check_groups(module: str, end: str, stored: torch.Tensor, least: int, groups: int) -> None:

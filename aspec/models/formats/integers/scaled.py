@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from aspec.models.formats.packed_ints import Room, Unpacker
+from aspec.models.formats.integers.packed_ints import Room, Unpacker
 
 TILE = 1 << 17  # weights; 512 KiB in float32
 NARROW = 512  # columns of a tile, where a row of stored words holds columns of the weight
@@ -53,8 +53,14 @@ class Sizes:
 
 def grid(tensor: torch.Tensor, height: int, width: int, count: int) -> Grid:
     """The tiles of a tensor [rows, columns], ``count`` a row, or the same for all; slicing one by one is slower."""
-    rows = [row.split(width, 1) for row in tensor.split(height)]
+    rows = [split(row, width, 1) for row in split(tensor, height)]
     return rows if len(rows[0]) == count else [list(row) * count for row in rows]
+
+
+def split(tensor: torch.Tensor, size: int, dimension: int = 0) -> Sequence[torch.Tensor]:
+    """Pieces of ``size``, the last of which may be smaller."""
+    pieces: Sequence[torch.Tensor] = torch.split(tensor, size, dimension)
+    return pieces
 
 
 class ScaledDecode(ABC):
@@ -86,7 +92,7 @@ class ScaledDecode(ABC):
 
     def numbers(self, stored: torch.Tensor, height: int) -> Grid:
         """The tiles of the first stored tensor, for tiles of ``height`` and ``width`` of the weight."""
-        return [(row,) for row in stored.split(height)]
+        return [(row,) for row in split(stored, height)]
 
     def __call__(self, stored: Sequence[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor) -> None:
         """See ``Decode``. On a device, where each operation has its price, tiles are as large as the workspace."""
@@ -94,20 +100,23 @@ class ScaledDecode(ABC):
         shared = self.share(stored, self.take_shared(sizes, room))
         scales, zeros = _prepare(sizes, room, shared)
         if out.device.type != "cpu":
-            height *= max(1, (workspace.numel() - room.used) // (self.workspace_bytes - self._shared_bytes))
+            height *= max(1, room.left.numel() // (self.workspace_bytes - self._shared_bytes))
         numbers = self.numbers(stored[0], height)
         count = len(numbers[0])
         groups = sizes.groups if shared.index is not None else max(1, self.width // sizes.group)
         outs, factors = grid(out, height, self.width, count), grid(scales, height, groups, count)
-        offsets = [[zeros] * count] * len(outs) if isinstance(zeros, int) else grid(zeros, height, groups, count)
-        index = [None] * count if shared.index is None else list(shared.index.split(self.width))
+        offsets: Sequence[Sequence[torch.Tensor | int]] = (
+            [[zeros] * count] * len(outs) if isinstance(zeros, int) else grid(zeros, height, groups, count)
+        )
+        index = [None] * count if shared.index is None else split(shared.index, self.width)
         tiles: dict[torch.Size, Tile] = {}
         for row in zip(numbers, outs, factors, offsets, strict=True):
             for number, piece, factor, offset, columns in zip(*row, index, strict=True):
                 tile = tiles.get(piece.shape)
                 if tile is None:
-                    own = Room(workspace, room.used)
-                    tile = tiles[piece.shape] = Tile(type(self), sizes, own, *piece.shape, columns is not None)
+                    rows, width = piece.shape
+                    tile = Tile(type(self), sizes, Room(room.left), rows, width, columns is not None)
+                    tiles[piece.shape] = tile
                 tile.read(number, offset, columns)
                 tile.multiply(factor, columns)
                 tile.write(piece)
@@ -119,9 +128,9 @@ def _bytes(kind: type[ScaledDecode], sizes: Sizes, height: int, width: int) -> t
     room = Room()
     kind.take_shared(sizes, room)
     _take_prepared(sizes, room)
-    shared = room.used
+    shared = room.counted
     Tile(kind, sizes, room, height, width, sizes.reordered)
-    return shared, room.used
+    return shared, room.counted
 
 
 def _take_prepared(sizes: Sizes, room: Room) -> tuple[torch.Tensor, torch.Tensor]:

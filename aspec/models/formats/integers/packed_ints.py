@@ -1,43 +1,40 @@
 """Integers of 1 to 8 bits in 32-bit words, unpacked to bytes in tiles.
 
-Value i of a row is the bits from ``bits * i`` on of the row's words, low bits first; 32 values take ``bits`` words, so a
-value of 3 bits may lie in two words. GPTQ and compressed-tensors pack so; words that are packed along columns are
-transposed first, which moves an eighth of what the values would. AWQ (gemm) packs 8 rows into a word, in another order.
+Value i of a row is the bits from ``bits * i`` on of the row's words, low bits first; 32 values take ``bits`` words, so
+a value of 3 bits may lie in two words. GPTQ and compressed-tensors pack so; words that are packed along columns are
+transposed first, which moves an eighth of what the values would. AWQ packs 8 rows into a word, in another order.
 
 Unpacking allocates nothing: all memory is of a workspace. A pass over a tile that stays in the cache costs 0.03 to 0.1
 ns per value, a look-up in a table 0.4 to 8 ns: hence the arithmetic on 2 or 8 values at once. Views are made once per
 size of tile, because each costs as much as a pass over 10,000 values.
 """
 
-import math
-
 import torch
 
-from aspec.errors import InternalError
+from aspec.models.formats.workspace import Workspace
 
-ALIGNMENT = 64
+MOST = 1 << 50  # bytes, more than any workspace
 AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
 """The row of each nibble of a word of AWQ, low bits first."""
 
 PAIR, EIGHT = 2, 8  # values of an int16, of an int64, one a byte
 
 
-class Room:
-    """Hands out a workspace, piece by piece; without a workspace it counts, with pieces on meta."""
+class Room(Workspace):
+    """A workspace that tells what is left of it; without memory it counts, with tensors on meta."""
 
-    def __init__(self, workspace: torch.Tensor | None = None, used: int = 0) -> None:
-        self._workspace = workspace
-        self.used = used  # bytes, a multiple of ALIGNMENT
+    def __init__(self, memory: torch.Tensor | None = None) -> None:
+        super().__init__(torch.empty(MOST, dtype=torch.uint8, device="meta") if memory is None else memory)
 
-    def take(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """The next piece, with undefined contents. Raises InternalError if too few bytes are left."""
-        start, end = self.used, self.used + math.prod(shape) * dtype.itemsize
-        self.used = -(-end // ALIGNMENT) * ALIGNMENT
-        if self._workspace is None:
-            return torch.empty(shape, dtype=dtype, device="meta")
-        if end > self._workspace.numel():
-            raise InternalError(f"decoding needs more than the {self._workspace.numel()} bytes of its workspace")
-        return self._workspace[start:end].view(dtype).view(shape)
+    @property
+    def left(self) -> torch.Tensor:
+        """The memory that is not taken."""
+        return self._left
+
+    @property
+    def counted(self) -> int:
+        """Bytes that were taken, where it counts."""
+        return MOST - self._left.numel()
 
 
 def num_words(count: int, bits: int) -> int:
@@ -51,11 +48,11 @@ class Unpacker:
     def __init__(self, room: Room, bits: int, rows: int, columns: int) -> None:
         self.bits = bits
         self.bytes = room.take(torch.uint8, 2, rows, columns)
-        self.values, spare = self.bytes
-        self.signed = self.values.view(torch.int8)
+        self.values: torch.Tensor = self.bytes[0]
+        self.signed: torch.Tensor = self.values.view(torch.int8)
         kind = torch.int16 if bits == 4 else torch.int64
         if bits != EIGHT:
-            self._together, self._high = self.values.view(kind), spare.view(kind)  # several values
+            self._together, self._high = self.bytes.view(kind)  # several values
         self._halvings = _halvings(bits)
 
     def __call__(self, words: torch.Tensor) -> None:

@@ -97,8 +97,8 @@ class AwqUnpacker(Unpacker):
         super().__init__(room, EIGHT, rows, columns)
         count = rows // EIGHT
         self._turn = Turn(room, columns, count)
-        self._shifts = room.take(torch.int32, 4, 1, 1)
-        torch.arange(0, 32, EIGHT, out=self._shifts.view(-1))
+        self._steps = room.take(torch.int32, 4)
+        self._shifts = self._steps.view(4, 1, 1)
         self._shifted = room.take(torch.int32, 4, count, columns)
         self._pairs = room.take(torch.uint8, 4, count, columns)  # the bytes of the words
         self._split = self._pairs.view(2, 2, count, columns)
@@ -108,6 +108,7 @@ class AwqUnpacker(Unpacker):
 
     def __call__(self, words: torch.Tensor) -> None:  # noqa: D102
         self._turn(words)
+        torch.arange(0, 32, EIGHT, out=self._steps)  # each time: tiles of other sizes use the same memory
         torch.bitwise_right_shift(self._turn.turned, self._shifts, out=self._shifted)
         self._pairs.copy_(self._shifted)  # the lowest byte
         torch.bitwise_and(self._split, 0x0F, out=self._low)

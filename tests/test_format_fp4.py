@@ -138,6 +138,7 @@ def test_every_expert_may_have_its_own_whole_scale(tmp_path):
 def test_any_tiles_give_the_same_bits(tmp_path, monkeypatch):
     for tile in (32, 1 << 9):
         monkeypatch.setattr(grouped, "TILE", tile)
+        monkeypatch.setattr(grouped, "ROWS", 3)
         for _ in range(8):
             outputs, groups = (int(own) for own in torch.randint(1, 12, (2,)))
             tensors = experts(2, outputs, groups * 32, below=140)

@@ -20,6 +20,7 @@ from aspec.models.formats.workspace import Workspace, room
 CODES = 256  # values of a byte
 INTEGERS: Mapping[int, torch.dtype] = MappingProxyType({2: torch.int16, 4: torch.int32, 8: torch.int64})
 TILE = 1 << 16  # bytes of codes that are looked up at once, CODES squared at most: they and the table stay in the cache
+ROWS = 128  # that are transposed at once: whole cache lines of the result, and a tile that stays in the cache
 POWERS = frozenset({torch.uint8, torch.float8_e8m0fnu})  # scales that are powers of two, in both dtypes that they have
 SMALLEST = 0x00400000  # 2 ** -127 as the bits of a float32: the scale of code 0
 
@@ -108,7 +109,7 @@ def _decode_transposed(
 ) -> None:
     """Weights [E, K, N] of codes of [E, N, K]: some rows at a time."""
     experts, width, height = out.shape
-    step = min(max(1, 2 * TILE // width), -(-height // 2))  # never all rows: PyTorch takes memory to transpose these
+    step = min(ROWS, -(-height // 2))  # never all rows: PyTorch takes memory to transpose these
     tile = space.take(out.dtype, step, width)
     codes, scales = codes.view(experts, height, width // 2), scales.view(experts, height, width // group)
     for expert in range(experts):
@@ -168,7 +169,7 @@ def packed(
             raise misfit(factor, "one float32")
         refs = (codes, scales, factor)
     shape = (*height[:-1], width, height[-1]) if decode.transposed else (*height, width)
-    tile = max(2 * TILE, width) * 4 if decode.transposed else 0
+    tile = 4 * min(ROWS, height[-1]) * width if decode.transposed else 0
     values = 4 * decode.per_byte * CODES
     needed = room(4 * TILE * decode.per_byte // group, values, 4 * CODES, CODES * values, 4 * CODES * CODES, tile)
     return PackedWeight(name, shape, decode.rounded or torch.bfloat16, refs, method, decode, needed)

@@ -334,10 +334,21 @@ def test_plain_numbers_that_do_not_fit_are_refused(tmp_path):
     refused(tmp_path, tensors, settings_of(**case | {"group_size": 48}), r"\[24, 2\], found bfloat16 \[24, 3\]")
     refused(tmp_path, tensors, settings_of(**case | {"symmetric": False}), "expected a tensor weight_zero_point")
     refused(tmp_path, {"m.weight": torch.ones(8, 8)}, settings_of(**case), "expected tensors named")
+    named = settings_of(**case, targets=["m", "n"])
+    refused(tmp_path, tensors | {"n.weight": torch.ones(8, 8)}, named, "n: expected scales, as the settings name the")
+    (weight,) = read(tmp_path, tensors | {"n.weight": torch.ones(8, 8)}, named | {"ignore": ["n"]})
+    assert weight.name == "m.weight"
+    tensors, _ = made("pack-quantized", 12, 96, symmetric=False, **FOUR)
+    refused(
+        tmp_path, tensors, settings_of(symmetric=False, **FOUR), "outputs in mult.* found 12", UnsupportedModelError
+    )
 
 
 SETTINGS = [
-    ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config: expected one of dense as format, found sp"),
+    (
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        "sparsity_config: expected one of dense as format, found sp",
+    ),
     ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "found transform_config = "),
     ({"moe_sparsity_config": {"method": "prune"}}, "found moe_sparsity_config = "),
     ({"quantisation": 3}, "found quantisation = 3"),
@@ -345,15 +356,15 @@ SETTINGS = [
     ({"config_groups": {"W8A8": ["Linear"]}}, "an object as W8A8"),
     ({"ignore": "lm_head"}, "as ignore, found lm_head"),
     ({"ignore": ["re:(a+)+b"]}, r"no repeated group, found \(a\+\)\+b"),
-    ({"format": "marlin-24"}, "m: its weight is stored as marlin-24 int4, groups of 32, which is not supported"),
-    ({"format": "mxfp6-pack-quantized"}, "m: its weight is stored as mxfp6-pack-quantized int4"),
-    ({"format": None}, "m: its weight is stored as"),
+    ({"format": "marlin-24"}, "m: its weight is stored as marlin-24, int4, groups of 32, which is not supported"),
+    ({"format": "mxfp6-pack-quantized"}, "m: its weight is stored as mxfp6-pack-quantized, int4"),
+    ({"format": None}, "m: its weight is stored as a layout without a name, int4"),
 ]
 ARGUMENTS = [
-    ({"num_bits": 9}, "m: its weight is stored as pack-quantized int9, groups of 32"),
+    ({"num_bits": 9}, "m: its weight is stored as pack-quantized, int9, groups of 32"),
     ({"num_bits": "4"}, "as num_bits, found 4"),
     ({"type": "posit"}, "one of int, float as type, found posit"),
-    ({"type": "float"}, "m: its weight is stored as pack-quantized float4"),
+    ({"type": "float"}, "m: its weight is stored as pack-quantized, float4"),
     ({"strategy": "token"}, "as strategy, found token"),
     ({"strategy": "channel"}, "null with strategy channel as group_size, found 32"),
     ({"strategy": "block", "group_size": None, "block_structure": [8]}, "two whole numbers from 1 on as block_str"),

@@ -69,10 +69,10 @@ class Scheme:
 
     @property
     def text(self) -> str:
-        """For people: "pack-quantized int4, groups of 128"."""
+        """For people: "pack-quantized, int4, groups of 128"."""
         parts = {"group": f"groups of {self.group_size}", "tensor_group": f"groups of {self.group_size}"}
         parts |= {"channel": "by channel", "tensor": "by tensor", "block": f"blocks of {self.block[0]}x{self.block[1]}"}
-        return f"{self.format} {self.type}{self.bits}, {parts[self.strategy]}"
+        return f"{self.format or 'a layout without a name'}, {self.type}{self.bits}, {parts[self.strategy]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ class Schemes:
         unapplied += ["kv_cache_scheme"] * bool(fields.inner("kv_cache_scheme").values)
         order = sorted(schemes, key=lambda text: (PATTERN in text, text))
         self._targets = [(Target.of(text, groups), schemes[text]) for text in order]
+        self.named = [text for text in order if not text.startswith(PATTERN)]  # modules, and classes of modules
         self._ignored = [Target.of(text, fields) for text in fields.names("ignore")]
         self.remarks = (_remark(fields.where, unapplied),) if unapplied else ()
 

@@ -40,6 +40,9 @@ class CompressedTensors:
         """See ``Format``."""
         names = dict.fromkeys(name for end in ENDS for name in modules_with(tensors, end))
         names |= {name: None for name in modules_with(tensors, "weight") if tensors[f"{name}.weight"].dtype in PLAIN}
+        for name in self._schemes.named:
+            if f"{name}.weight" in tensors and name not in names and self._schemes.of(name) is not None:
+                raise Module(name, tensors).misfit("expected scales, as the settings name the module, found none")
         found = [self._weight(Module(name, tensors)) for name in names]
         self._fields.check_found(len(found), "tensors named *.weight_packed or *.weight_scale")
         return found
@@ -84,7 +87,7 @@ def packed(module: Module, scheme: Scheme) -> PackedWeight:
         if scheme.strategy == "tensor":
             refs.append(_flat(module, "weight_zero_point", (torch.int8,)))
         elif rows % MULTIPLE:
-            raise module.misfit(f"expected outputs in multiples of {MULTIPLE}, found {rows}")
+            raise unsupported(module, scheme, f"outputs in multiples of {MULTIPLE} with zero points, found {rows}")
         else:
             shape = (num_words(rows, scheme.bits), groups)
             refs.append(module.get("weight_zero_point", (torch.int32,), shape))

@@ -117,7 +117,7 @@ class Gptq:
     def __init__(self, fields: Fields) -> None:
         fields.check_known(LAYOUT | QUANTISING)
         fields.text("pack_dtype", "int32", ("int32", "torch.int32"))
-        fields.flag("lm_head")  # what is stored tells
+        fields.choice("lm_head", (True, False, None), None)  # what is stored tells
         versions = {fields.text(key, "", VERSIONS) for key in ("checkpoint_format", "format")} - {""}
         if len(versions) > 1:
             fields.refuse("checkpoint_format", "the same as format")
@@ -183,7 +183,7 @@ def check_companions(tensors: Mapping[str, TensorRef], ends: Sequence[str]) -> N
     for name in tensors:
         module, _, end = name.rpartition(".")
         if end in ends and f"{module}.qweight" not in tensors:
-            Module(module, tensors).get("qweight", (torch.int32,))
+            Module(module, tensors).need("qweight")
 
 
 def read(values: Mapping[str, object], where: str) -> Format:

@@ -44,6 +44,8 @@ SCALES = {
     "small blocks": ((96, 160), (2, 8), torch.rand(48, 20)),
     "blocks, powers of two": ((96, 160), (32, 32), powers(3, 5).view(torch.float8_e8m0fnu)),
     "groups, powers of two as bytes": ((64, 96), (1, 32), powers(64, 3)),
+    "blocks, the smallest powers": ((64, 256), (64, 128), torch.tensor([[0, 1]], dtype=torch.uint8)),
+    "groups, the smallest powers": ((2, 64), (1, 32), torch.tensor([[0, 1], [2, 254]], dtype=torch.uint8)),
     "one scale": ((64, 96), None, torch.tensor(0.37)),
     "one scale in a list": ((64, 96), None, torch.tensor([0.37])),
 }

@@ -17,6 +17,7 @@ from tests.trace_rules import check_trace, load
 
 FEW = ["--device-memory", "2250KiB", "--speculation", "tree", "--threads", "1", "-p", "hello", "-n", "24"]
 SMALL = [*FEW, "--ignore-eos"]
+STREAMED = ["--draft-budget", "4", "--device-memory", "1850KiB"]
 TASKS = {"layer_s": 1e-3, "draft_s": 5e-4, "acceptance": 0.7}
 PROFILE = {"disk_bytes_per_s": 1e9, "tasks": TASKS}
 
@@ -40,7 +41,7 @@ def profile(tmp_path):
 
 @pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
 def test_a_recorded_run_agrees_with_its_own_statistics(pair, tmp_path, name):
-    result = run("trace", "-o", tmp_path / name, *pair, *SMALL, "--json")
+    result = run("trace", "-o", tmp_path / name, *pair, *SMALL, *STREAMED, "--json")
     assert result.exit_code == 0, result.output
     stats = json.loads(result.stdout)["stats"]
     check_trace(load(tmp_path / name))
@@ -52,8 +53,10 @@ def test_a_recorded_run_agrees_with_its_own_statistics(pair, tmp_path, name):
         stats["acceptance_rate"] * sum(r.proposed for r in timeline.rounds)
     )
     assert stop - start == pytest.approx(stats["decode_s"], rel=0.01)
-    landed = sum(s.nbytes for s in timeline.lane("disk") if start < s.stop_s <= stop)
-    assert landed / stats["decode_s"] == pytest.approx(stats["stream_bytes_per_s"], rel=0.01)
+    reads = timeline.lane("disk")
+    landed = sum(s.nbytes for s in reads if start < s.stop_s <= stop)
+    one = 2 * max(s.nbytes for s in reads) / stats["decode_s"]  # at each end a read may land while its round is counted
+    assert landed / stats["decode_s"] == pytest.approx(stats["stream_bytes_per_s"], abs=one)
     assert timeline.facts["bytes_per_pass"] > 0
     assert timeline.facts["started_ns"] > 1.7e18
 

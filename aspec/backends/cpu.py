@@ -1,6 +1,7 @@
 """The CPU backend: the device is this machine's memory under a budget, so reads fill the slots directly.
 
-Three workers: the disk lane (a few threads), one compute lane for target and draft, one lane for small host work.
+Four workers: the disk lane (a few threads), one compute lane for target and draft, one lane for small host work, and
+one that decodes stored weights.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from aspec.errors import InternalError
 from aspec.io.disk import DiskLane
 from aspec.io.loop.settling import close_all, settle, settle_all
 from aspec.models.weights.parts import Part
-from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resource, Task
+from aspec.tasks.task import COMPUTE, CPU, DECODE, DISK, Completion, Load, Report, Resource, Task
 
 
 class Runner(Protocol):
@@ -31,6 +32,7 @@ class CpuBackend:
         Resource(DISK, depth=3, in_order=False),
         Resource(COMPUTE, depth=2, domain="host"),
         Resource(CPU, depth=1),
+        Resource(DECODE, depth=2),
     )
 
     def __init__(self, runner: Runner, parts: Mapping[int, Part], slots: Sequence[memoryview], disk: DiskLane) -> None:
@@ -38,7 +40,7 @@ class CpuBackend:
         self._runner, self._parts, self._slots, self._disk = runner, parts, slots, disk
         self._lanes: dict[str, ThreadLane] = {}
         try:
-            for name in (COMPUTE, CPU):
+            for name in (COMPUTE, CPU, DECODE):
                 self._lanes[name] = ThreadLane(name, loop)
         except BaseException:
             close_all(lane.close for lane in self._lanes.values())

@@ -27,7 +27,7 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.hub import WANTED
-from aspec.models.model import generation_defaults
+from aspec.models.generation_defaults import generation_defaults
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor

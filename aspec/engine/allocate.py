@@ -154,7 +154,8 @@ def _assembly(
     models, plan = made.models, made.plan
     resolved, target, draft = models.resolved, models.target, models.draft
     place = torch.device("cpu") if device is None else device.torch_device
-    scratch = torch.empty(scratch_bytes(models.parts), dtype=torch.uint8, device=place)
+    each = scratch_bytes(models.parts)
+    scratch = [torch.empty(each, dtype=torch.uint8, device=place) for _ in range(plan.num_scratch)]
     layer_parts = {part.index: part for part in models.parts if part.layer >= 0}
     one = (
         1 if resolved.options.speculation == "chain" else None

@@ -59,6 +59,11 @@ class TensorRef:
     offset: int
     nbytes: int
 
+    @property
+    def refs(self) -> "tuple[TensorRef, ...]":
+        """The stored tensors of this weight: itself."""
+        return (self,)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

@@ -15,7 +15,7 @@ from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, merge_bytes, scratch_bytes
-from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
+from aspec.plan import SCRATCH_BUFFERS, PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planning.placement import Footprint
 from aspec.planning.resolve import Resolved
 from aspec.speculation.draft_graphs import graph_bytes
@@ -172,10 +172,19 @@ def _footprint(
     request: PlanRequest,
 ) -> Footprint:
     layer_parts = tuple(
-        PlannedPart(part.index, part.layer, part.nbytes, part.size, scratch_bytes=part.scratch_bytes)
+        PlannedPart(
+            part.index,
+            part.layer,
+            part.nbytes,
+            part.size,
+            scratch_bytes=part.scratch_bytes,
+            decoded_bytes=part.decoded_bytes,
+            in_place=bool(part.bindings),
+        )
         for part in parts
         if part.layer >= 0
     )
+    decoded = {part.layer for part in layer_parts if part.decoded_bytes}
     kv = KVCache.bytes_per_token(target.kv_shapes(offloaded=request.kv_on_host), target.dtype)
     draft_kv = 0 if draft is None else KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
     spare = draft_slots(request.speculation, request.max_draft_tokens)
@@ -183,7 +192,7 @@ def _footprint(
     fixed = {
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
-        "scratch": scratch_bytes(parts),
+        "scratch": scratch_bytes(parts) * max(1, min(SCRATCH_BUFFERS, len(decoded))),
         "adapter merge": merge_bytes((*parts, *draft_parts)),
         "activations": _activation_bytes(target, request),
         "draft trees": request.num_rows * spare * draft_kv + (0 if request.kv_on_host else nodes),

@@ -188,6 +188,7 @@ class TaskSeconds:
     knee_tokens: int = field(default=0, metadata=COUNT)  # tokens that add no seconds to a layer
     draft_s: float = field(default=3e-3, metadata=SECONDS)  # one draft step
     draft_token_s: float = field(default=2e-5, metadata=SECONDS)  # further seconds per prompt token
+    decode_s: float = field(default=1e-3, metadata=SECONDS)  # decoding one part of a layer, where weights need it
     head_s: float = field(default=2e-3, metadata=SECONDS)
     embed_s: float = field(default=2e-4, metadata=SECONDS)
     accept_s: float = field(default=1e-4, metadata=SECONDS)

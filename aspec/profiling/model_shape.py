@@ -13,9 +13,6 @@ from transformers import PreTrainedConfig
 
 from aspec.models.model import Model
 
-MERGE_COPIES = (
-    4  # a weight that an adapter changes costs about as many copies of it (measured: 3 at rank 16, 5.5 at rank 64)
-)
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 """Configuration keys of the model families for the number of experts of a token."""
 
@@ -35,7 +32,6 @@ class LayerShape:
     expert_bytes: int = 0  # weights of one routed expert
     experts: int = 0  # number of routed experts
     active: int = 0  # routed experts of one token
-    convert_bytes: int = 0  # weights that are stored in another dtype, or changed by an adapter
 
     @property
     def dense_bytes(self) -> int:
@@ -78,11 +74,7 @@ def shape_of(model: Model) -> ModelShape:
     """The shape of a model; no weights are read."""
     text = model.config.get_text_config()
     kv = next(shape for shape in model.kv_shapes() if shape is not None)
-    converted: dict[int, int] = {}
-    for part in model.parts(1 << 62):
-        merged = sum(MERGE_COPIES * weight.nbytes for weight, _ in part.merges)
-        converted[part.layer] = converted.get(part.layer, 0) + part.scratch_bytes + merged
-    layers = tuple(layer_shape(layer, text, converted.get(index, 0)) for index, layer in enumerate(model.layer_modules))
+    layers = tuple(layer_shape(layer, text) for layer in model.layer_modules)
     hidden = int(text.hidden_size)
     return ModelShape(
         layers,
@@ -97,7 +89,7 @@ def shape_of(model: Model) -> ModelShape:
     )
 
 
-def layer_shape(layer: nn.Module, config: PreTrainedConfig, convert_bytes: int = 0) -> LayerShape:
+def layer_shape(layer: nn.Module, config: PreTrainedConfig) -> LayerShape:
     """The shape of a decoder layer, which may be on the meta device."""
     matrices = {name: p for name, p in layer.named_parameters() if p.dim() >= 2}
     routed = {name: p for name, p in matrices.items() if p.dim() == 3 or _EXPERT.search(name)}
@@ -112,7 +104,6 @@ def layer_shape(layer: nn.Module, config: PreTrainedConfig, convert_bytes: int =
         expert_bytes=_nbytes(routed.values()) // experts if experts else 0,
         experts=experts,
         active=min(_active(config), experts) if experts else 0,
-        convert_bytes=convert_bytes,
     )
 
 

@@ -129,7 +129,7 @@ def _layer_cost(
         exact=exact,
         cached=cached,
     )
-    return LayerCost(project, rest, attention, bind_s=layer.convert_bytes / device.copy_rate)
+    return LayerCost(project, rest, attention, decode_byte_s=1.0 / device.copy_rate)
 
 
 def _product_line(

@@ -23,7 +23,7 @@ from aspec.errors import NumericError, PromptError, UserError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.text.tokenizer import Tokenizer
-from aspec.models.model import generation_defaults
+from aspec.models.generation_defaults import generation_defaults
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
 from aspec.observe.monitor import Monitor

@@ -43,6 +43,10 @@ class PackedWeight:
         return sum(ref.nbytes for ref in self.refs)
 
 
+StoredWeight = TensorRef | PackedWeight
+"""A weight of a checkpoint: a plain tensor, or a packed one."""
+
+
 class Format(Protocol):
     """A method with the settings of one checkpoint."""
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from aspec.errors import UnsupportedModelError, shown
+from aspec.errors import CheckpointError, UnsupportedModelError, shown
+from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, nvfp4
 from aspec.models.formats.packed import Format
+from aspec.models.formats.packed import Format, StoredWeight
 
 KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json, old and new
 
@@ -43,6 +45,22 @@ def read_format(config: Mapping[str, object], where: str) -> Format | None:
             f"{', '.join(READERS)}, found {shown(method)}. {REMEDY}"
         )
     return reader(settings, where)
+
+
+def stored_weights(tensors: Mapping[str, TensorRef], packing: Format | None) -> Mapping[str, StoredWeight]:
+    """All weights of a checkpoint by name, packed ones in place of the tensors that they are made from.
+
+    Raises CheckpointError for tensors that do not fit the method, and for a weight that is stored packed and plain.
+    """
+    packed = [] if packing is None else packing.weights(tensors)
+    used = {ref.name for weight in packed for ref in weight.refs}
+    plain = {name: ref for name, ref in tensors.items() if name not in used}
+    if twice := next((weight for weight in packed if weight.name in plain), None):
+        raise CheckpointError(
+            f"{plain[twice.name].file}: {shown(twice.name)} is stored twice: expected it packed ({twice.method}) or "
+            f"plain, found both. {FETCH_AGAIN}"
+        )
+    return {**plain, **{weight.name: weight for weight in packed}}
 
 
 def _method(settings: Mapping[str, object]) -> object:

@@ -7,7 +7,6 @@ from aspec.errors import CheckpointError, UnsupportedModelError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, nvfp4
-from aspec.models.formats.packed import Format
 from aspec.models.formats.packed import Format, StoredWeight
 
 KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json, old and new

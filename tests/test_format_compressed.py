@@ -214,7 +214,7 @@ class Model(nn.Module):
             )
             for _ in range(2)
         )
-        self.lm_head = Head(8, 4)
+        self.lm_head, self.score = Head(8, 4), nn.Linear(8, 2)
 
 
 GROUPS_OF_TARGETS = [
@@ -225,6 +225,7 @@ GROUPS_OF_TARGETS = [
     ({"a": ["Linear"], "b": ["Embedding"], "c": ["Module"]}, []),
     ({"a": ["re:.*proj"], "b": ["Linear", "re:.*proj"]}, ["Embedding"]),
     ({"a": ["re:attn"], "b": ["layers.0.self_attn.k_proj"], "c": ["lm_head"]}, ["Linear"]),
+    ({"a": ["re:.*score", "re:.*head"], "b": ["score", "lm_head"]}, []),
     ({"a": ["re:layers\\.\\d+\\.(self_attn|mlp)\\..*"], "b": ["layers.0.mlp.gate", "embed_tokens"]}, []),
 ]
 
@@ -291,10 +292,9 @@ def test_activations_keep_their_precision_and_the_user_is_told(tmp_path):
 
 
 def test_zero_points_of_a_symmetric_scheme_are_subtracted(tmp_path):
-    """Old files have them, all zero; the library subtracts them."""
+    """Old files have them, all zero; the library subtracts them, whatever they are."""
     case = {"format": "int-quantized", "num_bits": 8, **GROUPS[1]}
-    tensors, expected = made(rows=24, columns=32, **case)
-    tensors["m.weight_zero_point"] = torch.zeros(24, 1, dtype=torch.int8)
+    tensors, expected = made(rows=24, columns=32, **case, symmetric=False)
     (weight,) = read(tmp_path, tensors, settings_of(**case))
     assert_same_bits(decode(weight, tensors, torch.bfloat16), expected)
 

@@ -1,6 +1,7 @@
 """For tests of formats: tensors in a file, decoding into memory with other contents, and a count of allocations."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ def decode(weight, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> t
     workspace = torch.randint(0, 256, (weight.workspace_bytes + margin,), dtype=torch.uint8)
     memory = torch.full((numel + margin,), torch.nan, dtype=dtype)
     edge = workspace[-margin:].clone()
+    assert hash(weight) == hash(replace(weight)), "weights are keys"
     weight.decode(stored(weight, tensors), memory[:numel].view(weight.shape), workspace[:-margin])
     assert memory[numel:].isnan().all(), "written behind the weight"
     assert torch.equal(workspace[-margin:], edge), "written behind the workspace"

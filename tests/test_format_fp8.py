@@ -5,7 +5,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from aspec.errors import CheckpointError
-from aspec.models.formats import fp8
+from aspec.models.formats import fp8, grouped
 from aspec.models.formats.settings import is_of_activations
 from tests.quantised import DTYPES, allocations, assert_allocates_nothing, assert_same_bits, decode, store
 
@@ -44,6 +44,8 @@ SCALES = {
     "small blocks": ((96, 160), (2, 8), torch.rand(48, 20)),
     "blocks, powers of two": ((96, 160), (32, 32), powers(3, 5).view(torch.float8_e8m0fnu)),
     "groups, powers of two as bytes": ((64, 96), (1, 32), powers(64, 3)),
+    "blocks, the smallest powers": ((64, 256), (64, 128), torch.tensor([[0, 1]], dtype=torch.uint8)),
+    "groups, the smallest powers": ((2, 64), (1, 32), torch.tensor([[0, 1], [2, 254]], dtype=torch.uint8)),
     "one scale": ((64, 96), None, torch.tensor(0.37)),
     "one scale in a list": ((64, 96), None, torch.tensor([0.37])),
 }
@@ -102,6 +104,19 @@ def test_e5m2(tmp_path, dtype):
     (weight,) = read(tensors, tmp_path, weight_block_size=None)
     expected = tensors["a.weight"].float() * tensors["a.weight_scale_inv"]
     assert_same_bits(decode(weight, tensors, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("tile", [1 << 6, 1 << 16])
+def test_any_groups_of_a_row(tmp_path, monkeypatch, tile):
+    """MXFP8: also groups of a size that divides no tile."""
+    monkeypatch.setattr(grouped, "TILE", tile)
+    for columns in (1, 12, 32, 64):
+        tensors = {"a.weight": codes(3, 20, 3 * columns), "a.weight_scale_inv": powers(3, 20, 3)}
+        (weight,) = read(tensors, tmp_path, weight_block_size=[1, columns])
+        assert isinstance(weight.decode, grouped.Grouped)
+        scale = expanded((tensors["a.weight_scale_inv"].float() - 127).exp2(), (1, columns), (20, 3 * columns))
+        for dtype in DTYPES:
+            assert_same_bits(decode(weight, tensors, dtype), (tensors["a.weight"].float() * scale).to(dtype))
 
 
 def test_names_of_scales(tmp_path):

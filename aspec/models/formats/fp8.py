@@ -12,8 +12,8 @@ import torch
 
 from aspec.errors import shown
 from aspec.io.checkpoint import TensorRef
-from aspec.models.formats import fp4
-from aspec.models.formats.fp4 import CODES, POWERS, SMALLEST, GroupedFp4
+from aspec.models.formats import grouped
+from aspec.models.formats.grouped import CODES, POWERS, SMALLEST, Grouped
 from aspec.models.formats.packed import Format, PackedWeight
 from aspec.models.formats.settings import Settings, check_shape, misfit, missing
 from aspec.models.formats.workspace import Workspace, room
@@ -192,7 +192,7 @@ class Fp8:
 
     def _packed(self, name: str, weight: TensorRef, scale: TensorRef) -> PackedWeight:
         if weight.dtype == torch.int8:  # experts of DeepSeek-V4
-            return fp4.packed(name, weight, scale, None, GroupedFp4(32), "FP4")
+            return grouped.packed(name, weight, scale, None, Grouped(32), "FP4")
         block = self._block
         if len(scale.shape) < 2 and torch.Size(scale.shape).numel() == 1:
             block = None
@@ -269,6 +269,9 @@ def packed(
     if given != count * grid[0] * grid[1] or not _alike(scale.shape, expected):
         raise misfit(scale, f"{list(expected)} (blocks of {rows} x {columns} of {shown(name)})", list(scale.shape))
     decode = BlockFp8(rows, columns, grid, rounded)
+    mx = rows == 1 and scale.dtype in POWERS and tuple(scale.shape) == expected  # MXFP8, groups of a row
+    if mx and not width % columns and not decode.has_tables:
+        return grouped.packed(name, weight, scale, None, Grouped(columns, weight.dtype, rounded=rounded), method)
     step, tables = _step(height, width), decode._tables(_step(height, width))
     results = tables * CODES if decode.has_tables else step * width
     needed = room(4 * CODES, CODES, 4 * step * width, 4 * step * grid[1], 4 * results, 2 * results, 4 * tables)

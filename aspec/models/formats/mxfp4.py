@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from aspec.io.checkpoint import TensorRef
-from aspec.models.formats import fp4
-from aspec.models.formats.fp4 import GroupedFp4
+from aspec.models.formats import grouped
+from aspec.models.formats.grouped import Grouped
 from aspec.models.formats.packed import Format, PackedWeight
 from aspec.models.formats.settings import Settings, missing
 
@@ -36,8 +36,8 @@ class Mxfp4:
                 weight = name.removesuffix(BLOCKS)
                 if (scales := tensors.get(weight + SCALES)) is None:
                     raise missing(ref, weight + SCALES)
-                decode = GroupedFp4(GROUP, transposed=True)
-                found.append(fp4.packed(weight, ref, scales, None, decode, "MXFP4"))
+                decode = Grouped(GROUP, transposed=True)
+                found.append(grouped.packed(weight, ref, scales, None, decode, "MXFP4"))
             elif name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS not in tensors:
                 raise missing(ref, name.removesuffix(SCALES) + BLOCKS)
         self._settings.check_found(len(found), f"tensors named *{BLOCKS} and *{SCALES}")
@@ -46,7 +46,7 @@ class Mxfp4:
 
 def packed(name: str, codes: TensorRef, scales: TensorRef, rounded: torch.dtype | None = None) -> PackedWeight:
     """A weight [N, K] of codes [N, K / 2] and scales [N, K / 32], as compressed-tensors stores them."""
-    return fp4.packed(name, codes, scales, None, GroupedFp4(GROUP, rounded=rounded), "MXFP4")
+    return grouped.packed(name, codes, scales, None, Grouped(GROUP, rounded=rounded), "MXFP4")
 
 
 def read(values: Mapping[str, object], where: str) -> Format:

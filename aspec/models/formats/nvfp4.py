@@ -11,8 +11,8 @@ import torch
 from aspec.errors import UnsupportedModelError, shown
 from aspec.io.checkpoint import TensorRef
 from aspec.io.weight_format import REMEDY
-from aspec.models.formats import fp4, fp8
-from aspec.models.formats.fp4 import GroupedFp4
+from aspec.models.formats import fp8, grouped
+from aspec.models.formats.grouped import Grouped
 from aspec.models.formats.packed import Format, PackedWeight
 from aspec.models.formats.settings import Settings, misfit, missing
 
@@ -61,8 +61,8 @@ class ModelOpt:
             if scale is not None and ref.dtype == torch.uint8:
                 if factor is None:
                     raise missing(ref, name + "_scale_2")
-                decode = GroupedFp4(GROUP, divided=False)
-                found.append(fp4.packed(name, ref, scale, factor, decode, "NVFP4"))
+                decode = Grouped(GROUP, divided=False)
+                found.append(grouped.packed(name, ref, scale, factor, decode, "NVFP4"))
             elif scale is not None and ref.dtype in FP8:
                 found.append(fp8.packed(name, ref, scale, _block(ref, scale), "FP8 of ModelOpt"))
             elif scale is not None:
@@ -75,14 +75,14 @@ class ModelOpt:
 
 def _block(weight: TensorRef, scale: TensorRef) -> tuple[int, int] | None:
     """Rows and columns of a weight that share a scale: groups of 32 with powers of two, else as the scales are."""
-    return (1, 32) if scale.dtype in fp4.POWERS else None
+    return (1, 32) if scale.dtype in grouped.POWERS else None
 
 
 def packed(
     name: str, codes: TensorRef, scales: TensorRef, factor: TensorRef, rounded: torch.dtype | None = torch.bfloat16
 ) -> PackedWeight:
     """A weight [N, K] of codes [N, K / 2], scales [N, K / 16] and a divisor [1], as compressed-tensors stores them."""
-    return fp4.packed(name, codes, scales, factor, GroupedFp4(GROUP, divided=True, rounded=rounded), "NVFP4")
+    return grouped.packed(name, codes, scales, factor, Grouped(GROUP, divided=True, rounded=rounded), "NVFP4")
 
 
 def read(values: Mapping[str, object], where: str) -> Format:

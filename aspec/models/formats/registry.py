@@ -6,7 +6,7 @@ from types import MappingProxyType
 from aspec.errors import CheckpointError, UnsupportedModelError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.io.weight_format import REMEDY, quantisation
-from aspec.models.formats import bitsandbytes, fp8, mxfp4, nvfp4
+from aspec.models.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, nvfp4
 from aspec.models.formats.packed import Format, StoredWeight
 
 KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json, old and new
@@ -16,9 +16,12 @@ Reader = Callable[[Mapping[str, object], str], Format]
 
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
+        "awq": awq.read,
         "bitsandbytes": bitsandbytes.read,
+        "compressed-tensors": compressed_tensors.read,
         "fbgemm_fp8": fp8.read_fbgemm,
         "fp8": fp8.read,
+        "gptq": gptq.read,
         "modelopt": nvfp4.read,
         "mxfp4": mxfp4.read,
     }

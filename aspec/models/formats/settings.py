@@ -31,7 +31,7 @@ dequantised weights, so these tensors have no use and are not read.
 
 
 def is_of_activations(name: str) -> bool:
-    """Whether a stored tensor only scales activations, which aspec leaves as they are."""
+    """Whether a stored tensor that no parameter wants only scales activations, which aspec leaves as they are."""
     return name.endswith(ACTIVATIONS)
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from aspec.io.gguf import TYPES
-from aspec.models.formats.gguf.blocks import BLOCKS, Kernel, Scales, Step
+from aspec.models.formats.gguf.blocks import BLOCKS
 from aspec.models.formats.gguf.k_quants import K_QUANTS
 from aspec.models.formats.gguf.room import Room
 from aspec.models.formats.packed import Decode
@@ -52,15 +52,13 @@ def _fill(piece: Piece, stored: torch.Tensor, out: torch.Tensor, workspace: torc
         return
     size, nbytes = SIZES[piece.kind]
     blocks, width = stored.view(-1, nbytes), piece.shape[-1] // size
-    rows = _rows_of_tile(piece.shape)
-    chunk = _Chunk(KERNELS[piece.kind], Room(workspace), _blocks_of_chunk(piece.shape, size), blocks)
+    chunk = _Chunk(piece, Room(workspace), blocks)
     tiles: dict[int, _Tile] = {}
-    for target, begin, end in _tiles(out, rows):
+    for target, begin, end in _tiles(out, _rows_of_tile(piece.shape)):
         count = (end - begin) * width
         if count not in tiles:  # the last one of an expert may be smaller
-            tiles[count] = _Tile(KERNELS[piece.kind], chunk.room(), count, size)
-        scales = chunk.scales(begin * width, count)
-        tiles[count].decode(blocks[begin * width : end * width], *scales, piece.offset, target)
+            tiles[count] = _Tile(piece, chunk.room(), blocks, count)
+        tiles[count].decode(begin * width, target, *chunk.scales(begin * width, count))
 
 
 def _fill_plain(piece: Piece, stored: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor) -> None:
@@ -77,10 +75,10 @@ def _fill_plain(piece: Piece, stored: torch.Tensor, out: torch.Tensor, workspace
 class _Chunk:
     """The scales of the blocks around a tile."""
 
-    def __init__(self, kernel: Kernel, room: Room, count: int, blocks: torch.Tensor) -> None:
-        self._room, self._blocks = room, blocks
-        self._kernel, self._count = kernel, min(count, len(blocks))
-        self._made: Scales = kernel.scales(room, self._count)
+    def __init__(self, piece: Piece, room: Room, blocks: torch.Tensor) -> None:
+        self._kernel, self._room, self._blocks = KERNELS[piece.kind], room, blocks
+        self._count = min(_blocks_of_chunk(piece.shape, SIZES[piece.kind][0]), len(blocks))
+        self._made = self._kernel.scales(room, blocks, self._count)
         self._used = room.used
         self._begin = self._end = 0
 
@@ -93,8 +91,8 @@ class _Chunk:
         if begin + count > self._end:
             self._begin, self._end = begin, min(begin + self._count, len(self._blocks))
             if self._end - begin < self._count:
-                self._made = self._kernel.scales(self._room.after(0), self._end - begin)
-            self._made.fill(self._blocks[begin : self._end])
+                self._made = self._kernel.scales(self._room.after(0), self._blocks, self._end - begin)
+            self._made.fill(begin, self._end)
         place = slice(begin - self._begin, begin - self._begin + count)
         minimum = self._made.minimum
         return self._made.scale[place], None if minimum is None else minimum[place]
@@ -103,26 +101,20 @@ class _Chunk:
 class _Tile:
     """Buffers for a number of blocks."""
 
-    def __init__(self, kernel: Kernel, room: Room, count: int, size: int) -> None:
-        self._values = room.take(count, size)
-        self._codes: Step = kernel.codes(room, count, self._values)
+    def __init__(self, piece: Piece, room: Room, blocks: torch.Tensor, count: int) -> None:
+        self._values, self._offset = room.take(count, SIZES[piece.kind][0]), piece.offset
+        self._codes = KERNELS[piece.kind].codes(room, blocks, count, self._values)
+        self._count = count
 
-    def decode(
-        self,
-        blocks: torch.Tensor,
-        scale: torch.Tensor,
-        minimum: torch.Tensor | None,
-        offset: float,
-        target: torch.Tensor,
-    ) -> None:
-        """Write the elements of ``blocks`` to ``target``, in its dtype."""
-        self._codes(blocks)
+    def decode(self, begin: int, target: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> None:
+        """Write the elements of the blocks from ``begin`` on to ``target``, in its dtype."""
+        self._codes(begin, begin + self._count)
         grouped = self._values.view(*scale.shape[:2], -1)
         grouped.mul_(scale)
         if minimum is not None:
             grouped.add_(minimum)
-        if offset:
-            grouped.add_(offset)
+        if self._offset:
+            grouped.add_(self._offset)
         target.copy_(self._values.view(target.shape))
 
 
@@ -158,7 +150,9 @@ def _workspace_bytes(kind: str, shape: tuple[int, ...]) -> int:
     if kind in PLAIN:
         room.take(rows, shape[-1])
         return room.used
-    size = SIZES[kind][0]
-    KERNELS[kind].scales(room, min(_blocks_of_chunk(shape, size), math.prod(shape) // size))
-    _Tile(KERNELS[kind], room, rows * shape[-1] // size, size)
-    return room.used
+    size, nbytes = SIZES[kind]
+    blocks = torch.empty(math.prod(shape) // size, nbytes, dtype=torch.uint8, device="meta")
+    piece = Piece(kind, shape, lambda weight: weight)
+    rest = _Chunk(piece, room, blocks).room()
+    _Tile(piece, rest, blocks, rows * shape[-1] // size)
+    return rest.used

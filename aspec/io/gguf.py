@@ -9,11 +9,11 @@ import re
 import struct
 import sys
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, NoReturn, TypeAlias
+from typing import BinaryIO, NoReturn
 
 import torch
 
@@ -33,7 +33,7 @@ MAX_SPLITS = 4096
 ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20  # bytes: where no key says otherwise, and the most that makes sense
 WINDOW = 1 << 20  # bytes that are read at once
 
-Value: TypeAlias = "bool | int | float | str | array[int] | array[float] | list[bool] | list[str]"
+Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 """A value of the metadata."""
 
 SCALARS: Mapping[int, struct.Struct] = MappingProxyType(

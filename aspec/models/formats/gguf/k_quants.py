@@ -194,7 +194,7 @@ class _Top:
 def _runs(blocks: torch.Tensor, at: int, count: int, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` runs of 32 bytes from byte ``at`` on, run by run, and ``out`` in the same words."""
     stored = part(blocks, at, at + 32 * count)
-    return stored.unflatten(1, (count, -1)).transpose(0, 1), out.view(stored.dtype)
+    return torch.unflatten(stored, 1, (count, -1)).transpose(0, 1), out.view(stored.dtype)
 
 
 K_QUANTS = {

@@ -1,0 +1,75 @@
+"""A folder that stands for a GGUF file: its configuration and tokenizer as transformers keeps them, no weights.
+
+All commands open folders. The folder of a GGUF file is made once, in the user's cache; it names the file that holds the
+weights, and is made anew for a changed file or another version of what made it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from aspec.errors import CheckpointError
+from aspec.io.gguf import Gguf, read_gguf
+from aspec.io.json_file import read_json
+from aspec.models.formats.gguf.config import generation_config, model_config
+from aspec.models.formats.gguf.tokenizer import save_tokenizer
+from aspec.models.formats.gguf.weights import open_weights
+from aspec.options import cache_folder
+
+SOURCE = "aspec-gguf.json"
+FORM = 1  # of what a folder holds; another one makes all folders anew
+
+
+def folder_of(path: Path) -> Path:
+    """The folder for a GGUF file. Raises CheckpointError and UnsupportedModelError as opening the model would."""
+    path = path.resolve()
+    gguf = read_gguf(path)
+    folder = cache_folder() / "gguf" / f"{gguf.path.stem[:80]}-{_key(gguf)}"
+    if not (folder / SOURCE).is_file():
+        _make(gguf, folder)
+    return folder
+
+
+def source_of(folder: Path) -> Path | None:
+    """The GGUF file that a folder stands for; None for any other folder."""
+    if not (folder / SOURCE).is_file():
+        return None
+    return Path(read_json(folder / SOURCE, "the name of a GGUF file", error=CheckpointError)["file"])
+
+
+def _key(gguf: Gguf) -> str:
+    """What a folder depends on, in short."""
+    versions = [(name, *_numbers(version)) for name, version in gguf.files.items()]
+    return hashlib.sha256(repr((FORM, transformers.__version__, versions)).encode()).hexdigest()[:16]
+
+
+def _numbers(version: Any) -> tuple[int, int]:
+    return version.size, version.mtime_ns
+
+
+def _make(gguf: Gguf, folder: Path) -> None:
+    """Write a folder as a whole: another process sees all of it, or nothing."""
+    config = model_config(gguf)
+    open_weights(gguf, config)  # which refuses what does not fit, before a folder claims to be a model
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    try:
+        save_tokenizer(gguf, made)
+        for name, content in (
+            ("config.json", config),
+            ("generation_config.json", generation_config(gguf)),
+            (SOURCE, {"file": str(gguf.path)}),
+        ):
+            (made / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(made, folder)
+    except OSError:
+        if not (folder / SOURCE).is_file():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

@@ -298,8 +298,8 @@ class _Reader:
         name = self._string("the name of a tensor", MAX_NAME_BYTES)
         tensor = f"tensor {shown(name)}"
         num_sizes = self._number(4, tensor)
-        if num_sizes > MAX_DIMENSIONS:
-            self._refuse(f"{tensor} to have at most {MAX_DIMENSIONS} dimensions", num_sizes)
+        if not 1 <= num_sizes <= MAX_DIMENSIONS:
+            self._refuse(f"{tensor} to have 1 to {MAX_DIMENSIONS} dimensions", num_sizes)
         sizes = struct.unpack(f"<{num_sizes}Q", self._take(8 * num_sizes, tensor))
         number = self._number(4, tensor)
         offset = self._number(8, tensor)
@@ -309,7 +309,7 @@ class _Reader:
             self._refuse(f"{tensor} to have a type that ggml has", found)
         if not all(sizes):
             self._refuse(f"{tensor} to have sizes of 1 or more", list(sizes))
-        if (sizes[0] if sizes else 1) % kind.size:
+        if sizes[0] % kind.size:
             self._refuse(
                 f"{tensor} to have rows of whole {kind.name} blocks, of {kind.size} each", f"rows of {sizes[0]}"
             )
@@ -329,7 +329,7 @@ class _Reader:
                 what = "it overlaps another one" if offset < end else "bytes before it belong to no tensor"
                 self._refuse(f"{tensor} at byte {end} of the data", f"it at byte {offset}: {what}")
             nbytes = kind.nbytes
-            for size in (*shape[:-1], (shape[-1] if shape else 1) // kind.size):
+            for size in (*shape[:-1], shape[-1] // kind.size):
                 nbytes *= size
                 if nbytes > MAX_BYTES:  # step by step: a hostile shape has a product of 256 bits
                     self._refuse(f"{tensor} to have at most {MAX_BYTES} bytes", f"shape {list(shape)}")

@@ -15,11 +15,13 @@ from typing import Any
 import transformers
 
 from aspec.errors import CheckpointError
+from aspec.io.checkpoint import Checkpoint
 from aspec.io.gguf import Gguf, read_gguf
 from aspec.io.json_file import read_json
 from aspec.models.formats.gguf.config import generation_config, model_config
 from aspec.models.formats.gguf.tokenizer import save_tokenizer
 from aspec.models.formats.gguf.weights import open_weights
+from aspec.models.formats.packed import PackedWeight
 from aspec.options import cache_folder
 
 SOURCE = "aspec-gguf.json"
@@ -34,6 +36,17 @@ def folder_of(path: Path) -> Path:
     if not (folder / SOURCE).is_file():
         _make(gguf, folder)
     return folder
+
+
+def open_stored(folder: Path, source: Path) -> tuple[Checkpoint, tuple[PackedWeight, ...]]:
+    """The weights of the GGUF file ``source``, for which ``folder`` stands: the plain tensors, and the packed weights.
+
+    Raises CheckpointError and UnsupportedModelError.
+    """
+    gguf = read_gguf(source)
+    weights = open_weights(gguf, model_config(gguf))
+    nbytes = sum(tensor.ref.nbytes for tensor in gguf.tensors.values())
+    return Checkpoint(folder, weights.tensors, nbytes, gguf.files), weights.packed
 
 
 def source_of(folder: Path) -> Path | None:

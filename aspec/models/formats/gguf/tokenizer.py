@@ -7,7 +7,7 @@ vocabulary was made with, so a rule is refused here unless transformers or this 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,8 +64,8 @@ def save_tokenizer(gguf: Gguf, folder: Path) -> None:
         raise
     except Exception as error:  # the library raises any type for a vocabulary that it cannot use
         raise CheckpointError(
-            f"{gguf.path}: its tokenizer cannot be used: expected a vocabulary of kind {shown(parts['tokenizer_type'])}, "
-            f"found one that transformers refuses: {reason_of(error)}. Fetch the file again."
+            f"{gguf.path}: its tokenizer cannot be used: expected a vocabulary that transformers takes, found one that "
+            f"it refuses: {reason_of(error)}. Fetch the file again."
         ) from error
     if backend is None:
         raise UnsupportedModelError(
@@ -88,8 +88,9 @@ def _parts(gguf: Gguf) -> dict[str, Any]:
         )
     _texts(gguf, parts, "merges")
     for name in ("scores", "token_type"):
-        if name in parts and (isinstance(parts[name], int | float | str) or len(parts[name]) != len(tokens)):
-            _refuse(gguf, name, f"a list of {len(tokens)} numbers, one for a token", parts[name])
+        found = parts.get(name, tokens)
+        if isinstance(found, int | float | str) or len(found) != len(tokens):
+            _refuse(gguf, name, f"a list of {len(tokens)} numbers, one for a token", found)
     kind, rule = parts.get("tokenizer_type"), parts.get("pre_tokenizer_type")
     if not isinstance(kind, str):
         _refuse(gguf, "model", "the name of a kind of tokenizer", kind)
@@ -138,7 +139,7 @@ def _texts(gguf: Gguf, parts: Mapping[str, Any], name: str) -> Sequence[str]:
     return value
 
 
-def _refuse(gguf: Gguf, key: str, expected: str, found: object) -> Any:
+def _refuse(gguf: Gguf, key: str, expected: str, found: object) -> NoReturn:
     what = "none" if found is None else shown(found)
     raise CheckpointError(
         f"{gguf.path}: expected {key} of its tokenizer to be {expected}, found {what}. Fetch the file again."

@@ -50,6 +50,11 @@ def model_config(gguf: Gguf) -> dict[str, Any]:
     architecture = architecture_of(gguf)
     keys = Keys(gguf.path, str(gguf.metadata["general.architecture"]), gguf.metadata)
     hidden, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
+    if hidden % heads and not keys.has("attention.key_length"):
+        raise CheckpointError(
+            f"{gguf.path}: expected an embedding_length that {heads} heads divide, or attention.key_length, found "
+            f"{hidden}. Fetch the file again."
+        )
     head_dim = keys.whole("attention.key_length", hidden // heads)
     keys.expect("attention.value_length", head_dim)
     rotated = keys.whole("rope.dimension_count", head_dim)

@@ -258,7 +258,7 @@ def test_a_folder_stands_for_a_file(tmp_path):
     assert AutoConfig.from_pretrained(folder).num_hidden_layers == 1
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 1
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.encode("abc") == [0, 29] if "▁" not in str(tokenizer.tokenize("abc")) else True
+    assert tokenizer.bos_token_id == tokenizer.encode("abc")[0] == 0
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi!"
     checkpoint, packed = open_stored(folder, path)
     assert checkpoint.nbytes == sum(len(data) for *_, data in small_tensors())

@@ -4,6 +4,11 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from aspec.models.hf_compat import text_splits_of_gguf
+
+builds_tokenizers = pytest.mark.skipif(not text_splits_of_gguf(), reason="transformers builds no tokenizer from GGUF")
 
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 U32, F32, BOOL, TEXT, LIST, U64 = 4, 6, 7, 8, 9, 10

@@ -14,7 +14,7 @@ from aspec.models.formats.gguf.architectures import ARCHITECTURES
 from aspec.models.formats.gguf.config import generation_config, model_config
 from aspec.models.formats.gguf.folder import folder_of, open_stored, source_of
 from aspec.models.formats.gguf.weights import open_weights
-from tests.gguf_files import F32, LIST, PAIRS, TEXT, U32, small_tensors, write
+from tests.gguf_files import F32, LIST, PAIRS, TEXT, U32, builds_tokenizers, small_tensors, write
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is not installed")
 from gguf import GGMLQuantizationType as Type  # noqa: E402 - after the check that it is there
@@ -250,6 +250,7 @@ def test_mutated_metadata_and_tensors_are_refused_or_mapped(tmp_path):
 # -- the folder that stands for a file -------------------------------------------------------------------------------
 
 
+@builds_tokenizers
 def test_a_folder_stands_for_a_file(tmp_path):
     path = small(tmp_path, [("tokenizer.chat_template", TEXT, "{{ messages[0]['content'] }}!")])
     folder = folder_of(path)
@@ -269,6 +270,7 @@ def test_a_folder_stands_for_a_file(tmp_path):
     assert folder_of(path) == folder, "it is made once"
 
 
+@builds_tokenizers
 def test_a_changed_file_gets_another_folder_and_a_refused_one_none(tmp_path):
     path = small(tmp_path)
     first = folder_of(path)

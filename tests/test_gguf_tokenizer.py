@@ -7,9 +7,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from aspec.errors import UnsupportedModelError
 from aspec.io.gguf import read_gguf
 from aspec.models.formats.gguf import tokenizer as files
-from tests.gguf_files import BOOL, F32, LIST, PAIRS, TEXT, U32, floats, write
+from tests.gguf_files import BOOL, F32, LIST, PAIRS, TEXT, U32, builds_tokenizers, floats, write
 
-pytest.importorskip("gguf", reason="gguf-py is not installed")
+pytest.importorskip("gguf", reason="gguf-py is not installed")  # transformers' own reader needs it
 
 TEXTS = (
     "Hello there, world",
@@ -109,6 +109,7 @@ def tokenizer_of(path):
     return AutoTokenizer.from_pretrained(path.parent)
 
 
+@builds_tokenizers
 @pytest.mark.parametrize("name", FILES)
 def test_tokens_are_those_of_transformers_own_reader(tmp_path, name):
     path = write_tokenizer(tmp_path, *FILES[name])
@@ -121,15 +122,18 @@ def test_tokens_are_those_of_transformers_own_reader(tmp_path, name):
     assert (made.bos_token_id, made.eos_token_id) == (own.bos_token_id, own.eos_token_id)
 
 
+@builds_tokenizers
 def test_llama_3_begins_a_text_where_the_file_does_not_say(tmp_path):
     assert tokenizer_of(write_tokenizer(tmp_path, "llama", byte_level("llama-bpe"))).encode("hello")[0] == 0
 
 
+@builds_tokenizers
 def test_digits_are_split_off_by_the_rules_that_say_so(tmp_path):
     made = tokenizer_of(write_tokenizer(tmp_path, "llama", byte_level("smollm")))
     assert made.convert_ids_to_tokens(made.encode("2024 12")) == ["2", "0", "2", "4", "Ġ", "1", "2"]
 
 
+@builds_tokenizers
 def test_a_rule_that_is_not_known_is_refused_by_name(tmp_path):
     path = write_tokenizer(tmp_path, "llama", byte_level("some-bpe"))
     with pytest.raises(UnsupportedModelError, match=r"splits text by the rule some-bpe \(tokenizer\.ggml\.pre\)"):

@@ -125,7 +125,7 @@ def book(values: tuple[int, ...], at: int, end_at: int) -> MakeCodes:
     def codes(room: Room, blocks: torch.Tensor, count: int, out: torch.Tensor) -> Step:
         nibbles = Nibbles(room, blocks, at, end_at, count)
         stored = nibbles.codes.view(torch.int16).view(-1)
-        pairs = room.take(len(stored), dtype=torch.int32)
+        pairs = room.take(stored.shape[0], dtype=torch.int32)
         table, out_pairs = pair_table(values, out.device), out.view(torch.int64).view(-1)
 
         def fill(begin: int, end: int) -> None:

@@ -77,7 +77,7 @@ class _Chunk:
 
     def __init__(self, piece: Piece, room: Room, blocks: torch.Tensor) -> None:
         self._kernel, self._room, self._blocks = KERNELS[piece.kind], room, blocks
-        self._count = min(_blocks_of_chunk(piece.shape, SIZES[piece.kind][0]), len(blocks))
+        self._count = min(_blocks_of_chunk(piece.shape, SIZES[piece.kind][0]), blocks.shape[0])
         self._made = self._kernel.scales(room, blocks, self._count)
         self._used = room.used
         self._begin = self._end = 0
@@ -89,7 +89,7 @@ class _Chunk:
     def scales(self, begin: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and minima of blocks, in the order of the file."""
         if begin + count > self._end:
-            self._begin, self._end = begin, min(begin + self._count, len(self._blocks))
+            self._begin, self._end = begin, min(begin + self._count, self._blocks.shape[0])
             if self._end - begin < self._count:
                 self._made = self._kernel.scales(self._room.after(0), self._blocks, self._end - begin)
             self._made.fill(begin, self._end)
@@ -126,12 +126,12 @@ def _tiles(out: torch.Tensor, rows: int, first: int = 0) -> Iterator[tuple[torch
     below = math.prod(out.shape[1:-1])  # rows in one element of the first dimension
     step = rows // below
     if step == 0:
-        for index in range(len(out)):
+        for index in range(out.shape[0]):
             yield from _tiles(out[index], rows, first + index * below)
         return
-    for begin in range(0, len(out), step):
+    for begin in range(0, out.shape[0], step):
         part = out[begin : begin + step]
-        yield part, first + begin * below, first + (begin + len(part)) * below
+        yield part, first + begin * below, first + (begin + part.shape[0]) * below
 
 
 def _rows_of_tile(shape: tuple[int, ...]) -> int:

@@ -149,8 +149,12 @@ def planes(at: int, bits: int, high: High | None = None, zero: int = 0, width: i
         shifts = numbers(tuple(bits * index for index in range(fields)), made.device)
         kept, source, all_words = mask((1 << bits) - 1), words(low), words(made)
         top = None if high is None else _Top(high, room, blocks, made, bits)
-        out = values.view(count, -1, fields, width, 32).permute(2, 1, 3, 0, 4)
-        signed = made.view(torch.int8).view(out.shape)
+        signed, ordered = made.view(torch.int8), values.view(count, -1, fields, width, 32)
+        pairs = [  # of 32 codes each; a cast of all at once is half as fast
+            (ordered[:, run // width, index, run % width], signed[index, run])
+            for index in range(fields)
+            for run in range(num_runs)
+        ]
 
         def fill(begin: int, end: int) -> None:
             into.copy_(stored[:, begin:end])
@@ -160,7 +164,8 @@ def planes(at: int, bits: int, high: High | None = None, zero: int = 0, width: i
                 top.join(begin, end)
             if zero:
                 signed.sub_(constant(zero, torch.int8))
-            out.copy_(signed)
+            for out, run_codes in pairs:
+                out.copy_(run_codes)
 
         return fill
 

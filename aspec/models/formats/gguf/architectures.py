@@ -149,7 +149,7 @@ def _gemma3(gguf: Gguf, keys: Keys, config: Config) -> None:
     config["sliding_window"] = keys.whole("attention.sliding_window")
     config["sliding_window_pattern"] = keys.whole("attention.sliding_window_pattern", 6)
     config["query_pre_attn_scalar"] = _query_scalar(config, largest=62)
-    near = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+    near = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0, above=0)}
     config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": near}
 
 

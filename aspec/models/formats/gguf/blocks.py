@@ -104,7 +104,7 @@ def eight_bits(room: Room, blocks: torch.Tensor, count: int, values: torch.Tenso
 def power_table(device: torch.device) -> torch.Tensor:
     """The byte of an e8m0 scale -> half of the power of two that it stands for; the first two are subnormal."""
     bits = [0x00200000, 0x00400000, *((byte - 1) << 23 for byte in range(2, 256))]
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(device)
+    return torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32).to(device)
 
 
 def power_scale(room: Room, blocks: torch.Tensor, count: int) -> Scales:
@@ -141,8 +141,8 @@ def book(values: tuple[int, ...], at: int, end_at: int) -> MakeCodes:
 @cache
 def pair_table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Two codes, in the low halves of two bytes -> two fp32 values as one int64: half as many look-ups."""
-    single = torch.tensor(values, dtype=torch.float32)
-    pairs = torch.zeros(0x0F10, 2)
+    single = torch.tensor(values, dtype=torch.float32, device="cpu")
+    pairs = torch.zeros(0x0F10, 2, device="cpu")
     for high in range(16):
         pairs[high << 8 : (high << 8) + 16, 0] = single
         pairs[high << 8 : (high << 8) + 16, 1] = single[high]

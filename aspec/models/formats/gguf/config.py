@@ -68,7 +68,7 @@ def model_config(gguf: Gguf) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", above=0),
         "rope_parameters": rope_parameters(gguf, keys, context, rotated),
         "vocab_size": _vocabulary_size(gguf, keys),
         "tie_word_embeddings": HEAD not in gguf.tensors,

@@ -1,7 +1,6 @@
 """The metadata of an architecture, read key by key: a key that nobody asked for is refused, because it may be maths."""
 
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,13 +35,13 @@ class Keys:
             self._refuse(key, f"a whole number of {least} or more", value)
         return value
 
-    def number(self, key: str, missing: float | None = None) -> float:
-        """A number that is finite."""
+    def number(self, key: str, missing: float | None = None, above: float = -float("inf")) -> float:
+        """A number that is finite, and larger than ``above``."""
         value = self._one(key)
         if value is None and missing is not None:
             return missing
-        if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) < float("inf"):
-            self._refuse(key, "a number", value)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < float("inf"):
+            self._refuse(key, "a number" if above < 0 else f"a number above {above:g}", value)
         return float(value)
 
     def text(self, key: str, missing: str) -> str:

@@ -40,7 +40,7 @@ class Room:
 @cache
 def constant(value: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """A number; it may stand beside tensors of any device."""
-    return torch.tensor(value, dtype=dtype)
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 @cache

@@ -20,18 +20,16 @@ CLOSE = 1e-5  # relative: of factors in fp32
 
 def rope_parameters(gguf: Gguf, keys: Keys, context: int, dimensions: int) -> dict[str, Any]:
     """How angles follow from positions. ``dimensions`` of a head are rotated."""
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
-    kind = keys.text("rope.scaling.type", "none")
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0, above=0)}
     keys.expect("rope.scale_linear", 1.0)
     keys.expect("rope.scaling.yarn_ext_factor", 1.0)
-    attention_factor = keys.number("rope.scaling.attn_factor", 0.0)
-    factor = keys.number("rope.scaling.factor", 0.0)
-    original = keys.whole("rope.scaling.original_context_length", 0, least=0)
+    original = keys.whole("rope.scaling.original_context_length", context)
+    factor = keys.number("rope.scaling.factor", context / original, above=0)
+    kind = keys.text("rope.scaling.type", "linear" if keys.has("rope.scaling.factor") else "none")
     if kind == "linear":
-        found |= {"rope_type": "linear", "factor": factor or 1.0}
+        found |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
-        found |= {"rope_type": "yarn", "factor": factor or context / original, **_yarn(keys)}
-        found["original_max_position_embeddings"] = original or context
+        found |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **_yarn(keys)}
     elif kind not in ("none", "longrope"):
         raise UnsupportedModelError(
             f"{gguf.path}: rotary positions are scaled by {shown(kind)}, which aspec does not know. Choose another "
@@ -39,19 +37,26 @@ def rope_parameters(gguf: Gguf, keys: Keys, context: int, dimensions: int) -> di
         )
     if (long := gguf.tensors.get("rope_factors_long.weight")) is not None:
         short = gguf.tensors.get("rope_factors_short.weight", long)
-        found |= _longrope(read_factors(long, dimensions), read_factors(short, dimensions), original or context)
-        usual = _usual_attention_factor(context, original or context)
-        if attention_factor and abs(attention_factor / usual - 1) > CLOSE:
+        found |= _longrope(read_factors(long, dimensions), read_factors(short, dimensions), original)
+        usual = _usual_attention_factor(context / original, original)
+        attention_factor = keys.number("rope.scaling.attn_factor", usual, above=0)
+        if abs(attention_factor / usual - 1) > CLOSE:
             found["attention_factor"] = attention_factor
     elif (freqs := gguf.tensors.get("rope_freqs.weight")) is not None:
         found |= _scaled(read_factors(freqs, dimensions), found, dimensions, context)
+    if long is None:
+        keys.expect("rope.scaling.attn_factor", 1.0)
     return found
 
 
 def _yarn(keys: Keys) -> dict[str, float]:
     names = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
     keys.expect("rope.scaling.yarn_log_multiplier", 0.0)
-    return {to: keys.number(f"rope.scaling.{name}") for name, to in names.items() if keys.has(f"rope.scaling.{name}")}
+    return {
+        to: keys.number(f"rope.scaling.{name}", above=0)
+        for name, to in names.items()
+        if keys.has(f"rope.scaling.{name}")
+    }
 
 
 def _longrope(long: list[float], short: list[float], original: int) -> dict[str, Any]:
@@ -63,9 +68,9 @@ def _longrope(long: list[float], short: list[float], original: int) -> dict[str,
     }
 
 
-def _usual_attention_factor(context: int, original: int) -> float:
-    scale = context / original
-    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+def _usual_attention_factor(scale: float, original: int) -> float:
+    """What longrope multiplies sines and cosines by."""
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 < original else 1.0
 
 
 def _scaled(factors: list[float], found: Mapping[str, Any], dimensions: int, context: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ PARTS: Mapping[str, str] = MappingProxyType(
 )
 """Keys of ``tokenizer.ggml`` -> names of transformers' reader."""
 
+MAX_TOKEN = 4096  # characters; the longest are runs of some hundred spaces
 SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -62,7 +63,9 @@ def save_tokenizer(gguf: Gguf, folder: Path) -> None:
             PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(folder)
     except Warning:  # raised as an error by the caller's filter; not caused by the file
         raise
-    except Exception as error:  # the library raises any type for a vocabulary that it cannot use
+    except BaseException as error:  # the library, and the Rust one, raise any type for a vocabulary they cannot use
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(
             f"{gguf.path}: its tokenizer cannot be used: expected a vocabulary that transformers takes, found one that "
             f"it refuses: {reason_of(error)}. Fetch the file again."
@@ -86,6 +89,8 @@ def _parts(gguf: Gguf) -> dict[str, Any]:
         _refuse(
             gguf, "tokens", "texts of which each is there once", f"{len(tokens)}, {len(set(tokens))} of them different"
         )
+    if (longest := max(map(len, tokens))) > MAX_TOKEN:  # merges are derived from every split of every token
+        _refuse(gguf, "tokens", f"texts of at most {MAX_TOKEN} characters", f"one of {longest}")
     _texts(gguf, parts, "merges")
     for name in ("scores", "token_type"):
         found = parts.get(name, tokens)

@@ -45,7 +45,7 @@ def open_weights(gguf: Gguf, config: Mapping[str, Any]) -> Weights:
             )
         offset = -architecture.norm_offset if name.endswith("norm.weight") else 0.0
         if place.plain and not offset and tensor.kind not in KERNELS:
-            _check_type(tensor)
+            _check_type(tensor, whole=True)
             tensors[target] = replace(tensor.ref, name=target)
         else:
             pieces[target].append((tensor, place, offset))
@@ -82,7 +82,7 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
             f"{stored}. Fetch the file again."
         )
     for tensor, _, _ in found:
-        _check_type(tensor)
+        _check_type(tensor, whole=False)
     pieces = [Piece(tensor.kind, tensor.shape, place.view, offset) for tensor, place, offset in found]
     decode, workspace_bytes = decoder(pieces)
     kinds = " and ".join(dict.fromkeys(tensor.kind for tensor, _, _ in found))
@@ -97,10 +97,11 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
     )
 
 
-def _check_type(tensor: GgufTensor) -> None:
-    if tensor.kind in KERNELS or tensor.kind in PLAIN or tensor.ref.dtype != torch.uint8:
+def _check_type(tensor: GgufTensor, whole: bool) -> None:
+    """Refuse a type that cannot be decoded; integers that are ``whole`` parameters are for the model to judge."""
+    if tensor.kind in KERNELS or tensor.kind in PLAIN or (whole and tensor.ref.dtype != torch.uint8):
         return
     raise UnsupportedModelError(
-        f"{tensor.ref.file}: tensor {shown(tensor.ref.name)} is quantised as {tensor.kind}, which aspec does not read; "
+        f"{tensor.ref.file}: tensor {shown(tensor.ref.name)} is stored as {tensor.kind}, which aspec does not read; "
         f"it reads {', '.join(KERNELS)}. Choose another quantisation of the model, such as Q4_K_M."
     )

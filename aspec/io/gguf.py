@@ -159,7 +159,7 @@ def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> Gguf:
     ``sizes``: bytes of whole files, by name, where a file holds only its header. Raises CheckpointError for a damaged
     file and for a set that is not complete.
     """
-    paths = _split_set(path)
+    paths = split_set(path)
     files: dict[str, FileVersion] = {}
     metadata: dict[str, Value] = {}
     tensors: dict[str, GgufTensor] = {}
@@ -183,7 +183,7 @@ def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> Gguf:
     return Gguf(paths[0], MappingProxyType(metadata), MappingProxyType(tensors), MappingProxyType(files))
 
 
-def _split_set(path: Path) -> list[Path]:
+def split_set(path: Path) -> list[Path]:
     """The files of the set that a file belongs to, in order. Raises CheckpointError if one is missing."""
     match = SPLIT.fullmatch(path.name)
     if match is None:

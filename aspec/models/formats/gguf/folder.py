@@ -9,14 +9,14 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import transformers
 
 from aspec.errors import CheckpointError
-from aspec.io.checkpoint import Checkpoint
-from aspec.io.gguf import Gguf, read_gguf
+from aspec.io.checkpoint import Checkpoint, version_of
+from aspec.io.gguf import Gguf, read_gguf, split_set
 from aspec.io.json_file import read_json
 from aspec.models.formats.gguf.config import generation_config, model_config
 from aspec.models.formats.gguf.tokenizer import save_tokenizer
@@ -30,11 +30,10 @@ FORM = 1  # of what a folder holds; another one makes all folders anew
 
 def folder_of(path: Path) -> Path:
     """The folder for a GGUF file. Raises CheckpointError and UnsupportedModelError as opening the model would."""
-    path = path.resolve()
-    gguf = read_gguf(path)
-    folder = cache_folder() / "gguf" / f"{gguf.path.stem[:80]}-{_key(gguf)}"
+    files = split_set(path.resolve())
+    folder = cache_folder() / "gguf" / f"{files[0].stem[:80]}-{_key(files)}"
     if not (folder / SOURCE).is_file():
-        _make(gguf, folder)
+        _make(read_gguf(files[0]), folder)
     return folder
 
 
@@ -56,14 +55,10 @@ def source_of(folder: Path) -> Path | None:
     return Path(read_json(folder / SOURCE, "the name of a GGUF file", error=CheckpointError)["file"])
 
 
-def _key(gguf: Gguf) -> str:
+def _key(files: Sequence[Path]) -> str:
     """What a folder depends on, in short."""
-    versions = [(name, *_numbers(version)) for name, version in gguf.files.items()]
+    versions = [(str(file), version_of(file)) for file in files]
     return hashlib.sha256(repr((FORM, transformers.__version__, versions)).encode()).hexdigest()[:16]
-
-
-def _numbers(version: Any) -> tuple[int, int]:
-    return version.size, version.mtime_ns
 
 
 def _make(gguf: Gguf, folder: Path) -> None:

@@ -319,3 +319,19 @@ def test_a_changed_file_gets_another_folder_and_a_refused_one_none(tmp_path):
         with pytest.raises(UserError, match=expected):
             folder_of(small(tmp_path, pairs))
     assert set(first.parent.iterdir()) == before, "nothing is left of what was refused"
+
+
+@builds_tokenizers
+def test_a_link_keeps_its_name_and_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "blob").write_bytes(small(tmp_path).read_bytes())
+    link = tmp_path / "linked.gguf"
+    link.symlink_to("blob")
+    folder = folder_of(link)
+    assert folder.name.startswith("linked-")
+    assert source_of(folder) == link
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(
+        CheckpointError, match=r"expected a folder .*file/aspec/gguf that can be written, found: Not a dir"
+    ):
+        folder_of(link)

@@ -30,7 +30,7 @@ FORM = 1  # of what a folder holds; another one makes all folders anew
 
 def folder_of(path: Path) -> Path:
     """The folder for a GGUF file. Raises CheckpointError and UnsupportedModelError as opening the model would."""
-    files = split_set(path.resolve())
+    files = split_set(path.absolute())  # a link of the hub's cache keeps its name, on which a set depends
     folder = cache_folder() / "gguf" / f"{files[0].stem[:80]}-{_key(files)}"
     if not (folder / SOURCE).is_file():
         _make(read_gguf(files[0]), folder)
@@ -65,8 +65,11 @@ def _make(gguf: Gguf, folder: Path) -> None:
     """Write a folder as a whole: another process sees all of it, or nothing."""
     config = model_config(gguf)
     open_weights(gguf, config)  # which refuses what does not fit, before a folder claims to be a model
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    except OSError as error:
+        raise _unwritable(gguf, folder.parent, error) from error
     try:
         save_tokenizer(gguf, made)
         for name, content in (
@@ -76,8 +79,15 @@ def _make(gguf: Gguf, folder: Path) -> None:
         ):
             (made / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(made, folder)
-    except OSError:
+    except OSError as error:
         if not (folder / SOURCE).is_file():  # else another process was first
-            raise
+            raise _unwritable(gguf, folder.parent, error) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _unwritable(gguf: Gguf, folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{gguf.path}: its configuration and tokenizer cannot be kept: expected a folder {folder} that can be written, "
+        f"found: {error.strerror}. Free some space, or set XDG_CACHE_HOME to another folder."
+    )

@@ -61,7 +61,7 @@ def save_tokenizer(gguf: Gguf, folder: Path) -> None:
                     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
                 )
             PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(folder)
-    except Warning:  # raised as an error by the caller's filter; not caused by the file
+    except (Warning, OSError):  # the caller's filter, or the disk; not the file
         raise
     except BaseException as error:  # the library, and the Rust one, raise any type for a vocabulary they cannot use
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

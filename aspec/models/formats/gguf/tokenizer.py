@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
@@ -42,8 +42,11 @@ BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 LIKE_GPT2 = frozenset({"gpt-2", "mpt", "olmo", "jais", "trillion"})
 DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """Rules of llama.cpp that split like GPT-2, and those that also split every digit off."""
-BEGINS = frozenset({"llama3", "llama-v3", "llama-bpe", "tekken"})
-"""Rules whose vocabularies begin a text with its token, where the file does not say otherwise, as in llama.cpp."""
+WHOLE_WORDS = BEGINS = frozenset({"llama3", "llama-v3", "llama-bpe", "tekken"})
+"""Rules whose vocabularies take a word that is a token as it is, and begin a text with a token of its own, where the
+file does not say otherwise. llama.cpp knows both by the rule's name.
+"""
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # for a space, in a vocabulary of sentencepiece
 
 
 def save_tokenizer(gguf: Gguf, folder: Path) -> None:
@@ -56,10 +59,7 @@ def save_tokenizer(gguf: Gguf, folder: Path) -> None:
     try:
         backend = tokenizer_from_gguf(str(gguf.metadata["general.architecture"]), parts)
         if backend is not None:
-            if parts.get("pre_tokenizer_type") in DIGITS:
-                backend.pre_tokenizer = pre_tokenizers.Sequence(
-                    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-                )
+            _amend(backend, parts)
             PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(folder)
     except (Warning, OSError):  # the caller's filter, or the disk; not the file
         raise
@@ -75,6 +75,22 @@ def save_tokenizer(gguf: Gguf, folder: Path) -> None:
             f"{gguf.path}: the installed transformers cannot build the tokenizer of a GGUF file: expected 5.18 or "
             f"newer. Run: pip install -U transformers"
         )
+
+
+def _amend(backend: Any, parts: Mapping[str, Any]) -> None:
+    """Add what the metadata say and transformers' conversion leaves out."""
+    rule = parts.get("pre_tokenizer_type")
+    if parts["tokenizer_type"] == BYTE_LEVEL:
+        if rule in DIGITS:
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        if rule in WHOLE_WORDS:
+            backend.model.ignore_merges = True
+    elif parts.get("add_prefix_space") is False:
+        backend.normalizer = normalizers.Replace(" ", SPACE)
+        backend.pre_tokenizer = None
+        backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
 def _parts(gguf: Gguf) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from aspec.models.formats.gguf.architectures import ARCHITECTURES
 from aspec.models.formats.gguf.config import generation_config, model_config
 from aspec.models.formats.gguf.folder import folder_of, open_stored, source_of
 from aspec.models.formats.gguf.weights import open_weights
-from tests.gguf_files import F32, LIST, PAIRS, TEXT, U32, builds_tokenizers, floats, small_tensors, write
+from tests.gguf_files import BOOL, F32, LIST, PAIRS, TEXT, U32, builds_tokenizers, floats, small_tensors, write
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is not installed")
 from gguf import GGMLQuantizationType as Type  # noqa: E402 - after the check that it is there
@@ -199,6 +199,23 @@ def test_factors_that_are_not_llama_3s_are_taken_as_they_are(tmp_path):
         tensors = [("rope_freqs.weight", (len(wrong),), 0, wrong.tobytes()), *small_tensors()]
         with pytest.raises(CheckpointError, match=r"expected 4 numbers in F32|expected factors above 0"):
             opened(small(tmp_path, tensors=tensors))
+
+
+def test_layers_of_gemma_3_that_see_only_a_window(tmp_path):
+    window = ("llama.attention.sliding_window", U32, 8)
+    for value, types in (
+        ((U32, 1), ["full_attention"]),
+        ((U32, 6), ["sliding_attention"]),
+        ((LIST, (BOOL, [True])), ["sliding_attention"]),
+        ((LIST, (BOOL, [False])), ["full_attention"]),
+    ):
+        pattern = ("llama.attention.sliding_window_pattern", *value)
+        vision = ("llama.vision.image_size", U32, 896)
+        found = opened(small(tmp_path, [window, pattern, vision], arch="gemma3"))[0]
+        assert AutoConfig.for_model(**found).layer_types == types
+    pattern = ("llama.attention.sliding_window_pattern", LIST, (BOOL, [True, False]))
+    with pytest.raises(CheckpointError, match="sliding_window_pattern to be 1 truth values"):
+        opened(small(tmp_path, [window, pattern], arch="gemma3"))
 
 
 def test_the_publishers_sampling_and_ends_are_the_generations_defaults(tmp_path):

@@ -147,7 +147,11 @@ def _gemma3(gguf: Gguf, keys: Keys, config: Config) -> None:
     if keys.has("final_logit_softcapping"):
         config["final_logit_softcapping"] = keys.number("final_logit_softcapping")
     config["sliding_window"] = keys.whole("attention.sliding_window")
-    config["sliding_window_pattern"] = keys.whole("attention.sliding_window_pattern", 6)
+    near_layers = keys.truths("attention.sliding_window_pattern", config["num_hidden_layers"])
+    if near_layers is None:
+        config["sliding_window_pattern"] = keys.whole("attention.sliding_window_pattern", 6)
+    else:
+        config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in near_layers]
     config["query_pre_attn_scalar"] = _query_scalar(config, largest=62)
     near = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0, above=0)}
     config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": near}

@@ -11,6 +11,7 @@ NO_MATHS = frozenset(
     {"rope.scaling.finetuned", "tensor_data_layout", "interleave_moe_layer_step", "pooling_type", "attention.causal"}
 )
 """Keys that do not change the numbers of a decoder. The last two mark other kinds of models, which are refused."""
+OTHER_PARTS = ("vision.", "mm.", "audio.")  # of a multimodal model, whose text model is all that the file holds
 
 
 class Keys:
@@ -58,6 +59,16 @@ class Keys:
             self._refuse(key, "a truth value", value)
         return missing if value is None else value
 
+    def truths(self, key: str, count: int) -> list[bool] | None:
+        """A truth value for each of ``count`` layers; None if the key is missing or no list."""
+        value = self._values.get(key)
+        if value is None or isinstance(value, bool | int | float | str):
+            return None
+        self._asked.add(key)
+        if len(value) != count or not all(isinstance(one, bool) for one in value):
+            self._refuse(key, f"{count} truth values", list(value[:8]))
+        return list(map(bool, value))
+
     def expect(self, key: str, value: object) -> None:
         """Refuse a key that has another value."""
         found = self._one(key)
@@ -71,7 +82,7 @@ class Keys:
         """Raise UnsupportedModelError for a key that was not asked for."""
         self.expect("attention.causal", True)
         self.expect("pooling_type", 0)
-        rest = sorted(self._values.keys() - self._asked - NO_MATHS)
+        rest = sorted(key for key in self._values.keys() - self._asked - NO_MATHS if not key.startswith(OTHER_PARTS))
         if rest:
             raise UnsupportedModelError(
                 f"{self._path}: the key {self._architecture}.{shown(rest[0])} is not known to aspec, and may change "

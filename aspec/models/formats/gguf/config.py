@@ -1,7 +1,6 @@
 """From a GGUF file's metadata to transformers' config.json and generation_config.json."""
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from aspec.errors import CheckpointError, UnsupportedModelError, shown
@@ -136,8 +135,3 @@ def _dtype(gguf: Gguf) -> str:
     """The type of most matrices; of packed ones, the type that models are published in."""
     counts = Counter(tensor.kind for tensor in gguf.tensors.values() if len(tensor.shape) > 1)
     return DTYPES.get(counts.most_common(1)[0][0], "bfloat16")
-
-
-def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration on which the order of stored elements depends."""
-    return {name: config[name] for name in ("num_attention_heads", "num_key_value_heads")}

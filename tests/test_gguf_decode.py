@@ -1,5 +1,7 @@
 """The decoders of GGUF's types: gguf-py's bits, at any layout of the weight, in any dtype, without an allocation."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -159,3 +161,20 @@ def test_a_workspace_is_small_and_does_not_grow_with_the_weight(kind):
     wide, long = (decoder([Piece(kind, shape, whole)])[1] for shape in ((64, 16384), (1 << 20, 16384)))
     assert wide <= long <= 2 << 20
     assert decoder([Piece(kind, (4, size), whole)])[1] <= 16384
+
+
+def test_two_threads_decode_at_the_same_time():
+    """Each with its own workspace: the decoders keep nothing between calls."""
+    shape, kinds = (256, 4096), ["Q4_0", "Q6_K", "IQ4_XS", "MXFP4"] * 4
+    stored = {kind: torch.from_numpy(blocks(kind, 256 * 4096 // SIZES[kind][0]).reshape(256, -1)) for kind in kinds}
+
+    def run(kind):
+        function, nbytes = decoder([Piece(kind, shape, whole)])
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        function([stored[kind]], out, torch.empty(nbytes, dtype=torch.uint8))
+        return out
+
+    alone = {kind: run(kind) for kind in stored}
+    with ThreadPoolExecutor(2) as pool:
+        for kind, out in zip(kinds, pool.map(run, kinds), strict=True):
+            assert same_bits(out, alone[kind])

@@ -168,6 +168,16 @@ def test_a_header_alone_is_enough_where_the_size_of_the_file_is_known(tmp_path):
         read_gguf(path)
 
 
+def test_offsets_beyond_4_gib_are_found(tmp_path):
+    sizes = (1 << 16, 1 << 15)
+    raw = file_bytes(ONE, [("a", sizes, 0, b""), ("b", (32,), 0, floats(32))], places=[0, 1 << 33])
+    path = tmp_path / "model.gguf"
+    path.write_bytes(raw)
+    with path.open("r+b") as file:
+        file.truncate((1 << 33) + 4096)  # a hole
+    assert read_gguf(path).tensors["b"].ref.offset > 1 << 33
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read: No such file"):
         read_gguf(tmp_path / "model.gguf")

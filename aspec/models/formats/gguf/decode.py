@@ -18,7 +18,7 @@ from aspec.models.formats.gguf.room import Room
 from aspec.models.formats.packed import Decode
 
 TILE = 1 << 17  # elements that are decoded at once: 512 KiB in fp32
-CHUNK = 1 << 20  # elements whose scales are made at once: an operation on few bytes costs as much as one on many
+CHUNK = 1 << 22  # elements whose scales are made at once: an operation on few bytes costs as much as one on many
 
 KERNELS = {**BLOCKS, **K_QUANTS}
 """The packed types that can be decoded."""

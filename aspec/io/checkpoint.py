@@ -185,10 +185,11 @@ def version_of(path: Path) -> FileVersion:
     try:
         return FileVersion.of(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error of a file that the system does not let aspec read."""
     return CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.")
 
 
@@ -206,7 +207,7 @@ def _read_entries(path: Path, size: int | None) -> tuple[dict[str, object], int,
                 )
             header = parse_json(file.read(length), unique=True)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except DuplicateMember as error:
         raise CheckpointError(
             f"{path}: tensor {shown(error.name)} is stored twice: expected once. {FETCH_AGAIN}"

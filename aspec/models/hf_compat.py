@@ -14,7 +14,7 @@ FutureWarning; 5.40 removes it.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ __all__ = [
     "set_attention",
     "set_experts",
     "takes_registered_attention",
+    "text_splits_of_gguf",
     "tied_weights",
+    "tokenizer_from_gguf",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values")  # newest first
@@ -164,3 +166,24 @@ def ignored_keys(model: PreTrainedModel) -> Iterable[str]:
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that share the memory of another parameter: name -> name of the other."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tokenizer_from_gguf(architecture: str, parts: Mapping[str, Any]) -> Any | None:
+    """The tokenizer that the metadata of a GGUF file describe; None where transformers is too old to build it.
+
+    ``parts``: names as transformers' own reader gives them (``tokens``, ``merges``, ``pre_tokenizer_type``).
+    """
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+    except ImportError:
+        return None
+    return convert_gguf_tokenizer(architecture, dict(parts))[0]
+
+
+def text_splits_of_gguf() -> frozenset[str]:
+    """The rules of splitting text for a byte-level vocabulary, by ``tokenizer.ggml.pre``, that transformers knows."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return frozenset()
+    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)

@@ -1,0 +1,69 @@
+"""Which files of a repository are the GGUF model of one quantisation: ``Q4_K_M`` of ``org/repo:Q4_K_M``."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from aspec.errors import CheckpointError, shown
+from aspec.io.gguf import SPLIT, SUFFIX
+
+LABEL = re.compile(
+    r"(?<![A-Za-z0-9])(?:UD-)?(?:I?Q\d_?\w*|TQ\d_\d|MXFP4(?:_MOE)?|BF16|FP?16|FP?32)(?![A-Za-z0-9])", re.IGNORECASE
+)
+OTHERS = re.compile(r"mmproj|imatrix|ggml-vocab", re.IGNORECASE)  # parts of models, and data
+DYNAMIC = "UD-"  # of Unsloth's quantisations, which a name may leave out
+
+
+def choose_files(names: Iterable[str], quantisation: str) -> list[str]:
+    """The files of the model that has a quantisation, in order. ``names``: all files of the repository.
+
+    Raises CheckpointError, a sentence without its subject, if there is none, several or half of one.
+    """
+    models = _models(names)
+    asked = quantisation.upper()
+    found = [key for key in models if key[0] == asked] or [key for key in models if key[0] == DYNAMIC + asked]
+    if not found:
+        labels = sorted({label for label, _ in models if label}) or ["none"]
+        raise CheckpointError(
+            f"has no GGUF file of the quantisation {shown(quantisation)}: found {', '.join(map(shown, labels))}. "
+            f"Choose one of them."
+        )
+    if len(found) > 1:
+        stems = ", ".join(shown(stem) for _, stem in found[:3])
+        raise CheckpointError(
+            f"has {len(found)} GGUF models of the quantisation {shown(quantisation)}: expected one, found {stems}. "
+            f"Fetch the files of one, and give the path of the first."
+        )
+    files = models[found[0]]
+    count = max((int(match["count"]) for name in files if (match := _split(name))), default=1)
+    if len(files) != count:
+        raise CheckpointError(
+            f"has {len(files)} of the {count} files of {shown(found[0][1])}: expected all of them. Choose another "
+            f"quantisation."
+        )
+    return files
+
+
+def label_of(name: str) -> str | None:
+    """The quantisation in the name of a file, or of its folder: in capitals, None if there is none."""
+    path = PurePosixPath(name)
+    for part in (path.name.removesuffix(SUFFIX), *reversed(path.parts[:-1])):
+        if labels := LABEL.findall(part):
+            return str(labels[-1]).upper()
+    return None
+
+
+def _models(names: Iterable[str]) -> dict[tuple[str | None, str], list[str]]:
+    """The GGUF models among files: (quantisation, name without the number of a split file) -> files."""
+    models: dict[tuple[str | None, str], list[str]] = defaultdict(list)
+    for name in sorted(names):
+        if name.lower().endswith(SUFFIX) and not OTHERS.search(name):
+            match = _split(name)
+            stem = str(PurePosixPath(name).with_name(match["stem"])) if match else name.removesuffix(SUFFIX)
+            models[label_of(f"{stem}{SUFFIX}"), stem].append(name)
+    return models
+
+
+def _split(name: str) -> re.Match[str] | None:
+    return SPLIT.fullmatch(PurePosixPath(name).name)

@@ -18,6 +18,8 @@ import torch
 from aspec.errors import CheckpointError, shown
 from aspec.io.disk import FileVersion
 from aspec.io.fetching.files import SIZES
+from aspec.io.fetching.gguf_files import split_set
+from aspec.io.hub import source_of
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 from aspec.io.weight_format import REMEDY, folder_format
 
@@ -111,8 +113,14 @@ def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors files, or an index of them."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+    """Whether a folder has safetensors files, or an index of them, or stands for a GGUF file."""
+    return source_of(folder) is not None or any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights. Raises CheckpointError if one of a split set is missing."""
+    source = source_of(folder)
+    return sorted(folder.glob("*.safetensors")) if source is None else split_set(source)
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:

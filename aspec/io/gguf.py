@@ -5,7 +5,6 @@ are left before anything of that size is read, so that a lie costs nothing.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """
 
-import re
 import struct
 import sys
 from array import array
@@ -20,16 +19,14 @@ import torch
 from aspec.errors import CheckpointError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, MAX_BYTES, TensorRef, unreadable, version_of
 from aspec.io.disk import FileVersion
+from aspec.io.fetching.gguf_files import MAGIC, split_set
 
-MAGIC, VERSIONS = b"GGUF", (2, 3)
-SUFFIX = ".gguf"
-SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256 << 20  # a vocabulary of 260,000 tokens takes 13 MB
 MAX_STRING_BYTES = 16 << 20  # of a value: the longest are chat templates, of some 100 KB
 MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_NAME_BYTES = 1024  # of a tensor; ggml's limit is 64
 MAX_DIMENSIONS = 4  # ggml's limit
-MAX_SPLITS = 4096
 ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20  # bytes: where no key says otherwise, and the most that makes sense
 WINDOW = 1 << 20  # bytes that are read at once
 
@@ -148,11 +145,6 @@ class _Header:
     tensors: list[GgufTensor]
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file's name says that it is a GGUF file."""
-    return path.suffix.lower() == SUFFIX
-
-
 def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> Gguf:
     """The model of a GGUF file; any file of a split set stands for the set.
 
@@ -181,26 +173,6 @@ def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> Gguf:
             f"{paths[0]}: expected {shown(expected)} tensors in {len(paths)} files, found {len(tensors)}. {FETCH_AGAIN}"
         )
     return Gguf(paths[0], MappingProxyType(metadata), MappingProxyType(tensors), MappingProxyType(files))
-
-
-def split_set(path: Path) -> list[Path]:
-    """The files of the set that a file belongs to, in order. Raises CheckpointError if one is missing."""
-    match = SPLIT.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count <= MAX_SPLITS:
-        raise CheckpointError(
-            f"{path}: expected a number from 1 to {min(count, MAX_SPLITS)} in the name of a file of a split model, "
-            f"found {int(match['number'])} of {count}. Rename it as it was published."
-        )
-    paths = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    if missing := [file.name for file in paths if not file.is_file()]:
-        raise CheckpointError(
-            f"{path} is one of {count} files of a model: expected all of them in {path.parent}, found {len(missing)} "
-            f"missing: {', '.join(map(shown, missing[:3]))}. Fetch the missing files."
-        )
-    return paths
 
 
 def _check_split(path: Path, metadata: Mapping[str, Value], number: int, count: int) -> None:

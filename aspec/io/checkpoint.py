@@ -81,7 +81,7 @@ class Checkpoint:
         """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
-        sizes = _sizes_elsewhere(folder)
+        sizes = sizes_elsewhere(folder)
         tensors: dict[str, TensorRef] = {}
         files: dict[str, FileVersion] = {}
         for file in sorted(set(weight_map.values())) or [SINGLE]:
@@ -166,7 +166,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _sizes_elsewhere(folder: Path) -> dict[str, int | None]:
+def sizes_elsewhere(folder: Path) -> dict[str, int | None]:
     """Shard -> its bytes on the hub, in a folder that holds only headers; empty for any other folder."""
     if not (folder / SIZES).is_file():
         return {}

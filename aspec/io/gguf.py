@@ -17,7 +17,7 @@ from typing import BinaryIO, NoReturn
 import torch
 
 from aspec.errors import CheckpointError, shown
-from aspec.io.checkpoint import FETCH_AGAIN, MAX_BYTES, TensorRef, unreadable, version_of
+from aspec.io.checkpoint import FETCH_AGAIN, MAX_BYTES, TensorRef, sizes_elsewhere, unreadable, version_of
 from aspec.io.disk import FileVersion
 from aspec.io.fetching.gguf_files import MAGIC, split_set
 
@@ -140,24 +140,25 @@ class Gguf:
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class Header:
+    """What one file holds."""
+
     metadata: dict[str, Value]
     tensors: list[GgufTensor]
 
 
-def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> Gguf:
+def read_gguf(path: Path) -> Gguf:
     """The model of a GGUF file; any file of a split set stands for the set.
 
-    ``sizes``: bytes of whole files, by name, where a file holds only its header. Raises CheckpointError for a damaged
-    file and for a set that is not complete.
+    Raises CheckpointError for a damaged file and for a set that is not complete.
     """
-    paths = split_set(path)
+    paths, sizes = split_set(path), sizes_elsewhere(path.parent)
     files: dict[str, FileVersion] = {}
     metadata: dict[str, Value] = {}
     tensors: dict[str, GgufTensor] = {}
     for number, file in enumerate(paths):
         files[str(file)] = version_of(file)  # first: what changes from now on is found
-        header = _read_header(file, (sizes or {}).get(file.name))
+        header = _open_header(file, sizes.get(file.name))
         _check_split(file, header.metadata, number, len(paths))
         metadata = metadata or header.metadata
         for tensor in header.tensors:
@@ -187,11 +188,16 @@ def _check_split(path: Path, metadata: Mapping[str, Value], number: int, count: 
     )
 
 
-def _read_header(path: Path, size: int | None) -> _Header:
+def read_header(path: Path, file: BinaryIO, size: int) -> Header:
+    """The header at the beginning of a file of ``size`` bytes, of which ``path`` is the name in messages."""
+    return _Reader(path, file, size).header()
+
+
+def _open_header(path: Path, size: int | None) -> Header:
     try:
         size = path.stat().st_size if size is None else size
         with path.open("rb") as file:
-            return _Reader(path, file, size).header()
+            return read_header(path, file, size)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -204,7 +210,7 @@ class _Reader:
         self._end = min(size, MAX_HEADER_BYTES)  # the header has to end before
         self._window, self._at, self._base = b"", 0, 0  # bytes of the file; the next one; the window's place
 
-    def header(self) -> _Header:
+    def header(self) -> Header:
         num_tensors, num_values = self._counts()
         metadata = dict(self._values(num_values))
         if len(metadata) < num_values:
@@ -213,7 +219,7 @@ class _Reader:
         if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             self._refuse(f"general.alignment to be a power of two from 8 to {MAX_ALIGNMENT}", alignment)
         infos = [self._info() for _ in self._counted(num_tensors, 24, "tensors")]
-        return _Header(metadata, self._placed(infos, alignment))
+        return Header(metadata, self._placed(infos, alignment))
 
     def _counts(self) -> tuple[int, int]:
         """The numbers of tensors and of values."""

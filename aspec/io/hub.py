@@ -1,4 +1,6 @@
-"""From a model's name to its folder or GGUF file: a local path, or a hub id such as org/name@revision.
+"""From a model's name to its folder or GGUF file: a local path, or a hub id.
+
+A hub id is org/name, org/name@revision, or org/name:Q4_K_M for the GGUF model of that quantisation.
 
 The files of a hub id are fetched once, by huggingface_hub, into its cache, and are never copied. That library reads
 HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
@@ -22,7 +24,10 @@ CONFIG = "config.json"
 SOURCE = "aspec-gguf.json"  # in a folder that stands for a GGUF file: JSON with the file's path
 SAFETENSORS = (".safetensors", ".safetensors.index.json")
 MOST_LISTED = 12  # models of a folder, in a message
-HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
+HUB_ID = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)"
+    r"(:(?P<quantisation>\w[\w.-]*))?(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
+)
 
 
 def resolve(name: str, *, what: str = "model", weights: bool = True, fetches: Fetches | None = None) -> Path:
@@ -61,9 +66,9 @@ def find(name: str, *, what: str = "model") -> Path | Wanted:
     if hub_id is None:
         raise CheckpointError(
             f"{what} {name!r:.200} was not found: expected an existing folder with config.json and *.safetensors, a "
-            f"GGUF file, or a hub id of the form org/name or org/name@revision. Check the path."
+            f"GGUF file, or a hub id: org/name, org/name@revision, or org/name:Q4_K_M for a GGUF file. Check the path."
         )
-    return Wanted(hub_id["name"], hub_id["revision"])
+    return Wanted(hub_id["name"], hub_id["revision"], hub_id["quantisation"])
 
 
 def check(name: str, *, what: str) -> None:

@@ -5,7 +5,7 @@ No torch here: commands find a wrong name before they import it.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from aspec.errors import CheckpointError, shown
@@ -40,25 +40,28 @@ def split_set(path: Path) -> list[Path]:
     return paths
 
 
-def choose_files(names: Iterable[str], quantisation: str) -> list[str]:
-    """The files of the model that has a quantisation, in order. ``names``: all files of the repository.
+def choose_files(names: Collection[str], quantisation: str) -> list[str]:
+    """The files of the model that has a quantisation, or this name, in order. ``names``: files of the repository.
 
     Raises CheckpointError, a sentence without its subject, if there is none, several or half of one.
     """
     models = models_of(names)
     asked = quantisation.upper()
-    found = [key for key in models if key[0] == asked] or [key for key in models if key[0] == DYNAMIC + asked]
+    found = (
+        [key for key in models if key[0] == asked]
+        or [key for key in models if key[0] == DYNAMIC + asked]
+        or [key for key in models if PurePosixPath(key[1]).name.upper() == asked.removesuffix(SUFFIX.upper())]
+    )
     if not found:
-        labels = sorted({label for label, _ in models if label}) or ["none"]
+        labels = ", ".join(map(shown, quantisations(names))) or "none"
         raise CheckpointError(
-            f"has no GGUF file of the quantisation {shown(quantisation)}: found {', '.join(map(shown, labels))}. "
-            f"Choose one of them."
+            f"has no GGUF file of the quantisation {shown(quantisation)}: found {labels}. Choose one of them."
         )
     if len(found) > 1:
         stems = ", ".join(shown(stem) for _, stem in found[:3])
         raise CheckpointError(
             f"has {len(found)} GGUF models of the quantisation {shown(quantisation)}: expected one, found {stems}. "
-            f"Fetch the files of one, and give the path of the first."
+            f"Give the name of one in place of the quantisation."
         )
     files = models[found[0]]
     count = max((int(match["count"]) for name in files if (match := _split(name))), default=1)
@@ -68,6 +71,11 @@ def choose_files(names: Iterable[str], quantisation: str) -> list[str]:
             f"quantisation."
         )
     return files
+
+
+def quantisations(names: Iterable[str]) -> list[str]:
+    """The quantisations of the GGUF models among files; of a model without one, its name."""
+    return sorted({label or PurePosixPath(stem).name for label, stem in models_of(names)})
 
 
 def label_of(name: str) -> str | None:

@@ -10,6 +10,7 @@ from aspec.errors import CheckpointError
 from aspec.io.hub import find, resolve
 from aspec.models.formats.gguf.folder import folder_of
 from tests import fake_hub
+from tests.compat import few
 from tests.fake_hub import surroundings, url
 from tests.gguf_files import PAIRS, TEXT, U32, builds_tokenizers, file_bytes, small_tensors
 from tests.test_explain import MACHINE
@@ -32,6 +33,7 @@ def halves():
     return {"Q6_K/tiny-Q6_K-00001-of-00002.gguf": one, "Q6_K/tiny-Q6_K-00002-of-00002.gguf": other + bytes(32 << 20)}
 
 
+PLANNED = [("q8_0", "tiny-Q8_0.gguf"), ("Q6_K", "Q6_K/tiny-Q6_K-00001-of-00002.gguf")]
 FILES = {"README.md": b"#", "tiny-Q8_0.gguf": whole(32 << 20), "tiny-Q4_0.gguf": whole(0), **halves()}
 
 
@@ -72,9 +74,10 @@ def local(tmp_path):
 
 
 @builds_tokenizers
-@pytest.mark.parametrize(("name", "file"), [("q8_0", "tiny-Q8_0.gguf"), ("Q6_K", "Q6_K/tiny-Q6_K-00001-of-00002.gguf")])
-def test_a_plan_fetches_headers_only(hub, local, machine, monkeypatch, name, file):
+@pytest.mark.parametrize("planned", few(PLANNED, 1))
+def test_a_plan_fetches_headers_only(hub, local, machine, monkeypatch, planned):
     """And the bytes of tensors that are a part of the configuration."""
+    name, file = planned
     expected = plan(local / file, machine)
     assert plan(f"org/tiny:{name}", machine) == expected
     assert hub.served < SERVED_BYTES
@@ -109,21 +112,25 @@ def test_a_run_fetches_the_files_of_one_quantisation(hub, local, monkeypatch):
         resolve("org/tiny")
 
 
-def test_what_is_not_there_is_one_paragraph(hub):
+REFUSED = [
+    ("org/tiny", r"has GGUF files and no safetensors: .* org/tiny:Q4_0; found Q4_0, Q6_K, Q8_0\. Choose one", True),
+    ("org/tiny:Q2_K", r"has no GGUF file of the quantisation Q2_K: found Q4_0, Q6_K, Q8_0\. Choose one", True),
+    ("org/tiny", r"has GGUF files and no safetensors", False),
+    ("org/good:Q2_K", r"has no GGUF file of the quantisation Q2_K: found model\. Choose", True),
+    ("org/tiny:Q8_0@no-such-revision", r"Q8_0@no-such-revision' has no such revision", True),
+    ("org/missing:Q8_0", r"is neither a local folder nor a model on the hub", True),
+    ("org/broken:Q8_0", r"broken-Q8_0.gguf: expected a GGUF file", False),
+]
+
+
+@pytest.mark.parametrize("refused", few(REFUSED, 2))
+def test_what_is_not_there_is_one_paragraph(hub, refused):
+    name, expected, weights = refused
     hub.repositories["org/broken"] = {"broken-Q8_0.gguf": b"GGML" + bytes(100)}
-    for name, expected, weights in (
-        ("org/tiny", r"has GGUF files and no safetensors: .* org/tiny:Q4_0; found Q4_0, Q6_K, Q8_0\. Choose one", True),
-        ("org/tiny", r"has GGUF files and no safetensors", False),
-        ("org/tiny:Q2_K", r"has no GGUF file of the quantisation Q2_K: found Q4_0, Q6_K, Q8_0\. Choose one", True),
-        ("org/good:Q2_K", r"has no GGUF file of the quantisation Q2_K: found model\. Choose", True),
-        ("org/tiny:Q8_0@no-such-revision", r"Q8_0@no-such-revision' has no such revision", True),
-        ("org/missing:Q8_0", r"is neither a local folder nor a model on the hub", True),
-        ("org/broken:Q8_0", r"broken-Q8_0.gguf: expected a GGUF file", False),
-    ):
-        with pytest.raises(CheckpointError, match=expected) as error:
-            resolve(name, what="target", weights=weights)
-        assert "\n" not in str(error.value)
-        assert str(error.value).startswith(f"target '{name}' ")
+    with pytest.raises(CheckpointError, match=expected) as error:
+        resolve(name, what="target", weights=weights)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"target '{name}' ")
 
 
 @pytest.mark.parametrize("name", ["org/x:", "org/x:a:b", "org/x:a/b", "org/x@main:Q8_0", "x:Q8_0", "org/x:-Q8_0"])

@@ -161,6 +161,8 @@ def test_an_adapter_changes_the_weights_of_a_file(files, plain, tmp_path):
     options |= dict(prompts=[PROMPT], max_new_tokens=16, ignore_eos=True)
     expected = aspec.generate(target=plain, **options)
     assert aspec.generate(target=files["llama"], **options)[0].token_ids == expected[0].token_ids
+    with pytest.raises(UserError, match=r"adapter .*draft\.gguf. is a GGUF file: expected a folder"):
+        aspec.generate(target=files["llama"], **{**options, "adapter": files["draft"]})
 
 
 # -- which file -------------------------------------------------------------------------------------------------------

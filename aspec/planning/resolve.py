@@ -90,6 +90,8 @@ class Resolved:
 Weights = tuple[Path, Path | None]
 """The folder of a model and the folder of its adapter."""
 
+ADAPTER = "adapter"
+
 Find = Callable[..., Path]
 """From the name of a model to its folder, or to the one that stands for its GGUF file."""
 
@@ -162,6 +164,11 @@ def _folders(
 
     def find(name: str, *, what: str) -> Path:
         found = hub.resolve(name, what=what, weights=weights, fetches=fetches)
+        if found.is_file() and what == ADAPTER:
+            raise UserError(
+                f"adapter {name!r} is a GGUF file: expected a folder with adapter_config.json and "
+                f"adapter_model.safetensors. Give the adapter as peft saved it, before its conversion."
+            )
         return folder_of(found) if found.is_file() else found
 
     target = _weights(find, str(options.target), "target", options.adapter)
@@ -200,7 +207,7 @@ def _weights(find: Find, name: str, what: str, adapter: str | Path | None = None
 
 
 def _adapter(find: Find, name: str) -> Path:
-    folder = find(name, what="adapter")
+    folder = find(name, what=ADAPTER)
     if not has_adapter(folder):
         raise UserError(
             f"adapter {name!r}: expected a folder with adapter_config.json and adapter_model.safetensors, found no "

@@ -14,7 +14,7 @@ from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.errors import CheckpointError, ReadError, UserError
 from aspec.generation.params import SamplingParams
-from aspec.io.hub import find
+from aspec.io.hub import SOURCE, find
 from aspec.models.formats.gguf.folder import folder_of
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
 from tests.gguf_files import builds_tokenizers
@@ -51,8 +51,10 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(files, tmp_path_factory):
     """The llama's dequantised weights as safetensors, with the same tokenizer."""
-    folder = shutil.copytree(folder_of(files["llama"]), tmp_path_factory.mktemp("plain") / "model")
-    (folder / "aspec-gguf.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = shutil.copytree(folder_of(files["llama"]), tmp_path_factory.mktemp("plain") / "model")
+    (folder / SOURCE).unlink()
     built(files["llama"]).save_pretrained(folder)
     return folder
 

@@ -19,7 +19,7 @@ import torch
 from aspec.errors import CheckpointError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, MAX_BYTES, TensorRef, sizes_elsewhere, unreadable, version_of
 from aspec.io.disk import FileVersion
-from aspec.io.fetching.gguf_files import MAGIC, split_set
+from aspec.io.fetching.gguf_files import check_begin, split_set
 
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256 << 20  # a vocabulary of 260,000 tokens takes 13 MB
@@ -224,8 +224,7 @@ class _Reader:
     def _counts(self) -> tuple[int, int]:
         """The numbers of tensors and of values."""
         start = self._take(min(8, self._size), "a GGUF file")
-        if start[:4] != MAGIC:
-            self._refuse("a GGUF file", f"one that begins with {shown(start[:4])}")
+        check_begin(self._path, start)
         version = int.from_bytes(start[4:], "little")
         if version not in VERSIONS:
             kind = f"version {version}"

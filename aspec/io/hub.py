@@ -14,7 +14,7 @@ from typing import Any
 from aspec.errors import CheckpointError, shown
 from aspec.io.fetching.fetch import Fetches, Wanted
 from aspec.io.fetching.files import WANTED
-from aspec.io.fetching.gguf_files import MAGIC, SUFFIX, models_of
+from aspec.io.fetching.gguf_files import MAGIC, SUFFIX, check_begin, models_of, split_set
 from aspec.io.json_file import read_json
 from aspec.io.weight_format import REMEDY, file_format, folder_format
 
@@ -74,21 +74,27 @@ def find(name: str, *, what: str = "model") -> Path | Wanted:
 def check(name: str, *, what: str) -> None:
     """Raise the CheckpointError of a name or of a local folder that cannot be a model; the hub is not asked."""
     found = find(name, what=what)
-    if not isinstance(found, Path) or found.is_file():
+    if not isinstance(found, Path):
         return
-    if not (found / "adapter_config.json").is_file():  # it may name its base elsewhere
+    if found.is_file():
+        for file in split_set(found):
+            check_begin(file, _begin(file))
+    elif not (found / "adapter_config.json").is_file():  # it may name its base elsewhere
         read_config(found)
 
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is, or claims to be, a GGUF file: the stores of some programs give it a name without an end."""
-    if path.suffix.lower() == SUFFIX:
-        return True
+    return path.suffix.lower() == SUFFIX or _begin(path) == MAGIC
+
+
+def _begin(path: Path) -> bytes:
+    """The first bytes of a file; none if it cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC))
     except OSError:
-        return False
+        return b""
 
 
 def source_of(folder: Path) -> Path | None:

@@ -20,6 +20,15 @@ OTHERS = re.compile(r"mmproj|imatrix|ggml-vocab", re.IGNORECASE)  # parts of mod
 DYNAMIC = "UD-"  # of Unsloth's quantisations, which a name may leave out
 
 
+def check_begin(path: Path, start: bytes) -> None:
+    """Raise CheckpointError unless the first bytes of a file are those of a GGUF file."""
+    if not start.startswith(MAGIC):
+        found = shown(start[: len(MAGIC)])
+        raise CheckpointError(
+            f"{path}: expected a GGUF file, found one that begins with {found}. Fetch the file again."
+        )
+
+
 def split_set(path: Path) -> list[Path]:
     """The files of the set that a file belongs to, in order. Raises CheckpointError if one is missing."""
     match = SPLIT.fullmatch(path.name)

@@ -149,7 +149,7 @@ def parameter_names(model: PreTrainedModel) -> Callable[[str], str]:
 def _match(
     model: PreTrainedModel, weights: Mapping[str, StoredWeight]
 ) -> tuple[dict[str, list[Source]], dict[str, WeightConverter], list[str]]:
-    """StoredWeight tensors by the name of their parameter, converters by pattern, and names without a parameter."""
+    """Stored weights by the name of their parameter, converters by pattern, and names without a parameter."""
     rules = conversion_rules(model)
     renames = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     conversions = [rule for rule in rules if isinstance(rule, WeightConverter)]

@@ -51,20 +51,20 @@ def test_a_plain_checkpoint_has_no_format(nothing):
     assert quantisation({"model_type": "llama", **nothing}) is None
 
 
-@pytest.mark.parametrize("name", ["x.gguf", "X.Q4_K_M.GGUF", "pytorch_model.bin", "model.onnx", "weights.npz"])
+@pytest.mark.parametrize("name", ["x.ggml", "pytorch_model.bin", "model.onnx", "weights.npz"])
 def test_a_file_is_refused_by_its_format(tmp_path, name):
-    (tmp_path / name).write_bytes(b"GGUF")
-    kind = {"gguf": "GGUF", "bin": "PyTorch", "onnx": "ONNX", "npz": "MLX"}[name.lower().rpartition(".")[2]]
+    (tmp_path / name).write_bytes(b"weights")
+    kind = {"ggml": "GGML", "bin": "PyTorch", "onnx": "ONNX", "npz": "MLX"}[name.lower().rpartition(".")[2]]
     for given in (tmp_path / name, tmp_path):
         with pytest.raises(CheckpointError, match=f"in {kind}.* format") as error:
             hub.resolve(str(given), what="target")
         assert "original model" in str(error.value)
 
 
-def test_gguf_beside_a_configuration_is_named_too(tmp_path):
+def test_another_format_beside_a_configuration_is_named_too(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"GGUF .*\(a\.gguf\)"):
+    (tmp_path / "a.ggml").write_bytes(b"ggml")
+    with pytest.raises(CheckpointError, match=r"GGML .*\(a\.ggml\)"):
         hub.resolve(str(tmp_path), what="draft")
 
 

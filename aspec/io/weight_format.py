@@ -8,7 +8,6 @@ from typing import Any
 
 FILES: Mapping[str, str] = MappingProxyType(
     {
-        ".gguf": "GGUF (of llama.cpp)",
         ".ggml": "GGML (of llama.cpp)",
         ".bin": "PyTorch's .bin",
         ".pt": "PyTorch's .pt",

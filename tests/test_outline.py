@@ -16,7 +16,11 @@ from aspec.models.formats.packed import Kind, PackedWeight, PlainWeight
 from aspec.models.formats.registry import format_of, read_format, stored_weights
 from aspec.models.formats.settings import is_of_activations
 from aspec.models.model import Model
+from aspec.plan import PlannedPart
+from aspec.planning.coarsening import coarse
+from aspec.profiling.cost_tables import SimCosts
 from tests import tiny
+from tests.simulate import plan_of
 from tests.test_explain import MACHINE, as_object, plan
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -240,6 +244,68 @@ def test_a_checkpoint_of_the_outlined_tensors_has_the_same_weights(plain, tmp_pa
     assert any(name.endswith("self_attn.q_proj.weight") for name in names)
     assert any(".experts.0." in name for name in names) == bool(experts)
     assert not any("gate.weight" in name or "embed" in name or "norm" in name or "lm_head" in name for name in names)
+
+
+# -- what the plan says of them --------------------------------------------------------------------------------------
+
+EIGHT_LAYERS = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 8,
+    "vocab_size": 1000,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory):
+    """A folder with a model of eight layers, and a function that writes a machine with so much memory."""
+    root = tmp_path_factory.mktemp("medium")
+    (root / "config.json").write_text(json.dumps(EIGHT_LAYERS))
+
+    def machine(memory, **cpu):
+        path = root / "machine.json"
+        processor = {"flop_per_s": {"bfloat16": 1e12}, "memory_bytes_per_s": 4e10, **cpu}
+        path.write_text(json.dumps({"disk_bytes_per_s": 2e9, "cpu": processor}))
+        return ("--target", root, "--profile", path, "--device-memory", memory)
+
+    return machine
+
+
+def test_a_plan_tells_the_method_its_decoding_and_the_plain_model_beside_it(medium):
+    result = plan(*medium("1500MiB"))
+    assert result.exit_code == 0, result.output
+    assert "GPTQ, 4 bits, groups of 128, computed in bfloat16, from its configuration alone" in result.stdout
+    assert "decoding: " in result.stdout
+    assert "in bfloat16: 3.03 GiB, " in result.stdout
+    found = as_object(plan(*medium("1500MiB"), "--json"))
+    plain = found["unpacked"]
+    assert found["methods"] == ["GPTQ, 4 bits, groups of 128"]
+    assert plain["target_bytes"] == pytest.approx(
+        2 * (8 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 1000 * 4096), rel=0.01
+    )
+    assert plain["streamed_bytes"] > found["plans"][0]["streamed_bytes"]
+    assert plain["forecast"]["job_s"] > found["plans"][0]["forecast"]["job_s"]
+
+
+def test_where_decoding_binds_the_lane_is_named_and_the_pass_takes_its_seconds(medium):
+    method = "GPTQ, 4 bits, groups of 128"
+    found = as_object(plan(*medium("1500MiB", decode_weight_s={method: 2e-8}), "--json"))
+    streamed = found["plans"][0]["streamed_bytes"] / (0.5 + 2.5 / 128)  # about so many weights
+    assert found["decode_s"] == pytest.approx(2e-8 * streamed, rel=0.05)
+    assert found["pass_s"] == pytest.approx(found["decode_s"], rel=0.1)
+    assert "decod" in found["plans"][0]["forecast"]["bottleneck"]
+
+
+def test_merged_parts_decode_as_much():
+    parts = tuple(PlannedPart(n, n // 4, 1000, 1000, scratch_bytes=300, decoded_bytes=200) for n in range(2000))
+    whole = plan_of(parts, 500, 8, 1000)
+    merged, _ = coarse(whole, SimCosts())
+    assert len(merged.parts) < 500
+    assert sum(part.decoded_bytes for part in merged.parts) == 2000 * 200
 
 
 # -- where settings stand ------------------------------------------------------------------------------------------

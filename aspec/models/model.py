@@ -8,9 +8,10 @@ progress at once. Callers run everything under ``torch.inference_mode``.
 """
 
 import contextlib
+import itertools
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, 
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact.products import LayerModes, matmul_mode, route
-from aspec.models.formats.packed import Format
+from aspec.models.formats.packed import Format, PackedWeight
 from aspec.models.formats.registry import format_of, stored_weights
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
@@ -39,7 +40,7 @@ from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
-from aspec.models.weights.parts import REST, Binding, Part, plan_parts
+from aspec.models.weights.parts import REST, Binding, Part, layer_of, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.unused import check_unused, unused_text
 
@@ -159,6 +160,23 @@ class Model:
         stored = [dtype_name(dtype) for dtype, _ in bytes_by_dtype(self.checkpoint.tensors.values()).most_common()]
         computed = dtype_name(self.dtype)
         return computed if stored in ([], [computed]) else f"{computed} (stored in {' and '.join(stored)})"
+
+    @cached_property
+    def packed(self) -> Mapping[int, tuple[PackedWeight, ...]]:
+        """The packed weights by layer; an embedding or a head has the layer REST."""
+        found: dict[int, list[PackedWeight]] = defaultdict(list)
+        for entry in self._tensors.entries:
+            own = [weight for weight, _ in entry.sources if isinstance(weight, PackedWeight)]
+            found[layer_of(entry.name, self._layers_name)] += own
+        return {layer: tuple(own) for layer, own in found.items() if own}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """How weights are packed, the method of the most bytes first; empty if none is packed."""
+        nbytes: Counter[str] = Counter()
+        for weight in itertools.chain.from_iterable(self.packed.values()):
+            nbytes[weight.method] += weight.nbytes
+        return tuple(method for method, _ in nbytes.most_common())
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""

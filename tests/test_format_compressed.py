@@ -9,6 +9,7 @@ from torch import nn
 from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.models.formats.compressed_settings import Schemes
 from aspec.models.formats.integers.fields import Fields
+from aspec.models.formats.packed import Kind, PlainWeight
 from aspec.models.formats.registry import read_format
 from tests.packed_words import packed, values_of
 from tests.quantised import DTYPES, assert_allocates_nothing, assert_same_bits, decode, store
@@ -97,6 +98,19 @@ def test_weights_equal_those_of_the_library(tmp_path, case, scales):
     assert "compressed-tensors" in weight.method
     for dtype in DTYPES:
         assert_same_bits(decode(weight, tensors, dtype), expected.to(dtype))
+
+
+def as_stored(tensors):
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("case", [*PACKED, *PLAIN, *FLOATS], ids=lambda case: "-".join(map(str, case.values())))
+def test_an_outline_is_what_the_library_stores(case):
+    tensors, _ = made(rows=72, columns=96, **case)
+    tensors.pop("m.weight_shape", None)  # is not read
+    reader = read_format({"quantization_config": settings_of(**case)}, "config.json")
+    outline = reader.outline(PlainWeight("m.weight", (72, 96), torch.bfloat16, Kind.LINEAR))
+    assert as_stored(outline) == as_stored(tensors)
 
 
 BLOCKS = {"strategy": "block", "block_structure": [32, 16], "num_bits": 8, "type": "float"}

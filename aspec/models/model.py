@@ -102,7 +102,7 @@ class Model:
         if not stored:
             self.checkpoint = self._outline() if outlined else Checkpoint.open(self.folder)  # which raises
             weights = self.checkpoint.tensors
-        self._tensors = map_tensors(self._layers_model, self.folder, weights)
+        self._tensors = map_tensors(self._layers_model, self.folder, weights, getattr(packing, "remarks", ()))
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:

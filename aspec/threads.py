@@ -21,7 +21,7 @@ class Threads:
     decode: int = 1  # the target's passes over decoding rows and their proposals
     prefill: int = 1  # the target's passes over prompts
     draft: int = 1
-    weights: int = 1  # decoding of stored weights, beside the target's passes
+    weights: int = 1  # that decode stored weights beside the target's passes, a part each
 
     @classmethod
     def all(cls, number: int) -> "Threads":

@@ -170,7 +170,8 @@ class Rig:
         self.memory = [allocate(SLOT_BYTES) for _ in range(self.plan.num_slots)]
         slots = [torch.frombuffer(memory.view, dtype=torch.uint8) for memory in self.memory]
         self.runner = CheckingRunner(slots, self.expected, lambda *steps: [step() for step in steps], fail, 2e-4)
-        return CpuBackend(self.runner, self.parts, [memory.view for memory in self.memory], self.disk)
+        views = [memory.view for memory in self.memory]
+        return CpuBackend(self.runner, self.parts, views, self.disk, num_decoders=2)
 
     def cuda(self, fail, device, wrap):
         self.device = device

@@ -1,5 +1,7 @@
 """Weights that are decoded on their way: beside compute, into scratch in turns, and never a wrong layer."""
 
+from collections import defaultdict
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -8,8 +10,11 @@ from aspec.observe.timeline import merge
 from aspec.plan import PlannedPart, Tier
 from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES
 from aspec.profiling.cost_tables import SimCosts
+from aspec.tasks.graph import Graph
 from aspec.tasks.op import Op
+from aspec.tasks.passes import Numbering, WeightStream
 from aspec.tasks.races import find_races
+from aspec.tasks.task import DECODE, DISK
 from tests.simulate import make_plan, plan_of, simulate
 
 ARRIVALS = [(0, 30, 12), (1, 200, 9), (2, 5, 20)]
@@ -58,6 +63,32 @@ def test_every_layer_of_every_pass_is_decoded_once(virtual, num_layers):
     assert len(decoded) - len(needed) <= 2 * plan.num_scratch, "ahead of a pass that never comes"
 
 
+def test_the_parts_of_a_layer_are_decoded_side_by_side():
+    plan = make_plan(num_layers=3, parts_per_layer=3, num_slots=9, decoded=1000, in_place=False)
+    graph = Graph(HOST_RESOURCES)
+    for task in WeightStream(plan, Numbering()).fill():
+        graph.add(task)
+    while (read := graph.pop(DISK)) is not None:
+        graph.issue(read)
+        graph.complete(read)
+    ready = list(iter(lambda: graph.pop(DECODE), None))
+    assert [(task.layer, task.detail) for task in ready] == [(part // 3, part) for part in range(6)]
+
+
+def turns_of(spans):
+    """Number of a layer's decoding -> (first start of its decoding, last stop of a task that reads what it made)."""
+    starts, stops = defaultdict(list), defaultdict(lambda: [0.0])
+    for span in spans:
+        decodes = span.task.op is Op.DECODE
+        for access in span.task.writes if decodes else span.task.reads:
+            kind, _, number = access.content.partition(" ")
+            if kind == "decoding" and decodes:
+                starts[int(number)].append(span.start_s)
+            elif kind == "decoding":
+                stops[int(number)].append(span.stop_s)
+    return {number: (min(own), max(stops[number])) for number, own in starts.items()}
+
+
 PARTS = st.lists(
     st.lists(st.tuples(st.sampled_from([Tier.DISK, Tier.DISK, Tier.DEVICE]), st.booleans(), st.booleans()), max_size=3),
     min_size=1,
@@ -80,4 +111,7 @@ def test_any_mixture_of_parts_runs_to_its_end_without_a_race(virtual, layers, sp
     )
     spans, _, _ = virtual(lambda: simulate(plan, ARRIVALS))
     assert find_races(spans) == []
+    turns = turns_of(spans)
+    for number, (start_s, _) in turns.items():  # its scratch has no reader left, whichever place of it
+        assert start_s >= turns.get(number - plan.num_scratch, (0.0, 0.0))[1]
     assert sum(outcome.num_new for span in spans for outcome in span.outcomes) == sum(new for _, _, new in ARRIVALS)

@@ -69,7 +69,9 @@ class EngineMemory:
     def open_backend(self, disk: DiskLane) -> Backend:
         """Open the backend that runs the tasks; on the loop's thread."""
         if self.device is None:
-            return CpuBackend(self.runner, self.parts, self.slots, disk)
+            threads = self.plan.request.threads
+            number = 1 if threads is None or not self.plan.num_scratch else threads.weights
+            return CpuBackend(self.runner, self.parts, self.slots, disk, num_decoders=number)
         return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
 
 

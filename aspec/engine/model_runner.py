@@ -299,7 +299,7 @@ def _number_of_threads(task: Task, threads: Threads) -> int:
     if task.op in (Op.DRAFT, Op.DRAFT_PREFILL):
         return threads.draft
     if task.op is Op.DECODE:
-        return threads.weights
+        return 1  # its operations are too small to share
     return threads.prefill if task.item is not None and task.item.prefill else threads.decode
 
 

@@ -60,6 +60,7 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    data: bytes | None = None  # of a small tensor of an outline, which is in no file
 
     @property
     def refs(self) -> "tuple[TensorRef, ...]":
@@ -103,11 +104,12 @@ class Checkpoint:
 
 
 def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
-    """A checkpoint made of ``shapes`` alone, for plans without weights. Its tensors cannot be read."""
+    """A checkpoint made of ``shapes`` alone, for plans without weights; of real tensors (uint8) it has the contents."""
     tensors: dict[str, TensorRef] = {}
     end, file = 0, str(folder / SINGLE)
     for name, tensor in shapes.items():
-        tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes)
+        data = None if tensor.is_meta else bytes(tensor.flatten().tolist())
+        tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes, data)
         end += tensor.nbytes
     return Checkpoint(folder, MappingProxyType(tensors), end, {})
 

@@ -1,4 +1,4 @@
-"""Formats of weights that aspec does not read yet, by the signs they are known by, for a refusal that names them."""
+"""Formats of weights by the signs they are known by, for messages that name them."""
 
 import reprlib
 from collections.abc import Iterable, Mapping

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import sdpa_mask
@@ -44,6 +45,7 @@ __all__ = [
     "LlamaDecoderLayer",
     "WeightConverter",
     "WeightRenaming",
+    "as_published",
     "build_glob_alternation",
     "cache_argument",
     "compute_buffers",
@@ -156,6 +158,11 @@ def kept_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
 def conversion_rules(model: PreTrainedModel) -> list[Any]:
     """The rules from stored names to parameters: ``WeightRenaming`` and ``WeightConverter``."""
     return list(get_model_conversion_mapping(model, None, None))
+
+
+def as_published(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters under the names and in the shapes in which checkpoints have them; the rules are run backwards."""
+    return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def ignored_keys(model: PreTrainedModel) -> Iterable[str]:

@@ -8,8 +8,9 @@ progress at once. Callers run everything under ``torch.inference_mode``.
 """
 
 import contextlib
+import itertools
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,10 +28,10 @@ from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, 
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact.products import LayerModes, matmul_mode, route
-from aspec.models.formats.packed import StoredWeight
-from aspec.models.formats.registry import open_weights, read_format
+from aspec.models.formats.packed import Format, PackedWeight, StoredWeight
+from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.generation_defaults import end_ids
-from aspec.models.hf_compat import cache_argument, tied_weights
+from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
@@ -38,7 +39,8 @@ from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.lora import Adapter, adapt
-from aspec.models.weights.parts import REST, Binding, Part, plan_parts
+from aspec.models.weights.outline import outline_tensors
+from aspec.models.weights.parts import REST, Binding, Part, layer_of, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.unused import check_unused, unused_text
 
@@ -90,21 +92,22 @@ class Model:
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
         named = named_dtype(dtype, self.config)
-        packing = read_format(read_config(self.folder), str(self.folder / "config.json"))
+        packing = format_of(self.folder, read_config(self.folder))
         self.checkpoint = Checkpoint(self.folder, {}, 0, {})
         weights: Mapping[str, StoredWeight] = {}
         if stored := has_weights(self.folder):  # headers are cheap to read, and bound what the configuration may claim
             self.checkpoint, weights = open_weights(self.folder, packing)
             check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
         self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
-        self._named_dtype = named or stored_dtype(weights) or torch.float32
+        usual = torch.float32 if packing is None else torch.bfloat16  # nobody packs a model of float32
+        self._named_dtype = named or stored_dtype(weights) or usual
         self.dtype = computed_on(self.device, self._named_dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         self._layers_name, self._layers = find_layers(self._layers_model)
         if not stored:
-            self.checkpoint = self._outline() if outlined else Checkpoint.open(self.folder)  # which raises
-            weights = self.checkpoint.tensors
-        self._tensors = map_tensors(self._layers_model, self.name, weights)
+            self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
+            weights = stored_weights(self.checkpoint.tensors, packing)
+        self._tensors = map_tensors(self._layers_model, self.name, weights, getattr(packing, "remarks", ()))
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
@@ -125,10 +128,9 @@ class Model:
         self.context = context_limit(text)
         self.end_ids = end_ids(self.folder, text)
 
-    def _outline(self) -> Checkpoint:
+    def _outline(self, packing: Format | None) -> Checkpoint:
         """What the configuration says that the checkpoint would hold."""
-        tied = tied_weights(self._layers_model)
-        return outline(self.folder, {k: own for k, own in self._layers_model.state_dict().items() if k not in tied})
+        return outline(self.folder, outline_tensors(self._layers_model, packing, named_dtype(None, self.config)))
 
     @property
     def max_context(self) -> int | None:
@@ -159,6 +161,23 @@ class Model:
         stored = [dtype_name(dtype) for dtype, _ in bytes_by_dtype(self.checkpoint.tensors.values()).most_common()]
         computed = dtype_name(self.dtype)
         return computed if stored in ([], [computed]) else f"{computed} (stored in {' and '.join(stored)})"
+
+    @cached_property
+    def packed(self) -> Mapping[int, tuple[PackedWeight, ...]]:
+        """The packed weights by layer; an embedding or a head has the layer REST."""
+        found: dict[int, list[PackedWeight]] = defaultdict(list)
+        for entry in self._tensors.entries:
+            own = [weight for weight, _ in entry.sources if isinstance(weight, PackedWeight)]
+            found[layer_of(entry.name, self._layers_name)] += own
+        return {layer: tuple(own) for layer, own in found.items() if own}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """How weights are packed, the method of the most bytes first; empty if none is packed."""
+        nbytes: Counter[str] = Counter()
+        for weight in itertools.chain.from_iterable(self.packed.values()):
+            nbytes[weight.method] += weight.nbytes
+        return tuple(method for method, _ in nbytes.most_common())
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""

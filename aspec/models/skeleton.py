@@ -16,7 +16,7 @@ from aspec.models import attention
 from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
 from aspec.models.families import ATTENTION_LAYERS, HARMLESS, REFUSED_KEYS, family_of
-from aspec.models.formats.registry import read_format
+from aspec.models.formats.registry import format_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
@@ -41,7 +41,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
     path, raw = known_as(folder / "config.json"), read_config(folder)
     model_type = raw["model_type"]
-    read_format(raw, str(path))  # raises for weights that aspec cannot decode
+    format_of(folder, raw)  # raises for weights that aspec cannot decode
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
         raise UnsupportedModelError(

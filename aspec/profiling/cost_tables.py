@@ -153,12 +153,13 @@ class CostTable:
     node_s: float = 0.0  # per node of a tree: adding the node and its children to the tree
     task_s: float = 0.0  # fixed seconds of every task on its lane
     tree: bool = False  # proposals are trees
+    decoders: int = 1  # threads that decode weights, a part each
     read_contention: float = 1.0  # factor on seconds of computing while the disk lane reads
 
     def seconds(self, task: Task) -> float:
         """Seconds of a task that computes an item. Raises KeyError for a task that loads."""
         if task.op is Op.DECODE and task.layer is not None:
-            return self.task_s + task.nbytes * self.target.layers[task.layer].decode_byte_s
+            return self.task_s + task.nbytes * self.target.layers[task.layer].decode_byte_s / self.decoders
         item = task.item
         assert item is not None, f"{task.label} carries no work item"
         return self.task_s + _SECONDS_OF[task.op](self, task, item)

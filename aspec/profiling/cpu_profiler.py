@@ -69,6 +69,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             cached_weight_s={name: cached},
             attention=_attention(dtype, exact=False),
             exact_attention=_attention(dtype, exact=True),
+            decode_weight_s={},
             **_draws(dtype),
             **measure_trees(dtype),
         )

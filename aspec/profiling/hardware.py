@@ -76,6 +76,13 @@ def _by_dtype(value: object, name: str) -> Mapping[str, float]:
     return MappingProxyType({key: _rate(own, f"{name}.{key}") for key, own in _entries(value, name)})
 
 
+def _by_method(value: object, name: str) -> Mapping[str, float]:
+    """Seconds of decoding one weight, by method such as "GPTQ, 4 bits, groups of 128"."""
+    if not isinstance(value, dict):
+        raise _FieldError(f"{name} must be an object of methods and seconds, found {reprlib.repr(value)}")
+    return MappingProxyType({str(key): _seconds(own, f"{name}.{key}") for key, own in value.items()})
+
+
 def _tables(value: object, name: str) -> Mapping[str, Table]:
     return MappingProxyType({key: _table(own, f"{name}.{key}") for key, own in _entries(value, name)})
 
@@ -160,6 +167,7 @@ class Processor:
     weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)
     exact_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # in exact steps
     cached_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # weights in a cache
+    decode_weight_s: Mapping[str, float] = field(default_factory=_nothing, metadata={"kind": _by_method})
     attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
     exact_attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
 

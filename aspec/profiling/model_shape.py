@@ -3,14 +3,17 @@
 Bytes are the bytes that the products read: in the compute dtype, which may differ from the dtype of the files.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -32,6 +35,7 @@ class LayerShape:
     expert_bytes: int = 0  # weights of one routed expert
     experts: int = 0  # number of routed experts
     active: int = 0  # routed experts of one token
+    packed: tuple[tuple[str, int], ...] = ()  # method and number of the weights that are decoded before their use
 
     @property
     def dense_bytes(self) -> int:
@@ -74,7 +78,10 @@ def shape_of(model: Model) -> ModelShape:
     """The shape of a model; no weights are read."""
     text = model.config.get_text_config()
     kv = next(shape for shape in model.kv_shapes() if shape is not None)
-    layers = tuple(layer_shape(layer, text) for layer in model.layer_modules)
+    layers = tuple(
+        replace(layer_shape(layer, text), packed=_packed(model.packed.get(index, ())))
+        for index, layer in enumerate(model.layer_modules)
+    )
     hidden = int(text.hidden_size)
     return ModelShape(
         layers,
@@ -87,6 +94,14 @@ def shape_of(model: Model) -> ModelShape:
         head_bytes=model.vocab_size * hidden * model.dtype.itemsize,
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _packed(weights: Iterable[PackedWeight]) -> tuple[tuple[str, int], ...]:
+    """The weights of each method."""
+    counts: Counter[str] = Counter()
+    for weight in weights:
+        counts[weight.method] += math.prod(weight.shape)
+    return tuple(counts.items())
 
 
 def layer_shape(layer: nn.Module, config: PreTrainedConfig) -> LayerShape:

@@ -3,7 +3,8 @@
 The stream is an endless sequence of loads: it repeats the streamed parts in order, load ``n`` into slot
 ``n % num_slots``. A load is emitted as soon as every reader of its slot's present content was emitted. So the stream
 continues across the end of a pass until every slot is full: weights depend on no token. Weights that are not stored as
-products take them are decoded likewise, layer after layer, into scratch buffers in turn.
+products take them are decoded likewise, layer after layer, into scratch buffers in turn; the parts of a layer have
+places of their own there, so that several threads decode them side by side.
 Pure policy: no torch, no asyncio, no clock.
 """
 
@@ -29,6 +30,7 @@ from aspec.tasks.task import (
     WorkItem,
     attention_buffer,
     crossing_buffer,
+    decoded_buffer,
     draft_kv_buffer,
     draws_buffer,
     hidden_buffer,
@@ -73,6 +75,10 @@ class WeightStream:
         self._to_decode = self._decodings()  # (number of the layer's decoding, number of the load, part), for ever
         self._next = next(self._to_decode, None)
         self._uses_decoded = 0  # decodings of the layers whose tasks were all emitted
+        self._decoded_of = {
+            layer: [part.index for part in self._by_layer[layer] if part.decoded_bytes] for layer in self._decoded
+        }
+        self._num_places = max(map(len, self._decoded_of.values()), default=0)  # of a scratch buffer, one for each part
 
     def fill(self) -> list[Task]:
         """Emit every load whose slot, and every decoding whose scratch, has no reader left to emit."""
@@ -94,14 +100,13 @@ class WeightStream:
         self._needed[layer] = numbers.stop
         placed = [(part, n, n % self._plan.num_slots) for part, n in zip(parts, numbers, strict=True)]
         reads = [Access(slot_buffer(slot), f"load {n}") for part, n, slot in placed if _holds_slot(part)]
-        bound: tuple[Access, ...] = ()
         if layer in self._decoded:
             number = self._uses_decoded
-            reads.append(Access(scratch_buffer(number % self._plan.num_scratch), f"decoding {number}"))
-            bound = (Access(weights_buffer(layer), f"decoding {number}"),)
+            scratch = (scratch_buffer(number % self._plan.num_scratch, place) for place in range(self._num_places))
+            modules = (decoded_buffer(layer, place) for place in range(len(self._decoded_of[layer])))
+            reads += [Access(name, f"decoding {number}") for name in (*scratch, *modules)]
         own = tuple((part.index, slot) for part, _, slot in placed if not part.decoded_bytes)
-        if own:
-            bound = (Access(weights_buffer(layer), f"load {numbers.start}"),)
+        bound = (Access(weights_buffer(layer), f"load {numbers.start}"),) if own else ()
         return Weights(own, tuple(reads), bound)
 
     def loads_before(self, layer: int) -> int:
@@ -136,9 +141,10 @@ class WeightStream:
         if not part.in_place:
             self._read.add(load)
         reads = (Access(slot_buffer(slot), f"load {load}"),)
-        writes = tuple(
-            Access(name, f"decoding {number}") for name in (scratch_buffer(scratch), weights_buffer(part.layer))
-        )
+        place, last = self._decoded_of[part.layer].index(part.index), len(self._decoded_of[part.layer]) - 1
+        places = (place,) if place < last else range(place, self._num_places)  # those that a layer lacks are its last's
+        names = (decoded_buffer(part.layer, place), *(scratch_buffer(scratch, each) for each in places))
+        writes = tuple(Access(name, f"decoding {number}") for name in names)
         work = Decoding(part.index, part.layer, part.decoded_bytes, slot, scratch, not part.in_place)
         return Task(self._next_id(), Op.DECODE, DECODE, load, reads, writes, load, payload=work)
 
@@ -172,16 +178,16 @@ class Weights:
     """The streamed weights of a layer in one pass, and the accesses of the layer's tasks to them."""
 
     slots: tuple[tuple[int, int], ...]  # (part, slot) pairs that the first item binds
-    loaded: tuple[Access, ...]  # the contents of slots and scratch
-    bound: tuple[Access, ...]  # the modules' parameters: bound by the first item, or by the decoding
+    loaded: tuple[Access, ...]  # the contents of slots, and decoded weights
+    bound: tuple[Access, ...]  # the modules whose parameters the first item binds
 
     def reads(self, *, first: bool) -> tuple[Access, ...]:
         """The reads of an item; the first item may have to bind the weights, the others read them bound."""
-        return self.loaded if first and self.slots else (*self.loaded, *self.bound)
+        return self.loaded if first else (*self.loaded, *self.bound)
 
     def writes(self, *, first: bool) -> tuple[Access, ...]:
         """The writes of an item: only the first one binds."""
-        return self.bound if first and self.slots else ()
+        return self.bound if first else ()
 
 
 def emit_pass(

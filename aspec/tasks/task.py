@@ -320,9 +320,9 @@ def slot_buffer(slot: int) -> str:
     return f"slot:{slot}"
 
 
-def scratch_buffer(index: int) -> str:
-    """The scratch buffer ``index``, which holds one layer's decoded weights."""
-    return f"scratch:{index}"
+def scratch_buffer(index: int, place: int) -> str:
+    """The place of one part in the scratch buffer ``index``, which holds one layer's decoded weights."""
+    return f"scratch:{index}.{place}"
 
 
 def staging_buffer(index: int) -> str:
@@ -358,8 +358,13 @@ def draws_buffer(item: WorkItem) -> str:
 
 
 def weights_buffer(layer: int) -> str:
-    """The modules of a streamed layer; DECODE, or the layer's first task in a pass, binds their parameters."""
+    """The modules of a streamed layer; its first task in a pass binds their parameters to the slots."""
     return f"weights:{layer}"
+
+
+def decoded_buffer(layer: int, place: int) -> str:
+    """The modules of a streamed layer whose parameters the decoding of one part binds."""
+    return f"weights:{layer}.{place}"
 
 
 def kv_buffer(group: int, layer: int) -> str:

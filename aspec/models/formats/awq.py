@@ -18,7 +18,7 @@ from aspec.models.formats.gptq import QUANTISING, check_companions, turned
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import AWQ_ROWS, AwqUnpacker, Room, Unpacker
 from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes
-from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 
 BITS, EIGHT = 4, 8
 
@@ -76,8 +76,23 @@ class Awq:
         self._fields.check_found(len(found), "tensors named *.qweight")
         return found
 
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        if weight.kind is not Kind.LINEAR or self._is_excluded(weight.module):
+            return {}
+        rows, columns = weight.shape
+        groups = 1 if self._size == -1 else columns // self._size
+        return {
+            f"{weight.module}.qweight": outlined(torch.int32, columns, rows // EIGHT),
+            f"{weight.module}.qzeros": outlined(torch.int32, groups, rows // EIGHT),
+            f"{weight.module}.scales": outlined(torch.float16, groups, rows),
+        }
+
+    def _is_excluded(self, module: str) -> bool:
+        return any(module.endswith(name) or start.match(module) for name, start in self._excluded)
+
     def _weight(self, module: Module) -> PackedWeight:
-        if any(module.name.endswith(name) or start.match(module.name) for name, start in self._excluded):
+        if self._is_excluded(module.name):
             raise module.misfit("expected no tensor qweight, as modules_to_not_convert names the module, found one")
         words = module.get("qweight", (torch.int32,))
         columns, rows = words.shape[0], words.shape[1] * EIGHT

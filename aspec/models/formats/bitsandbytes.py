@@ -6,6 +6,7 @@ but for outliers above ``llm_int8_threshold``; aspec computes with activations a
 ``model.dequantize()`` of transformers makes.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from aspec.errors import CheckpointError, UnsupportedModelError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.io.json_file import NotJson, parse_json
 from aspec.io.weight_format import REMEDY
-from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 from aspec.models.formats.settings import Settings, check_shape, misfit, missing
 from aspec.models.formats.workspace import Workspace, room
 
 TILE = 1 << 17  # weights that are decoded at once, in float32: they stay in the second-level cache
 BLOCKS = tuple(1 << power for power in range(5, 13))  # sizes that bitsandbytes has
+USUAL_BLOCK, USUAL_NESTED_BLOCK = 64, 256  # that transformers asks for
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -160,11 +162,43 @@ class BitsAndBytes:
         self._settings.check_found(len(found), f"tensors named *{STATE}nf4 or *.SCB")
         return found
 
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        if weight.kind is not Kind.LINEAR or self._settings.excludes(weight.module, "llm_int8_skip_modules"):
+            return {}
+        values, base = self._settings.values, weight.name.removesuffix("weight")
+        if values.get("load_in_8bit") or values.get("_load_in_8bit"):
+            return {
+                weight.name: outlined(torch.int8, *weight.shape),
+                f"{base}SCB": outlined(torch.float32, weight.shape[0]),
+                f"{base}weight_format": torch.tensor(ROW, dtype=torch.uint8),
+            }
+        kind, nested = values.get("bnb_4bit_quant_type", "fp4"), bool(values.get("bnb_4bit_use_double_quant"))
+        count = -(-math.prod(weight.shape) // USUAL_BLOCK)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        state = {"quant_type": kind, "blocksize": USUAL_BLOCK, "dtype": dtype, "shape": list(weight.shape)}
+        tensors = {"absmax": outlined(torch.uint8 if nested else torch.float32, count)}
+        if nested:
+            state |= {"nested_blocksize": USUAL_NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.1}
+            tensors["nested_absmax"] = outlined(torch.float32, -(-count // USUAL_NESTED_BLOCK))
+            tensors["nested_quant_map"] = outlined(torch.float32, 256)
+        tensors["quant_map"] = outlined(torch.float32, 16)
+        tensors[f"quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        stored = {f"{weight.name}.{end}": tensor for end, tensor in tensors.items()}
+        return {weight.name: _codes(weight, str(values.get("bnb_4bit_quant_storage") or "uint8")), **stored}
+
     def _check_alone(self, name: str, ref: TensorRef, tensors: Mapping[str, TensorRef]) -> None:
         """Raise CheckpointError for the scales of a weight that isn't stored."""
         for end, weight in ((".SCB", ".weight"), (".weight.absmax", ".weight")):
             if name.endswith(end) and (expected := name.removesuffix(end) + weight) not in tensors:
                 raise missing(ref, expected)
+
+
+def _codes(weight: PlainWeight, storage: str) -> torch.Tensor:
+    """The outline of the codes of a 4-bit weight, in the dtype that the settings have them stored in."""
+    dtype = getattr(torch, storage, None)
+    dtype = dtype if dtype in STORAGES else torch.uint8
+    return outlined(dtype, -(-math.prod(weight.shape) // (2 * dtype.itemsize)), 1)
 
 
 def _packed_4bit(name: str, weight: TensorRef, ref: TensorRef, tensors: Mapping[str, TensorRef]) -> PackedWeight:
@@ -255,6 +289,8 @@ def _is_shape(value: object) -> bool:
 
 def _read(ref: TensorRef) -> bytes:
     """The bytes of a small tensor. Raises CheckpointError if the file does not have them."""
+    if ref.data is not None:
+        return ref.data
     try:
         with open(ref.file, "rb") as file:
             file.seek(ref.offset)

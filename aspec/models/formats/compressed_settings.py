@@ -118,8 +118,15 @@ class Schemes:
         self._ignored = [Target.of(text, fields) for text in fields.names("ignore")]
         self.remarks = (_remark(fields.where, unapplied),) if unapplied else ()
 
+        self._found: dict[str, Scheme | None] = {}  # by module that was asked for
+
     def of(self, module: str) -> Scheme | None:
         """The scheme of a module's weight; None if it is not quantised."""
+        if module not in self._found:
+            self._found[module] = self._find(module)
+        return self._found[module]
+
+    def _find(self, module: str) -> Scheme | None:
         if any(target.is_name_of(module) or target.is_class_of(module) for target in self._ignored):
             return None
         by_name = (scheme for target, scheme in self._targets if target.is_name_of(module))

@@ -21,7 +21,7 @@ from aspec.models.formats.gptq import check_groups
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import Room, Turn, Unpacker, num_words
 from aspec.models.formats.integers.scaled import ScaledDecode, Shared, Sizes
-from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 
 MULTIPLE = 8  # of inputs and outputs of packed weights
 PLAIN = (torch.int8, torch.float8_e4m3fn)  # dtypes of weights whose numbers are stored one by one
@@ -47,6 +47,12 @@ class CompressedTensors:
         self._fields.check_found(len(found), "tensors named *.weight_packed or *.weight_scale")
         return found
 
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        able = weight.kind in (Kind.LINEAR, Kind.HEAD, Kind.EMBEDDING)
+        scheme = self._schemes.of(weight.module) if able else None
+        return {} if scheme is None else _outline(weight, scheme)
+
     def _weight(self, module: Module) -> PackedWeight:
         scheme = self._schemes.of(module.name)
         if scheme is None:
@@ -57,6 +63,40 @@ class CompressedTensors:
         if kind not in LAYOUTS:
             raise unsupported(module, scheme, " or ".join(LAYOUTS))
         return LAYOUTS[kind](module, scheme)
+
+
+def _outline(weight: PlainWeight, scheme: Scheme) -> Outline:
+    """The tensors of a weight with this scheme; those of an unknown layout are refused when they are read."""
+    (rows, columns), base = weight.shape, weight.module
+    grids = {
+        "tensor": (1,),
+        "channel": (rows, 1),
+        "block": (-(-rows // max(1, scheme.block[0])), -(-columns // max(1, scheme.block[1]))),
+    }
+    grid = grids.get(scheme.strategy) or (rows, columns // scheme.group_size)
+    found: dict[str, torch.Tensor] = {}
+    if scheme.format in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
+        own = torch.uint8 if scheme.format.startswith("mxfp4") else torch.float8_e4m3fn
+        found = {"weight_packed": outlined(torch.uint8, rows, columns // 2), "weight_scale": outlined(own, *grid)}
+        if own is torch.float8_e4m3fn:
+            found["weight_global_scale"] = outlined(torch.float32, 1)
+    elif scheme.type == "float":
+        own = torch.uint8 if scheme.format.startswith("mxfp8") else weight.dtype
+        found = {"weight": outlined(torch.float8_e4m3fn, rows, columns), "weight_scale": outlined(own, *grid)}
+    else:
+        words = scheme.format in ("pack-quantized", "mixed-precision")
+        found = {"weight_scale": outlined(weight.dtype, *grid)}
+        if words:
+            found["weight_packed"] = outlined(torch.int32, rows, num_words(columns, scheme.bits))
+        else:
+            found["weight"] = outlined(torch.int8, rows, columns)
+        if not scheme.symmetric:
+            in_words = words and scheme.strategy != "tensor"
+            shape = (num_words(rows, scheme.bits), grid[1]) if in_words else grid
+            found["weight_zero_point"] = outlined(torch.int32 if in_words else torch.int8, *shape)
+        if words and scheme.reordered:
+            found["weight_g_idx"] = outlined(torch.int32, columns)
+    return {f"{base}.{end}": tensor for end, tensor in found.items()}
 
 
 def unsupported(module: Module, scheme: Scheme, expected: str) -> UnsupportedModelError:

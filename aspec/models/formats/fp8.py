@@ -14,7 +14,7 @@ from aspec.errors import shown
 from aspec.io.checkpoint import TensorRef
 from aspec.models.formats import grouped
 from aspec.models.formats.grouped import CODES, POWERS, SMALLEST, Grouped
-from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 from aspec.models.formats.settings import Settings, check_shape, misfit, missing
 from aspec.models.formats.workspace import Workspace, room
 
@@ -190,6 +190,18 @@ class Fp8:
         self._settings.check_found(len(found), "tensors of float8_e4m3fn with scales")
         return found
 
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        settings, matrices = self._settings, weight.kind in (Kind.LINEAR, Kind.EXPERTS)
+        if not matrices or settings.excludes(weight.module, "modules_to_not_convert", "ignored_layers"):
+            return {}
+        *experts, height, width = weight.shape
+        grid = () if self._block is None else (-(-height // self._block[0]), -(-width // self._block[1]))
+        return {
+            weight.name: outlined(FP8[0], *weight.shape),
+            f"{weight.name}_scale_inv": outlined(torch.float32, *experts, *grid),
+        }
+
     def _packed(self, name: str, weight: TensorRef, scale: TensorRef) -> PackedWeight:
         if weight.dtype == torch.int8:  # experts of DeepSeek-V4
             return grouped.packed(name, weight, scale, None, Grouped(32), "FP4")
@@ -231,6 +243,18 @@ class Fbgemm:
                 found.append(packed(name, ref, scale, None, "FP8 of FBGEMM"))
         self._settings.check_found(len(found), "tensors of float8_e4m3fn with a *_scale")
         return found
+
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        matrices = weight.kind in (Kind.LINEAR, Kind.EXPERTS)
+        if not matrices or self._settings.excludes(weight.module, "modules_to_not_convert"):
+            return {}
+        fused = weight.kind is Kind.EXPERTS
+        shape = (weight.shape[0], 1, weight.shape[2]) if fused else (weight.shape[0], 1)
+        return {
+            weight.name: outlined(FP8[0], *weight.shape),
+            f"{weight.name}_scale": outlined(torch.float32, *shape),
+        }
 
 
 def _of_experts(weight: TensorRef, scale: TensorRef) -> tuple[tuple[int, ...], str]:

@@ -16,7 +16,7 @@ from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import ColumnUnpacker, Room, Unpacker, num_words
 from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes, split
-from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 8  # of inputs and of outputs
@@ -134,6 +134,25 @@ class Gptq:
         self._fields.check_found(len(found), "tensors named *.qweight")
         return found
 
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        layout = self._layout_of(weight.module)
+        packs_head = self._fields.values.get("lm_head") is True
+        if (weight.kind is not Kind.LINEAR and not (weight.kind is Kind.HEAD and packs_head)) or layout is None:
+            return {}
+        rows, columns = weight.shape
+        groups = 1 if layout.group_size == -1 else -(-columns // layout.group_size)
+        return {
+            f"{weight.module}.qweight": outlined(torch.int32, num_words(columns, layout.bits), rows),
+            f"{weight.module}.qzeros": outlined(torch.int32, groups, num_words(rows, layout.bits)),
+            f"{weight.module}.scales": outlined(torch.float16, groups, rows),
+            f"{weight.module}.g_idx": outlined(torch.int32, columns),  # all writers store it
+        }
+
+    def _layout_of(self, module: str) -> Layout | None:
+        """The layout of a module; None if ``dynamic`` excludes it."""
+        return next((layout for pattern, layout in self._rules if pattern.match(module)), self._layout)
+
     def _rule(self, rules: Fields, key: str) -> Layout | None:
         """The layout of modules that match a pattern of ``dynamic``; None if they are not quantised."""
         if key.startswith("-:"):
@@ -143,8 +162,7 @@ class Gptq:
         return Layout.of(fields, self._layout)
 
     def _weight(self, module: Module) -> PackedWeight:
-        found = (layout for pattern, layout in self._rules if pattern.match(module.name))
-        layout = next(found, self._layout)
+        layout = self._layout_of(module.name)
         if layout is None:
             raise module.misfit("expected no tensor qweight, as dynamic excludes the module, found one")
         words = module.get("qweight", (torch.int32,))

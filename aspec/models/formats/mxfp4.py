@@ -11,7 +11,7 @@ import torch
 from aspec.io.checkpoint import TensorRef
 from aspec.models.formats import grouped
 from aspec.models.formats.grouped import Grouped
-from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 from aspec.models.formats.settings import Settings, missing
 
 GROUP = 32
@@ -42,6 +42,16 @@ class Mxfp4:
                 raise missing(ref, name.removesuffix(SCALES) + BLOCKS)
         self._settings.check_found(len(found), f"tensors named *{BLOCKS} and *{SCALES}")
         return found
+
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        if weight.kind is not Kind.EXPERTS or self._settings.excludes(weight.module, "modules_to_not_convert"):
+            return {}
+        experts, width, height = weight.shape
+        return {
+            f"{weight.name}{BLOCKS}": outlined(torch.uint8, experts, height, width // GROUP, GROUP // 2),
+            f"{weight.name}{SCALES}": outlined(torch.uint8, experts, height, width // GROUP),
+        }
 
 
 def packed(name: str, codes: TensorRef, scales: TensorRef, rounded: torch.dtype | None = None) -> PackedWeight:

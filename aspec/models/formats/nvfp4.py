@@ -5,6 +5,7 @@ This file has the arithmetic of both, and ModelOpt's checkpoints: ``weight``, ``
 """
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -13,7 +14,7 @@ from aspec.io.checkpoint import TensorRef
 from aspec.io.weight_format import REMEDY
 from aspec.models.formats import fp8, grouped
 from aspec.models.formats.grouped import Grouped
-from aspec.models.formats.packed import Format, PackedWeight
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 from aspec.models.formats.settings import Settings, misfit, missing
 
 GROUP = 16
@@ -71,6 +72,39 @@ class ModelOpt:
                 raise missing(ref, name + "_scale")
         self._settings.check_found(len(found), "tensors named *.weight_scale beside their weights")
         return found
+
+    def outline(self, weight: PlainWeight) -> Outline:
+        """See ``Format``."""
+        algorithm = self._algorithm(weight.module) if weight.kind in (Kind.LINEAR, Kind.HEAD) else None
+        if algorithm is None:
+            return {}
+        height, width = weight.shape
+        scale = f"{weight.name}_scale"
+        if algorithm in ("NVFP4", "W4A16_NVFP4"):
+            return {
+                weight.name: outlined(torch.uint8, height, width // 2),
+                scale: outlined(FP8[0], height, width // GROUP),
+                f"{scale}_2": outlined(torch.float32),
+            }
+        scales = {
+            "FP8": outlined(torch.float32),
+            "FP8_PER_CHANNEL_PER_TOKEN": outlined(torch.float32, height),
+            "MXFP8": outlined(torch.uint8, height, width // 32),
+        }
+        return {weight.name: outlined(FP8[0], height, width), scale: scales[algorithm]}
+
+    def _algorithm(self, module: str) -> str | None:
+        """The algorithm of a module's weight; None if it is stored plainly. Patterns are those of file names."""
+        values = self._settings.values
+        excluded = self._settings.names("exclude_modules") + self._settings.names("ignore")
+        if any(fnmatchcase(module, pattern) for pattern in excluded):
+            return None
+        algorithm = values.get("quant_algo")
+        if algorithm == "MIXED_PRECISION":
+            layers = values.get("quantized_layers")
+            own = layers.get(module) if isinstance(layers, Mapping) else None
+            algorithm = own.get("quant_algo") if isinstance(own, Mapping) else None
+        return algorithm if algorithm in ALGORITHMS[:-1] else None
 
 
 def _block(weight: TensorRef, scale: TensorRef) -> tuple[int, int] | None:

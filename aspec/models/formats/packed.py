@@ -6,6 +6,8 @@ The rest of aspec knows a packed weight only: it reads the bytes of ``refs``, an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -47,6 +49,41 @@ StoredWeight = TensorRef | PackedWeight
 """A weight of a checkpoint: a plain tensor, or a packed one."""
 
 
+class Kind(Enum):
+    """What a weight is in its model: methods choose by it which weights they pack."""
+
+    LINEAR = auto()  # a matrix of a linear layer, or of one routed expert
+    HEAD = auto()  # the matrix from hidden states to logits
+    EMBEDDING = auto()
+    EXPERTS = auto()  # the matrices of all routed experts of a layer in one tensor
+    OTHER = auto()  # norms, biases, routers
+
+
+@dataclass(frozen=True, slots=True)
+class PlainWeight:
+    """A weight as its model has it, for a plan without the checkpoint."""
+
+    name: str  # as published: "model.layers.0.mlp.experts.3.up_proj.weight"
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Kind
+
+    @property
+    def module(self) -> str:
+        """The name of the module that has the weight."""
+        return self.name.removesuffix(".weight")
+
+
+Outline = Mapping[str, torch.Tensor]
+"""Stored tensors by name, on meta; a small one whose contents a format reads is real."""
+
+
+@cache
+def outlined(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A tensor of an outline."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 class Format(Protocol):
     """A method with the settings of one checkpoint."""
 
@@ -55,5 +92,12 @@ class Format(Protocol):
 
         Reads no weights. Raises CheckpointError for tensors that do not fit the method: missing companions, wrong
         dtypes or shapes, groups that do not divide, weights that the settings name and that are stored otherwise.
+        """
+        ...
+
+    def outline(self, weight: PlainWeight) -> Outline:
+        """The tensors that store a weight of a checkpoint with these settings; none if it is stored plainly.
+
+        ``weights`` finds the weight in them. Scales of activations, which are never read, are left out.
         """
         ...

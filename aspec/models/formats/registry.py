@@ -7,12 +7,15 @@ from types import MappingProxyType
 from aspec.errors import CheckpointError, UnsupportedModelError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, Checkpoint, TensorRef
 from aspec.io.hub import source_of
+from aspec.io.json_file import read_json
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, nvfp4
 from aspec.models.formats.gguf.folder import open_stored
 from aspec.models.formats.packed import Format, StoredWeight
 
 KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json, old and new
+
+MODELOPT_FILE = "hf_quant_config.json"
 
 Reader = Callable[[Mapping[str, object], str], Format]
 """From the settings, and the file that they are from, for messages. Raises UnsupportedModelError."""
@@ -36,15 +39,15 @@ def read_format(config: Mapping[str, object], where: str) -> Format | None:
 
     Raises UnsupportedModelError, with the name of the method or field, if aspec does not know it.
     """
-    settings = next((value for key in KEYS if (value := config.get(key))), None)
+    settings = _settings(config)
     if settings is None:
         return None
     method = _method(settings) if isinstance(settings, Mapping) else None
     reader = READERS.get(method) if isinstance(method, str) else None
     if not isinstance(settings, Mapping) or reader is None:
         raise UnsupportedModelError(
-            f"{where}: the weights are quantised with {shown(quantisation(config))}: expected a quant_method among "
-            f"{', '.join(READERS)}, found {shown(method)}. {REMEDY}"
+            f"{where}: the weights are quantised with {shown(quantisation({KEYS[0]: settings}))}: expected a "
+            f"quant_method among {', '.join(READERS)}, found {shown(method)}. {REMEDY}"
         )
     return reader(settings, where)
 
@@ -58,6 +61,30 @@ def open_weights(folder: Path, packing: Format | None) -> tuple[Checkpoint, Mapp
         return checkpoint, {**plain, **{weight.name: weight for weight in packed}}
     checkpoint = Checkpoint.open(folder)
     return checkpoint, stored_weights(checkpoint.tensors, packing)
+
+
+def format_of(folder: Path, config: Mapping[str, object]) -> Format | None:
+    """The method of the weights in ``folder``, whose config.json holds ``config``; None if they are not quantised.
+
+    ModelOpt also writes its settings to a file of its own, alone in old versions. Raises as ``read_format`` does, and
+    CheckpointError if that file is damaged.
+    """
+    path = folder / MODELOPT_FILE
+    if _settings(config) is not None or not path.is_file():
+        return read_format(config, str(folder / "config.json"))
+    values = read_json(path, "the settings of ModelOpt", error=CheckpointError)
+    if not isinstance(values, dict) or not isinstance(values.get("quantization"), dict):
+        raise CheckpointError(f"{path}: expected a JSON object with quantization, found none. {FETCH_AGAIN}")
+    if not values["quantization"].get("quant_algo"):
+        return None
+    return read_format({KEYS[0]: {"quant_method": "modelopt", **values}}, str(path))
+
+
+def _settings(config: Mapping[str, object]) -> object:
+    """The settings of a config.json, or of its text model; None if there are none."""
+    text = config.get("text_config")
+    levels = (config, text) if isinstance(text, Mapping) else (config,)
+    return next((value for level in levels for key in KEYS if (value := level.get(key))), None)
 
 
 def stored_weights(tensors: Mapping[str, TensorRef], packing: Format | None) -> Mapping[str, StoredWeight]:

@@ -73,6 +73,11 @@ class Settings:
             self.refuse(key, "a list of names of modules")
         return value
 
+    def excludes(self, module: str, *keys: str) -> bool:
+        """Whether one of the lists names a module, by the start or the end of its name, as in transformers."""
+        names = (name for key in keys for name in self.names(key))
+        return any(module.startswith(name) or module.endswith(name) for name in names)
+
     def sizes(self, key: str, count: int) -> tuple[int, ...] | None:
         """``count`` whole numbers above zero; None for null."""
         value = self.values.get(key)

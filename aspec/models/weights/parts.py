@@ -112,6 +112,13 @@ class Part:
         return (*self.updates, *((made[name], update) for name, update in converted))
 
     @property
+    def made_bytes(self) -> int:
+        """Bytes of the parameters, in the dtypes that the model computes in."""
+        stored = {binding.at: binding.nbytes for binding in self.bindings}
+        made = {target.at: target.nbytes for conversion in self.conversions for target in conversion.targets}
+        return sum(stored.values()) + sum(made.values())
+
+    @property
     def decoded_bytes(self) -> int:
         """Bytes that binding writes, after every read; 0 where weights are used as they were read."""
         return self.scratch_bytes + sum(MERGE_COPIES * weight.nbytes for weight, _ in self.merges)
@@ -127,7 +134,7 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: 
     """
     by_layer: dict[int, list[Entry]] = defaultdict(list)
     for entry in tensors.entries:
-        by_layer[_layer_of(entry.name, layers)].append(entry)
+        by_layer[layer_of(entry.name, layers)].append(entry)
     gap = min(MAX_GAP, max_part_bytes // 32)
     parts: list[Part] = []
     for layer in sorted(by_layer):
@@ -163,7 +170,8 @@ def as_tensor(buffer: memoryview) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
-def _layer_of(name: str, layers: str) -> int:
+def layer_of(name: str, layers: str) -> int:
+    """The layer of a parameter; REST if it belongs to none. ``layers``: the name of the list of layers."""
     match = re.match(re.escape(layers) + r"\.(\d+)\.", name)
     return int(match[1]) if match else REST
 

@@ -13,6 +13,7 @@ from aspec.models.formats.packed import Kind, PlainWeight
 from aspec.models.formats.registry import read_format
 from tests.packed_words import packed, values_of
 from tests.quantised import DTYPES, assert_allocates_nothing, assert_same_bits, decode, store
+from tests.quantised_models import compress
 
 compressors = pytest.importorskip("compressed_tensors.compressors", reason="the library is not installed")
 quantization = pytest.importorskip("compressed_tensors.quantization")
@@ -51,27 +52,7 @@ def refused(folder, tensors, settings, match, error=CheckpointError):
 
 def made(format, rows, columns, dtype=torch.bfloat16, module="m", **arguments):
     """The stored tensors of a module that the library compressed, and the weight that it makes of them."""
-    args = quantization.QuantizationArgs(**arguments)
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args, format=format)
-    weight = torch.randn(rows, columns)
-    size = {"group": args.group_size, "channel": columns}.get(args.strategy)
-    groups = weight.view(1, 1, -1) if size is None else weight.view(rows, -1, size)
-    low, high = groups.amin(-1), groups.amax(-1)
-    least, most = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1
-    state = {"weight": weight}
-    if args.type == "float":
-        scales = groups.abs().amax(-1) / 448
-    elif args.symmetric:
-        scales = groups.abs().amax(-1) / -least
-    else:
-        scales = (high - low) / (most - least)
-        zeros = (least - low / scales).round().clamp(least, most).to(torch.int8)
-        state["weight_zero_point"] = zeros if size else zeros.view(1)
-    state["weight_scale"] = (scales if size else scales.view(1)).to(dtype)
-    kind = compressors.BaseCompressor.get_value_from_registry(format)
-    stored = kind.compress(state, scheme)
-    tensors = {f"{module}.{name}": tensor.clone().contiguous() for name, tensor in stored.items()}
-    return tensors, kind.decompress(dict(stored), scheme)["weight"]
+    return compress(format, torch.randn(rows, columns), dtype, module, **arguments)
 
 
 GROUPS = ({"strategy": "group", "group_size": 32}, {"strategy": "channel"}, {"strategy": "tensor"})

@@ -33,6 +33,8 @@ REPOSITORY = [
         ("Q8_0", [6]),
         ("bf16", [7, 8]),
         ("Q6_K", [9, 10]),
+        ("llama-3.2-1b-instruct.q8_0", [6]),
+        ("Llama-3.2-1B-Instruct-IQ4_XS.gguf", [4]),
     ],
 )
 def test_a_quantisation_names_its_files(asked, files):

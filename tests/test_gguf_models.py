@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from aspec.errors import CheckpointError, UnsupportedModelError, UserError
 from aspec.io.gguf import read_gguf
+from aspec.io.hub import known_as, source_of
 from aspec.models.formats.gguf.architectures import ARCHITECTURES
 from aspec.models.formats.gguf.config import generation_config, model_config
-from aspec.models.formats.gguf.folder import folder_of, open_stored, source_of
+from aspec.models.formats.gguf.folder import folder_of, open_stored
 from aspec.models.formats.gguf.weights import open_weights
 from tests.gguf_files import BOOL, F32, LIST, PAIRS, TEXT, U32, builds_tokenizers, floats, small_tensors, write
 
@@ -307,9 +308,10 @@ def test_a_folder_stands_for_a_file(tmp_path):
     checkpoint, packed = open_stored(folder, path)
     assert checkpoint.nbytes == sum(len(data) for *_, data in small_tensors())
     assert set(checkpoint.files) == {str(path)}
-    assert (
-        sum(ref.nbytes for ref in checkpoint.tensors.values()) + sum(one.nbytes for one in packed) == checkpoint.nbytes
-    )
+    assert sum(ref.nbytes for ref in checkpoint.tensors.values()) == checkpoint.nbytes
+    assert {ref.name for one in packed for ref in one.refs} < checkpoint.tensors.keys()
+    assert known_as(folder) == known_as(folder / "config.json") == path
+    assert known_as(tmp_path) == tmp_path
     assert folder_of(path) == folder, "it is made once"
 
 

@@ -18,6 +18,8 @@ import torch
 from aspec.errors import CheckpointError, shown
 from aspec.io.disk import FileVersion
 from aspec.io.fetching.files import SIZES
+from aspec.io.fetching.gguf_files import split_set
+from aspec.io.hub import source_of
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 from aspec.io.weight_format import REMEDY, folder_format
 
@@ -80,7 +82,7 @@ class Checkpoint:
         """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
-        sizes = _sizes_elsewhere(folder)
+        sizes = sizes_elsewhere(folder)
         tensors: dict[str, TensorRef] = {}
         files: dict[str, FileVersion] = {}
         for file in sorted(set(weight_map.values())) or [SINGLE]:
@@ -113,8 +115,14 @@ def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors files, or an index of them."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+    """Whether a folder has safetensors files, or an index of them, or stands for a GGUF file."""
+    return source_of(folder) is not None or any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights. Raises CheckpointError if one of a split set is missing."""
+    source = source_of(folder)
+    return sorted(folder.glob("*.safetensors")) if source is None else split_set(source)
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:
@@ -160,7 +168,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _sizes_elsewhere(folder: Path) -> dict[str, int | None]:
+def sizes_elsewhere(folder: Path) -> dict[str, int | None]:
     """Shard -> its bytes on the hub, in a folder that holds only headers; empty for any other folder."""
     if not (folder / SIZES).is_file():
         return {}

@@ -5,7 +5,6 @@ are left before anything of that size is read, so that a lie costs nothing.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """
 
-import re
 import struct
 import sys
 from array import array
@@ -18,18 +17,16 @@ from typing import BinaryIO, NoReturn
 import torch
 
 from aspec.errors import CheckpointError, shown
-from aspec.io.checkpoint import FETCH_AGAIN, MAX_BYTES, TensorRef, unreadable, version_of
+from aspec.io.checkpoint import FETCH_AGAIN, MAX_BYTES, TensorRef, sizes_elsewhere, unreadable, version_of
 from aspec.io.disk import FileVersion
+from aspec.io.fetching.gguf_files import MAGIC, split_set
 
-MAGIC, VERSIONS = b"GGUF", (2, 3)
-SUFFIX = ".gguf"
-SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256 << 20  # a vocabulary of 260,000 tokens takes 13 MB
 MAX_STRING_BYTES = 16 << 20  # of a value: the longest are chat templates, of some 100 KB
 MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_NAME_BYTES = 1024  # of a tensor; ggml's limit is 64
 MAX_DIMENSIONS = 4  # ggml's limit
-MAX_SPLITS = 4096
 ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20  # bytes: where no key says otherwise, and the most that makes sense
 WINDOW = 1 << 20  # bytes that are read at once
 
@@ -143,29 +140,25 @@ class Gguf:
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class Header:
+    """What one file holds."""
+
     metadata: dict[str, Value]
     tensors: list[GgufTensor]
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file's name says that it is a GGUF file."""
-    return path.suffix.lower() == SUFFIX
-
-
-def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> Gguf:
+def read_gguf(path: Path) -> Gguf:
     """The model of a GGUF file; any file of a split set stands for the set.
 
-    ``sizes``: bytes of whole files, by name, where a file holds only its header. Raises CheckpointError for a damaged
-    file and for a set that is not complete.
+    Raises CheckpointError for a damaged file and for a set that is not complete.
     """
-    paths = split_set(path)
+    paths, sizes = split_set(path), sizes_elsewhere(path.parent)
     files: dict[str, FileVersion] = {}
     metadata: dict[str, Value] = {}
     tensors: dict[str, GgufTensor] = {}
     for number, file in enumerate(paths):
         files[str(file)] = version_of(file)  # first: what changes from now on is found
-        header = _read_header(file, (sizes or {}).get(file.name))
+        header = _open_header(file, sizes.get(file.name))
         _check_split(file, header.metadata, number, len(paths))
         metadata = metadata or header.metadata
         for tensor in header.tensors:
@@ -183,26 +176,6 @@ def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> Gguf:
     return Gguf(paths[0], MappingProxyType(metadata), MappingProxyType(tensors), MappingProxyType(files))
 
 
-def split_set(path: Path) -> list[Path]:
-    """The files of the set that a file belongs to, in order. Raises CheckpointError if one is missing."""
-    match = SPLIT.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count <= MAX_SPLITS:
-        raise CheckpointError(
-            f"{path}: expected a number from 1 to {min(count, MAX_SPLITS)} in the name of a file of a split model, "
-            f"found {int(match['number'])} of {count}. Rename it as it was published."
-        )
-    paths = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    if missing := [file.name for file in paths if not file.is_file()]:
-        raise CheckpointError(
-            f"{path} is one of {count} files of a model: expected all of them in {path.parent}, found {len(missing)} "
-            f"missing: {', '.join(map(shown, missing[:3]))}. Fetch the missing files."
-        )
-    return paths
-
-
 def _check_split(path: Path, metadata: Mapping[str, Value], number: int, count: int) -> None:
     """Raise CheckpointError unless a file's header says what its name says about its place in a split set."""
     place = (metadata.get("split.no", 0), metadata.get("split.count", 1))
@@ -215,11 +188,16 @@ def _check_split(path: Path, metadata: Mapping[str, Value], number: int, count: 
     )
 
 
-def _read_header(path: Path, size: int | None) -> _Header:
+def read_header(path: Path, file: BinaryIO, size: int) -> Header:
+    """The header at the beginning of a file of ``size`` bytes, of which ``path`` is the name in messages."""
+    return _Reader(path, file, size).header()
+
+
+def _open_header(path: Path, size: int | None) -> Header:
     try:
         size = path.stat().st_size if size is None else size
         with path.open("rb") as file:
-            return _Reader(path, file, size).header()
+            return read_header(path, file, size)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -232,7 +210,7 @@ class _Reader:
         self._end = min(size, MAX_HEADER_BYTES)  # the header has to end before
         self._window, self._at, self._base = b"", 0, 0  # bytes of the file; the next one; the window's place
 
-    def header(self) -> _Header:
+    def header(self) -> Header:
         num_tensors, num_values = self._counts()
         metadata = dict(self._values(num_values))
         if len(metadata) < num_values:
@@ -241,7 +219,7 @@ class _Reader:
         if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             self._refuse(f"general.alignment to be a power of two from 8 to {MAX_ALIGNMENT}", alignment)
         infos = [self._info() for _ in self._counted(num_tensors, 24, "tensors")]
-        return _Header(metadata, self._placed(infos, alignment))
+        return Header(metadata, self._placed(infos, alignment))
 
     def _counts(self) -> tuple[int, int]:
         """The numbers of tensors and of values."""

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from aspec.errors import CheckpointError, UserError, reason_of
+from aspec.io.hub import known_as
 from aspec.io.json_file import read_json
 
 FROM_CONFIG = "_from_model_config"  # among generation defaults: they are those of config.json
@@ -31,7 +32,8 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise CheckpointError(
-            f"{path}: expected generation defaults in JSON, found {reason_of(error)}. Correct or remove the file."
+            f"{known_as(path)}: expected generation defaults in JSON, found {reason_of(error)}. Correct or remove "
+            f"the file."
         ) from error
     return {name: value for name, value in found.items() if name in GenerationConfig().to_dict()}
 
@@ -42,7 +44,7 @@ def end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
     ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
     if not all(isinstance(token, int) for token in ids):
         raise CheckpointError(
-            f"{folder}: expected eos_token_id to be a token id or a list of them, found {reprlib.repr(found)}. Correct "
-            f"generation_config.json or config.json."
+            f"{known_as(folder)}: expected eos_token_id to be a token id or a list of them, found "
+            f"{reprlib.repr(found)}. Correct generation_config.json or config.json."
         )
     return frozenset(ids)

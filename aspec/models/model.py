@@ -22,14 +22,14 @@ from transformers import PreTrainedConfig
 
 from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
-from aspec.io.hub import read_config
+from aspec.io.hub import known_as, read_config
 from aspec.io.upload import upload
 from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact.products import LayerModes, matmul_mode, route
-from aspec.models.formats.packed import Format, PackedWeight
-from aspec.models.formats.registry import format_of, stored_weights
+from aspec.models.formats.packed import Format, PackedWeight, StoredWeight
+from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
@@ -88,15 +88,16 @@ class Model:
         outlined: bool = False,
     ) -> None:
         self.folder = Path(folder)
+        self.name = known_as(self.folder)  # for messages
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
         named = named_dtype(dtype, self.config)
-        self.checkpoint = Checkpoint(self.folder, {}, 0, {})
-        if stored := has_weights(self.folder):  # headers are cheap to read, and bound what the configuration may claim
-            self.checkpoint = Checkpoint.open(self.folder)
-            check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
         packing = format_of(self.folder, read_config(self.folder))
-        weights = stored_weights(self.checkpoint.tensors, packing) if stored else {}
+        self.checkpoint = Checkpoint(self.folder, {}, 0, {})
+        weights: Mapping[str, StoredWeight] = {}
+        if stored := has_weights(self.folder):  # headers are cheap to read, and bound what the configuration may claim
+            self.checkpoint, weights = open_weights(self.folder, packing)
+            check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
         self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         usual = torch.float32 if packing is None else torch.bfloat16  # nobody packs a model of float32
         self._named_dtype = named or stored_dtype(weights) or usual
@@ -106,7 +107,7 @@ class Model:
         if not stored:
             self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
             weights = stored_weights(self.checkpoint.tensors, packing)
-        self._tensors = map_tensors(self._layers_model, self.folder, weights)
+        self._tensors = map_tensors(self._layers_model, self.name, weights, getattr(packing, "remarks", ()))
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
@@ -146,10 +147,10 @@ class Model:
         """What the user should know, a text each: tensors that are not read, and another dtype than the one named."""
         texts = list(self._tensors.remarks)
         if self.unexpected:
-            texts.append(unused_text(self.folder, self.unexpected))
+            texts.append(unused_text(self.name, self.unexpected))
         if self.dtype != self._named_dtype:
             texts.append(
-                f"{self.folder}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
+                f"{self.name}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
                 f"slower. bfloat16 keeps 8 of its 11 significant bits; --dtype float32 keeps all, in twice the memory"
             )
         return tuple(texts)

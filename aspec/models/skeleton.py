@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
-from aspec.io.hub import read_config
+from aspec.io.hub import known_as, read_config
 from aspec.models import attention
 from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
@@ -39,7 +39,7 @@ OUTPUTS = {
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
-    path, raw = folder / "config.json", read_config(folder)
+    path, raw = known_as(folder / "config.json"), read_config(folder)
     model_type = raw["model_type"]
     format_of(folder, raw)  # raises for weights that aspec cannot decode
     if model_type not in CONFIG_MAPPING:

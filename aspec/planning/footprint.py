@@ -98,14 +98,14 @@ def _context_warnings(models: Models) -> Iterator[str]:
     capacity = _capacity(models)
     if asked is not None and target.max_context is not None and capacity > target.max_context:
         yield (
-            f"--max-context {asked} exceeds the {target.max_context} tokens that {target.folder} was made for: the "
+            f"--max-context {asked} exceeds the {target.max_context} tokens that {target.name} was made for: the "
             f"text beyond them may be poor"
         )
     if asked is not None and (possible := target.context.possible) is not None and asked > possible:
-        yield f"--max-context {asked} exceeds the {possible} positions of {target.folder}: rows end there"
+        yield f"--max-context {asked} exceeds the {possible} positions of {target.name}: rows end there"
     if draft is not None and draft.max_context is not None and capacity > draft.max_context:
         yield (
-            f"the draft {draft.folder} reads {draft.max_context} tokens, a row may have {capacity}: longer rows go on "
+            f"the draft {draft.name} reads {draft.max_context} tokens, a row may have {capacity}: longer rows go on "
             f"without proposals"
         )
 

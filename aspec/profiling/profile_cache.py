@@ -17,6 +17,7 @@ import torch
 from aspec.backends.registry import Kind
 from aspec.errors import UserError
 from aspec.io.host_info import HostInfo, host_info
+from aspec.io.hub import known_as
 from aspec.io.json_file import read_record, replace_json
 from aspec.models.model import Model
 from aspec.options import cache_folder
@@ -73,7 +74,7 @@ def machine_profile(
 
 def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None) -> float | None:
     """Bytes per second of a model's disk, measured within the last hour or now; None if its files are too small."""
-    file = (cache or cache_folder()) / f"disk-{folder.stat().st_dev:x}.json"
+    file = (cache or cache_folder()) / f"disk-{known_as(folder).stat().st_dev:x}.json"
     if not refresh:
         found = read_record(file)
         age_s = time.time() - _number(found, "measured_at", 0.0)
@@ -130,7 +131,7 @@ def remember_acceptance(
         spread=before.spread + share * (spread - before.spread),
         proposals=earlier + proposals,
     )
-    names = {"target": str(target.resolve()), "draft": str(draft.resolve()), "sampled": sampled}
+    names = {"target": str(known_as(target).resolve()), "draft": str(known_as(draft).resolve()), "sampled": sampled}
     replace_json(_pair_file(cache, target, draft, sampled), {**asdict(known), **names})
     return known
 
@@ -170,7 +171,7 @@ def _machine_file(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Path:
 
 
 def _pair_file(cache: Path, target: Path, draft: Path, sampled: bool) -> Path:
-    return cache / f"pair-{_digest(target.resolve(), draft.resolve(), sampled)}.json"
+    return cache / f"pair-{_digest(known_as(target).resolve(), known_as(draft).resolve(), sampled)}.json"
 
 
 def _digest(*words: object) -> str:

@@ -5,10 +5,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from aspec.errors import CheckpointError, UnsupportedModelError, shown
-from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
+from aspec.io.checkpoint import FETCH_AGAIN, Checkpoint, TensorRef
+from aspec.io.hub import source_of
 from aspec.io.json_file import read_json
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, nvfp4
+from aspec.models.formats.gguf.folder import open_stored
 from aspec.models.formats.packed import Format, StoredWeight
 
 KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json, old and new
@@ -48,6 +50,17 @@ def read_format(config: Mapping[str, object], where: str) -> Format | None:
             f"quant_method among {', '.join(READERS)}, found {shown(method)}. {REMEDY}"
         )
     return reader(settings, where)
+
+
+def open_weights(folder: Path, packing: Format | None) -> tuple[Checkpoint, Mapping[str, StoredWeight]]:
+    """The checkpoint of a folder and its weights, which a GGUF file may hold. Raises CheckpointError."""
+    if (source := source_of(folder)) is not None:
+        checkpoint, packed = open_stored(folder, source)
+        used = {ref.name for weight in packed for ref in weight.refs}
+        plain = {name: ref for name, ref in checkpoint.tensors.items() if name not in used}
+        return checkpoint, {**plain, **{weight.name: weight for weight in packed}}
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint, stored_weights(checkpoint.tensors, packing)
 
 
 def format_of(folder: Path, config: Mapping[str, object]) -> Format | None:

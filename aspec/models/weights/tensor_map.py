@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from aspec.errors import CheckpointError
-from aspec.io.checkpoint import TensorRef
-from aspec.io.weight_format import REMEDY, quantised_tensors
-from aspec.models.formats.packed import StoredWeight
+from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
+from aspec.io.weight_format import quantised_tensors
+from aspec.models.formats.packed import PackedWeight, StoredWeight
+from aspec.models.formats.settings import is_of_activations
 from aspec.models.hf_compat import (
     WeightConverter,
     WeightRenaming,
@@ -72,9 +73,12 @@ class TensorMap:
     remarks: tuple[str, ...] = ()  # texts for the user
 
 
-def map_tensors(model: PreTrainedModel, folder: Path, weights: Mapping[str, StoredWeight]) -> TensorMap:
+def map_tensors(
+    model: PreTrainedModel, folder: Path, weights: Mapping[str, StoredWeight], remarks: Sequence[str] = ()
+) -> TensorMap:
     """Find every parameter of ``model`` (on meta) among the stored weights of ``folder``.
 
+    ``remarks``: texts for the user about how the weights are stored.
     Raises CheckpointError if a parameter is missing, has several candidates, or has another shape or dtype.
     """
     wanted = target_dtypes(model)
@@ -90,12 +94,15 @@ def map_tensors(model: PreTrainedModel, folder: Path, weights: Mapping[str, Stor
         kind = quantised_tensors(unexpected)
         cause = "The checkpoint is incomplete, or its config.json belongs to another model."
         if kind is not None:
-            cause = f"Its tensors are quantised ({kind}), and quantised checkpoints are not supported yet. {REMEDY}"
+            cause = (
+                f"Other tensors are stored, which are quantised ({kind}), and config.json has no quantization_config "
+                f"that says how. Take config.json and the weights from the same place: fetch both again."
+            )
         raise CheckpointError(
             f"{folder}: {len(missing)} of the {len(wanted)} tensors of {model.config.model_type} are not "
             f"stored: expected {names}. {cause}"
         )
-    return TensorMap(entries, aliases, wanted, tuple(unexpected))
+    return TensorMap(entries, aliases, wanted, tuple(unexpected), tuple(remarks))
 
 
 def target_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
@@ -157,6 +164,7 @@ def _match(
     state, prefix = model.state_dict(), model.base_model_prefix
     ignored = [re.compile(p) for p in {COMPUTED, *ignored_keys(model)}]
     found: dict[str, list[Source]] = defaultdict(list)
+    companions = {f"{name.removesuffix('.weight')}.weight_shape" for name, own in weights.items() if _is_packed(own)}
     unexpected: list[str] = []
     for key in sorted(weights, key=dot_natural_key):  # natural order: experts by number
         name, pattern = rename_source_key(key, renames, conversions, prefix, state)
@@ -164,9 +172,13 @@ def _match(
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
         if name in state:
             found[name].append((weights[key], pattern))
-        elif not any(rule.search(key) for rule in ignored):
+        elif not (key in companions or is_of_activations(key) or any(rule.search(key) for rule in ignored)):
             unexpected.append(key)
     return found, by_pattern, unexpected
+
+
+def _is_packed(weight: StoredWeight) -> bool:
+    return isinstance(weight, PackedWeight)
 
 
 def _entry(
@@ -235,6 +247,6 @@ def _check_shapes(
                 )
             if dtype != wanted[target] and not {dtype, wanted[target]} <= CASTABLE:
                 raise CheckpointError(
-                    f"{folder}: {target} is stored as {dtype}, expected {wanted[target]} or another plain "
-                    f"float type. Quantised checkpoints are not supported yet. {REMEDY}"
+                    f"{folder}: {target} is stored as {dtype}: expected {wanted[target]} or another plain float "
+                    f"type, because no quantization_config in config.json says how to decode it. {FETCH_AGAIN}"
                 )

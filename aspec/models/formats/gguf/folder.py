@@ -16,15 +16,15 @@ import transformers
 
 from aspec.errors import CheckpointError
 from aspec.io.checkpoint import Checkpoint, version_of
-from aspec.io.gguf import Gguf, read_gguf, split_set
-from aspec.io.json_file import read_json
+from aspec.io.fetching.gguf_files import split_set
+from aspec.io.gguf import Gguf, read_gguf
+from aspec.io.hub import SOURCE
 from aspec.models.formats.gguf.config import generation_config, model_config
 from aspec.models.formats.gguf.tokenizer import save_tokenizer
 from aspec.models.formats.gguf.weights import open_weights
 from aspec.models.formats.packed import PackedWeight
 from aspec.options import cache_folder
 
-SOURCE = "aspec-gguf.json"
 FORM = 1  # of what a folder holds; another one makes all folders anew
 
 
@@ -38,21 +38,15 @@ def folder_of(path: Path) -> Path:
 
 
 def open_stored(folder: Path, source: Path) -> tuple[Checkpoint, tuple[PackedWeight, ...]]:
-    """The weights of the GGUF file ``source``, for which ``folder`` stands: the plain tensors, and the packed weights.
+    """What is stored in the GGUF file ``source``, for which ``folder`` stands, and the packed weights among it.
 
-    Raises CheckpointError and UnsupportedModelError.
+    Plain tensors have the names of parameters. Raises CheckpointError and UnsupportedModelError.
     """
     gguf = read_gguf(source)
     weights = open_weights(gguf, model_config(gguf))
+    stored = {ref.name: ref for weight in weights.packed for ref in weight.refs}
     nbytes = sum(tensor.ref.nbytes for tensor in gguf.tensors.values())
-    return Checkpoint(folder, weights.tensors, nbytes, gguf.files), weights.packed
-
-
-def source_of(folder: Path) -> Path | None:
-    """The GGUF file that a folder stands for; None for any other folder."""
-    if not (folder / SOURCE).is_file():
-        return None
-    return Path(read_json(folder / SOURCE, "the name of a GGUF file", error=CheckpointError)["file"])
+    return Checkpoint(folder, {**weights.tensors, **stored}, nbytes, gguf.files), weights.packed
 
 
 def _key(files: Sequence[Path]) -> str:

@@ -306,7 +306,10 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, family):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised checkpoints are not supported yet"),
+        (
+            {"quantization_config": {"quant_method": "aqlm", "in_group_size": 8}},
+            "the weights are quantised with 'AQLM'",
+        ),
         ({"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.Config"}}, "brings its own code"),
         ({"model_type": "nonesuch"}, "not known to the installed transformers"),
         ({"rope_parameters": {"rope_type": "sideways", "rope_theta": 1e4}}, "sideways"),

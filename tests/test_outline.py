@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from aspec.models.formats.settings import is_of_activations
 from aspec.models.model import Model
 from aspec.plan import PlannedPart
 from aspec.planning.coarsening import coarse
+from aspec.profiling import profile_cache
 from aspec.profiling.cost_tables import SimCosts
+from aspec.profiling.hardware import Hardware, Processor
+from aspec.profiling.model_shape import LayerShape, ModelShape
+from aspec.profiling.roofline import DECODE_COPIES, model_cost
 from tests import tiny
 from tests.simulate import plan_of
 from tests.test_explain import MACHINE, as_object, plan
@@ -329,3 +334,25 @@ def test_a_damaged_file_of_modelopt_is_refused(tmp_path):
     (tmp_path / "hf_quant_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected a JSON object with quantization"):
         format_of(tmp_path, {})
+
+
+# -- prices of decoding --------------------------------------------------------------------------------------------
+
+
+def test_decoding_is_measured_once_by_method_and_remembered(plain, tmp_path, monkeypatch):
+    model = Model(quantised(plain["llama"], tmp_path / "a", SETTINGS["gptq"]), outlined=True)
+    found = profile_cache.decoding_profile(model, cache=tmp_path / "cache")
+    assert list(found) == ["GPTQ, 4 bits, groups of 16"]
+    assert 0 < min(found.values()) < 1e-3
+    monkeypatch.setattr(profile_cache, "measure_decoding", lambda *_: 7.0)
+    assert profile_cache.decoding_profile(model, cache=tmp_path / "cache") == found
+    assert set(profile_cache.decoding_profile(model, refresh=True, cache=tmp_path / "cache").values()) == {7.0}
+
+
+def test_the_price_of_decoding_is_measured_or_some_copies_by_the_method():
+    layer = LayerShape(2_000_000, 2_000_000, packed=(("FP8", 1_000_000), ("GPTQ, 4 bits, one group", 1_000_000)))
+    shape = ModelShape((layer, replace(layer, packed=())), 64, 100, 4, 4, 16, 16, 12_800)
+    processor = Processor(memory_bytes_per_s=2e10, copy_bytes_per_s=1e10, decode_weight_s={"FP8": 4e-9})
+    packed, plain = (own.decode_byte_s for own in model_cost(shape, Hardware(cpu=processor)).layers)
+    assert packed == pytest.approx((4e-9 / 2 + DECODE_COPIES["GPTQ"] / 1e10) / 2)
+    assert plain == pytest.approx(1e-10)

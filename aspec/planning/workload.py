@@ -21,7 +21,7 @@ from aspec.planning.usual import shrunk, with_free_proposals
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
-from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
+from aspec.profiling.profile_cache import AcceptanceStats, decoding_profile, known_acceptance, machine_profile
 from aspec.profiling.roofline import prices
 from aspec.profiling.threads import choose_threads, thread_counts
 from aspec.tasks.task import COMPUTE, CPU
@@ -65,7 +65,10 @@ def threads_for(models: Models, machine: Callable[[int], Hardware] | None = None
 def _this_machine(models: Models, threads: int) -> Hardware:
     """This machine with so many compute threads: from the cache, or measured now."""
     resolved, rate = models.resolved, models.resolved.options.link_rate
-    return machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
+    machine = machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
+    if resolved.kind is not None or not models.target.packed:
+        return machine
+    return replace(machine, cpu=replace(machine.cpu, decode_weight_s=decoding_profile(models.target)))
 
 
 def best_plans(

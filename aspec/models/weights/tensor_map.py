@@ -239,14 +239,15 @@ def _check_shapes(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for entry in entries:
         for target, (shape, dtype) in entry.outputs.items():
+            own = wanted.get(target, dtype)
+            if dtype != own and not {dtype, own} <= CASTABLE:
+                raise CheckpointError(
+                    f"{folder}: {target} is stored as {dtype}: expected {own} or another plain float "
+                    f"type, because no quantization_config in config.json says how to decode it. {FETCH_AGAIN}"
+                )
             if shapes.get(target) != shape:
                 expected = list(shapes[target]) if target in shapes else "no such tensor"
                 raise CheckpointError(
                     f"{folder}: {target} does not fit: expected {expected} from config.json, found "
                     f"{list(shape)} in {entry.refs[0].file}. config.json and the weights do not belong together."
-                )
-            if dtype != wanted[target] and not {dtype, wanted[target]} <= CASTABLE:
-                raise CheckpointError(
-                    f"{folder}: {target} is stored as {dtype}: expected {wanted[target]} or another plain float "
-                    f"type, because no quantization_config in config.json says how to decode it. {FETCH_AGAIN}"
                 )

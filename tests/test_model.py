@@ -308,7 +308,7 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, family):
     [
         (
             {"quantization_config": {"quant_method": "aqlm", "in_group_size": 8}},
-            "the weights are quantised with 'AQLM'",
+            "the weights are quantised with AQLM",
         ),
         ({"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.Config"}}, "brings its own code"),
         ({"model_type": "nonesuch"}, "not known to the installed transformers"),

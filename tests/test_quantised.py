@@ -27,12 +27,10 @@ EXPERTS = [
 CASES = [("llama", method) for method in METHODS if method != "mxfp4"] + EXPERTS
 QUICK = [
     ("llama", "gptq 4 bits act-order"),
-    ("llama", "awq"),
     ("llama", "nvfp4"),
     ("llama", "ct int4"),
     ("mixtral", "fp8 ragged"),
     ("gpt_oss", "mxfp4"),
-    ("mixtral", "nf4"),
 ]
 
 

@@ -35,8 +35,8 @@ class EngineOptions:
     Raises UserError for a value that cannot be used.
     """
 
-    target: str | Path | None = None  # folder or hub id; None: the embedded demo pair
-    draft: str | Path | None = None  # folder, hub id or ngram; None: the text itself proposes, where that is free
+    target: str | Path | None = None  # folder, GGUF file or hub id; None: the embedded demo pair
+    draft: str | Path | None = None  # the same, or ngram; None: the text itself proposes, where that is free
     adapter: str | Path | None = None  # folder or hub id of a LoRA adapter for the target
     device: str = "auto"
     device_memory: int | None = None  # bytes, or a text such as 8GiB (as for every size and rate here)
@@ -143,8 +143,8 @@ def _model(name: str, value: object) -> str | Path:
     if isinstance(value, os.PathLike):
         return Path(value)
     raise UserError(
-        f"{name} must be a folder or a hub id, found {type(value).__name__}. Save a model with its tokenizer into a "
-        f"folder first (save_pretrained), and give the folder."
+        f"{name} must be a folder, a GGUF file or a hub id, found {type(value).__name__}. Save a model with its "
+        f"tokenizer into a folder first (save_pretrained), and give the folder."
     )
 
 

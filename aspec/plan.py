@@ -14,6 +14,7 @@ from aspec.units import format_bytes
 
 PREFILL_ITEMS = 8  # full prefill items that share one pass over the weights
 MOST_WORK = 10**12  # prompts, or tokens of one prompt, in an expected workload
+SCRATCH_BUFFERS = 2  # of one layer each: a layer is decoded beside the products of the one before
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
@@ -36,7 +37,7 @@ class Speculation(StrEnum):
 class PlannedPart:
     """One unit of weights: ``nbytes`` are read or copied, a buffer of ``size`` bytes holds them.
 
-    ``scratch_bytes`` hold its converted weights; a resident part keeps its own scratch permanently.
+    ``scratch_bytes`` hold its decoded weights; a resident part keeps its own scratch permanently.
     """
 
     index: int
@@ -45,6 +46,8 @@ class PlannedPart:
     size: int
     tier: Tier = Tier.DISK
     scratch_bytes: int = 0
+    decoded_bytes: int = 0  # that decoding writes, in scratch or where they were read; 0: nothing is decoded
+    in_place: bool = True  # some weights are used where they were read: the layer itself needs the slot
 
     @property
     def resident_bytes(self) -> int:
@@ -220,6 +223,16 @@ class Plan:
     def streamed_of(self, layer: int) -> tuple[PlannedPart, ...]:
         """The parts of one layer that stream in every pass."""
         return tuple(part for part in self.parts if part.layer == layer and part.tier is not Tier.DEVICE)
+
+    @property
+    def decoded(self) -> tuple[int, ...]:
+        """The layers whose streamed weights are decoded in every pass."""
+        return tuple(sorted({part.layer for part in self.streamed if part.decoded_bytes}))
+
+    @property
+    def num_scratch(self) -> int:
+        """Scratch buffers, each for the decoded weights of one layer."""
+        return min(SCRATCH_BUFFERS, len(self.decoded))
 
     @property
     def streamed_bytes(self) -> int:

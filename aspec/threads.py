@@ -21,11 +21,12 @@ class Threads:
     decode: int = 1  # the target's passes over decoding rows and their proposals
     prefill: int = 1  # the target's passes over prompts
     draft: int = 1
+    weights: int = 1  # that decode stored weights beside the target's passes, a part each
 
     @classmethod
     def all(cls, number: int) -> "Threads":
         """The same number for all work."""
-        return cls(number, number, number)
+        return cls(number, number, number, number)
 
     def __str__(self) -> str:
         target = f"{self.decode} thread" + "s" * (self.decode > 1)

@@ -14,7 +14,7 @@ from aspec.models import model
 from aspec.planning.virtual_time import VirtualTimeLoop
 from tests.fork_server import shared_server
 from tests.quick import SHORT
-from tools.real_model import Unavailable, real_model
+from tools.real_model import Unavailable, real_gguf, real_model
 
 torch.cuda.is_available()  # settles what this process sees of a GPU; those that tests start see none
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -105,6 +105,15 @@ def smollm2():
         return real_model()
     except Unavailable as reason:
         pytest.skip(f"no real model: {reason}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The file that this model comes from, in Q4_1."""
+    try:
+        return real_gguf()
+    except Unavailable as reason:
+        pytest.skip(f"no real GGUF file: {reason}")
 
 
 @pytest.fixture(autouse=True)

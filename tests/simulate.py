@@ -10,10 +10,21 @@ from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import RequestAdded, Shutdown
 
 
-def make_plan(num_layers=4, parts_per_layer=2, num_slots=4, resident=(), nbytes=10_000_000, tier=Tier.DISK, **changes):
+def make_plan(
+    num_layers=4,
+    parts_per_layer=2,
+    num_slots=4,
+    resident=(),
+    nbytes=10_000_000,
+    tier=Tier.DISK,
+    decoded=0,
+    in_place=True,
+    **changes,
+):
     parts = tuple(
-        PlannedPart(i, i // parts_per_layer, nbytes, nbytes, Tier.DEVICE if i in resident else tier)
+        PlannedPart(i, i // parts_per_layer, nbytes, nbytes, own, decoded, decoded, in_place)
         for i in range(num_layers * parts_per_layer)
+        for own in [Tier.DEVICE if i in resident else tier]
     )
     defaults = dict(num_rows=3, capacity=512, max_draft_tokens=8, fixed_draft_tokens=4, prefill_tokens=64)
     return plan_of(parts, num_layers, num_slots, nbytes, **{**defaults, **changes})

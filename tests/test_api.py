@@ -211,7 +211,7 @@ def test_threads_share_an_engine(llm):
         (dict(threads="two"), "threads must be a whole number"),
         (dict(max_batch=2.5), "max_batch must be a whole number"),
         (dict(exact="yes"), "exact must be True or False"),
-        (dict(target=torch.nn.Linear(2, 2)), r"target must be a folder .* found Linear. Save"),
+        (dict(target=torch.nn.Linear(2, 2)), r"target must be a folder, .* found Linear. Save"),
         (dict(device="tpu"), "device must be one of auto, cpu, cuda"),
         (dict(model="x"), "no option 'model'. Did you mean 'target'"),
         (dict(max_tokens=3), "no option 'max_tokens'. Did you mean 'max_new_tokens'"),

@@ -146,6 +146,12 @@ class Rig:
         self.memory = []
         resident = (0, 5)
         self.plan = make_plan(resident=resident, nbytes=SLOT_BYTES, num_slots=3)
+        decoded = {1: True, 3: False, 4: False}  # by part: whether the layer itself reads the slot, too
+        parts = (
+            replace(p, decoded_bytes=100, in_place=decoded[p.index]) if p.index in decoded else p
+            for p in self.plan.parts
+        )
+        self.plan = replace(self.plan, parts=tuple(parts))
         if split or (fail and fail[0] in SPLIT):
             self.plan = asking(self.plan, attention_resource=CPU, micro_batches=2)
         if kind in HAS_COPY:
@@ -164,7 +170,8 @@ class Rig:
         self.memory = [allocate(SLOT_BYTES) for _ in range(self.plan.num_slots)]
         slots = [torch.frombuffer(memory.view, dtype=torch.uint8) for memory in self.memory]
         self.runner = CheckingRunner(slots, self.expected, lambda *steps: [step() for step in steps], fail, 2e-4)
-        return CpuBackend(self.runner, self.parts, [memory.view for memory in self.memory], self.disk)
+        views = [memory.view for memory in self.memory]
+        return CpuBackend(self.runner, self.parts, views, self.disk, num_decoders=2)
 
     def cuda(self, fail, device, wrap):
         self.device = device

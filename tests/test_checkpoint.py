@@ -254,6 +254,6 @@ def test_misaligned_tensors_are_converted(folder, tmp_path):
 
 def test_planning_is_repeatable(folder):
     model = Model(folder("deepseek_v3"))
-    tensors = map_tensors(model._layers_model, model.checkpoint)
+    tensors = map_tensors(model._layers_model, model.folder, model.checkpoint.tensors)
     once, twice = (plan_parts(tensors, "model.layers", 30_000) for _ in range(2))
     assert [(p.segments, p.bindings, p.nbytes) for p in once] == [(p.segments, p.bindings, p.nbytes) for p in twice]

@@ -158,7 +158,7 @@ BAD = {
     "no shards": (lambda d: [f.unlink() for f in d.glob("*.safetensors*")], [], "no shards"),
     "truncated shard": (truncate, [], "truncated"),
     "unknown architecture": (lambda d: tiny.edit_config(d, model_type="later"), [], "not known"),
-    "quantised": (lambda d: tiny.edit_config(d, quantization_config={"quant_method": "gptq"}), [], "quantised"),
+    "quantised": (lambda d: tiny.edit_config(d, quantization_config={"quant_method": "aqlm"}), [], "quantised"),
     "no tokenizer": (lambda d: [f.unlink() for f in d.glob("tokenizer*")], [], "tokenizer"),
     "budget": (lambda d: None, ["--device-memory", "300KiB"], "at least"),
     "context": (lambda d: None, ["--max-context", "4"], "--max-context"),

@@ -87,11 +87,14 @@ class Pair:
                 return
         raise AssertionError(f"{self.family}: no noise gives an acceptance between 0.35 and 0.9 for chains of 4")
 
+    def resident_memory(self, resident):
+        """Bytes of weights that may stay; None: as many as fit."""
+        share, stored = RESIDENT[resident], sum(shard.stat().st_size for shard in self.target.glob("*.safetensors"))
+        return None if share is None else int(share * stored)
+
     def run(self, shape, batch, resident, params=None):
         """One engine; returns (tokens per prompt, statistics, spans)."""
         spans = []
-        share = RESIDENT[resident]
-        stored = sum(shard.stat().st_size for shard in self.target.glob("*.safetensors"))
 
         async def one(engine, prompt):
             tokens, last = [], None
@@ -111,7 +114,7 @@ class Pair:
                 max_context=80,
                 prefill_tokens=16,
                 device_memory=24 << 20,
-                resident_memory=None if share is None else int(share * stored),
+                resident_memory=self.resident_memory(resident),
                 threads=1,
             ) as engine:
                 self.plan = engine.plan

@@ -27,7 +27,7 @@ ON_DEVICES = (Op.COPY, Op.SEND, Op.RETURN)
 def test_a_fault_at_any_task_is_one_error_and_leaves_nothing(virtual, op, nth):
     resources = DEVICE_RESOURCES if op in ON_DEVICES else HOST_RESOURCES
     split = {"attention_resource": CPU, "micro_batches": 2} if op in SPLIT else {}
-    plan = make_plan(num_staging=2 if op in ON_DEVICES else 0, **split)
+    plan = make_plan(num_staging=2 if op in ON_DEVICES else 0, decoded=1000 if op is Op.DECODE else 0, **split)
     backend = SimBackend(SimCosts(), resources, fail=(op, nth))
 
     async def main():

@@ -60,7 +60,7 @@ def bad(tmp_path_factory):
 def test_mistakes_that_need_no_torch_are_told_before_it_is_imported(bad, trace):
     cases = {  # arguments -> exit code and words
         ("generate", "--target", "/no/such", "-p", "x"): (1, "was not found"),
-        ("generate", "--target", f"{bad}/model.gguf", "-p", "x"): (1, "is a file"),
+        ("generate", "--target", f"{bad}/model.gguf", "-p", "x"): (1, "expected a GGUF file"),
         ("chat", "--target", f"{bad}/empty"): (1, "has no config.json"),
         ("plan", "--target", f"{bad}/empty"): (1, "has no config.json"),
         ("plan", "--target", f"{bad}/broken"): (1, "expected JSON"),

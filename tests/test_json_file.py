@@ -10,7 +10,7 @@ import pytest
 from aspec.errors import CheckpointError, PromptError, UserError
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
-from aspec.models.model import _end_ids, generation_defaults
+from aspec.models.generation_defaults import end_ids, generation_defaults
 from aspec.models.skeleton import load_config
 from aspec.observe.chrome_trace import read_trace
 from aspec.profiling.hardware import read_machine
@@ -146,7 +146,7 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path, content, monkeypatch):
 def test_ends_that_are_no_tokens_are_refused(tmp_path, ends):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(CheckpointError, match="eos_token_id"):
-        _end_ids(tmp_path, None)
+        end_ids(tmp_path, None)
 
 
 def many_members():

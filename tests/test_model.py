@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from aspec.errors import CheckpointError, InternalError, UnsupportedModelError, UserError
+from aspec.models.generation_defaults import generation_defaults
 from aspec.models.kv_cache import KVCache
-from aspec.models.model import Model, generation_defaults
+from aspec.models.model import Model
 from aspec.models.weights import parts as layout
 from tests import tiny
 
@@ -305,7 +306,10 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, family):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised checkpoints are not supported yet"),
+        (
+            {"quantization_config": {"quant_method": "aqlm", "in_group_size": 8}},
+            "the weights are quantised with AQLM",
+        ),
         ({"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.Config"}}, "brings its own code"),
         ({"model_type": "nonesuch"}, "not known to the installed transformers"),
         ({"rope_parameters": {"rope_type": "sideways", "rope_theta": 1e4}}, "sideways"),

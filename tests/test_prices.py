@@ -18,7 +18,19 @@ from aspec.profiling.model_shape import LayerShape, ModelShape, shape_of, touche
 from aspec.profiling.roofline import ACCEPTANCE, model_cost, prices, weight_seconds
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.op import Op
-from aspec.tasks.task import COMPUTE, CPU, DraftStep, LayerWork, RowAssignment, RowChanges, Task, TreeLevel, WorkItem
+from aspec.tasks.task import (
+    COMPUTE,
+    CPU,
+    DECODE,
+    Decoding,
+    DraftStep,
+    LayerWork,
+    RowAssignment,
+    RowChanges,
+    Task,
+    TreeLevel,
+    WorkItem,
+)
 from tests import tiny
 from tests.compat import few
 from tests.simulate import make_plan, simulate
@@ -179,13 +191,11 @@ def test_the_draw_and_the_head_are_paid_by_row():
     assert quiet.seconds(task(Op.HEAD, chunk)) < quiet.seconds(task(Op.HEAD, decode))
 
 
-def test_converting_is_paid_once_a_pass_where_parts_stream():
-    cost_table = prices(model(replace(DENSE, convert_bytes=88 << 20)), None, HERE).cost_table
-    plain = cost_table.seconds(task(Op.LAYER, item()))
-    streamed = cost_table.seconds(task(Op.LAYER, item(), slots=((0, 0),)))
-    assert streamed - plain == pytest.approx((88 << 20) / MEASURED.copy_rate)
-    second = replace(item(), index=1)
-    assert cost_table.seconds(task(Op.LAYER, second, slots=((0, 0),))) == plain
+def test_decoding_is_paid_by_the_bytes_that_it_makes():
+    cost_table = prices(model(), None, HERE).cost_table
+    work = Decoding(part=0, layer=0, nbytes=88 << 20, slot=0, scratch=0)
+    seconds = cost_table.seconds(Task(1, Op.DECODE, DECODE, 0, payload=work))
+    assert seconds == pytest.approx(cost_table.task_s + (88 << 20) / MEASURED.copy_rate)
 
 
 # -- experts -------------------------------------------------------------------------------------------------
@@ -228,7 +238,6 @@ def test_a_shape_holds_every_matrix_of_the_layers_once(family, tmp_path):
         assert (routed.experts, routed.active) == ({"deepseek_v3": 8}.get(family, 4), 2)
     else:
         assert (routed.experts, routed.expert_bytes) == (0, 0)
-    assert routed.convert_bytes > 0  # stored in fp32
     simulated = prices(shape, shape, HERE, exact=True)
     assert simulated.cost_table.seconds(task(Op.LAYER, item())) > 0
 

@@ -31,7 +31,6 @@ from aspec.tasks.rows import micro_batches
 from aspec.tasks.task import (
     CPU,
     NOTHING,
-    SCRATCH,
     Access,
     LayerWork,
     RowOutcome,
@@ -409,10 +408,10 @@ def test_prompts_take_turns_in_two_buffers():
 
 def test_converted_weights_stay_until_every_item_has_left_the_layer(virtual):
     plan = split_plan(num_layers=2)
-    plan = replace(plan, parts=tuple(replace(part, scratch_bytes=100) for part in plan.parts))
+    plan = replace(plan, parts=tuple(replace(part, scratch_bytes=100, decoded_bytes=100) for part in plan.parts))
     spans, _, _ = virtual(lambda: simulate(plan, ARRIVALS))
     assert find_races(spans) == []
-    uses = [span for span in spans if any(access.buffer == SCRATCH for access in span.task.reads)]
+    uses = [span for span in spans if any(access.buffer.startswith("scratch:") for access in span.task.reads)]
     assert {span.task.op for span in uses} == {Op.PROJECT, Op.FFN}
 
 

@@ -123,9 +123,9 @@ MACHINES = {1: machine(1), 2: machine(2)}
 
 
 def test_a_large_target_takes_all_cores_and_a_small_draft_one():
-    assert choose_threads(MACHINES, shape(2048), shape(64), exact=True) == Threads(2, 2, 1)
-    assert choose_threads(MACHINES, shape(64), shape(2048), exact=True) == Threads(1, 1, 2)
-    assert choose_threads(MACHINES, shape(2048), None, exact=True) == Threads(2, 2, 2)
+    assert choose_threads(MACHINES, shape(2048), shape(64), exact=True) == Threads(2, 2, 1, 2)
+    assert choose_threads(MACHINES, shape(64), shape(2048), exact=True) == Threads(1, 1, 2, 2)
+    assert choose_threads(MACHINES, shape(2048), None, exact=True) == Threads(2, 2, 2, 2)
 
 
 def test_only_without_exactness_prompts_take_another_number_than_rows():

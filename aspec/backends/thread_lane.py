@@ -1,4 +1,4 @@
-"""A lane: one thread that runs callables in order and hands results to the loop.
+"""A lane: threads, usually one, that run callables in order and hand results to the loop.
 
 Used for CPU compute, for small host work, and as the launcher thread of a device stream: the loop itself never
 calls torch. A failure poisons the lane: all later work fails with the same error and does not run.
@@ -17,15 +17,17 @@ Work = Callable[[], Completion]
 
 
 class ThreadLane:
-    """Runs work in order of submission on a thread of its own."""
+    """Runs work on threads of its own, which start it in the order of submission."""
 
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, num_threads: int = 1) -> None:
         self._loop = loop
         self._queue: queue.SimpleQueue[tuple[Work, asyncio.Future[Completion]] | None] = queue.SimpleQueue()
         self._mailbox: LoopMailbox[Completion] = LoopMailbox(loop)
         self._error: BaseException | None = None  # the first failure; stays
-        self._thread = threading.Thread(target=self._run, name=f"aspec-{name}", daemon=True)
-        self._thread.start()
+        names = [f"aspec-{name}", *(f"aspec-{name}-{number}" for number in range(2, num_threads + 1))]
+        self._threads = [threading.Thread(target=self._run, name=own, daemon=True) for own in names]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, work: Work) -> asyncio.Future[Completion]:
         """Queue work; only on the loop's thread."""
@@ -36,12 +38,14 @@ class ThreadLane:
     def close(self, timeout_s: float = 30.0) -> None:
         """Run the queued work, join, hand over the results; may be called twice.
 
-        Raises DeviceError if the thread does not end in time.
+        Raises DeviceError if a thread does not end in time.
         """
-        self._queue.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise DeviceError(f"{self._thread.name} did not finish its work within {timeout_s:g} s of closing")
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+            if thread.is_alive():
+                raise DeviceError(f"{thread.name} did not finish its work within {timeout_s:g} s of closing")
         self._mailbox.empty()
 
     def _run(self) -> None:

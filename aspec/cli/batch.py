@@ -26,8 +26,9 @@ from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
-from aspec.io.hub import WANTED
-from aspec.models.model import generation_defaults
+from aspec.io.checkpoint import weight_files
+from aspec.io.hub import SOURCE, WANTED
+from aspec.models.generation_defaults import generation_defaults
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
@@ -152,12 +153,12 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
 def fingerprint(folder: Path) -> str:
     """SHA-256 of a checkpoint's small files and of samples of its large files, in hexadecimal digits."""
     digest = hashlib.sha256()
-    wanted = {path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()}
-    for path in sorted(wanted):
+    wanted = {path for pattern in WANTED for path in folder.glob(pattern) if path.is_file() and path.name != SOURCE}
+    for path in sorted(wanted.union(weights := weight_files(folder)), key=lambda path: path.name):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
-            small = size <= LARGE_BYTES and path.suffix != ".safetensors"
+            small = size <= LARGE_BYTES and path not in weights
             for start in (0,) if small else (0, size // 2, max(0, size - SAMPLE_BYTES)):
                 file.seek(start)
                 digest.update(file.read(LARGE_BYTES if small else SAMPLE_BYTES))

@@ -130,7 +130,7 @@ class ChatFlags(EngineFlags, EndFlags, SamplingFlags, DebugFlags, QuietFlags, Sy
         str | None,
         option(
             MODELS,
-            "The big model: a folder or a hub id. It needs a chat template.",
+            "The big model: a folder, a GGUF file or a hub id. It needs a chat template.",
             "--target",
             "--model",
             metavar="MODEL",

@@ -32,8 +32,8 @@ class ModelFlags:
         str | None,
         option(
             MODELS,
-            "The big model: a folder, or a hub id such as org/name or org/name@revision. Default: the embedded demo "
-            "pair.",
+            "The big model: a folder, a GGUF file, or a hub id such as org/name@revision or org/name:Q4_K_M. Default: "
+            "the embedded demo pair.",
             "--target",
             "--model",
             metavar="MODEL",

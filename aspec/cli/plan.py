@@ -1,7 +1,9 @@
 """What ``aspec plan`` does: search for a plan with the headers of the checkpoints alone, and explain it."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
 from aspec.io.fetching.fetch import Fetches
 from aspec.models.compute_dtype import dtype_name
-from aspec.models.model import generation_defaults
+from aspec.models.generation_defaults import generation_defaults
 from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
 from aspec.planning.fit import fit, most_context
@@ -22,12 +24,21 @@ from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import resolve
 from aspec.planning.search import GUESS_MARGIN, Candidate, Search
-from aspec.planning.workload import CostBasis, best_plans, elsewhere, measured_basis
+from aspec.planning.workload import (
+    CostBasis,
+    best_plans,
+    decode_seconds,
+    elsewhere,
+    measured_basis,
+    pricing,
+    unpacked,
+)
 from aspec.profiling.hardware import Hardware, read_machine
 from aspec.profiling.profile_cache import AcceptanceStats
 from aspec.units import format_bytes, format_rate
 
 USUAL_TOKENS = 256, 128  # of a prompt, and of the text after it
+MOST_METHODS = 2  # of packing that are named
 RUNNERS_UP = 5  # most other plans that are listed
 
 
@@ -40,6 +51,8 @@ class PlanExplanation:
     work: Workload
     search: Search
     acceptance_from: str  # its source, in words
+    decode_s: float = 0.0  # of decoding weights in one pass; 0 if they are not packed
+    unpacked: Candidate | None = None  # the same model with plain weights; None if it does not fit, or is this one
 
 
 def plan_to_console(flags: PlanFlags, console: Console) -> None:
@@ -49,7 +62,7 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         if num_tried.bit_count() == 1:  # a line each time the number has doubled
             console.note(f"{_count(num_tried, 'plan')} tried")
 
-    with fetching(console) as fetches:
+    with fetching(console) as fetches, _no_collection():
         explained = explain(flags, progress, fetches)
     for remark in explained.models.remarks:
         console.warn(remark)
@@ -58,6 +71,18 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         return
     for line in lines(explained):
         print(line)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Search for no unreachable objects: a large checkpoint has a million live ones, and each search visits all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def explain(
@@ -84,7 +109,12 @@ def explain(
     search = best_plans(models, basis, progress)
     if hardware is None:
         check_memory(search.best.plan, resolved)
-    return PlanExplanation(models, basis, work, search, source)
+    explained = PlanExplanation(models, basis, work, search, source)
+    if not models.target.methods:
+        return explained
+    best = search.best
+    costs = pricing(models, basis, exact=best.plan.request.exact, sampled=work.sampled)(best.plan)
+    return replace(explained, decode_s=decode_seconds(best.plan, costs), unpacked=unpacked(models, best, basis, work))
 
 
 def _read_rates(path: Path) -> Hardware:
@@ -109,7 +139,10 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     nbytes = sum(part.nbytes for part in models.parts)
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
     adapter = f", with the adapter {models.resolved.adapter}" if models.resolved.adapter is not None else ""
-    yield f"target: {layers} layers, {format_bytes(nbytes)}, {models.target.dtypes}{source}{adapter}"
+    methods = models.target.methods
+    packed = " and ".join(methods[:MOST_METHODS]) + (", ..." if len(methods) > MOST_METHODS else "")
+    kind = f"{packed}, computed in {dtype_name(models.target.dtype)}" if packed else models.target.dtypes
+    yield f"target: {layers} layers, {format_bytes(nbytes)}, {kind}{source}{adapter}"
     prompts = _count(work.num_prompts, "prompt")
     how = ", sampled" if work.sampled else ""
     yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{how}"
@@ -118,6 +151,8 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     yield from (f"  {line}" for line in placement(best.plan))
     yield f"  predicted: {outlook(best, work)}"
     yield f"  bottleneck: {best.forecast.bottleneck}"
+    if methods:
+        yield from (f"  {line}" for line in packed_lines(explained))
     if best.plan.exactness:
         yield f"  {best.plan.exactness}"
     others = list(runners_up(explained))[:RUNNERS_UP]
@@ -137,6 +172,26 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
         f"{_count(len(search.found), 'plan')} ran in virtual time, {search.num_pruned} cannot be faster, "
         f"{search.num_too_large} do not fit"
     )
+
+
+def packed_lines(explained: PlanExplanation) -> Iterator[str]:
+    """What decoding takes, and what the same model with plain weights would do."""
+    models, best, other = explained.models, explained.search.best, explained.unpacked
+    if explained.decode_s:
+        yield f"decoding: {_time(explained.decode_s)} of a pass of {_time(_pass_s(best))}, beside its products"
+    plain = f"in {dtype_name(models.target.dtype)}: {format_bytes(sum(part.made_bytes for part in models.parts))}"
+    if other is None:
+        yield f"{plain}, which does not fit this memory"
+        return
+    ratio = other.forecast.job_s / best.forecast.job_s
+    yield f"{plain}, {other.forecast.tokens_per_s:.4g} tokens/s, {ratio:.1f} times the time in all"
+
+
+def _pass_s(candidate: Candidate) -> float:
+    """Seconds of a pass of one group of rows."""
+    forecast = candidate.forecast
+    rows = candidate.plan.num_rows / candidate.plan.num_groups
+    return rows * forecast.tokens_per_pass / forecast.tokens_per_s if forecast.tokens_per_s else 0.0
 
 
 def _machine_line(explained: PlanExplanation) -> str:
@@ -205,6 +260,22 @@ def _shape(plan: Plan) -> tuple[object, ...]:
     return plan.num_rows, plan.num_groups, plan.speculation, plan.max_draft_tokens > 0, plan.attention_resource
 
 
+def _unpacked_object(explained: PlanExplanation) -> dict[str, Any] | None:
+    """The same model with plain weights; None if this one has plain weights."""
+    models, other = explained.models, explained.unpacked
+    if not models.target.methods:
+        return None
+    nbytes = sum(part.made_bytes for part in models.parts)
+    if other is None:
+        return {"target_bytes": nbytes, "forecast": None}
+    return {
+        "target_bytes": nbytes,
+        "streamed_bytes": other.plan.streamed_bytes,
+        "pass_s": _pass_s(other),
+        "forecast": asdict(other.forecast),
+    }
+
+
 def as_object(explained: PlanExplanation) -> dict[str, Any]:
     """The JSON object, in bytes and seconds."""
     search = explained.search
@@ -214,6 +285,10 @@ def as_object(explained: PlanExplanation) -> dict[str, Any]:
         "acceptance": explained.basis.known.acceptance,
         "budget_bytes": explained.models.resolved.budget_bytes,
         "dtype": dtype_name(explained.models.target.dtype),
+        "methods": list(explained.models.target.methods),
+        "decode_s": explained.decode_s,
+        "pass_s": _pass_s(search.best),
+        "unpacked": _unpacked_object(explained),
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
         "plans": [one.plan.as_dict() | {"forecast": asdict(one.forecast)} for one in search.found],
         "not_run": [plan.as_dict() | {"least_s": least_s} for least_s, plan in search.pruned],

@@ -69,7 +69,9 @@ class EngineMemory:
     def open_backend(self, disk: DiskLane) -> Backend:
         """Open the backend that runs the tasks; on the loop's thread."""
         if self.device is None:
-            return CpuBackend(self.runner, self.parts, self.slots, disk)
+            threads = self.plan.request.threads
+            number = 1 if threads is None or not self.plan.num_scratch else threads.weights
+            return CpuBackend(self.runner, self.parts, self.slots, disk, num_decoders=number)
         return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
 
 
@@ -154,7 +156,8 @@ def _assembly(
     models, plan = made.models, made.plan
     resolved, target, draft = models.resolved, models.target, models.draft
     place = torch.device("cpu") if device is None else device.torch_device
-    scratch = torch.empty(scratch_bytes(models.parts), dtype=torch.uint8, device=place)
+    each = scratch_bytes(models.parts)
+    scratch = [torch.empty(each, dtype=torch.uint8, device=place) for _ in range(plan.num_scratch)]
     layer_parts = {part.index: part for part in models.parts if part.layer >= 0}
     one = (
         1 if resolved.options.speculation == "chain" else None

@@ -20,17 +20,17 @@ from aspec.models.model import Activation, Model
 from aspec.models.weights.parts import Part
 from aspec.speculation.drafter import Drafter, item_of, pad
 from aspec.tasks.op import Op
-from aspec.tasks.task import NOTHING, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus
+from aspec.tasks.task import NOTHING, Decoding, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus
 from aspec.threads import Threads
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The memory of streamed parts: the slots as uint8 tensors, the parts by index, one scratch buffer."""
+    """The memory of streamed parts: the parts by index, the slots and the scratch buffers as uint8 tensors."""
 
     parts: Mapping[int, Part]
     slots: Sequence[torch.Tensor]
-    scratch: torch.Tensor
+    scratch: Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class ModelRunner:
         self._logits: dict[str, torch.Tensor] = {}  # likewise, if logprobs are requested
         self._ops: Mapping[Op, Callable[[Task], Report]] = {
             Op.ASSIGN_ROWS: self._assign_rows,
+            Op.DECODE: self._decode,
             Op.EMBED: self._embed,
             Op.LAYER: self._layer,
             Op.PROJECT: self._project,
@@ -121,6 +122,12 @@ class ModelRunner:
         return NOTHING
 
     # -- target ----------------------------------------------------------------------------------------------
+
+    def _decode(self, task: Task) -> Report:
+        work, weights = task.payload, self._weights
+        assert isinstance(work, Decoding)
+        self._target.bind(weights.parts[work.part], weights.slots[work.slot], weights.scratch[work.scratch])
+        return NOTHING
 
     def _embed(self, task: Task) -> Report:
         item = item_of(task)
@@ -175,7 +182,7 @@ class ModelRunner:
         assert isinstance(work, LayerWork)
         for part, slot in work.slots:
             if self._bound.get(part) != task.number:
-                self._target.bind(weights.parts[part], weights.slots[slot], weights.scratch)
+                self._target.bind(weights.parts[part], weights.slots[slot], None)
                 self._bound[part] = task.number
         return work.layer
 
@@ -291,6 +298,8 @@ def use_threads(number: int | None) -> None:
 def _number_of_threads(task: Task, threads: Threads) -> int:
     if task.op in (Op.DRAFT, Op.DRAFT_PREFILL):
         return threads.draft
+    if task.op is Op.DECODE:
+        return 1  # its operations are too small to share
     return threads.prefill if task.item is not None and task.item.prefill else threads.decode
 
 

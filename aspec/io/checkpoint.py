@@ -18,6 +18,8 @@ import torch
 from aspec.errors import CheckpointError, shown
 from aspec.io.disk import FileVersion
 from aspec.io.fetching.files import SIZES
+from aspec.io.fetching.gguf_files import split_set
+from aspec.io.hub import source_of
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 from aspec.io.weight_format import REMEDY, folder_format
 
@@ -58,6 +60,12 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    data: bytes | None = None  # of a small tensor of an outline, which is in no file
+
+    @property
+    def refs(self) -> "tuple[TensorRef, ...]":
+        """The stored tensors of this weight: itself."""
+        return (self,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ class Checkpoint:
         """Index a folder. Raises CheckpointError, with the file or tensor, if it is damaged."""
         folder = Path(folder)
         weight_map = _read_weight_map(folder)
-        sizes = _sizes_elsewhere(folder)
+        sizes = sizes_elsewhere(folder)
         tensors: dict[str, TensorRef] = {}
         files: dict[str, FileVersion] = {}
         for file in sorted(set(weight_map.values())) or [SINGLE]:
@@ -96,18 +104,25 @@ class Checkpoint:
 
 
 def outline(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Checkpoint:
-    """A checkpoint made of ``shapes`` alone, for plans without weights. Its tensors cannot be read."""
+    """A checkpoint made of ``shapes`` alone, for plans without weights; of real tensors (uint8) it has the contents."""
     tensors: dict[str, TensorRef] = {}
     end, file = 0, str(folder / SINGLE)
     for name, tensor in shapes.items():
-        tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes)
+        data = None if tensor.is_meta else bytes(tensor.flatten().tolist())
+        tensors[name] = TensorRef(name, file, tensor.dtype, tuple(tensor.shape), end, tensor.nbytes, data)
         end += tensor.nbytes
     return Checkpoint(folder, MappingProxyType(tensors), end, {})
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors files, or an index of them."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+    """Whether a folder has safetensors files, or an index of them, or stands for a GGUF file."""
+    return source_of(folder) is not None or any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights. Raises CheckpointError if one of a split set is missing."""
+    source = source_of(folder)
+    return sorted(folder.glob("*.safetensors")) if source is None else split_set(source)
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:
@@ -153,7 +168,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _sizes_elsewhere(folder: Path) -> dict[str, int | None]:
+def sizes_elsewhere(folder: Path) -> dict[str, int | None]:
     """Shard -> its bytes on the hub, in a folder that holds only headers; empty for any other folder."""
     if not (folder / SIZES).is_file():
         return {}
@@ -180,10 +195,11 @@ def version_of(path: Path) -> FileVersion:
     try:
         return FileVersion.of(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error of a file that the system does not let aspec read."""
     return CheckpointError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.")
 
 
@@ -201,7 +217,7 @@ def _read_entries(path: Path, size: int | None) -> tuple[dict[str, object], int,
                 )
             header = parse_json(file.read(length), unique=True)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except DuplicateMember as error:
         raise CheckpointError(
             f"{path}: tensor {shown(error.name)} is stored twice: expected once. {FETCH_AGAIN}"

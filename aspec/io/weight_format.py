@@ -1,4 +1,4 @@
-"""Formats of weights that aspec does not read yet, by the signs they are known by, for a refusal that names them."""
+"""Formats of weights by the signs they are known by, for messages that name them."""
 
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,6 @@ from typing import Any
 
 FILES: Mapping[str, str] = MappingProxyType(
     {
-        ".gguf": "GGUF (of llama.cpp)",
         ".ggml": "GGML (of llama.cpp)",
         ".bin": "PyTorch's .bin",
         ".pt": "PyTorch's .pt",

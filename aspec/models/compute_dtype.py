@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from transformers import PreTrainedConfig
 
-from aspec.io.checkpoint import TensorRef
+from aspec.models.formats.packed import StoredWeight
 
 COMPUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -16,18 +16,18 @@ def named_dtype(requested: torch.dtype | None, config: PreTrainedConfig) -> torc
     return next((dtype for dtype in (requested, config.dtype) if dtype in COMPUTABLE), None)
 
 
-def stored_dtype(tensors: Mapping[str, TensorRef]) -> torch.dtype | None:
+def stored_dtype(weights: Mapping[str, StoredWeight]) -> torch.dtype | None:
     """The float dtype of most stored bytes; None without weights. Some families store a few tensors in fp32."""
-    nbytes = bytes_by_dtype(tensors.values())
+    nbytes = bytes_by_dtype(weights.values())
     return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)
 
 
-def bytes_by_dtype(refs: Iterable[TensorRef]) -> Counter[torch.dtype]:
-    """Stored bytes by float dtype."""
+def bytes_by_dtype(weights: Iterable[StoredWeight]) -> Counter[torch.dtype]:
+    """Stored bytes by float dtype; of packed weights it is the one that they decode to."""
     found: Counter[torch.dtype] = Counter()
-    for ref in refs:
-        if ref.dtype in COMPUTABLE:
-            found[ref.dtype] += ref.nbytes
+    for weight in weights:
+        if weight.dtype in COMPUTABLE:
+            found[weight.dtype] += weight.nbytes
     return found
 
 

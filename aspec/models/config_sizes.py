@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from aspec.errors import CheckpointError, shown
 from aspec.io.checkpoint import Checkpoint
+from aspec.io.hub import known_as
 from aspec.units import format_bytes
 
 LIMITS = (
@@ -51,8 +52,8 @@ def check_layers(num_layers: int, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a configuration has more layers than tensors are stored."""
     if num_layers > len(checkpoint.tensors):
         raise CheckpointError(
-            f"{checkpoint.folder}: config.json has {num_layers} layers, expected at least one tensor of each, found "
-            f"{len(checkpoint.tensors)} stored tensors. config.json and the weights do not belong together."
+            f"{known_as(checkpoint.folder)}: config.json has {num_layers} layers, expected at least one tensor of "
+            f"each, found {len(checkpoint.tensors)} stored tensors. config.json and the weights do not belong together."
         )
 
 

@@ -14,7 +14,7 @@ FutureWarning; 5.40 removes it.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import sdpa_mask
@@ -44,6 +45,7 @@ __all__ = [
     "LlamaDecoderLayer",
     "WeightConverter",
     "WeightRenaming",
+    "as_published",
     "build_glob_alternation",
     "cache_argument",
     "compute_buffers",
@@ -62,7 +64,9 @@ __all__ = [
     "set_attention",
     "set_experts",
     "takes_registered_attention",
+    "text_splits_of_gguf",
     "tied_weights",
+    "tokenizer_from_gguf",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values")  # newest first
@@ -156,6 +160,11 @@ def conversion_rules(model: PreTrainedModel) -> list[Any]:
     return list(get_model_conversion_mapping(model, None, None))
 
 
+def as_published(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters under the names and in the shapes in which checkpoints have them; the rules are run backwards."""
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
 def ignored_keys(model: PreTrainedModel) -> Iterable[str]:
     """Patterns of stored names that the model does not use."""
     return tuple(model._keys_to_ignore_on_load_unexpected or ())
@@ -164,3 +173,24 @@ def ignored_keys(model: PreTrainedModel) -> Iterable[str]:
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that share the memory of another parameter: name -> name of the other."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tokenizer_from_gguf(architecture: str, parts: Mapping[str, Any]) -> Any | None:
+    """The tokenizer that the metadata of a GGUF file describe; None where transformers is too old to build it.
+
+    ``parts``: names as transformers' own reader gives them (``tokens``, ``merges``, ``pre_tokenizer_type``).
+    """
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+    except ImportError:
+        return None
+    return convert_gguf_tokenizer(architecture, dict(parts))[0]
+
+
+def text_splits_of_gguf() -> frozenset[str]:
+    """The rules of splitting text for a byte-level vocabulary, by ``tokenizer.ggml.pre``, that transformers knows."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return frozenset()
+    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)

@@ -8,27 +8,30 @@ progress at once. Callers run everything under ``torch.inference_mode``.
 """
 
 import contextlib
-import reprlib
+import itertools
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from aspec.errors import CheckpointError, InternalError, UserError, reason_of
+from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
-from aspec.io.json_file import read_json
+from aspec.io.hub import known_as, read_config
 from aspec.io.upload import upload
 from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact.products import LayerModes, matmul_mode, route
-from aspec.models.hf_compat import cache_argument, tied_weights
+from aspec.models.formats.packed import Format, PackedWeight, StoredWeight
+from aspec.models.formats.registry import format_of, open_weights, stored_weights
+from aspec.models.generation_defaults import end_ids
+from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
@@ -36,11 +39,10 @@ from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.lora import Adapter, adapt
-from aspec.models.weights.parts import REST, Binding, Part, plan_parts
+from aspec.models.weights.outline import outline_tensors
+from aspec.models.weights.parts import REST, Binding, Part, layer_of, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.unused import check_unused, unused_text
-
-FROM_CONFIG = "_from_model_config"  # among generation defaults: they are those of config.json
 
 
 @dataclass(slots=True)
@@ -86,21 +88,26 @@ class Model:
         outlined: bool = False,
     ) -> None:
         self.folder = Path(folder)
+        self.name = known_as(self.folder)  # for messages
         self.device = torch.device(device)
         self.config: PreTrainedConfig = load_config(self.folder)
         named = named_dtype(dtype, self.config)
+        packing = format_of(self.folder, read_config(self.folder))
         self.checkpoint = Checkpoint(self.folder, {}, 0, {})
+        weights: Mapping[str, StoredWeight] = {}
         if stored := has_weights(self.folder):  # headers are cheap to read, and bound what the configuration may claim
-            self.checkpoint = Checkpoint.open(self.folder)
+            self.checkpoint, weights = open_weights(self.folder, packing)
             check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
         self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
-        self._named_dtype = named or stored_dtype(self.checkpoint.tensors) or torch.float32
+        usual = torch.float32 if packing is None else torch.bfloat16  # nobody packs a model of float32
+        self._named_dtype = named or stored_dtype(weights) or usual
         self.dtype = computed_on(self.device, self._named_dtype)
         self._layers_model = build_skeleton(self.config, self.dtype, self.device)
         self._layers_name, self._layers = find_layers(self._layers_model)
         if not stored:
-            self.checkpoint = self._outline() if outlined else Checkpoint.open(self.folder)  # which raises
-        self._tensors = map_tensors(self._layers_model, self.checkpoint)
+            self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
+            weights = stored_weights(self.checkpoint.tensors, packing)
+        self._tensors = map_tensors(self._layers_model, self.name, weights, getattr(packing, "remarks", ()))
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
@@ -119,13 +126,11 @@ class Model:
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
         self.context = context_limit(text)
-        self.end_ids = _end_ids(self.folder, text)
+        self.end_ids = end_ids(self.folder, text)
 
-    def _outline(self) -> Checkpoint:
+    def _outline(self, packing: Format | None) -> Checkpoint:
         """What the configuration says that the checkpoint would hold."""
-        tied = tied_weights(self._layers_model)
-        stored = {name: own for name, own in self._layers_model.state_dict().items() if name not in tied}
-        return outline(self.folder, stored)
+        return outline(self.folder, outline_tensors(self._layers_model, packing, named_dtype(None, self.config)))
 
     @property
     def max_context(self) -> int | None:
@@ -142,10 +147,10 @@ class Model:
         """What the user should know, a text each: tensors that are not read, and another dtype than the one named."""
         texts = list(self._tensors.remarks)
         if self.unexpected:
-            texts.append(unused_text(self.folder, self.unexpected))
+            texts.append(unused_text(self.name, self.unexpected))
         if self.dtype != self._named_dtype:
             texts.append(
-                f"{self.folder}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
+                f"{self.name}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
                 f"slower. bfloat16 keeps 8 of its 11 significant bits; --dtype float32 keeps all, in twice the memory"
             )
         return tuple(texts)
@@ -156,6 +161,23 @@ class Model:
         stored = [dtype_name(dtype) for dtype, _ in bytes_by_dtype(self.checkpoint.tensors.values()).most_common()]
         computed = dtype_name(self.dtype)
         return computed if stored in ([], [computed]) else f"{computed} (stored in {' and '.join(stored)})"
+
+    @cached_property
+    def packed(self) -> Mapping[int, tuple[PackedWeight, ...]]:
+        """The packed weights by layer; an embedding or a head has the layer REST."""
+        found: dict[int, list[PackedWeight]] = defaultdict(list)
+        for entry in self._tensors.entries:
+            own = [weight for weight, _ in entry.sources if isinstance(weight, PackedWeight)]
+            found[layer_of(entry.name, self._layers_name)] += own
+        return {layer: tuple(own) for layer, own in found.items() if own}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """How weights are packed, the method of the most bytes first; empty if none is packed."""
+        nbytes: Counter[str] = Counter()
+        for weight in itertools.chain.from_iterable(self.packed.values()):
+            nbytes[weight.method] += weight.nbytes
+        return tuple(method for method, _ in nbytes.most_common())
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""
@@ -362,39 +384,3 @@ def _host_attention(activation: Activation) -> HostAttention:
     if split is None or split.host_attention is None:
         raise InternalError("nothing to copy to the host: the KV cache is on the device of the layers")
     return split.host_attention
-
-
-def generation_defaults(folder: Path) -> dict[str, Any]:
-    """Settings of the checkpoint's generation_config.json; CheckpointError if it is damaged.
-
-    Without the file they are those of config.json, where older checkpoints have them, and FROM_CONFIG is true in them;
-    empty without both.
-    """
-    path = folder / "generation_config.json"
-    try:
-        if path.is_file():
-            return {**GenerationConfig.from_pretrained(folder).to_diff_dict(), FROM_CONFIG: False}
-        path = folder / "config.json"
-        if not path.is_file():
-            return {}
-        stored = read_json(path, "a model's configuration", error=CheckpointError, constants=True)
-        found = GenerationConfig.from_model_config(stored).to_diff_dict()
-    except Exception as error:  # the loader may raise any exception for a value it does not know
-        if isinstance(error, UserError):
-            raise
-        raise CheckpointError(
-            f"{path}: expected generation defaults in JSON, found {reason_of(error)}. Correct or remove the file."
-        ) from error
-    return {name: value for name, value in found.items() if name in GenerationConfig().to_dict()}
-
-
-def _end_ids(folder: Path, text: PreTrainedConfig) -> frozenset[int]:
-    """Tokens that end a sequence, from the generation defaults or the configuration."""
-    found = generation_defaults(folder).get("eos_token_id", getattr(text, "eos_token_id", None))
-    ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
-    if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(
-            f"{folder}: expected eos_token_id to be a token id or a list of them, found {reprlib.repr(found)}. Correct "
-            f"generation_config.json or config.json."
-        )
-    return frozenset(ids)

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
-from aspec.io.hub import read_config
-from aspec.io.weight_format import REMEDY, quantisation
+from aspec.io.hub import known_as, read_config
 from aspec.models import attention
 from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
 from aspec.models.families import ATTENTION_LAYERS, HARMLESS, REFUSED_KEYS, family_of
+from aspec.models.formats.registry import format_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     compute_buffers,
@@ -39,12 +39,9 @@ OUTPUTS = {
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
-    path, raw = folder / "config.json", read_config(folder)
+    path, raw = known_as(folder / "config.json"), read_config(folder)
     model_type = raw["model_type"]
-    if (kind := quantisation(raw)) is not None:
-        raise UnsupportedModelError(
-            f"{path}: its weights are quantised ({kind}), and quantised checkpoints are not supported yet. {REMEDY}"
-        )
+    format_of(folder, raw)  # raises for weights that aspec cannot decode
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
         raise UnsupportedModelError(

@@ -35,6 +35,7 @@ _COLORS: Mapping[str, int] = {
     timeline.DISK: 67,
     timeline.H2D: 73,
     timeline.D2H: 79,
+    timeline.DECODE: 110,
     timeline.TARGET: 108,
     timeline.DRAFT: 139,
     timeline.CPU: 144,

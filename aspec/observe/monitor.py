@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from aspec.observe.snapshot import LaneView, SlotState, Snapshot
 from aspec.observe.timeline import CPU, LANES, LINKS, Stops
 from aspec.plan import Plan, Tier
-from aspec.tasks.task import LayerWork, Load, Span, Task
+from aspec.tasks.task import Decoding, Load, Span, Task
 from aspec.units import format_bytes, format_part
 
 WINDOW_S = 20.0  # work that ended earlier is dropped
@@ -77,8 +77,8 @@ class Monitor:
         if self._begun_s is None:
             self._begun_s = at_s
         self._set_slot(task, SlotState.LOADING)
-        if isinstance(task.payload, LayerWork):
-            self._slots |= {slot: (SlotState.IN_USE, task.payload.layer) for _, slot in task.payload.slots}
+        if task.layer is not None:
+            self._slots |= {slot: (SlotState.IN_USE, task.layer) for _, slot in task.slots}
 
     def __call__(self, span: Span) -> None:
         """Record a finished task."""
@@ -90,11 +90,11 @@ class Monitor:
             work.popleft()
         self._show_lane(lane, stop_s, stop_s - start_s)
         self._set_slot(task, SlotState.READY)
-        if task.op.ends_layer and isinstance(task.payload, LayerWork):
-            self._slots |= {slot: (SlotState.FREE, -1) for _, slot in task.payload.slots}
-            if self._stage == "prefill" and task.item is not None:
-                self._prefilled += task.item.num_tokens
-                self._done = self._prefilled // self._num_layers
+        if task.op.ends_layer or (isinstance(task.payload, Decoding) and task.payload.frees_slot):
+            self._slots |= {slot: (SlotState.FREE, -1) for _, slot in task.slots}
+        if task.op.ends_layer and self._stage == "prefill" and task.item is not None:
+            self._prefilled += task.item.num_tokens
+            self._done = self._prefilled // self._num_layers
         if span.outcomes:
             self._add_outcomes(span, stop_s)
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from aspec.tasks.op import Lane
 from aspec.units import format_rate
 
-DISK, H2D, D2H, TARGET, DRAFT, CPU = LANES = tuple(Lane)
+DISK, H2D, D2H, DECODE, TARGET, DRAFT, CPU = LANES = tuple(Lane)
 """The lanes of a run, from the files to the host's small tasks."""
 
 LINKS = (DISK, H2D)
@@ -23,6 +23,7 @@ BOUND: Mapping[str, str] = {
     DISK: "disk-bound",
     H2D: "link-bound",
     D2H: "bound by the link to the host",
+    DECODE: "bound by decoding weights",
     TARGET: "compute-bound",
     DRAFT: "draft-bound",
     CPU: "host-bound",

@@ -35,14 +35,21 @@ def coarse(plan: Plan, profile: SimCosts, max_tasks: int = MAX_TASKS) -> tuple[P
 
 def _merge_parts(plan: Plan, layers: int) -> Plan:
     """The plan with one part for each tier and each group of ``layers`` layers."""
-    sizes: dict[tuple[int, str], tuple[int, int, PlannedPart]] = {}
+    together: dict[tuple[int, str], list[PlannedPart]] = {}
     for part in plan.parts:
-        key = part.layer // layers, part.tier
-        nbytes, size, _ = sizes.get(key, (0, 0, part))
-        sizes[key] = nbytes + part.nbytes, size + part.size, part
+        together.setdefault((part.layer // layers, part.tier), []).append(part)
     parts = tuple(
-        replace(part, index=index, layer=layer, nbytes=nbytes, size=size)
-        for index, ((layer, _), (nbytes, size, part)) in enumerate(sorted(sizes.items(), key=lambda one: one[0]))
+        PlannedPart(
+            index,
+            layer,
+            nbytes=sum(part.nbytes for part in own),
+            size=sum(part.size for part in own),
+            tier=own[0].tier,
+            scratch_bytes=sum(part.scratch_bytes for part in own),
+            decoded_bytes=sum(part.decoded_bytes for part in own),
+            in_place=any(part.in_place for part in own),
+        )
+        for index, ((layer, _), own) in enumerate(sorted(together.items(), key=lambda one: one[0]))
     )
     groups = (plan.crossing[start : start + layers] for start in range(0, len(plan.crossing), layers))
     crossing = tuple((sum(out for out, _ in own), sum(back for _, back in own)) for own in groups)

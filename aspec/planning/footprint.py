@@ -16,7 +16,7 @@ from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, merge_bytes, scratch_bytes
-from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
+from aspec.plan import SCRATCH_BUFFERS, PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planning.placement import Footprint
 from aspec.planning.resolve import Resolved
 from aspec.speculation.draft_graphs import graph_bytes
@@ -99,14 +99,14 @@ def _context_warnings(models: Models) -> Iterator[str]:
     capacity = _capacity(models)
     if asked is not None and target.max_context is not None and capacity > target.max_context:
         yield (
-            f"--max-context {asked} exceeds the {target.max_context} tokens that {target.folder} was made for: the "
+            f"--max-context {asked} exceeds the {target.max_context} tokens that {target.name} was made for: the "
             f"text beyond them may be poor"
         )
     if asked is not None and (possible := target.context.possible) is not None and asked > possible:
-        yield f"--max-context {asked} exceeds the {possible} positions of {target.folder}: rows end there"
+        yield f"--max-context {asked} exceeds the {possible} positions of {target.name}: rows end there"
     if draft is not None and draft.max_context is not None and capacity > draft.max_context:
         yield (
-            f"the draft {draft.folder} reads {draft.max_context} tokens, a row may have {capacity}: longer rows go on "
+            f"the draft {draft.name} reads {draft.max_context} tokens, a row may have {capacity}: longer rows go on "
             f"without proposals"
         )
 
@@ -173,10 +173,19 @@ def _footprint(
     request: PlanRequest,
 ) -> Footprint:
     layer_parts = tuple(
-        PlannedPart(part.index, part.layer, part.nbytes, part.size, scratch_bytes=part.scratch_bytes)
+        PlannedPart(
+            part.index,
+            part.layer,
+            part.nbytes,
+            part.size,
+            scratch_bytes=part.scratch_bytes,
+            decoded_bytes=part.decoded_bytes,
+            in_place=bool(part.bindings),
+        )
         for part in parts
         if part.layer >= 0
     )
+    decoded = {part.layer for part in layer_parts if part.decoded_bytes}
     kv = KVCache.bytes_per_token(target.kv_shapes(offloaded=request.kv_on_host), target.dtype)
     draft_kv = 0 if draft is None else KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
     spare = draft_slots(request.speculation, request.max_draft_tokens)
@@ -184,7 +193,7 @@ def _footprint(
     fixed = {
         "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
         "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
-        "scratch": scratch_bytes(parts),
+        "scratch": scratch_bytes(parts) * max(1, min(SCRATCH_BUFFERS, len(decoded))),
         "adapter merge": merge_bytes((*parts, *draft_parts)),
         "activations": _activation_bytes(target, request),
         "draft trees": request.num_rows * spare * draft_kv + (0 if request.kv_on_host else nodes),

@@ -6,7 +6,6 @@ An engine or a plan resolves its options once. No code below looks for a folder,
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from aspec.errors import UserError
 from aspec.io import hub
 from aspec.io.fetching.fetch import Fetches
 from aspec.io.host_memory import available_bytes, growth_bytes, process_bytes
+from aspec.models.formats.gguf.folder import folder_of
 from aspec.models.weights.adapter_config import has_adapter, read_adapter_config
 from aspec.options import DEMO, NGRAM, EngineOptions
 from aspec.plan import Speculation
@@ -90,8 +90,10 @@ class Resolved:
 Weights = tuple[Path, Path | None]
 """The folder of a model and the folder of its adapter."""
 
+ADAPTER = "adapter"
+
 Find = Callable[..., Path]
-"""``hub.resolve`` for the models of one resolution."""
+"""From the name of a model to its folder, or to the one that stands for its GGUF file."""
 
 
 def resolve(options: EngineOptions | Resolved, fetches: Fetches | None = None, *, weights: bool = True) -> Resolved:
@@ -159,7 +161,16 @@ def _folders(
             if value not in (None, NGRAM):
                 raise UserError(f"--{name} was given without --target: it belongs to one target. Give both or neither.")
         return (DEMO / "target", None), (DEMO / "draft", None) if method.has_model else None
-    find = partial(hub.resolve, fetches=fetches, weights=weights)
+
+    def find(name: str, *, what: str) -> Path:
+        found = hub.resolve(name, what=what, weights=weights, fetches=fetches)
+        if found.is_file() and what == ADAPTER:
+            raise UserError(
+                f"adapter {name!r} is a GGUF file: expected a folder with adapter_config.json and "
+                f"adapter_model.safetensors. Give the adapter as peft saved it, before its conversion."
+            )
+        return folder_of(found) if found.is_file() else found
+
     target = _weights(find, str(options.target), "target", options.adapter)
     return target, _weights(find, str(options.draft), "draft") if method.has_model else None
 
@@ -196,7 +207,7 @@ def _weights(find: Find, name: str, what: str, adapter: str | Path | None = None
 
 
 def _adapter(find: Find, name: str) -> Path:
-    folder = find(name, what="adapter")
+    folder = find(name, what=ADAPTER)
     if not has_adapter(folder):
         raise UserError(
             f"adapter {name!r}: expected a folder with adapter_config.json and adapter_model.safetensors, found no "

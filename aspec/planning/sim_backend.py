@@ -20,6 +20,7 @@ from aspec.tasks.task import (
     COMPUTE,
     CPU,
     D2H,
+    DECODE,
     DISK,
     DRAFT_COMPUTE,
     H2D,
@@ -41,6 +42,7 @@ HOST_RESOURCES = (
     Resource(DISK, depth=3),
     Resource(COMPUTE, depth=2, domain="host"),
     Resource(CPU, depth=1),
+    Resource(DECODE, depth=2),
 )
 """A machine whose device is the host's own memory."""
 
@@ -51,6 +53,7 @@ DEVICE_RESOURCES = (
     Resource(H2D_RESULTS, depth=2, domain="device"),
     Resource(COMPUTE, depth=2, domain="device"),
     Resource(DRAFT_COMPUTE, depth=2, domain="device"),
+    Resource(DECODE, depth=2, domain="device"),
     Resource(CPU, depth=1),
 )
 """A machine with a device behind a link."""
@@ -158,6 +161,7 @@ class SimBackend:
         profile = self.profile
         excess = max(0, task.num_tokens - profile.knee_tokens)
         flat: Mapping[Cost, float] = {
+            Cost.DECODE: profile.decode_s,
             Cost.EMBED: profile.embed_s,
             Cost.LAYER: task.op.layer_share * (profile.layer_s + profile.layer_token_s * excess),
             Cost.HEAD: profile.head_s,
@@ -173,7 +177,7 @@ class SimBackend:
         if (
             cost_table is None
             or cost_table.read_contention <= 1.0
-            or task.resource not in (COMPUTE, CPU)
+            or task.resource not in (COMPUTE, CPU, DECODE)
             or not seconds
         ):
             return seconds

@@ -11,16 +11,17 @@ from functools import cache, partial
 from aspec.backends.registry import HOST
 from aspec.errors import BudgetError, UnsupportedModelError, UserError
 from aspec.models.model import Model
-from aspec.plan import Plan, PlanRequest, Speculation, Workload
+from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation, Workload
 from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models, request_for
 from aspec.planning.forecast import FEW_PROMPTS, Forecaster
+from aspec.planning.placement import make_plan
 from aspec.planning.resolve import Resolved, revise
 from aspec.planning.search import CAPS, GROUPS, SLOTS, Candidate, Search, SearchSpace, rows_for, search
 from aspec.planning.usual import shrunk, with_free_proposals
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
-from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, machine_profile
+from aspec.profiling.profile_cache import AcceptanceStats, decoding_profile, known_acceptance, machine_profile
 from aspec.profiling.roofline import prices
 from aspec.profiling.threads import choose_threads, thread_counts
 from aspec.tasks.task import COMPUTE, CPU
@@ -64,7 +65,10 @@ def threads_for(models: Models, machine: Callable[[int], Hardware] | None = None
 def _this_machine(models: Models, threads: int) -> Hardware:
     """This machine with so many compute threads: from the cache, or measured now."""
     resolved, rate = models.resolved, models.resolved.options.link_rate
-    return machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
+    machine = machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
+    if resolved.kind is not None or not models.target.packed:
+        return machine
+    return replace(machine, cpu=replace(machine.cpu, decode_weight_s=decoding_profile(models.target)))
 
 
 def best_plans(
@@ -100,6 +104,39 @@ def best_plans(
         found = Search((Candidate(plan.request, plan, forecaster(plan)),), 0, 0)
     plan = with_free_proposals(models, found.best.plan)
     return replace(found, found=(Candidate(plan.request, plan, found.best.forecast), *found.found[1:]))
+
+
+def decode_seconds(plan: Plan, costs: SimCosts) -> float:
+    """Seconds of the lane that decodes weights in one pass of a plan; 0 if nothing is decoded."""
+    table = costs.cost_table
+    parts = [part for part in plan.streamed if part.decoded_bytes]
+    if table is None:
+        return costs.decode_s * len(parts)
+    each = (part.decoded_bytes * table.target.layers[part.layer].decode_byte_s / table.decoders for part in parts)
+    return sum(each) + table.task_s * len(parts)
+
+
+def unpacked(models: Models, best: Candidate, basis: CostBasis, work: Workload) -> Candidate | None:
+    """The same request for the same model, stored in the dtype that it computes in; None if it does not fit.
+
+    Its parts are about as large as those of the packed model.
+    """
+    footprint = models.footprint(best.plan.request)
+    sizes = {part.index: part.made_bytes for part in models.parts}
+    parts: list[PlannedPart] = []
+    for part in footprint.parts:
+        pieces = max(1, round(sizes[part.index] / part.nbytes))
+        nbytes = -(-sizes[part.index] // pieces)
+        parts += [PlannedPart(len(parts) + piece, part.layer, nbytes, nbytes) for piece in range(pieces)]
+    plain = replace(footprint, parts=tuple(parts), fixed={**footprint.fixed, "scratch": 0})
+    request = best.plan.request
+    if models.resolved.method.if_free:  # the forecast of the packed model is without them, too
+        request = replace(request, max_draft_tokens=0)
+    try:
+        plan = make_plan(plain, request)
+    except BudgetError:
+        return None
+    return Candidate(plan.request, plan, forecast_for(models, plan.request, basis, work)(plan))
 
 
 def _with_exactness_settled(found: Search, models: Models, basis: CostBasis, work: Workload) -> Search:
@@ -148,6 +185,7 @@ def pricing(models: Models, basis: CostBasis, *, exact: bool, sampled: bool) -> 
             cpu_attention=cpu_attention,
             acceptance=basis.known.acceptance,
             spread=basis.known.spread,
+            decoders=1 if basis.threads is None or models.resolved.kind is not None else basis.threads.weights,
         )
 
     return lambda plan: priced(plan.proposes_trees, plan.attention_resource == CPU)

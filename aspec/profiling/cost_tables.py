@@ -88,12 +88,12 @@ class LayerCost:
     project: PiecewiseLinear  # the norm and the projections to queries, keys and values
     rest: PiecewiseLinear  # the output projection and everything after it
     attention: Attention
-    bind_s: float = 0.0  # once per pass: converting stored weights to the compute dtype
+    decode_byte_s: float = 0.0  # per byte of weights decoded from what is stored
 
     def times(self, factor: float) -> "LayerCost":
         """One layer that costs as much as ``factor`` of these."""
         lines = self.project.times(factor), self.rest.times(factor)
-        return LayerCost(*lines, self.attention.times(factor), factor * self.bind_s)
+        return LayerCost(*lines, self.attention.times(factor), self.decode_byte_s)
 
     def seconds(self, item: WorkItem, *, tree: bool = False) -> float:
         """Seconds of the whole layer for one item."""
@@ -153,10 +153,13 @@ class CostTable:
     node_s: float = 0.0  # per node of a tree: adding the node and its children to the tree
     task_s: float = 0.0  # fixed seconds of every task on its lane
     tree: bool = False  # proposals are trees
+    decoders: int = 1  # threads that decode weights, a part each
     read_contention: float = 1.0  # factor on seconds of computing while the disk lane reads
 
     def seconds(self, task: Task) -> float:
         """Seconds of a task that computes an item. Raises KeyError for a task that loads."""
+        if task.op is Op.DECODE and task.layer is not None:
+            return self.task_s + task.nbytes * self.target.layers[task.layer].decode_byte_s / self.decoders
         item = task.item
         assert item is not None, f"{task.label} carries no work item"
         return self.task_s + _SECONDS_OF[task.op](self, task, item)
@@ -180,33 +183,26 @@ def _whole_tiles(length: int) -> int:
 
 
 def _layer(table: CostTable, task: Task, item: WorkItem) -> float:
-    layer, streams = _layer_of(table, task)
-    return layer.seconds(item, tree=table.tree) + _bind(layer, streams, item)
+    return _layer_of(table, task).seconds(item, tree=table.tree)
 
 
 def _project(table: CostTable, task: Task, item: WorkItem) -> float:
-    layer, streams = _layer_of(table, task)
-    return layer.project.at(item.padded_tokens) + _bind(layer, streams, item)
+    return _layer_of(table, task).project.at(item.padded_tokens)
 
 
-def _layer_of(table: CostTable, task: Task) -> tuple[LayerCost, bool]:
-    """The cost of a task's layer, and whether the layer streams."""
+def _layer_of(table: CostTable, task: Task) -> LayerCost:
+    """The cost of a task's layer."""
     work = task.payload
     assert isinstance(work, LayerWork), f"{task.label} belongs to no layer"
-    return table.target.layers[work.layer], bool(work.slots)
-
-
-def _bind(layer: LayerCost, streams: bool, item: WorkItem) -> float:
-    """Seconds of converting streamed weights: the first item of a pass does it."""
-    return layer.bind_s if streams and item.index == 0 else 0.0
+    return table.target.layers[work.layer]
 
 
 def _attend(table: CostTable, task: Task, item: WorkItem) -> float:
-    return _layer_of(table, task)[0].attention.seconds(item, tree=table.tree)
+    return _layer_of(table, task).attention.seconds(item, tree=table.tree)
 
 
 def _ffn(table: CostTable, task: Task, item: WorkItem) -> float:
-    return _layer_of(table, task)[0].rest.at(item.padded_tokens)
+    return _layer_of(table, task).rest.at(item.padded_tokens)
 
 
 def _embed(table: CostTable, task: Task, item: WorkItem) -> float:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
+from aspec.io.checkpoint import weight_files
 from aspec.io.disk_probe import probe_rate
 from aspec.io.host_memory import total_bytes
 from aspec.io.memory import allocate
@@ -69,6 +70,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             cached_weight_s={name: cached},
             attention=_attention(dtype, exact=False),
             exact_attention=_attention(dtype, exact=True),
+            decode_weight_s={},
             **_draws(dtype),
             **measure_trees(dtype),
         )
@@ -99,7 +101,7 @@ def measure_read_contention(folder: Path, dtype: torch.dtype, threads: int) -> f
 
 def files_of(folder: Path) -> list[Segment]:
     """Byte ranges of a model's files from a random place on: earlier reads may be in a cache of the storage."""
-    sizes = {str(file): file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    sizes = {str(file): file.stat().st_size for file in weight_files(folder)}
     total = sum(sizes.values())
     if total < SMALLEST_FILE:
         return []

@@ -76,6 +76,13 @@ def _by_dtype(value: object, name: str) -> Mapping[str, float]:
     return MappingProxyType({key: _rate(own, f"{name}.{key}") for key, own in _entries(value, name)})
 
 
+def _by_method(value: object, name: str) -> Mapping[str, float]:
+    """Seconds of decoding one weight, by method such as "GPTQ, 4 bits, groups of 128"."""
+    if not isinstance(value, dict):
+        raise _FieldError(f"{name} must be an object of methods and seconds, found {reprlib.repr(value)}")
+    return MappingProxyType({str(key): _seconds(own, f"{name}.{key}") for key, own in value.items()})
+
+
 def _tables(value: object, name: str) -> Mapping[str, Table]:
     return MappingProxyType({key: _table(own, f"{name}.{key}") for key, own in _entries(value, name)})
 
@@ -160,6 +167,7 @@ class Processor:
     weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)
     exact_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # in exact steps
     cached_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # weights in a cache
+    decode_weight_s: Mapping[str, float] = field(default_factory=_nothing, metadata={"kind": _by_method})
     attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
     exact_attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
 
@@ -188,6 +196,7 @@ class TaskSeconds:
     knee_tokens: int = field(default=0, metadata=COUNT)  # tokens that add no seconds to a layer
     draft_s: float = field(default=3e-3, metadata=SECONDS)  # one draft step
     draft_token_s: float = field(default=2e-5, metadata=SECONDS)  # further seconds per prompt token
+    decode_s: float = field(default=1e-3, metadata=SECONDS)  # decoding one part of a layer, where weights need it
     head_s: float = field(default=2e-3, metadata=SECONDS)
     embed_s: float = field(default=2e-4, metadata=SECONDS)
     accept_s: float = field(default=1e-4, metadata=SECONDS)

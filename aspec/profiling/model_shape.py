@@ -3,19 +3,19 @@
 Bytes are the bytes that the products read: in the compute dtype, which may differ from the dtype of the files.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 
-MERGE_COPIES = (
-    4  # a weight that an adapter changes costs about as many copies of it (measured: 3 at rank 16, 5.5 at rank 64)
-)
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 """Configuration keys of the model families for the number of experts of a token."""
 
@@ -35,7 +35,7 @@ class LayerShape:
     expert_bytes: int = 0  # weights of one routed expert
     experts: int = 0  # number of routed experts
     active: int = 0  # routed experts of one token
-    convert_bytes: int = 0  # weights that are stored in another dtype, or changed by an adapter
+    packed: tuple[tuple[str, int], ...] = ()  # method and number of the weights that are decoded before their use
 
     @property
     def dense_bytes(self) -> int:
@@ -78,11 +78,10 @@ def shape_of(model: Model) -> ModelShape:
     """The shape of a model; no weights are read."""
     text = model.config.get_text_config()
     kv = next(shape for shape in model.kv_shapes() if shape is not None)
-    converted: dict[int, int] = {}
-    for part in model.parts(1 << 62):
-        merged = sum(MERGE_COPIES * weight.nbytes for weight, _ in part.merges)
-        converted[part.layer] = converted.get(part.layer, 0) + part.scratch_bytes + merged
-    layers = tuple(layer_shape(layer, text, converted.get(index, 0)) for index, layer in enumerate(model.layer_modules))
+    layers = tuple(
+        replace(layer_shape(layer, text), packed=_packed(model.packed.get(index, ())))
+        for index, layer in enumerate(model.layer_modules)
+    )
     hidden = int(text.hidden_size)
     return ModelShape(
         layers,
@@ -97,7 +96,15 @@ def shape_of(model: Model) -> ModelShape:
     )
 
 
-def layer_shape(layer: nn.Module, config: PreTrainedConfig, convert_bytes: int = 0) -> LayerShape:
+def _packed(weights: Iterable[PackedWeight]) -> tuple[tuple[str, int], ...]:
+    """The weights of each method."""
+    counts: Counter[str] = Counter()
+    for weight in weights:
+        counts[weight.method] += math.prod(weight.shape)
+    return tuple(counts.items())
+
+
+def layer_shape(layer: nn.Module, config: PreTrainedConfig) -> LayerShape:
     """The shape of a decoder layer, which may be on the meta device."""
     matrices = {name: p for name, p in layer.named_parameters() if p.dim() >= 2}
     routed = {name: p for name, p in matrices.items() if p.dim() == 3 or _EXPERT.search(name)}
@@ -112,7 +119,6 @@ def layer_shape(layer: nn.Module, config: PreTrainedConfig, convert_bytes: int =
         expert_bytes=_nbytes(routed.values()) // experts if experts else 0,
         experts=experts,
         active=min(_active(config), experts) if experts else 0,
-        convert_bytes=convert_bytes,
     )
 
 

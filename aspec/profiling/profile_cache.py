@@ -17,9 +17,12 @@ import torch
 from aspec.backends.registry import Kind
 from aspec.errors import UserError
 from aspec.io.host_info import HostInfo, host_info
+from aspec.io.hub import known_as
 from aspec.io.json_file import read_record, replace_json
+from aspec.models.model import Model
 from aspec.options import cache_folder
 from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
+from aspec.profiling.decode_profiler import measure_decoding, measured_weights
 from aspec.profiling.device_profiler import measure_device
 from aspec.profiling.hardware import Hardware, hardware_from
 from aspec.profiling.roofline import ACCEPTANCE, SPREAD
@@ -71,7 +74,7 @@ def machine_profile(
 
 def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None) -> float | None:
     """Bytes per second of a model's disk, measured within the last hour or now; None if its files are too small."""
-    file = (cache or cache_folder()) / f"disk-{folder.stat().st_dev:x}.json"
+    file = (cache or cache_folder()) / f"disk-{known_as(folder).stat().st_dev:x}.json"
     if not refresh:
         found = read_record(file)
         age_s = time.time() - _number(found, "measured_at", 0.0)
@@ -81,6 +84,20 @@ def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None)
     if measured is not None:
         replace_json(file, {"bytes_per_s": measured, "measured_at": time.time()})
     return measured
+
+
+def decoding_profile(model: Model, *, refresh: bool = False, cache: Path | None = None) -> Mapping[str, float]:
+    """Seconds of one thread per decoded weight, by method of a checkpoint: from the cache, or measured now."""
+    found: dict[str, float] = {}
+    for method, weight in measured_weights(model).items():
+        words = (*asdict(host_info()).values(), method, weight.shape, model.dtype, torch.__version__)
+        file = (cache or cache_folder()) / f"decode-{_digest(*words)}.json"
+        known = 0.0 if refresh else _number(read_record(file), "weight_s", 0.0)
+        if known <= 0.0:
+            known = measure_decoding(weight, model.dtype)
+            replace_json(file, {"weight_s": known, "method": method, "shape": list(weight.shape)})
+        found[method] = known
+    return found
 
 
 def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> AcceptanceStats:
@@ -114,7 +131,7 @@ def remember_acceptance(
         spread=before.spread + share * (spread - before.spread),
         proposals=earlier + proposals,
     )
-    names = {"target": str(target.resolve()), "draft": str(draft.resolve()), "sampled": sampled}
+    names = {"target": str(known_as(target).resolve()), "draft": str(known_as(draft).resolve()), "sampled": sampled}
     replace_json(_pair_file(cache, target, draft, sampled), {**asdict(known), **names})
     return known
 
@@ -154,7 +171,7 @@ def _machine_file(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Path:
 
 
 def _pair_file(cache: Path, target: Path, draft: Path, sampled: bool) -> Path:
-    return cache / f"pair-{_digest(target.resolve(), draft.resolve(), sampled)}.json"
+    return cache / f"pair-{_digest(known_as(target).resolve(), known_as(draft).resolve(), sampled)}.json"
 
 
 def _digest(*words: object) -> str:

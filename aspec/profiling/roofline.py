@@ -4,6 +4,7 @@ The seconds of products come from the machine's table of seconds per weight byte
 larger of two times: reading the weights, or multiplying (roofline model). This file measures and reads nothing.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,6 +19,9 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 ACCEPTANCE, SPREAD = 0.8, 0.25  # guesses for a pair of models that has not run yet
 ELEMENT_PASSES = 6  # of elementwise work over a layer's outputs in memory
 DRAW_PASSES = {False: 1, True: 12}  # over the fp32 vocabulary: largest entry; noise, sum and largest entry
+DECODE_COPIES = {"AWQ": 7, "FP8": 4, "GPTQ": 6, "MXFP4": 3, "NVFP4": 4, "bitsandbytes": 4, "compressed-tensors": 4}
+"""Seconds of decoding a weight, as multiples of copying it; measured on one thread of a CPU with AVX-512."""
+MOST_COPIES = 7  # of other methods: of the k-quants of GGUF
 OFFER_PASSES = {False: 8, True: 20}  # the same for the children of a node, with their probabilities
 
 
@@ -33,12 +37,13 @@ def prices(
     cpu_attention: bool = False,
     acceptance: float = ACCEPTANCE,
     spread: float = SPREAD,
+    decoders: int = 1,
 ) -> SimCosts:
     """The costs of all tasks on a machine.
 
     ``draft_hardware``: the same machine with the draft's threads. ``exact``: the costs of exact steps. ``sampled``:
     draws with noise. ``tree``: proposals are trees. ``cpu_attention``: attention runs on the CPU, with the KV cache in
-    host memory, on a machine with a device.
+    host memory, on a machine with a device. ``decoders``: threads that decode weights.
     """
     device = hardware.processor
     kv_owner = hardware.cpu if cpu_attention else device  # of the target's KV cache
@@ -54,6 +59,7 @@ def prices(
         node_s=hardware.cpu.node_s,
         task_s=device.task_s,
         tree=tree,
+        decoders=decoders,
         read_contention=1.0 if hardware.h2d_bytes_per_s is not None else hardware.read_contention,
     )
     return SimCosts(
@@ -129,7 +135,20 @@ def _layer_cost(
         exact=exact,
         cached=cached,
     )
-    return LayerCost(project, rest, attention, bind_s=layer.convert_bytes / device.copy_rate)
+    return LayerCost(project, rest, attention, _decode_byte_s(layer, shape, device))
+
+
+def _decode_byte_s(layer: LayerShape, shape: ModelShape, device: Processor) -> float:
+    """Seconds of one thread, per byte of decoded weights; of weights that are only cast, a copy's."""
+    copy_s = 1.0 / device.copy_rate
+    weights = sum(count for _, count in layer.packed)
+    if not weights:
+        return copy_s
+    total_s = 0.0
+    for method, count in layer.packed:
+        usual_s = DECODE_COPIES.get(re.split(r"[ ,]", method)[0], MOST_COPIES) * copy_s * shape.itemsize
+        total_s += count * device.decode_weight_s.get(method, usual_s)
+    return total_s / (weights * shape.itemsize)
 
 
 def _product_line(

@@ -74,7 +74,7 @@ def choose_threads(
         decode = prefill = fastest(target_costs, (ROW, VERIFIED, PROMPT))
     else:
         decode, prefill = fastest(target_costs, (ROW, VERIFIED)), fastest(target_costs, (PROMPT,))
-    return Threads(decode, prefill, fastest(small, (ROW,)) if small else decode)
+    return Threads(decode, prefill, fastest(small, (ROW,)) if small else decode, max(machines))
 
 
 def fastest(costs: Mapping[int, ModelCost], passes: Sequence[int]) -> int:

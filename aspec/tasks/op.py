@@ -12,6 +12,7 @@ class Lane(StrEnum):
     DISK = "disk"
     H2D = "h2d"
     D2H = "d2h"
+    DECODE = "decode"
     TARGET = "target"
     DRAFT = "draft"
     CPU = "cpu"
@@ -24,6 +25,7 @@ class Cost(StrEnum):
     H2D = "h2d"
     D2H = "d2h"
     H2D_RESULTS = "back"
+    DECODE = "decode"  # by the bytes that it makes
     EMBED = "embed"
     LAYER = "layer"
     HEAD = "head"
@@ -37,7 +39,7 @@ class Op(StrEnum):
     """The kind of a task: its lane, its label, its cost class, its share of a layer, whether it ends a layer."""
 
     lane: Lane
-    template: str  # of the label: {layer}, and {detail} (the part of a load, the step of a draft)
+    template: str  # of the label: {layer}, and {detail} (the part of a load or of a decoding, the step of a draft)
     cost: Cost
     layer_share: float  # the op's share of a whole layer's flat seconds, 0 .. 1
     ends_layer: bool  # whether the op is the last one of an item's layer
@@ -56,6 +58,8 @@ class Op(StrEnum):
     READ = "read", Lane.DISK, "read {detail}", Cost.DISK
     # staging or pinned host part -> slot
     COPY = "copy", Lane.H2D, "copy {detail}", Cost.H2D
+    # slot -> scratch: stored weights to those that products take
+    DECODE = "decode", Lane.DECODE, "decode {detail}", Cost.DECODE
     # assign sequences to rows, or free rows
     ASSIGN_ROWS = "assign_rows", Lane.CPU, "assign rows", Cost.NOTHING
     # token ids -> hidden, positions and masks

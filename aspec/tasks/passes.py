@@ -2,7 +2,9 @@
 
 The stream is an endless sequence of loads: it repeats the streamed parts in order, load ``n`` into slot
 ``n % num_slots``. A load is emitted as soon as every reader of its slot's present content was emitted. So the stream
-continues across the end of a pass until every slot is full: weights depend on no token.
+continues across the end of a pass until every slot is full: weights depend on no token. Weights that are not stored as
+products take them are decoded likewise, layer after layer, into scratch buffers in turn; the parts of a layer have
+places of their own there, so that several threads decode them side by side.
 Pure policy: no torch, no asyncio, no clock.
 """
 
@@ -16,23 +18,26 @@ from aspec.tasks.task import (
     COMPUTE,
     CPU,
     D2H,
+    DECODE,
     DISK,
     H2D,
     H2D_RESULTS,
-    SCRATCH,
     Access,
+    Decoding,
     LayerWork,
     Load,
     Task,
     WorkItem,
     attention_buffer,
     crossing_buffer,
+    decoded_buffer,
     draft_kv_buffer,
     draws_buffer,
     hidden_buffer,
     kv_buffer,
     proposal_buffer,
     rows_kv_buffer,
+    scratch_buffer,
     sequence_buffer,
     slot_buffer,
     staging_buffer,
@@ -54,41 +59,94 @@ class Numbering:
 
 
 class WeightStream:
-    """Emits the loads of streamed parts into slots, and gives a pass the slots of its parts."""
+    """Emits the loads of streamed parts into slots and their decoding into scratch, and gives a pass its weights."""
 
     def __init__(self, plan: Plan, next_id: Numbering) -> None:
         self._plan, self._next_id = plan, next_id
-        self._streamed = plan.streamed
+        self._streamed, self._decoded = plan.streamed, plan.decoded
         self._by_layer = tuple(plan.streamed_of(layer) for layer in range(plan.num_layers))
         self._loads = 0  # loads emitted so far
-        self._uses = 0  # loads whose readers have been emitted; loads - uses <= num_slots
+        self._read: set[int] = (
+            set()
+        )  # loads whose readers were all emitted, as long as their slots are not filled again
+        self._uses = 0  # loads of the layers whose tasks were all emitted
         self._staged = 0  # reads into staging emitted so far
         self._needed = [0] * plan.num_layers  # by layer of the latest pass: loads that must have landed before it runs
+        self._to_decode = self._decodings()  # (number of the layer's decoding, number of the load, part), for ever
+        self._next = next(self._to_decode, None)
+        self._uses_decoded = 0  # decodings of the layers whose tasks were all emitted
+        self._decoded_of = {
+            layer: [part.index for part in self._by_layer[layer] if part.decoded_bytes] for layer in self._decoded
+        }
+        self._num_places = max(map(len, self._decoded_of.values()), default=0)  # of a scratch buffer, one for each part
 
     def fill(self) -> list[Task]:
-        """Emit a load for every slot whose last reader was emitted."""
+        """Emit every load whose slot, and every decoding whose scratch, has no reader left to emit."""
         tasks: list[Task] = []
-        while self._streamed and self._loads < self._uses + self._plan.num_slots:
-            tasks.extend(self._load(self._loads))
-            self._loads += 1
-        return tasks
+        while True:
+            if self._streamed and self._is_free(self._loads - self._plan.num_slots):
+                self._read.discard(self._loads - self._plan.num_slots)
+                tasks.extend(self._load(self._loads))
+                self._loads += 1
+            elif (decoding := self._decode()) is not None:
+                tasks.append(decoding)
+            else:
+                return tasks
 
-    def bind(self, layer: int) -> tuple[tuple[tuple[int, int], ...], tuple[Access, ...]]:
-        """The (part, slot) pairs of a layer in the latest pass, and the reads that expect these parts."""
+    def bind(self, layer: int) -> "Weights":
+        """The weights of a layer in the latest pass."""
         parts = self._by_layer[layer]
         numbers = range(self._uses, self._uses + len(parts))
-        pairs = tuple((part.index, n % self._plan.num_slots) for part, n in zip(parts, numbers, strict=True))
-        reads = tuple(Access(slot_buffer(n % self._plan.num_slots), f"load {n}") for n in numbers)
         self._needed[layer] = numbers.stop
-        return pairs, reads
+        placed = [(part, n, n % self._plan.num_slots) for part, n in zip(parts, numbers, strict=True)]
+        reads = [Access(slot_buffer(slot), f"load {n}") for part, n, slot in placed if _holds_slot(part)]
+        if layer in self._decoded:
+            number = self._uses_decoded
+            scratch = (scratch_buffer(number % self._plan.num_scratch, place) for place in range(self._num_places))
+            modules = (decoded_buffer(layer, place) for place in range(len(self._decoded_of[layer])))
+            reads += [Access(name, f"decoding {number}") for name in (*scratch, *modules)]
+        own = tuple((part.index, slot) for part, _, slot in placed if not part.decoded_bytes)
+        bound = (Access(weights_buffer(layer), f"load {numbers.start}"),) if own else ()
+        return Weights(own, tuple(reads), bound)
 
     def loads_before(self, layer: int) -> int:
         """The number of loads, since the first pass, that a layer of the latest pass needs before it runs."""
         return self._needed[layer]
 
     def mark_read(self, layer: int) -> None:
-        """Note that all readers of this layer's parts in the latest pass were emitted."""
-        self._uses += len(self._by_layer[layer])
+        """Note that all readers of this layer's weights in the latest pass were emitted."""
+        parts = self._by_layer[layer]
+        self._read |= {self._uses + place for place, part in enumerate(parts) if _holds_slot(part)}
+        self._uses += len(parts)
+        self._uses_decoded += layer in self._decoded
+
+    def _is_free(self, load: int) -> bool:
+        return load < 0 or load in self._read
+
+    def _decodings(self) -> Iterator[tuple[int, int, PlannedPart]]:
+        for turn in itertools.count() if self._decoded else ():
+            for load, part in enumerate(self._streamed, turn * len(self._streamed)):
+                if part.decoded_bytes:
+                    yield turn * len(self._decoded) + self._decoded.index(part.layer), load, part
+
+    def _decode(self) -> Task | None:
+        """The next decoding; None while its load or a reader of its scratch is still to be emitted."""
+        if self._next is None:
+            return None
+        number, load, part = self._next
+        if load >= self._loads or number >= self._uses_decoded + self._plan.num_scratch:
+            return None
+        self._next = next(self._to_decode)
+        slot, scratch = load % self._plan.num_slots, number % self._plan.num_scratch
+        if not part.in_place:
+            self._read.add(load)
+        reads = (Access(slot_buffer(slot), f"load {load}"),)
+        place, last = self._decoded_of[part.layer].index(part.index), len(self._decoded_of[part.layer]) - 1
+        places = (place,) if place < last else range(place, self._num_places)  # those that a layer lacks are its last's
+        names = (decoded_buffer(part.layer, place), *(scratch_buffer(scratch, each) for each in places))
+        writes = tuple(Access(name, f"decoding {number}") for name in names)
+        work = Decoding(part.index, part.layer, part.decoded_bytes, slot, scratch, not part.in_place)
+        return Task(self._next_id(), Op.DECODE, DECODE, load, reads, writes, load, payload=work)
 
     def _load(self, number: int) -> Iterator[Task]:
         """The one or two tasks that bring load ``number`` into its slot."""
@@ -110,6 +168,28 @@ class WeightStream:
         yield Task(self._next_id(), Op.COPY, H2D, number, staged, filled, number, payload=load)
 
 
+def _holds_slot(part: PlannedPart) -> bool:
+    """Whether a layer's own tasks read the slot."""
+    return part.in_place or not part.decoded_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The streamed weights of a layer in one pass, and the accesses of the layer's tasks to them."""
+
+    slots: tuple[tuple[int, int], ...]  # (part, slot) pairs that the first item binds
+    loaded: tuple[Access, ...]  # the contents of slots, and decoded weights
+    bound: tuple[Access, ...]  # the modules whose parameters the first item binds
+
+    def reads(self, *, first: bool) -> tuple[Access, ...]:
+        """The reads of an item; the first item may have to bind the weights, the others read them bound."""
+        return self.loaded if first else (*self.loaded, *self.bound)
+
+    def writes(self, *, first: bool) -> tuple[Access, ...]:
+        """The writes of an item: only the first one binds."""
+        return self.bound if first else ()
+
+
 def emit_pass(
     number: int,
     items: Sequence[WorkItem],
@@ -122,10 +202,11 @@ def emit_pass(
 
     ``inputs`` returns the buffers of an item's tokens (the committed tokens, and the proposal if there is one). One
     loaded part serves all items before its slot is free; the load that reuses the slot is emitted directly behind them.
+    Decoded weights serve all items from their scratch; their slot is free as soon as they are decoded.
     """
     tasks = [_embed(number, item, next_id, inputs(item)) for item in items]
     for layer in range(plan.num_layers):
-        weights = _Weights.of(number, layer, stream, plan.streamed_of(layer))
+        weights = stream.bind(layer)
         if plan.attention_resource == COMPUTE:
             tasks.extend(_layer(number, layer, item, next_id, weights, first=item is items[0]) for item in items)
         else:
@@ -136,32 +217,7 @@ def emit_pass(
     return tasks
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """The streamed weights of a layer in one pass: their slots, and the accesses of the layer's tasks to them."""
-
-    slots: tuple[tuple[int, int], ...]  # (part, slot) pairs
-    loaded: tuple[Access, ...]  # the contents of the slots
-    bound: tuple[Access, ...]  # written by the first item: parameters bound to the slots, converted weights
-
-    @classmethod
-    def of(cls, number: int, layer: int, stream: WeightStream, parts: Sequence[PlannedPart]) -> "_Weights":
-        """The weights of a layer in pass ``number``."""
-        slots, loaded = stream.bind(layer)
-        names = [weights_buffer(layer)] if parts else []
-        names += [SCRATCH] if any(part.scratch_bytes for part in parts) else []
-        return cls(slots, loaded, tuple(Access(name, f"pass {number} L{layer}") for name in names))
-
-    def reads(self, *, first: bool) -> tuple[Access, ...]:
-        """The reads of an item; the first item binds the weights, the others read them bound."""
-        return self.loaded if first else (*self.loaded, *self.bound)
-
-    def writes(self, *, first: bool) -> tuple[Access, ...]:
-        """The writes of an item: only the first one binds."""
-        return self.bound if first else ()
-
-
-def _layer(number: int, layer: int, item: WorkItem, next_id: Numbering, weights: _Weights, *, first: bool) -> Task:
+def _layer(number: int, layer: int, item: WorkItem, next_id: Numbering, weights: Weights, *, first: bool) -> Task:
     """A whole layer for one item."""
     hidden = hidden_buffer(item)
     reads = (Access(hidden, f"pass {number} L{layer}"), *weights.reads(first=first))
@@ -187,7 +243,7 @@ class _SplitLayer:
     layer: int
     resource: str
     next_id: Numbering
-    weights: _Weights
+    weights: Weights
     crossing: tuple[int, int] | None
 
     def emit(self, items: Sequence[WorkItem]) -> Iterator[Task]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from aspec.tasks.op import Op
 
 DISK, H2D, D2H, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "d2h", "compute", "draft", "cpu"
+DECODE = "decode"  # stored weights to those that products take, beside compute
 H2D_RESULTS = "back"  # a second way to the device, for results of the host: they do not wait behind weights
 
 
@@ -109,11 +110,23 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """The payload of DECODE: one part on its way from a slot to a scratch buffer."""
+
+    part: int
+    layer: int
+    nbytes: int  # that it makes
+    slot: int
+    scratch: int
+    frees_slot: bool = True  # no layer's task reads the slot
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWork:
     """The payload of a layer's task, besides its item."""
 
     layer: int
-    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs of the layer's streamed weights
+    slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs of the streamed weights that the layer itself binds
     nbytes: int = 0  # bytes transferred across a link (SEND, RETURN)
 
 
@@ -132,7 +145,7 @@ class RowChanges:
     rows: tuple[RowAssignment, ...]
 
 
-Payload = Load | LayerWork | DraftStep | RowChanges
+Payload = Load | Decoding | LayerWork | DraftStep | RowChanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +186,14 @@ class Task:
 
     @property
     def layer(self) -> int | None:
-        """The layer that the task loads or computes; None if there is none."""
-        return self.payload.layer if isinstance(self.payload, LayerWork | Load) else None
+        """The layer that the task loads, decodes or computes; None if there is none."""
+        return self.payload.layer if isinstance(self.payload, LayerWork | Load | Decoding) else None
 
     @property
     def detail(self) -> int | None:
-        """The part of a load, or the step of a draft; None for other tasks."""
+        """The part of a load or of a decoding, or the step of a draft; None for other tasks."""
         match self.payload:
-            case Load(part=part):
+            case Load(part=part) | Decoding(part=part):
                 return part
             case DraftStep(step=step):
                 return step
@@ -188,13 +201,18 @@ class Task:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the task transfers."""
-        return self.payload.nbytes if isinstance(self.payload, LayerWork | Load) else 0
+        """Bytes that the task transfers or decodes to."""
+        return self.payload.nbytes if isinstance(self.payload, LayerWork | Load | Decoding) else 0
 
     @property
     def slots(self) -> tuple[tuple[int, int], ...]:
-        """The (part, slot) pairs of the weights that the task computes with."""
-        return self.payload.slots if isinstance(self.payload, LayerWork) else ()
+        """The (part, slot) pairs that the task binds."""
+        match self.payload:
+            case LayerWork(slots=slots):
+                return slots
+            case Decoding(part=part, slot=slot):
+                return ((part, slot),)
+        return ()
 
     @property
     def filled_slot(self) -> int | None:
@@ -297,13 +315,14 @@ class Shutdown:
 Event = Started | RequestAdded | RequestAborted | Shutdown | Span
 
 
-SCRATCH = "scratch"
-"""The buffer of the running layer's converted weights."""
-
-
 def slot_buffer(slot: int) -> str:
     """The slot ``slot``, a device buffer that holds one part."""
     return f"slot:{slot}"
+
+
+def scratch_buffer(index: int, place: int) -> str:
+    """The place of one part in the scratch buffer ``index``, which holds one layer's decoded weights."""
+    return f"scratch:{index}.{place}"
 
 
 def staging_buffer(index: int) -> str:
@@ -341,6 +360,11 @@ def draws_buffer(item: WorkItem) -> str:
 def weights_buffer(layer: int) -> str:
     """The modules of a streamed layer; its first task in a pass binds their parameters to the slots."""
     return f"weights:{layer}"
+
+
+def decoded_buffer(layer: int, place: int) -> str:
+    """The modules of a streamed layer whose parameters the decoding of one part binds."""
+    return f"weights:{layer}.{place}"
 
 
 def kv_buffer(group: int, layer: int) -> str:

@@ -23,7 +23,8 @@ from aspec.errors import NumericError, PromptError, UserError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.text.tokenizer import Tokenizer
-from aspec.models.model import generation_defaults
+from aspec.io.hub import known_as
+from aspec.models.generation_defaults import generation_defaults
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
 from aspec.observe.monitor import Monitor
@@ -108,7 +109,7 @@ def _prepare(flags: ChatFlags, console: Console) -> tuple[Resolved, SamplingPara
         resolved = resolve(flags.options(), fetches)
     tokenizer = Tokenizer.load(resolved.tokenizer)
     if not tokenizer.has_chat_template:
-        name = "the embedded demo pair" if resolved.options.target is None else str(resolved.target)
+        name = "the embedded demo pair" if resolved.options.target is None else str(known_as(resolved.target))
         raise UserError(
             f"{name} has no chat template: expected one in tokenizer_config.json or chat_template.jinja, found none. "
             f"Choose an instruction-tuned model with --target, or continue plain text with `aspec generate`."

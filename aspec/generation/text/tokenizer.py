@@ -13,6 +13,7 @@ from aspec.generation.text.prompts import Prompt, is_chat
 from aspec.generation.text.stop_strings import StopStrings
 from aspec.generation.text.time_limit import TimeLimit
 from aspec.generation.text.vocabulary_files import missing_reader
+from aspec.io.hub import known_as
 from aspec.models.skeleton import load_config
 from aspec.units import format_bytes
 
@@ -61,7 +62,7 @@ class Tokenizer:
             raise _unusable(folder, reason_of(error)) from error
         if not size:
             raise _unusable(folder, "its vocabulary is empty")
-        return cls(inner, folder)
+        return cls(inner, known_as(folder))
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the tokenizer's default special tokens. Raises PromptError if ``text`` is no Unicode."""
@@ -312,6 +313,6 @@ def _name(vocabulary: Mapping[int, str], index: int) -> str:
 
 def _unusable(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the tokenizer of {folder} cannot be used: expected tokenizer.json or the files its family needs "
+        f"the tokenizer of {known_as(folder)} cannot be used: expected tokenizer.json or the files its family needs "
         f"({reason}). Copy the tokenizer files of the original model into the folder."
     )

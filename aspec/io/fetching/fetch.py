@@ -33,9 +33,11 @@ class Wanted:
 
     name: str
     revision: str | None = None  # a branch, a tag or a commit; None: the main branch
+    quantisation: str | None = None  # of a GGUF model; None: the safetensors of the repository
 
     def __str__(self) -> str:
-        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+        quantisation = "" if self.quantisation is None else f":{self.quantisation}"
+        return f"{self.name}{quantisation}" + ("" if self.revision is None else f"@{self.revision}")
 
 
 class Words:
@@ -91,13 +93,14 @@ class Fetches:
                 killer.start()
 
     def fetch(self, wanted: Wanted, *, weights: bool) -> Path:
-        """The folder of a model, fetched if it is not there. Raises CheckpointError; its text follows the name.
+        """The folder or the first GGUF file of a model, fetched if it is not there.
 
-        Without ``weights``, the headers of the shards are enough.
+        Without ``weights``, the headers are enough. Raises CheckpointError; its text follows the name.
         """
         order = {
             "name": wanted.name,
             "revision": wanted.revision,
+            "quantisation": wanted.quantisation,
             "weights": weights,
             "headers": str(cache_folder() / "headers" / wanted.name.replace("/", "--")),
         }

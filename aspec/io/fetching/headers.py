@@ -8,8 +8,9 @@ after its header.
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from huggingface_hub import DryRunFileInfo, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -44,12 +45,15 @@ def fetch_headers(
     replace(folder / SIZES, json.dumps(sizes).encode())
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Write a file as a whole: another process sees all of it or nothing."""
+def replace(path: Path, data: bytes, more: Mapping[int, bytes] = MappingProxyType({})) -> None:
+    """Write a file as a whole: another process sees all of it or nothing. ``more``: bytes by their places behind."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            for place, piece in more.items():
+                file.seek(place)
+                file.write(piece)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -73,9 +77,9 @@ def _header(name: str, shard: DryRunFileInfo) -> bytes:
             begin = file.read(FIRST_BYTES)
             return begin[: _length(shard, begin)] + file.read(max(0, _length(shard, begin) - len(begin)))
     url = hf_hub_url(name, shard.filename, revision=shard.commit_hash)
-    begin = _read(url, 0, FIRST_BYTES)
+    begin = read_range(url, 0, FIRST_BYTES)
     end = _length(shard, begin)
-    return begin[:end] if end <= len(begin) else begin + _read(url, len(begin), end)
+    return begin[:end] if end <= len(begin) else begin + read_range(url, len(begin), end)
 
 
 def _length(shard: DryRunFileInfo, begin: bytes) -> int:
@@ -89,7 +93,7 @@ def _length(shard: DryRunFileInfo, begin: bytes) -> int:
     return 8 + length
 
 
-def _read(url: str, begin: int, end: int) -> bytes:
+def read_range(url: str, begin: int, end: int) -> bytes:
     """Bytes of a file; fewer if it ends before. Of an answer without range, the bytes before ``begin`` are skipped."""
     headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
     made, broken = bytearray(), None

@@ -7,6 +7,7 @@ to no other process, so it removes them; whole files stay.
 
 import contextlib
 import errno
+import glob
 import json
 import logging
 import os
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from huggingface_hub import DryRunFileInfo, constants, errors, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, constants, errors, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
+from aspec.errors import CheckpointError, shown
 from aspec.io.fetching.files import SIZES, UNWANTED, WANTED, WEIGHTS, listing
+from aspec.io.fetching.gguf_files import SUFFIX, choose_files, quantisations
 from aspec.io.fetching.headers import BadHeaderError, fetch_headers
 from aspec.units import format_bytes
 
@@ -95,7 +99,8 @@ def main() -> None:
         "warning", category=category.__name__, text=str(message)
     )
     try:
-        events.send("folder", folder=str(_fetch(order, events)))
+        fetch = _fetch if order["quantisation"] is None else _fetch_gguf
+        events.send("folder", folder=str(fetch(order, events)))
     except Exception as error:  # errors of the library, its HTTP client, its storage client and the OS
         events.send("error", text=explain(error))
 
@@ -139,13 +144,73 @@ def _fetch(order: Mapping[str, Any], events: Events) -> Path:
         files = snapshot_download(name, allow_patterns=WANTED, dry_run=True, **more)
     except errors.DryRunError:  # the hub cannot be asked: only the cache can serve
         return _cached(name, Path(order["headers"]), more, weights=order["weights"])
+    if not any(file.filename.endswith(WEIGHTS) for file in files):
+        _refuse_gguf(name, HfApi().list_repo_files(name, revision=order["revision"]))
     missing = [file for file in files if file.will_download]
     if not order["weights"] and any(file.filename.endswith(WEIGHTS) for file in missing):
         return _fetch_headers(name, files, Path(order["headers"]), events, more)
+    _expect(missing)
+    folder = Path(snapshot_download(name, allow_patterns=WANTED, **more))
+    return _checked(name, folder, weights=order["weights"])
+
+
+def _fetch_gguf(order: Mapping[str, Any], events: Events) -> Path:
+    """The first of the files that are the GGUF model of one quantisation; for a plan, their headers are enough."""
+    name, asked, headers = order["name"], order["quantisation"], Path(order["headers"])
+    _Bar.events = events
+    try:
+        files = _gguf_files(name, order["revision"])
+    except errors.DryRunError:
+        return _cached_gguf(order)
+    chosen = choose_files([file.filename for file in files], asked)
+    own = sorted((file for file in files if file.filename in chosen), key=lambda file: chosen.index(file.filename))
+    missing = [file for file in own if file.will_download]
+    if missing and not order["weights"]:
+        from aspec.io.fetching.gguf_headers import fetch_gguf_headers  # takes the seconds of importing torch
+
+        folder = headers / own[0].commit_hash / asked.upper()
+        return fetch_gguf_headers(name, own, folder, lambda done: events.send("headers", done=done, total=len(own)))
+    _expect(missing)
+    wanted = [glob.escape(file) for file in chosen]
+    return Path(snapshot_download(name, allow_patterns=wanted, revision=order["revision"], tqdm_class=_Bar), chosen[0])
+
+
+def _gguf_files(name: str, revision: str | None) -> list[DryRunFileInfo]:
+    """The GGUF files of a repository. Raises DryRunError if the hub cannot be asked."""
+    how: dict[str, Any] = {"revision": revision, "allow_patterns": f"*{SUFFIX}", "tqdm_class": _Bar}
+    return list(snapshot_download(name, dry_run=True, **how))
+
+
+def _cached_gguf(order: Mapping[str, Any]) -> Path:
+    """What an earlier run has fetched. Raises the library's error, which says why the hub was not asked."""
+    name, asked, revision = order["name"], str(order["quantisation"]), order["revision"] or constants.DEFAULT_REVISION
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    ref = repository / "refs" / revision
+    snapshot: Path = repository / "snapshots" / (ref.read_text() if ref.is_file() else revision)
+    names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob(f"*{SUFFIX}") if file.exists()]
+    try:
+        return snapshot / choose_files(names, asked)[0]
+    except CheckpointError:
+        folder = Path(order["headers"], snapshot.name, asked.upper())
+        if not order["weights"] and (folder / SIZES).exists():
+            return min(folder.glob(f"*{SUFFIX}"))
+        snapshot_download(name, revision=revision, allow_patterns=f"*{SUFFIX}")  # which raises, if some are missing
+        raise
+
+
+def _refuse_gguf(name: str, names: list[str]) -> None:
+    """Raise FetchError for a repository with GGUF files, of which the user has named none."""
+    if found := quantisations(names):
+        raise FetchError(
+            f"has GGUF files and no safetensors: expected the quantisation of one of them after a colon, such as "
+            f"{name}:{found[0]}; found {', '.join(map(shown, found))}. Choose one."
+        )
+
+
+def _expect(missing: list[DryRunFileInfo]) -> None:
+    """Note how much is to come. Raises FetchError if there is no room for it."""
     _Bar.total_bytes = sum(file.file_size or 0 for file in missing)
     _check_space(_Bar.total_bytes)
-    folder = Path(snapshot_download(name, allow_patterns=WANTED, **more))
-    return _checked(folder, weights=order["weights"])
 
 
 def _fetch_headers(
@@ -169,17 +234,18 @@ def _small_files(name: str, more: Mapping[str, Any]) -> Path:
 def _cached(name: str, headers: Path, more: Mapping[str, Any], *, weights: bool) -> Path:
     """What an earlier run has fetched. Raises the library's error, which says why the hub was not asked."""
     try:
-        return _checked(Path(snapshot_download(name, allow_patterns=WANTED, **more)), weights=weights)
+        return _checked(name, Path(snapshot_download(name, allow_patterns=WANTED, **more)), weights=weights)
     except (errors.LocalEntryNotFoundError, FetchError):
         if not weights and (folder := headers / _small_files(name, more).name).joinpath(SIZES).exists():
             return folder
         raise
 
 
-def _checked(folder: Path, *, weights: bool) -> Path:
+def _checked(name: str, folder: Path, *, weights: bool) -> Path:
     """The folder, if it holds weights; for a plan, a configuration is enough. Raises FetchError."""
     if any(folder.glob(f"*{WEIGHTS}")) or (not weights and (folder / "config.json").exists()):
         return folder
+    _refuse_gguf(name, [entry.name for entry in folder.glob(f"*{SUFFIX}")])
     found = listing(sorted(entry.name for entry in folder.glob("*")))
     raise FetchError(
         f"has no weights that can be read: expected *.safetensors at the top of the repository; found {found} "
@@ -202,7 +268,7 @@ def _check_space(nbytes: int) -> None:
 
 def explain(error: Exception) -> str:
     """The problem and its remedy, to follow the model's name."""
-    if isinstance(error, FetchError):
+    if isinstance(error, FetchError | CheckpointError):
         return str(error)
     if isinstance(error, BadHeaderError):
         return f"cannot be read: {error}. Choose another repository, or tell its owner."

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from aspec.errors import InternalError
 from aspec.models.weights.merge import LowRank, merge
-from aspec.models.weights.parts import REST, Binding, Conversion, Part, view
+from aspec.models.weights.parts import REST, Binding, Conversion, Part, Source, view
 from aspec.models.weights.tensor_map import convert
 
 Table = dict[str, torch.Tensor | None]
@@ -80,19 +80,21 @@ class Binder:
                 raise InternalError(f"layer {layer} runs while its {name} is not bound")
 
     def _convert(self, part: Part, conversion: Conversion, buffer: torch.Tensor, scratch: torch.Tensor) -> None:
-        stored = [(source.target, pattern, view(buffer, source)) for source, pattern in conversion.sources]
+        found = [(own.name, own.pattern, _decoded(own, part, buffer, scratch)) for own in conversion.sources]
         made: dict[str, torch.Tensor] = {}
         if conversion.converter is not None:
-            made = convert(conversion.converter, conversion.name, stored, self._layers_model)
+            made = convert(conversion.converter, conversion.name, found, self._layers_model)
+        in_place = conversion.converter is None and conversion.sources[0].packed is not None
         filled: set[int] = set()
         for target in conversion.targets:
             place = view(scratch, target)
             if target.at not in filled:  # tied names share one place
-                value, update = made.get(target.target, stored[0][2]), conversion.updates.get(target.target)
-                if update is None:
-                    place.copy_(value)
-                else:
+                value = place if in_place else made.get(target.target, found[0][2])
+                update = conversion.updates.get(target.target)
+                if update is not None:
                     merge(place, value, _matrices(update, buffer))
+                elif not in_place:
+                    place.copy_(value)
                 filled.add(target.at)
             table, name, tensor = self._place(part, target, scratch)
             table[name] = tensor
@@ -109,6 +111,17 @@ class Binder:
         if isinstance(before, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         return table, name, tensor
+
+
+def _decoded(source: Source, part: Part, buffer: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """The tensor of a source: a view of the buffer, or decoded into its place in the scratch."""
+    stored = [view(buffer, binding) for binding in source.stored]
+    if source.packed is None or source.made is None:
+        return stored[0]
+    made = view(scratch, source.made)
+    workspace = scratch[:0] if part.workspace is None else view(scratch, part.workspace)
+    source.packed.decode(stored, made, workspace)
+    return made
 
 
 def _matrices(update: LowRank[Binding], buffer: torch.Tensor) -> LowRank[torch.Tensor]:

@@ -3,8 +3,8 @@
 Rules. If a stored tensor needs no conversion, its bytes go to ``at = offset`` modulo a page, so that a direct read can
 write them there, and the parameter is a view of them; an adapter's update is merged there, once per read. Experts of a
 fused tensor are read directly into their places in it. All other tensors (another dtype, an unknown conversion, bytes
-not aligned to their dtype) are read as stored and are converted into scratch memory when their part is bound. This file
-reads no weights.
+not aligned to their dtype) are read as stored and are converted into scratch memory when their part is bound; packed
+weights are decoded there. This file reads no weights.
 """
 
 import re
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from aspec.io.checkpoint import TensorRef
+from aspec.models.formats.packed import PackedWeight, StoredWeight
 from aspec.models.hf_compat import WeightConverter
 from aspec.models.weights.merge import LowRank, temporary_bytes
 from aspec.models.weights.tensor_map import Entry, TensorMap
@@ -23,6 +24,10 @@ PAGE = 4096  # bytes; offsets, addresses and lengths of direct reads are multipl
 MAX_GAP = (
     1 << 20
 )  # bytes; a smaller gap is read too, which costs less than a second read (3 MiB reads run at full rate)
+MERGE_COPIES = (
+    4  # a weight that an adapter changes costs about as many copies of it (measured: 3 at rank 16, 5.5 at 64)
+)
+MAX_COPIED = 1 << 20  # bytes of a plain tensor beside packed ones that is copied, so that decoding frees the slot
 ALIGNMENT = 256  # bytes; of converted tensors. The kernels' results and speed depend on it
 REST = -1  # the layer number of tensors that belong to no layer
 
@@ -53,13 +58,24 @@ class Binding:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversion:
-    """Stored tensors in the buffer are converted to ``targets``; their ``at`` counts from the part's scratch."""
+class Source:
+    """A stored weight in the buffer: a plain tensor, or the tensors of a packed one, which is decoded to ``made``."""
 
     name: str
-    sources: tuple[tuple[Binding, str | None], ...]  # a stored tensor, and the converter pattern that its name matched
+    pattern: str | None  # of a converter, which the name matched
+    stored: tuple[Binding, ...]
+    packed: PackedWeight | None = None
+    made: Binding | None = None  # in the part's scratch; may be the target itself, or a piece of it
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Stored weights are converted to ``targets``; their ``at`` counts from the part's scratch."""
+
+    name: str
+    sources: tuple[Source, ...]
     targets: tuple[Binding, ...]
-    converter: WeightConverter | None  # None: copy the only source, with a cast if the dtypes differ
+    converter: WeightConverter | None  # None: the target is the only plain source, cast, or what the packed ones make
     updates: Mapping[str, LowRank[Binding]] = field(default_factory=dict)  # by target, merged while it is made
 
 
@@ -80,6 +96,7 @@ class Part:
     size: int  # bytes of the buffer, whole pages
     scratch_bytes: int
     scratch_at: int
+    workspace: Binding | None = None  # in the scratch; for decoding, one weight after another
     shift: int = 0  # bytes before the part in a device's buffer, so that its tensors are aligned
     updates: tuple[tuple[Binding, LowRank[Binding]], ...] = ()  # merged into bindings, in the buffer
 
@@ -94,6 +111,18 @@ class Part:
         converted = (pair for conversion in self.conversions for pair in conversion.updates.items())
         return (*self.updates, *((made[name], update) for name, update in converted))
 
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of the parameters, in the dtypes that the model computes in."""
+        stored = {binding.at: binding.nbytes for binding in self.bindings}
+        made = {target.at: target.nbytes for conversion in self.conversions for target in conversion.targets}
+        return sum(stored.values()) + sum(made.values())
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes that binding writes, after every read; 0 where weights are used as they were read."""
+        return self.scratch_bytes + sum(MERGE_COPIES * weight.nbytes for weight, _ in self.merges)
+
 
 def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
     """All parts in the order of use: first the tensors outside the layers, then layer by layer.
@@ -105,7 +134,7 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: 
     """
     by_layer: dict[int, list[Entry]] = defaultdict(list)
     for entry in tensors.entries:
-        by_layer[_layer_of(entry.name, layers)].append(entry)
+        by_layer[layer_of(entry.name, layers)].append(entry)
     gap = min(MAX_GAP, max_part_bytes // 32)
     parts: list[Part] = []
     for layer in sorted(by_layer):
@@ -141,14 +170,17 @@ def as_tensor(buffer: memoryview) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
-def _layer_of(name: str, layers: str) -> int:
+def layer_of(name: str, layers: str) -> int:
+    """The layer of a parameter; REST if it belongs to none. ``layers``: the name of the list of layers."""
     match = re.match(re.escape(layers) + r"\.(\d+)\.", name)
     return int(match[1]) if match else REST
 
 
 def _groups(entries: Sequence[Entry], max_bytes: int | None) -> list[list[Entry]]:
     """Entries in file order, in the fewest groups of at most ``max_bytes``, of about equal size; None: one group."""
-    ordered = sorted(entries, key=lambda entry: min((ref.file, ref.offset) for ref, _ in entry.sources))
+    ordered = sorted(
+        entries, key=lambda entry: min((ref.file, ref.offset) for own, _ in entry.sources for ref in own.refs)
+    )
     if max_bytes is None:
         return [ordered]
     largest = max(entry.nbytes for entry in ordered)
@@ -182,6 +214,7 @@ class _Builder:
         self.gap = gap
         self.size = 0  # bytes of the buffer in use
         self.scratch = 0  # bytes of scratch in use, a multiple of ALIGNMENT
+        self.workspace = 0  # bytes for decoding, of the weight that takes most
         self.segments: list[Segment] = []
 
     def place(self, refs: Iterable[TensorRef]) -> dict[TensorRef, int]:
@@ -239,22 +272,25 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
     fused = {entry.name: places for entry in entries if (places := _fused_places(entry)) is not None}
     bases = {name: builder.fuse(places) for name, places in fused.items()}
     plain = builder.place(dict.fromkeys(ref for entry in entries if entry.name not in fused for ref in entry.refs))
-    uses = Counter(ref for entry in entries for ref, _ in entry.sources)
+    uses = Counter(own for entry in entries for own, _ in entry.sources)
     bindings: list[Binding] = []
     updates: list[tuple[Binding, LowRank[Binding]]] = []
     conversions: list[Conversion] = []
     found = [_stored(entry, bases.get(entry.name), plain) for entry in entries]
     shift = _shift([stored for stored in found if stored is not None], alignment)
+    packed = any(isinstance(own, PackedWeight) for entry in entries for own, _ in entry.sources)
     for entry, stored in zip(entries, found, strict=True):
         own = {name: _placed(update, plain) for name, update in entry.updates.items()}
         aligned = stored is not None and (stored.at + shift) % alignment == 0
         shared = bool(own) and uses[entry.sources[0][0]] > 1  # another parameter needs the bytes as they are stored
-        if stored is not None and aligned and not shared and _is_usable(stored, tensors.wanted):
+        copied = packed and entry.nbytes <= MAX_COPIED
+        if stored is not None and aligned and not (shared or copied) and _is_usable(stored, tensors.wanted):
             bindings += _with_aliases(stored, tensors.aliases)
             updates += [(stored, update) for update in own.values()]
         else:
             made = _conversion(entry, stored, plain, builder, tensors)
             conversions.append(replace(made, updates=own))
+    workspace = Binding("workspace", torch.uint8, (builder.workspace,), builder.reserve(builder.workspace))
     return Part(
         index=0,
         layer=REST,
@@ -265,6 +301,7 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
         size=_page_up(builder.size + shift),
         scratch_bytes=builder.scratch,
         scratch_at=0,
+        workspace=workspace if workspace.nbytes else None,
         shift=shift,
         updates=tuple(updates),
     )
@@ -285,11 +322,12 @@ def _shift(stored: Sequence[Binding], alignment: int) -> int:
 
 
 def _stored(entry: Entry, base: int | None, plain: Mapping[TensorRef, int]) -> Binding | None:
-    """The parameter in the buffer, in its stored dtype; None if a converter must compute it."""
-    if base is None and entry.converter is not None:
+    """The parameter in the buffer, in its stored dtype; None if it must be decoded, or a converter must compute it."""
+    first = entry.sources[0][0]
+    if isinstance(first, PackedWeight) or (base is None and entry.converter is not None):
         return None
     (target, (shape, dtype)), *_ = entry.outputs.items()
-    return Binding(target, dtype, shape, plain[entry.sources[0][0]] if base is None else base)
+    return Binding(target, dtype, shape, plain[first] if base is None else base)
 
 
 def _is_usable(stored: Binding, wanted: Mapping[str, torch.dtype]) -> bool:
@@ -304,36 +342,57 @@ def _with_aliases(binding: Binding, aliases: Mapping[str, tuple[str, ...]]) -> l
 def _conversion(
     entry: Entry, stored: Binding | None, plain: Mapping[TensorRef, int], builder: _Builder, tensors: TensorMap
 ) -> Conversion:
-    """A cast of the stored tensor, or transformers' conversion of it; reserves scratch for the result."""
-    sources = ((stored, None),) if stored else tuple(
-        (Binding(ref.name, ref.dtype, ref.shape, plain[ref]), pattern) for ref, pattern in entry.sources
-    )  # fmt: skip
+    """A cast of the stored tensor, transformers' conversion, or decoding; reserves scratch for the result."""
     targets: list[Binding] = []
     for target, (shape, _) in entry.outputs.items():
         made = Binding(target, tensors.wanted[target], shape, 0)
         targets += _with_aliases(replace(made, at=builder.reserve(made.nbytes)), tensors.aliases)
-    return Conversion(entry.name, sources, tuple(targets), None if stored else entry.converter)
+    if stored is not None:
+        return Conversion(entry.name, (Source(entry.name, None, (stored,)),), tuple(targets), None)
+    order = _fused_order(entry) if all(isinstance(own, PackedWeight) for own, _ in entry.sources) else None
+    sources: list[Source] = []
+    within = targets[0].at  # the next piece of the target
+    for own, pattern in order or entry.sources:
+        found = tuple(Binding(ref.name, ref.dtype, ref.shape, plain[ref]) for ref in own.refs)
+        if not isinstance(own, PackedWeight):
+            sources.append(Source(own.name, pattern, found))
+            continue
+        piece = Binding(own.name, targets[0].dtype, own.shape, within)
+        if order is None:
+            piece = replace(piece, at=builder.reserve(piece.nbytes))
+        within += piece.nbytes
+        builder.workspace = max(builder.workspace, own.workspace_bytes)
+        sources.append(Source(own.name, pattern, found, own, piece))
+    return Conversion(entry.name, tuple(sources), tuple(targets), None if order else entry.converter)
 
 
 def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
     """The byte of each stored expert in its fused tensor; None if moving bytes is not enough to build it."""
-    if entry.converter is None or len(entry.outputs) != 1:
+    stored = [own for own, _ in entry.sources]
+    if entry.converter is None or any(isinstance(own, PackedWeight) for own in stored):
         return None
-    if len({ref.dtype for ref, _ in entry.sources}) != 1:
+    order = _fused_order(entry) if len({own.dtype for own in stored}) == 1 else None
+    if order is None:
         return None
+    places, at = [], 0
+    for own, _ in order:
+        (ref,) = own.refs
+        places.append((ref, at))
+        at += ref.nbytes
+    return places
+
+
+def _fused_order(entry: Entry) -> Sequence[tuple[StoredWeight, str | None]] | None:
+    """The sources in the order in which they follow one another in the only output; None if they do not."""
+    if entry.converter is None:
+        return entry.sources
     chain = [f"{type(operation).__name__}({getattr(operation, 'dim', '')})" for operation in entry.converter.operations]
-    by_pattern: dict[str | None, list[TensorRef]] = defaultdict(list)
-    for ref, pattern in entry.sources:
-        by_pattern[pattern].append(ref)
-    patterns = entry.converter.source_patterns
-    if chain not in (["MergeModulelist(0)"], ["MergeModulelist(0)", "Concatenate(1)"]):
+    by_pattern: dict[str | None, list[tuple[StoredWeight, str | None]]] = defaultdict(list)
+    for own, pattern in entry.sources:
+        by_pattern[pattern].append((own, pattern))
+    if len(entry.outputs) != 1 or chain not in (["MergeModulelist(0)"], ["MergeModulelist(0)", "Concatenate(1)"]):
         return None
     if chain == ["MergeModulelist(0)"] and len(by_pattern) != 1:
         return None
-    columns = [by_pattern[pattern] for pattern in patterns if pattern in by_pattern]
-    places, at = [], 0
-    for expert in zip(*columns, strict=True):
-        for ref in expert:
-            places.append((ref, at))
-            at += ref.nbytes
-    return places
+    columns = [by_pattern[pattern] for pattern in entry.converter.source_patterns if pattern in by_pattern]
+    return [source for expert in zip(*columns, strict=True) for source in expert]

@@ -10,13 +10,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from aspec.errors import CheckpointError
-from aspec.io.checkpoint import Checkpoint, TensorRef
-from aspec.io.weight_format import REMEDY, quantised_tensors
+from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
+from aspec.io.weight_format import quantised_tensors
+from aspec.models.formats.packed import PackedWeight, StoredWeight
+from aspec.models.formats.settings import is_of_activations
 from aspec.models.hf_compat import (
     WeightConverter,
     WeightRenaming,
@@ -33,8 +36,8 @@ from aspec.models.weights.merge import LowRank
 COMPUTED = r"rotary_emb\.inv_freq"  # old checkpoints store it, every model computes it
 CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
-Source = tuple[TensorRef, str | None]
-"""A stored tensor and the converter pattern that its name matched."""
+Source = tuple[StoredWeight, str | None]
+"""A stored weight and the converter pattern that its name matched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Entry:
     def refs(self) -> tuple[TensorRef, ...]:
         """All tensors to read: the sources, and the matrices of updates."""
         matrices = (ref for update in self.updates.values() for ref in (update.a, update.b))
-        return (*(ref for ref, _ in self.sources), *matrices)
+        return (*(ref for stored, _ in self.sources for ref in stored.refs), *matrices)
 
     @property
     def nbytes(self) -> int:
@@ -70,17 +73,20 @@ class TensorMap:
     remarks: tuple[str, ...] = ()  # texts for the user
 
 
-def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
-    """Find every parameter of ``model`` (on meta) in ``checkpoint``.
+def map_tensors(
+    model: PreTrainedModel, folder: Path, weights: Mapping[str, StoredWeight], remarks: Sequence[str] = ()
+) -> TensorMap:
+    """Find every parameter of ``model`` (on meta) among the stored weights of ``folder``.
 
+    ``remarks``: texts for the user about how the weights are stored.
     Raises CheckpointError if a parameter is missing, has several candidates, or has another shape or dtype.
     """
     wanted = target_dtypes(model)
-    found, converters, unexpected = _match(model, checkpoint)
-    entries = tuple(_entry(model, checkpoint, name, sources, converters) for name, sources in found.items())
+    found, converters, unexpected = _match(model, weights)
+    entries = tuple(_entry(model, folder, name, sources, converters) for name, sources in found.items())
     produced = {target: entry for entry in entries for target in entry.outputs}
     aliases = _aliases(model, produced)
-    _check_shapes(model, checkpoint, entries, wanted)
+    _check_shapes(model, folder, entries, wanted)
     shared = {target for targets in aliases.values() for target in targets}
     missing = [name for name in wanted if name not in produced and name not in shared]
     if missing:
@@ -88,12 +94,15 @@ def map_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
         kind = quantised_tensors(unexpected)
         cause = "The checkpoint is incomplete, or its config.json belongs to another model."
         if kind is not None:
-            cause = f"Its tensors are quantised ({kind}), and quantised checkpoints are not supported yet. {REMEDY}"
+            cause = (
+                f"Other tensors are stored, which are quantised ({kind}), and config.json has no quantization_config "
+                f"that says how. Take config.json and the weights from the same place: fetch both again."
+            )
         raise CheckpointError(
-            f"{checkpoint.folder}: {len(missing)} of the {len(wanted)} tensors of {model.config.model_type} are not "
+            f"{folder}: {len(missing)} of the {len(wanted)} tensors of {model.config.model_type} are not "
             f"stored: expected {names}. {cause}"
         )
-    return TensorMap(entries, aliases, wanted, tuple(unexpected))
+    return TensorMap(entries, aliases, wanted, tuple(unexpected), tuple(remarks))
 
 
 def target_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
@@ -145,9 +154,9 @@ def parameter_names(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def _match(
-    model: PreTrainedModel, checkpoint: Checkpoint
+    model: PreTrainedModel, weights: Mapping[str, StoredWeight]
 ) -> tuple[dict[str, list[Source]], dict[str, WeightConverter], list[str]]:
-    """Stored tensors by the name of their parameter, converters by pattern, and names without a parameter."""
+    """Stored weights by the name of their parameter, converters by pattern, and names without a parameter."""
     rules = conversion_rules(model)
     renames = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     conversions = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -155,32 +164,37 @@ def _match(
     state, prefix = model.state_dict(), model.base_model_prefix
     ignored = [re.compile(p) for p in {COMPUTED, *ignored_keys(model)}]
     found: dict[str, list[Source]] = defaultdict(list)
+    companions = {f"{name.removesuffix('.weight')}.weight_shape" for name, own in weights.items() if _is_packed(own)}
     unexpected: list[str] = []
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):  # natural order: experts by number
+    for key in sorted(weights, key=dot_natural_key):  # natural order: experts by number
         name, pattern = rename_source_key(key, renames, conversions, prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
         if name in state:
-            found[name].append((checkpoint.tensors[key], pattern))
-        elif not any(rule.search(key) for rule in ignored):
+            found[name].append((weights[key], pattern))
+        elif not (key in companions or is_of_activations(key) or any(rule.search(key) for rule in ignored)):
             unexpected.append(key)
     return found, by_pattern, unexpected
 
 
+def _is_packed(weight: StoredWeight) -> bool:
+    return isinstance(weight, PackedWeight)
+
+
 def _entry(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    folder: Path,
     name: str,
     sources: Sequence[Source],
     converters: Mapping[str, WeightConverter],
 ) -> Entry:
     """One entry; its conversion runs once on meta tensors. Raises CheckpointError if the conversion fails."""
-    (first, pattern), where = sources[0], checkpoint.folder
+    first, pattern = sources[0]
     rules = {id(converters[p]) if p else None for _, p in sources}
     if len(rules) > 1 or (pattern is None and len(sources) > 1):
         names = ", ".join(ref.name for ref, _ in sources[:3])
         raise CheckpointError(
-            f"{where}: {len(sources)} stored tensors map to {name}: expected one, found {names}. Remove the shard "
+            f"{folder}: {len(sources)} stored tensors map to {name}: expected one, found {names}. Remove the shard "
             f"that does not belong to this checkpoint."
         )
     if pattern is None:
@@ -193,7 +207,7 @@ def _entry(
         raise
     except Exception as error:  # any exception means that these tensors do not fit the conversion
         raise CheckpointError(
-            f"{where}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be combined: "
+            f"{folder}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be combined: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. The checkpoint is incomplete, or "
             f"its config.json belongs to another model."
         ) from error
@@ -218,21 +232,22 @@ def _aliases(model: PreTrainedModel, produced: Mapping[str, Entry]) -> dict[str,
 
 def _check_shapes(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    folder: Path,
     entries: Iterable[Entry],
     wanted: Mapping[str, torch.dtype],
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for entry in entries:
         for target, (shape, dtype) in entry.outputs.items():
+            own = wanted.get(target, dtype)
+            if dtype != own and not {dtype, own} <= CASTABLE:
+                raise CheckpointError(
+                    f"{folder}: {target} is stored as {dtype}: expected {own} or another plain float "
+                    f"type, because no quantization_config in config.json says how to decode it. {FETCH_AGAIN}"
+                )
             if shapes.get(target) != shape:
                 expected = list(shapes[target]) if target in shapes else "no such tensor"
                 raise CheckpointError(
-                    f"{checkpoint.folder}: {target} does not fit: expected {expected} from config.json, found "
-                    f"{list(shape)} in {entry.sources[0][0].file}. config.json and the weights do not belong together."
-                )
-            if dtype != wanted[target] and not {dtype, wanted[target]} <= CASTABLE:
-                raise CheckpointError(
-                    f"{checkpoint.folder}: {target} is stored as {dtype}, expected {wanted[target]} or another plain "
-                    f"float type. Quantised checkpoints are not supported yet. {REMEDY}"
+                    f"{folder}: {target} does not fit: expected {expected} from config.json, found "
+                    f"{list(shape)} in {entry.refs[0].file}. config.json and the weights do not belong together."
                 )

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.checkpoint import Checkpoint, TensorRef
+from aspec.io.hub import known_as
 from aspec.models.skeleton import build_on_meta
 from aspec.models.weights.tensor_map import parameter_names
 
@@ -36,9 +37,9 @@ def check_unused(model: PreTrainedModel, checkpoint: Checkpoint, unused: Sequenc
     names = list(dict.fromkeys(name for used in found.values() for name in used))
     count = f"{len(names)} stored tensors have" if len(names) > 1 else "a stored tensor has"
     raise CheckpointError(
-        f"{checkpoint.folder / 'config.json'} contradicts the weights: {said}, but {count} a use only with the other "
-        f"value: {summary(names)}. Without them the text is another. Correct config.json, or "
-        f"remove the tensors."
+        f"{known_as(checkpoint.folder / 'config.json')} contradicts the weights: {said}, but {count} a use only "
+        f"with the other value: {summary(names)}. Without them the text is another. Correct config.json, or remove the "
+        f"tensors."
     )
 
 

@@ -1,0 +1,1 @@
+"""How do packed integers become weights?"""

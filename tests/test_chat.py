@@ -167,7 +167,7 @@ def test_settings_change_the_answers_and_regen_takes_another_seed(pair):
 
 def test_a_setting_that_is_wrong_changes_nothing(pair):
     lines = "/set temprature 1\n/set top_p 7\n/set\n/set top-k=4\n/set top_k\n/show\n"
-    made = chat("--target", pair[0], *SMALL, "--temperature", 0.25, "-q", stdin=lines)
+    made = chat("--target", pair[0], *SMALL, "--device-memory", "8MiB", "--temperature", 0.25, "-q", stdin=lines)
     assert made.exit_code == 1
     assert "did you mean temperature?" in made.stderr
     assert "top_p must be above 0" in made.stderr

@@ -78,7 +78,7 @@ def test_the_exit_code_names_the_signal_without_a_terminal_too(target, tmp_path,
 
 
 def test_the_text_so_far_of_every_prompt_is_printed(target):
-    args = ["generate", "--target", target, *SLOW, "--device-memory", "2300KiB"]
+    args = ["generate", "--target", target, *SLOW, "--device-memory", "2600KiB"]
     terminal = Terminal(*args, "-p", "hello", "-p", "there", "-p", "you", whole=True)
     terminal.wait_for(b"tokens per pass")
     terminal.interrupt()

@@ -18,7 +18,7 @@ from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.models.attention import attend
 from aspec.models.kv_cache import KVCache, StepCache
 from aspec.models.model import Model
-from aspec.models.paths import MaskKind
+from aspec.models.exact.paths import MaskKind
 from aspec.models.split_layer import project, to_host
 from aspec.observe.chrome_trace import read_trace, write_trace
 from aspec.observe.recorder import Recorder

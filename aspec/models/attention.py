@@ -18,7 +18,7 @@ from aspec.models.exact.flash import MAX_COPIED_BYTES
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.hf_compat import sdpa_mask
-from aspec.models.paths import PIECE, Paths
+from aspec.models.exact.paths import PIECE, Paths
 
 NAME = "aspec"
 DEVICE_SCORE_BYTES = 64 << 20
@@ -85,7 +85,8 @@ def temporary_bytes_exact(
     """Bytes that ``attend`` holds in an exact step of ``batch`` rows with ``tokens`` tokens in total.
 
     ``slot_bytes``: of keys and values in one slot; ``head_bytes``: of one head's value; ``most_tree``: most tokens of
-    a row's tree, whose queries have copies of their own keys. Pieces run one after another, or several together.
+    a row's tree, whose queries have copies of their own keys. Pieces run one after another, or those of several
+    rows together.
     """
     piece, tree, rest = min(tokens, PIECE), min(most_tree, PIECE), min(length, MOST_REST)
     copies = max(rest * slot_bytes, min(MAX_COPIED_BYTES, rest * tree * slot_bytes)) if tree else 0
@@ -94,12 +95,11 @@ def temporary_bytes_exact(
         flash_bytes(heads, slot_bytes, head_bytes, piece, rest),
         flash_bytes(heads, slot_bytes, head_bytes, tree, rest) + copies,
     )
-    pieces = min(tokens, 2 * batch + tokens // PIECE)
     several = max(
-        flash_bytes(heads, slot_bytes, head_bytes, tokens, rest) + pieces * rest * slot_bytes,
-        tile_bytes(heads, slot_bytes, tokens, length) + (2 * pieces - 3) * length * slot_bytes,
+        flash_bytes(heads, slot_bytes, head_bytes, tokens, rest) + batch * rest * slot_bytes,
+        tile_bytes(heads, slot_bytes, tokens, length) + (2 * batch - 3) * length * slot_bytes,
     )
-    return max(one, min(MAX_GROUP_BYTES, several) if pieces > 1 else 0) + length * slot_bytes
+    return max(one, min(MAX_GROUP_BYTES, several) if batch > 1 else 0) + length * slot_bytes
 
 
 def _block_tokens(scores_per_token: int, max_bytes: int) -> int:

@@ -26,7 +26,7 @@ from aspec.models.hf_compat import (
 )
 from aspec.models.kv_cache import KVCache, KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
-from aspec.models.paths import MaskKind
+from aspec.models.exact.paths import MaskKind
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
 

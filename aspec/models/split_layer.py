@@ -19,7 +19,7 @@ from aspec.models.attention import attend
 from aspec.models.exact.products import PRODUCTS, multiply
 from aspec.models.kv_cache import StepCache
 from aspec.models.kv_offload import HostAttention
-from aspec.models.paths import MaskKind
+from aspec.models.exact.paths import MaskKind
 
 RECORDED = {*PRODUCTS, multiply, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
 """Functions that run in the first half only: the expensive ones, those whose bits may depend on the memory address of

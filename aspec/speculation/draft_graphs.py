@@ -20,7 +20,7 @@ from aspec.models.attention import temporary_bytes
 from aspec.models.hf_compat import Cache
 from aspec.models.kv_cache import KVCache, StepCache, TreeNodes
 from aspec.models.model import Model
-from aspec.models.paths import MaskKind
+from aspec.models.exact.paths import MaskKind
 from aspec.speculation.capture_check import RefusedError, warm_up
 
 MAX_COLUMNS = 32

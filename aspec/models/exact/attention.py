@@ -12,7 +12,7 @@ import torch
 from aspec.models.exact.flash import Inputs, attend_with_flash, flash_recipe
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import Keys, attend_in_tiles
-from aspec.models.paths import Paths, Piece
+from aspec.models.exact.paths import Paths, Piece
 
 MAX_GROUP_BYTES = 4 << 20
 """Bytes that an exact step holds while it attends to several pieces together."""
@@ -79,8 +79,8 @@ def tile_bytes(heads: int, slot_bytes: int, queries: int, keys: int) -> int:
 def _groups(
     pieces: list[RowPiece], length: Callable[[Piece], int], spread: float, held: Callable[[int, int], int]
 ) -> Iterator[list[RowPiece]]:
-    """Pieces to attend to together: chains of equally many queries, and up to ``spread`` times as many keys as the
-    shortest, within MAX_GROUP_BYTES; a piece of a tree is alone."""
+    """Pieces to attend to together: chains of several rows with equally many queries, and up to ``spread`` times as
+    many keys as the shortest, within MAX_GROUP_BYTES; a piece of a tree is alone."""
 
     def likeness(piece: Piece) -> tuple[bool, bool, int]:
         return piece.of_tree, bool(piece.seen), piece.count
@@ -91,7 +91,7 @@ def _groups(
         if together:
             shortest = together[0][1]
             nbytes = (len(together) + 1) * held(piece.count, length(piece))
-            like = not piece.of_tree and likeness(piece) == likeness(shortest)
+            like = not piece.of_tree and likeness(piece) == likeness(shortest) and found[0] != together[-1][0]
             if not (like and nbytes <= MAX_GROUP_BYTES and length(piece) <= spread * length(shortest)):
                 yield together
                 together = []

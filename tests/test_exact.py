@@ -9,11 +9,11 @@ import transformers
 
 from aspec.models.attention import attend
 from aspec.models.exact import flash, flash_probe, known_recipes, products, row_probe
+from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.products import ExactProducts
 from aspec.models.exact.recipe import Recipe
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.exact.paths import MaskKind
 from tests import tiny
 from tests.compat import few, of_kinds
 from tests.test_kv import grow, permuted, random_parents, slow_path

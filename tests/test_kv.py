@@ -8,9 +8,9 @@ import torch
 
 from aspec.models.attention import attend, temporary_bytes, temporary_bytes_exact
 from aspec.models.exact.attention import MAX_GROUP_BYTES
+from aspec.models.exact.paths import KEY_TILE, MaskKind
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.kv_cache import KVCache
-from aspec.models.exact.paths import KEY_TILE, MaskKind
 
 KINDS = [MaskKind(), MaskKind(window=3), MaskKind(chunk=4), MaskKind(window=5, chunk=4)]
 SHAPES = [(2, 4, 4), None, (1, 6, 3)]

@@ -16,9 +16,9 @@ from aspec.backends import registry as devices
 from aspec.backends.registry import Kind
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
 from aspec.models.attention import attend
+from aspec.models.exact.paths import MaskKind
 from aspec.models.kv_cache import KVCache, StepCache
 from aspec.models.model import Model
-from aspec.models.exact.paths import MaskKind
 from aspec.models.split_layer import project, to_host
 from aspec.observe.chrome_trace import read_trace, write_trace
 from aspec.observe.recorder import Recorder

@@ -15,10 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from aspec.models.exact.attention import MAX_GROUP_BYTES, MOST_REST, attend_exactly, flash_bytes, tile_bytes
 from aspec.models.exact.flash import MAX_COPIED_BYTES
+from aspec.models.exact.paths import PIECE, Paths
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.hf_compat import sdpa_mask
-from aspec.models.exact.paths import PIECE, Paths
 
 NAME = "aspec"
 DEVICE_SCORE_BYTES = 64 << 20

@@ -16,8 +16,8 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from aspec.io.upload import upload
-from aspec.models.hf_compat import Cache
 from aspec.models.exact.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
+from aspec.models.hf_compat import Cache
 
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""

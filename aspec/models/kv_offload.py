@@ -20,8 +20,8 @@ from torch import nn
 
 from aspec.errors import InternalError
 from aspec.models.attention import attend
-from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.exact.paths import MaskKind
+from aspec.models.kv_cache import KVShape, StepCache
 
 PINNED_ROUNDING = 4
 """Factor of pinned memory over the bytes in use. Torch allocates it in powers of two (up to twice the bytes) and keeps

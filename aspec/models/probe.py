@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.attention import attend
+from aspec.models.exact.paths import MaskKind
 from aspec.models.hf_compat import (
     Cache,
     cache_argument,
@@ -26,7 +27,6 @@ from aspec.models.hf_compat import (
 )
 from aspec.models.kv_cache import KVCache, KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
-from aspec.models.exact.paths import MaskKind
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
 

@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from aspec.errors import InternalError
 from aspec.models.attention import attend
+from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.products import PRODUCTS, multiply
 from aspec.models.kv_cache import StepCache
 from aspec.models.kv_offload import HostAttention
-from aspec.models.exact.paths import MaskKind
 
 RECORDED = {*PRODUCTS, multiply, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
 """Functions that run in the first half only: the expensive ones, those whose bits may depend on the memory address of

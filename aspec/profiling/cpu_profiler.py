@@ -24,11 +24,11 @@ from aspec.io.disk_probe import probe_rate
 from aspec.io.host_memory import total_bytes
 from aspec.io.memory import allocate
 from aspec.models.attention import NAME, attend
+from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.products import ExactProducts, ExactStep, route
 from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.exact.paths import MaskKind
 from aspec.models.weights.parts import Segment, as_tensor
 from aspec.options import DEMO
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor, Table

@@ -4,8 +4,8 @@ import torch
 
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
-from aspec.models.kv_cache import KVCache
 from aspec.models.exact.paths import MaskKind
+from aspec.models.kv_cache import KVCache
 from aspec.profiling.stopwatch import seconds_of
 from aspec.speculation.calibration import Calibration
 from aspec.speculation.candidates import best_children

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from aspec.models.exact.flash import Inputs, attend_with_flash, flash_recipe
+from aspec.models.exact.paths import Paths, Piece
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import Keys, attend_in_tiles
-from aspec.models.exact.paths import Paths, Piece
 
 MAX_GROUP_BYTES = 4 << 20
 """Bytes that an exact step holds while it attends to several pieces together."""

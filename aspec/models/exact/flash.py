@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 
 from aspec.models.exact.flash_probe import FLASH, Joinable, flash
 from aspec.models.exact.known_recipes import recipe_for
+from aspec.models.exact.paths import Piece
 from aspec.models.exact.recipe import BLOCKS, Recipe
 from aspec.models.exact.row_probe import ProductKind
 from aspec.models.exact.scoring import Scoring
-from aspec.models.exact.paths import Piece
 
 MAX_COPIED_BYTES = 4 << 20
 """Bytes of the copies of keys and values for the queries of a tree, at once."""

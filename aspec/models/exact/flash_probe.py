@@ -8,9 +8,9 @@ another sign, so another order of summation changes almost every output.
 import torch
 
 from aspec.models.exact.blocks import Product
+from aspec.models.exact.paths import KEY_TILE
 from aspec.models.exact.recipe import BLOCKS, Recipe
 from aspec.models.exact.row_probe import ProductKind, prove, side_by_side, uneven
-from aspec.models.exact.paths import KEY_TILE
 
 FLASH = "flash"  # the operation's name in a ProductKind; ``batch`` is the number of key heads
 

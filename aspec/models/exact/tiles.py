@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.paths import KEY_TILE, Own, Piece
+from aspec.models.exact.scoring import Scoring
 
 MAX_SCORE_BYTES = 1 << 20
 """Bytes of fp32 scores in one block of query tokens on a CPU, which stays in the caches: measured, ms of 512 tokens

@@ -91,6 +91,7 @@ def test_a_plan_fetches_headers_only(hub, local, machine, monkeypatch, planned):
     assert config["rope_parameters"]["long_factor"] == [1.0, 1.0, 2.0, 8.0]
 
 
+@pytest.mark.slow
 @builds_tokenizers
 def test_a_run_fetches_the_files_of_one_quantisation(hub, local, monkeypatch):
     words = ["--raw", "-p", "abc", "-n", 4, "--dtype", "float32", "--threads", 1, "--json", "--temperature", 0]

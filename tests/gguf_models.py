@@ -11,19 +11,10 @@ import transformers as T
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
+from tests import tiny
+
 TOKENS = ["<unk>", "<s>", "</s>", *(f"t{index}" for index in range(253))]
-COMMON = dict(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+COMMON = {**tiny.COMMON, "num_hidden_layers": 3}
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
 LONG = [1.0 + index / 4 for index in range(8)]

@@ -1,7 +1,9 @@
 """For tests of formats: tensors in a file, decoding into memory with other contents, and a count of allocations."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from random import Random
 
 import torch
 from safetensors.torch import save_file
@@ -61,3 +63,19 @@ def assert_allocates_nothing(weight, tensors: Mapping[str, torch.Tensor], dtype:
     workspace = torch.empty(weight.workspace_bytes, dtype=torch.uint8)
     weight.decode(own, out, workspace)
     assert max(allocations(lambda: weight.decode(own, out, workspace)), default=0) <= 64
+
+
+def damaged(method: str, settings, refs, hurt: Callable[..., None]) -> Iterator[tuple[Random, dict, dict]]:
+    """1,000 copies of settings and headers with one or two faults each, which ``hurt`` adds, and the random source."""
+    for number in range(1000):
+        random = Random(f"{method}/{number}")
+        own, found = copy.deepcopy(settings), dict(refs)
+        for _ in range(random.choice((1, 1, 2))):
+            hurt(random, own, found)
+        yield random, own, found
+
+
+def refusal(error: Exception) -> str:
+    """``refused``, if the error is one paragraph of a sensible length."""
+    paragraph = "\n" not in str(error) and len(str(error)) < 1500
+    return "refused" if paragraph else f"refused badly: {error}"

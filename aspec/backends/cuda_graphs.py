@@ -5,13 +5,13 @@ and ends the capture itself. Only the calling thread captures: others may alloca
 """
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from aspec.backends.device import Replay
+from aspec.io.memory import no_collections
 
 _cuda: Any = torch.cuda  # torch gives its graphs no types
 
@@ -26,7 +26,7 @@ class TorchCapture:
     def capture(self, work: Callable[[], object]) -> Replay:
         """A function that repeats the work in its memory. Raises RuntimeError if CUDA refuses; computes nothing."""
         graph = _cuda.CUDAGraph()
-        with _no_garbage_collection():
+        with no_collections():  # freeing may call the device, which is forbidden during a capture
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 work()
@@ -44,15 +44,3 @@ class TorchCapture:
             graph.capture_end()
         with contextlib.suppress(RuntimeError):  # a failed capture_end skips this
             torch._C._cuda_endAllocateToPool(_cuda.current_device(), self._pool)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Turn garbage collection off inside: freeing may call the device, which is forbidden during a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -1,9 +1,7 @@
 """What ``aspec plan`` does: search for a plan with the headers of the checkpoints alone, and explain it."""
 
-import gc
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from aspec.errors import UserError
 from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
 from aspec.io.fetching.fetch import Fetches
+from aspec.io.memory import no_collections
 from aspec.models.compute_dtype import dtype_name
 from aspec.models.generation_defaults import generation_defaults
 from aspec.observe.console import Console
@@ -62,7 +61,7 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         if num_tried.bit_count() == 1:  # a line each time the number has doubled
             console.note(f"{_count(num_tried, 'plan')} tried")
 
-    with fetching(console) as fetches, _no_collection():
+    with fetching(console) as fetches, no_collections():  # each would visit the million objects of a large checkpoint
         explained = explain(flags, progress, fetches)
     for remark in explained.models.remarks:
         console.warn(remark)
@@ -71,18 +70,6 @@ def plan_to_console(flags: PlanFlags, console: Console) -> None:
         return
     for line in lines(explained):
         print(line)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Search for no unreachable objects: a large checkpoint has a million live ones, and each search visits all."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def explain(

@@ -9,7 +9,7 @@ import ctypes
 import gc
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 
@@ -101,3 +101,15 @@ def freeze() -> Callable[[], None]:
         return lambda: None
     gc.freeze()
     return gc.unfreeze
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Turn garbage collection off inside."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -107,7 +107,7 @@ class Model:
         if not stored:
             self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
             weights = stored_weights(self.checkpoint.tensors, packing)
-        self._tensors = map_tensors(self._layers_model, self.name, weights, getattr(packing, "remarks", ()))
+        self._tensors = map_tensors(self._layers_model, self.name, weights, () if packing is None else packing.remarks)
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:

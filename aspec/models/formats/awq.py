@@ -43,7 +43,7 @@ FUSED = frozenset({"do_fuse", "fuse_max_seq_len", "modules_to_fuse", "rope_theta
 """Fields of modules that AutoAWQ fuses to run faster."""
 
 
-class Awq:
+class Awq(Format):
     """AWQ with the settings of one checkpoint."""
 
     def __init__(self, fields: Fields) -> None:

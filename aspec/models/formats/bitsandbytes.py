@@ -132,7 +132,7 @@ class _State:
     nested_offset: float = 0.0
 
 
-class BitsAndBytes:
+class BitsAndBytes(Format):
     """The method ``bitsandbytes``: the stored tensors of a weight say whether it has 4 or 8 bits."""
 
     def __init__(self, settings: Settings) -> None:

@@ -28,7 +28,7 @@ PLAIN = (torch.int8, torch.float8_e4m3fn)  # dtypes of weights whose numbers are
 ENDS = ("weight_packed", "weight_scale")
 
 
-class CompressedTensors:
+class CompressedTensors(Format):
     """compressed-tensors with the settings of one checkpoint."""
 
     def __init__(self, fields: Fields) -> None:

@@ -155,7 +155,7 @@ def _widened(scales: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
     return own
 
 
-class Fp8:
+class Fp8(Format):
     """The method ``fp8``: the stored tensors say which weights are packed."""
 
     def __init__(self, settings: Settings) -> None:
@@ -220,7 +220,7 @@ def _companion(name: str, weight: TensorRef, tensors: Mapping[str, TensorRef]) -
     return next((tensors[own] for own in names if own in tensors), None)
 
 
-class Fbgemm:
+class Fbgemm(Format):
     """The method ``fbgemm_fp8``: a scale for each output; Llama 4's fused experts [E, input, output] too."""
 
     def __init__(self, settings: Settings) -> None:

@@ -111,7 +111,7 @@ class Layout:
         return cls(bits, size, bool(reordered))
 
 
-class Gptq:
+class Gptq(Format):
     """GPTQ with the settings of one checkpoint."""
 
     def __init__(self, fields: Fields) -> None:

@@ -19,7 +19,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 KNOWN = ("quant_method", "modules_to_not_convert", "dequantize")
 
 
-class Mxfp4:
+class Mxfp4(Format):
     """The method of gpt-oss: the stored names say which weights are packed."""
 
     def __init__(self, settings: Settings) -> None:

@@ -37,7 +37,7 @@ CHANGED = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")  # tensor
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class ModelOpt:
+class ModelOpt(Format):
     """ModelOpt's floating-point checkpoints: the stored tensors of a weight say which algorithm it has."""
 
     def __init__(self, settings: Settings) -> None:

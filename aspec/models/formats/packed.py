@@ -87,6 +87,8 @@ def outlined(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 class Format(Protocol):
     """A method with the settings of one checkpoint."""
 
+    remarks: tuple[str, ...] = ()  # texts for the user
+
     def weights(self, tensors: Mapping[str, TensorRef]) -> list[PackedWeight]:
         """The packed weights among stored tensors; tensors that belong to none are stored plainly.
 

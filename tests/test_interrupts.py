@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -352,3 +353,23 @@ def test_ctrl_c_before_the_command_has_begun_is_130():
     _, errors = process.communicate()
     assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
+
+
+MUTED = """
+import termios
+from aspec.cli.interrupts import restore_terminal_modes, terminal_modes
+before = terminal_modes()
+quiet = terminal_modes()
+quiet[3] &= ~termios.ECHO
+termios.tcsetattr(0, termios.TCSANOW, quiet)
+restore_terminal_modes(before)
+"""
+
+
+def test_the_modes_are_restored_of_a_terminal_that_does_not_control_the_session():
+    master, slave = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", MUTED], stdin=slave, env=environment, start_new_session=True, check=True)
+    assert termios.tcgetattr(master)[3] & termios.ECHO
+    os.close(slave)
+    os.close(master)

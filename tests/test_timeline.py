@@ -110,6 +110,16 @@ def test_the_critical_path_follows_causes_and_lanes():
     assert critical_path(Timeline(())) == {}
 
 
+@pytest.mark.parametrize(("decoding", "ceiling"), [(4.0, 0.5), (1.0, 0.8)], ids=["decoding binds", "the disk binds"])
+def test_the_ceiling_is_the_slower_of_link_and_decoding(decoding, ceiling):
+    slices = (
+        Slice(0, "disk", "read", 1.0, 3.5, nbytes=20),
+        Slice(1, "decode", "decode", 1.0, 1.0 + decoding, nbytes=9),
+    )
+    rounds = (Round(0, 0.0, 1.0, 0, 0, 1), Round(1, 1.0, 6.0, 1, 1, 2))
+    assert summarise(Timeline(slices, rounds, {"bytes_per_pass": 20})).ceiling_tokens_per_s == pytest.approx(ceiling)
+
+
 @pytest.mark.parametrize("resources", [None, DEVICE_RESOURCES], ids=["host", "device"])
 def test_a_simulated_run_adds_up(virtual, resources):
     profile = SimCosts(layer_s=1e-3, draft_s=1e-3, copy_bytes_per_s=20e9 if resources else None)

@@ -233,6 +233,10 @@ def restore_terminal_modes(modes: list[Any] | None) -> None:
     """Set the terminal of standard input to ``modes``, unless another process holds it."""
     if sys.platform == "win32" or modes is None:
         return
-    with suppress(termios.error, OSError):
-        if os.tcgetpgrp(0) == os.getpgrp():  # else the system would stop this process
+    try:
+        is_held = os.tcgetpgrp(0) != os.getpgrp()  # then the system would stop this process
+    except OSError:  # not the terminal that controls this session: nobody is stopped
+        is_held = False
+    if not is_held:
+        with suppress(termios.error, OSError):
             termios.tcsetattr(0, termios.TCSANOW, modes)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aspec.observe.timeline import (
+    DECODE,
     LaneUse,
     Stall,
     Timeline,
@@ -31,7 +32,7 @@ class Summary:
     tokens: int
     tokens_per_s: float | None  # while decoding
     tokens_per_pass: float | None
-    ceiling_tokens_per_s: float | None  # tokens per pass x rate while the link was busy / bytes per pass
+    ceiling_tokens_per_s: float | None  # the speed if the lane that binds the weights had no gap
     lanes: tuple[LaneUse, ...]
     hidden: float | None  # share of target and draft compute that ran while weights streamed
     draft_wait_s: float  # seconds that the target waited for running drafts, in the whole run
@@ -91,6 +92,14 @@ def _relative_to(zero_s: float, stall: Stall) -> Stall:
     return replace(stall, start_s=stall.start_s - zero_s, stop_s=stall.stop_s - zero_s)
 
 
+def _ceiling(uses: list[LaneUse], decoded: int, per_pass: float | None, bytes_per_pass: int) -> float | None:
+    """Tokens per second of the slower of two: the link at its rate while busy, and decoding weights without a gap."""
+    rate = next((use.busy_bytes_per_s for use in uses if use.busy_bytes_per_s), None)
+    found = [per_pass * rate / bytes_per_pass] if per_pass and rate and bytes_per_pass else []
+    found += [decoded / use.busy_s for use in uses if use.lane == DECODE and use.busy_s > 0 and per_pass]
+    return min(found, default=None)
+
+
 def summarise(timeline: Timeline) -> Summary:
     """Compute the summary of a run."""
     start, stop = decode_stretch(timeline)
@@ -98,8 +107,6 @@ def summarise(timeline: Timeline) -> Summary:
     passes = len(timeline.rounds) - 1
     decoded = sum(r.tokens for r in timeline.rounds[1:])
     per_pass = decoded / passes if passes > 0 else None
-    rate = next((use.busy_bytes_per_s for use in uses if use.busy_bytes_per_s), None)
-    bytes_per_pass = int(timeline.facts.get("bytes_per_pass", 0))
     return Summary(
         seconds=timeline.stop_s - timeline.start_s,
         decode_s=stop - start,
@@ -107,7 +114,7 @@ def summarise(timeline: Timeline) -> Summary:
         tokens=sum(r.tokens for r in timeline.rounds),
         tokens_per_s=decoded / (stop - start) if passes > 0 and stop > start else None,
         tokens_per_pass=per_pass,
-        ceiling_tokens_per_s=per_pass * rate / bytes_per_pass if per_pass and rate and bytes_per_pass else None,
+        ceiling_tokens_per_s=_ceiling(uses, decoded, per_pass, int(timeline.facts.get("bytes_per_pass", 0))),
         lanes=tuple(uses),
         hidden=hidden_share(timeline.work(start, stop)),
         draft_wait_s=draft_wait_s(timeline),

@@ -3,7 +3,8 @@
 Standard library only: the scheduler, the simulation and the dashboard read it.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -14,7 +15,7 @@ from aspec.units import format_bytes
 
 PREFILL_ITEMS = 8  # full prefill items that share one pass over the weights
 MOST_WORK = 10**12  # prompts, or tokens of one prompt, in an expected workload
-SCRATCH_BUFFERS = 2  # of one layer each: a layer is decoded beside the products of the one before
+SCRATCH_BUFFERS = 2  # of one layer each: a layer is decoded beside the products of the one before; 1: behind them
 SPARE_SLOTS = 5  # slots beyond one layer's parts: they fill while the draft works between two passes
 
 
@@ -37,7 +38,8 @@ class Speculation(StrEnum):
 class PlannedPart:
     """One unit of weights: ``nbytes`` are read or copied, a buffer of ``size`` bytes holds them.
 
-    ``scratch_bytes`` hold its decoded weights; a resident part keeps its own scratch permanently.
+    ``scratch_bytes`` hold its decoded weights. A resident part keeps a scratch of its own, and its stored bytes only if
+    weights are used there; or it stays ``packed``, and is decoded in every pass as streamed parts are.
     """
 
     index: int
@@ -48,11 +50,18 @@ class PlannedPart:
     scratch_bytes: int = 0
     decoded_bytes: int = 0  # that decoding writes, in scratch or where they were read; 0: nothing is decoded
     in_place: bool = True  # some weights are used where they were read: the layer itself needs the slot
+    repeatable: bool = True  # the bytes once read can be decoded in every pass
+    packed: bool = False  # of a resident part: it is kept as it is stored
 
     @property
     def resident_bytes(self) -> int:
         """Bytes that the part takes when it is resident."""
-        return self.size + self.scratch_bytes
+        return self.size if self.packed else self.size * self.in_place + self.scratch_bytes
+
+    @property
+    def is_decoded_in_passes(self) -> bool:
+        """Whether every pass decodes it."""
+        return self.decoded_bytes > 0 and (self.packed or self.tier is not Tier.DEVICE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,8 @@ class PlanRequest:
     resident_bytes: int | None = None  # most bytes of resident layers, even where more would fit
     threads: Threads | None = None  # None: unknown, as for a machine that is not at hand
     spare_slots: int = field(default=SPARE_SLOTS, compare=False)  # beyond one layer's parts; the plan has the count
+    scratch_buffers: int = SCRATCH_BUFFERS  # most of them; fewer where they do not fit
+    keep_packed: bool = False  # resident parts stay as they are stored, where that is possible
     host_bytes: int | None = field(default=None, compare=False)  # host budget; None: the device is the host
 
     @property
@@ -225,14 +236,24 @@ class Plan:
         return tuple(part for part in self.parts if part.layer == layer and part.tier is not Tier.DEVICE)
 
     @property
+    def decoding(self) -> tuple[PlannedPart, ...]:
+        """The parts that are decoded in every pass, in the order of their use."""
+        return tuple(part for part in self.parts if part.is_decoded_in_passes)
+
+    @property
     def decoded(self) -> tuple[int, ...]:
-        """The layers whose streamed weights are decoded in every pass."""
-        return tuple(sorted({part.layer for part in self.streamed if part.decoded_bytes}))
+        """The layers of which weights are decoded in every pass."""
+        return tuple(sorted({part.layer for part in self.decoding}))
 
     @property
     def num_scratch(self) -> int:
         """Scratch buffers, each for the decoded weights of one layer."""
-        return min(SCRATCH_BUFFERS, len(self.decoded))
+        return min(self.request.scratch_buffers, len(self.decoded))
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of a scratch buffer."""
+        return scratch_bytes(self.parts)
 
     @property
     def streamed_bytes(self) -> int:
@@ -289,7 +310,9 @@ class Plan:
         source = " from the text" if self.request.from_text else ""
         words += f" with {kind} of up to {most}{source}" if most else " without speculation"
         words += ", attention on the CPU" if self.attention_resource != "compute" else ""
-        return words + (f", {self.num_slots} slots" if self.streamed else "")
+        words += f", {self.num_slots} slots" if self.streamed else ""
+        words += ", decoding behind products" if self.num_scratch == 1 < len(self.decoded) else ""
+        return words + (", resident layers packed" if any(part.packed for part in self.parts) else "")
 
     @property
     def exactness(self) -> str:
@@ -316,6 +339,7 @@ class Plan:
             "threads": None if self.request.threads is None else asdict(self.request.threads),
             "attention": self.attention_resource,
             "micro_batches": self.micro_batches,
+            "scratch_buffers": self.num_scratch,
             "slots": self.num_slots,
             "slot_bytes": self.slot_bytes,
             "streamed_bytes": self.streamed_bytes,
@@ -337,6 +361,14 @@ class Plan:
 def _sum(arithmetic: Mapping[str, int]) -> str:
     terms = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in arithmetic.items() if nbytes)
     return f"{terms} = {format_bytes(sum(arithmetic.values()))}"
+
+
+def scratch_bytes(parts: Iterable[PlannedPart]) -> int:
+    """Bytes of a scratch buffer, which holds the decoded weights of one layer."""
+    layers: dict[int, int] = defaultdict(int)
+    for part in parts:
+        layers[part.layer] += part.scratch_bytes * part.is_decoded_in_passes
+    return max(layers.values(), default=0)
 
 
 def draft_slots(speculation: Speculation, max_draft_tokens: int) -> int:

@@ -14,7 +14,8 @@ from aspec.errors import CheckpointError
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.weights.parts import PAGE, REST, plan_parts
+from aspec.models.weights.layout import plan_parts
+from aspec.models.weights.parts import PAGE, REST
 from aspec.models.weights.tensor_map import map_tensors
 from tests import tiny
 from tests.compat import of_kinds

@@ -63,6 +63,14 @@ def test_every_layer_of_every_pass_is_decoded_once(virtual, num_layers):
     assert len(decoded) - len(needed) <= 2 * plan.num_scratch, "ahead of a pass that never comes"
 
 
+def test_with_one_scratch_buffer_decoding_and_products_take_turns(virtual):
+    plan = make_plan(max_draft_tokens=0, scratch_buffers=1, **MANY_LAYERS)
+    spans = spans_of(virtual, plan, disk_bytes_per_s=1e12, layer_s=0.01, layer_token_s=0.0, decode_s=0.01)
+    both = seconds(spans, Op.DECODE, Op.LAYER)
+    assert both == pytest.approx(seconds(spans, Op.DECODE) + seconds(spans, Op.LAYER), rel=1e-6)
+    assert find_races(spans) == []
+
+
 def test_the_parts_of_a_layer_are_decoded_side_by_side():
     plan = make_plan(num_layers=3, parts_per_layer=3, num_slots=9, decoded=1000, in_place=False)
     graph = Graph(HOST_RESOURCES)
@@ -97,15 +105,19 @@ PARTS = st.lists(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PARTS, st.integers(0, 4), st.sampled_from([0, 5]), st.booleans())
-def test_any_mixture_of_parts_runs_to_its_end_without_a_race(virtual, layers, spare, drafts, split):
+@given(PARTS, st.integers(0, 4), st.sampled_from([0, 5]), st.booleans(), st.booleans(), st.integers(1, 2))
+def test_any_mixture_of_parts_runs_to_its_end_without_a_race(virtual, layers, spare, drafts, split, packed, buffers):
     flat = [(layer, *own) for layer, parts in enumerate(layers) for own in parts]
     parts = tuple(
-        PlannedPart(index, layer, 1000, 1000, tier, 500 * decoded, 500 * decoded, in_place)
+        PlannedPart(
+            *(index, layer, 1000, 1000, tier, 500 * decoded, 500 * decoded, in_place),
+            packed=packed and decoded and tier is Tier.DEVICE,
+        )
         for index, (layer, tier, decoded, in_place) in enumerate(flat)
     )
     most = max(sum(part.layer == layer and part.tier is Tier.DISK for part in parts) for layer in range(len(layers)))
     how = {"attention_resource": "cpu", "micro_batches": 2} if split else {}
+    how |= {"scratch_buffers": buffers}
     plan = plan_of(
         parts, len(layers), max(1, most + spare), 1000, num_rows=3, capacity=512, max_draft_tokens=drafts, **how
     )

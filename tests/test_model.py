@@ -13,7 +13,7 @@ from aspec.errors import CheckpointError, InternalError, UnsupportedModelError, 
 from aspec.models.generation_defaults import generation_defaults
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.weights import parts as layout
+from aspec.models.weights import layout
 from tests import tiny
 
 TOLERANCE = 2e-5  # of fp32 logits

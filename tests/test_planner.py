@@ -54,6 +54,60 @@ def test_a_cap_on_resident_layers_is_kept(cap):
     assert resident > cap * MIB - 4 * MIB or cap == 1000
 
 
+def packed_footprint(**changes):
+    """Parts of 4 MiB that are decoded to 16 MiB: layers of 32 MiB."""
+    whole = footprint(**changes)
+    decoded = dict(scratch_bytes=16 * MIB, decoded_bytes=16 * MIB, in_place=False)
+    return replace(whole, parts=tuple(replace(part, **decoded) for part in whole.parts))
+
+
+def test_scratch_is_for_two_layers_where_they_fit_and_for_one_otherwise():
+    least = 3 + 2 * 4 + 32
+    for budget, number in ((least, 1), (least + 31, 1), (least + 32, 2)):
+        plan = make_plan(packed_footprint(), request(budget * MIB))
+        assert plan.num_scratch == number
+        assert plan.arithmetic["scratch"] == number * plan.scratch_bytes == number * 32 * MIB
+    with pytest.raises(BudgetError, match=f"at least {least}MiB") as caught:
+        make_plan(packed_footprint(), request(least * MIB - 1))
+    assert "scratch 32.0" in str(caught.value)
+
+
+def test_resident_parts_stay_as_stored_or_decoded_as_the_request_says():
+    """3 MiB are held by every plan; 7 slots have 28 MiB and two layers' scratch 64 MiB."""
+    asked = request((3 + 28 + 64 + 20) * MIB)
+    decoded = make_plan(packed_footprint(), asked)
+    packed = make_plan(packed_footprint(), replace(asked, keep_packed=True))
+    for plan, number in ((decoded, 1), (packed, 5)):
+        resident = [part for part in plan.parts if part.tier is Tier.DEVICE]
+        assert len(resident) == number
+        assert plan.arithmetic["resident layers"] == sum(part.resident_bytes for part in resident)
+        assert plan.held_bytes <= asked.budget_bytes
+    assert decoded.decoding == decoded.streamed
+    assert packed.decoding == packed.parts
+    everything = make_plan(packed_footprint(), replace(asked, budget_bytes=(3 + 64 + 64) * MIB, keep_packed=True))
+    assert everything.streamed == ()
+    assert everything.decoding == everything.parts
+    plain = make_plan(packed_footprint(), replace(asked, budget_bytes=300 * MIB, keep_packed=True))
+    assert plain.decoding == (), "what fits decoded is never decoded again"
+    assert plain.arithmetic["scratch"] == 0
+
+
+def test_a_part_that_cannot_be_decoded_again_is_resident_decoded():
+    whole = packed_footprint()
+    merged = replace(whole, parts=tuple(replace(part, repeatable=part.index > 0) for part in whole.parts))
+    plan = make_plan(merged, replace(request((3 + 64 + 64 + 16) * MIB), keep_packed=True))
+    assert [part.packed for part in plan.parts] == [part.index > 0 for part in plan.parts]
+
+
+@pytest.mark.parametrize(("size", "budget"), [(2, 300), (90, 130), (300, 700)])
+def test_memory_through_which_parts_are_loaded_is_that_of_slots_where_it_suffices(size, budget):
+    plan = make_plan(replace(packed_footprint(), loading_bytes=size * MIB), request(budget * MIB))
+    slots = plan.num_slots * plan.slot_bytes
+    largest = max(size * MIB, 4 * MIB if len(plan.streamed) < len(plan.parts) else 0)
+    assert plan.arithmetic["loading"] == max(0, largest - slots)
+    assert plan.held_bytes <= budget * MIB
+
+
 def test_a_budget_too_small_says_what_would_fit():
     with pytest.raises(BudgetError, match="at least 11MiB") as caught:
         make_plan(footprint(), request(5 * MIB))

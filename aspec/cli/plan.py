@@ -20,13 +20,13 @@ from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
 from aspec.planning.fit import fit, most_context
 from aspec.planning.footprint import Models, read_models
+from aspec.planning.forecast import decode_seconds
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import resolve
 from aspec.planning.search import GUESS_MARGIN, Candidate, Search
 from aspec.planning.workload import (
     CostBasis,
     best_plans,
-    decode_seconds,
     elsewhere,
     measured_basis,
     pricing,
@@ -165,7 +165,8 @@ def packed_lines(explained: PlanExplanation) -> Iterator[str]:
     """What decoding takes, and what the same model with plain weights would do."""
     models, best, other = explained.models, explained.search.best, explained.unpacked
     if explained.decode_s:
-        yield f"decoding: {_time(explained.decode_s)} of a pass of {_time(_pass_s(best))}, beside its products"
+        when = "beside its products" if best.plan.num_scratch > 1 else "in turn with its products"
+        yield f"decoding: {_time(explained.decode_s)} of a pass of {_time(_pass_s(best))}, {when}"
     plain = f"in {dtype_name(models.target.dtype)}: {format_bytes(sum(part.made_bytes for part in models.parts))}"
     if other is None:
         yield f"{plain}, which does not fit this memory"

@@ -1,5 +1,6 @@
 """From a design to memory: arenas, caches, buffers of a device, and the parts to read before the engine runs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,7 @@ from aspec.io.loop.settling import close_all
 from aspec.io.memory import SlotMemory, allocate, discard, give_back
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.weights.parts import Part, as_tensor, scratch_bytes
+from aspec.models.weights.parts import Part, as_tensor
 from aspec.plan import Plan, Tier
 from aspec.planning.resolve import Resolved
 from aspec.speculation.drafter import Drafter
@@ -32,12 +33,16 @@ from aspec.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class ResidentLoad:
-    """A part that is read once, when the engine opens: into host memory, or through it into device memory."""
+    """A part that is read once, when the engine opens: into host memory, or through it into device memory.
+
+    ``passing``: its memory is that of other parts, too, once it is bound.
+    """
 
     part: Part
     view: memoryview | None = None  # host memory that the disk fills
     buffer: torch.Tensor | None = None  # device memory, if the part stays there
-    model: Model | None = None  # to bind; None: the part streams from the host
+    model: Model | None = None  # to bind; None: the part streams from the host, or every pass decodes it
+    passing: bool = False
 
 
 @dataclass(slots=True)
@@ -106,16 +111,21 @@ def out_of_memory(plan: Plan) -> str:
 
 
 def _on_host(made: ResolvedEngine) -> EngineMemory:
-    """Allocate two arenas (resident, slots) and the caches; no weight is read yet."""
+    """Allocate two arenas (resident, slots) and the caches; no weight is read yet.
+
+    Resident parts whose stored bytes are not kept are read into the memory of the slots.
+    """
     for model in (made.models.target, made.models.draft):
         if model is not None:
             model.prove_products()
     give_back()
     memory: list[SlotMemory] = []
     once = _residents(made)
-    views = _carve(memory, [part.size for part, _ in once])
-    slots = _carve(memory, [made.plan.slot_bytes] * made.plan.num_slots)
-    loads = [ResidentLoad(part, view, None, model) for (part, model), view in zip(once, views, strict=True)]
+    kept, passing = ([one for one in once if one.passing is through] for through in (False, True))
+    views = _carve(memory, [one.part.size for one in kept])
+    loads = [replace(one, view=view) for one, view in zip(kept, views, strict=True)]
+    slots, whole = _carve_slots(memory, made.plan, max((one.part.size for one in passing), default=0))
+    loads += [replace(one, view=whole[: one.part.size]) for one in passing]
     return _assembly(made, [as_tensor(slot) for slot in slots], slots, loads, memory)
 
 
@@ -123,18 +133,17 @@ def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMem
     """The same on a device; in pinned host memory the parts that stay there, and staging."""
     plan = made.plan
     once = _residents(made)
-    arena = device.allocate(sum(_aligned(part.size) for part, _ in once))
-    places = _offsets([part.size for part, _ in once])
-    loads = [
-        ResidentLoad(part, buffer=arena[at : at + part.size], model=model)
-        for (part, model), at in zip(once, places, strict=True)
-    ]
+    kept, passing = ([one for one in once if one.passing is through] for through in (False, True))
+    arena = device.allocate(sum(_aligned(one.part.size) for one in kept))
+    places = _offsets([one.part.size for one in kept])
+    loads = [replace(one, buffer=arena[at : at + one.part.size]) for one, at in zip(kept, places, strict=True)]
     by_index = {part.index: part for part in made.models.parts}
     hosted = [by_index[planned.index] for planned in plan.parts if planned.tier is Tier.HOST]
     host_parts = {part.index: device.allocate_host(part.size) for part in hosted}
     loads += [ResidentLoad(part, view=host_parts[part.index].view) for part in hosted]
     slot_bytes = _aligned(plan.slot_bytes)
-    whole = device.allocate(slot_bytes * plan.num_slots)
+    whole = device.allocate(max(slot_bytes * plan.num_slots, *(_aligned(one.part.size) for one in passing), 0))
+    loads += [replace(one, buffer=whole[: one.part.size]) for one in passing]
     slots = [whole[index * slot_bytes : (index + 1) * slot_bytes] for index in range(plan.num_slots)]
     reads = any(planned.tier is Tier.DISK for planned in plan.parts)
     staging = [device.allocate_host(plan.slot_bytes) for _ in range(plan.num_staging if reads else 0)]
@@ -156,9 +165,8 @@ def _assembly(
     models, plan = made.models, made.plan
     resolved, target, draft = models.resolved, models.target, models.draft
     place = torch.device("cpu") if device is None else device.torch_device
-    each = scratch_bytes(models.parts)
-    scratch = [torch.empty(each, dtype=torch.uint8, device=place) for _ in range(plan.num_scratch)]
-    layer_parts = {part.index: part for part in models.parts if part.layer >= 0}
+    scratch = [torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=place) for _ in range(plan.num_scratch)]
+    layer_parts = _placed_parts(made)
     one = (
         1 if resolved.options.speculation == "chain" else None
     )  # continuations of a lookup; None: as many as a tree takes
@@ -170,16 +178,46 @@ def _assembly(
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
     capacity = plan.capacity + plan.tree_slots
     cache = _cache(target, plan, capacity, place, exact=plan.request.exact, offloaded=plan.kv_on_host)
-    runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter, plan.request.threads)
+    kept = {part.index for part in plan.decoding if part.packed}
+    packed = {load.part.index: _stored(load) for load in loads if load.model is None and load.part.index in kept}
+    weights = Weights(layer_parts, slots, scratch, packed)
+    runner = ModelRunner(target, cache, weights, drafter, plan.request.threads)
     return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
 
-def _residents(made: ResolvedEngine) -> list[tuple[Part, Model]]:
-    """The parts that are read once, and their model: the target except its streamed layers, and the whole draft."""
+def _residents(made: ResolvedEngine) -> list[ResidentLoad]:
+    """The parts that are read once, without memory yet: of the target all but streamed ones, and the whole draft."""
     models = made.models
-    resident = {part.index for part in made.plan.parts if part.tier is Tier.DEVICE}
-    once = [(part, models.target) for part in models.parts if part.layer < 0 or part.index in resident]
-    return once + [(part, models.draft) for part in models.draft_parts if models.draft is not None]
+    kept = {part.index: part for part in made.plan.parts if part.tier is Tier.DEVICE}
+    once: list[ResidentLoad] = []
+    for part in models.parts:
+        if part.layer < 0 or (part.index in kept and not kept[part.index].packed):
+            once.append(ResidentLoad(part, model=models.target, passing=part.passes_through))
+        elif part.index in kept:
+            once.append(ResidentLoad(part))
+    return once + [
+        ResidentLoad(part, model=models.draft, passing=part.passes_through)
+        for part in models.draft_parts
+        if models.draft is not None
+    ]
+
+
+def _placed_parts(made: ResolvedEngine) -> dict[int, Part]:
+    """The parts of all layers by index; those that passes decode lie side by side in their layer's scratch."""
+    placed = {part.index: part for part in made.models.parts if part.layer >= 0}
+    ends: Counter[int] = Counter()
+    for planned in made.plan.decoding:
+        placed[planned.index] = replace(placed[planned.index], scratch_at=ends[planned.layer])
+        ends[planned.layer] += planned.scratch_bytes
+    return placed
+
+
+def _stored(load: ResidentLoad) -> torch.Tensor:
+    """The memory into which a part is read."""
+    if load.buffer is not None:
+        return load.buffer
+    assert load.view is not None, "a part is read into host memory or into a device's"
+    return as_tensor(load.view)
 
 
 def _cache(
@@ -211,6 +249,16 @@ def _carve(memory: list[SlotMemory], sizes: Sequence[int]) -> list[memoryview]:
     return views
 
 
+def _carve_slots(memory: list[SlotMemory], plan: Plan, least: int) -> tuple[list[memoryview], memoryview]:
+    """The slots, and all their memory, which has ``least`` bytes even where slots are smaller."""
+    nbytes = max(plan.slot_bytes * plan.num_slots, least)
+    if not nbytes:
+        return [], memoryview(b"")
+    memory.append(allocate(nbytes))
+    whole = memory[-1].view
+    return [whole[at * plan.slot_bytes : (at + 1) * plan.slot_bytes] for at in range(plan.num_slots)], whole
+
+
 def bind_load(load: ResidentLoad) -> None:
     """Bind resident parameters to their buffer until the engine closes; converted ones get memory of their own.
 
@@ -218,10 +266,7 @@ def bind_load(load: ResidentLoad) -> None:
     """
     if load.model is None:
         return
-    buffer = load.buffer
-    if buffer is None:
-        assert load.view is not None, "a part is read into host memory or into a device's"
-        buffer = as_tensor(load.view)
+    buffer = _stored(load)
     scratch = torch.empty(load.part.scratch_bytes, dtype=torch.uint8, device=buffer.device)
     load.model.bind(replace(load.part, scratch_at=0), buffer, scratch)
     if load.view is None:

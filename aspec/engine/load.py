@@ -1,6 +1,7 @@
 """Loading when an engine opens: resident weights, and the parts that stay in host memory behind a device's link."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,8 +34,14 @@ async def load_all(
     """
     loader = _DeviceLoader(disk, device) if device is not None else None
     turn = asyncio.Lock()  # converts one part at a time, so that the memory for it is counted once
+    passage = asyncio.Lock()  # parts that pass through the same memory are read and converted one after another
 
     async def one(load: ResidentLoad) -> None:
+        async with passage if load.passing else contextlib.nullcontext():
+            await read_and_bind(load)
+        report(load.part.nbytes)
+
+    async def read_and_bind(load: ResidentLoad) -> None:
         if load.view is not None:
             await _read(disk, load.part.segments, load.view)
         else:
@@ -42,7 +49,8 @@ async def load_all(
             await loader.load(load)
         async with turn:
             await settle(in_thread(partial(_bind, load, threads)))
-        report(load.part.nbytes)
+            if load.passing and device is not None:
+                await settle(in_thread(device.synchronize))  # before another part takes its memory
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -6,7 +6,7 @@ are accepted up to the first that differs from the drawn token (Daliri et al., "
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,11 +26,12 @@ from aspec.threads import Threads
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The memory of streamed parts: the parts by index, the slots and the scratch buffers as uint8 tensors."""
+    """The memory of parts that passes bind: the parts by index, and uint8 tensors."""
 
     parts: Mapping[int, Part]
     slots: Sequence[torch.Tensor]
     scratch: Sequence[torch.Tensor]
+    packed: Mapping[int, torch.Tensor] = field(default_factory=dict)  # resident parts as they are stored, by index
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,8 @@ class ModelRunner:
     def _decode(self, task: Task) -> Report:
         work, weights = task.payload, self._weights
         assert isinstance(work, Decoding)
-        self._target.bind(weights.parts[work.part], weights.slots[work.slot], weights.scratch[work.scratch])
+        stored = weights.packed[work.part] if work.slot is None else weights.slots[work.slot]
+        self._target.bind(weights.parts[work.part], stored, weights.scratch[work.scratch])
         return NOTHING
 
     def _embed(self, task: Task) -> Report:

@@ -38,9 +38,10 @@ from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_s
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
 from aspec.models.weights.binding import Binder
+from aspec.models.weights.layout import plan_parts
 from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
-from aspec.models.weights.parts import REST, Binding, Part, layer_of, plan_parts
+from aspec.models.weights.parts import REST, Binding, Part, layer_of
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.unused import check_unused, unused_text
 

@@ -14,7 +14,8 @@ MAX_TASKS = 400  # of a pass: with more tasks, parts and layers are merged
 def tasks_per_pass(plan: Plan) -> int:
     """The approximate number of tasks in one pass of a group."""
     per_layer = 1 if plan.attention_resource == "compute" else (5 if plan.kv_on_host else 3) * plan.micro_batches
-    return plan.num_layers * per_layer + len(plan.streamed) * (1 + bool(plan.num_staging)) + 8
+    loads = len(plan.streamed) * (1 + bool(plan.num_staging)) + len(plan.decoding)
+    return plan.num_layers * per_layer + loads + 8
 
 
 def coarse(plan: Plan, profile: SimCosts, max_tasks: int = MAX_TASKS) -> tuple[Plan, SimCosts]:
@@ -35,9 +36,9 @@ def coarse(plan: Plan, profile: SimCosts, max_tasks: int = MAX_TASKS) -> tuple[P
 
 def _merge_parts(plan: Plan, layers: int) -> Plan:
     """The plan with one part for each tier and each group of ``layers`` layers."""
-    together: dict[tuple[int, str], list[PlannedPart]] = {}
+    together: dict[tuple[int, str, bool], list[PlannedPart]] = {}
     for part in plan.parts:
-        together.setdefault((part.layer // layers, part.tier), []).append(part)
+        together.setdefault((part.layer // layers, part.tier, part.packed), []).append(part)
     parts = tuple(
         PlannedPart(
             index,
@@ -48,8 +49,9 @@ def _merge_parts(plan: Plan, layers: int) -> Plan:
             scratch_bytes=sum(part.scratch_bytes for part in own),
             decoded_bytes=sum(part.decoded_bytes for part in own),
             in_place=any(part.in_place for part in own),
+            packed=own[0].packed,
         )
-        for index, ((layer, _), own) in enumerate(sorted(together.items(), key=lambda one: one[0]))
+        for index, ((layer, *_), own) in enumerate(sorted(together.items(), key=lambda one: one[0]))
     )
     groups = (plan.crossing[start : start + layers] for start in range(0, len(plan.crossing), layers))
     crossing = tuple((sum(out for out, _ in own), sum(back for _, back in own)) for own in groups)

@@ -15,8 +15,8 @@ from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
-from aspec.models.weights.parts import Part, merge_bytes, scratch_bytes
-from aspec.plan import SCRATCH_BUFFERS, PlannedPart, PlanRequest, Speculation, draft_slots
+from aspec.models.weights.parts import Part, merge_bytes
+from aspec.plan import PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planning.placement import Footprint
 from aspec.planning.resolve import Resolved
 from aspec.speculation.draft_graphs import graph_bytes
@@ -180,20 +180,20 @@ def _footprint(
             part.size,
             scratch_bytes=part.scratch_bytes,
             decoded_bytes=part.decoded_bytes,
-            in_place=bool(part.bindings),
+            in_place=not part.passes_through,
+            repeatable=not part.updates,
         )
         for part in parts
         if part.layer >= 0
     )
-    decoded = {part.layer for part in layer_parts if part.decoded_bytes}
+    outside = [part for part in parts if part.layer < 0]
     kv = KVCache.bytes_per_token(target.kv_shapes(offloaded=request.kv_on_host), target.dtype)
     draft_kv = 0 if draft is None else KVCache.bytes_per_token(draft.kv_shapes(), draft.dtype)
     spare = draft_slots(request.speculation, request.max_draft_tokens)
     nodes = request.num_rows * request.max_draft_tokens * kv if spare else 0  # for the tokens that the target verifies
     fixed = {
-        "embeddings, norms and head": sum(part.size + part.scratch_bytes for part in parts if part.layer < 0),
-        "draft weights": sum(part.size + part.scratch_bytes for part in draft_parts),
-        "scratch": scratch_bytes(parts) * max(1, min(SCRATCH_BUFFERS, len(decoded))),
+        "embeddings, norms and head": sum(part.resident_bytes for part in outside),
+        "draft weights": sum(part.resident_bytes for part in draft_parts),
         "adapter merge": merge_bytes((*parts, *draft_parts)),
         "activations": _activation_bytes(target, request),
         "draft trees": request.num_rows * spare * draft_kv + (0 if request.kv_on_host else nodes),
@@ -204,10 +204,12 @@ def _footprint(
         # the draft's layers are never split, and its rows end at its own context
         on_device = replace(request, attention_resource=COMPUTE, capacity=request.draft_capacity)
         fixed["draft activations"] = _activation_bytes(draft, on_device)  # the draft has its own stream
+    loading = max((part.size for part in (*outside, *draft_parts) if part.passes_through), default=0)
+    found = Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv, loading_bytes=loading)
     if not request.kv_on_host:
-        return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv)
+        return found
     on_host = {"draft trees": nodes, **_host_bytes(target, request)}
-    return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv, on_host, target.offload.crossing)
+    return replace(found, host_fixed=on_host, crossing=target.offload.crossing)
 
 
 def _activation_bytes(target: Model, request: PlanRequest) -> int:

@@ -117,6 +117,16 @@ class ThroughputMeter:
         return [], self._full_s
 
 
+def decode_seconds(plan: Plan, costs: SimCosts) -> float:
+    """Seconds of the lane that decodes weights in one pass of a plan; 0 if nothing is decoded."""
+    table = costs.cost_table
+    parts = plan.decoding
+    if table is None:
+        return costs.decode_s * len(parts)
+    each = (part.decoded_bytes * table.target.layers[part.layer].decode_byte_s / table.decoders for part in parts)
+    return sum(each) + table.task_s * len(parts)
+
+
 @dataclass(frozen=True, slots=True)
 class Forecaster:
     """Forecasts plans for one workload on one machine."""
@@ -144,10 +154,10 @@ class Forecaster:
         )
 
     def least_s(self, plan: Plan) -> float:
-        """A lower bound on the job's seconds: no schedule is faster than its stream or its compute."""
+        """A lower bound on the job's seconds: no schedule is faster than its stream, its decoding or its compute."""
         work, rows = self.workload, min(plan.num_rows, self.workload.num_prompts)
         per_group = ceil(rows / plan.num_groups)
-        stream_s = self._stream_s(plan)
+        stream_s = max(self._stream_s(plan), decode_seconds(plan, self.profile_of(plan)))
         best = 0.0  # highest tokens per second
         for proposed in LENGTHS:
             if proposed and proposed > plan.max_draft_tokens:

@@ -4,10 +4,11 @@ Pure policy: byte sizes in, a ``Plan`` out. The plan holds the sums that an erro
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from aspec.errors import BudgetError
-from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
+from aspec.plan import Plan, PlannedPart, PlanRequest, Tier, scratch_bytes
 from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE
 from aspec.units import format_bytes
 
@@ -26,11 +27,13 @@ class Footprint:
     draft_kv_bytes_per_token: int = 0
     host_fixed: Mapping[str, int] = field(default_factory=dict)  # label -> bytes, if KV is in host memory
     crossing: tuple[tuple[int, int], ...] = ()  # see ``Plan``
+    loading_bytes: int = 0  # of the largest part outside the layers whose stored bytes are not kept
 
 
 def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
     """Make all parts resident if they fit; otherwise take the fewest useful slots and fill the rest of the budget.
 
+    Where two scratch buffers do not fit, the plan has one, and decoding waits for products.
     Raises BudgetError; its message shows the sum of bytes and the smallest budget that suffices.
     """
     kv = request.num_rows * (request.capacity + 1) * footprint.kv_bytes_per_token
@@ -38,28 +41,66 @@ def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
     on_host = {"KV cache": kv, **footprint.host_fixed} if request.kv_on_host else {}
     _check_host(on_host, request)
     held = {**footprint.fixed, "KV cache": draft_kv + (0 if on_host else kv)}
+    for buffers in range(request.scratch_buffers, 1, -1):
+        with suppress(BudgetError):
+            return _placed(footprint, replace(request, scratch_buffers=buffers), held, on_host)
+    return _placed(footprint, replace(request, scratch_buffers=1), held, on_host)
+
+
+def _placed(footprint: Footprint, request: PlanRequest, held: dict[str, int], on_host: Mapping[str, int]) -> Plan:
+    """The plan with as many scratch buffers as the request names, beside the bytes ``held``."""
     budget = UNBOUNDED if request.budget_bytes is None else request.budget_bytes
     room = budget - sum(held.values())
-    everything = sum(part.resident_bytes for part in footprint.parts)
     allowed = room if request.resident_bytes is None else min(room, request.resident_bytes)
-    if everything <= allowed:
-        parts = tuple(replace(part, tier=Tier.DEVICE) for part in footprint.parts)
-        return _plan(footprint, request, parts, 0, 0, {**held, "resident layers": everything}, on_host)
+    for packed in (False, True) if request.keep_packed else (False,):
+        parts = tuple(_kept(part, packed=packed) for part in footprint.parts)
+        scratch = _scratch(parts, request)
+        everything = sum(part.resident_bytes for part in parts)
+        loading = _loading_bytes(footprint, parts)
+        if everything <= allowed and everything + scratch + loading <= room:
+            held = {**held, "scratch": scratch, "resident layers": everything, "loading": loading}
+            return _plan(footprint, request, parts, 0, 0, held, on_host)
+    scratch = _scratch(footprint.parts, request)
+    room -= scratch
     per_layer = _most_parts_per_layer(footprint)
     slot_bytes = max(part.size for part in footprint.parts)
-    if per_layer * slot_bytes > room:
-        raise BudgetError(_too_small(held, per_layer, slot_bytes, budget))
-    num_slots = min(per_layer + request.spare_slots, room // slot_bytes)
-    resident = _spread_evenly(footprint.parts, min(allowed, room - num_slots * slot_bytes))
+    loading = max(0, footprint.loading_bytes - per_layer * slot_bytes)
+    if per_layer * slot_bytes + loading > room:
+        raise BudgetError(_too_small({**held, "scratch": scratch, "loading": loading}, per_layer, slot_bytes, budget))
+    num_slots = min(per_layer + request.spare_slots, (room - loading) // slot_bytes)
+    candidates = [_kept(part, packed=request.keep_packed) for part in footprint.parts]
+    resident = _spread_evenly(candidates, min(allowed, room - num_slots * slot_bytes - loading))
     pinned = _pinned_parts(footprint.parts, resident, request, sum(on_host.values()))
-    tiers = dict.fromkeys(pinned, Tier.HOST) | dict.fromkeys(resident, Tier.DEVICE)
-    parts = tuple(replace(part, tier=tiers.get(part.index, Tier.DISK)) for part in footprint.parts)
+    parts = tuple(
+        kept if kept.index in resident else replace(part, tier=Tier.HOST if part.index in pinned else Tier.DISK)
+        for part, kept in zip(footprint.parts, candidates, strict=True)
+    )
     slot_bytes = max(part.size for part in parts if part.tier is not Tier.DEVICE)
-    held |= {
+    held = {
+        **held,
+        "scratch": _scratch(parts, request),
         "resident layers": sum(part.resident_bytes for part in parts if part.tier is Tier.DEVICE),
         f"{num_slots} slots": num_slots * slot_bytes,
+        "loading": max(0, _loading_bytes(footprint, parts) - num_slots * slot_bytes),
     }
     return _plan(footprint, request, parts, num_slots, slot_bytes, held, on_host)
+
+
+def _kept(part: PlannedPart, *, packed: bool) -> PlannedPart:
+    """The part as a resident one; ``packed``: as it is stored, where that is possible."""
+    return replace(part, tier=Tier.DEVICE, packed=packed and part.decoded_bytes > 0 and part.repeatable)
+
+
+def _scratch(parts: Sequence[PlannedPart], request: PlanRequest) -> int:
+    """Bytes of the scratch buffers, if these parts are placed so."""
+    layers = {part.layer for part in parts if part.is_decoded_in_passes}
+    return min(request.scratch_buffers, len(layers)) * scratch_bytes(parts)
+
+
+def _loading_bytes(footprint: Footprint, parts: Sequence[PlannedPart]) -> int:
+    """Bytes through which resident parts are loaded whose stored bytes are not kept; slots serve for it, too."""
+    passing = (part.size for part in parts if part.tier is Tier.DEVICE and not (part.packed or part.in_place))
+    return max((footprint.loading_bytes, *passing))
 
 
 def _check_host(on_host: Mapping[str, int], request: PlanRequest) -> None:

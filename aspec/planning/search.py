@@ -17,6 +17,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536
 TREE_ROWS = 16  # with more rows, growing trees on the host takes longer than a pass, and chains fill the pass too
 GROUPS = (1, 2, 3)
 SLOTS = (1, 10)  # numbers of spare slots that are tried beside SPARE_SLOTS
+DECODINGS = ((2, True), (1, False), (1, True))  # scratch buffers, and whether resident layers stay packed
 CAPS = (4, 8, 32)  # limits on the proposals of a row that are tried beside the usual limit
 MOST_FORECASTS = 40  # in one search
 MARGIN = 0.99  # a plan is run only if its bound is below this share of the best seconds
@@ -69,6 +70,7 @@ class SearchSpace:
     micro_batches: int = 2  # if attention has its own lane
     caps: tuple[int, ...] = ()
     slots: tuple[int, ...] = SLOTS
+    decodings: tuple[tuple[int, bool], ...] = ()  # that are tried beside the usual one, for weights that are decoded
     prefills: tuple[int, ...] = ()  # tokens of smaller prefill items, for plans that do not fit otherwise
     usual: Speculation | None = None  # the form of proposals that is preferred by GUESS_MARGIN; None: the fastest wins
 
@@ -94,14 +96,16 @@ def search(
 ) -> Search:
     """The plans that fit, best first. Raises BudgetError if none fits.
 
-    The search varies rows, groups, speculation and the place of attention first. Then it varies the spare slots and
-    the limit on proposals around the best of those plans.
+    The search varies rows, groups, speculation and the place of attention first. Around the best of those plans it
+    varies how weights are decoded, then the spare slots and the limit on proposals.
     """
     runs = _Runs(footprint, least_s, forecast, space, progress)
     runs.run(_main_choices(request, space))
     if not runs.found:
         assert runs.refusal is not None
         raise runs.refusal
+    best = runs.ranked[0].request
+    runs.run(replace(best, scratch_buffers=number, keep_packed=packed) for number, packed in space.decodings)
     runs.run(_refinements(runs.ranked[0].request, space))
     pruned = sorted(runs.pruned, key=lambda one: one[0])
     return Search(tuple(runs.ranked), runs.num_too_large, len(pruned), tuple(pruned))

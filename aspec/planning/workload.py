@@ -16,7 +16,7 @@ from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models,
 from aspec.planning.forecast import FEW_PROMPTS, Forecaster
 from aspec.planning.placement import make_plan
 from aspec.planning.resolve import Resolved, revise
-from aspec.planning.search import CAPS, GROUPS, SLOTS, Candidate, Search, SearchSpace, rows_for, search
+from aspec.planning.search import CAPS, DECODINGS, GROUPS, SLOTS, Candidate, Search, SearchSpace, rows_for, search
 from aspec.planning.usual import shrunk, with_free_proposals
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
@@ -106,16 +106,6 @@ def best_plans(
     return replace(found, found=(Candidate(plan.request, plan, found.best.forecast), *found.found[1:]))
 
 
-def decode_seconds(plan: Plan, costs: SimCosts) -> float:
-    """Seconds of the lane that decodes weights in one pass of a plan; 0 if nothing is decoded."""
-    table = costs.cost_table
-    parts = [part for part in plan.streamed if part.decoded_bytes]
-    if table is None:
-        return costs.decode_s * len(parts)
-    each = (part.decoded_bytes * table.target.layers[part.layer].decode_byte_s / table.decoders for part in parts)
-    return sum(each) + table.task_s * len(parts)
-
-
 def unpacked(models: Models, best: Candidate, basis: CostBasis, work: Workload) -> Candidate | None:
     """The same request for the same model, stored in the dtype that it computes in; None if it does not fit.
 
@@ -128,7 +118,7 @@ def unpacked(models: Models, best: Candidate, basis: CostBasis, work: Workload) 
         pieces = max(1, round(sizes[part.index] / part.nbytes))
         nbytes = -(-sizes[part.index] // pieces)
         parts += [PlannedPart(len(parts) + piece, part.layer, nbytes, nbytes) for piece in range(pieces)]
-    plain = replace(footprint, parts=tuple(parts), fixed={**footprint.fixed, "scratch": 0})
+    plain = replace(footprint, parts=tuple(parts))
     request = best.plan.request
     if models.resolved.method.if_free:  # the forecast of the packed model is without them, too
         request = replace(request, max_draft_tokens=0)
@@ -205,6 +195,7 @@ def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSp
         micro_batches=MICRO_BATCHES,
         caps=CAPS if options.num_draft_tokens is None else (),
         slots=SLOTS,
+        decodings=DECODINGS if any(part.decoded_bytes for part in models.parts if part.layer >= 0) else (),
         prefills=PREFILLS if options.prefill_tokens is None else (),
     )
 

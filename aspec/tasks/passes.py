@@ -3,8 +3,9 @@
 The stream is an endless sequence of loads: it repeats the streamed parts in order, load ``n`` into slot
 ``n % num_slots``. A load is emitted as soon as every reader of its slot's present content was emitted. So the stream
 continues across the end of a pass until every slot is full: weights depend on no token. Weights that are not stored as
-products take them are decoded likewise, layer after layer, into scratch buffers in turn; the parts of a layer have
-places of their own there, so that several threads decode them side by side.
+products take them are decoded likewise, layer after layer, into scratch buffers in turn: streamed parts from their
+slots, resident ones from where they are. The parts of a layer have places of their own there, so that several threads
+decode them side by side.
 Pure policy: no torch, no asyncio, no clock.
 """
 
@@ -63,7 +64,8 @@ class WeightStream:
 
     def __init__(self, plan: Plan, next_id: Numbering) -> None:
         self._plan, self._next_id = plan, next_id
-        self._streamed, self._decoded = plan.streamed, plan.decoded
+        self._streamed, self._decoding, self._decoded = plan.streamed, plan.decoding, plan.decoded
+        self._num_scratch = plan.num_scratch
         self._by_layer = tuple(plan.streamed_of(layer) for layer in range(plan.num_layers))
         self._loads = 0  # loads emitted so far
         self._read: set[int] = (
@@ -72,12 +74,12 @@ class WeightStream:
         self._uses = 0  # loads of the layers whose tasks were all emitted
         self._staged = 0  # reads into staging emitted so far
         self._needed = [0] * plan.num_layers  # by layer of the latest pass: loads that must have landed before it runs
-        self._to_decode = self._decodings()  # (number of the layer's decoding, number of the load, part), for ever
+        self._to_decode = self._decodings()  # for ever
         self._next = next(self._to_decode, None)
         self._uses_decoded = 0  # decodings of the layers whose tasks were all emitted
-        self._decoded_of = {
-            layer: [part.index for part in self._by_layer[layer] if part.decoded_bytes] for layer in self._decoded
-        }
+        self._decoded_of: dict[int, list[int]] = {layer: [] for layer in self._decoded}  # indices of parts
+        for part in self._decoding:
+            self._decoded_of[part.layer].append(part.index)
         self._num_places = max(map(len, self._decoded_of.values()), default=0)  # of a scratch buffer, one for each part
 
     def fill(self) -> list[Task]:
@@ -102,7 +104,7 @@ class WeightStream:
         reads = [Access(slot_buffer(slot), f"load {n}") for part, n, slot in placed if _holds_slot(part)]
         if layer in self._decoded:
             number = self._uses_decoded
-            scratch = (scratch_buffer(number % self._plan.num_scratch, place) for place in range(self._num_places))
+            scratch = (scratch_buffer(number % self._num_scratch, place) for place in range(self._num_places))
             modules = (decoded_buffer(layer, place) for place in range(len(self._decoded_of[layer])))
             reads += [Access(name, f"decoding {number}") for name in (*scratch, *modules)]
         own = tuple((part.index, slot) for part, _, slot in placed if not part.decoded_bytes)
@@ -123,30 +125,38 @@ class WeightStream:
     def _is_free(self, load: int) -> bool:
         return load < 0 or load in self._read
 
-    def _decodings(self) -> Iterator[tuple[int, int, PlannedPart]]:
-        for turn in itertools.count() if self._decoded else ():
-            for load, part in enumerate(self._streamed, turn * len(self._streamed)):
-                if part.decoded_bytes:
-                    yield turn * len(self._decoded) + self._decoded.index(part.layer), load, part
+    def _decodings(self) -> Iterator[tuple[int, int, int | None, PlannedPart]]:
+        """Numbers of the decoding, of its layer's decoding and of the load (None: it is resident), and the part."""
+        loads = {part.index: load for load, part in enumerate(self._streamed)}
+        turns = {layer: turn for turn, layer in enumerate(self._decoded)}
+        for decoding in itertools.count() if turns else ():
+            turn, place = divmod(decoding, len(self._decoding))
+            part = self._decoding[place]
+            load = None if part.packed else turn * len(loads) + loads[part.index]
+            yield decoding, turn * len(turns) + turns[part.layer], load, part
 
     def _decode(self) -> Task | None:
         """The next decoding; None while its load or a reader of its scratch is still to be emitted."""
         if self._next is None:
             return None
-        number, load, part = self._next
-        if load >= self._loads or number >= self._uses_decoded + self._plan.num_scratch:
+        decoding, number, load, part = self._next
+        if (load is not None and load >= self._loads) or number >= self._uses_decoded + self._num_scratch:
             return None
         self._next = next(self._to_decode)
-        slot, scratch = load % self._plan.num_slots, number % self._plan.num_scratch
-        if not part.in_place:
-            self._read.add(load)
-        reads = (Access(slot_buffer(slot), f"load {load}"),)
+        slot, scratch = None, number % self._num_scratch
+        reads: tuple[Access, ...] = ()
+        if load is not None:
+            slot = load % self._plan.num_slots
+            reads = (Access(slot_buffer(slot), f"load {load}"),)
+            self._read |= {load} if not part.in_place else set()
         place, last = self._decoded_of[part.layer].index(part.index), len(self._decoded_of[part.layer]) - 1
         places = (place,) if place < last else range(place, self._num_places)  # those that a layer lacks are its last's
         names = (decoded_buffer(part.layer, place), *(scratch_buffer(scratch, each) for each in places))
         writes = tuple(Access(name, f"decoding {number}") for name in names)
-        work = Decoding(part.index, part.layer, part.decoded_bytes, slot, scratch, not part.in_place)
-        return Task(self._next_id(), Op.DECODE, DECODE, load, reads, writes, load, payload=work)
+        work = Decoding(
+            part.index, part.layer, part.decoded_bytes, slot, scratch, slot is not None and not part.in_place
+        )
+        return Task(self._next_id(), Op.DECODE, DECODE, decoding, reads, writes, decoding, payload=work)
 
     def _load(self, number: int) -> Iterator[Task]:
         """The one or two tasks that bring load ``number`` into its slot."""

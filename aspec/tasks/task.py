@@ -111,12 +111,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The payload of DECODE: one part on its way from a slot to a scratch buffer."""
+    """The payload of DECODE: one part on its way to a scratch buffer, from a slot or from where it is resident."""
 
     part: int
     layer: int
     nbytes: int  # that it makes
-    slot: int
+    slot: int | None  # None: the part is resident
     scratch: int
     frees_slot: bool = True  # no layer's task reads the slot
 
@@ -211,7 +211,7 @@ class Task:
             case LayerWork(slots=slots):
                 return slots
             case Decoding(part=part, slot=slot):
-                return ((part, slot),)
+                return () if slot is None else ((part, slot),)
         return ()
 
     @property

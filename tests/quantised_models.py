@@ -6,19 +6,24 @@ The decoded weights come from a method's own library, or from its definition, an
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.packed_words import AWQ_COLUMNS, awq_weight, gptq_weight, packed
+from tests.packed_words import AWQ_COLUMNS, awq_weight, gptq_weight, packed, values_of
 
 Stored = Mapping[str, torch.Tensor]
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-NF4 = load_file(Path(__file__).parent / "golden" / "formats.safetensors")["nf4.weight.quant_map"]
+GOLDEN = load_file(Path(__file__).parent / "golden" / "formats.safetensors")
+VALUES = {kind: GOLDEN[f"{kind}.weight.quant_map"] for kind in ("nf4", "fp4")}
+NESTED = GOLDEN["nf4_double.weight.nested_quant_map"]
 FLOAT8_MAX = 448
+
+
+ENDS = ("_proj", "_proj_with_mqa", ".w1", ".w2", ".w3")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,17 @@ class Method:
 
     settings: Mapping[str, object]
     quantise: Callable[[torch.Tensor, str], tuple[Stored, torch.Tensor]]
-    ends: tuple[str, ...] = field(default=("_proj", ".w1", ".w2", ".w3"))  # of the names of its modules
+    ends: tuple[str, ...] = ENDS  # of the names of its modules
+    plain: str = ""  # a part of the names of modules that are not quantised all the same
+
+
+def mixed(settings, ways: Mapping[str, "Method"]):
+    """Several methods in one checkpoint, by the ends of the names of modules; others are stored plainly."""
+
+    def quantise(weight, module):
+        return next(way for end, way in ways.items() if module.endswith(end)).quantise(weight, module)
+
+    return Method(settings, quantise, tuple(ways))
 
 
 def groups_of(weight, size, bits, dtype=torch.float16):
@@ -80,14 +95,25 @@ def awq(size):
     return Method(settings, quantise)
 
 
+def most_of_blocks(weight, rows, columns):
+    """The largest absolute value of every block; blocks need not divide the weight."""
+    grid = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
+    whole = torch.zeros(grid[0] * rows, grid[1] * columns)
+    whole[: weight.shape[0], : weight.shape[1]] = weight
+    return whole.view(grid[0], rows, grid[1], columns).abs().amax((1, 3))
+
+
 def fp8(rows, columns, scales_dtype=torch.float32):
-    """Blocks that need not divide a weight."""
+    """Blocks that need not divide a weight, or one of fused experts [E, N, K]."""
 
     def quantise(weight, module):
-        grid = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
-        whole = torch.zeros(grid[0] * rows, grid[1] * columns)
-        whole[: weight.shape[0], : weight.shape[1]] = weight
-        scales = whole.view(grid[0], rows, grid[1], columns).abs().amax((1, 3)) / FLOAT8_MAX
+        if weight.dim() == 3:
+            each = [quantise(own, module) for own in weight]
+            codes, scales = (
+                torch.stack([stored[f"{module}.{end}"] for stored, _ in each]) for end in ("weight", "weight_scale_inv")
+            )
+            return {module: codes, f"{module}_scale_inv": scales}, torch.stack([decoded for _, decoded in each])
+        scales = most_of_blocks(weight, rows, columns) / FLOAT8_MAX
         if scales_dtype == torch.float8_e8m0fnu:
             scales = scales.log2().ceil().exp2()
         scales = scales.to(scales_dtype)
@@ -102,13 +128,27 @@ def fp8(rows, columns, scales_dtype=torch.float32):
     return Method(settings, quantise)
 
 
-def fbgemm():
-    """One scale for every row."""
+def fp8_tensor(end="_scale_inv"):
+    """One scale for a whole weight, and one for its inputs."""
 
     def quantise(weight, module):
+        scale = weight.abs().amax() / FLOAT8_MAX
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        stored = {f"{module}.weight": codes, f"{module}.weight{end}": scale, f"{module}.activation_scale": scale}
+        return stored, codes.float() * scale
+
+    settings = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    return Method(settings, quantise)
+
+
+def fbgemm():
+    """One scale for every row; of fused experts [E, input, output] for every column."""
+
+    def quantise(weight, module):
+        name = f"{module}.weight" if weight.dim() == 2 else module
         scales = weight.abs().amax(1, keepdim=True) / FLOAT8_MAX
         codes = (weight / scales).to(torch.float8_e4m3fn)
-        return {f"{module}.weight": codes, f"{module}.weight_scale": scales}, codes.float() * scales
+        return {name: codes, f"{name}_scale": scales}, codes.float() * scales
 
     return Method({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, quantise)
 
@@ -139,6 +179,18 @@ def nvfp4():
     return Method({"quant_method": "modelopt", "quant_algo": "NVFP4"}, quantise)
 
 
+def modelopt(layers: Mapping[str, str]):
+    """ModelOpt's mixed precision: an algorithm for the modules of four layers, by the ends of their names."""
+    ways = {"NVFP4": nvfp4(), "FP8": fp8_tensor("_scale")}
+    named = {
+        f"model.layers.{layer}.{end}": {"quant_algo": algorithm}
+        for layer in range(4)
+        for end, algorithm in layers.items()
+    }
+    settings = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": named}
+    return mixed(settings, {end: ways[algorithm] for end, algorithm in layers.items()})
+
+
 def mxfp4():
     """gpt-oss' fused experts, stored with the input last and used with the output last."""
 
@@ -154,24 +206,36 @@ def mxfp4():
     return Method(settings, quantise, ("experts.gate_up_proj", "experts.down_proj"))
 
 
-def nf4(block=64, dtype=torch.bfloat16):
-    """bitsandbytes': blocks of weights in the order of memory."""
+def bits4(kind="nf4", block=64, nested=0, dtype=torch.bfloat16):
+    """bitsandbytes': blocks of weights in the order of memory; ``nested``: blocks of scales that are quantised too."""
 
     def quantise(weight, module):
         blocks = weight.view(-1, block)
         scales = blocks.abs().amax(1)
-        codes = (blocks / scales[:, None]).unsqueeze(-1).sub(NF4).abs().argmin(-1).flatten()
-        state = {"quant_type": "nf4", "blocksize": block, "dtype": str(dtype)[6:], "shape": list(weight.shape)}
+        state = {"quant_type": kind, "blocksize": block, "dtype": str(dtype)[6:], "shape": list(weight.shape)}
+        stored = {f"{module}.weight.absmax": scales, f"{module}.weight.quant_map": VALUES[kind]}
+        if nested:
+            offset = float(scales.mean())
+            outer = torch.stack([own.abs().amax() for own in (scales - offset).split(nested)])
+            wide = outer.repeat_interleave(nested)[: len(scales)]
+            numbers = nearest((scales - offset) / wide, NESTED)
+            scales = NESTED[numbers] * wide + offset
+            state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": offset}
+            stored[f"{module}.weight.absmax"] = numbers.to(torch.uint8)
+            stored[f"{module}.weight.nested_absmax"] = outer
+            stored[f"{module}.weight.nested_quant_map"] = NESTED
+        codes = nearest(blocks / scales[:, None], VALUES[kind]).flatten()
         text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        stored = {
-            f"{module}.weight": (codes[::2] << 4 | codes[1::2]).to(torch.uint8).view(-1, 1),
-            f"{module}.weight.absmax": scales,
-            f"{module}.weight.quant_map": NF4,
-            f"{module}.weight.quant_state.bitsandbytes__nf4": text,
-        }
-        return stored, (NF4[codes].view(-1, block) * scales[:, None]).to(dtype).view(weight.shape)
+        stored[f"{module}.weight.quant_state.bitsandbytes__{kind}"] = text
+        stored[f"{module}.weight"] = (codes[::2] << 4 | codes[1::2]).to(torch.uint8).view(-1, 1)
+        return stored, (VALUES[kind][codes].view(-1, block) * scales[:, None]).to(dtype).view(weight.shape)
 
-    return Method({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, quantise)
+    return Method({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}, quantise)
+
+
+def nearest(numbers, values):
+    """The index of the value that is nearest to each number."""
+    return (numbers.unsqueeze(-1) - values).abs().argmin(-1)
 
 
 def int8():
@@ -195,12 +259,19 @@ def compress(format, weight, dtype=torch.bfloat16, module="m", **arguments):
     args = QuantizationArgs(**arguments)
     scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format)
     rows, columns = weight.shape
-    size = {"group": args.group_size, "channel": columns}.get(args.strategy)
+    sizes = {"group": args.group_size, "tensor_group": args.group_size, "channel": columns}
+    size = sizes.get(args.strategy)
     groups = weight.view(1, 1, -1) if size is None else weight.view(rows, -1, size)
     low, high = groups.amin(-1), groups.amax(-1)
     least, most = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1
     state = {"weight": weight}
-    if args.type == "float":
+    if args.type == "float" and (args.num_bits == 4 or args.scale_dtype == torch.uint8):
+        scales, factor = scales_of_floats(groups.abs().amax(-1), args)
+        if factor is not None:
+            state["weight_global_scale"] = factor
+    elif args.strategy == "block":
+        scales = most_of_blocks(weight, *args.block_structure) / FLOAT8_MAX
+    elif args.type == "float":
         scales = groups.abs().amax(-1) / FLOAT8_MAX
     elif args.symmetric:
         scales = groups.abs().amax(-1) / -least
@@ -208,14 +279,28 @@ def compress(format, weight, dtype=torch.bfloat16, module="m", **arguments):
         scales = (high - low) / (most - least)
         zeros = (least - low / scales).round().clamp(least, most).to(torch.int8)
         state["weight_zero_point"] = zeros if size else zeros.view(1)
-    state["weight_scale"] = (scales if size else scales.view(1)).to(dtype)
+    state["weight_scale"] = (scales.view(1) if args.strategy == "tensor" else scales).to(dtype)
     kind = BaseCompressor.get_value_from_registry(format)
     stored = kind.compress(state, scheme)
     tensors = {f"{module}.{name}": tensor.clone().contiguous() for name, tensor in stored.items()}
     return tensors, kind.decompress(dict(stored), scheme)["weight"]
 
 
-def compressed(format, targets=("Linear",), ends=Method.__dataclass_fields__["ends"].default, **weights):
+def scales_of_floats(most, args):
+    """Scales of groups, by the library, and for nvfp4 the scale of the whole weight."""
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    factor = (6 * FLOAT8_MAX / most.max()).view(1) if args.strategy == "tensor_group" else None
+    return calculate_qparams(-most, most, args, factor)[0].float(), factor
+
+
+def compressed(
+    format,
+    targets=("Linear",),
+    ends=ENDS,
+    ignore=("lm_head", r"re:.*\.gate$"),
+    **weights,
+):
     """compressed-tensors, by its own library."""
 
     def quantise(weight, module):
@@ -223,9 +308,62 @@ def compressed(format, targets=("Linear",), ends=Method.__dataclass_fields__["en
 
     group = {"targets": list(targets), "weights": weights, "input_activations": None, "output_activations": None}
     settings = {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}}
-    more = {"ignore": ["lm_head", r"re:.*\.gate$"], "quantization_status": "compressed"}
+    more = {"ignore": list(ignore), "quantization_status": "compressed"}
     return Method({**settings, **more}, quantise, ends)
 
+
+def keeping(method: Method, words: str, **settings):
+    """A method whose settings leave out the modules with these words in their names."""
+    return replace(method, settings={**method.settings, **settings}, plain=words)
+
+
+def with_ends(method: Method, *ends: str, **settings):
+    """A method that is applied to other modules, too."""
+    return replace(method, settings={**method.settings, **settings}, ends=(*method.ends, *ends))
+
+
+def gptq_mixed():
+    """Rules for single modules: one kind has other bits, one is left out."""
+    ways = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"), gptq(4, 32))
+    rules = {"-:.*down_proj": {}, r"+:.*\.up_proj": {"bits": 8, "group_size": -1}}
+    return mixed({**gptq(4, 32).settings, "dynamic": rules}, {**ways, "up_proj": gptq(8, -1)})
+
+
+def compressed_mixed():
+    """compressed-tensors' groups of modules: bytes for attention, half bytes for the rest, and one module plain."""
+    eight = dict(num_bits=8, strategy="channel")
+    four = dict(num_bits=4, strategy="group", group_size=32)
+    attention = compressed("int-quantized", **eight)
+    ways = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), attention)
+    groups = {
+        "group_0": {"targets": [r"re:.*self_attn\..*_proj"], "weights": eight, "format": "int-quantized"},
+        "group_1": {"targets": ["Linear"], "weights": four, "format": "pack-quantized"},
+    }
+    settings = {**attention.settings, "format": "mixed-precision", "config_groups": groups}
+    settings["ignore"] = ["lm_head", r"re:.*down_proj"]
+    return mixed(settings, {**ways, **dict.fromkeys(("gate_proj", "up_proj"), compressed("pack-quantized", **four))})
+
+
+def compressed_reordered():
+    """Columns that choose their groups, as versions of compressed-tensors up to 0.19 stored them."""
+
+    def quantise(weight, module):
+        order = torch.randperm(weight.shape[1])
+        stored, decoded = compress("pack-quantized", weight[:, order], module=module, **FOUR_BITS)
+        back = torch.argsort(order)
+        numbers = values_of(stored[f"{module}.weight_packed"], 4, weight.shape[1])
+        index = torch.empty_like(order, dtype=torch.int32)
+        index[order] = (torch.arange(weight.shape[1]) // 32).int()
+        more = {f"{module}.weight_packed": packed(numbers[:, back], 4), f"{module}.weight_g_idx": index}
+        return {**stored, **more}, decoded[:, back]
+
+    return Method(compressed("pack-quantized", **FOUR_BITS, actorder="group").settings, quantise)
+
+
+FOUR_BITS = dict(num_bits=4, strategy="group", group_size=32)
+MXFP4 = dict(num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8")
+NVFP4 = dict(num_bits=4, type="float", strategy="tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
+EVERY_MODULE = ("_proj", "embed_tokens", "lm_head")
 
 METHODS: Mapping[str, Callable[[], Method]] = {
     "gptq 4 bits": lambda: gptq(4, 32),
@@ -234,20 +372,48 @@ METHODS: Mapping[str, Callable[[], Method]] = {
     "gptq 2 bits": lambda: gptq(2, 16),
     "gptq 3 bits": lambda: gptq(3, 32),
     "gptq 8 bits": lambda: gptq(8, -1),
+    "gptq head": lambda: with_ends(gptq(4, 32), "lm_head", lm_head=True),
+    "gptq mixed": gptq_mixed,
     "awq": lambda: awq(32),
+    "awq one group": lambda: awq(-1),
+    "awq left out": lambda: keeping(awq(32), "mlp.down_proj", modules_to_not_convert=["mlp.down_proj"]),
     "fp8 ragged": lambda: fp8(48, 40),
     "fp8 e8m0": lambda: fp8(32, 32, torch.float8_e8m0fnu),
+    "fp8 tensor": fp8_tensor,
+    "fp8 left out": lambda: keeping(fp8(32, 32), "layers.1.mlp", modules_to_not_convert=["model.layers.1.mlp"]),
+    "fp8 every module": lambda: with_ends(fp8(32, 32), "embed_tokens", "lm_head"),
     "fbgemm": fbgemm,
     "nvfp4": nvfp4,
+    "nvfp4 head": lambda: with_ends(nvfp4(), "lm_head"),
+    "modelopt fp8": lambda: replace(fp8_tensor("_scale"), settings={"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "modelopt mixed": lambda: modelopt(
+        {"q_proj": "FP8", "k_proj": "FP8", "o_proj": "FP8", "up_proj": "NVFP4", "gate_proj": "NVFP4"}
+    ),
     "mxfp4": mxfp4,
-    "nf4": nf4,
+    "mxfp4 left out": lambda: keeping(mxfp4(), "layers.1.", modules_to_not_convert=["model.layers.1.mlp.experts"]),
+    "nf4": bits4,
+    "nf4 double": lambda: bits4(nested=256),
+    "nf4 left out": lambda: keeping(bits4(), "layers.1.mlp", llm_int8_skip_modules=["lm_head", "model.layers.1.mlp"]),
+    "nf4 head": lambda: with_ends(bits4(), "lm_head"),
+    "fp4": lambda: bits4("fp4"),
+    "fp4 double": lambda: bits4("fp4", nested=256),
     "bitsandbytes int8": int8,
-    "ct int4": lambda: compressed("pack-quantized", num_bits=4, strategy="group", group_size=32),
-    "ct int4 zeros": lambda: compressed("pack-quantized", num_bits=4, symmetric=False, strategy="group", group_size=32),
+    "ct int4": lambda: compressed("pack-quantized", **FOUR_BITS),
+    "ct int4 zeros": lambda: compressed("pack-quantized", **FOUR_BITS, symmetric=False),
+    "ct int4 act-order": compressed_reordered,
     "ct int8": lambda: compressed("int-quantized", num_bits=8, strategy="channel"),
+    "ct int8 naive": lambda: compressed("naive-quantized", num_bits=8, strategy="tensor", symmetric=False),
     "ct fp8": lambda: compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
-    "ct embeddings": lambda: compressed(
-        "pack-quantized", ("Linear", "Embedding"), ("_proj", "embed_tokens"), num_bits=8, strategy="channel"
+    "ct fp8 tensor": lambda: compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
+    "ct fp8 blocks": lambda: compressed(
+        "float-quantized", num_bits=8, type="float", strategy="block", block_structure=[32, 32]
+    ),
+    "ct mxfp8": lambda: compressed("mxfp8-quantized", **{**MXFP4, "num_bits": 8}),
+    "ct mxfp4": lambda: compressed("mxfp4-pack-quantized", **MXFP4),
+    "ct nvfp4": lambda: compressed("nvfp4-pack-quantized", **NVFP4),
+    "ct mixed": compressed_mixed,
+    "ct every module": lambda: compressed(
+        "pack-quantized", ("Linear", "Embedding"), EVERY_MODULE, num_bits=8, strategy="channel", ignore=()
     ),
 }
 
@@ -259,7 +425,8 @@ def build(folder: Path, source: Path, method: str) -> tuple[Path, Path]:
     for path in source.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             module = name.removesuffix(".weight")
-            if module.endswith(own.ends) and tensor.dim() >= 2:
+            left_out = own.plain and own.plain in name
+            if module.endswith(own.ends) and tensor.dim() >= 2 and not left_out:
                 tensors, decoded = own.quantise(tensor.float(), module)
                 count += 1
             else:

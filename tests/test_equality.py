@@ -110,6 +110,7 @@ class Pair:
                 draft=self.draft,
                 speculation=shape[0],
                 num_draft_tokens=shape[1],
+                dtype="float32",
                 max_batch=batch,
                 max_context=80,
                 prefill_tokens=16,

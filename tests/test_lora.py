@@ -1,7 +1,6 @@
 """LoRA adapters in peft's format: tokens as of the merged model, whatever streams; anything else is refused by name."""
 
 import asyncio
-import dataclasses
 import json
 import math
 import re
@@ -19,7 +18,6 @@ from aspec.engine.engine import open_engine
 from aspec.errors import CheckpointError, UnsupportedModelError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.models.model import Model
-from aspec.models.weights.parts import REST
 from aspec.options import EngineOptions
 from aspec.planning.footprint import read_models, request_for
 from aspec.planning.resolve import resolve
@@ -205,28 +203,13 @@ async def test_an_adapter_that_peft_wrote_gives_the_tokens_of_its_merge(base, tm
 # -- the maths ---------------------------------------------------------------------------------------------
 
 
-def bound(folder, adapter, dtype):
-    """Every parameter of the layers as it is bound, by name."""
-    model = Model(folder, dtype=dtype, adapter=adapter)
-    found = {}
-    for part in model.parts(40_000):
-        scratch = torch.empty(part.scratch_bytes, dtype=torch.uint8)
-        model.bind(dataclasses.replace(part, scratch_at=0), tiny.read_part(part), scratch)
-        if part.layer != REST:
-            path = f"{model._layers_name}.{part.layer}"
-            for name, tensor in model.layer_modules[part.layer].named_parameters():
-                if not tensor.is_meta:
-                    found[f"{path}.{name}"] = tensor.detach().clone()
-    return found
-
-
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32, torch.float16])
 def test_bf16_weights_are_merged_in_fp32_and_rounded_once(base, tmp_path, kept):
     folder = base("llama", dtype=kept)
     adapter = write(tmp_path, folder, config_of(), dtype=torch.bfloat16)
     tensors, weights = stored(adapter), tiny.reference(folder).state_dict()
     changed = 0
-    for name, tensor in bound(folder, adapter, torch.bfloat16).items():
+    for name, tensor in tiny.bound(Model(folder, dtype=torch.bfloat16, adapter=adapter)).items():
         a, b = (tensors.get(f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight") for x in "AB")
         change = 0.0 if a is None else b.double() @ a.double() * 8.0
         off = (tensor != (weights[name].double() + change).bfloat16()).sum()

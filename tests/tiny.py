@@ -1,5 +1,6 @@
 """Tiny random checkpoints of many families: real safetensors files that transformers itself wrote."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -286,6 +287,21 @@ def read_part(part, into=None) -> torch.Tensor:
         assert os.preadv(fd, [view[segment.at : segment.at + segment.nbytes]], segment.offset) == segment.nbytes
         os.close(fd)
     return buffer
+
+
+def bound(model) -> dict[str, torch.Tensor]:
+    """Every parameter of a model as it is bound, by its name in transformers."""
+    found, held = {}, []
+    for part in model.parts(40_000):
+        buffer, scratch = read_part(part), torch.empty(part.scratch_bytes, dtype=torch.uint8)
+        model.bind(dataclasses.replace(part, scratch_at=0), buffer, scratch)
+        held.append((buffer, scratch))
+    modules = {f"{model._layers_name}.{index}.": module for index, module in enumerate(model.layer_modules)}
+    for prefix, module in {"": model._frame, **modules}.items():
+        for name, tensor in module.named_parameters():
+            if not tensor.is_meta:
+                found[prefix + name] = tensor.detach().clone()
+    return found
 
 
 class Streamed:

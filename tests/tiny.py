@@ -202,7 +202,6 @@ REFUSED = {
     "t5": lambda: T.T5Config(vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=2),
     "bert": lambda: T.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
     "whisper": lambda: T.WhisperConfig(vocab_size=VOCAB),
-    "gemma3_multimodal": lambda: T.Gemma3Config(),
     "embedding_gemma": lambda: T.Gemma3TextConfig(**COMMON, head_dim=16, use_bidirectional_attention=True),
 }
 

@@ -19,6 +19,9 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
 """Config keys that, when true, change the maths in a way the driver does not support: key -> reason and remedy."""
 
 
+ALIASES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
+"""Types that only their publishers' code knows -> the type of transformers that is the same model."""
+
 HARMLESS: Mapping[str, object] = MappingProxyType({"use_bidirectional_attention": "vision"})  # image tokens only
 """Values of refused keys that do not change the maths of text."""
 
@@ -36,6 +39,7 @@ class Family:
 
     refused: str | None = None  # reason and remedy; None: supported
     experts: str | None = None  # implementation of experts; None: transformers' default
+    text_class: bool = False  # of a model with towers: its class of text alone, because the whole cannot run on text
 
 
 _LINEAR = "its linear-attention or recurrent layers keep state that cannot be rolled back when a proposal is refused"
@@ -52,6 +56,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "zamba": Family(refused="its layers share weights"),
         "zamba2": Family(refused="its layers share weights"),
         "longcat_flash": Family(refused="each of its layers consists of two layers with two caches"),
+        "kosmos-2.5": Family(refused="it counts positions from another number than those that its forward is given"),
+        "llama4": Family(text_class=True),
+        "shieldgemma2": Family(refused="it classifies images"),
     }
 )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -46,6 +46,7 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "as_published",
+    "auto_class",
     "build_glob_alternation",
     "cache_argument",
     "compute_buffers",
@@ -84,9 +85,21 @@ def cache_argument(module: nn.Module) -> str:
     )
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class of decoder-only language model for a configuration; None where transformers has none."""
-    found: type[PreTrainedModel] | None = AutoModelForCausalLM._model_mapping.get(type(config), None)
+def auto_class(config: PreTrainedConfig, *, text_class: bool = False) -> Any | None:
+    """The class of transformers that builds a language model from a configuration; None where it has none.
+
+    A model with towers for images or sounds is built whole, because that is how its weights are named; ``text_class``:
+    as its class of text alone, where it has one.
+    """
+    whole = config.get_text_config() is not config and not text_class
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in (reversed(autos) if whole else autos) if type(config) in auto._model_mapping), None)
+
+
+def model_class(config: PreTrainedConfig, *, text_class: bool = False) -> type[PreTrainedModel] | None:
+    """The class that ``auto_class`` would build; None where transformers has none."""
+    auto = auto_class(config, text_class=text_class)
+    found: type[PreTrainedModel] | None = None if auto is None else auto._model_mapping[type(config)]
     return found
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
@@ -42,7 +42,8 @@ from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
 from aspec.models.weights.parts import REST, Binding, Part, layer_of, plan_parts
 from aspec.models.weights.tensor_map import map_tensors
-from aspec.models.weights.unused import check_unused, unused_text
+from aspec.models.weights.touched import give_up
+from aspec.models.weights.unused import check_unused, unread_bytes, unused_text
 
 
 @dataclass(slots=True)
@@ -107,18 +108,18 @@ class Model:
         if not stored:
             self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
             weights = stored_weights(self.checkpoint.tensors, packing)
-        self._tensors = map_tensors(self._layers_model, self.name, weights, () if packing is None else packing.remarks)
+        remarks, unused = () if packing is None else packing.remarks, self._facts.unused
+        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, unused)
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
             opened = Adapter.open(adapter)
             self._tensors = adapt(self._tensors, opened, self._layers_model)
             self.files |= opened.files
-        self._frame = build_skeleton(self.config, self.dtype, self.device)
+        self._frame = self._build_frame()
         self._cache_argument = cache_argument(self._frame)
-        for index, layer in enumerate(find_layers(self._frame)[1]):
-            layer.forward = self._stub(index)
-        self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
+        frame = {name: linear for name, linear in route(self._frame).items() if name not in unused}
+        self._frame_linears, self._layer_linears = frame, route(self._layers_model)
         self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
         self._local = threading.local()  # .tape: for the frame's forward on this thread
@@ -127,6 +128,14 @@ class Model:
         self.vocab_size = int(text.vocab_size)
         self.context = context_limit(text)
         self.end_ids = end_ids(self.folder, text)
+
+    def _build_frame(self) -> PreTrainedModel:
+        """The model with stubs in place of its layers, and without the towers that text does not enter."""
+        frame = build_skeleton(self.config, self.dtype, self.device)
+        give_up(frame, self._facts.unused, self.device)
+        for index, layer in enumerate(find_layers(frame)[1]):
+            layer.forward = self._stub(index)
+        return frame
 
     def _outline(self, packing: Format | None) -> Checkpoint:
         """What the configuration says that the checkpoint would hold."""
@@ -141,6 +150,11 @@ class Model:
     def unexpected(self) -> tuple[str, ...]:
         """Names of stored tensors that the model does not use."""
         return self._tensors.unexpected
+
+    @property
+    def unread_bytes(self) -> int:
+        """Stored bytes that text does not need, such as those of a tower for images; they are never read."""
+        return unread_bytes(self.checkpoint, self._tensors)
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from aspec.models.kv_cache import KVCache, KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
+from aspec.models.weights.touched import TensorWatch
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 NOT_REGISTERED = "its attention does not take a registered attention function"
@@ -56,6 +57,7 @@ class ModelFacts:
 
     layers: tuple[LayerFacts, ...]
     in_tuples: bool  # its forward expects a tuple from a layer
+    unused: frozenset[str] = frozenset()  # parameters that text never reaches, such as those of a tower for images
 
 
 class _UnfitError(Exception):
@@ -105,11 +107,18 @@ AttentionInterface.register(NAME, _probe_attention)
 AttentionMaskInterface.register(NAME, _probe_mask)
 
 
+class _NoLayers(list[Any]):
+    """The layers of a cache that has none. Families ask them for what they store beside keys and values."""
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise _UnfitError("its layers store something beside keys and values")
+
+
 class _ShapeCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """An empty cache that records the shapes that layers store."""
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=_NoLayers())
         self.shapes: dict[int, KVShape] = {}
 
     def update(
@@ -132,6 +141,7 @@ class _ProbeRun:
     """One run of the model with watched layers; mutable while it runs."""
 
     in_tuples: bool
+    watched: TensorWatch = field(default_factory=TensorWatch)
     returned: torch.Tensor | None = None
     layers: list[tuple[str, MaskRule, tuple[str, ...]]] = field(default_factory=list)  # by call: mask and parameters
 
@@ -141,6 +151,7 @@ class _ProbeRun:
         parameters = tuple(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> object:
+            self.watched.note(args, kwargs)
             self.check_call(parameters, dict(zip(parameters, args, strict=False)) | kwargs)
             try:
                 original(*args, **kwargs)
@@ -193,7 +204,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrai
 
 
 def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) -> ModelFacts:
-    layers = find_layers(model)[1]
+    name, layers = find_layers(model)
     shape_cache = _ShapeCache()
     probe_run = _ProbeRun(in_tuples)
     for layer in layers:
@@ -201,13 +212,14 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) 
     tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
     cache = {cache_argument(model): shape_cache}
     try:
-        output = model(input_ids=tokens, position_ids=tokens, use_cache=True, **cache)
+        with probe_run.watched:
+            output = model(input_ids=tokens, position_ids=tokens, use_cache=True, **cache)
     except (_UnfitError, Warning):  # a warning raised as an error is no property of the family
         raise
     except Exception as error:  # any exception of a family means that this driver cannot run it
         if _is_own_fault(error):
             raise InternalError(f"the probe of {config.model_type} has failed: {reason_of(error)}.") from error
-        raise _UnfitError(f"its layers exchange more than a hidden state ({reason_of(error)})") from error
+        raise _UnfitError(f"its own forward fails on text alone, without values ({reason_of(error)})") from error
     if len(probe_run.layers) != len(layers) or tuple(output.logits.shape[:2]) != (2, 4):
         raise _UnfitError(f"its {len(layers)} layers do not run once each (counted {len(probe_run.layers)} runs)")
     if not shape_cache.shapes:
@@ -216,14 +228,15 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) 
         LayerFacts(shape_cache.shapes.get(index), _mask_kind(config, index, rule), argument, parameters)
         for index, (argument, rule, parameters) in enumerate(probe_run.layers)
     ]
-    return ModelFacts(tuple(facts), in_tuples)
+    return ModelFacts(tuple(facts), in_tuples, probe_run.watched.unused(model, name))
 
 
 def _is_own_fault(error: Exception) -> bool:
     """Whether the error comes from code of aspec that a family's forward called, not from the family's own code."""
     assert error.__traceback__ is not None
     frames = traceback.walk_tb(error.__traceback__.tb_next)  # below the frame that called the family
-    owners = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    owners = [name.partition(".")[0] for name in modules if name != TensorWatch.__module__]
     return next((owner for owner in reversed(owners) if owner in ("aspec", "transformers")), None) == "aspec"
 
 
@@ -347,10 +360,13 @@ def _mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind
     query = query.repeat(len(edges) + 1)
     try:
         visible = rule(0, 0, query, key)
-    except (RuntimeError, NotImplementedError):  # the rule of chunks reads a tensor on meta: use the configuration
+    except (RuntimeError, NotImplementedError):  # the rule reads a tensor on meta: use the configuration
+        of_type = {"chunked_attention": MaskKind(chunk=chunk)} if chunk else {}
+        if getattr(text, "use_bidirectional_attention", None) == "vision":  # it asks which tokens are images
+            of_type |= {"full_attention": MaskKind(), "sliding_attention": MaskKind(window=window)}
         types = getattr(text, "layer_types", None) or []
-        if chunk and types[index : index + 1] == ["chunked_attention"]:
-            return MaskKind(chunk=chunk)
+        if index < len(types) and (kind := of_type.get(types[index])) is not None:
+            return kind
         raise _UnfitError("its attention mask depends on more than positions") from None
     for kind in kinds:
         if torch.equal(kind.visible(query, key), visible.expand_as(query)):

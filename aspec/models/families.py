@@ -22,9 +22,6 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
 HARMLESS: Mapping[str, object] = MappingProxyType({"use_bidirectional_attention": "vision"})  # image tokens only
 """Values of refused keys that do not change the maths of text."""
 
-ATTENTION_LAYERS = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
-"""Types of layers without a state beside their keys and values."""
-
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -38,16 +35,11 @@ class Family:
     experts: str | None = None  # implementation of experts; None: transformers' default
 
 
-_LINEAR = "its linear-attention or recurrent layers keep state that cannot be rolled back when a proposal is refused"
-
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bloom": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
         "mpt": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
         "falcon": Family(refused="its attention does not take a registered attention function"),
-        "jamba": Family(refused=_LINEAR),
-        "qwen3_next": Family(refused=_LINEAR),
-        "qwen3_5_text": Family(refused=_LINEAR),
         "xlm": Family(refused="its layers are parallel lists, not modules that run one after another"),
         "zamba": Family(refused="its layers share weights"),
         "zamba2": Family(refused="its layers share weights"),

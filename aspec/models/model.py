@@ -37,6 +37,8 @@ from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
+from aspec.models.state.mixers import bind_mixers
+from aspec.models.state.shapes import StateShape
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
@@ -118,6 +120,7 @@ class Model:
         self._cache_argument = cache_argument(self._frame)
         for index, layer in enumerate(find_layers(self._frame)[1]):
             layer.forward = self._stub(index)
+        bind_mixers(self._layers_model)
         self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
         self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
@@ -191,6 +194,11 @@ class Model:
         return list(self.offload.kept) if offloaded else [layer.kv for layer in self._facts.layers]
 
     @property
+    def state_shapes(self) -> list[StateShape | None]:
+        """By layer, what a recurrent layer keeps; None for other layers."""
+        return [layer.state for layer in self._facts.layers]
+
+    @property
     def layer_modules(self) -> tuple[torch.nn.Module, ...]:
         """The decoder layers, for their shapes; parameters that are not bound are on meta."""
         return tuple(self._layers)
@@ -252,7 +260,10 @@ class Model:
         hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
         for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
             # offloaded: the attention makes its mask on the host, and no code reads this placeholder
-            arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
+            if facts.mask_argument is None:
+                arguments |= {"attention_mask": None} if "attention_mask" in arguments else {}  # rows are not padded
+            else:
+                arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
 
@@ -359,13 +370,13 @@ class Model:
 
     def _stub(self, index: int) -> Callable[..., object]:
         """The forward of the frame's layer ``index``: it records its call, or returns the final hidden state."""
-        parameters, in_tuples = self._facts.layers[index].parameters, self._facts.in_tuples
+        parameters, result = self._facts.layers[index].parameters, self._facts.result
         last = len(self._facts.layers) - 1
 
         def forward(*args: Any, **kwargs: Any) -> object:
             tape: _Tape = self._local.tape
             if tape.final is not None:
-                return (tape.final,) if in_tuples else tape.final
+                return result(tape.final)
             arguments = dict(zip(parameters, args, strict=False)) | kwargs
             hidden = arguments[parameters[0]]
             if tape.returned is not None and not same_memory(hidden, tape.returned):
@@ -374,7 +385,7 @@ class Model:
             tape.returned = hidden
             if index == last:
                 raise _Stop
-            return (hidden,) if in_tuples else hidden
+            return result(hidden)
 
         return forward
 

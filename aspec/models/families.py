@@ -25,9 +25,6 @@ ALIASES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
 HARMLESS: Mapping[str, object] = MappingProxyType({"use_bidirectional_attention": "vision"})  # image tokens only
 """Values of refused keys that do not change the maths of text."""
 
-ATTENTION_LAYERS = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
-"""Types of layers without a state beside their keys and values."""
-
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -42,16 +39,11 @@ class Family:
     text_class: bool = False  # of a model with towers: its class of text alone, because the whole cannot run on text
 
 
-_LINEAR = "its linear-attention or recurrent layers keep state that cannot be rolled back when a proposal is refused"
-
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bloom": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
         "mpt": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
         "falcon": Family(refused="its attention does not take a registered attention function"),
-        "jamba": Family(refused=_LINEAR),
-        "qwen3_next": Family(refused=_LINEAR),
-        "qwen3_5_text": Family(refused=_LINEAR),
         "xlm": Family(refused="its layers are parallel lists, not modules that run one after another"),
         "zamba": Family(refused="its layers share weights"),
         "zamba2": Family(refused="its layers share weights"),

@@ -14,12 +14,14 @@ FutureWarning; 5.40 removes it.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -40,11 +42,13 @@ from aspec.errors import UnsupportedModelError
 from aspec.models.context import CHANGING
 
 __all__ = [
+    "RECURRENT_FUNCTIONS",
     "ROPE_INIT_FUNCTIONS",
     "Cache",
     "LlamaDecoderLayer",
     "WeightConverter",
     "WeightRenaming",
+    "activation_function",
     "as_published",
     "auto_class",
     "build_glob_alternation",
@@ -70,6 +74,17 @@ __all__ = [
     "tokenizer_from_gguf",
 ]
 
+RECURRENT_FUNCTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "causal_conv1d_fn": "convolution",
+        "torch_chunk_gated_delta_rule": "delta rule",
+        "chunk_kimi_delta_attention": "delta rule",
+        "mamba2_chunk_scan": "state space",
+        "mamba_selective_scan": "selective scan",
+    }
+)
+"""The functions of several tokens that the mixers of recurrent layers name: name -> kind of aspec's own function."""
+
 CACHE_NAMES = ("cache", "past_key_values")  # newest first
 
 
@@ -83,6 +98,12 @@ def cache_argument(module: nn.Module) -> str:
         f"{type(module).__name__} is not supported: expected an argument {' or '.join(CACHE_NAMES)} of its forward, "
         f"found none."
     )
+
+
+def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation function that a configuration names."""
+    found: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
+    return found
 
 
 def auto_class(config: PreTrainedConfig, *, text_class: bool = False) -> Any | None:

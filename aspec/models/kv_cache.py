@@ -1,10 +1,11 @@
-"""The slot KV cache: one storage per layer for all rows, and a window of it for each work item.
+"""The slot cache: what every layer keeps of all rows, and a window of it for each work item.
 
 Rows are ragged: every row has its own length and positions, without padding on the left. Committed slot ``j`` of a
 row holds position ``j``. The slots that a pass writes after the committed tokens are committed or overwritten later.
 New tokens form a chain, or a tree if ``parents`` is given. In a tree, slots follow the order of the nodes, positions
 follow their depth, and ``KVCache.gather`` moves an accepted path to the slots of a chain. A tree is written in one step
-or in several; a node's slot is the same in both cases.
+or in several; a node's slot is the same in both cases. Recurrent layers (``state/``) keep one state of a row's
+committed tokens, and log the nodes after them.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from aspec.io.upload import upload
 from aspec.models.exact.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
 from aspec.models.hf_compat import Cache
+from aspec.models.state.kernels import MixerStep
+from aspec.models.state.layer_state import KVState, LayerState
+from aspec.models.state.mixers import MixerCache
+from aspec.models.state.nodes import Window
+from aspec.models.state.shapes import StateShape
+from aspec.models.state.states import RecurrentStates, StatesOfStep
 
 KVShape = tuple[int, int, int]
 """Heads, key width and value width of one layer."""
@@ -30,6 +37,7 @@ class KVCache:
     ``attention.py`` for attention and ``exact.py`` for all other products. Otherwise they are equal up to rounding.
     ``offloaded``: the layers are on a device and this cache is in host memory. ``StepCache.update`` then returns the
     new keys and values without storing them, and ``HostAttention`` stores them; positions and masks are on the host.
+    ``states``: by layer, what else it keeps; ``log_slots``: most nodes of a row that may be taken back.
     """
 
     def __init__(
@@ -42,6 +50,8 @@ class KVCache:
         *,
         exact: bool = False,
         offloaded: bool = False,
+        states: Sequence[StateShape | None] = (),
+        log_slots: int = 0,
     ) -> None:
         self.exact = exact
         self.offloaded = offloaded
@@ -56,6 +66,9 @@ class KVCache:
             common = (num_rows, heads, capacity + 1)
             self.keys.append(torch.zeros(*common, key_width, dtype=dtype, device=device) if shape else None)
             self.values.append(torch.zeros(*common, value_width, dtype=dtype, device=device) if shape else None)
+        stored = zip(self.keys, self.values, strict=True)
+        self._kv = [KVState(keys, values) for keys, values in stored if keys is not None and values is not None]
+        self.recurrent = RecurrentStates(states, num_rows, log_slots, dtype, self.device) if any(states) else None
 
     @staticmethod
     def bytes_per_token(shapes: Sequence[KVShape | None], dtype: torch.dtype) -> int:
@@ -65,7 +78,21 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole storage."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values) if tensor is not None)
+        return sum(state.nbytes for state in self._states)
+
+    @property
+    def _states(self) -> "list[LayerState]":
+        """What all layers keep."""
+        return [*self._kv, *(() if self.recurrent is None else self.recurrent.all)]
+
+    def room(self, start: int) -> int:
+        """Most nodes that a row can have after its first ``start`` tokens, which are final."""
+        left = self.capacity - start
+        return left if self.recurrent is None else min(left, self.recurrent.log_slots)
+
+    def reusable(self, row: int, length: int) -> int:
+        """``length`` if a step may continue so many leading tokens of what is in a row; 0 if it must start anew."""
+        return length if self.recurrent is None or self.recurrent.may_start(row, length) else 0
 
     def step(
         self,
@@ -75,6 +102,7 @@ class KVCache:
         parents: Sequence[Sequence[int]] | None = None,
         firsts: Sequence[int] | None = None,
         *,
+        finals: Sequence[int] | None = None,
         width: int = 0,
         device: torch.device | None = None,
     ) -> "StepCache":
@@ -85,7 +113,9 @@ class KVCache:
         nodes so far, ``firsts[b] + counts[b]``, parents before their children. Node ``n`` is in slot ``starts[b] + n``,
         its position is ``starts[b]`` plus its depth. Without ``parents`` every node continues the node before it.
         Rows are padded to at least ``width`` tokens. The step's tensors are on ``device``, default the storage's.
-        Raises ValueError for repeated or unknown rows, for an invalid tree, and for tokens beyond the capacity.
+        ``finals[b]`` leading tokens of the row are never taken back, default ``starts[b]``; recurrent layers log the
+        nodes after them. Raises ValueError for repeated or unknown rows, for an invalid tree, and for tokens beyond the
+        capacity.
         """
         firsts = [0] * len(rows) if firsts is None else firsts
         if not len(rows) == len(starts) == len(counts) == len(firsts) or min(counts, default=0) < 1:
@@ -99,22 +129,42 @@ class KVCache:
             raise ValueError(f"rows {rows} at {starts} with {totals} tokens exceed the capacity of {self.capacity}")
         if parents is not None and [len(links) for links in parents] != totals:
             raise ValueError(f"expected parents for {totals} nodes, found {[len(links) for links in parents]}")
-        return StepCache(self, rows, starts, counts, firsts, parents, width=width, device=device)
+        step = StepCache(self, rows, starts, counts, firsts, parents, width=width, device=device)
+        if self.recurrent is not None:
+            step.states = self._open_states(step, rows, starts, counts, firsts, parents, finals or starts)
+        return step
+
+    def _open_states(
+        self,
+        step: "StepCache",
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        firsts: Sequence[int],
+        parents: Sequence[Sequence[int]] | None,
+        finals: Sequence[int],
+    ) -> StatesOfStep:
+        """The step as recurrent layers see it. Raises ValueError if more nodes may be taken back than the log holds."""
+        assert self.recurrent is not None
+        links = [None] * len(rows) if parents is None else parents
+        windows = [Window(*own) for own in zip(rows, starts, firsts, counts, finals, links, strict=True)]
+        return self.recurrent.of_step(windows, step.position_ids.shape[1])
 
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
         """Move the accepted nodes ``path``, numbered from slot ``start``, to the slots from ``start`` on, in order."""
+        if self.recurrent is not None:
+            for state in self.recurrent.all:
+                state.keep(row, start, path)
         if list(path) == list(range(len(path))):
             return
         source = upload(start + torch.tensor(path), self.device)
-        for storage in (*self.keys, *self.values):
-            if storage is not None:  # indexing copies before it writes, so slots may overlap
-                storage[row, :, start : start + len(path)] = storage[row][:, source]
+        for kept in self._kv:
+            kept.move(row, start, source)
 
     def clear(self, row: int, start: int = 0) -> None:
-        """Set a row to zero from slot ``start`` on."""
-        for storage in (*self.keys, *self.values):
-            if storage is not None:
-                storage[row, :, start:].zero_()
+        """Forget a row from slot ``start`` on: NaN there would spoil even a sum in which its weight is 0."""
+        for state in self._states:
+            state.clear(row, start)
 
 
 class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
@@ -165,6 +215,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._masks: dict[MaskKind, torch.Tensor] = {}
         self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
         self.attended: dict[int, ref[torch.Tensor]] = {}  # if offloaded, by layer: the new keys it attended to
+        self.states: StatesOfStep | None = None  # None: no layer is recurrent
 
     @property
     def offloaded(self) -> bool:
@@ -261,6 +312,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         assert keys is not None
         assert values is not None
         return keys, values
+
+    def mixer(self, layer_idx: int) -> "tuple[MixerCache, MixerStep]":
+        """What the mixer of a recurrent layer runs on."""
+        assert self.states is not None, "a model with recurrent layers has their states"
+        return self.states.of_layer(layer_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None) -> bool:
+        """Whether recurrent layers go another way for one token: they never do."""
+        return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this item's tokens. Some models ask for it; positions are always given explicitly."""

@@ -24,11 +24,11 @@ from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.hub import known_as, read_config
 from aspec.io.upload import upload
-from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
+from aspec.models.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact.products import LayerModes, matmul_mode, route
-from aspec.models.formats.packed import Format, PackedWeight, StoredWeight
+from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
@@ -37,6 +37,8 @@ from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, project, to_host
+from aspec.models.state.mixers import bind_mixers
+from aspec.models.state.shapes import StateShape
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
@@ -118,6 +120,7 @@ class Model:
             self.files |= opened.files
         self._frame = self._build_frame()
         self._cache_argument = cache_argument(self._frame)
+        bind_mixers(self._layers_model)
         frame = {name: linear for name, linear in route(self._frame).items() if name not in unused}
         self._frame_linears, self._layer_linears = frame, route(self._layers_model)
         self._modes = LayerModes()
@@ -163,18 +166,13 @@ class Model:
         if self.unexpected:
             texts.append(unused_text(self.name, self.unexpected))
         if self.dtype != self._named_dtype:
-            texts.append(
-                f"{self.name}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
-                f"slower. bfloat16 keeps 8 of its 11 significant bits; --dtype float32 keeps all, in twice the memory"
-            )
+            texts.append(f"{self.name}: {HALF_IS_SLOW}")
         return tuple(texts)
 
     @property
     def dtypes(self) -> str:
         """The dtype in which the model computes, and those in which its weights are stored, if they differ."""
-        stored = [dtype_name(dtype) for dtype, _ in bytes_by_dtype(self.checkpoint.tensors.values()).most_common()]
-        computed = dtype_name(self.dtype)
-        return computed if stored in ([], [computed]) else f"{computed} (stored in {' and '.join(stored)})"
+        return both_dtypes(self.dtype, self.checkpoint.tensors.values())
 
     @cached_property
     def packed(self) -> Mapping[int, tuple[PackedWeight, ...]]:
@@ -188,10 +186,7 @@ class Model:
     @property
     def methods(self) -> tuple[str, ...]:
         """How weights are packed, the method of the most bytes first; empty if none is packed."""
-        nbytes: Counter[str] = Counter()
-        for weight in itertools.chain.from_iterable(self.packed.values()):
-            nbytes[weight.method] += weight.nbytes
-        return tuple(method for method, _ in nbytes.most_common())
+        return methods_of(itertools.chain.from_iterable(self.packed.values()))
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""
@@ -203,6 +198,11 @@ class Model:
         ``offloaded``: the shapes of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
         """
         return list(self.offload.kept) if offloaded else [layer.kv for layer in self._facts.layers]
+
+    @property
+    def state_shapes(self) -> list[StateShape | None]:
+        """By layer, what a recurrent layer keeps; None for other layers."""
+        return [layer.state for layer in self._facts.layers]
 
     @property
     def layer_modules(self) -> tuple[torch.nn.Module, ...]:
@@ -266,7 +266,10 @@ class Model:
         hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
         for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
             # offloaded: the attention makes its mask on the host, and no code reads this placeholder
-            arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
+            if facts.mask_argument is None:
+                arguments |= {"attention_mask": None} if "attention_mask" in arguments else {}  # rows are not padded
+            else:
+                arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
 
@@ -373,13 +376,13 @@ class Model:
 
     def _stub(self, index: int) -> Callable[..., object]:
         """The forward of the frame's layer ``index``: it records its call, or returns the final hidden state."""
-        parameters, in_tuples = self._facts.layers[index].parameters, self._facts.in_tuples
+        parameters, result = self._facts.layers[index].parameters, self._facts.result
         last = len(self._facts.layers) - 1
 
         def forward(*args: Any, **kwargs: Any) -> object:
             tape: _Tape = self._local.tape
             if tape.final is not None:
-                return (tape.final,) if in_tuples else tape.final
+                return result(tape.final)
             arguments = dict(zip(parameters, args, strict=False)) | kwargs
             hidden = arguments[parameters[0]]
             if tape.returned is not None and not same_memory(hidden, tape.returned):
@@ -388,7 +391,7 @@ class Model:
             tape.returned = hidden
             if index == last:
                 raise _Stop
-            return (hidden,) if in_tuples else hidden
+            return result(hidden)
 
         return forward
 

@@ -15,14 +15,13 @@ from aspec.io.hub import known_as, read_config
 from aspec.models import attention
 from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
-from aspec.models.families import ALIASES, ATTENTION_LAYERS, HARMLESS, REFUSED_KEYS, family_of
+from aspec.models.families import ALIASES, HARMLESS, REFUSED_KEYS, family_of
 from aspec.models.formats.registry import format_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
     auto_class,
     compute_buffers,
     forget_pad_token,
-    has_recurrent_state,
     model_class,
     no_init_weights,
     set_attention,
@@ -86,10 +85,8 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     for kind in sorted(rope_types(text)):
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             reasons.append(f"rotary positions of type {shown(kind)} are not known to the installed transformers")
-    if (family := model_class(config, text_class=rows[0].text_class)) is None:
-        return [*reasons, "transformers has no decoder-only language model of this type"]
-    if has_recurrent_state(family) and not _attends_only(text):
-        reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
+    if model_class(config, text_class=rows[0].text_class) is None:
+        reasons.append("transformers has no decoder-only language model of this type")
     return reasons
 
 
@@ -97,12 +94,6 @@ def _is_set(config: PreTrainedConfig, key: str) -> bool:
     """Whether a configuration asks for what a key stands for."""
     value = getattr(config, key, None)
     return bool(value) and value != HARMLESS.get(key)
-
-
-def _attends_only(text: PreTrainedConfig) -> bool:
-    """Whether the configuration names the type of every layer, and each of them is some form of attention."""
-    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-    return bool(types) and all(kind in ATTENTION_LAYERS for kind in types)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -245,6 +245,8 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
 
 def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     """Bytes of the scores and weights of one item of so many tokens."""
+    if not any(target.kv_shapes()):
+        return 0
     heads = int(target.config.get_text_config().num_attention_heads)
     if not request.exact:
         on_device = request.host_bytes is not None and not request.kv_on_host

@@ -156,7 +156,7 @@ class DraftGraphs:
         self._captured: OrderedDict[Shape, _Captured] = OrderedDict()  # the most recently used last
         self._uses: OrderedDict[Shape, int] = OrderedDict()  # of shapes that are not captured yet
         self._logits: torch.Tensor | None = None  # flat; every captured step writes its logits here
-        self._refused = kv.exact  # whether all steps run eagerly from now on
+        self._refused = kv.exact or kv.recurrent is not None  # whether all steps run eagerly from now on
 
     def run(
         self,

@@ -33,10 +33,9 @@ from aspec.models.formats.registry import format_of, open_weights, stored_weight
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
-from aspec.models.split_layer import Split, attend_to, finish, project, to_host
+from aspec.models.split_layer import Split, attend_to, finish, host_attention_of, project, to_host
 from aspec.models.state.mixers import bind_mixers
 from aspec.models.state.shapes import StateShape
 from aspec.models.weights.binding import Binder
@@ -310,7 +309,7 @@ class Model:
     @staticmethod
     def send(activation: Activation) -> None:
         """Copy the attention's arguments to the host. Raises InternalError if the KV cache is not offloaded."""
-        _host_attention(activation).send()
+        host_attention_of(activation.split).send()
 
     @staticmethod
     def attend(activation: Activation) -> None:
@@ -322,7 +321,7 @@ class Model:
     def bring_back(activation: Activation) -> None:
         """Copy the attention's result from the host to the device. Raises InternalError as ``send`` does."""
         assert activation.split is not None
-        activation.split.output = _host_attention(activation).bring_back()
+        activation.split.output = host_attention_of(activation.split).bring_back()
 
     def finish(self, index: int, activation: Activation) -> None:
         """Run the rest of a layer after its attention."""
@@ -394,10 +393,3 @@ class Model:
             return result(hidden)
 
         return forward
-
-
-def _host_attention(activation: Activation) -> HostAttention:
-    split = activation.split
-    if split is None or split.host_attention is None:
-        raise InternalError("nothing to copy to the host: the KV cache is on the device of the layers")
-    return split.host_attention

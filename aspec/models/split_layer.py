@@ -137,6 +137,13 @@ def to_host(split: Split, step: StepCache, layer: int, mask: MaskKind, *, stores
     split.call, split.host_attention = None, HostAttention.of(args, step, layer, mask, stores=stores)
 
 
+def host_attention_of(split: Split | None) -> HostAttention:
+    """The attention on the host of a layer that has reached it. Raises InternalError if it attends elsewhere."""
+    if split is None or split.host_attention is None:
+        raise InternalError("nothing to copy to the host: the KV cache is on the device of the layers")
+    return split.host_attention
+
+
 def attend_to(split: Split) -> None:
     """Run the attention, on any thread. It needs no weights of the layer except its sinks."""
     if split.host_attention is not None:

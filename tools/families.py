@@ -36,7 +36,7 @@ from transformers.initialization import no_init_weights
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.models.families import family_of
-from aspec.models.hf_compat import auto_class
+from aspec.models.hf_compat import auto_class, conversion_rules
 from aspec.models.probe import examine
 from aspec.models.skeleton import load_config
 from tests import tiny
@@ -120,6 +120,7 @@ def table(results: Mapping[str, Mapping[str, str]]) -> str:
 def measured(names: Sequence[str], jobs: int, limit_s: float | None) -> Iterator[tuple[str, dict[str, str]]]:
     """Run types in processes of their own, some at a time; yields each with its row and says how far it is."""
     begun, waiting, running = time.monotonic(), list(names), {}
+    _warm_up()
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             late = limit_s is not None and time.monotonic() - begun > limit_s
@@ -140,6 +141,13 @@ def measured(names: Sequence[str], jobs: int, limit_s: float | None) -> Iterator
                 )
                 yield name, row
             time.sleep(0.02)
+
+
+def _warm_up() -> None:
+    """Compute once, before processes are forked, what every type needs: it takes transformers a second."""
+    config = tiny_config("llama")
+    with torch.device("meta"), no_init_weights():
+        conversion_rules(auto_class(config).from_config(config))
 
 
 def _fork(name: str, folder: Path) -> int:
@@ -285,9 +293,12 @@ def _noisy(auto: Any, source: Path, folder: Path, sigma: float) -> Path:
 
 
 def run(
-    target: Path, draft: Path | None, speculation: str, prompts: Iterable[list[int]], count: int | None
+    target: Path, draft: Path | None, speculation: str, prompts: Iterable[list[int]], count: int | None, **options: Any
 ) -> tuple[list[list[int]], float]:
-    """The tokens of every prompt, all layers streamed, and the share of proposals that was accepted."""
+    """The tokens of every prompt, all layers streamed, and the share of proposals that was accepted.
+
+    ``options``: further fields of ``EngineOptions``.
+    """
 
     async def one(engine: Any, prompt: list[int]) -> tuple[list[int], Any]:
         tokens: list[int] = []
@@ -299,7 +310,7 @@ def run(
     async def all_of_them() -> list[tuple[list[int], Any]]:
         async with open_engine(
             target=target, draft=draft, speculation=speculation, num_draft_tokens=count, max_batch=len(LENGTHS),
-            max_context=80, prefill_tokens=16, resident_memory=0, threads=1,
+            max_context=80, prefill_tokens=16, resident_memory=0, threads=1, **options,
         ) as engine:  # fmt: skip
             assert len(engine.plan.streamed) == len(engine.plan.parts), "all layers stream"
             return await asyncio.gather(*(one(engine, prompt) for prompt in prompts))

@@ -24,7 +24,7 @@ _SMALL = {
     " intermediate_size_mlp dense_intermediate_size feed_forward_size decoder_ffn_dim encoder_ffn_dim",
     64: "hidden_size n_embd d_model embedding_size emb_dim embed_dim embedding_dim word_embed_proj_dim"
     " input_embedding_size output_embedding_size attention_hidden_size lru_width rel_extent max_source_positions"
-    " encoder_hash_byte_group_vocab",
+    " encoder_hash_byte_group_vocab index_n_heads",
     48: "shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size"
     " moe_shared_expert_intermediate_size",
     32: "expert_ffn_hidden_size moe_intermediate_size moe_hidden_size share_expert_dim expert_dim hidden_size_encoder"
@@ -42,7 +42,7 @@ _SMALL = {
     4: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads"
     " swa_num_attention_heads num_sliding_attention_heads num_decoder_attention_heads num_encoder_attention_heads"
     " num_kv_heads num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers layers num_blocks"
-    " num_experts num_local_experts n_routed_experts moe_num_experts index_n_heads index_block_size index_topk_blocks"
+    " num_experts num_local_experts n_routed_experts moe_num_experts index_block_size index_topk_blocks"
     " index_kpool indexer_n_heads indexer_compress_ratio linear_num_value_heads linear_num_heads"
     " linear_conv_kernel_dim short_conv_kernel_size mamba_d_conv split_ngram_parts prompt_length",
     3: "moe_layer_end_index",
@@ -55,7 +55,7 @@ _SMALL = {
     " expert_layer_offset",
 }
 SIZES: Mapping[str, int] = {key: size for size, keys in _SMALL.items() for key in keys.split()}
-"""The small value of a key, where the default has a larger one."""
+"""The small value of a key, where the default has a larger one. With few heads an indexer's scores tie at zero."""
 
 TOWER: Mapping[str, Any] = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_heads": 2,

@@ -9,15 +9,14 @@ committed tokens, and log the nodes after them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from weakref import ref
 
-import numpy as np
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from aspec.io.upload import upload
 from aspec.models.exact.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
+from aspec.models.exact.trees import Tree, TreeNodes, visible_slots
 from aspec.models.hf_compat import Cache
 from aspec.models.state.kernels import MixerStep
 from aspec.models.state.layer_state import KVState, LayerState
@@ -27,7 +26,10 @@ from aspec.models.state.shapes import StateShape
 from aspec.models.state.states import RecurrentStates, StatesOfStep
 
 KVShape = tuple[int, int, int]
-"""Heads, key width and value width of one layer."""
+"""Heads, key width and value width of one layer.
+
+Where layers select slots by keys of an indexer, as many shapes follow those of the layers: one head without values.
+"""
 
 
 class KVCache:
@@ -202,7 +204,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         offsets = torch.arange(width, device=device)[None]  # [1, T]
         real = offsets <= last
         self._node = torch.minimum(offsets, last) + first  # [B, T]: each token's node; padding: the row's last
-        self._tree = None if parents is None else _Tree.of(parents, device)
+        self._tree = None if parents is None else Tree.of(parents, device)
         depth = self._node if self._tree is None else self._tree.depths.gather(1, self._node)
         self.position_ids = self._start + depth
         self.slots = torch.where(real, self._start + self._node, storage.capacity)  # [B, T]
@@ -222,9 +224,12 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Whether the layers are on a device while the cache is in host memory."""
         return self.storage.offloaded
 
-    def layer_mask(self, kind: MaskKind) -> "torch.Tensor | tuple[Paths, ...]":
-        """The mask argument of a layer: ``mask``, or in an exact step the paths of every row."""
-        if not self.exact:
+    def layer_mask(self, kind: MaskKind, *, selects: bool = False) -> "torch.Tensor | tuple[Paths, ...]":
+        """The mask argument of a layer: ``mask``, or in an exact step the paths of every row.
+
+        ``selects``: the layer selects slots itself, from a mask.
+        """
+        if not self.exact or selects:
             return self.mask(kind)
         if kind not in self._paths:
             self._paths[kind] = self._make_paths(kind)
@@ -240,7 +245,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def _make_mask(self, kind: MaskKind) -> torch.Tensor:
         return visible_slots(kind, self.position_ids, self.high, self.tree_nodes())
 
-    def tree_nodes(self) -> "TreeNodes | None":
+    def tree_nodes(self) -> TreeNodes | None:
         """The trees of the step, for its masks; None if all rows are chains."""
         if self._tree is None:
             return None
@@ -248,7 +253,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         seen = torch.zeros(*self._node.shape, depths.shape[1], dtype=torch.bool, device=depths.device)
         return TreeNodes(self._start, depths, seen.scatter_(2, self._node_paths(self._tree), True))
 
-    def _node_paths(self, tree: "_Tree") -> torch.Tensor:
+    def _node_paths(self, tree: Tree) -> torch.Tensor:
         """[B, T, D] int64: each token's path from its root to its own node, which is repeated up to D."""
         return tree.paths.gather(1, self._node[:, :, None].expand(-1, -1, tree.paths.shape[2]))
 
@@ -293,6 +298,16 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.store(layer_idx, key_states, value_states)
         return self.stored(layer_idx)
 
+    def update_indexer(self, index_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Store keys [B, T, D] by which a layer selects slots; returns [B, S, D] of the rows so far: see ``update``."""
+        if has_torch_function_unary(index_states):
+            arguments = (self, index_states, layer_idx)
+            made: torch.Tensor = handle_torch_function(StepCache.update_indexer, (index_states,), *arguments)
+            return made
+        place, keys = len(self.storage.keys) // 2 + layer_idx, index_states[:, None]
+        self.store(place, keys, keys[..., :0])
+        return self.stored(place)[0][:, 0]
+
     def store(self, layer: int, *states: torch.Tensor) -> None:
         """Store keys and values [B, H, T, D] of the new tokens."""
         for storage, new in zip(self._storages(layer), states, strict=True):
@@ -333,64 +348,3 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Slots per row."""
         return self.storage.capacity
-
-
-@dataclass(frozen=True, slots=True)
-class TreeNodes:
-    """The trees of a step: their starts, the depths of their nodes, and the nodes on each token's path."""
-
-    starts: torch.Tensor  # [B, 1] int64: number of committed tokens
-    depths: torch.Tensor  # [B, N] int64
-    seen: torch.Tensor  # [B, T, N] bool: the nodes on the token's path, its own node included
-
-
-def visible_slots(kind: MaskKind, positions: torch.Tensor, length: int, tree: TreeNodes | None) -> torch.Tensor:
-    """Bool [B, T, S] over the first S = ``length`` slots: those that tokens at ``positions`` [B, T] may see."""
-    query = positions[:, :, None]
-    slot = torch.arange(length, device=query.device)[None, None]
-    if tree is None:
-        return kind.visible(query, slot)
-    start, depths, seen = tree.starts[:, :, None], tree.depths, tree.seen
-    offset = slot - start  # [B, 1, S]: the node in a slot, negative where committed
-    node = offset.clamp(0, depths.shape[1] - 1)
-    key = torch.where(offset < 0, slot, start + depths[:, None].gather(2, node))
-    own = seen.gather(2, node.expand(-1, seen.shape[1], -1)) & (offset < depths.shape[1])
-    return kind.narrow(query, key, (offset < 0) | own)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """The nodes of every row. ``paths`` [B, N, D] int64 lists the nodes from the root to a node, which is repeated up
-    to D; ``depths`` is [B, N] int64. N and D are the largest numbers of nodes and levels of a row. In a row with fewer
-    than N nodes the remaining ones are roots."""
-
-    paths: torch.Tensor
-    depths: torch.Tensor
-    is_chain: tuple[bool, ...]  # per row: every node continues the node before it
-
-    @staticmethod
-    def of(parents: Sequence[Sequence[int]], device: torch.device) -> "_Tree":
-        """The trees of ``parents``. Raises ValueError for a parent that is neither an earlier node nor -1."""
-        size = max(len(links) for links in parents)
-        last_committed = size  # a node for the last committed token; it is its own parent
-        above = np.full((len(parents), size + 1), last_committed)
-        is_chain = []
-        for row, links in zip(above, parents, strict=True):
-            given, nodes = np.asarray(links), np.arange(len(links))
-            if (wrong := (given < -1) | (given >= nodes)).any():
-                bad = int(wrong.argmax())
-                raise ValueError(f"node {bad} continues node {links[bad]}: expected an earlier node or -1")
-            row[: len(links)] = np.where(given < 0, last_committed, given)
-            is_chain.append(bool((given == nodes - 1).all()))
-        row_at = np.arange(len(parents))[:, None] * (size + 1)
-        flat = (above + row_at).ravel()
-        node = np.arange(size) + row_at
-        climbed = []  # the node, its parent, the parent's parent: one operation per level, not per node
-        while (node - row_at != last_committed).any():
-            climbed.append(node - row_at)
-            node = flat[node]
-        ancestors = np.stack(climbed, -1)  # [B, N, D]
-        depths = (ancestors != last_committed).sum(-1) - 1
-        levels = np.maximum(depths[:, :, None] - np.arange(len(climbed)), 0)
-        paths = np.take_along_axis(ancestors, levels, -1)
-        return _Tree(upload(torch.from_numpy(paths), device), upload(torch.from_numpy(depths), device), tuple(is_chain))

@@ -109,8 +109,8 @@ class Model:
         if not stored:
             self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
             weights = stored_weights(self.checkpoint.tensors, packing)
-        remarks, unused = () if packing is None else packing.remarks, self._facts.unused
-        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, unused)
+        remarks = () if packing is None else packing.remarks
+        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, self._facts.unused)
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
@@ -120,8 +120,7 @@ class Model:
         self._frame = self._build_frame()
         self._cache_argument = cache_argument(self._frame)
         bind_mixers(self._layers_model)
-        frame = {name: linear for name, linear in route(self._frame).items() if name not in unused}
-        self._frame_linears, self._layer_linears = frame, route(self._layers_model)
+        self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
         self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
         self._local = threading.local()  # .tape: for the frame's forward on this thread
@@ -161,9 +160,7 @@ class Model:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know, a text each: tensors that are not read, and another dtype than the one named."""
-        texts = list(self._tensors.remarks)
-        if self.unexpected:
-            texts.append(unused_text(self.name, self.unexpected))
+        texts = [*self._tensors.remarks, *([unused_text(self.name, self.unexpected)] if self.unexpected else [])]
         if self.dtype != self._named_dtype:
             texts.append(f"{self.name}: {HALF_IS_SLOW}")
         return tuple(texts)
@@ -192,11 +189,16 @@ class Model:
         return plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
 
     def kv_shapes(self, *, offloaded: bool = False) -> list[KVShape | None]:
-        """By layer (heads, key width, value width); None for a layer that uses another layer's keys and values.
+        """By layer, as ``KVCache`` takes them; None for a layer that uses another layer's keys and values.
 
-        ``offloaded``: the shapes of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
+        ``offloaded``: of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
         """
-        return list(self.offload.kept) if offloaded else [layer.kv for layer in self._facts.layers]
+        return list(self.offload.kept) if offloaded else self._facts.kv_shapes
+
+    @property
+    def selects(self) -> bool:
+        """Whether layers select the slots that they attend to, by scores whose last bits depend on the pass."""
+        return self._facts.selects
 
     @property
     def state_shapes(self) -> list[StateShape | None]:
@@ -268,7 +270,9 @@ class Model:
             if facts.mask_argument is None:
                 arguments |= {"attention_mask": None} if "attention_mask" in arguments else {}  # rows are not padded
             else:
-                arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
+                arguments[facts.mask_argument] = (
+                    () if step.offloaded else step.layer_mask(facts.mask, selects=facts.index_width > 0)
+                )
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
 

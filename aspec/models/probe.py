@@ -38,7 +38,7 @@ from aspec.models.weights.touched import TensorWatch
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 NOT_REGISTERED = "its attention does not take a registered attention function"
-UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
+UNSUPPORTED = ("position_bias", "block_indices", "sinks")
 """Arguments of other attention functions that change the result and that ``attend`` does not support."""
 
 
@@ -51,6 +51,7 @@ class LayerFacts:
     mask_argument: str | None  # None: it does not attend
     parameters: tuple[str, ...]  # of its forward, in order, the hidden state first
     state: StateShape | None = None  # what it keeps beside keys and values
+    index_width: int = 0  # of the keys by which it selects the slots that it attends to; 0: it attends to all
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,19 @@ class ModelFacts:
     def result(self, hidden: torch.Tensor) -> object:
         """What a layer returns for a hidden state."""
         return layer_result(hidden, self.num_results)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a layer selects the slots that it attends to."""
+        return any(layer.index_width for layer in self.layers)
+
+    @property
+    def kv_shapes(self) -> list[KVShape | None]:
+        """The shapes of a cache on the device of the layers."""
+        indexes: list[KVShape | None] = [
+            (1, layer.index_width, 0) if layer.index_width else None for layer in self.layers
+        ]
+        return [layer.kv for layer in self.layers] + (indexes if self.selects else [])
 
 
 def layer_result(hidden: torch.Tensor, number: int) -> object:
@@ -242,7 +256,8 @@ def _facts_of(config: PreTrainedConfig, index: int, call: _Call, cache: ShapeCac
     if not call.attends:
         return LayerFacts(None, MaskKind(), None, call.parameters, state)
     assert call.rule is not None, "a layer that attends has a mask"
-    return LayerFacts(cache.shapes.get(index), mask_kind(config, index, call.rule), call.mask, call.parameters, state)
+    kv, kind, width = cache.shapes.get(index), mask_kind(config, index, call.rule), cache.index_widths.get(index, 0)
+    return LayerFacts(kv, kind, call.mask, call.parameters, state, width)
 
 
 def _is_own_fault(error: Exception) -> bool:
@@ -297,6 +312,11 @@ def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFa
     Raises UnsupportedModelError if a layer cannot be split, or attends to tensors that the host cannot store.
     """
     _refuse_states(config, facts)
+    if facts.selects:
+        raise UnsupportedModelError(
+            f"{config.model_type}: its layers select what they attend to, where their indexer is. Run it with "
+            f"--attention device."
+        )
     run = _run_split(config, dtype, facts, offloaded=True)
     few, many = (run(num_tokens, 128) for num_tokens in (64, 128))
     more = max(nbytes for nbytes, _ in many) - max(nbytes for nbytes, _ in few)
@@ -325,7 +345,7 @@ def _run_split(
     def run(num_tokens: int, num_slots: int) -> list[_SplitState]:
         """Rows 0 and 2 are not consecutive, so that their slots are gathered (the larger copy)."""
         held.clear()
-        cache = KVCache([layer.kv for layer in facts.layers], 3, num_slots, dtype, "meta", offloaded=offloaded)
+        cache = KVCache(facts.kv_shapes, 3, num_slots, dtype, "meta", offloaded=offloaded)
         step = cache.step([0, 2], [num_slots - num_tokens] * 2, [num_tokens] * 2)
         tokens = torch.zeros(2, num_tokens, dtype=torch.long, device="meta")
         try:

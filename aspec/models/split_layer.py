@@ -22,6 +22,7 @@ from aspec.models.kv_cache import StepCache
 from aspec.models.kv_offload import HostAttention
 
 RECORDED = {*PRODUCTS, multiply, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
+RECORDED |= {StepCache.update_indexer}
 """Functions that run in the first half only: the expensive ones, those whose bits may depend on the memory address of
 their operands, and the one that stores keys and values."""
 

@@ -18,8 +18,9 @@ import torch
 from aspec.backends.device import Capture, Replay
 from aspec.models.attention import temporary_bytes
 from aspec.models.exact.paths import MaskKind
+from aspec.models.exact.trees import TreeNodes
 from aspec.models.hf_compat import Cache
-from aspec.models.kv_cache import KVCache, StepCache, TreeNodes
+from aspec.models.kv_cache import KVCache, StepCache
 from aspec.models.model import Model
 from aspec.speculation.capture_check import RefusedError, warm_up
 

@@ -160,7 +160,7 @@ def route(model: nn.Module) -> dict[str, RoutedLinear]:
     """Give every linear module of ``model`` a RoutedLinear, once after it is built; by the name of its weight."""
     routed = {}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.numel():  # the empty ones are of towers
             module.forward = routed[f"{name}.weight"] = RoutedLinear(module)  # type: ignore[assignment]
     return routed
 

@@ -56,11 +56,17 @@ class ShapeCache(Cache):  # type: ignore[misc]  # transformers is untyped
         super().__init__(layers=NoLayers())
         self.shapes: dict[int, tuple[int, int, int]] = {}
         self.states: dict[int, NotedState] = {}
+        self.index_widths: dict[int, int] = {}
 
     def mixer(self, layer_idx: int) -> tuple[MixerCache, NotedState]:
         """What a recurrent layer's mixer runs on: it notes shapes and computes nothing."""
         state = self.states.setdefault(layer_idx, NotedState())
         return state.cache, state
+
+    def update_indexer(self, index_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Record the width of the keys [B, T, D] by which a layer selects slots, and return them."""
+        self.index_widths[layer_idx] = index_states.shape[2]
+        return index_states
 
     def get_conv_state(self, *_: object, **__: object) -> NoReturn:
         """Only mixers that aspec has bound may ask for a state."""

@@ -112,6 +112,13 @@ class PlanRequest:
         return self.capacity if self.draft_context is None else min(self.capacity, self.draft_context)
 
     @property
+    def draft_log_slots(self) -> int:
+        """Most nodes of a row that the draft's recurrent layers may have to take back."""
+        if not self.max_draft_tokens or self.from_text:
+            return 0
+        return draft_slots(self.speculation, self.max_draft_tokens) or self.max_draft_tokens + 1
+
+    @property
     def kv_on_host(self) -> bool:
         """Whether attention and the target's KV are in host memory, across a device's link."""
         return self.host_bytes is not None and self.attention_resource == "cpu"

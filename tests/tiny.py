@@ -183,11 +183,77 @@ FAMILIES |= {
     ),
 }
 
+GDN = dict(
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    layer_types=["linear_attention", "full_attention"] * 2,
+)
+SSD = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=8)
+
+STATEFUL = {
+    "qwen3_next": lambda: T.Qwen3NextConfig(
+        **COMMON, **EXPERTS, **GDN, head_dim=16, num_experts=4, shared_expert_intermediate_size=48
+    ),
+    "qwen3_5_text": lambda: T.Qwen3_5TextConfig(**COMMON, **GDN, head_dim=16),
+    "kimi_linear": lambda: T.KimiLinearConfig(
+        **NO_GROUPS,
+        **EXPERTS,
+        **MLA,
+        head_dim=24,
+        num_experts=4,
+        linear_head_dim=16,
+        linear_num_heads=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+    "bamba": lambda: T.BambaConfig(**COMMON, **SSD, attn_layer_indices=[1, 3]),
+    "falcon_h1": lambda: T.FalconH1Config(**COMMON, **SSD, mamba_d_ssm=128, head_dim=16),
+    "granite_h": lambda: T.GraniteMoeHybridConfig(
+        **COMMON,
+        **SSD,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        layer_types=["mamba", "attention"] * 2,
+    ),
+    "nemotron_h": lambda: T.NemotronHConfig(
+        **COMMON,
+        **EXPERTS,
+        head_dim=16,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=8,
+        n_routed_experts=4,
+        moe_shared_expert_intermediate_size=48,
+        layers_block_type=["mamba", "moe", "attention", "mlp"],
+    ),
+    "mamba2": lambda: T.Mamba2Config(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_heads=8, head_dim=16, state_size=16, n_groups=2
+    ),
+    "jamba": lambda: T.JambaConfig(
+        **COMMON,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=16,
+        mamba_dt_rank=8,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+    ),
+    "mamba": lambda: T.MambaConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, state_size=16, time_step_rank=8, eos_token_id=2
+    ),
+    "lfm2": lambda: T.Lfm2Config(**COMMON, layer_types=["conv", "full_attention"] * 2),
+}
+"""Families with recurrent layers."""
+
 REFUSED = {
     "bloom": lambda: T.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
     "falcon": lambda: T.FalconConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
-    "mamba": lambda: T.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
-    "qwen3_next": lambda: T.Qwen3NextConfig(**COMMON, head_dim=16),
     "gpt_neo": lambda: T.GPTNeoConfig(
         vocab_size=VOCAB, hidden_size=64, num_layers=2, attention_types=[[["global"], 2]]
     ),
@@ -197,13 +263,10 @@ REFUSED = {
         audio_encoder=T.EncodecConfig().to_dict(),
         decoder=T.MusicgenDecoderConfig().to_dict(),
     ),
-    "granitemoehybrid_mamba": lambda: T.GraniteMoeHybridConfig(**COMMON, layer_types=["mamba", "attention"] * 2),
-    "falcon_h1": lambda: T.FalconH1Config(**COMMON),
     "recurrent_gemma": lambda: T.RecurrentGemmaConfig(**COMMON),
     "t5": lambda: T.T5Config(vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=2),
     "bert": lambda: T.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
     "whisper": lambda: T.WhisperConfig(vocab_size=VOCAB),
-    "gemma3_multimodal": lambda: T.Gemma3Config(),
     "embedding_gemma": lambda: T.Gemma3TextConfig(**COMMON, head_dim=16, use_bidirectional_attention=True),
 }
 
@@ -235,7 +298,7 @@ def resized(config, **sizes):
 def build(folder: Path, family: str, *, dtype=torch.float32, seed=0, shards=3, varied=False, sizes=None) -> Path:
     """A checkpoint of a family in about ``shards`` shards, with a byte-level tokenizer."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = (FAMILIES | STATEFUL)[family]()
     if sizes:
         config = resized(config, **sizes)
     model = randomise(AutoModelForCausalLM.from_config(config), seed, varied).to(dtype).eval()

@@ -130,6 +130,8 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     packed = " and ".join(methods[:MOST_METHODS]) + (", ..." if len(methods) > MOST_METHODS else "")
     kind = f"{packed}, computed in {dtype_name(models.target.dtype)}" if packed else models.target.dtypes
     yield f"target: {layers} layers, {format_bytes(nbytes)}, {kind}{source}{adapter}"
+    if unread := models.target.unread_bytes:
+        yield f"not read: {format_bytes(unread)}, which text does not use, such as parts for images"
     prompts = _count(work.num_prompts, "prompt")
     how = ", sampled" if work.sampled else ""
     yield f"work: {prompts} of {_count(work.prompt_tokens, 'token')}, {_count(work.new_tokens, 'new token')} each{how}"
@@ -278,6 +280,7 @@ def as_object(explained: PlanExplanation) -> dict[str, Any]:
         "pass_s": _pass_s(search.best),
         "unpacked": _unpacked_object(explained),
         "target_bytes": sum(part.nbytes for part in explained.models.parts),
+        "unread_bytes": explained.models.target.unread_bytes,
         "plans": [one.plan.as_dict() | {"forecast": asdict(one.forecast)} for one in search.found],
         "not_run": [plan.as_dict() | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,

@@ -172,12 +172,13 @@ def _assembly(
     )  # continuations of a lookup; None: as many as a tree takes
     drafter: Drafter | None = NgramDrafter(one) if plan.request.from_text and plan.max_draft_tokens else None
     if draft is not None:
-        cache = _cache(draft, plan, plan.draft_capacity + plan.draft_slots, place)
+        cache = _cache(draft, plan, plan.draft_capacity + plan.draft_slots, place, plan.request.draft_log_slots)
         capture = None if device is None else device.create_capture()
         shared = resolved.options.shared_noise
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
     capacity = plan.capacity + plan.tree_slots
-    cache = _cache(target, plan, capacity, place, exact=plan.request.exact, offloaded=plan.kv_on_host)
+    log_slots = plan.max_draft_tokens
+    cache = _cache(target, plan, capacity, place, log_slots, exact=plan.request.exact, offloaded=plan.kv_on_host)
     kept = {part.index for part in plan.decoding if part.packed}
     packed = {load.part.index: _stored(load) for load in loads if load.model is None and load.part.index in kept}
     weights = Weights(layer_parts, slots, scratch, packed)
@@ -221,10 +222,27 @@ def _stored(load: ResidentLoad) -> torch.Tensor:
 
 
 def _cache(
-    model: Model, plan: Plan, capacity: int, place: torch.device, *, exact: bool = False, offloaded: bool = False
+    model: Model,
+    plan: Plan,
+    capacity: int,
+    place: torch.device,
+    log_slots: int,
+    *,
+    exact: bool = False,
+    offloaded: bool = False,
 ) -> KVCache:
     shapes, where = model.kv_shapes(offloaded=offloaded), "cpu" if offloaded else place
-    return KVCache(shapes, plan.num_rows, capacity, model.dtype, where, exact=exact, offloaded=offloaded)
+    return KVCache(
+        shapes,
+        plan.num_rows,
+        capacity,
+        model.dtype,
+        where,
+        exact=exact,
+        offloaded=offloaded,
+        states=model.state_shapes,
+        log_slots=log_slots,
+    )
 
 
 def _aligned(nbytes: int) -> int:

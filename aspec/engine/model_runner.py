@@ -133,15 +133,16 @@ class ModelRunner:
 
     def _embed(self, task: Task) -> Report:
         item = item_of(task)
-        tokens, parents = [], []
+        tokens, parents, finals = [], [], []
         for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
             own, links = self._tokens(row, start, count)
             tokens.append(own)
             parents.append(links)
+            finals.append(min(start + count, len(self._rows[row].tokens)))
         tree = any(links is not None for links in parents)
         nodes = [links or list(range(-1, count - 1)) for links, count in zip(parents, item.counts, strict=True)]
         self._depths[item.name] = [depths_of(links) for links in nodes]
-        step = self._target_kv.step(item.rows, item.starts, item.counts, nodes if tree else None)
+        step = self._target_kv.step(item.rows, item.starts, item.counts, nodes if tree else None, finals=finals)
         self._activations[item.name] = self._target.embed(upload(pad(tokens), self._target.device), step)
         return NOTHING
 

@@ -36,6 +36,7 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     *,
+    indices: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
@@ -44,10 +45,13 @@ def attend(
     ``attention_mask`` is bool [B, 1, T, S], True where visible, and every query sees at least one key; in an exact
     step it is the paths of every row.
     ``s_aux`` [H]: a learned logit per head that takes part in the softmax and adds no value (attention sink).
-    ``out`` [B, T, H, Dv] receives the result; None: new memory.
+    ``indices`` [B, T, K] int: the slots that an indexer has selected for each query (DeepSeek-V3.2, arXiv 2512.02556);
+    it takes a mask, not paths. ``out`` [B, T, H, Dv] receives the result; None: new memory.
     The function holds about ``temporary_bytes`` besides the result while it runs. A torch function mode can intercept
     it like torch's own functions (``split_layer.py``).
     """
+    if indices is not None:
+        attention_mask = _narrowed(attention_mask, indices)
     if has_torch_function_unary(query):
         arguments = (module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
         result: tuple[torch.Tensor, None] = handle_torch_function(attend, (query,), *arguments)
@@ -69,6 +73,14 @@ def attend(
         mask = attention_mask[:, :, start:stop]
         output[:, start:stop] = _attend_block(query[:, :, start:stop], key, value, mask, scoring)
     return output, None
+
+
+def _narrowed(mask: torch.Tensor | tuple[Paths, ...], indices: torch.Tensor) -> torch.Tensor:
+    """The mask without the slots that are not among ``indices``."""
+    assert isinstance(mask, torch.Tensor), "a layer with an indexer has a mask"
+    batch, _, tokens, length = mask.shape
+    chosen = torch.zeros(batch, tokens, length, dtype=torch.bool, device=mask.device)
+    return mask & chosen.scatter_(2, indices.long(), True)[:, None]
 
 
 def temporary_bytes(batch: int, heads: int, tokens: int, length: int, max_bytes: int = MAX_SCORE_BYTES) -> int:

@@ -19,11 +19,11 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
 """Config keys that, when true, change the maths in a way the driver does not support: key -> reason and remedy."""
 
 
+ALIASES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
+"""Types that only their publishers' code knows -> the type of transformers that is the same model."""
+
 HARMLESS: Mapping[str, object] = MappingProxyType({"use_bidirectional_attention": "vision"})  # image tokens only
 """Values of refused keys that do not change the maths of text."""
-
-ATTENTION_LAYERS = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
-"""Types of layers without a state beside their keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +36,21 @@ class Family:
 
     refused: str | None = None  # reason and remedy; None: supported
     experts: str | None = None  # implementation of experts; None: transformers' default
+    text_class: bool = False  # of a model with towers: its class of text alone, because the whole cannot run on text
 
-
-_LINEAR = "its linear-attention or recurrent layers keep state that cannot be rolled back when a proposal is refused"
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bloom": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
         "mpt": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
         "falcon": Family(refused="its attention does not take a registered attention function"),
-        "jamba": Family(refused=_LINEAR),
-        "qwen3_next": Family(refused=_LINEAR),
-        "qwen3_5_text": Family(refused=_LINEAR),
         "xlm": Family(refused="its layers are parallel lists, not modules that run one after another"),
         "zamba": Family(refused="its layers share weights"),
         "zamba2": Family(refused="its layers share weights"),
         "longcat_flash": Family(refused="each of its layers consists of two layers with two caches"),
+        "kosmos-2.5": Family(refused="it counts positions from another number than those that its forward is given"),
+        "llama4": Family(text_class=True),
+        "shieldgemma2": Family(refused="it classifies images"),
     }
 )
 

@@ -14,12 +14,14 @@ FutureWarning; 5.40 removes it.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -40,12 +42,15 @@ from aspec.errors import UnsupportedModelError
 from aspec.models.context import CHANGING
 
 __all__ = [
+    "RECURRENT_FUNCTIONS",
     "ROPE_INIT_FUNCTIONS",
     "Cache",
     "LlamaDecoderLayer",
     "WeightConverter",
     "WeightRenaming",
+    "activation_function",
     "as_published",
+    "auto_class",
     "build_glob_alternation",
     "cache_argument",
     "compute_buffers",
@@ -69,6 +74,17 @@ __all__ = [
     "tokenizer_from_gguf",
 ]
 
+RECURRENT_FUNCTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "causal_conv1d_fn": "convolution",
+        "torch_chunk_gated_delta_rule": "delta rule",
+        "chunk_kimi_delta_attention": "delta rule",
+        "mamba2_chunk_scan": "state space",
+        "mamba_selective_scan": "selective scan",
+    }
+)
+"""The functions of several tokens that the mixers of recurrent layers name: name -> kind of aspec's own function."""
+
 CACHE_NAMES = ("cache", "past_key_values")  # newest first
 
 
@@ -84,9 +100,27 @@ def cache_argument(module: nn.Module) -> str:
     )
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class of decoder-only language model for a configuration; None where transformers has none."""
-    found: type[PreTrainedModel] | None = AutoModelForCausalLM._model_mapping.get(type(config), None)
+def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation function that a configuration names."""
+    found: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
+    return found
+
+
+def auto_class(config: PreTrainedConfig, *, text_class: bool = False) -> Any | None:
+    """The class of transformers that builds a language model from a configuration; None where it has none.
+
+    A model with towers for images or sounds is built whole, because that is how its weights are named; ``text_class``:
+    as its class of text alone, where it has one.
+    """
+    whole = config.get_text_config() is not config and not text_class
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in (reversed(autos) if whole else autos) if type(config) in auto._model_mapping), None)
+
+
+def model_class(config: PreTrainedConfig, *, text_class: bool = False) -> type[PreTrainedModel] | None:
+    """The class that ``auto_class`` would build; None where transformers has none."""
+    auto = auto_class(config, text_class=text_class)
+    found: type[PreTrainedModel] | None = None if auto is None else auto._model_mapping[type(config)]
     return found
 
 

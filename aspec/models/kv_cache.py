@@ -1,26 +1,35 @@
-"""The slot KV cache: one storage per layer for all rows, and a window of it for each work item.
+"""The slot cache: what every layer keeps of all rows, and a window of it for each work item.
 
 Rows are ragged: every row has its own length and positions, without padding on the left. Committed slot ``j`` of a
 row holds position ``j``. The slots that a pass writes after the committed tokens are committed or overwritten later.
 New tokens form a chain, or a tree if ``parents`` is given. In a tree, slots follow the order of the nodes, positions
 follow their depth, and ``KVCache.gather`` moves an accepted path to the slots of a chain. A tree is written in one step
-or in several; a node's slot is the same in both cases.
+or in several; a node's slot is the same in both cases. Recurrent layers (``state/``) keep one state of a row's
+committed tokens, and log the nodes after them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from weakref import ref
 
-import numpy as np
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from aspec.io.upload import upload
 from aspec.models.exact.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
+from aspec.models.exact.trees import Tree, TreeNodes, visible_slots
 from aspec.models.hf_compat import Cache
+from aspec.models.state.kernels import MixerStep
+from aspec.models.state.layer_state import KVState, LayerState
+from aspec.models.state.mixers import MixerCache
+from aspec.models.state.nodes import Window
+from aspec.models.state.shapes import StateShape
+from aspec.models.state.states import RecurrentStates, StatesOfStep
 
 KVShape = tuple[int, int, int]
-"""Heads, key width and value width of one layer."""
+"""Heads, key width and value width of one layer.
+
+Where layers select slots by keys of an indexer, as many shapes follow those of the layers: one head without values.
+"""
 
 
 class KVCache:
@@ -30,6 +39,7 @@ class KVCache:
     ``attention.py`` for attention and ``exact.py`` for all other products. Otherwise they are equal up to rounding.
     ``offloaded``: the layers are on a device and this cache is in host memory. ``StepCache.update`` then returns the
     new keys and values without storing them, and ``HostAttention`` stores them; positions and masks are on the host.
+    ``states``: by layer, what else it keeps; ``log_slots``: most nodes of a row that may be taken back.
     """
 
     def __init__(
@@ -42,6 +52,8 @@ class KVCache:
         *,
         exact: bool = False,
         offloaded: bool = False,
+        states: Sequence[StateShape | None] = (),
+        log_slots: int = 0,
     ) -> None:
         self.exact = exact
         self.offloaded = offloaded
@@ -56,6 +68,9 @@ class KVCache:
             common = (num_rows, heads, capacity + 1)
             self.keys.append(torch.zeros(*common, key_width, dtype=dtype, device=device) if shape else None)
             self.values.append(torch.zeros(*common, value_width, dtype=dtype, device=device) if shape else None)
+        stored = zip(self.keys, self.values, strict=True)
+        self._kv = [KVState(keys, values) for keys, values in stored if keys is not None and values is not None]
+        self.recurrent = RecurrentStates(states, num_rows, log_slots, dtype, self.device) if any(states) else None
 
     @staticmethod
     def bytes_per_token(shapes: Sequence[KVShape | None], dtype: torch.dtype) -> int:
@@ -65,7 +80,21 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole storage."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values) if tensor is not None)
+        return sum(state.nbytes for state in self._states)
+
+    @property
+    def _states(self) -> "list[LayerState]":
+        """What all layers keep."""
+        return [*self._kv, *(() if self.recurrent is None else self.recurrent.all)]
+
+    def room(self, start: int) -> int:
+        """Most nodes that a row can have after its first ``start`` tokens, which are final."""
+        left = self.capacity - start
+        return left if self.recurrent is None else min(left, self.recurrent.log_slots)
+
+    def reusable(self, row: int, length: int) -> int:
+        """``length`` if a step may continue so many leading tokens of what is in a row; 0 if it must start anew."""
+        return length if self.recurrent is None or self.recurrent.may_start(row, length) else 0
 
     def step(
         self,
@@ -75,6 +104,7 @@ class KVCache:
         parents: Sequence[Sequence[int]] | None = None,
         firsts: Sequence[int] | None = None,
         *,
+        finals: Sequence[int] | None = None,
         width: int = 0,
         device: torch.device | None = None,
     ) -> "StepCache":
@@ -85,7 +115,9 @@ class KVCache:
         nodes so far, ``firsts[b] + counts[b]``, parents before their children. Node ``n`` is in slot ``starts[b] + n``,
         its position is ``starts[b]`` plus its depth. Without ``parents`` every node continues the node before it.
         Rows are padded to at least ``width`` tokens. The step's tensors are on ``device``, default the storage's.
-        Raises ValueError for repeated or unknown rows, for an invalid tree, and for tokens beyond the capacity.
+        ``finals[b]`` leading tokens of the row are never taken back, default ``starts[b]``; recurrent layers log the
+        nodes after them. Raises ValueError for repeated or unknown rows, for an invalid tree, and for tokens beyond the
+        capacity.
         """
         firsts = [0] * len(rows) if firsts is None else firsts
         if not len(rows) == len(starts) == len(counts) == len(firsts) or min(counts, default=0) < 1:
@@ -99,22 +131,42 @@ class KVCache:
             raise ValueError(f"rows {rows} at {starts} with {totals} tokens exceed the capacity of {self.capacity}")
         if parents is not None and [len(links) for links in parents] != totals:
             raise ValueError(f"expected parents for {totals} nodes, found {[len(links) for links in parents]}")
-        return StepCache(self, rows, starts, counts, firsts, parents, width=width, device=device)
+        step = StepCache(self, rows, starts, counts, firsts, parents, width=width, device=device)
+        if self.recurrent is not None:
+            step.states = self._open_states(step, rows, starts, counts, firsts, parents, finals or starts)
+        return step
+
+    def _open_states(
+        self,
+        step: "StepCache",
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        firsts: Sequence[int],
+        parents: Sequence[Sequence[int]] | None,
+        finals: Sequence[int],
+    ) -> StatesOfStep:
+        """The step as recurrent layers see it. Raises ValueError if more nodes may be taken back than the log holds."""
+        assert self.recurrent is not None
+        links = [None] * len(rows) if parents is None else parents
+        windows = [Window(*own) for own in zip(rows, starts, firsts, counts, finals, links, strict=True)]
+        return self.recurrent.of_step(windows, step.position_ids.shape[1])
 
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
         """Move the accepted nodes ``path``, numbered from slot ``start``, to the slots from ``start`` on, in order."""
+        if self.recurrent is not None:
+            for state in self.recurrent.all:
+                state.keep(row, start, path)
         if list(path) == list(range(len(path))):
             return
         source = upload(start + torch.tensor(path), self.device)
-        for storage in (*self.keys, *self.values):
-            if storage is not None:  # indexing copies before it writes, so slots may overlap
-                storage[row, :, start : start + len(path)] = storage[row][:, source]
+        for kept in self._kv:
+            kept.move(row, start, source)
 
     def clear(self, row: int, start: int = 0) -> None:
-        """Set a row to zero from slot ``start`` on."""
-        for storage in (*self.keys, *self.values):
-            if storage is not None:
-                storage[row, :, start:].zero_()
+        """Forget a row from slot ``start`` on: NaN there would spoil even a sum in which its weight is 0."""
+        for state in self._states:
+            state.clear(row, start)
 
 
 class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
@@ -152,7 +204,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         offsets = torch.arange(width, device=device)[None]  # [1, T]
         real = offsets <= last
         self._node = torch.minimum(offsets, last) + first  # [B, T]: each token's node; padding: the row's last
-        self._tree = None if parents is None else _Tree.of(parents, device)
+        self._tree = None if parents is None else Tree.of(parents, device)
         depth = self._node if self._tree is None else self._tree.depths.gather(1, self._node)
         self.position_ids = self._start + depth
         self.slots = torch.where(real, self._start + self._node, storage.capacity)  # [B, T]
@@ -165,15 +217,19 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._masks: dict[MaskKind, torch.Tensor] = {}
         self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
         self.attended: dict[int, ref[torch.Tensor]] = {}  # if offloaded, by layer: the new keys it attended to
+        self.states: StatesOfStep | None = None  # None: no layer is recurrent
 
     @property
     def offloaded(self) -> bool:
         """Whether the layers are on a device while the cache is in host memory."""
         return self.storage.offloaded
 
-    def layer_mask(self, kind: MaskKind) -> "torch.Tensor | tuple[Paths, ...]":
-        """The mask argument of a layer: ``mask``, or in an exact step the paths of every row."""
-        if not self.exact:
+    def layer_mask(self, kind: MaskKind, *, selects: bool = False) -> "torch.Tensor | tuple[Paths, ...]":
+        """The mask argument of a layer: ``mask``, or in an exact step the paths of every row.
+
+        ``selects``: the layer selects slots itself, from a mask.
+        """
+        if not self.exact or selects:
             return self.mask(kind)
         if kind not in self._paths:
             self._paths[kind] = self._make_paths(kind)
@@ -189,7 +245,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def _make_mask(self, kind: MaskKind) -> torch.Tensor:
         return visible_slots(kind, self.position_ids, self.high, self.tree_nodes())
 
-    def tree_nodes(self) -> "TreeNodes | None":
+    def tree_nodes(self) -> TreeNodes | None:
         """The trees of the step, for its masks; None if all rows are chains."""
         if self._tree is None:
             return None
@@ -197,7 +253,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         seen = torch.zeros(*self._node.shape, depths.shape[1], dtype=torch.bool, device=depths.device)
         return TreeNodes(self._start, depths, seen.scatter_(2, self._node_paths(self._tree), True))
 
-    def _node_paths(self, tree: "_Tree") -> torch.Tensor:
+    def _node_paths(self, tree: Tree) -> torch.Tensor:
         """[B, T, D] int64: each token's path from its root to its own node, which is repeated up to D."""
         return tree.paths.gather(1, self._node[:, :, None].expand(-1, -1, tree.paths.shape[2]))
 
@@ -242,6 +298,16 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.store(layer_idx, key_states, value_states)
         return self.stored(layer_idx)
 
+    def update_indexer(self, index_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Store keys [B, T, D] by which a layer selects slots; returns [B, S, D] of the rows so far: see ``update``."""
+        if has_torch_function_unary(index_states):
+            arguments = (self, index_states, layer_idx)
+            made: torch.Tensor = handle_torch_function(StepCache.update_indexer, (index_states,), *arguments)
+            return made
+        place, keys = len(self.storage.keys) // 2 + layer_idx, index_states[:, None]
+        self.store(place, keys, keys[..., :0])
+        return self.stored(place)[0][:, 0]
+
     def store(self, layer: int, *states: torch.Tensor) -> None:
         """Store keys and values [B, H, T, D] of the new tokens."""
         for storage, new in zip(self._storages(layer), states, strict=True):
@@ -262,6 +328,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         assert values is not None
         return keys, values
 
+    def mixer(self, layer_idx: int) -> "tuple[MixerCache, MixerStep]":
+        """What the mixer of a recurrent layer runs on."""
+        assert self.states is not None, "a model with recurrent layers has their states"
+        return self.states.of_layer(layer_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None) -> bool:
+        """Whether recurrent layers go another way for one token: they never do."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this item's tokens. Some models ask for it; positions are always given explicitly."""
         return max(self._starts)
@@ -273,64 +348,3 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Slots per row."""
         return self.storage.capacity
-
-
-@dataclass(frozen=True, slots=True)
-class TreeNodes:
-    """The trees of a step: their starts, the depths of their nodes, and the nodes on each token's path."""
-
-    starts: torch.Tensor  # [B, 1] int64: number of committed tokens
-    depths: torch.Tensor  # [B, N] int64
-    seen: torch.Tensor  # [B, T, N] bool: the nodes on the token's path, its own node included
-
-
-def visible_slots(kind: MaskKind, positions: torch.Tensor, length: int, tree: TreeNodes | None) -> torch.Tensor:
-    """Bool [B, T, S] over the first S = ``length`` slots: those that tokens at ``positions`` [B, T] may see."""
-    query = positions[:, :, None]
-    slot = torch.arange(length, device=query.device)[None, None]
-    if tree is None:
-        return kind.visible(query, slot)
-    start, depths, seen = tree.starts[:, :, None], tree.depths, tree.seen
-    offset = slot - start  # [B, 1, S]: the node in a slot, negative where committed
-    node = offset.clamp(0, depths.shape[1] - 1)
-    key = torch.where(offset < 0, slot, start + depths[:, None].gather(2, node))
-    own = seen.gather(2, node.expand(-1, seen.shape[1], -1)) & (offset < depths.shape[1])
-    return kind.narrow(query, key, (offset < 0) | own)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """The nodes of every row. ``paths`` [B, N, D] int64 lists the nodes from the root to a node, which is repeated up
-    to D; ``depths`` is [B, N] int64. N and D are the largest numbers of nodes and levels of a row. In a row with fewer
-    than N nodes the remaining ones are roots."""
-
-    paths: torch.Tensor
-    depths: torch.Tensor
-    is_chain: tuple[bool, ...]  # per row: every node continues the node before it
-
-    @staticmethod
-    def of(parents: Sequence[Sequence[int]], device: torch.device) -> "_Tree":
-        """The trees of ``parents``. Raises ValueError for a parent that is neither an earlier node nor -1."""
-        size = max(len(links) for links in parents)
-        last_committed = size  # a node for the last committed token; it is its own parent
-        above = np.full((len(parents), size + 1), last_committed)
-        is_chain = []
-        for row, links in zip(above, parents, strict=True):
-            given, nodes = np.asarray(links), np.arange(len(links))
-            if (wrong := (given < -1) | (given >= nodes)).any():
-                bad = int(wrong.argmax())
-                raise ValueError(f"node {bad} continues node {links[bad]}: expected an earlier node or -1")
-            row[: len(links)] = np.where(given < 0, last_committed, given)
-            is_chain.append(bool((given == nodes - 1).all()))
-        row_at = np.arange(len(parents))[:, None] * (size + 1)
-        flat = (above + row_at).ravel()
-        node = np.arange(size) + row_at
-        climbed = []  # the node, its parent, the parent's parent: one operation per level, not per node
-        while (node - row_at != last_committed).any():
-            climbed.append(node - row_at)
-            node = flat[node]
-        ancestors = np.stack(climbed, -1)  # [B, N, D]
-        depths = (ancestors != last_committed).sum(-1) - 1
-        levels = np.maximum(depths[:, :, None] - np.arange(len(climbed)), 0)
-        paths = np.take_along_axis(ancestors, levels, -1)
-        return _Tree(upload(torch.from_numpy(paths), device), upload(torch.from_numpy(depths), device), tuple(is_chain))

@@ -18,32 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.hub import known_as, read_config
 from aspec.io.upload import upload
-from aspec.models.compute_dtype import bytes_by_dtype, computed_on, dtype_name, named_dtype, stored_dtype
+from aspec.models.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
 from aspec.models.exact.products import LayerModes, matmul_mode, route
-from aspec.models.formats.packed import Format, PackedWeight, StoredWeight
+from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.kv_offload import HostAttention
 from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
-from aspec.models.split_layer import Split, attend_to, finish, project, to_host
+from aspec.models.split_layer import Split, attend_to, finish, host_attention_of, project, to_host
+from aspec.models.state.mixers import bind_mixers
+from aspec.models.state.shapes import StateShape
 from aspec.models.weights.binding import Binder
 from aspec.models.weights.layout import plan_parts
 from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
 from aspec.models.weights.parts import REST, Binding, Part, layer_of
 from aspec.models.weights.tensor_map import map_tensors
-from aspec.models.weights.unused import check_unused, unused_text
+from aspec.models.weights.touched import give_up
+from aspec.models.weights.unused import check_unused, unread_bytes, unused_text
 
 
 @dataclass(slots=True)
@@ -108,17 +110,17 @@ class Model:
         if not stored:
             self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
             weights = stored_weights(self.checkpoint.tensors, packing)
-        self._tensors = map_tensors(self._layers_model, self.name, weights, () if packing is None else packing.remarks)
+        remarks = () if packing is None else packing.remarks
+        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, self._facts.unused)
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
             opened = Adapter.open(adapter)
             self._tensors = adapt(self._tensors, opened, self._layers_model)
             self.files |= opened.files
-        self._frame = build_skeleton(self.config, self.dtype, self.device)
+        self._frame = self._build_frame()
         self._cache_argument = cache_argument(self._frame)
-        for index, layer in enumerate(find_layers(self._frame)[1]):
-            layer.forward = self._stub(index)
+        bind_mixers(self._layers_model)
         self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
         self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
@@ -128,6 +130,14 @@ class Model:
         self.vocab_size = int(text.vocab_size)
         self.context = context_limit(text)
         self.end_ids = end_ids(self.folder, text)
+
+    def _build_frame(self) -> PreTrainedModel:
+        """The model with stubs in place of its layers, and without the towers that text does not enter."""
+        frame = build_skeleton(self.config, self.dtype, self.device)
+        give_up(frame, self._facts.unused, self.device)
+        for index, layer in enumerate(find_layers(frame)[1]):
+            layer.forward = self._stub(index)
+        return frame
 
     def _outline(self, packing: Format | None) -> Checkpoint:
         """What the configuration says that the checkpoint would hold."""
@@ -144,24 +154,22 @@ class Model:
         return self._tensors.unexpected
 
     @property
+    def unread_bytes(self) -> int:
+        """Stored bytes that text does not need, such as those of a tower for images; they are never read."""
+        return unread_bytes(self.checkpoint, self._tensors)
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know, a text each: tensors that are not read, and another dtype than the one named."""
-        texts = list(self._tensors.remarks)
-        if self.unexpected:
-            texts.append(unused_text(self.name, self.unexpected))
+        texts = [*self._tensors.remarks, *([unused_text(self.name, self.unexpected)] if self.unexpected else [])]
         if self.dtype != self._named_dtype:
-            texts.append(
-                f"{self.name}: float16 is computed as bfloat16, because a CPU computes float16 about a hundred times "
-                f"slower. bfloat16 keeps 8 of its 11 significant bits; --dtype float32 keeps all, in twice the memory"
-            )
+            texts.append(f"{self.name}: {HALF_IS_SLOW}")
         return tuple(texts)
 
     @property
     def dtypes(self) -> str:
         """The dtype in which the model computes, and those in which its weights are stored, if they differ."""
-        stored = [dtype_name(dtype) for dtype, _ in bytes_by_dtype(self.checkpoint.tensors.values()).most_common()]
-        computed = dtype_name(self.dtype)
-        return computed if stored in ([], [computed]) else f"{computed} (stored in {' and '.join(stored)})"
+        return both_dtypes(self.dtype, self.checkpoint.tensors.values())
 
     @cached_property
     def packed(self) -> Mapping[int, tuple[PackedWeight, ...]]:
@@ -175,21 +183,28 @@ class Model:
     @property
     def methods(self) -> tuple[str, ...]:
         """How weights are packed, the method of the most bytes first; empty if none is packed."""
-        nbytes: Counter[str] = Counter()
-        for weight in itertools.chain.from_iterable(self.packed.values()):
-            nbytes[weight.method] += weight.nbytes
-        return tuple(method for method, _ in nbytes.most_common())
+        return methods_of(itertools.chain.from_iterable(self.packed.values()))
 
     def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
         """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""
         return plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
 
     def kv_shapes(self, *, offloaded: bool = False) -> list[KVShape | None]:
-        """By layer (heads, key width, value width); None for a layer that uses another layer's keys and values.
+        """By layer, as ``KVCache`` takes them; None for a layer that uses another layer's keys and values.
 
-        ``offloaded``: the shapes of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
+        ``offloaded``: of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
         """
-        return list(self.offload.kept) if offloaded else [layer.kv for layer in self._facts.layers]
+        return list(self.offload.kept) if offloaded else self._facts.kv_shapes
+
+    @property
+    def selects(self) -> bool:
+        """Whether layers select the slots that they attend to, by scores whose last bits depend on the pass."""
+        return self._facts.selects
+
+    @property
+    def state_shapes(self) -> list[StateShape | None]:
+        """By layer, what a recurrent layer keeps; None for other layers."""
+        return [layer.state for layer in self._facts.layers]
 
     @property
     def layer_modules(self) -> tuple[torch.nn.Module, ...]:
@@ -253,7 +268,12 @@ class Model:
         hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
         for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
             # offloaded: the attention makes its mask on the host, and no code reads this placeholder
-            arguments[facts.mask_argument] = () if step.offloaded else step.layer_mask(facts.mask)
+            if facts.mask_argument is None:
+                arguments |= {"attention_mask": None} if "attention_mask" in arguments else {}  # rows are not padded
+            else:
+                arguments[facts.mask_argument] = (
+                    () if step.offloaded else step.layer_mask(facts.mask, selects=facts.index_width > 0)
+                )
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
 
@@ -294,7 +314,7 @@ class Model:
     @staticmethod
     def send(activation: Activation) -> None:
         """Copy the attention's arguments to the host. Raises InternalError if the KV cache is not offloaded."""
-        _host_attention(activation).send()
+        host_attention_of(activation.split).send()
 
     @staticmethod
     def attend(activation: Activation) -> None:
@@ -306,7 +326,7 @@ class Model:
     def bring_back(activation: Activation) -> None:
         """Copy the attention's result from the host to the device. Raises InternalError as ``send`` does."""
         assert activation.split is not None
-        activation.split.output = _host_attention(activation).bring_back()
+        activation.split.output = host_attention_of(activation.split).bring_back()
 
     def finish(self, index: int, activation: Activation) -> None:
         """Run the rest of a layer after its attention."""
@@ -360,13 +380,13 @@ class Model:
 
     def _stub(self, index: int) -> Callable[..., object]:
         """The forward of the frame's layer ``index``: it records its call, or returns the final hidden state."""
-        parameters, in_tuples = self._facts.layers[index].parameters, self._facts.in_tuples
+        parameters, result = self._facts.layers[index].parameters, self._facts.result
         last = len(self._facts.layers) - 1
 
         def forward(*args: Any, **kwargs: Any) -> object:
             tape: _Tape = self._local.tape
             if tape.final is not None:
-                return (tape.final,) if in_tuples else tape.final
+                return result(tape.final)
             arguments = dict(zip(parameters, args, strict=False)) | kwargs
             hidden = arguments[parameters[0]]
             if tape.returned is not None and not same_memory(hidden, tape.returned):
@@ -375,13 +395,6 @@ class Model:
             tape.returned = hidden
             if index == last:
                 raise _Stop
-            return (hidden,) if in_tuples else hidden
+            return result(hidden)
 
         return forward
-
-
-def _host_attention(activation: Activation) -> HostAttention:
-    split = activation.split
-    if split is None or split.host_attention is None:
-        raise InternalError("nothing to copy to the host: the KV cache is on the device of the layers")
-    return split.host_attention

@@ -17,11 +17,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.attention import attend
+from aspec.models.exact.mask_probe import MaskRule, mask_kind
 from aspec.models.exact.paths import MaskKind
 from aspec.models.hf_compat import (
-    Cache,
     cache_argument,
     forget_pad_token,
+    has_recurrent_state,
     ignore_positions,
     takes_registered_attention,
 )
@@ -29,25 +30,28 @@ from aspec.models.kv_cache import KVCache, KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
+from aspec.models.state.mixers import bind_mixers
+from aspec.models.state.noted import STATEFUL, ShapeCache, UnfitError
+from aspec.models.state.rows import STORES_NOTHING, layer_type
+from aspec.models.state.shapes import StateShape
+from aspec.models.weights.touched import TensorWatch
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 NOT_REGISTERED = "its attention does not take a registered attention function"
-SAMPLES = 4096  # pairs of positions for the comparison of a family's mask with aspec's
-UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
+UNSUPPORTED = ("position_bias", "block_indices", "sinks")
 """Arguments of other attention functions that change the result and that ``attend`` does not support."""
-
-MaskRule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""transformers' form of a mask: (row, head, query positions, key positions) -> bool, True where visible."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
     """One layer: the shape it stores, and how its model calls it."""
 
-    kv: KVShape | None  # None: it attends to keys and values of another layer
+    kv: KVShape | None  # None: it attends to keys and values of another layer, or not at all
     mask: MaskKind
-    mask_argument: str
+    mask_argument: str | None  # None: it does not attend
     parameters: tuple[str, ...]  # of its forward, in order, the hidden state first
+    state: StateShape | None = None  # what it keeps beside keys and values
+    index_width: int = 0  # of the keys by which it selects the slots that it attends to; 0: it attends to all
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,30 @@ class ModelFacts:
     """All layers of a model, and how it calls them."""
 
     layers: tuple[LayerFacts, ...]
-    in_tuples: bool  # its forward expects a tuple from a layer
+    num_results: int  # of the tuple that its forward expects from a layer; 0: the hidden state alone
+    unused: frozenset[str] = frozenset()  # parameters that text never reaches, such as those of a tower for images
+
+    def result(self, hidden: torch.Tensor) -> object:
+        """What a layer returns for a hidden state."""
+        return layer_result(hidden, self.num_results)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a layer selects the slots that it attends to."""
+        return any(layer.index_width for layer in self.layers)
+
+    @property
+    def kv_shapes(self) -> list[KVShape | None]:
+        """The shapes of a cache on the device of the layers."""
+        indexes: list[KVShape | None] = [
+            (1, layer.index_width, 0) if layer.index_width else None for layer in self.layers
+        ]
+        return [layer.kv for layer in self.layers] + (indexes if self.selects else [])
 
 
-class _UnfitError(Exception):
-    """The reason why the driver cannot run the model, or not with this type of layer result."""
+def layer_result(hidden: torch.Tensor, number: int) -> object:
+    """A hidden state, or the tuple of ``number`` results that begins with it."""
+    return (hidden, *(None,) * (number - 1)) if number else hidden
 
 
 class _AttentionReached(Exception):
@@ -77,9 +100,9 @@ def _probe_attention(
     """The attention function of the probe: checks the call, computes nothing, stops the layer."""
     given = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if given:
-        raise _UnfitError(f"its attention uses {', '.join(given)}")
+        raise UnfitError(f"its attention uses {', '.join(given)}")
     if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
-        raise _UnfitError("its attention does not use the mask that its layer receives")
+        raise UnfitError("its attention does not use the mask that its layer receives")
     raise _AttentionReached
 
 
@@ -105,64 +128,72 @@ AttentionInterface.register(NAME, _probe_attention)
 AttentionMaskInterface.register(NAME, _probe_mask)
 
 
-class _ShapeCache(Cache):  # type: ignore[misc]  # transformers is untyped
-    """An empty cache that records the shapes that layers store."""
+@dataclass(slots=True)
+class _Call:
+    """The call of one layer."""
 
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.shapes: dict[int, KVShape] = {}
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Record the shapes and return the arguments."""
-        if not key_states.dim() == value_states.dim() == 4:
-            raise _UnfitError("its layers store something other than keys and values per head")
-        self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        return key_states, value_states
+    parameters: tuple[str, ...]  # of its forward
+    mask: str | None = None  # the argument
+    rule: MaskRule | None = None
+    attends: bool = True  # False: it has run to its end without attention
 
 
 @dataclass(slots=True)
 class _ProbeRun:
     """One run of the model with watched layers; mutable while it runs."""
 
-    in_tuples: bool
+    num_results: int
+    cache: ShapeCache
+    is_stateful: bool  # its class says that some layers keep a state
+    watched: TensorWatch = field(default_factory=TensorWatch)
     returned: torch.Tensor | None = None
-    layers: list[tuple[str, MaskRule, tuple[str, ...]]] = field(default_factory=list)  # by call: mask and parameters
+    layers: list["_Call"] = field(default_factory=list)
 
-    def watch(self, layer: nn.Module) -> Callable[..., object]:
-        """A forward that checks the call and runs the layer's own forward up to its attention."""
+    def watch(self, layer: nn.Module, stores_nothing: bool) -> Callable[..., object]:
+        """A forward that checks the call and runs the layer's own forward up to its attention, or to its end."""
         original = type(layer).forward.__get__(layer)
         parameters = tuple(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> object:
+            self.watched.note(args, kwargs)
             self.check_call(parameters, dict(zip(parameters, args, strict=False)) | kwargs)
-            try:
-                original(*args, **kwargs)
-            except _AttentionReached:
-                assert self.returned is not None
-                return (self.returned,) if self.in_tuples else self.returned
-            raise _UnfitError("a layer does not attend through the registered attention function")
+            self._run_layer(lambda: original(*args, **kwargs), stores_nothing)
+            assert self.returned is not None
+            return layer_result(self.returned, self.num_results)
 
         return forward
+
+    def _run_layer(self, run: Callable[[], object], stores_nothing: bool) -> None:
+        """Run a layer up to its attention; behind its mixer it may fail, on meta, where it reads values (experts)."""
+        index = len(self.layers) - 1
+        try:
+            run()
+        except _AttentionReached:
+            if self.layers[index].mask is None:
+                raise UnfitError("a layer takes 0 attention masks, expected one") from None
+            return
+        except (UnfitError, InternalError, Warning):
+            raise
+        except Exception:
+            if not stores_nothing and index not in self.cache.states:
+                raise
+        self.layers[index].attends = False
+        if not stores_nothing and index not in self.cache.states:
+            own = "a layer does not attend through the registered attention function"
+            raise UnfitError(STATEFUL if self.is_stateful else own)
 
     def check_call(self, parameters: tuple[str, ...], arguments: dict[str, Any]) -> None:
         """Check that a layer receives the result of the layer before it, and record its mask."""
         hidden = arguments.get(parameters[0])
         if not isinstance(hidden, torch.Tensor):
-            raise _UnfitError("a layer receives no hidden state")
+            raise UnfitError("a layer receives no hidden state")
         if self.returned is not None and not same_memory(hidden, self.returned):
-            raise _UnfitError("a layer does not receive the result of the layer before it")
+            raise UnfitError("a layer does not receive the result of the layer before it")
         self.returned = torch.empty_like(hidden)
         found = [(name, rule) for name, value in arguments.items() if (rule := _rule_of(value)) is not None]
-        if len(found) != 1:
-            raise _UnfitError(f"a layer takes {len(found)} attention masks, expected one")
-        self.layers.append((*found[0], parameters))
+        if len(found) > 1:
+            raise UnfitError(f"a layer takes {len(found)} attention masks, expected one")
+        self.layers.append(_Call(parameters, *(found[0] if found else ())))
 
 
 @torch.inference_mode(False)  # a view has its base only outside inference mode
@@ -174,56 +205,67 @@ def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
         if NAME not in str(error):
             raise
         raise UnsupportedModelError(f"{config.model_type} is not supported: {NOT_REGISTERED}.") from error
-    try:
-        return _examine(config, model, in_tuples=False)
-    except _UnfitError as error:
+    reasons = []
+    for num_results in (0, 1, 2):
         try:
-            return _examine(config, model, in_tuples=True)
-        except _UnfitError:  # a family may take a registered attention without saying so: only now is it a reason
-            reason = error if takes_registered_attention(type(model)) else NOT_REGISTERED
-            raise UnsupportedModelError(f"{config.model_type} is not supported: {reason}.") from error
+            return _examine(config, model, num_results)
+        except UnfitError as error:
+            reasons.append(error)
+    # a family may take a registered attention without saying so: only now is it a reason
+    reason = reasons[0] if takes_registered_attention(type(model)) else NOT_REGISTERED
+    raise UnsupportedModelError(f"{config.model_type} is not supported: {reason}.") from reasons[0]
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
     """The model on meta, so that its forward runs with positions and tokens that have no values."""
     model = build_on_meta(config, dtype, attend)
+    bind_mixers(model)
     ignore_positions(model)
     forget_pad_token(model.config)
     return model
 
 
-def _examine(config: PreTrainedConfig, model: PreTrainedModel, in_tuples: bool) -> ModelFacts:
-    layers = find_layers(model)[1]
-    shape_cache = _ShapeCache()
-    probe_run = _ProbeRun(in_tuples)
-    for layer in layers:
-        layer.forward = probe_run.watch(layer)
+def _examine(config: PreTrainedConfig, model: PreTrainedModel, num_results: int) -> ModelFacts:
+    name, layers = find_layers(model)
+    shape_cache = ShapeCache()
+    probe_run = _ProbeRun(num_results, shape_cache, has_recurrent_state(type(model)))
+    for index, layer in enumerate(layers):
+        layer.forward = probe_run.watch(layer, layer_type(config, index) in STORES_NOTHING)
     tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
     cache = {cache_argument(model): shape_cache}
     try:
-        output = model(input_ids=tokens, position_ids=tokens, use_cache=True, **cache)
-    except (_UnfitError, Warning):  # a warning raised as an error is no property of the family
+        with probe_run.watched:
+            output = model(input_ids=tokens, position_ids=tokens, use_cache=True, **cache)
+    except (UnfitError, Warning):  # a warning raised as an error is no property of the family
         raise
     except Exception as error:  # any exception of a family means that this driver cannot run it
         if _is_own_fault(error):
             raise InternalError(f"the probe of {config.model_type} has failed: {reason_of(error)}.") from error
-        raise _UnfitError(f"its layers exchange more than a hidden state ({reason_of(error)})") from error
+        raise UnfitError(f"its own forward fails on text alone, without values ({reason_of(error)})") from error
     if len(probe_run.layers) != len(layers) or tuple(output.logits.shape[:2]) != (2, 4):
-        raise _UnfitError(f"its {len(layers)} layers do not run once each (counted {len(probe_run.layers)} runs)")
-    if not shape_cache.shapes:
-        raise _UnfitError("none of its layers stores keys and values")
-    facts = [
-        LayerFacts(shape_cache.shapes.get(index), _mask_kind(config, index, rule), argument, parameters)
-        for index, (argument, rule, parameters) in enumerate(probe_run.layers)
-    ]
-    return ModelFacts(tuple(facts), in_tuples)
+        raise UnfitError(f"its {len(layers)} layers do not run once each (counted {len(probe_run.layers)} runs)")
+    if not shape_cache.shapes and not shape_cache.states:
+        raise UnfitError("none of its layers stores keys and values")
+    facts = [_facts_of(config, index, call, shape_cache) for index, call in enumerate(probe_run.layers)]
+    return ModelFacts(tuple(facts), num_results, probe_run.watched.unused(model, name))
+
+
+def _facts_of(config: PreTrainedConfig, index: int, call: _Call, cache: ShapeCache) -> LayerFacts:
+    """The facts of a layer from its call and from what it stored."""
+    state = cache.states[index].shape if index in cache.states else None
+    if not call.attends:
+        return LayerFacts(None, MaskKind(), None, call.parameters, state)
+    assert call.rule is not None, "a layer that attends has a mask"
+    kv, kind, width = cache.shapes.get(index), mask_kind(config, index, call.rule), cache.index_widths.get(index, 0)
+    return LayerFacts(kv, kind, call.mask, call.parameters, state, width)
 
 
 def _is_own_fault(error: Exception) -> bool:
     """Whether the error comes from code of aspec that a family's forward called, not from the family's own code."""
     assert error.__traceback__ is not None
     frames = traceback.walk_tb(error.__traceback__.tb_next)  # below the frame that called the family
-    owners = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    owners = [name.partition(".")[0] for name in modules if name != TensorWatch.__module__]
     return next((owner for owner in reversed(owners) if owner in ("aspec", "transformers")), None) == "aspec"
 
 
@@ -236,6 +278,7 @@ def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFact
 
     Raises UnsupportedModelError if a layer cannot be split at its attention, for example if it attends twice.
     """
+    _refuse_states(config, facts)
     run = _run_split(config, dtype, facts, offloaded=False)
 
     def measure(num_tokens: int, num_slots: int) -> int:
@@ -243,6 +286,15 @@ def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFact
 
     least = measure(64, 128)
     return -(-(measure(128, 128) - least) // 128), -(-(measure(64, 192) - least) // 128)
+
+
+def _refuse_states(config: PreTrainedConfig, facts: ModelFacts) -> None:
+    """Raise UnsupportedModelError for a model with layers that cannot run in two halves around an attention."""
+    if any(layer.mask_argument is None for layer in facts.layers):
+        raise UnsupportedModelError(
+            f"{config.model_type}: its recurrent layers run in one piece, where their state is. Run it with "
+            f"--attention device."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +311,12 @@ def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFa
 
     Raises UnsupportedModelError if a layer cannot be split, or attends to tensors that the host cannot store.
     """
+    _refuse_states(config, facts)
+    if facts.selects:
+        raise UnsupportedModelError(
+            f"{config.model_type}: its layers select what they attend to, where their indexer is. Run it with "
+            f"--attention device."
+        )
     run = _run_split(config, dtype, facts, offloaded=True)
     few, many = (run(num_tokens, 128) for num_tokens in (64, 128))
     more = max(nbytes for nbytes, _ in many) - max(nbytes for nbytes, _ in few)
@@ -287,7 +345,7 @@ def _run_split(
     def run(num_tokens: int, num_slots: int) -> list[_SplitState]:
         """Rows 0 and 2 are not consecutive, so that their slots are gathered (the larger copy)."""
         held.clear()
-        cache = KVCache([layer.kv for layer in facts.layers], 3, num_slots, dtype, "meta", offloaded=offloaded)
+        cache = KVCache(facts.kv_shapes, 3, num_slots, dtype, "meta", offloaded=offloaded)
         step = cache.step([0, 2], [num_slots - num_tokens] * 2, [num_tokens] * 2)
         tokens = torch.zeros(2, num_tokens, dtype=torch.long, device="meta")
         try:
@@ -325,40 +383,9 @@ def _watch_split(layer: nn.Module, index: int, facts: ModelFacts, held: list[_Sp
             raise
         except Exception:
             assert split.output is None
-        return (hidden,) if facts.in_tuples else hidden
+        return facts.result(hidden)
 
     return forward
-
-
-def _mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind:
-    """The kind of mask that equals a family's rule, compared at many pairs of positions, near edges and random."""
-    text = config.get_text_config()
-    window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
-    kinds = [
-        MaskKind(),
-        *([MaskKind(window=window)] if window else []),
-        *([MaskKind(chunk=chunk)] if chunk else []),
-    ]
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randint(4 * max(window or 0, chunk or 0, 64), (SAMPLES,), generator=generator)
-    near = query + torch.randint(-2, 3, (SAMPLES,), generator=generator)  # near every edge; random pairs follow
-    edges = [near - shift for shift in (0, window or 0, chunk or 0)]
-    key = torch.cat([*edges, torch.randint(int(query.max()) + 1, (SAMPLES,), generator=generator)]).clamp(min=0)
-    query = query.repeat(len(edges) + 1)
-    try:
-        visible = rule(0, 0, query, key)
-    except (RuntimeError, NotImplementedError):  # the rule of chunks reads a tensor on meta: use the configuration
-        types = getattr(text, "layer_types", None) or []
-        if chunk and types[index : index + 1] == ["chunked_attention"]:
-            return MaskKind(chunk=chunk)
-        raise _UnfitError("its attention mask depends on more than positions") from None
-    for kind in kinds:
-        if torch.equal(kind.visible(query, key), visible.expand_as(query)):
-            return kind
-    raise _UnfitError(
-        f"layer {index} attends by a rule that is neither causal, nor a sliding window of {window}, "
-        f"nor chunks of {chunk}"
-    )
 
 
 def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
 from aspec.io.hub import known_as, read_config
 from aspec.models import attention
 from aspec.models.config_sizes import check_numbers, check_tables
 from aspec.models.context import rope_types
-from aspec.models.families import ATTENTION_LAYERS, HARMLESS, REFUSED_KEYS, family_of
+from aspec.models.families import ALIASES, HARMLESS, REFUSED_KEYS, family_of
 from aspec.models.formats.registry import format_of
 from aspec.models.hf_compat import (
     ROPE_INIT_FUNCTIONS,
+    auto_class,
     compute_buffers,
     forget_pad_token,
-    has_recurrent_state,
     model_class,
     no_init_weights,
     set_attention,
@@ -40,7 +40,7 @@ OUTPUTS = {
 def load_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration. Raises CheckpointError or UnsupportedModelError, each with one paragraph."""
     path, raw = known_as(folder / "config.json"), read_config(folder)
-    model_type = raw["model_type"]
+    model_type = ALIASES.get(raw["model_type"], raw["model_type"])
     format_of(folder, raw)  # raises for weights that aspec cannot decode
     if model_type not in CONFIG_MAPPING:
         own_code = "brings its own code (auto_map), which aspec does not execute" if "auto_map" in raw else ""
@@ -50,7 +50,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
         )
     check_numbers(path, raw)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if model_type != raw["model_type"]:
+            config = CONFIG_MAPPING[model_type].from_dict({**raw, "model_type": model_type})
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Warning:  # raised as an error by the caller's filter; not caused by the file
         raise
     except Exception as error:  # a config class may raise any exception for a value it does not know
@@ -73,20 +76,17 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     """Reasons from the configuration alone why aspec cannot run the model; empty if none."""
     try:
         text = config.get_text_config()
-    except ValueError as error:
-        return [f"it holds several models of text ({reason_of(error)})"]
+    except ValueError:
+        held = " and ".join(config.sub_configs)
+        return [f"it holds several models ({held}), of which none is the one that answers in text"]
     reasons = [why for key, why in REFUSED_KEYS.items() if _is_set(config, key) or _is_set(text, key)]
-    if (refused := family_of(config.model_type).refused) is not None:
-        reasons.append(refused)
-    if text is not config:
-        reasons.append("it is multimodal; only text-only checkpoints are supported")
+    rows = [family_of(model_type) for model_type in dict.fromkeys((config.model_type, text.model_type))]
+    reasons += [row.refused for row in rows if row.refused is not None]
     for kind in sorted(rope_types(text)):
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             reasons.append(f"rotary positions of type {shown(kind)} are not known to the installed transformers")
-    if (family := model_class(config)) is None:
-        return [*reasons, "transformers has no decoder-only language model of this type"]
-    if has_recurrent_state(family) and not _attends_only(text):
-        reasons.append("it keeps recurrent state, which cannot be rolled back when a proposal is refused")
+    if model_class(config, text_class=rows[0].text_class) is None:
+        reasons.append("transformers has no decoder-only language model of this type")
     return reasons
 
 
@@ -96,17 +96,21 @@ def _is_set(config: PreTrainedConfig, key: str) -> bool:
     return bool(value) and value != HARMLESS.get(key)
 
 
-def _attends_only(text: PreTrainedConfig) -> bool:
-    """Whether the configuration names the type of every layer, and each of them is some form of attention."""
-    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-    return bool(types) and all(kind in ATTENTION_LAYERS for kind in types)
-
-
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers. Raises UnsupportedModelError if no module list has one per layer."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    """Name and list of the decoder layers. Raises UnsupportedModelError if no module list has one per layer.
+
+    A model with towers has several such lists; the one of its language model counts.
+    """
+    text = model.config.get_text_config()
+    count = getattr(text, "num_hidden_layers", None)
+    if not count:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} is not supported: its configuration names no decoder layers."
+        )
+    holders = (own for own in model.modules() if isinstance(own, PreTrainedModel) and type(own.config) is type(text))
+    inside = {id(module) for module in next(holders, model).modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module
     raise UnsupportedModelError(
         f"{model.config.model_type} is not supported: expected a list of {count} decoder layers, found none."
@@ -119,19 +123,28 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     Raises UnsupportedModelError if transformers cannot build it.
     """
     config = copy.deepcopy(config)
-    if not _has_pad_token(config):  # a fine-tune may name a token beyond the embedding; no layer uses it
-        forget_pad_token(config)
-    for key, value in OUTPUTS.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
+    for own in (config, config.get_text_config()):
+        if not _has_pad_token(own):  # a fine-tune may name a token beyond the embedding; no layer uses it
+            forget_pad_token(own)
+        for key, value in OUTPUTS.items():
+            if hasattr(own, key):
+                setattr(own, key, value)
     set_attention(config, attend)
-    if (experts := family_of(config.model_type).experts) is not None:
-        set_experts(config, experts)
+    family = family_of(config.model_type)
+    if family.experts is not None:
+        set_experts(config, family.experts)
+    auto = auto_class(config, text_class=family.text_class)
+    assert auto is not None, "load_config refuses a type that transformers cannot build"
     try:
         with torch.device("meta"), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     except Warning:  # raised as an error by the caller's filter; not caused by the configuration
         raise
+    except ImportError as error:  # of a tower, such as timm's
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers builds this model with a package that is not installed "
+            f"({reason_of(error)}). Install it."
+        ) from error
     except Exception as error:  # a constructor may raise any exception for a value it does not know
         raise UnsupportedModelError(
             f"{config.model_type}: transformers cannot build a model from this configuration: {reason_of(error)}. "

@@ -22,6 +22,7 @@ from aspec.models.kv_cache import StepCache
 from aspec.models.kv_offload import HostAttention
 
 RECORDED = {*PRODUCTS, multiply, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, StepCache.update}
+RECORDED |= {StepCache.update_indexer}
 """Functions that run in the first half only: the expensive ones, those whose bits may depend on the memory address of
 their operands, and the one that stores keys and values."""
 
@@ -135,6 +136,13 @@ def to_host(split: Split, step: StepCache, layer: int, mask: MaskKind, *, stores
     assert split.call is not None, "a split layer goes to the host after its projections"
     args, _ = split.call
     split.call, split.host_attention = None, HostAttention.of(args, step, layer, mask, stores=stores)
+
+
+def host_attention_of(split: Split | None) -> HostAttention:
+    """The attention on the host of a layer that has reached it. Raises InternalError if it attends elsewhere."""
+    if split is None or split.host_attention is None:
+        raise InternalError("nothing to copy to the host: the KV cache is on the device of the layers")
+    return split.host_attention
 
 
 def attend_to(split: Split) -> None:

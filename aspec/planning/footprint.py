@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from aspec.backends.registry import ALIGNMENT, Kind
+from aspec.errors import UserError
 from aspec.io.memory import PAGE
 from aspec.models.attention import DEVICE_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.models.exact.recipe import BLOCK_ROWS, MOST_PACKED_BYTES, PACK_BLOCKS
@@ -84,6 +85,7 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     place, alignment = (torch.device("cpu"), 1) if kind is None else (kind.place, ALIGNMENT)
     how: dict[str, Any] = {"dtype": resolved.dtype, "device": place, "outlined": outlined}
     target = Model(resolved.target, adapter=resolved.adapter, **how)
+    resolved = _with_possible_exactness(resolved, target)
     draft = None if resolved.draft is None else Model(resolved.draft, adapter=resolved.draft_adapter, **how)
     parts = target.parts(_part_bytes(resolved.budget_bytes), alignment)
     draft_parts = draft.parts(1 << 40, alignment) if draft else ()
@@ -91,6 +93,18 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     for text in _context_warnings(models):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return models
+
+
+def _with_possible_exactness(resolved: Resolved, target: Model) -> Resolved:
+    """Passes that are not exact where exact ones are not possible. Raises UserError if they were asked for."""
+    if not (resolved.exact and target.selects):
+        return resolved
+    if resolved.options.exact:
+        raise UserError(
+            f"{target.name} has no exact passes: its layers select the tokens that they attend to, by scores whose "
+            f"last bits depend on the pass. Leave out --exact."
+        )
+    return replace(resolved, exact=False)
 
 
 def _context_warnings(models: Models) -> Iterator[str]:
@@ -247,16 +261,24 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
 
 def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     """Bytes of the scores and weights of one item of so many tokens."""
+    if not any(target.kv_shapes()):
+        return 0
     heads = int(target.config.get_text_config().num_attention_heads)
     if not request.exact:
         on_device = request.host_bytes is not None and not request.kv_on_host
         most = DEVICE_SCORE_BYTES if on_device else MAX_SCORE_BYTES
         mask = 0 if on_device else tokens * request.capacity * target.dtype.itemsize  # torch's kernel adds it to scores
-        return temporary_bytes(1, heads, tokens, request.capacity, most) + mask
+        return temporary_bytes(1, heads, tokens, request.capacity, most) + mask + _index_bytes(target, request, tokens)
     slot, shapes = _slot_bytes(target, request), target.kv_shapes(offloaded=request.kv_on_host)
     head = max(shape[2] for shape in shapes if shape) * target.dtype.itemsize
     tree = 1 + request.max_draft_tokens if request.speculation is Speculation.TREE and request.max_draft_tokens else 0
     return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot, head, tree)
+
+
+def _index_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
+    """Bytes of an indexer's fp32 scores of one item, in two copies; 0 where no layer selects slots."""
+    heads = getattr(target.config.get_text_config(), "index_n_heads", 0) if target.selects else 0
+    return 2 * tokens * request.capacity * heads * 4
 
 
 def _slot_bytes(target: Model, request: PlanRequest) -> int:

@@ -77,7 +77,7 @@ class ModelShape:
 def shape_of(model: Model) -> ModelShape:
     """The shape of a model; no weights are read."""
     text = model.config.get_text_config()
-    kv = next(shape for shape in model.kv_shapes() if shape is not None)
+    kv = next((shape for shape in model.kv_shapes() if shape is not None), (0, 0, 0))
     layers = tuple(
         replace(layer_shape(layer, text), packed=_packed(model.packed.get(index, ())))
         for index, layer in enumerate(model.layer_modules)
@@ -87,7 +87,7 @@ def shape_of(model: Model) -> ModelShape:
         layers,
         hidden=hidden,
         vocab=model.vocab_size,
-        heads=int(text.num_attention_heads),
+        heads=int(text.num_attention_heads) if kv[0] else 0,
         kv_heads=kv[0],
         width=kv[1],
         value_width=kv[2],

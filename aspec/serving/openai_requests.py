@@ -209,7 +209,9 @@ def _content(name: str, value: object) -> str | list[dict[str, str]]:
         _refuse(name, "a text, or a list of parts of type text", value)
     for index, part in enumerate(value):
         if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
-            raise RequestError(f"{name}[{index}] is a part of type {kind}: only parts of type text are supported")
+            raise RequestError(
+                f"{name}[{index}] is a part of type {kind}: only text is supported, no images and no sounds"
+            )
         fine = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
         if not fine or not isinstance(part["text"], str):
             _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}', part)

@@ -18,8 +18,9 @@ import torch
 from aspec.backends.device import Capture, Replay
 from aspec.models.attention import temporary_bytes
 from aspec.models.exact.paths import MaskKind
+from aspec.models.exact.trees import TreeNodes
 from aspec.models.hf_compat import Cache
-from aspec.models.kv_cache import KVCache, StepCache, TreeNodes
+from aspec.models.kv_cache import KVCache, StepCache
 from aspec.models.model import Model
 from aspec.speculation.capture_check import RefusedError, warm_up
 
@@ -156,7 +157,7 @@ class DraftGraphs:
         self._captured: OrderedDict[Shape, _Captured] = OrderedDict()  # the most recently used last
         self._uses: OrderedDict[Shape, int] = OrderedDict()  # of shapes that are not captured yet
         self._logits: torch.Tensor | None = None  # flat; every captured step writes its logits here
-        self._refused = kv.exact  # whether all steps run eagerly from now on
+        self._refused = kv.exact or kv.recurrent is not None  # whether all steps run eagerly from now on
 
     def run(
         self,

@@ -16,6 +16,7 @@ from aspec.backends.device import Capture
 from aspec.errors import NoTokenError, NumericError
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
+from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.io.upload import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
@@ -69,6 +70,12 @@ class ModelDrafter(Drafter):
         self._ngram_calibration = Calibration()  # of n-gram branches
 
     # -- growth ----------------------------------------------------------------------------------------------
+
+    def assign_row(self, row: int, sequence: TokenSequence | None) -> None:
+        """Assign a row; where the draft's state of the cached tokens is not known, it will process them anew."""
+        super().assign_row(row, sequence)
+        if sequence is not None:
+            self._rows[row].drafted = self._kv.reusable(row, self._rows[row].drafted)
 
     def prefill(self, item: WorkItem) -> None:
         """Bring a chunk of prompts into the draft's KV, and before it the cached tokens that it has not seen."""
@@ -186,7 +193,7 @@ class ModelDrafter(Drafter):
 
     def _beams(self, row: int, tree: Tree, beams: int) -> int:
         """The number of forwards of a level: at most the free slots of the row in the draft's KV."""
-        return min(beams, self._kv.capacity - self._rows[row].drafted - len(tree.slots))
+        return min(beams, self._kv.room(self._rows[row].drafted) - len(tree.slots))
 
     def clear(self, row: int) -> None:
         """Drop all state of a row whose sequence has failed, and its KV."""
@@ -246,7 +253,8 @@ class ModelDrafter(Drafter):
             if logits is not None:
                 return logits
         ids = upload(ids, self._kv.device)
-        activation = self._model.embed(ids, self._kv.step(rows, starts, counts, parents, firsts))
+        finals = [len(self._rows[row].sequence.tokens) for row in rows]
+        activation = self._model.embed(ids, self._kv.step(rows, starts, counts, parents, firsts, finals=finals))
         for layer in range(self._model.num_layers):
             self._model.layer(layer, activation)
         if not want_logits:

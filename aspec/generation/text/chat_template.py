@@ -162,8 +162,8 @@ def _part(name: str, part: Any) -> dict[str, str]:
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":
         raise PromptError(
-            f"{name} is a part of type {shown(kind)!r}: expected parts of type text; others are not supported. "
-            f"Remove it."
+            f"{name} is a part of type {shown(kind)!r}: expected parts of type text, because aspec reads no images "
+            f"and no sounds. Remove it."
         )
     if not isinstance(part.get("text"), str):
         raise PromptError(f"{name}.text must be a text; found {shown(part.get('text'))}.")

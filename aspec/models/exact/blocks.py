@@ -1,9 +1,13 @@
-"""A product block by block, with plain weights or with weights that were packed for all of its blocks."""
+"""Operations in pieces of a fixed size: products block by block, elementwise functions over whole vectors."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
+
+VECTOR_ELEMENTS = 64
+"""Elements that one iteration of a CPU's elementwise loop computes: two vectors of 64 bytes in bf16."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """[..., M, K] -> [..., M, N], with the same weights in every call."""
@@ -28,3 +32,11 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None, hint: int) -> Product:
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, hint)
     return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+
+
+def in_whole_vectors(func: Callable[..., torch.Tensor], values: torch.Tensor, **options: Any) -> torch.Tensor:
+    """An elementwise function of ``values``, computed over whole vectors only."""
+    filled = functional.pad(
+        values.flatten(), (0, -values.numel() % VECTOR_ELEMENTS)
+    )  # torch computes a view with gaps row by row
+    return func(filled, **options)[: values.numel()].view(values.shape)

@@ -19,14 +19,11 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-from aspec.models.exact.blocks import Product, in_blocks, pack
+from aspec.models.exact.blocks import VECTOR_ELEMENTS, Product, in_blocks, in_whole_vectors, pack
 from aspec.models.exact.known_recipes import recipe_for
 from aspec.models.exact.recipe import BLOCKS, Recipe
 from aspec.models.exact.row_probe import ProductKind
 from aspec.models.kv_cache import StepCache
-
-VECTOR_ELEMENTS = 64
-"""Elements that one iteration of a CPU's elementwise loop computes: two vectors of 64 bytes in bf16."""
 
 
 class ExactStep:
@@ -60,7 +57,7 @@ class ExactProducts(TorchFunctionMode):
             return product(*args, **kwargs)
         if func in WHOLE_VECTORS and args[0].shape[-1] % VECTOR_ELEMENTS:
             self.acted = True
-            return _in_whole_vectors(func, *args, **kwargs)
+            return in_whole_vectors(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def __enter__(self) -> "ExactProducts":
@@ -163,7 +160,7 @@ def route(model: nn.Module) -> dict[str, RoutedLinear]:
     """Give every linear module of ``model`` a RoutedLinear, once after it is built; by the name of its weight."""
     routed = {}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.numel():  # the empty ones are of towers
             module.forward = routed[f"{name}.weight"] = RoutedLinear(module)  # type: ignore[assignment]
     return routed
 
@@ -246,14 +243,6 @@ def _recipe(op: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> 
 
 
 _recipes: dict[object, Recipe] = {}  # by what a product can be told apart by, at once
-
-
-def _in_whole_vectors(func: Callable[..., torch.Tensor], values: torch.Tensor, **options: Any) -> torch.Tensor:
-    """An elementwise function of ``values``, computed over whole vectors only."""
-    filled = functional.pad(
-        values.flatten(), (0, -values.numel() % VECTOR_ELEMENTS)
-    )  # torch computes a view with gaps row by row
-    return func(filled, **options)[: values.numel()].view(values.shape)
 
 
 PRODUCTS: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(

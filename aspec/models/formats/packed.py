@@ -4,7 +4,8 @@ Every method's file turns a ``quantization_config`` and stored tensors into pack
 The rest of aspec knows a packed weight only: it reads the bytes of ``refs``, and has ``decode`` write the weight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
@@ -47,6 +48,14 @@ class PackedWeight:
 
 StoredWeight = TensorRef | PackedWeight
 """A weight of a checkpoint: a plain tensor, or a packed one."""
+
+
+def methods_of(weights: Iterable[PackedWeight]) -> tuple[str, ...]:
+    """How weights are packed, the method of the most bytes first."""
+    nbytes: Counter[str] = Counter()
+    for weight in weights:
+        nbytes[weight.method] += weight.nbytes
+    return tuple(method for method, _ in nbytes.most_common())
 
 
 class Kind(Enum):

@@ -8,7 +8,7 @@ so that missing or ambiguous tensors and wrong shapes raise an error before any 
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,21 +74,27 @@ class TensorMap:
 
 
 def map_tensors(
-    model: PreTrainedModel, folder: Path, weights: Mapping[str, StoredWeight], remarks: Sequence[str] = ()
+    model: PreTrainedModel,
+    folder: Path,
+    weights: Mapping[str, StoredWeight],
+    remarks: Sequence[str] = (),
+    unused: Set[str] = frozenset(),
 ) -> TensorMap:
-    """Find every parameter of ``model`` (on meta) among the stored weights of ``folder``.
+    """Find every parameter of ``model`` (on meta) among the stored weights of ``folder``, except the ``unused`` ones.
 
     ``remarks``: texts for the user about how the weights are stored.
     Raises CheckpointError if a parameter is missing, has several candidates, or has another shape or dtype.
     """
     wanted = target_dtypes(model)
     found, converters, unexpected = _match(model, weights)
-    entries = tuple(_entry(model, folder, name, sources, converters) for name, sources in found.items())
+    entries = tuple(
+        _entry(model, folder, name, sources, converters) for name, sources in found.items() if name not in unused
+    )
     produced = {target: entry for entry in entries for target in entry.outputs}
     aliases = _aliases(model, produced)
     _check_shapes(model, folder, entries, wanted)
     shared = {target for targets in aliases.values() for target in targets}
-    missing = [name for name in wanted if name not in produced and name not in shared]
+    missing = [name for name in wanted if name not in produced and name not in shared and name not in unused]
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         kind = quantised_tensors(unexpected)

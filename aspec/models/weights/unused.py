@@ -16,7 +16,7 @@ from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.checkpoint import Checkpoint, TensorRef
 from aspec.io.hub import known_as
 from aspec.models.skeleton import build_on_meta
-from aspec.models.weights.tensor_map import parameter_names
+from aspec.models.weights.tensor_map import TensorMap, parameter_names
 
 MOST_NAMES = 6
 READ_BYTES = 1 << 20
@@ -53,6 +53,12 @@ def _used_if(model: PreTrainedModel, key: str, value: bool, names: Sequence[str]
         return []
     rename, state = parameter_names(other), other.state_dict()
     return [name for name in names if rename(name) in state]
+
+
+def unread_bytes(checkpoint: Checkpoint, tensors: TensorMap) -> int:
+    """Bytes of the stored tensors that text does not need: of towers for images, or of heads for training."""
+    read = {ref.name for entry in tensors.entries for ref in entry.refs}
+    return sum(ref.nbytes for name, ref in checkpoint.tensors.items() if name not in read)
 
 
 def unused_text(folder: Path, unused: Sequence[str]) -> str:

@@ -1,0 +1,93 @@
+"""Binds the mixers of recurrent layers to aspec's own functions, without a change of transformers.
+
+A mixer's forward names the functions that hold its recurrence as globals of its module. A bound mixer runs the same
+code over a copy of these globals, in which the names mean the functions of one layer of one step. Its cache says that
+it has no state yet, so all steps, of one token or of many, take one way.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from aspec.errors import InternalError
+from aspec.models.hf_compat import RECURRENT_FUNCTIONS, Cache
+from aspec.models.state.kernels import KERNELS, MixerStep
+
+
+class MixerCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """The cache of one mixer in one step; ``convolution`` is the number of the convolution that runs next."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.convolution = 0
+
+    def get_conv_state(self, *_: object, **__: object) -> None:
+        """No state: the functions take it from the step."""
+
+    def get_recurrent_state(self, *_: object, **__: object) -> None:
+        """No state, likewise."""
+
+    def has_previous_state(self, *_: object, **__: object) -> bool:
+        """No state, likewise."""
+        return False
+
+    def is_recording_past(self, *_: object, **__: object) -> bool:
+        """Whether a mixer must not update its state in place."""
+        return True
+
+    def update_conv_state(self, inputs: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: object) -> torch.Tensor:
+        """The inputs [B, C, T], without those before them."""
+        self.convolution = state_idx
+        return inputs
+
+    def update_recurrent_state(self, state: object, *_: object, **__: object) -> object:
+        """Nothing to store: the functions have stored it."""
+        return state
+
+
+class BoundMixer:
+    """The forward of one mixer."""
+
+    def __init__(self, module: nn.Module, plain: Any, names: list[str]) -> None:
+        self._module, self._plain, self._names = module, plain, names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward; the cache among its arguments gives the layer's step."""
+        caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
+        if len(caches) != 1:
+            raise InternalError(f"{type(self._module).__name__} was called with {len(caches)} caches, expected one")
+        cache, step = caches[0].mixer(self._module.layer_idx)
+        own = {name: partial(KERNELS[RECURRENT_FUNCTIONS[name]], step) for name in self._names}
+        plain = self._plain
+        bound = FunctionType(
+            plain.__code__, {**plain.__globals__, **own}, plain.__name__, plain.__defaults__, plain.__closure__
+        )
+        bound.__kwdefaults__ = plain.__kwdefaults__
+        args = tuple(cache if given is caches[0] else given for given in args)
+        kwargs = {name: cache if given is caches[0] else given for name, given in kwargs.items()}
+        return MethodType(bound, self._module)(*args, **kwargs)
+
+
+StepOf = Callable[[int], tuple[MixerCache, MixerStep]]
+"""What a cache with recurrent layers has as ``mixer``: a layer's cache and step."""
+
+
+def bind_mixers(model: nn.Module) -> int:
+    """Bind the mixers of ``model``, once after it is built; returns how many there are."""
+    count = 0
+    for module in model.modules():
+        plain = inspect.unwrap(type(module).forward)
+        names = [
+            name for name in getattr(plain, "__code__", bind_mixers.__code__).co_names if name in RECURRENT_FUNCTIONS
+        ]
+        if names:
+            module.forward = BoundMixer(module, plain, names)
+            count += 1
+    return count

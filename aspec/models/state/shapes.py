@@ -1,0 +1,65 @@
+"""The sizes of what recurrent layers keep."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_BYTES = 8 << 20
+"""Bytes of states that run together, if one alone has less: they stay near the processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrenceShape:
+    """S [H, Dk, Dv]: H = ``groups * shared`` heads, of which those of a group share keys and queries."""
+
+    groups: int
+    shared: int
+    key: int  # Dk
+    value: int  # Dv
+    rate: tuple[int, int]  # of the decay: 1 or Dk, 1 or Dv
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state; states are fp32."""
+        return self.groups * self.shared * self.key * self.value * 4
+
+    @property
+    def node_bytes(self) -> int:
+        """Bytes that the log keeps of a node: its key, its update u and its decay."""
+        heads = self.groups * self.shared
+        return (self.groups * self.key + heads * self.value + heads * math.prod(self.rate)) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """What one layer keeps of a row beside keys and values."""
+
+    convolutions: tuple[tuple[int, int], ...] = ()  # (channels, inputs of one result) of every causal convolution
+    recurrence: RecurrenceShape | None = None
+
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a row's committed state."""
+        tails = sum(channels * (size - 1) for channels, size in self.convolutions) * dtype.itemsize
+        return tails + (0 if self.recurrence is None else self.recurrence.state_bytes)
+
+    def node_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a node in a row's log."""
+        inputs = sum(channels for channels, _ in self.convolutions) * dtype.itemsize
+        return inputs + (0 if self.recurrence is None else self.recurrence.node_bytes)
+
+    @property
+    def block_nodes(self) -> int:
+        """Most nodes that run together."""
+        return max(1, BLOCK_BYTES // max(1, 0 if self.recurrence is None else self.recurrence.state_bytes))
+
+
+def row_bytes(shapes: Sequence[StateShape | None], dtype: torch.dtype) -> int:
+    """Bytes of one row's states in all layers."""
+    return sum(shape.row_bytes(dtype) for shape in shapes if shape)
+
+
+def node_bytes(shapes: Sequence[StateShape | None], dtype: torch.dtype) -> int:
+    """Bytes of one node of a row's log in all layers."""
+    return sum(shape.node_bytes(dtype) for shape in shapes if shape)

@@ -1,0 +1,117 @@
+"""The recurrent states of all layers of a model, and of one step."""
+
+from collections.abc import Sequence
+
+import torch
+
+from aspec.errors import InternalError
+from aspec.models.state.layer_state import LoggedState
+from aspec.models.state.mixers import MixerCache
+from aspec.models.state.nodes import NodePlan, Reach, Window, plan_nodes
+from aspec.models.state.recurrence import ConvolutionState, Inputs, RecurrentState
+from aspec.models.state.shapes import StateShape
+
+
+class LayerStates:
+    """What one recurrent layer keeps."""
+
+    def __init__(
+        self, shape: StateShape, num_rows: int, log_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shape = shape
+        self.convolutions = [
+            ConvolutionState(channels, size, num_rows, log_slots, dtype, device)
+            for channels, size in shape.convolutions
+        ]
+        self.recurrence = (
+            None if shape.recurrence is None else RecurrentState(shape.recurrence, num_rows, log_slots, device)
+        )
+
+    @property
+    def all(self) -> list[LoggedState]:
+        """All states of the layer."""
+        return [*self.convolutions, *(() if self.recurrence is None else (self.recurrence,))]
+
+
+class RecurrentStates:
+    """By layer, what it keeps beside keys and values; None for a layer that keeps no more."""
+
+    def __init__(
+        self,
+        shapes: Sequence[StateShape | None],
+        num_rows: int,
+        log_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_rows, self.log_slots, self.device = num_rows, log_slots, device
+        self.layers = [
+            None if shape is None else LayerStates(shape, num_rows, log_slots, dtype, device) for shape in shapes
+        ]
+        self.all: list[LoggedState] = [state for layer in self.layers if layer is not None for state in layer.all]
+
+    def may_start(self, row: int, length: int) -> bool:
+        """Whether a step may continue the first ``length`` tokens of a row."""
+        return all(state.may_start(row, length) for state in self.all)
+
+    def of_step(self, windows: Sequence[Window], width: int) -> "StatesOfStep":
+        """The states while a step over ``width`` tokens per row runs.
+
+        Raises ValueError if more nodes of a row may be taken back than the log holds.
+        """
+        for window in windows:
+            if (most := window.end - min(window.final, window.end)) > self.log_slots:
+                raise ValueError(f"{most} nodes of row {window.row} may be taken back; the log holds {self.log_slots}")
+        return StatesOfStep(self, windows, width)
+
+
+class StatesOfStep:
+    """The recurrent layers of one step. Layers with equal reaches share a plan."""
+
+    def __init__(self, states: RecurrentStates, windows: Sequence[Window], width: int) -> None:
+        self._states, self._windows, self._width = states, windows, width
+        self._plans: dict[tuple[int, tuple[Reach, ...]], NodePlan] = {}
+
+    def of_layer(self, layer: int) -> "tuple[MixerCache, StepOfLayer]":
+        """What the layer's mixer runs on."""
+        found = self._states.layers[layer] if layer < len(self._states.layers) else None
+        if found is None:
+            raise InternalError(f"layer {layer} has a recurrent state that the probe has not seen")
+        cache = MixerCache()
+        return cache, StepOfLayer(self, found, cache)
+
+    def plan(self, state: LoggedState, most: int) -> NodePlan:
+        """The plan of a step for a state, in blocks of at most ``most`` nodes; the state counts as run afterwards."""
+        reaches = tuple(state.reaches[window.row] for window in self._windows)
+        key = most, reaches
+        if key not in self._plans:
+            self._plans[key] = plan_nodes(
+                self._windows,
+                reaches,
+                width=self._width,
+                num_rows=self._states.num_rows,
+                log_slots=self._states.log_slots,
+                most=most,
+                device=self._states.device,
+            )
+        state.advance(self._windows)
+        return self._plans[key]
+
+
+class StepOfLayer:
+    """One layer of one step: see ``MixerStep``."""
+
+    def __init__(self, step: StatesOfStep, states: LayerStates, cache: MixerCache) -> None:
+        self._step, self._states, self._cache = step, states, cache
+
+    def convolve(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[B, T, C] -> [B, T, C] with ``weight`` [C, K]."""
+        state = self._states.convolutions[self._cache.convolution]
+        plan = self._step.plan(state, self._states.shape.block_nodes)
+        return state.run(plan, inputs.flatten(0, 1), weight, bias).view(inputs.shape)
+
+    def recur(self, given: Inputs) -> torch.Tensor:
+        """The results [B * T, G, H / G, Dv] fp32."""
+        state = self._states.recurrence
+        assert state is not None, "the probe has seen the layer's state"
+        return state.run(self._step.plan(state, self._states.shape.block_nodes), given)

@@ -1,0 +1,316 @@
+"""Recurrent layers: a node's state follows from its path, and what is not accepted leaves no trace."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from aspec.errors import InternalError
+from aspec.generation.params import SamplingParams
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
+from aspec.models.state.recurrence import Inputs
+from aspec.models.state.shapes import RecurrenceShape, StateShape, node_bytes, row_bytes
+from tests import tiny
+from tests.compat import few, of_kinds
+from tests.test_equality import CHAIN_4, NEW, OFF, TREE_5, TREE_16, Pair, check, check_covering
+from tests.test_kv import permuted, random_parents, slow_path
+
+CHANNELS, TAPS, ROWS, LOG = 6, 4, 3, 24
+KINDS = {
+    "delta rule": (RecurrenceShape(2, 2, 8, 8, (1, 1)), True),
+    "delta rule by channel": (RecurrenceShape(4, 1, 8, 5, (8, 1)), True),
+    "state space": (RecurrenceShape(1, 4, 16, 3, (1, 1)), False),
+    "selective scan": (RecurrenceShape(1, 1, 7, 12, (1, 12)), False),
+}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class Layer:
+    """One recurrent layer over random inputs by token, so that a token alone decides what is added to a state."""
+
+    def __init__(self, kind, seed=0):
+        self.shape, self.delta = KINDS[kind]
+        self.states = StateShape(((CHANNELS, TAPS),), self.shape)
+        own, generator = self.shape, torch.Generator().manual_seed(seed)
+
+        def normal(*sizes):
+            return torch.randn(64, *sizes, generator=generator)
+
+        heads = own.groups, own.shared
+        self.query, self.key = normal(own.groups, own.key), normal(own.groups, own.key) / own.key**0.5
+        self.value, self.rate = normal(*heads, own.value), -normal(*heads, *own.rate).abs() / 4
+        self.beta = normal(*heads).sigmoid() if self.delta else None
+        self.scale = normal(own.key, own.value)[0].abs() if own.rate[1] > 1 else None
+        self.weight, self.bias, self.inputs = normal(CHANNELS)[:TAPS].T, normal(CHANNELS)[0], normal(CHANNELS)
+
+    def cache(self, num_rows=ROWS):
+        return KVCache([None], num_rows, 200, torch.float32, exact=True, states=[self.states], log_slots=LOG)
+
+    def run(self, step, tokens):
+        """The results of a step, by row and node, as one tensor each."""
+        ids, (_, layer) = tiny.pad(tokens), step.mixer(0)
+        flat = ids.flatten()
+        beta = None if self.beta is None else self.beta[flat]
+        given = Inputs(self.query[flat], self.key[flat], self.value[flat], self.rate[flat], beta, self.scale)
+        convolved = layer.convolve(self.inputs[ids], self.weight, self.bias)
+        recurred = layer.recur(given).reshape(*ids.shape, -1)
+        return [torch.cat([convolved, recurred], -1)[row, : len(own)] for row, own in enumerate(tokens)]
+
+    def decode(self, tokens):
+        """[N, ...] of tokens one by one."""
+        cache = self.cache(1)
+        steps = [(cache.step([0], [at], [1], finals=[at + 1]), [[token]]) for at, token in enumerate(tokens)]
+        return torch.cat([self.run(step, token)[0] for step, token in steps])
+
+    def defined(self, tokens):
+        """The results of a path by the definition, in double precision."""
+        state = torch.zeros(self.shape.groups, self.shape.shared, self.shape.key, self.shape.value).double()
+        found, padded = [], torch.cat([torch.zeros(TAPS - 1, CHANNELS), self.inputs[tokens]]).double()
+        for at, token in enumerate(tokens):
+            rate = self.rate[token].double() * (1 if self.scale is None else self.scale.double())
+            state = state * rate.exp()
+            key, query = (one[token].double()[:, None, :, None] for one in (self.key, self.query))
+            update = self.value[token].double()
+            if self.beta is not None:
+                update = (update - (state * key).sum(-2)) * self.beta[token].double()[..., None]
+            state = state + key * update[..., None, :]
+            convolved = (padded[at : at + TAPS] * self.weight.T.double()).sum(0) + self.bias.double()
+            found.append(torch.cat([convolved, (state * query).sum(-2).flatten()]))
+        return torch.stack(found)
+
+
+def some_tokens(dice, count):
+    return [dice.randrange(64) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recurrence_is_the_one_of_its_definition(kind):
+    layer, tokens = Layer(kind), some_tokens(random.Random(kind), 30)
+    assert (layer.decode(tokens) - layer.defined(tokens)).abs().max() < 1e-5
+
+
+class Rows:
+    """Rows of random text that decode with random trees, of which random paths are accepted."""
+
+    def __init__(self, kind, seed):
+        self.dice, self.layer = random.Random(f"{kind} {seed}"), Layer(kind)
+        self.cache, self.texts = self.layer.cache(), {row: [] for row in range(ROWS)}
+
+    def chosen(self):
+        return sorted(self.dice.sample(range(ROWS), self.dice.randint(1, ROWS)))
+
+    def check(self, rows, paths, results):
+        """Every node of a step equals the last of its path, decoded alone."""
+        for row, own, found in zip(rows, paths, results, strict=True):
+            assert len(own) == len(found)
+            for path, result in zip(own, found, strict=True):
+                assert torch.equal(result, self.layer.decode(self.texts[row] + path)[-1])
+
+    def prefill(self):
+        """Chunks of prompts, all of which stay."""
+        rows = self.chosen()
+        fed = [some_tokens(self.dice, self.dice.randint(1, 9)) for _ in rows]
+        starts, counts = [len(self.texts[row]) for row in rows], [len(own) for own in fed]
+        finals = [start + count for start, count in zip(starts, counts, strict=True)]
+        results = self.layer.run(self.cache.step(rows, starts, counts, finals=finals), fed)
+        self.check(rows, [[own[: at + 1] for at in range(len(own))] for own in fed], results)
+        for row, own in zip(rows, fed, strict=True):
+            self.texts[row] += own
+
+    def verify(self):
+        """The last token of some rows and a tree below it, at once; then a path is accepted."""
+        rows = self.chosen()
+        trees = [[-1, *(p + 1 for p in random_parents(self.dice.randint(1, 12), self.dice))] for _ in rows]
+        fed = [some_tokens(self.dice, len(tree)) for tree in trees]
+        starts = [len(self.texts[row]) for row in rows]
+        step = self.cache.step(rows, starts, [len(own) for own in fed], trees, finals=[start + 1 for start in starts])
+        self.check_trees(rows, trees, fed, self.layer.run(step, fed))
+        for row, tree, own in zip(rows, trees, fed, strict=True):
+            self.accept(row, slow_path(tree, self.dice.randrange(len(tree))), own)
+
+    def grow(self):
+        """A draft: new tokens of some rows, then a tree that grows by a few nodes a step; then a path is accepted."""
+        rows = self.chosen()
+        trees = [random_parents(self.dice.randint(1, 20), self.dice) for _ in rows]
+        fed, firsts = [some_tokens(self.dice, len(tree)) for tree in trees], [0] * len(rows)
+        starts = [len(self.texts[row]) for row in rows]
+        while left := [at for at, tree in enumerate(trees) if firsts[at] < len(tree)]:
+            counts = [self.dice.randint(1, min(7, len(trees[at]) - firsts[at])) for at in left]
+            ends = [firsts[at] + count for at, count in zip(left, counts, strict=True)]
+            links = [trees[at][:end] for at, end in zip(left, ends, strict=True)]
+            own_rows, own_starts = [rows[at] for at in left], [starts[at] for at in left]
+            begun = [firsts[at] for at in left]
+            step = self.cache.step(own_rows, own_starts, counts, links, begun, finals=own_starts)
+            now = [fed[at][first:end] for at, first, end in zip(left, begun, ends, strict=True)]
+            results = self.layer.run(step, now)
+            for row, at, first, end, found in zip(own_rows, left, begun, ends, results, strict=True):
+                paths = [[fed[at][n] for n in slow_path(trees[at], node)] for node in range(first, end)]
+                self.check([row], [paths], [found])
+                firsts[at] = end
+        for row, tree, own in zip(rows, trees, fed, strict=True):
+            self.accept(row, slow_path(tree, self.dice.randrange(len(tree))), own)
+
+    def check_trees(self, rows, trees, fed, results):
+        paths = [
+            [[own[n] for n in slow_path(tree, node)] for node in range(len(tree))]
+            for tree, own in zip(trees, fed, strict=True)
+        ]
+        self.check(rows, paths, results)
+
+    def accept(self, row, path, tokens):
+        self.cache.gather(row, len(self.texts[row]), path)
+        self.texts[row] += [tokens[node] for node in path]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", few(range(6), 1))
+def test_a_node_depends_on_its_path_only(kind, seed):
+    rows = Rows(kind, seed)
+    for _ in range(12):
+        rows.dice.choice((rows.prefill, rows.verify, rows.grow))()
+
+
+def test_blocks_of_one_node_give_the_same_bits(monkeypatch):
+    monkeypatch.setattr("aspec.models.state.shapes.BLOCK_BYTES", 1)
+    rows = Rows("delta rule", "narrow")
+    for act in (rows.prefill, rows.verify, rows.grow, rows.verify):
+        act()
+
+
+def test_the_order_of_siblings_does_not_matter():
+    layer, dice = Layer("state space"), random.Random(2)
+    tree, tokens = random_parents(11, dice), some_tokens(dice, 11)
+    other, new = permuted(tree, dice)
+    order = sorted(range(11), key=new.get)
+    one, two = (
+        layer.run(layer.cache(1).step([0], [0], [11], [links], finals=[0]), [own])[0]
+        for links, own in ((tree, tokens), (other, [tokens[node] for node in order]))
+    )
+    assert torch.equal(two, one[order])
+
+
+def test_chains_of_a_draft_are_taken_back():
+    """A chain continues its own tokens before they are final; the final ones are then fed again or kept."""
+    layer, dice = Layer("delta rule"), random.Random(3)
+    cache, text = layer.cache(1), some_tokens(dice, 9)
+    layer.run(cache.step([0], [0], [9], finals=[9]), [text])
+    chain = some_tokens(dice, 5)
+    for at, token in enumerate(chain):
+        found = layer.run(cache.step([0], [9 + at], [1], finals=[9]), [[token]])[0]
+        assert torch.equal(found[0], layer.decode(text + chain[: at + 1])[-1])
+    text += [*chain[:2], some_tokens(dice, 1)[0]]
+    found = layer.run(cache.step([0], [11], [1], finals=[12]), [text[11:]])[0]
+    assert torch.equal(found[0], layer.decode(text)[-1])
+
+
+def test_what_was_cleared_and_what_is_not_known_is_not_used():
+    layer, dice = Layer("delta rule"), random.Random(4)
+    cache, text = layer.cache(1), some_tokens(dice, 12)
+    layer.run(cache.step([0], [0], [12], finals=[10]), [text])
+    assert [cache.reusable(0, length) for length in (9, 10, 12, 13)] == [0, 10, 12, 0]
+    with pytest.raises(InternalError, match="continues token 9: its state is known from 10 to 12 only"):
+        layer.run(cache.step([0], [9], [1], finals=[10]), [[3]])
+    cache.clear(0, 11)
+    assert [cache.reusable(0, length) for length in (10, 11, 12)] == [10, 11, 0]
+    cache.clear(0)
+    assert cache.reusable(0, 10) == 0
+    again = layer.run(cache.step([0], [0], [5], finals=[5]), [text[:5]])[0]
+    assert torch.equal(again, layer.decode(text[:5]))
+    with pytest.raises(ValueError, match=f"25 nodes of row 0 may be taken back; the log holds {LOG}"):
+        cache.step([0], [0], [30], finals=[5])
+
+
+def test_bytes_of_rows_and_nodes():
+    shape = StateShape(((CHANNELS, TAPS),), KINDS["delta rule by channel"][0])
+    one, all_ = (KVCache([None], rows, 8, torch.bfloat16, states=[shape], log_slots=5).nbytes for rows in (1, 4))
+    assert all_ == 4 * one
+    assert one == row_bytes([shape], torch.bfloat16) + 5 * node_bytes([shape], torch.bfloat16)
+    assert row_bytes([shape], torch.bfloat16) == 2 * CHANNELS * (TAPS - 1) + 4 * 4 * 8 * 5
+    assert node_bytes([shape], torch.bfloat16) == 2 * CHANNELS + 4 * 4 * (8 + 5 + 8)
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+class Bound:
+    """A model whose weights are all bound."""
+
+    def __init__(self, folder, dtype):
+        self.model, self.held = Model(folder, dtype=dtype), []
+        for part in self.model.parts(1 << 30):
+            buffer, scratch = tiny.read_part(part), torch.empty(part.scratch_bytes, dtype=torch.uint8)
+            self.model.bind(dataclasses.replace(part, scratch_at=0), buffer, scratch)
+            self.held += [buffer, scratch]
+
+    def cache(self, num_rows):
+        own = self.model
+        return KVCache(own.kv_shapes(), num_rows, 96, own.dtype, exact=True, states=own.state_shapes, log_slots=16)
+
+    @torch.inference_mode()
+    def run(self, tokens, step):
+        activation = self.model.embed(tiny.pad(tokens), step)
+        for layer in range(self.model.num_layers):
+            self.model.layer(layer, activation)
+        return self.model.head(activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
+@pytest.mark.parametrize("family", few(list(tiny.STATEFUL), 3))
+def test_chunks_and_trees_have_the_bits_of_decoding(family, dtype, tmp_path, one_thread):
+    bound, dice = Bound(tiny.build(tmp_path, family, varied=True), dtype), random.Random(family)
+    text = [dice.randrange(3, tiny.VOCAB) for _ in range(40)]
+    plain = bound.cache(1)
+    wanted = [bound.run([[token]], plain.step([0], [at], [1], finals=[at + 1]))[0, 0] for at, token in enumerate(text)]
+    chunked, at = bound.cache(2), 0
+    while at < 30:  # the same text in two rows, one of them in smaller chunks
+        counts = [dice.randint(1, 7), 1]
+        counts[0] = min(counts[0], 30 - at)
+        step = chunked.step([0, 1], [at, at], counts, finals=[at + counts[0], at + 1])
+        logits = bound.run([text[at : at + count] for count in counts], step)
+        assert torch.equal(logits[0, : counts[0]], torch.stack(wanted[at : at + counts[0]]))
+        assert torch.equal(logits[1, 0], wanted[at])
+        for more in range(1, counts[0]):
+            step = chunked.step([1], [at + more], [1], finals=[at + more + 1])
+            assert torch.equal(bound.run([[text[at + more]]], step)[0, 0], wanted[at + more])
+        at += counts[0]
+    tree = [-1, 0, 0, 1, 1, 3, 2, 5]  # the text's own path: 0, 1, 3, 5, 7
+    own = {0: 30, 1: 31, 3: 32, 5: 33, 7: 34}
+    tokens = [text[own[node]] if node in own else 5 for node in range(len(tree))]
+    logits = bound.run([tokens, [text[30]]], chunked.step([0, 1], [30, 30], [8, 1], [tree, [-1]], finals=[31, 31]))
+    assert all(torch.equal(logits[0, node], wanted[at]) for node, at in own.items())
+    chunked.gather(0, 30, list(own))
+    logits = bound.run([text[35:]], chunked.step([0], [35], [5], finals=[40]))
+    assert torch.equal(logits[0], torch.stack(wanted[35:]))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    made = Pair(tmp_path_factory.mktemp("state"), "qwen3_next", cached=False)
+    made.find_draft()
+    return made
+
+
+def test_greedy_equals_transformers(pair):
+    check(pair, OFF, 3, "all")
+    assert sum(stats.accepted for stats in check(pair, TREE_5, 1, "some")) > 0
+
+
+def test_sampled_tokens_do_not_depend_on_draft_batch_or_plan(pair):
+    params = SamplingParams(max_new_tokens=NEW, ignore_eos=True, temperature=0.8, top_p=0.95, seed=3)
+    plain, _, _ = pair.run(OFF, 3, "all", params)
+    drafted, stats, _ = pair.run(CHAIN_4, 2, "none", params)
+    grown, tree_stats, _ = pair.run(TREE_16, 3, "some", params)
+    assert grown == plain
+    assert drafted == plain[:2]
+    assert sum(s.accepted for s in stats) > 0
+    assert sum(s.accepted for s in tree_stats) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", of_kinds(list(tiny.STATEFUL)))
+def test_greedy_equals_transformers_for_all_families(family, tmp_path):
+    made = Pair(tmp_path, family, cached=False)
+    made.find_draft()
+    check_covering(made)

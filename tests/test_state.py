@@ -105,8 +105,13 @@ class Rows:
         """Every node of a step equals the last of its path, decoded alone."""
         for row, own, found in zip(rows, paths, results, strict=True):
             assert len(own) == len(found)
+            wanted, text = {}, self.texts[row]
+            for path in sorted(own, key=len, reverse=True):
+                if tuple(path) not in wanted:  # not the beginning of a longer one
+                    decoded = self.layer.decode(text + path)
+                    wanted |= {tuple(path[: n + 1]): decoded[len(text) + n] for n in range(len(path))}
             for path, result in zip(own, found, strict=True):
-                assert torch.equal(result, self.layer.decode(self.texts[row] + path)[-1])
+                assert torch.equal(result, wanted[tuple(path)])
 
     def prefill(self):
         """Chunks of prompts, all of which stay."""
@@ -165,10 +170,11 @@ class Rows:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", few(range(6), 1))
-def test_a_node_depends_on_its_path_only(kind, seed):
-    rows = Rows(kind, seed)
-    for _ in range(12):
+@pytest.mark.parametrize("acts", few((4, 12, 20), 1))
+def test_a_node_depends_on_its_path_only(kind, acts):
+    rows = Rows(kind, acts)
+    rows.prefill()
+    for _ in range(acts):
         rows.dice.choice((rows.prefill, rows.verify, rows.grow))()
 
 
@@ -256,17 +262,22 @@ class Bound:
         return self.model.head(activation)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-@pytest.mark.parametrize("family", few(list(tiny.STATEFUL), 3))
+BITS = [(family, dtype) for family in tiny.STATEFUL for dtype in DTYPES]
+QUICK = ("falcon_h1", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [pytest.param(*own, marks=() if own == QUICK else pytest.mark.slow) for own in BITS]
+)
 def test_chunks_and_trees_have_the_bits_of_decoding(family, dtype, tmp_path, one_thread):
     bound, dice = Bound(tiny.build(tmp_path, family, varied=True), dtype), random.Random(family)
-    text = [dice.randrange(3, tiny.VOCAB) for _ in range(40)]
+    text = [dice.randrange(3, tiny.VOCAB) for _ in range(30)]
     plain = bound.cache(1)
     wanted = [bound.run([[token]], plain.step([0], [at], [1], finals=[at + 1]))[0, 0] for at, token in enumerate(text)]
     chunked, at = bound.cache(2), 0
-    while at < 30:  # the same text in two rows, one of them in smaller chunks
+    while at < 20:  # the same text in two rows, one of them in smaller chunks
         counts = [dice.randint(1, 7), 1]
-        counts[0] = min(counts[0], 30 - at)
+        counts[0] = min(counts[0], 20 - at)
         step = chunked.step([0, 1], [at, at], counts, finals=[at + counts[0], at + 1])
         logits = bound.run([text[at : at + count] for count in counts], step)
         assert torch.equal(logits[0, : counts[0]], torch.stack(wanted[at : at + counts[0]]))
@@ -276,27 +287,27 @@ def test_chunks_and_trees_have_the_bits_of_decoding(family, dtype, tmp_path, one
             assert torch.equal(bound.run([[text[at + more]]], step)[0, 0], wanted[at + more])
         at += counts[0]
     tree = [-1, 0, 0, 1, 1, 3, 2, 5]  # the text's own path: 0, 1, 3, 5, 7
-    own = {0: 30, 1: 31, 3: 32, 5: 33, 7: 34}
+    own = {0: 20, 1: 21, 3: 22, 5: 23, 7: 24}
     tokens = [text[own[node]] if node in own else 5 for node in range(len(tree))]
-    logits = bound.run([tokens, [text[30]]], chunked.step([0, 1], [30, 30], [8, 1], [tree, [-1]], finals=[31, 31]))
+    logits = bound.run([tokens, [text[20]]], chunked.step([0, 1], [20, 20], [8, 1], [tree, [-1]], finals=[21, 21]))
     assert all(torch.equal(logits[0, node], wanted[at]) for node, at in own.items())
-    chunked.gather(0, 30, list(own))
-    logits = bound.run([text[35:]], chunked.step([0], [35], [5], finals=[40]))
-    assert torch.equal(logits[0], torch.stack(wanted[35:]))
+    chunked.gather(0, 20, list(own))
+    logits = bound.run([text[25:]], chunked.step([0], [25], [5], finals=[30]))
+    assert torch.equal(logits[0], torch.stack(wanted[25:]))
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    made = Pair(tmp_path_factory.mktemp("state"), "qwen3_next", cached=False)
+    made = Pair(tmp_path_factory.mktemp("state"), "qwen3_5_text", cached=False)
     made.find_draft()
     return made
 
 
 def test_greedy_equals_transformers(pair):
-    check(pair, OFF, 3, "all")
-    assert sum(stats.accepted for stats in check(pair, TREE_5, 1, "some")) > 0
+    assert sum(stats.accepted for stats in check(pair, TREE_5, 3, "some")) > 0
 
 
+@pytest.mark.slow
 def test_sampled_tokens_do_not_depend_on_draft_batch_or_plan(pair):
     params = SamplingParams(max_new_tokens=NEW, ignore_eos=True, temperature=0.8, top_p=0.95, seed=3)
     plain, _, _ = pair.run(OFF, 3, "all", params)

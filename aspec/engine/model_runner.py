@@ -103,6 +103,16 @@ class ModelRunner:
         """
         return [sequence for sequence in self._rows.values() if sequence.failure is None]
 
+    def reusable(self, sequence: TokenSequence, length: int) -> int:
+        """How many of its leading ``length`` tokens another sequence may continue, in the row of an ended one.
+
+        A recurrent state is known from its last pass on only. That of an aborted sequence may still change.
+        """
+        row = next((row for row, one in self._rows.items() if one is sequence), None)
+        if row is None or self._target_kv.recurrent is None:
+            return length
+        return self._target_kv.reusable(row, length) if sequence.finish_reason in ("stop", "length") else 0
+
     @torch.inference_mode()
     def run(self, task: Task) -> Report:
         """Compute one task; logits that are not numbers fail only their own sequence."""

@@ -69,9 +69,9 @@ class Block:
     """Nodes of one depth: first those of the log, then new ones."""
 
     parent: int  # the block of the nodes that they continue; -1: the committed states, by row
-    source: Index  # the places of these nodes
+    source: Index  # the places of these among the parent's continued nodes
     is_last: bool  # no later block continues the parent
-    is_continued: bool
+    continued: Index | None  # places of the nodes that others continue; None: there are none
     old: slice  # of the plan's logged nodes
     new: Index | None  # tokens of the step, b * T + t; None: there are none
     num_new: int
@@ -204,7 +204,8 @@ def _blocks(
         nodes.sort(key=lambda node: node in new)
         logged = [node for node in nodes if node not in new]
         tokens = [new[node] for node in nodes[len(logged) :]]
-        below = [child for node in nodes for child in forest.children.get(node, ())]
+        parents = [(at, node) for at, node in enumerate(nodes) if node in forest.children]
+        below = [child for _, node in parents for child in forest.children[node]]
         kept = [(at, windows[place].row) for at, (place, slot) in enumerate(nodes) if forest.commits(place, slot)]
         source = [windows[p].row if parent < 0 else places[p, windows[p].parent(slot)] for p, slot in nodes]
         blocks.append(
@@ -212,7 +213,7 @@ def _blocks(
                 parent,
                 _index(source, device),
                 is_last=not rest,
-                is_continued=bool(below),
+                continued=_index([at for at, _ in parents], device) if parents else None,
                 old=slice(len(old), len(old) + len(logged)),
                 new=_index(tokens, device) if tokens else None,
                 num_new=len(tokens),
@@ -221,7 +222,7 @@ def _blocks(
                 else None,
             )
         )
-        places |= {node: at for at, node in enumerate(nodes)}
+        places |= {node: at for at, (_, node) in enumerate(parents)}
         old |= {node: len(old) + at for at, node in enumerate(logged)}
         if below:
             stack.append((len(blocks) - 1, below))

@@ -74,8 +74,9 @@ class RecurrentState(LoggedState):
             if block.committed is not None:
                 at, rows = block.committed
                 self.committed[rows] = state[at]  # no other block reads this row's: the committed nodes are a chain
-            if block.is_continued:
-                states[number] = state
+            if block.continued is not None:
+                kept = state[block.continued]
+                states[number] = kept if len(kept) == len(state) else kept.clone()  # the rest of a view is freed
             if block.is_last and block.parent >= 0:
                 del states[block.parent]
         self._write(plan, given, updates)

@@ -49,6 +49,22 @@ class StateShape:
         inputs = sum(channels for channels, _ in self.convolutions) * dtype.itemsize
         return inputs + (0 if self.recurrence is None else self.recurrence.node_bytes)
 
+    def step_bytes(self, nodes: int, tokens: int, dtype: torch.dtype) -> int:
+        """Most bytes that a step of so many tokens holds, of which ``nodes`` may form trees.
+
+        A convolution holds its inputs twice, and three fp32 tensors of that size. A recurrence holds its inputs,
+        results and updates in fp32, the logged nodes likewise, the states of a block with products of that size, and a
+        state of every node that waits for the others that continue it: less than one for two nodes.
+        """
+        inputs = max((channels for channels, _ in self.convolutions), default=0) * (2 * dtype.itemsize + 3 * 4)
+        own = self.recurrence
+        if own is None:
+            return tokens * inputs
+        heads = own.groups * own.shared
+        states = min(nodes, self.block_nodes) * 5 + nodes // 2
+        recurred = (2 * own.groups * own.key + heads * (4 * own.value + math.prod(own.rate))) * 4
+        return max(tokens * inputs, (tokens + nodes) * recurred + states * own.state_bytes)
+
     @property
     def block_nodes(self) -> int:
         """Most nodes that run together."""

@@ -70,7 +70,7 @@ class StatesOfStep:
 
     def __init__(self, states: RecurrentStates, windows: Sequence[Window], width: int) -> None:
         self._states, self._windows, self._width = states, windows, width
-        self._plans: dict[tuple[int, tuple[Reach, ...]], NodePlan] = {}
+        self._plans: dict[tuple[Reach, ...], NodePlan] = {}
 
     def of_layer(self, layer: int) -> "tuple[MixerCache, StepOfLayer]":
         """What the layer's mixer runs on."""
@@ -80,22 +80,20 @@ class StatesOfStep:
         cache = MixerCache()
         return cache, StepOfLayer(self, found, cache)
 
-    def plan(self, state: LoggedState, most: int) -> NodePlan:
-        """The plan of a step for a state, in blocks of at most ``most`` nodes; the state counts as run afterwards."""
+    def plan(self, state: LoggedState) -> NodePlan:
+        """The plan of the step for a state, which counts as run afterwards."""
         reaches = tuple(state.reaches[window.row] for window in self._windows)
-        key = most, reaches
-        if key not in self._plans:
-            self._plans[key] = plan_nodes(
+        if reaches not in self._plans:
+            self._plans[reaches] = plan_nodes(
                 self._windows,
                 reaches,
                 width=self._width,
                 num_rows=self._states.num_rows,
                 log_slots=self._states.log_slots,
-                most=most,
                 device=self._states.device,
             )
         state.advance(self._windows)
-        return self._plans[key]
+        return self._plans[reaches]
 
 
 class StepOfLayer:
@@ -107,11 +105,11 @@ class StepOfLayer:
     def convolve(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[B, T, C] -> [B, T, C] with ``weight`` [C, K]."""
         state = self._states.convolutions[self._cache.convolution]
-        plan = self._step.plan(state, self._states.shape.block_nodes)
+        plan = self._step.plan(state)
         return state.run(plan, inputs.flatten(0, 1), weight, bias).view(inputs.shape)
 
     def recur(self, given: Inputs) -> torch.Tensor:
-        """The results [B * T, G, H / G, Dv] fp32."""
+        """The results [B * T, H, Dv] fp32."""
         state = self._states.recurrence
         assert state is not None, "the probe has seen the layer's state"
-        return state.run(self._step.plan(state, self._states.shape.block_nodes), given)
+        return state.run(self._step.plan(state), given)

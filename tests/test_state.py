@@ -1,11 +1,13 @@
 """Recurrent layers: a node's state follows from its path, and what is not accepted leaves no trace."""
 
+import asyncio
 import dataclasses
 import random
 
 import pytest
 import torch
 
+from aspec.engine.engine import open_engine
 from aspec.errors import InternalError
 from aspec.generation.params import SamplingParams
 from aspec.models.kv_cache import KVCache
@@ -45,8 +47,9 @@ class Layer:
         self.scale = normal(own.key, own.value)[0].abs() if own.rate[1] > 1 else None
         self.weight, self.bias, self.inputs = normal(CHANNELS)[:TAPS].T, normal(CHANNELS)[0], normal(CHANNELS)
 
-    def cache(self, num_rows=ROWS):
-        return KVCache([None], num_rows, 200, torch.float32, exact=True, states=[self.states], log_slots=LOG)
+    def cache(self, num_rows=ROWS, *, saves=False):
+        kept = {"states": [self.states], "log_slots": LOG, "saves": saves}
+        return KVCache([None], num_rows, 200, torch.float32, exact=True, **kept)
 
     def run(self, step, tokens):
         """The results of a step, by row and node, as one tensor each."""
@@ -205,6 +208,20 @@ def test_chains_of_a_draft_are_taken_back():
     assert torch.equal(found[0], layer.decode(text)[-1])
 
 
+def test_a_saved_state_is_continued_though_the_row_went_on():
+    layer, dice = Layer("delta rule"), random.Random(5)
+    cache, text = layer.cache(1, saves=True), some_tokens(dice, 12)
+    layer.run(cache.step([0], [0], [6], finals=[5]), [text[:6]])
+    cache.save(0)
+    layer.run(cache.step([0], [6], [6], finals=[11]), [text[6:]])
+    assert [cache.reusable(0, length) for length in (4, 5, 8, 11, 12)] == [0, 5, 5, 11, 12]
+    other = text[:5] + some_tokens(dice, 4)
+    found = layer.run(cache.step([0], [5], [4], finals=[9]), [other[5:]])[0]
+    assert torch.equal(found, layer.decode(other)[5:])
+    layer.run(cache.step([0], [0], [1], finals=[1]), [[3]])
+    assert cache.reusable(0, 5) == 0
+
+
 def test_what_was_cleared_and_what_is_not_known_is_not_used():
     layer, dice = Layer("delta rule"), random.Random(4)
     cache, text = layer.cache(1), some_tokens(dice, 12)
@@ -224,9 +241,10 @@ def test_what_was_cleared_and_what_is_not_known_is_not_used():
 
 def test_bytes_of_rows_and_nodes():
     shape = StateShape(((CHANNELS, TAPS),), KINDS["delta rule by channel"][0])
-    one, all_ = (KVCache([None], rows, 8, torch.bfloat16, states=[shape], log_slots=5).nbytes for rows in (1, 4))
+    kept = {"states": [shape], "log_slots": 5, "saves": True}
+    one, all_ = (KVCache([None], rows, 8, torch.bfloat16, **kept).nbytes for rows in (1, 4))
     assert all_ == 4 * one
-    assert one == row_bytes([shape], torch.bfloat16) + 5 * node_bytes([shape], torch.bfloat16)
+    assert one == 2 * row_bytes([shape], torch.bfloat16) + 5 * node_bytes([shape], torch.bfloat16)
     assert row_bytes([shape], torch.bfloat16) == 2 * CHANNELS * (TAPS - 1) + 4 * 4 * 8 * 5
     assert node_bytes([shape], torch.bfloat16) == 2 * CHANNELS + 4 * 4 * (8 + 5 + 8)
 
@@ -299,6 +317,30 @@ def pair(tmp_path_factory):
 
 def test_greedy_equals_transformers(pair):
     assert sum(stats.accepted for stats in check(pair, TREE_5, 3, "some")) > 0
+
+
+def test_a_prompt_continues_saved_states_only(pair):
+    """After a turn, at the end of a prompt; from any other token on the prompt is computed anew."""
+    prompt = pair.prompts[0]
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+    async def ask(engine, tokens):
+        made = [piece async for piece in engine.stream(tokens, params)]
+        return [token for piece in made for token in piece.token_ids], made[-1].stats.num_cached_tokens
+
+    async def main(**options):
+        async with open_engine(
+            target=pair.target, max_batch=1, max_context=128, prefill_tokens=16, device_memory=24 << 20, **options
+        ) as engine:
+            said, _ = await ask(engine, prompt)
+            turns = [prompt + said + [5, 6, 7], prompt, prompt, prompt[:-3] + [9] * 5]
+            return said, [await ask(engine, tokens) for tokens in turns]
+
+    drafted = {"draft": pair.draft, "speculation": "tree", "num_draft_tokens": 9}
+    said, answers = asyncio.run(main(**drafted))
+    _, plain = asyncio.run(main(reuse_prefix=False))
+    assert [cached for _, cached in answers] == [len(prompt) + len(said) - 1, 0, len(prompt) - 1, 0]
+    assert [tokens for tokens, _ in answers] == [tokens for tokens, _ in plain]
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def _footprint(
         "scratch": scratch_bytes(parts) * max(1, min(SCRATCH_BUFFERS, len(decoded))),
         "adapter merge": merge_bytes((*parts, *draft_parts)),
         "activations": _activation_bytes(target, request),
-        "recurrent states": _state_bytes(target, request.num_rows, request.max_draft_tokens)
+        "recurrent states": _state_bytes(target, request.num_rows, request.log_slots, num_states=2)
         + (0 if draft is None else _state_bytes(draft, request.num_rows, request.draft_log_slots)),
         "draft trees": request.num_rows * spare * draft_kv + (0 if request.kv_on_host else nodes),
     }
@@ -213,10 +213,10 @@ def _footprint(
     return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv, on_host, target.offload.crossing)
 
 
-def _state_bytes(model: Model, num_rows: int, log_slots: int) -> int:
-    """Bytes of the recurrent layers: a state of every row, and a log of the nodes that may be taken back."""
+def _state_bytes(model: Model, num_rows: int, log_slots: int, num_states: int = 1) -> int:
+    """Bytes of the recurrent layers: the states of every row, and a log of the nodes that may be taken back."""
     shapes = model.state_shapes
-    return num_rows * (row_bytes(shapes, model.dtype) + log_slots * node_bytes(shapes, model.dtype))
+    return num_rows * (num_states * row_bytes(shapes, model.dtype) + log_slots * node_bytes(shapes, model.dtype))
 
 
 def _activation_bytes(target: Model, request: PlanRequest) -> int:

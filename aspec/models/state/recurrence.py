@@ -35,7 +35,9 @@ class Inputs:
 class RecurrentState(LoggedState):
     """States [R, H, Dk, Dv], and a log of k, u and rate; fp32."""
 
-    def __init__(self, shape: RecurrenceShape, num_rows: int, log_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: RecurrenceShape, num_rows: int, log_slots: int, device: torch.device, *, saves: bool = False
+    ) -> None:
         def zeros(*sizes: int) -> torch.Tensor:
             return torch.zeros(num_rows, *sizes, dtype=torch.float32, device=device)
 
@@ -44,7 +46,7 @@ class RecurrentState(LoggedState):
             zeros(log_slots, shape.heads, shape.value),
             zeros(log_slots, shape.heads, *shape.rate),
         )
-        super().__init__(zeros(shape.heads, shape.key, shape.value), log)
+        super().__init__(zeros(shape.heads, shape.key, shape.value), log, saves=saves)
 
     def run(self, plan: NodePlan, given: Inputs) -> torch.Tensor:
         """The results [N, H, Dv] of a step's nodes; 0 for padding."""
@@ -147,12 +149,20 @@ class ConvolutionState(LoggedState):
     """The last inputs [R, K - 1, C] of a causal convolution over K inputs, oldest first, and a log of inputs."""
 
     def __init__(
-        self, channels: int, size: int, num_rows: int, log_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        channels: int,
+        size: int,
+        num_rows: int,
+        log_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        saves: bool = False,
     ) -> None:
         self._size = size
         sizes = (size - 1, channels), (log_slots, channels)
         tail, log = (torch.zeros(num_rows, *own, dtype=dtype, device=device) for own in sizes)
-        super().__init__(tail, (log,))
+        super().__init__(tail, (log,), saves=saves)
 
     def run(
         self, plan: NodePlan, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -177,8 +177,10 @@ def _assembly(
         shared = resolved.options.shared_noise
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
     capacity = plan.capacity + plan.tree_slots
-    log_slots = plan.max_draft_tokens
-    cache = _cache(target, plan, capacity, place, log_slots, exact=plan.request.exact, offloaded=plan.kv_on_host)
+    log_slots = plan.request.log_slots
+    cache = _cache(
+        target, plan, capacity, place, log_slots, saves=True, exact=plan.request.exact, offloaded=plan.kv_on_host
+    )
     kept = {part.index for part in plan.decoding if part.packed}
     packed = {load.part.index: _stored(load) for load in loads if load.model is None and load.part.index in kept}
     weights = Weights(layer_parts, slots, scratch, packed)
@@ -228,6 +230,7 @@ def _cache(
     place: torch.device,
     log_slots: int,
     *,
+    saves: bool = False,
     exact: bool = False,
     offloaded: bool = False,
 ) -> KVCache:
@@ -242,6 +245,7 @@ def _cache(
         offloaded=offloaded,
         states=model.state_shapes,
         log_slots=log_slots,
+        saves=saves,
     )
 
 

@@ -120,7 +120,7 @@ class Model:
             self.files |= opened.files
         self._frame = self._build_frame()
         self._cache_argument = cache_argument(self._frame)
-        bind_mixers(self._layers_model)
+        self._read_weights = bind_mixers(self._layers_model)  # they are never packed
         self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
         self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
@@ -237,7 +237,8 @@ class Model:
         """
         linears = self._frame_linears if part.layer == REST else self._layer_linears
         uses = Counter(binding.at for binding in part.targets())  # tied weights have other readers
-        able = [own for own in part.bindings if own.target in linears and uses[own.at] == 1]
+        packable = linears.keys() - self._read_weights
+        able = [own for own in part.bindings if own.target in packable and uses[own.at] == 1]
         return tuple(own for own in able if linears[own.target].pack())
 
     def unbind(self, part: Part) -> None:
@@ -356,9 +357,8 @@ class Model:
                 positions.gather(1, keep),
             )
             mask = mask[:, :, : keep.shape[1]]  # no layer attends here; only the shape must fit
-        logits: torch.Tensor = self._run_frame(
-            _Tape(final=hidden), ids, positions, self._on_layers_device(step, mask), step
-        ).logits
+        mask = self._on_layers_device(step, mask)
+        logits: torch.Tensor = self._run_frame(_Tape(final=hidden), ids, positions, mask, step).logits
         if logits.is_meta:
             raise InternalError("the head runs while the resident part of the model is not bound")
         return logits

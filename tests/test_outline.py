@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -20,6 +21,7 @@ from aspec.plan import PlannedPart
 from aspec.planning.coarsening import coarse
 from aspec.profiling import profile_cache
 from aspec.profiling.cost_tables import SimCosts
+from aspec.profiling.decode_profiler import measure_decoding
 from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.model_shape import LayerShape, ModelShape
 from aspec.profiling.roofline import DECODE_COPIES, model_cost
@@ -344,6 +346,14 @@ def test_decoding_is_measured_once_by_method_and_remembered(plain, tmp_path, mon
     monkeypatch.setattr(profile_cache, "measure_decoding", lambda *_: 7.0)
     assert profile_cache.decoding_profile(model, cache=tmp_path / "cache") == found
     assert set(profile_cache.decoding_profile(model, refresh=True, cache=tmp_path / "cache").values()) == {7.0}
+
+
+def test_decoding_is_measured_with_as_many_threads_at_work_as_a_run_has():
+    """Each waits in its decoder until all are there."""
+    together = threading.Barrier(3)
+    weight = PackedWeight("w", (4, 4), torch.bfloat16, (), "method", lambda *_: together.wait(60), 0)
+    assert 0 < measure_decoding(weight, torch.bfloat16, threads=3) < 60
+    assert not together.broken
 
 
 def test_the_price_of_decoding_is_measured_or_some_copies_by_the_method():

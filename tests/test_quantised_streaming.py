@@ -63,6 +63,45 @@ def test_the_peak_of_a_streamed_run_stays_near_the_budget(folder):
     assert stats["peak_rss_bytes"] < (24 + 500) * MIB
 
 
+MEASURED = """
+import asyncio, json, sys
+from pathlib import Path
+from aspec.engine.engine import open_engine
+from aspec.generation.params import SamplingParams
+from aspec.io.memory import peak_rss_bytes
+
+async def held(target, **options):
+    common = dict(speculation="off", threads=1, max_context=64, max_batch=1, exact=False)
+    async with open_engine(target=Path(target), **common | options) as engine:
+        async for _ in engine.stream(list(range(3, 40)), SamplingParams(max_new_tokens=4, ignore_eos=True)):
+            pass
+        return engine.plan.held_bytes
+
+async def main(small, large):
+    before = await held(small), peak_rss_bytes()
+    after = [(await held(large, device_memory=nbytes), peak_rss_bytes()) for nbytes in (160 << 20, 1 << 30)]
+    print(json.dumps([before, *after]))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_is_what_the_process_takes_and_the_sum_of_the_plan(folder, tmp_path):
+    """A process runs a small model first. Then a large one streams, and at last is resident: 192 MiB, decoded twice."""
+    sizes = dict(SIZES, hidden_size=2048, intermediate_size=5632, num_attention_heads=16, num_hidden_layers=4)
+    source = tiny.build(tmp_path / "source", "llama", dtype=torch.bfloat16, shards=1, sizes=sizes)
+    large = build(tmp_path, source, "fp8 e8m0")[0]
+    command = [sys.executable, "-c", MEASURED, str(folder), str(large)]
+    for _ in range(2):  # the first run also proves products, which takes memory of its own
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    (small, base), (streamed, first), (resident, second) = json.loads(done.stdout)
+    assert streamed <= 160 * MIB < resident, "the first run streams, the second one does not"
+    assert first < base - small + streamed + 24 * MIB
+    assert second < base - small + resident + 24 * MIB
+    assert second > base + resident - 64 * MIB, "the sum is not a loose bound"
+
+
 def test_decoding_a_part_again_allocates_nothing(tmp_path):
     """Single numbers only. The control is the copy of a weight."""
     source = tiny.build(tmp_path / "source", "llama", shards=1)

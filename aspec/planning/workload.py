@@ -68,7 +68,8 @@ def _this_machine(models: Models, threads: int) -> Hardware:
     machine = machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
     if resolved.kind is not None or not models.target.packed:
         return machine
-    return replace(machine, cpu=replace(machine.cpu, decode_weight_s=decoding_profile(models.target)))
+    decoders = max(thread_counts(resolved.options.threads))
+    return replace(machine, cpu=replace(machine.cpu, decode_weight_s=decoding_profile(models.target, decoders)))
 
 
 def best_plans(

@@ -86,16 +86,21 @@ def disk_rate(folder: Path, *, refresh: bool = False, cache: Path | None = None)
     return measured
 
 
-def decoding_profile(model: Model, *, refresh: bool = False, cache: Path | None = None) -> Mapping[str, float]:
-    """Seconds of one thread per decoded weight, by method of a checkpoint: from the cache, or measured now."""
+def decoding_profile(
+    model: Model, threads: int = 1, *, refresh: bool = False, cache: Path | None = None
+) -> Mapping[str, float]:
+    """Seconds of one thread per decoded weight, by method of a checkpoint: from the cache, or measured now.
+
+    ``threads``: that decode at the same time.
+    """
     found: dict[str, float] = {}
     for method, weight in measured_weights(model).items():
-        words = (*asdict(host_info()).values(), method, weight.shape, model.dtype, torch.__version__)
+        words = (*asdict(host_info()).values(), method, weight.shape, model.dtype, torch.__version__, threads)
         file = (cache or cache_folder()) / f"decode-{_digest(*words)}.json"
         known = 0.0 if refresh else _number(read_record(file), "weight_s", 0.0)
         if known <= 0.0:
-            known = measure_decoding(weight, model.dtype)
-            replace_json(file, {"weight_s": known, "method": method, "shape": list(weight.shape)})
+            known = measure_decoding(weight, model.dtype, threads)
+            replace_json(file, {"weight_s": known, "method": method, "shape": list(weight.shape), "threads": threads})
         found[method] = known
     return found
 

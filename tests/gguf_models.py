@@ -72,10 +72,11 @@ MODELS = {
 ARCHITECTURE = {"mixtral": "llama", "llama, llama3 rope, tied, biases": "llama"}
 
 
-def tiny_model(name):
+def tiny_model(name, **sizes):
     """The model, in fp32, with norms that are not all one."""
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32).eval()
+    config = tiny.resized(MODELS[name](), **sizes) if sizes else MODELS[name]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.05 + (1.0 if parameter.dim() == 1 else 0.0))
@@ -86,8 +87,8 @@ def architecture(name):
     return ARCHITECTURE.get(name, name)
 
 
-def write_model(path, name, model, kind=Type.F32):
-    """Write a model; matrices of whole blocks are quantised as ``kind``."""
+def write_model(path, name, model, kind=Type.F32, pack=gguf.quants.quantize):
+    """Write a model; matrices of whole blocks are quantised as ``kind``, or as ``pack`` does it."""
     config, arch = model.config, architecture(name)
     writer = gguf.GGUFWriter(path, arch)
     write_keys(writer, arch, config)
@@ -103,7 +104,7 @@ def write_model(path, name, model, kind=Type.F32):
                 )
                 target = names.get_name(stem) or names.get_name(stored)
                 assert target is not None, stored
-                add(writer, f"{target}.{end}", values, kind)
+                add(writer, f"{target}.{end}", values, kind, pack)
     for extra, values in extra_tensors(config):
         writer.add_tensor(extra, np.array(values, dtype=np.float32))
     writer.write_header_to_file()
@@ -113,11 +114,11 @@ def write_model(path, name, model, kind=Type.F32):
     return path
 
 
-def add(writer, name, values, kind):
+def add(writer, name, values, kind, pack):
     values = values.contiguous().numpy()
     own = kind if values.ndim > 1 and "ffn_gate_inp" not in name else Type.F32  # as llama.cpp's rules have it
-    raw = gguf.quants.quantize(values, own) if own != Type.F32 else values
-    writer.add_tensor(name, raw, raw_dtype=own)
+    raw = pack(values, own) if own != Type.F32 else values
+    writer.add_tensor(name, raw, raw_dtype=Type.F32 if raw.dtype == np.float32 else own)
 
 
 def write_keys(writer, arch, config):

@@ -17,16 +17,15 @@ EXACT_RUNS = [(OFF, 0, 3), (OFF, None, 1), (CHAIN, 0, 1), (TREE, None, 3), (TREE
 
 
 class Quantised(Pair):
-    """A quantised target; its draft is a noisy copy of the weights that it decodes to, or nearly so."""
+    """A quantised target, a draft that is like it, and what transformers' model with the same weights generates."""
 
-    def __init__(self, folder, name, target, model, plain):
-        self.folder, self.family, self.target = folder, name, target
+    def __init__(self, name, target, draft, model):
+        self.family, self.target, self.draft = name, target, draft
         generator = torch.Generator().manual_seed(5)
         self.prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in LENGTHS]
         self.cached = True
         self.wanted = [self._generate(model, prompt) for prompt in self.prompts]
         assert len({token for tokens in self.wanted for token in tokens}) >= 8, "the text varies"
-        self.draft = tiny.noisy_copy(plain, folder / "draft", 0.035)
 
     @classmethod
     def of(cls, folder, family, method):
@@ -34,14 +33,17 @@ class Quantised(Pair):
         sizes = SIZES if family == "deepseek_v3" else None
         source = tiny.build(folder / "source", family, seed=1, varied=True, shards=1, sizes=sizes)
         target, plain = build(folder, source, method)
-        return cls(folder, f"{family} {method}", target, tiny.reference(plain), plain)
+        draft = tiny.noisy_copy(plain, folder / "draft", 0.035)
+        return cls(f"{family} {method}", target, draft, tiny.reference(plain))
 
     def resident_memory(self, resident):
         """``some``: room for about half of the layers, which a layer's decoded weights take most of."""
         if resident != "some":
             return super().resident_memory(resident)
-        stored = sum(path.stat().st_size for path in self.target.glob("*.safetensors"))
-        return stored + sum(part.decoded_bytes for part in self.plan.parts) * 6 // 10
+        files = [self.target] if self.target.is_file() else self.target.glob("*.safetensors")
+        return (
+            sum(path.stat().st_size for path in files) + sum(part.decoded_bytes for part in self.plan.parts) * 6 // 10
+        )
 
     def check_runs(self):
         """The wanted tokens in every run; some proposals are accepted, and some are not."""

@@ -60,6 +60,8 @@ SIGMAS = (0.035, 0.025, 0.1, 0.05, 0.015, 0.2, 0.07, 0.15, 0.4, 0.3, 0.8)  # mos
 class Pair:
     """A tiny target, a noisy copy as its draft, and what transformers generates."""
 
+    device_memory = 24 << 20
+
     def __init__(self, folder, family, cached=True):
         self.folder, self.family, self.cached = folder, family, cached
         generator = torch.Generator().manual_seed(5)
@@ -114,7 +116,7 @@ class Pair:
                 max_batch=batch,
                 max_context=80,
                 prefill_tokens=16,
-                device_memory=24 << 20,
+                device_memory=self.device_memory,
                 resident_memory=self.resident_memory(resident),
                 threads=1,
             ) as engine:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aspec.errors import CheckpointError, UnsupportedModelError
+from aspec.models.formats import gptq
 from aspec.models.formats.compressed_settings import Schemes
 from aspec.models.formats.integers.fields import Fields
 from aspec.models.formats.packed import Kind, PlainWeight
@@ -157,7 +158,7 @@ FOUR = {"num_bits": 4, "strategy": "group", "group_size": 32}
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("order", ["any", "adjacent", "unset"])
-def test_columns_may_choose_their_groups(tmp_path, symmetric, order):
+def test_columns_may_choose_their_groups(tmp_path, monkeypatch, symmetric, order):
     """As versions of the library up to 0.19 did: by ``weight_g_idx``, unless it has a -1."""
     tensors, expected = made("pack-quantized", 72, 96, symmetric=symmetric, **FOUR)
     adjacent = torch.arange(96, dtype=torch.int32) // 32
@@ -172,9 +173,13 @@ def test_columns_may_choose_their_groups(tmp_path, symmetric, order):
     (weight,) = read(tmp_path, tensors, settings_of(symmetric=symmetric, actorder="group", **FOUR))
     for dtype in DTYPES:
         assert_same_bits(decode(weight, tensors, dtype), expected.to(dtype))
-    index[5] = 3
-    with pytest.raises(CheckpointError, match="m: expected groups from 0 to 2 in its tensor weight_g_idx, found"):
-        decode(weight, tensors, torch.bfloat16)
+    for group in (3, -2):
+        index[5] = group
+        with pytest.raises(CheckpointError, match="m: expected groups from 0 to 2 in its tensor weight_g_idx, found"):
+            decode(weight, tensors, torch.bfloat16)
+        with monkeypatch.context() as patch:
+            patch.setattr(gptq, "on_host", lambda tensor: False)  # as on a device
+            assert decode(weight, tensors, torch.bfloat16).isnan().all()
 
 
 @pytest.mark.parametrize("case", [PACKED[13], PACKED[15], PACKED[27], PLAIN[4], FLOATS[1]], ids=str)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from aspec.errors import CheckpointError, UnsupportedModelError
+from aspec.models.formats import gptq as gptq_format
 from aspec.models.formats.integers import scaled
 from aspec.models.formats.registry import read_format
 from tests.packed_words import awq, awq_weight, gptq, gptq_weight
@@ -165,6 +166,23 @@ def test_a_group_out_of_range_is_found_when_it_is_decoded(tmp_path, group):
     (weight,) = read(tmp_path, tensors)
     with pytest.raises(CheckpointError, match="m: expected groups from 0 to 1 in its tensor g_idx, found"):
         decode(weight, tensors, torch.bfloat16)
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """Values cannot be looked at."""
+    for module in (scaled, gptq_format):
+        monkeypatch.setattr(module, "on_host", lambda tensor: False)
+
+
+@pytest.mark.parametrize("group", [-3, 2, 1 << 30])
+def test_on_a_device_a_group_out_of_range_makes_a_weight_of_no_numbers(tmp_path, on_a_device, group):
+    tensors = gptq(4, 32, 64, 32, reordered=True)
+    (weight,) = read(tmp_path, tensors)
+    expected = gptq_weight(tensors, 4, 1)
+    assert_same_bits(decode(weight, tensors, torch.bfloat16), expected.bfloat16())
+    tensors["m.g_idx"][7] = group
+    assert decode(weight, tensors, torch.bfloat16).isnan().all()
 
 
 SETTINGS = [

@@ -85,7 +85,46 @@ CHECKPOINTS = {
         },
     ),
 }
-INNER = ("config_groups", "group_0", "group_1", "weights", "dynamic", "+:n")
+FLOATS = {
+    "a": {"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
+    "b": {
+        "format": "float-quantized",
+        "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 32]},
+    },
+    "c": {
+        "format": "nvfp4-pack-quantized",
+        "weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    },
+    "d": {
+        "format": "mxfp4-pack-quantized",
+        "weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+    },
+    "e": {"weights": {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 32, "actorder": "group"}},
+}
+FLOAT8 = torch.ones(16, 64).to(torch.float8_e4m3fn)
+CHECKPOINTS["compressed-tensors, floats and zero points"] = (
+    {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {f"group_{name}": {"targets": [name], **group} for name, group in FLOATS.items()},
+    },
+    {
+        "a.weight": FLOAT8,
+        "a.weight_scale": SCALES[:, :1],
+        "b.weight": FLOAT8,
+        "b.weight_scale": SCALES[:2],
+        "c.weight_packed": torch.ones(16, 32, dtype=torch.uint8),
+        "c.weight_scale": FLOAT8[:, :4],
+        "c.weight_global_scale": torch.ones(1),
+        "d.weight_packed": torch.ones(16, 32, dtype=torch.uint8),
+        "d.weight_scale": torch.ones(16, 2, dtype=torch.uint8),
+        "e.weight_packed": any_words(16, 8),
+        "e.weight_scale": SCALES,
+        "e.weight_zero_point": any_words(2, 2),
+        "e.weight_g_idx": torch.zeros(64, dtype=torch.int32),
+    },
+)
+INNER = ("config_groups", *(f"group_{name}" for name in (0, 1, *FLOATS)), "weights", "dynamic", "+:n")
 
 
 def settings_in(settings, random):
@@ -106,7 +145,7 @@ def test_damaged_settings_and_headers_are_refused_or_decoded(tmp_path, method):
     def hurt(random, own, found):
         damage(random, settings_in(own, random) if random.random() < 0.4 else None, found)
 
-    for random, own, found in damaged(method, {"quant_method": method, **settings}, refs, hurt):
+    for random, own, found in damaged(method, {"quant_method": method} | settings, refs, hurt):
         try:
             chosen = read_format({"quantization_config": own}, "config.json")
             for weight in chosen.weights(found) if chosen is not None else []:
@@ -115,7 +154,7 @@ def test_damaged_settings_and_headers_are_refused_or_decoded(tmp_path, method):
         except UserError as error:
             outcomes[refusal(error)] += 1
     assert set(outcomes) == {"refused", "accepted"}
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > 30, outcomes
 
 
 def decode_anything(weight, random):

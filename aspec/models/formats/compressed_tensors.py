@@ -17,7 +17,7 @@ from aspec.io.checkpoint import TensorRef
 from aspec.io.weight_format import REMEDY
 from aspec.models.formats import fp8, mxfp4, nvfp4
 from aspec.models.formats.compressed_settings import Scheme, Schemes
-from aspec.models.formats.gptq import check_groups
+from aspec.models.formats.gptq import Index, check_groups
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import Room, Turn, Unpacker, num_words
 from aspec.models.formats.integers.scaled import ScaledDecode, Shared, Sizes
@@ -249,21 +249,19 @@ class PackedDecode(ScaledDecode):
             turn(stored[2])
             unpack(turn.turned)
             zeros = unpack.values.t()
-        return Shared(_expanded(stored[1], sizes), zeros, self._index(stored[-1], *index) if sizes.reordered else None)
+        found, damaged = self._index(stored[-1], *index) if sizes.reordered else (None, None)
+        return Shared(_expanded(stored[1], sizes), zeros, found, damaged)
 
-    def _index(self, stored: torch.Tensor, index: torch.Tensor, adjacent: torch.Tensor) -> torch.Tensor | None:
-        """The group of every input; if one is -1, groups are adjacent inputs, as in the library.
-
-        On a device, where looking at values would wait for all work before, it is not checked, only made safe.
-        """
+    def _index(self, stored: torch.Tensor, index: torch.Tensor, adjacent: torch.Tensor) -> Index:
+        """The group of every input; if one is -1, groups are adjacent inputs, as in the library."""
         groups = self.sizes.groups
         torch.arange(self.sizes.columns, out=adjacent)
         adjacent.floor_divide_(self.sizes.group)
-        if stored.device.type == "cpu":
-            check_groups(self.name, "weight_g_idx", stored, -1, groups)
-            return None if torch.equal(stored, adjacent) or int(stored.min()) == -1 else stored
+        damaged = check_groups(self.name, "weight_g_idx", stored, -1, groups)
+        if damaged is None:
+            return None if torch.equal(stored, adjacent) or int(stored.min()) == -1 else stored, None
         torch.where(torch.amin(stored) == -1, adjacent, stored, out=index)
-        return index.clamp_(0, groups - 1)
+        return index.clamp_(0, groups - 1), damaged
 
 
 class PlainDecode(ScaledDecode):

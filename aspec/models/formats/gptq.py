@@ -15,12 +15,15 @@ from aspec.errors import CheckpointError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import ColumnUnpacker, Room, Unpacker, num_words
-from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes, split
+from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes, on_host, split
 from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 8  # of inputs and of outputs
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
+
+Index = tuple[torch.Tensor | None, torch.Tensor | None]
+"""The group of every input, None where groups are adjacent inputs; and whether it is damaged, None on the host."""
 
 OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
 """Fields that ``dynamic`` may set for some modules."""
@@ -243,21 +246,17 @@ class GptqDecode(ScaledDecode):
             zeros(stored[1])
         if self.version == 1 and bits == 3:
             zeros.values.add_(1).bitwise_and_(7)
-        index = self._index(stored[3], *rest) if self.sizes.reordered else None
-        return Shared(stored[2].t(), zeros.values.t(), index)
+        index, damaged = self._index(stored[3], *rest) if self.sizes.reordered else (None, None)
+        return Shared(stored[2].t(), zeros.values.t(), index, damaged)
 
-    def _index(self, stored: torch.Tensor, index: torch.Tensor, adjacent: torch.Tensor) -> torch.Tensor | None:
-        """The group of every input; None where groups are adjacent inputs.
-
-        On a device, where looking at values would wait for all work before, it is not checked, only made safe.
-        """
+    def _index(self, stored: torch.Tensor, index: torch.Tensor, adjacent: torch.Tensor) -> Index:
         groups = self.sizes.groups
         torch.remainder(stored, groups, out=index)  # a negative group counts from the end, as in the library
-        if stored.device.type == "cpu":
-            check_groups(self.name, "g_idx", stored, -groups, groups)
-            torch.arange(self.sizes.columns, out=adjacent)
-            return None if torch.equal(index, adjacent.floor_divide_(self.sizes.group)) else index
-        return index
+        damaged = check_groups(self.name, "g_idx", stored, -groups, groups)
+        if damaged is not None:
+            return index, damaged
+        torch.arange(self.sizes.columns, out=adjacent)
+        return None if torch.equal(index, adjacent.floor_divide_(self.sizes.group)) else index, None
 
 
 def turned(stored: torch.Tensor, words: int, rows: int) -> Grid:
@@ -265,11 +264,18 @@ def turned(stored: torch.Tensor, words: int, rows: int) -> Grid:
     return list(zip(*(split(block, rows, 1) for block in split(stored, words)), strict=True))
 
 
-def check_groups(module: str, end: str, stored: torch.Tensor, least: int, groups: int) -> None:
-    """Raise CheckpointError if the group of an input is not from ``least`` to the last of ``groups``."""
-    low, high = (int(bound) for bound in torch.aminmax(stored))
-    if low < least or high >= groups:
+def check_groups(module: str, end: str, stored: torch.Tensor, least: int, groups: int) -> torch.Tensor | None:
+    """Raise CheckpointError if the group of an input is not from ``least`` to the last of ``groups``.
+
+    On a device return whether one is not, bool [].
+    """
+    low, high = torch.aminmax(stored)
+    damaged = (low < least) | (high >= groups)
+    if not on_host(stored):
+        return damaged
+    if damaged:
         raise CheckpointError(
-            f"{shown(module)}: expected groups from 0 to {groups - 1} in its tensor {end}, found {low} to {high}. The "
-            f"checkpoint is damaged. {FETCH_AGAIN}"
+            f"{shown(module)}: expected groups from 0 to {groups - 1} in its tensor {end}, found {int(low)} to "
+            f"{int(high)}. The checkpoint is damaged. {FETCH_AGAIN}"
         )
+    return None

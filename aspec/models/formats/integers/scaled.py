@@ -31,6 +31,7 @@ class Shared:
     scales: torch.Tensor  # [rows, groups], any strides
     zeros: torch.Tensor | int  # likewise
     index: torch.Tensor | None = None  # int32 [columns]: the group of each column; None: groups of adjacent columns
+    damaged: torch.Tensor | None = None  # bool [], on a device: whether stored contents are damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class Sizes:
     def group(self) -> int:
         """Adjacent columns with one scale."""
         return self.columns // self.groups if self.columns % self.groups == 0 else self.columns
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at: on a device that would wait for all work before."""
+    return tensor.device.type == "cpu"
 
 
 def grid(tensor: torch.Tensor, height: int, width: int, count: int) -> Grid:
@@ -99,7 +105,7 @@ class ScaledDecode(ABC):
         room, sizes, height = Room(workspace), self.sizes, self.height
         shared = self.share(stored, self.take_shared(sizes, room))
         scales, zeros = _prepare(sizes, room, shared)
-        if out.device.type != "cpu":
+        if not on_host(out):
             height *= max(1, room.left.numel() // (self.workspace_bytes - self._shared_bytes))
         numbers = self.numbers(stored[0], height)
         count = len(numbers[0])
@@ -139,9 +145,14 @@ def _take_prepared(sizes: Sizes, room: Room) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _prepare(sizes: Sizes, room: Room, shared: Shared) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """Scales in float32, and zero points as they are subtracted: in int8 from integers, or in float32."""
+    """Scales in float32, and zero points as they are subtracted: in int8 from integers, or in float32.
+
+    Scales of a damaged weight are NaN, and so is the weight; a text ends with an error at its first logits.
+    """
     scales, zeros = _take_prepared(sizes, room)
     scales.copy_(shared.scales)
+    if shared.damaged is not None:
+        scales.masked_fill_(shared.damaged, math.nan)
     if isinstance(shared.zeros, int):
         return scales, shared.zeros
     if sizes.bits < 8 and shared.index is None:

@@ -101,6 +101,12 @@ class PlanRequest:
         return self.capacity if self.draft_context is None else min(self.capacity, self.draft_context)
 
     @property
+    def log_slots(self) -> int:
+        """Most nodes of a row that the target's recurrent layers may have to take back: proposals, or a prompt's last
+        token, which runs again where the prompt is repeated."""
+        return max(1, self.max_draft_tokens)
+
+    @property
     def draft_log_slots(self) -> int:
         """Most nodes of a row that the draft's recurrent layers may have to take back."""
         if not self.max_draft_tokens or self.from_text:

@@ -169,8 +169,10 @@ def _assembly(
         shared = resolved.options.shared_noise
         drafter = ModelDrafter(draft, cache, target.vocab_size, shared_noise=shared, capture=capture)
     capacity = plan.capacity + plan.tree_slots
-    log_slots = plan.max_draft_tokens
-    cache = _cache(target, plan, capacity, place, log_slots, exact=plan.request.exact, offloaded=plan.kv_on_host)
+    log_slots = plan.request.log_slots
+    cache = _cache(
+        target, plan, capacity, place, log_slots, saves=True, exact=plan.request.exact, offloaded=plan.kv_on_host
+    )
     runner = ModelRunner(target, cache, Weights(layer_parts, slots, scratch), drafter, plan.request.threads)
     return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
 
@@ -190,6 +192,7 @@ def _cache(
     place: torch.device,
     log_slots: int,
     *,
+    saves: bool = False,
     exact: bool = False,
     offloaded: bool = False,
 ) -> KVCache:
@@ -204,6 +207,7 @@ def _cache(
         offloaded=offloaded,
         states=model.state_shapes,
         log_slots=log_slots,
+        saves=saves,
     )
 
 

@@ -103,6 +103,16 @@ class ModelRunner:
         """
         return [sequence for sequence in self._rows.values() if sequence.failure is None]
 
+    def reusable(self, sequence: TokenSequence, length: int) -> int:
+        """How many of its leading ``length`` tokens another sequence may continue, in the row of an ended one.
+
+        A recurrent state is known from its last pass on only. That of an aborted sequence may still change.
+        """
+        row = next((row for row, one in self._rows.items() if one is sequence), None)
+        if row is None or self._target_kv.recurrent is None:
+            return length
+        return self._target_kv.reusable(row, length) if sequence.finish_reason in ("stop", "length") else 0
+
     @torch.inference_mode()
     def run(self, task: Task) -> Report:
         """Compute one task; logits that are not numbers fail only their own sequence."""
@@ -136,7 +146,8 @@ class ModelRunner:
             own, links = self._tokens(row, start, count)
             tokens.append(own)
             parents.append(links)
-            finals.append(min(start + count, len(self._rows[row].tokens)))
+            before_draw = item.prefill and item.samples  # the last token runs again if the prompt is repeated
+            finals.append(min(start + count, len(self._rows[row].tokens)) - before_draw)
         tree = any(links is not None for links in parents)
         nodes = [links or list(range(-1, count - 1)) for links, count in zip(parents, item.counts, strict=True)]
         self._depths[item.name] = [depths_of(links) for links in nodes]
@@ -216,7 +227,10 @@ class ModelRunner:
         errors = self._errors.pop(item.name)
         outcomes, carried_over = [], []
         for place, (row, drawn) in enumerate(zip(item.rows, draws, strict=True)):
-            start, count = item.starts[place], 1 if item.prefill else item.counts[place]
+            start, count = item.starts[place], item.counts[place]
+            if item.prefill:
+                self._target_kv.save(row)
+                start, count = start + count - 1, 1
             own = None if logits is None else logits[place]
             failed = {column: error for (index, column), error in errors.items() if index == place}
             outcome, grown = self._accept_row(row, start, drawn, count - 1, own, failed)

@@ -150,7 +150,8 @@ class Streams:
         in_rows = {one.id: one for one in self._runner.sequences_in_rows()}
         self._reused_by = {ended: by for ended, by in self._reused_by.items() if ended in in_rows}
         ended = [one for one in in_rows.values() if one.id not in self._requests and one.id not in self._reused_by]
-        shared = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one.id) for one in ended]
+        common = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one) for one in ended]
+        shared = [(self._runner.reusable(one, length), one.id) for length, one in common]
         num_cached, reuse_from = max(shared, default=(0, -1))
         if not num_cached:
             return None, 0

@@ -39,7 +39,8 @@ class KVCache:
     ``attention.py`` for attention and ``exact.py`` for all other products. Otherwise they are equal up to rounding.
     ``offloaded``: the layers are on a device and this cache is in host memory. ``StepCache.update`` then returns the
     new keys and values without storing them, and ``HostAttention`` stores them; positions and masks are on the host.
-    ``states``: by layer, what else it keeps; ``log_slots``: most nodes of a row that may be taken back.
+    ``states``: by layer, what else it keeps; ``log_slots``: most nodes of a row that may be taken back; ``saves``: one
+    more state of every row can be saved.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class KVCache:
         offloaded: bool = False,
         states: Sequence[StateShape | None] = (),
         log_slots: int = 0,
+        saves: bool = False,
     ) -> None:
         self.exact = exact
         self.offloaded = offloaded
@@ -70,7 +72,9 @@ class KVCache:
             self.values.append(torch.zeros(*common, value_width, dtype=dtype, device=device) if shape else None)
         stored = zip(self.keys, self.values, strict=True)
         self._kv = [KVState(keys, values) for keys, values in stored if keys is not None and values is not None]
-        self.recurrent = RecurrentStates(states, num_rows, log_slots, dtype, self.device) if any(states) else None
+        self.recurrent: RecurrentStates | None = None
+        if any(states):
+            self.recurrent = RecurrentStates(states, num_rows, log_slots, dtype, self.device, saves=saves)
 
     @staticmethod
     def bytes_per_token(shapes: Sequence[KVShape | None], dtype: torch.dtype) -> int:
@@ -93,8 +97,13 @@ class KVCache:
         return left if self.recurrent is None else min(left, self.recurrent.log_slots)
 
     def reusable(self, row: int, length: int) -> int:
-        """``length`` if a step may continue so many leading tokens of what is in a row; 0 if it must start anew."""
-        return length if self.recurrent is None or self.recurrent.may_start(row, length) else 0
+        """How many of the first ``length`` tokens of what is in a row a step may continue; 0: it must start anew."""
+        return length if self.recurrent is None else self.recurrent.reusable(row, length)
+
+    def save(self, row: int) -> None:
+        """Save the state of a row's final tokens for another sequence; keys and values of all tokens stay anyway."""
+        if self.recurrent is not None:
+            self.recurrent.save(row)
 
     def step(
         self,
@@ -133,24 +142,10 @@ class KVCache:
             raise ValueError(f"expected parents for {totals} nodes, found {[len(links) for links in parents]}")
         step = StepCache(self, rows, starts, counts, firsts, parents, width=width, device=device)
         if self.recurrent is not None:
-            step.states = self._open_states(step, rows, starts, counts, firsts, parents, finals or starts)
+            links = [None] * len(rows) if parents is None else parents
+            windows = [Window(*own) for own in zip(rows, starts, firsts, counts, finals or starts, links, strict=True)]
+            step.states = self.recurrent.of_step(windows, step.position_ids.shape[1])
         return step
-
-    def _open_states(
-        self,
-        step: "StepCache",
-        rows: Sequence[int],
-        starts: Sequence[int],
-        counts: Sequence[int],
-        firsts: Sequence[int],
-        parents: Sequence[Sequence[int]] | None,
-        finals: Sequence[int],
-    ) -> StatesOfStep:
-        """The step as recurrent layers see it. Raises ValueError if more nodes may be taken back than the log holds."""
-        assert self.recurrent is not None
-        links = [None] * len(rows) if parents is None else parents
-        windows = [Window(*own) for own in zip(rows, starts, firsts, counts, finals, links, strict=True)]
-        return self.recurrent.of_step(windows, step.position_ids.shape[1])
 
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
         """Move the accepted nodes ``path``, numbered from slot ``start``, to the slots from ``start`` on, in order."""

@@ -119,7 +119,7 @@ class Model:
             self.files |= opened.files
         self._frame = self._build_frame()
         self._cache_argument = cache_argument(self._frame)
-        bind_mixers(self._layers_model)
+        self._read_weights = bind_mixers(self._layers_model)  # they are never packed
         self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
         self._modes = LayerModes()
         self._binder = Binder(self._frame, self._layers_model, self._layers)
@@ -237,6 +237,7 @@ class Model:
         linears = self._frame_linears if part.layer == REST else self._layer_linears
         uses = Counter(binding.at for binding in part.targets())  # tied weights have other readers
         able = [own for own in part.bindings if own.target in linears and uses[own.at] == 1]
+        able = [own for own in able if own.target not in self._read_weights]
         return tuple(own for own in able if linears[own.target].pack())
 
     def unbind(self, part: Part) -> None:

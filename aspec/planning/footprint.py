@@ -16,6 +16,7 @@ from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
+from aspec.models.state.shapes import node_bytes, row_bytes
 from aspec.models.weights.parts import Part, merge_bytes, scratch_bytes
 from aspec.plan import SCRATCH_BUFFERS, PlannedPart, PlanRequest, Speculation, draft_slots
 from aspec.planning.placement import Footprint
@@ -210,6 +211,8 @@ def _footprint(
         "scratch": scratch_bytes(parts) * max(1, min(SCRATCH_BUFFERS, len(decoded))),
         "adapter merge": merge_bytes((*parts, *draft_parts)),
         "activations": _activation_bytes(target, request),
+        "recurrent states": _state_bytes(target, request.num_rows, request.log_slots, num_states=2)
+        + (0 if draft is None else _state_bytes(draft, request.num_rows, request.draft_log_slots)),
         "draft trees": request.num_rows * spare * draft_kv + (0 if request.kv_on_host else nodes),
     }
     if request.host_bytes is None and request.speculation is Speculation.TREE and request.max_draft_tokens:
@@ -222,6 +225,12 @@ def _footprint(
         return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv)
     on_host = {"draft trees": nodes, **_host_bytes(target, request)}
     return Footprint(layer_parts, target.num_layers, fixed, kv, draft_kv, on_host, target.offload.crossing)
+
+
+def _state_bytes(model: Model, num_rows: int, log_slots: int, num_states: int = 1) -> int:
+    """Bytes of the recurrent layers: the states of every row, and a log of the nodes that may be taken back."""
+    shapes = model.state_shapes
+    return num_rows * (num_states * row_bytes(shapes, model.dtype) + log_slots * node_bytes(shapes, model.dtype))
 
 
 def _activation_bytes(target: Model, request: PlanRequest) -> int:
@@ -243,6 +252,8 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     packs = request.exact and request.host_bytes is None and tokens >= PACK_BLOCKS * LEAST_BLOCK
     packed = min(MOST_PACKED_BYTES, wide * hidden * item) if packs else 0
     layer = tokens * 3 * wide * item + packed
+    states = (shape.step_bytes(verified, tokens, target.dtype) for shape in target.state_shapes if shape)
+    layer = max(layer, projected + max(states, default=0))
     if request.kv_on_host:
         held = (verified + 2 * request.prefill_tokens) * target.offload.per_token
         return waiting + tokens * 2 * hidden * item + held + max(projected, layer, head)

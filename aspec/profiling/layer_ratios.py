@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -80,13 +81,19 @@ class _TrialLayers:
             for parameter in self._model.layer_modules[part.layer].parameters():
                 parameter.data.normal_(0.0, SPREAD)
         shapes, capacity = self._model.kv_shapes(), CONTEXT + max(PROMPT, TREE)
-        self._caches = {exact: KVCache(shapes, 1, capacity, self._model.dtype, exact=exact) for exact in (False, True)}
+        kept: dict[str, Any] = {"states": self._model.state_shapes, "log_slots": TREE}
+        self._has_states = any(self._model.state_shapes)
+        self._caches = {
+            exact: KVCache(shapes, 1, capacity, self._model.dtype, exact=exact, **kept) for exact in (False, True)
+        }
 
     @torch.inference_mode()
     def seconds(self, tokens: int, parents: Sequence[int] | None, *, exact: bool) -> float:
         """Seconds of one pass through the layers."""
-        start = 0 if tokens == PROMPT else CONTEXT
-        step = self._caches[exact].step([0], [start], [tokens], None if parents is None else [parents])
+        start = 0 if tokens == PROMPT or self._has_states else CONTEXT  # a state is known of tokens that were read
+        finals = [start + tokens if parents is None else start + 1]
+        links = None if parents is None else [parents]
+        step = self._caches[exact].step([0], [start], [tokens], links, finals=finals)
         activation: Activation = self._model.embed(torch.zeros(1, tokens, dtype=torch.long), step)
         activation.hidden = torch.randn_like(activation.hidden)  # products of zeros are faster
         begun = time.perf_counter()

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
+from aspec.models.state.shapes import StateShape
 
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 """Configuration keys of the model families for the number of experts of a token."""
@@ -36,6 +37,7 @@ class LayerShape:
     experts: int = 0  # number of routed experts
     active: int = 0  # routed experts of one token
     packed: tuple[tuple[str, int], ...] = ()  # method and number of the weights that are decoded before their use
+    state: int = 0  # elements of a row's recurrent state
 
     @property
     def dense_bytes(self) -> int:
@@ -79,8 +81,8 @@ def shape_of(model: Model) -> ModelShape:
     text = model.config.get_text_config()
     kv = next((shape for shape in model.kv_shapes() if shape is not None), (0, 0, 0))
     layers = tuple(
-        replace(layer_shape(layer, text), packed=_packed(model.packed.get(index, ())))
-        for index, layer in enumerate(model.layer_modules)
+        replace(layer_shape(layer, text), packed=_packed(model.packed.get(index, ())), state=_state(state))
+        for index, (layer, state) in enumerate(zip(model.layer_modules, model.state_shapes, strict=True))
     )
     hidden = int(text.hidden_size)
     return ModelShape(
@@ -94,6 +96,11 @@ def shape_of(model: Model) -> ModelShape:
         head_bytes=model.vocab_size * hidden * model.dtype.itemsize,
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _state(shape: StateShape | None) -> int:
+    """Elements of the recurrent state of a layer."""
+    return 0 if shape is None or shape.recurrence is None else shape.recurrence.state_bytes // 4
 
 
 def _packed(weights: Iterable[PackedWeight]) -> tuple[tuple[str, int], ...]:

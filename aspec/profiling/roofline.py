@@ -18,6 +18,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 ACCEPTANCE, SPREAD = 0.8, 0.25  # guesses for a pair of models that has not run yet
 ELEMENT_PASSES = 6  # of elementwise work over a layer's outputs in memory
+STATE_PASSES = 12  # over the fp32 state of a recurrent layer, for every token: see ``RecurrentState.run``
 DRAW_PASSES = {False: 1, True: 12}  # over the fp32 vocabulary: largest entry; noise, sum and largest entry
 DECODE_COPIES = {"AWQ": 7, "FP8": 4, "GPTQ": 6, "MXFP4": 3, "NVFP4": 4, "bitsandbytes": 4, "compressed-tensors": 4}
 """Seconds of decoding a weight, as multiples of copying it; measured on one thread of a CPU with AVX-512."""
@@ -125,6 +126,7 @@ def _layer_cost(
         layer.wide * share,
         exact=exact,
         cached=cached,
+        state=layer.state,
     )
     rest = _product_line(
         [(layer.rest_bytes, 1, 1), *routed],
@@ -160,14 +162,16 @@ def _product_line(
     *,
     exact: bool,
     cached: bool,
+    state: int = 0,
 ) -> PiecewiseLinear:
-    """Seconds by tokens: fixed seconds, the products, and elementwise work per output."""
+    """Seconds by tokens: fixed seconds, the products, and elementwise work per output and element of a state."""
     per_element = device.passes_s(ELEMENT_PASSES, 2) if device.element_s is None else device.element_s
     points = []
     for count in ROWS:
         products_s = sum(_product_s(w, count, dtype, device, exact=exact, cached=cached) for w in weights)
         points.append((count, fixed_s + products_s))
-    return PiecewiseLinear(tuple(points), each_s=per_element * elements)
+    each_s = per_element * elements + device.passes_s(STATE_PASSES * state)
+    return PiecewiseLinear(tuple(points), each_s=each_s)
 
 
 def _product_s(

@@ -285,6 +285,8 @@ def graph_bytes(model: Model, num_rows: int, capacity: int, tree_slots: int) -> 
     The pool of all graphs keeps the memory of the largest step. Blocks that smaller shapes left in it are reused only
     if they fit; shapes grow by powers of two, so these blocks together take at most the same amount again.
     """
+    if any(model.state_shapes):
+        return 0  # steps of recurrent layers run eagerly
     rows, tokens = min(num_rows, MAX_TOKENS), min(num_rows * MAX_COLUMNS, MAX_TOKENS)
     inputs = _input_bytes(tokens, rows, _power_of_two(tree_slots, MIN_NODES) if tree_slots else 0)
     logits = logits_kept(rows, trees=bool(tree_slots)) * model.vocab_size * model.dtype.itemsize

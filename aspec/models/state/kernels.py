@@ -23,7 +23,7 @@ class MixerStep(Protocol):
         ...
 
     def recur(self, given: Inputs) -> torch.Tensor:
-        """The results [B * T, G, H / G, Dv] fp32."""
+        """The results [B * T, H, Dv] fp32."""
         ...
 
 
@@ -56,19 +56,12 @@ def delta_rule(
 
     Query and key are [B, T, G, Dk], value is [B, T, H, Dv].
     """
-    nodes, heads = value.shape[0] * value.shape[1], value.shape[2]
-    groups = key.shape[2]
     query, key = (states.flatten(0, 1).float() for states in (query, key))
     if use_qk_l2norm_in_kernel:
         query, key = _normalised(query), _normalised(key)
-    shape = nodes, groups, heads // groups
-    given = Inputs(
-        query * key.shape[-1] ** -0.5,
-        key,
-        value.float().reshape(*shape, -1),
-        g.float().reshape(*shape, -1, 1),
-        beta.float().reshape(shape),
-    )
+    value_rows = value.flatten(0, 1).float()
+    rate = g.float().reshape(*value_rows.shape[:2], -1, 1)
+    given = Inputs(query * key.shape[-1] ** -0.5, key, value_rows, rate, beta.flatten(0, 1).float())
     return step.recur(given).view(value.shape).to(value.dtype), value.new_empty(0)
 
 
@@ -88,15 +81,13 @@ def state_space(
     **_: object,
 ) -> Any:
     """The SSD of Mamba 2: x [B, T, H, P], dt [B, T, H], A [H], B and C [B, T, G, N], D [H]."""
-    batch, tokens, heads, width = hidden_states.shape
-    groups, inputs = B.shape[2], hidden_states.float()
+    inputs = hidden_states.float()
     dt = _step_sizes(dt, dt_bias, dt_softplus).clamp(*dt_limit).float()
-    shape = batch * tokens, groups, heads // groups
     given = Inputs(
         C.flatten(0, 1).float(),
         B.flatten(0, 1).float(),
-        (inputs * dt[..., None]).reshape(*shape, width),
-        (dt * A.float()).reshape(*shape, 1, 1),
+        (inputs * dt[..., None]).flatten(0, 1),
+        (dt * A.float()).flatten(0, 1)[..., None, None],
     )
     result = step.recur(given).view(inputs.shape)
     if D is not None:
@@ -126,8 +117,8 @@ def selective_scan(
     given = Inputs(
         C.transpose(1, 2).float().reshape(nodes, 1, -1),
         B.transpose(1, 2).float().reshape(nodes, 1, -1),
-        (dt * inputs).reshape(nodes, 1, 1, channels),
-        dt.float().reshape(nodes, 1, 1, 1, channels),
+        (dt * inputs).reshape(nodes, 1, channels),
+        dt.float().reshape(nodes, 1, 1, channels),
         scale=A.float().T,
     )
     result = step.recur(given).view(inputs.shape)

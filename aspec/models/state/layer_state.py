@@ -25,8 +25,8 @@ class LayerState(Protocol):
         """Forget a row from slot ``start`` on, so that no number of it is used, also not times 0."""
         ...
 
-    def may_start(self, row: int, length: int) -> bool:
-        """Whether a step may continue the first ``length`` tokens of a row."""
+    def reusable(self, row: int, length: int) -> int:
+        """The most leading tokens of a row, at most ``length``, that a step may continue."""
         ...
 
 
@@ -55,25 +55,46 @@ class KVState:
         self.keys[row, :, start:].zero_()
         self.values[row, :, start:].zero_()
 
-    def may_start(self, row: int, length: int) -> bool:
+    def reusable(self, row: int, length: int) -> int:
         """See ``LayerState``."""
-        return True
+        return length
 
 
 class LoggedState:
     """Committed tensors [R, ...], and a log [R, W, ...] of what every node after the committed tokens adds to them.
 
-    ``reaches``: by row, what is known. A node in slot n is in the log at place n % W.
+    ``reaches``: by row, what is known. A node in slot n is in the log at place n % W. With ``saves``, another state of
+    every row can be saved, and continued later (``save``).
     """
 
-    def __init__(self, committed: torch.Tensor, log: Sequence[torch.Tensor]) -> None:
+    def __init__(self, committed: torch.Tensor, log: Sequence[torch.Tensor], *, saves: bool) -> None:
         self.committed, self.log = committed, tuple(log)
         self.reaches = [Reach() for _ in range(len(committed))]
+        self._saved = torch.zeros_like(committed) if saves else None
+        self._saved_lengths = [0] * len(committed)  # 0: nothing is saved
 
     @property
     def nbytes(self) -> int:
         """Bytes of states and log."""
-        return self.committed.nbytes + sum(tensor.nbytes for tensor in self.log)
+        saved = 0 if self._saved is None else self._saved.nbytes
+        return self.committed.nbytes + saved + sum(tensor.nbytes for tensor in self.log)
+
+    def save(self, row: int) -> None:
+        """Keep a copy of a row's committed state, in place of the last one."""
+        assert self._saved is not None, "the states were made to be saved"
+        self._saved[row] = self.committed[row]
+        self._saved_lengths[row] = self.reaches[row].length
+
+    def begin(self, windows: Sequence[Window]) -> tuple[Reach, ...]:
+        """Go back to what was saved where a step continues it; returns what is known of its rows."""
+        for window in windows:
+            row, length = window.row, self._saved_lengths[window.row]
+            if window.begin == 0:
+                self._saved_lengths[row] = 0
+            elif self._saved is not None and window.begin == length < self.reaches[row].length:
+                self.committed[row] = self._saved[row]
+                self.reaches[row] = Reach(length, length)
+        return tuple(self.reaches[window.row] for window in windows)
 
     def keep(self, row: int, start: int, path: Sequence[int]) -> None:
         """Move the logged nodes of a path; those that are committed already have no entry. See ``LayerState``."""
@@ -93,15 +114,16 @@ class LoggedState:
         self.reaches[row] = Reach(min(reach.length, start), min(reach.end, start))
         if start < reach.length or not start:
             self.committed[row].zero_()
-            self.reaches[row] = Reach()
+            self.reaches[row], self._saved_lengths[row] = Reach(), 0
         for tensor in self.log:
             if size := tensor.shape[1]:
                 slots = torch.arange(min(reach.end, max(start, reach.end - size)), reach.end, device=tensor.device)
                 tensor[row, slots % size] = 0
 
-    def may_start(self, row: int, length: int) -> bool:
+    def reusable(self, row: int, length: int) -> int:
         """See ``LayerState``."""
-        return self.reaches[row].may_start(length)
+        saved = self._saved_lengths[row]
+        return length if self.reaches[row].may_start(length) else saved if saved <= length else 0
 
     def advance(self, windows: Sequence[Window]) -> None:
         """A step has run."""

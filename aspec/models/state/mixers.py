@@ -6,17 +6,17 @@ it has no state yet, so all steps, of one token or of many, take one way.
 """
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from aspec.errors import InternalError
 from aspec.models.hf_compat import RECURRENT_FUNCTIONS, Cache
-from aspec.models.state.kernels import KERNELS, MixerStep
+from aspec.models.state.kernels import KERNELS
 
 
 class MixerCache(Cache):  # type: ignore[misc]  # transformers is untyped
@@ -57,6 +57,8 @@ class BoundMixer:
 
     def __init__(self, module: nn.Module, plain: Any, names: list[str]) -> None:
         self._module, self._plain, self._names = module, plain, names
+        reads_weights = any(RECURRENT_FUNCTIONS[name] == "selective scan" for name in names)
+        self._owner = _WeightReader(module) if reads_weights else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward; the cache among its arguments gives the layer's step."""
@@ -72,22 +74,43 @@ class BoundMixer:
         bound.__kwdefaults__ = plain.__kwdefaults__
         args = tuple(cache if given is caches[0] else given for given in args)
         kwargs = {name: cache if given is caches[0] else given for name, given in kwargs.items()}
-        return MethodType(bound, self._module)(*args, **kwargs)
+        return MethodType(bound, self._owner)(*args, **kwargs)
 
 
-StepOf = Callable[[int], tuple[MixerCache, MixerStep]]
-"""What a cache with recurrent layers has as ``mixer``: a layer's cache and step."""
+class _WeightReader:
+    """A mixer of Mamba 1: it multiplies by the weight of its linear module ``dt_proj``, without the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        return _ReadWeight(found) if name == READ_MODULE else found
 
 
-def bind_mixers(model: nn.Module) -> int:
-    """Bind the mixers of ``model``, once after it is built; returns how many there are."""
-    count = 0
-    for module in model.modules():
+class _ReadWeight:
+    """A linear module and its weight, whose product with [B, in, T] is the one of a linear module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weight, self.bias, self._module = self, module.bias, module
+
+    def __matmul__(self, states: torch.Tensor) -> torch.Tensor:
+        return functional.linear(states.transpose(1, 2), self._module.weight).transpose(1, 2)  # type: ignore[arg-type]
+
+
+READ_MODULE = "dt_proj"
+
+
+def bind_mixers(model: nn.Module) -> frozenset[str]:
+    """Bind the mixers of ``model``, once after it is built; returns the names of weights that they read themselves."""
+    read = set()
+    for path, module in model.named_modules():
         plain = inspect.unwrap(type(module).forward)
         names = [
             name for name in getattr(plain, "__code__", bind_mixers.__code__).co_names if name in RECURRENT_FUNCTIONS
         ]
         if names:
             module.forward = BoundMixer(module, plain, names)
-            count += 1
-    return count
+            if hasattr(module, READ_MODULE):
+                read.add(f"{path}.{READ_MODULE}.weight")
+    return frozenset(read)

@@ -1,22 +1,20 @@
-"""The nodes that a state runs through in one step, in blocks, and which of them it commits or logs.
+"""The nodes that a state runs through in one step, and which of them it commits or logs.
 
 A state is committed up to some token of its row. A log holds what every later node added to it, by slot, so that a node
 is taken back by forgetting it. A step runs from the committed state through the logged nodes that its own nodes
-continue, then through these. Nodes of one depth run together, those of all rows in one block.
+continue, then through these: depth first, so that few states are held at once.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
 from aspec.errors import InternalError
 from aspec.io.upload import upload
 
-Index = slice | torch.Tensor
-"""Places along a dimension; a slice where they are evenly spaced, which copies nothing."""
+Node = tuple[int, int]
+"""The place of a row in the step, and a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +63,25 @@ class Reach:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Nodes of one depth: first those of the log, then new ones."""
+class Visit:
+    """One node, in the order in which they run."""
 
-    parent: int  # the block of the nodes that they continue; -1: the committed states, by row
-    source: Index  # the places of these nodes
-    is_last: bool  # no later block continues the parent
+    row: int
+    parent: int  # the visit that it continues; -1: the committed state of its row
+    token: int  # of the step, b * T + t; -1: the node is logged
+    logged: int  # its number among the logged nodes; -1: it is new
+    is_final: bool  # it is one of the row's final tokens
+    commits: bool  # its state is the row's new committed one
+    is_last: bool  # no later visit continues its parent
     is_continued: bool
-    old: slice  # of the plan's logged nodes
-    new: Index | None  # tokens of the step, b * T + t; None: there are none
-    num_new: int
-    committed: tuple[Index, Index] | None  # places of nodes whose state is committed, and their rows
 
 
 @dataclass
 class NodePlan:
     """How one step runs; the same for all states that are committed up to the same tokens."""
 
-    blocks: list[Block]
-    old: tuple[torch.Tensor, torch.Tensor]  # [M] int64 rows and log places of the logged nodes, in the order of blocks
+    visits: list[Visit]
+    old: tuple[torch.Tensor, torch.Tensor]  # [M] int64 rows and log places of the logged nodes
     logged: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # [N] int64 tokens, rows, log places of nodes to log
     fresh: list[int]  # rows that start anew
     _paths: "_Paths"
@@ -146,10 +144,9 @@ def plan_nodes(
     width: int,
     num_rows: int,
     log_slots: int,
-    most: int,
     device: torch.device,
 ) -> NodePlan:
-    """The plan of a step over ``width`` tokens per row, in blocks of at most ``most`` nodes.
+    """The plan of a step over ``width`` tokens per row.
 
     Raises InternalError if the state of a row is not known where the step starts.
     """
@@ -159,7 +156,10 @@ def plan_nodes(
         for place, window in enumerate(windows)
         for slot in range(window.begin, window.end)
     }
-    blocks, old = _blocks(_Forest(windows, bases), new, most, device)
+    visits: list[Visit] = []
+    old: dict[Node, int] = {}
+    for place, (window, base) in enumerate(zip(windows, bases, strict=True)):
+        _visit_row(visits, old, new, place, window, base)
     in_log = [[windows[place].row, slot % max(1, log_slots)] for place, slot in old]
     to_log = [
         [new[place, slot], window.row, slot % max(1, log_slots)]
@@ -170,7 +170,7 @@ def plan_nodes(
     write = upload(torch.tensor(to_log, dtype=torch.long).reshape(-1, 3), device)
     fresh = [window.row for window in windows if window.begin == 0]
     paths = _Paths(num_rows, len(windows) * width, old, new, windows, bases, device)
-    return NodePlan(blocks, (read[:, 0], read[:, 1]), (write[:, 0], write[:, 1], write[:, 2]), fresh, paths)
+    return NodePlan(visits, (read[:, 0], read[:, 1]), (write[:, 0], write[:, 1], write[:, 2]), fresh, paths)
 
 
 def _base(window: Window, reach: Reach) -> int:
@@ -184,97 +184,51 @@ def _base(window: Window, reach: Reach) -> int:
     return base
 
 
-Node = tuple[int, int]
-"""The place of a row in the step, and a slot."""
-
-
-def _blocks(
-    forest: "_Forest", new: dict[Node, int], most: int, device: torch.device
-) -> tuple[list[Block], dict[Node, int]]:
-    """The blocks, depth first, and the numbers of the logged nodes among them."""
-    windows, places = forest.windows, dict[Node, int]()
-    old: dict[Node, int] = {}
-    blocks: list[Block] = []
-    stack = [(-1, forest.roots())]
+def _visit_row(
+    visits: list[Visit], old: dict[Node, int], new: Mapping[Node, int], place: int, window: Window, base: int
+) -> None:
+    """Append the visits of one row, and number its logged nodes."""
+    final = min(window.final, window.end)
+    children, weights = _children(window, base)
+    numbers = {base - 1: -1}
+    stack = list(reversed(children.get(base - 1, [])))
+    left = {slot: len(own) for slot, own in children.items()}
     while stack:
-        parent, nodes = stack.pop()
-        nodes, rest = nodes[:most], nodes[most:]
-        if rest:
-            stack.append((parent, rest))
-        nodes.sort(key=lambda node: node in new)
-        logged = [node for node in nodes if node not in new]
-        tokens = [new[node] for node in nodes[len(logged) :]]
-        below = [child for node in nodes for child in forest.children.get(node, ())]
-        kept = [(at, windows[place].row) for at, (place, slot) in enumerate(nodes) if forest.commits(place, slot)]
-        source = [windows[p].row if parent < 0 else places[p, windows[p].parent(slot)] for p, slot in nodes]
-        blocks.append(
-            Block(
-                parent,
-                _index(source, device),
-                is_last=not rest,
-                is_continued=bool(below),
-                old=slice(len(old), len(old) + len(logged)),
-                new=_index(tokens, device) if tokens else None,
-                num_new=len(tokens),
-                committed=(_index([at for at, _ in kept], device), _index([row for _, row in kept], device))
-                if kept
-                else None,
+        slot = stack.pop()
+        parent = max(window.parent(slot), base - 1)
+        left[parent] -= 1
+        numbers[slot] = len(visits)
+        token = new.get((place, slot), -1)
+        if token < 0:
+            old[place, slot] = len(old)
+        own = children.get(slot, [])
+        visits.append(
+            Visit(
+                window.row,
+                numbers[parent],
+                token,
+                old.get((place, slot), -1),
+                is_final=slot < final,
+                commits=slot == final - 1,
+                is_last=not left[parent],
+                is_continued=bool(own),
             )
         )
-        places |= {node: at for at, node in enumerate(nodes)}
-        old |= {node: len(old) + at for at, node in enumerate(logged)}
-        if below:
-            stack.append((len(blocks) - 1, below))
-    return blocks, old
+        stack += sorted(own, key=lambda child: -weights[child])  # the heaviest last: it takes over its parent's state
 
 
-class _Forest:
-    """The nodes that a step runs through: (place of the row, slot)."""
-
-    def __init__(self, windows: Sequence[Window], bases: Sequence[int]) -> None:
-        self.windows, self._bases = windows, bases
-
-    def roots(self) -> list[tuple[int, int]]:
-        """The nodes that continue committed states."""
-        return [node for node in self._needed if self.windows[node[0]].parent(node[1]) < self._bases[node[0]]]
-
-    def commits(self, place: int, slot: int) -> bool:
-        """Whether the state behind a node is the row's new committed one."""
-        window = self.windows[place]
-        return slot == min(window.final, window.end) - 1
-
-    @cached_property
-    def children(self) -> dict[tuple[int, int], list[Node]]:
-        """By node: the nodes that continue it."""
-        found: dict[tuple[int, int], list[Node]] = {}
-        for place, slot in self._needed:
-            parent = self.windows[place].parent(slot)
-            if parent >= self._bases[place]:
-                found.setdefault((place, parent), []).append((place, slot))
-        return found
-
-    @cached_property
-    def _needed(self) -> list[tuple[int, int]]:
-        """In the order of rows and slots: new nodes, the nodes on their paths, and those to commit."""
-        return [
-            (place, slot)
-            for place, window in enumerate(self.windows)
-            for slot in sorted(_needed_of(window, self._bases[place]))
-        ]
-
-
-def _needed_of(window: Window, base: int) -> set[int]:
+def _children(window: Window, base: int) -> tuple[dict[int, list[int]], dict[int, int]]:
+    """By slot the slots that continue it, and the number of nodes from it on."""
     needed = set(range(base, min(window.final, window.end)))
     for slot in range(window.begin, window.end):
         while slot >= base and slot not in needed:
             needed.add(slot)
             slot = window.parent(slot)
-    return needed
-
-
-def _index(places: list[int], device: torch.device) -> Index:
-    """A slice if the places are evenly spaced and ascend."""
-    step = places[1] - places[0] if len(places) > 1 else 1
-    if step > 0 and all(b - a == step for a, b in itertools.pairwise(places)):
-        return slice(places[0], places[-1] + 1, step)
-    return upload(torch.tensor(places), device)
+    children: dict[int, list[int]] = {}
+    weights = dict.fromkeys(needed, 1)
+    for slot in sorted(needed, reverse=True):
+        parent = max(window.parent(slot), base - 1)
+        children.setdefault(parent, []).append(slot)
+        if parent >= base:
+            weights[parent] += weights[slot]
+    return children, weights

@@ -37,8 +37,9 @@ class NotedState:
     def recur(self, given: Inputs) -> torch.Tensor:
         """Note a recurrence."""
         groups, key = given.key.shape[1:]
-        shared, value = given.value.shape[2:]
-        self._recurrence = RecurrenceShape(groups, shared, key, value, (given.rate.shape[3], given.rate.shape[4]))
+        heads, value = given.value.shape[1:]
+        rate = given.rate.shape[2], given.rate.shape[3]
+        self._recurrence = RecurrenceShape(groups, heads // groups, key, value, rate)
         return torch.empty_like(given.value)
 
 

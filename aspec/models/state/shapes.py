@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_BYTES = 8 << 20
-"""Bytes of states that run together, if one alone has less: they stay near the processor."""
-
 
 @dataclass(frozen=True, slots=True)
 class RecurrenceShape:
@@ -21,14 +18,19 @@ class RecurrenceShape:
     rate: tuple[int, int]  # of the decay: 1 or Dk, 1 or Dv
 
     @property
+    def heads(self) -> int:
+        """H."""
+        return self.groups * self.shared
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of one state; states are fp32."""
-        return self.groups * self.shared * self.key * self.value * 4
+        return self.heads * self.key * self.value * 4
 
     @property
     def node_bytes(self) -> int:
         """Bytes that the log keeps of a node: its key, its update u and its decay."""
-        heads = self.groups * self.shared
+        heads = self.heads
         return (self.groups * self.key + heads * self.value + heads * math.prod(self.rate)) * 4
 
 
@@ -49,10 +51,21 @@ class StateShape:
         inputs = sum(channels for channels, _ in self.convolutions) * dtype.itemsize
         return inputs + (0 if self.recurrence is None else self.recurrence.node_bytes)
 
-    @property
-    def block_nodes(self) -> int:
-        """Most nodes that run together."""
-        return max(1, BLOCK_BYTES // max(1, 0 if self.recurrence is None else self.recurrence.state_bytes))
+    def step_bytes(self, nodes: int, tokens: int, dtype: torch.dtype) -> int:
+        """Most bytes that a step of so many tokens holds, of which ``nodes`` may form trees.
+
+        A convolution holds its inputs twice, and three fp32 tensors of that size. A recurrence holds its inputs and
+        results in fp32, the logged nodes likewise, two states, and a state of every node that waits for others that
+        continue it: at most one for two nodes.
+        """
+        inputs = max((channels for channels, _ in self.convolutions), default=0) * (2 * dtype.itemsize + 3 * 4)
+        own = self.recurrence
+        if own is None:
+            return tokens * inputs
+        heads = own.heads
+        states = 2 + nodes // 2
+        recurred = (2 * own.groups * own.key + heads * (5 * own.key + 5 * own.value + 2 * math.prod(own.rate))) * 4
+        return max(tokens * inputs, (tokens + nodes) * recurred + states * own.state_bytes)
 
 
 def row_bytes(shapes: Sequence[StateShape | None], dtype: torch.dtype) -> int:

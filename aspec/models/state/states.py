@@ -16,16 +16,12 @@ class LayerStates:
     """What one recurrent layer keeps."""
 
     def __init__(
-        self, shape: StateShape, num_rows: int, log_slots: int, dtype: torch.dtype, device: torch.device
+        self, shape: StateShape, num_rows: int, log_slots: int, dtype: torch.dtype, device: torch.device, *, saves: bool
     ) -> None:
-        self.shape = shape
-        self.convolutions = [
-            ConvolutionState(channels, size, num_rows, log_slots, dtype, device)
-            for channels, size in shape.convolutions
-        ]
-        self.recurrence = (
-            None if shape.recurrence is None else RecurrentState(shape.recurrence, num_rows, log_slots, device)
-        )
+        sizes = num_rows, log_slots
+        self.convolutions = [ConvolutionState(*own, *sizes, dtype, device, saves=saves) for own in shape.convolutions]
+        own = shape.recurrence
+        self.recurrence = None if own is None else RecurrentState(own, *sizes, device, saves=saves)
 
     @property
     def all(self) -> list[LoggedState]:
@@ -43,16 +39,24 @@ class RecurrentStates:
         log_slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        saves: bool,
     ) -> None:
-        self.num_rows, self.log_slots, self.device = num_rows, log_slots, device
+        self.num_rows, self.log_slots, self.device, self._saves = num_rows, log_slots, device, saves
         self.layers = [
-            None if shape is None else LayerStates(shape, num_rows, log_slots, dtype, device) for shape in shapes
+            None if shape is None else LayerStates(shape, num_rows, log_slots, dtype, device, saves=saves)
+            for shape in shapes
         ]
         self.all: list[LoggedState] = [state for layer in self.layers if layer is not None for state in layer.all]
 
-    def may_start(self, row: int, length: int) -> bool:
-        """Whether a step may continue the first ``length`` tokens of a row."""
-        return all(state.may_start(row, length) for state in self.all)
+    def reusable(self, row: int, length: int) -> int:
+        """The most leading tokens of a row, at most ``length``, that a step may continue; alike in all layers."""
+        return min(state.reusable(row, length) for state in self.all)
+
+    def save(self, row: int) -> None:
+        """Save a row's committed state in all layers, if these states are made for it."""
+        for state in self.all if self._saves else ():
+            state.save(row)
 
     def of_step(self, windows: Sequence[Window], width: int) -> "StatesOfStep":
         """The states while a step over ``width`` tokens per row runs.
@@ -70,7 +74,7 @@ class StatesOfStep:
 
     def __init__(self, states: RecurrentStates, windows: Sequence[Window], width: int) -> None:
         self._states, self._windows, self._width = states, windows, width
-        self._plans: dict[tuple[int, tuple[Reach, ...]], NodePlan] = {}
+        self._plans: dict[tuple[Reach, ...], NodePlan] = {}
 
     def of_layer(self, layer: int) -> "tuple[MixerCache, StepOfLayer]":
         """What the layer's mixer runs on."""
@@ -80,22 +84,20 @@ class StatesOfStep:
         cache = MixerCache()
         return cache, StepOfLayer(self, found, cache)
 
-    def plan(self, state: LoggedState, most: int) -> NodePlan:
-        """The plan of a step for a state, in blocks of at most ``most`` nodes; the state counts as run afterwards."""
-        reaches = tuple(state.reaches[window.row] for window in self._windows)
-        key = most, reaches
-        if key not in self._plans:
-            self._plans[key] = plan_nodes(
+    def plan(self, state: LoggedState) -> NodePlan:
+        """The plan of the step for a state, which counts as run afterwards."""
+        reaches = state.begin(self._windows)
+        if reaches not in self._plans:
+            self._plans[reaches] = plan_nodes(
                 self._windows,
                 reaches,
                 width=self._width,
                 num_rows=self._states.num_rows,
                 log_slots=self._states.log_slots,
-                most=most,
                 device=self._states.device,
             )
         state.advance(self._windows)
-        return self._plans[key]
+        return self._plans[reaches]
 
 
 class StepOfLayer:
@@ -107,11 +109,11 @@ class StepOfLayer:
     def convolve(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[B, T, C] -> [B, T, C] with ``weight`` [C, K]."""
         state = self._states.convolutions[self._cache.convolution]
-        plan = self._step.plan(state, self._states.shape.block_nodes)
+        plan = self._step.plan(state)
         return state.run(plan, inputs.flatten(0, 1), weight, bias).view(inputs.shape)
 
     def recur(self, given: Inputs) -> torch.Tensor:
-        """The results [B * T, G, H / G, Dv] fp32."""
+        """The results [B * T, H, Dv] fp32."""
         state = self._states.recurrence
         assert state is not None, "the probe has seen the layer's state"
-        return state.run(self._step.plan(state, self._states.shape.block_nodes), given)
+        return state.run(self._step.plan(state), given)

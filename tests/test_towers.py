@@ -150,6 +150,13 @@ def test_a_plan_of_text_alone_leaves_nothing_out(tmp_path):
     assert "not read" not in plan("--target", target, "--profile", machine).stdout
 
 
+def test_tied_names_are_read_although_text_uses_one_of_them(folder):
+    streamed = tiny.Streamed(model := Model(folder("bert")))  # its head's bias has two names, and one is stored
+    wanted = logits_of(transformers.AutoModelForCausalLM, folder("bert"), tokens_of())
+    assert torch.allclose(streamed_logits(streamed, tokens_of()), wanted, atol=1e-4)
+    assert model.unread_bytes == 0
+
+
 def test_a_switch_of_the_language_model_that_contradicts_the_weights(tmp_path):
     config = family_configs.tiny_config("gemma3")
     config.text_config.attention_bias = True

@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from aspec.errors import CheckpointError
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.models.formats.settings import is_of_activations
 from aspec.models.hf_compat import auto_class
@@ -147,6 +148,35 @@ def test_a_plan_of_text_alone_leaves_nothing_out(tmp_path):
     (machine := tmp_path / "machine.json").write_text(json.dumps(MACHINE))
     assert as_object(plan("--target", target, "--profile", machine, "--json"))["unread_bytes"] == 0
     assert "not read" not in plan("--target", target, "--profile", machine).stdout
+
+
+def test_tied_names_are_read_although_text_uses_one_of_them(folder):
+    streamed = tiny.Streamed(model := Model(folder("bert")))  # its head's bias has two names, and one is stored
+    wanted = logits_of(transformers.AutoModelForCausalLM, folder("bert"), tokens_of())
+    assert torch.allclose(streamed_logits(streamed, tokens_of()), wanted, atol=1e-4)
+    assert model.unread_bytes == 0
+
+
+def test_a_switch_of_the_language_model_that_contradicts_the_weights(tmp_path):
+    config = family_configs.tiny_config("gemma3")
+    config.text_config.attention_bias = True
+    families.build(auto_class(config), config, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    tiny.edit_config(tmp_path, text_config=raw["text_config"] | {"attention_bias": False})
+    with pytest.raises(CheckpointError, match=r"attention_bias is false, but 16 stored tensors have a use"):
+        Model(tmp_path)
+
+
+def test_the_chat_template_of_a_processor(tmp_path):
+    tiny.save_tokenizer(tmp_path)
+    assert not Tokenizer.load(tmp_path).has_chat_template
+    template = "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.spell(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])) == "<Hi>"
+    (tmp_path / "chat_template.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"chat_template.json: expected a JSON object"):
+        Tokenizer.load(tmp_path)
 
 
 # -- types of other names ------------------------------------------------------------------------------------------

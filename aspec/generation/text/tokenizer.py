@@ -14,6 +14,7 @@ from aspec.generation.text.stop_strings import StopStrings
 from aspec.generation.text.time_limit import TimeLimit
 from aspec.generation.text.vocabulary_files import missing_reader
 from aspec.io.hub import known_as
+from aspec.io.json_file import read_json
 from aspec.models.skeleton import load_config
 from aspec.units import format_bytes
 
@@ -62,6 +63,8 @@ class Tokenizer:
             raise _unusable(folder, reason_of(error)) from error
         if not size:
             raise _unusable(folder, "its vocabulary is empty")
+        if not getattr(inner, "chat_template", None):
+            inner.chat_template = _template_of_processor(folder)
         return cls(inner, known_as(folder))
 
     def encode(self, text: str) -> list[int]:
@@ -170,6 +173,20 @@ class Tokenizer:
                 f"other texts fail, too, tokenizer.json is damaged."
             ) from error
         return [int(token) for token in found]
+
+
+def _template_of_processor(folder: Path) -> str | None:
+    """The chat template that a processor of text and images keeps in a file of its own; None if there is none."""
+    path = folder / "chat_template.json"
+    if not path.is_file():
+        return None
+    held = read_json(path, "a chat template", error=CheckpointError)
+    template = held.get("chat_template") if isinstance(held, dict) else None
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{path}: expected a JSON object with the text of chat_template, found none. Fetch it again, or remove it."
+        )
+    return template
 
 
 def _check_size(folder: Path) -> None:

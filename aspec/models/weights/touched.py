@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from aspec.models.hf_compat import tied_weights
 
 
 class TensorWatch(TorchFunctionMode):
@@ -38,12 +41,18 @@ class TensorWatch(TorchFunctionMode):
         """Count the tensors in these values as used."""
         self._used |= {id(leaf) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
 
-    def unused(self, model: nn.Module, layers: str) -> frozenset[str]:
-        """Names of the parameters and buffers that are not used; ``layers`` names a list of modules that use theirs."""
+    def unused(self, model: PreTrainedModel, layers: str) -> frozenset[str]:
+        """Names of the parameters and buffers that are not used; ``layers`` names a list of modules that use theirs.
+
+        Of tied names, all are used if one is: a checkpoint may store any of them.
+        """
         everything = (model.named_parameters, model.named_buffers)
         tensors = [found for named in everything for found in named(remove_duplicate=False)]
         used = self._used | {id(tensor) for name, tensor in tensors if name.startswith(f"{layers}.")}
-        return frozenset(name for name, tensor in tensors if id(tensor) not in used)
+        unused = {name for name, tensor in tensors if id(tensor) not in used}
+        sources = tied_weights(model)
+        kept = {sources.get(name, name) for name in sources.keys() | set(sources.values()) if name not in unused}
+        return frozenset(name for name in unused if sources.get(name, name) not in kept)
 
 
 def give_up(model: nn.Module, names: Set[str], device: torch.device) -> None:

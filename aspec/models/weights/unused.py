@@ -33,7 +33,8 @@ def check_unused(model: PreTrainedModel, checkpoint: Checkpoint, unused: Sequenc
     found = {key: used for key, value in _switches(model.config) if (used := _used_if(model, key, not value, left))}
     if not found:
         return
-    said = " and ".join(f"{key} is {_json(getattr(model.config, key))}" for key in found)
+    values = dict(_switches(model.config))
+    said = " and ".join(f"{key} is {_json(values[key])}" for key in found)
     names = list(dict.fromkeys(name for used in found.values() for name in used))
     count = f"{len(names)} stored tensors have" if len(names) > 1 else "a stored tensor has"
     raise CheckpointError(
@@ -46,7 +47,9 @@ def check_unused(model: PreTrainedModel, checkpoint: Checkpoint, unused: Sequenc
 def _used_if(model: PreTrainedModel, key: str, value: bool, names: Sequence[str]) -> list[str]:
     """Those of the stored names that the model uses if a switch of its configuration has this value."""
     config = copy.deepcopy(model.config)
-    setattr(config, key, value)
+    for own in _levels(config):
+        if isinstance(getattr(own, key, None), bool):
+            setattr(own, key, value)
     try:
         other = build_on_meta(config, model.dtype, "eager")
     except UnsupportedModelError:
@@ -78,8 +81,14 @@ def summary(names: Iterable[str]) -> str:
 def _switches(config: PreTrainedConfig) -> list[tuple[str, bool]]:
     """The true and false values of a configuration that belong to its family."""
     common = PreTrainedConfig().to_dict()
-    own = config.to_dict()
-    return [(key, value) for key, value in own.items() if isinstance(value, bool) and key not in common]
+    found = {key: value for own in _levels(config) for key, value in own.to_dict().items()}
+    return [(key, value) for key, value in found.items() if isinstance(value, bool) and key not in common]
+
+
+def _levels(config: PreTrainedConfig) -> Iterable[PreTrainedConfig]:
+    """A configuration and that of its language model, if the model has towers beside it."""
+    text = config.get_text_config()
+    return (config,) if text is config else (config, text)
 
 
 def _is_zero(ref: TensorRef) -> bool:

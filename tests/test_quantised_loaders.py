@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
@@ -134,9 +136,14 @@ def dequantised(folder, dtype):
     model = AutoModelForCausalLM.from_pretrained(folder, **more)
     model = model.dequantize(dtype=dtype) if method == "bitsandbytes" else model
     for parameter in model.parameters():
-        whole = parameter.dtype is torch.float32  # as some routers are in any model
-        parameter.data = parameter.data.to(torch.float32 if whole else dtype).clone()
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype)).clone()
     return model.eval()
+
+
+def reads_as_the_library():
+    """5.17 multiplies compressed-tensors' scales in the model's dtype, and makes FP8 experts in another one."""
+    if Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers before 5.24 makes other weights than the library")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +152,8 @@ def written(tmp_path_factory):
 
     def write(name):
         row = ROWS[name]
+        if "compressed_tensors" in row.needs or name == "fp8, mixtral":
+            reads_as_the_library()
         for package in row.needs:
             pytest.importorskip(package)
         folder = tmp_path_factory.mktemp(row.family)
@@ -158,13 +167,14 @@ def written(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ROWS])
 def test_every_parameter_is_the_one_that_transformers_reads(written, name):
-    _, folder = written(name)
+    source, folder = written(name)
+    names = dict(tiny.reference(source).named_parameters())
     for dtype in (torch.bfloat16, torch.float32):
-        wanted, model = dequantised(folder, dtype), Model(folder, dtype=dtype)
+        wanted, model = dict(dequantised(folder, dtype).named_parameters()), Model(folder, dtype=dtype)
         found = tiny.bound(model)
         assert model.methods
-        for parameter, tensor in wanted.named_parameters():
-            assert_same_bits(found[parameter], tensor.detach())
+        for parameter in names:
+            assert_same_bits(found[parameter], wanted[parameter].detach().to(found[parameter].dtype))
 
 
 @pytest.mark.slow

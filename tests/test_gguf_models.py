@@ -15,6 +15,7 @@ from aspec.models.formats.gguf.architectures import ARCHITECTURES
 from aspec.models.formats.gguf.config import generation_config, model_config
 from aspec.models.formats.gguf.folder import folder_of, open_stored
 from aspec.models.formats.gguf.weights import open_weights
+from aspec.models.model import Model
 from tests.gguf_files import BOOL, F32, LIST, PAIRS, TEXT, U32, builds_tokenizers, floats, small_tensors, write
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is not installed")
@@ -354,3 +355,10 @@ def test_a_link_keeps_its_name_and_a_cache_that_cannot_be_written_is_named(tmp_p
         CheckpointError, match=r"expected a folder .*file/aspec/gguf that can be written, found: Not a dir"
     ):
         folder_of(link)
+
+
+@builds_tokenizers
+def test_a_shape_that_the_header_contradicts_is_an_error_of_the_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"from its header") as caught:
+        Model(folder_of(small(tmp_path, [("llama.feed_forward_length", U32, 24)])))
+    assert "config.json" not in str(caught.value)

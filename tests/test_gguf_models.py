@@ -342,6 +342,25 @@ def test_a_changed_file_gets_another_folder_and_a_refused_one_none(tmp_path):
 
 
 @builds_tokenizers
+def test_folders_of_files_that_are_gone_or_have_changed_are_removed(tmp_path):
+    gone, other = (tmp_path / name for name in ("gone", "other"))
+    paths = []
+    for folder in (gone, other):
+        folder.mkdir()
+        paths.append(small(folder))
+    removed, kept = map(folder_of, paths)
+    paths[0].unlink()
+    changed = folder_of(small(tmp_path))
+    assert not removed.exists()
+    assert kept.is_dir()
+    last = folder_of(small(tmp_path, [("general.name", TEXT, "another")]))
+    assert not changed.exists()
+    assert kept.is_dir()
+    assert last.is_dir()
+    assert folder_of(paths[1]) == kept
+
+
+@builds_tokenizers
 def test_a_link_keeps_its_name_and_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "blob").write_bytes(small(tmp_path).read_bytes())
     link = tmp_path / "linked.gguf"

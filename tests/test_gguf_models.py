@@ -15,6 +15,7 @@ from aspec.models.formats.gguf.architectures import ARCHITECTURES
 from aspec.models.formats.gguf.config import generation_config, model_config
 from aspec.models.formats.gguf.folder import folder_of, open_stored
 from aspec.models.formats.gguf.weights import open_weights
+from aspec.models.model import Model
 from tests.gguf_files import BOOL, F32, LIST, PAIRS, TEXT, U32, builds_tokenizers, floats, small_tensors, write
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is not installed")
@@ -341,6 +342,25 @@ def test_a_changed_file_gets_another_folder_and_a_refused_one_none(tmp_path):
 
 
 @builds_tokenizers
+def test_folders_of_files_that_are_gone_or_have_changed_are_removed(tmp_path):
+    gone, other = (tmp_path / name for name in ("gone", "other"))
+    paths = []
+    for folder in (gone, other):
+        folder.mkdir()
+        paths.append(small(folder))
+    removed, kept = map(folder_of, paths)
+    paths[0].unlink()
+    changed = folder_of(small(tmp_path))
+    assert not removed.exists()
+    assert kept.is_dir()
+    last = folder_of(small(tmp_path, [("general.name", TEXT, "another")]))
+    assert not changed.exists()
+    assert kept.is_dir()
+    assert last.is_dir()
+    assert folder_of(paths[1]) == kept
+
+
+@builds_tokenizers
 def test_a_link_keeps_its_name_and_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "blob").write_bytes(small(tmp_path).read_bytes())
     link = tmp_path / "linked.gguf"
@@ -354,3 +374,10 @@ def test_a_link_keeps_its_name_and_a_cache_that_cannot_be_written_is_named(tmp_p
         CheckpointError, match=r"expected a folder .*file/aspec/gguf that can be written, found: Not a dir"
     ):
         folder_of(link)
+
+
+@builds_tokenizers
+def test_a_shape_that_the_header_contradicts_is_an_error_of_the_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"from its header") as caught:
+        Model(folder_of(small(tmp_path, [("llama.feed_forward_length", U32, 24)])))
+    assert "config.json" not in str(caught.value)

@@ -338,9 +338,10 @@ def _run_split(
     """A function of tokens and slots per row; it runs two rows through split layers on meta, returns their states."""
     model = _build(config, dtype, SPLIT)
     held: list[_SplitState] = []
+    finished: set[object] = set()
     argument = cache_argument(model)
     for index, layer in enumerate(find_layers(model)[1]):
-        layer.forward = _watch_split(layer, index, facts, held)
+        layer.forward = _watch_split(layer, index, facts, held, finished)
 
     def run(num_tokens: int, num_slots: int) -> list[_SplitState]:
         """Rows 0 and 2 are not consecutive, so that their slots are gathered (the larger copy)."""
@@ -360,12 +361,16 @@ def _run_split(
     return run
 
 
-def _watch_split(layer: nn.Module, index: int, facts: ModelFacts, held: list[_SplitState]) -> Callable[..., object]:
+def _watch_split(
+    layer: nn.Module, index: int, facts: ModelFacts, held: list[_SplitState], finished: set[object]
+) -> Callable[..., object]:
     """A forward that runs the layer in two halves and appends its state between them to ``held``.
 
-    After its attention a layer may fail on meta if it reads values (experts); at that time it holds no bytes.
+    The second half only shows whether a layer can be split, so of equal layers (``finished``) one runs it. After its
+    attention a layer may fail on meta if it reads values (experts); at that time it holds no bytes.
     """
     original, own = layer.forward, facts.layers[index]
+    modules = tuple((type(each), tuple(p.shape for p in each.parameters(recurse=False))) for each in layer.modules())
 
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> object:
         split = project(lambda: original(hidden, *args, **kwargs), hidden)
@@ -378,11 +383,13 @@ def _watch_split(layer: nn.Module, index: int, facts: ModelFacts, held: list[_Sp
         split.output = split.host_attention.device_result if split.host_attention is not None else back
         held.append((split.nbytes, split.host_attention))
         try:
-            finish(lambda: original(hidden, *args, **kwargs), split)
+            if (own, modules) not in finished:
+                finish(lambda: original(hidden, *args, **kwargs), split)
         except (InternalError, Warning):
             raise
         except Exception:
             assert split.output is None
+        finished.add((own, modules))
         return facts.result(hidden)
 
     return forward

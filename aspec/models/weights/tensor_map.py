@@ -98,7 +98,7 @@ def map_tensors(
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         kind = quantised_tensors(unexpected)
-        cause = "The checkpoint is incomplete, or its config.json belongs to another model."
+        cause = f"The checkpoint is incomplete, or its {_settings(folder)} belongs to another model."
         if kind is not None:
             cause = (
                 f"Other tensors are stored, which are quantised ({kind}), and config.json has no quantization_config "
@@ -215,7 +215,7 @@ def _entry(
         raise CheckpointError(
             f"{folder}: the {len(sources)} stored tensors of {name} (first {first.name}) cannot be combined: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. The checkpoint is incomplete, or "
-            f"its config.json belongs to another model."
+            f"its {_settings(folder)} belongs to another model."
         ) from error
     return Entry(name, tuple(sources), own, {t: (tuple(v.shape), v.dtype) for t, v in made.items()})
 
@@ -236,6 +236,11 @@ def _aliases(model: PreTrainedModel, produced: Mapping[str, Entry]) -> dict[str,
     return {source: targets for source, targets in aliases.items() if targets}
 
 
+def _settings(source: Path) -> str:
+    """Where the settings of a model are: in a file of its folder, or in its only file."""
+    return "header" if source.suffix == ".gguf" else "config.json"
+
+
 def _check_shapes(
     model: PreTrainedModel,
     folder: Path,
@@ -254,6 +259,7 @@ def _check_shapes(
             if shapes.get(target) != shape:
                 expected = list(shapes[target]) if target in shapes else "no such tensor"
                 raise CheckpointError(
-                    f"{folder}: {target} does not fit: expected {expected} from config.json, found "
-                    f"{list(shape)} in {entry.refs[0].file}. config.json and the weights do not belong together."
+                    f"{folder}: {target} does not fit: expected {expected} from its {_settings(folder)}, found "
+                    f"{list(shape)} in {entry.refs[0].file}. The weights and its {_settings(folder)} do not belong "
+                    f"together. {FETCH_AGAIN}"
                 )

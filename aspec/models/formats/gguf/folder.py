@@ -1,9 +1,11 @@
 """A folder that stands for a GGUF file: its configuration and tokenizer as transformers keeps them, no weights.
 
 All commands open folders. The folder of a GGUF file is made once, in the user's cache; it names the file that holds the
-weights, and is made anew for a changed file or another version of what made it.
+weights, and is made anew for a changed file or another version of what made it. Folders of files that are gone, or have
+changed, are removed when another one is made.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +27,7 @@ from aspec.models.formats.gguf.weights import open_weights
 from aspec.models.formats.packed import PackedWeight
 from aspec.options import cache_folder
 
-FORM = 1  # of what a folder holds; another one makes all folders anew
+FORM = 2  # of what a folder holds; another one makes all folders anew
 
 
 def folder_of(path: Path) -> Path:
@@ -51,8 +53,22 @@ def open_stored(folder: Path, source: Path) -> tuple[Checkpoint, tuple[PackedWei
 
 def _key(files: Sequence[Path]) -> str:
     """What a folder depends on, in short."""
-    versions = [(str(file), version_of(file)) for file in files]
-    return hashlib.sha256(repr((FORM, transformers.__version__, versions)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((FORM, transformers.__version__, _versions(files))).encode()).hexdigest()[:16]
+
+
+def _versions(files: Sequence[Path]) -> str:
+    """The files as they are now."""
+    return repr([(str(file), version_of(file)) for file in files])
+
+
+def _remove_stale(folders: Path) -> None:
+    """Remove the folders whose files are not there any more as they were; one that cannot be removed stays."""
+    for folder in list(folders.iterdir()):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):  # not ours to judge
+            found = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+            file, versions = Path(found["file"]), found["versions"]
+            if not file.is_file() or _versions(split_set(file)) != versions:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make(gguf: Gguf, folder: Path) -> None:
@@ -69,10 +85,11 @@ def _make(gguf: Gguf, folder: Path) -> None:
         for name, content in (
             ("config.json", config),
             ("generation_config.json", generation_config(gguf)),
-            (SOURCE, {"file": str(gguf.path)}),
+            (SOURCE, {"file": str(gguf.path), "versions": _versions(split_set(gguf.path))}),
         ):
             (made / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(made, folder)
+        _remove_stale(folder.parent)
     except OSError as error:
         if not (folder / SOURCE).is_file():  # else another process was first
             raise _unwritable(gguf, folder.parent, error) from error

@@ -253,7 +253,7 @@ class ModelDrafter(Drafter):
             if logits is not None:
                 return logits
         ids = upload(ids, self._kv.device)
-        finals = [len(self._rows[row].sequence.tokens) for row in rows]
+        finals = None if self._kv.recurrent is None else [len(self._rows[row].sequence.tokens) for row in rows]
         activation = self._model.embed(ids, self._kv.step(rows, starts, counts, parents, firsts, finals=finals))
         for layer in range(self._model.num_layers):
             self._model.layer(layer, activation)

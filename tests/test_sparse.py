@@ -8,6 +8,7 @@ from aspec.models.attention import attend
 from aspec.models.hf_compat import auto_class
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
+from aspec.models.probe import examine
 from tools import families, family_configs
 
 PROMPTS = [list(range(3, 3 + count)) for count in (20, 37, 11)]
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v32", "axk2", "dots3_note_text"])
+@pytest.mark.parametrize("name", ["deepseek_v32", "axk2", "dots3_note_text", "glm_moe_dsa:shared", "hy_v4"])
 def test_tokens_without_a_draft_with_chains_and_with_trees_equal_transformers(tmp_path, name):
     assert families.outcome(name, tmp_path)[0] == "equal"
 
@@ -36,6 +37,15 @@ def test_the_keys_of_indexers_are_kept_beside_keys_and_values(folder):
     assert all(layers)
     own, all_of_it = (KVCache.bytes_per_token(shapes, torch.float32) for shapes in (layers, model.kv_shapes()))
     assert all_of_it - own == model.num_layers * 16 * 4
+
+
+def test_a_selection_goes_to_the_next_layer_and_rows_come_first():
+    """In GLM-5 a layer may select as the one before it; in Hy4 a hidden state is [B, T, streams, H]."""
+    glm, hy = (examine(family_configs.tiny_config(name), torch.float32) for name in ("glm_moe_dsa:shared", "hy_v4"))
+    assert [layer.taken for layer in glm.layers] == [None, *["prev_topk_indices"] * 3]
+    assert [layer.index_width for layer in glm.layers] == [16, 0, 16, 0]
+    assert hy.rows_first
+    assert not examine(family_configs.tiny_config("gemma3n_text"), torch.float32).rows_first  # [streams, B, T, H]
 
 
 def test_an_accepted_path_moves_the_keys_of_indexers(folder):

@@ -16,6 +16,7 @@ from aspec.models.state.recurrence import Inputs
 from aspec.models.state.shapes import RecurrenceShape, StateShape, node_bytes, row_bytes
 from tests import tiny
 from tests.compat import few, of_kinds
+from tests.peak import Peak
 from tests.test_equality import CHAIN_4, NEW, OFF, TREE_5, TREE_16, Pair, check, check_covering
 from tests.test_kv import permuted, random_parents, slow_path
 
@@ -361,3 +362,34 @@ def test_greedy_equals_transformers_for_all_families(family, tmp_path):
     made = Pair(tmp_path, family, cached=False)
     made.find_draft()
     check_covering(made)
+
+
+@pytest.mark.parametrize("kind", few(list(KINDS), 1))
+@pytest.mark.parametrize("links", ["chain", "tree", "bush"])
+def test_a_step_holds_no_more_than_is_told(kind, links):
+    shape, delta = KINDS[kind]
+    large = dataclasses.replace(shape, key=shape.key * 16, value=shape.value * 16)
+    large = dataclasses.replace(large, rate=tuple(1 if n == 1 else n * 16 for n in shape.rate))
+    states, dice = StateShape((), large), random.Random(links)
+    cache = KVCache([None], 1, 80, torch.float32, exact=True, states=[states], log_slots=64)
+    bushy = {"chain": 0.0, "tree": 0.5, "bush": 1.0}[links]
+    tree = [-1, *(n if dice.random() >= bushy else dice.randrange(n + 1) for n in range(40))]
+    count = len(tree)
+
+    def normal(*sizes):
+        return torch.ones(count, *sizes)
+
+    heads = large.heads
+    given = Inputs(
+        normal(large.groups, large.key),
+        normal(large.groups, large.key),
+        normal(heads, large.value),
+        -normal(heads, *large.rate),
+        normal(heads) if delta else None,
+        torch.ones(large.key, large.value) if large.rate[1] > 1 else None,
+    )
+    _, layer = cache.step([0], [0], [count], [tree], finals=[1]).mixer(0)
+    with torch.inference_mode(), Peak() as peak:
+        layer.recur(given)
+    told = states.step_bytes(count, count, torch.float32)
+    assert told / 6 < peak.nbytes <= told

@@ -33,7 +33,7 @@ from aspec.models.formats.registry import format_of, open_weights, stored_weight
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split, same_memory
+from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, host_attention_of, project, to_host
 from aspec.models.state.mixers import bind_mixers
@@ -44,7 +44,7 @@ from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
 from aspec.models.weights.parts import REST, Binding, Part, layer_of
 from aspec.models.weights.tensor_map import map_tensors
-from aspec.models.weights.touched import give_up
+from aspec.models.weights.touched import give_up, same_memory
 from aspec.models.weights.unused import check_unused, unread_bytes, unused_text
 
 
@@ -273,7 +273,7 @@ class Model:
                 arguments |= {"attention_mask": None} if "attention_mask" in arguments else {}  # rows are not padded
             else:
                 arguments[facts.mask_argument] = (
-                    () if step.offloaded else step.layer_mask(facts.mask, selects=facts.index_width > 0)
+                    () if step.offloaded else step.layer_mask(facts.mask, selects=self.selects)
                 )
             del arguments[facts.parameters[0]]
         return Activation(step, input_ids, hidden, tape.calls)
@@ -339,8 +339,7 @@ class Model:
     def _forward(self, index: int, activation: Activation) -> torch.Tensor:
         """The hidden state [B, T, H] that a layer computes from an item's hidden state."""
         output = self._layers[index](activation.hidden, **activation.arguments[index])
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        return self._facts.hand_over(index, output, activation.arguments)
 
     def head(self, activation: Activation, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, N, V] at the columns ``keep`` [B, N] int64 of every row; None: all columns.
@@ -351,11 +350,8 @@ class Model:
         positions, mask = self._on_layers_device(step, step.position_ids), step.mask()
         if keep is not None:
             rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
-            hidden, ids, positions = (
-                hidden[..., rows, keep, :],
-                ids.gather(1, keep),
-                positions.gather(1, keep),
-            )
+            hidden = hidden[rows, keep] if self._facts.rows_first else hidden[..., rows, keep, :]
+            ids, positions = ids.gather(1, keep), positions.gather(1, keep)
             mask = mask[:, :, : keep.shape[1]]  # no layer attends here; only the shape must fit
         mask = self._on_layers_device(step, mask)
         logits: torch.Tensor = self._run_frame(_Tape(final=hidden), ids, positions, mask, step).logits

@@ -7,9 +7,9 @@ stores, the mask of its attention and the name of that argument, and that its at
 
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from aspec.models.state.mixers import bind_mixers
 from aspec.models.state.noted import STATEFUL, ShapeCache, UnfitError
 from aspec.models.state.rows import STORES_NOTHING, layer_type
 from aspec.models.state.shapes import StateShape
-from aspec.models.weights.touched import TensorWatch
+from aspec.models.weights.touched import TensorWatch, same_memory
 
 NAME, SPLIT = "aspec-probe", "aspec-probe-split"
 NOT_REGISTERED = "its attention does not take a registered attention function"
@@ -52,6 +52,7 @@ class LayerFacts:
     parameters: tuple[str, ...]  # of its forward, in order, the hidden state first
     state: StateShape | None = None  # what it keeps beside keys and values
     index_width: int = 0  # of the keys by which it selects the slots that it attends to; 0: it attends to all
+    taken: str | None = None  # the argument that is the second result of the layer before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +62,34 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
     num_results: int  # of the tuple that its forward expects from a layer; 0: the hidden state alone
     unused: frozenset[str] = frozenset()  # parameters that text never reaches, such as those of a tower for images
+    rows_first: bool = False  # a hidden state is [B, T, ..., H]; otherwise [..., B, T, H]
 
     def result(self, hidden: torch.Tensor) -> object:
         """What a layer returns for a hidden state."""
         return layer_result(hidden, self.num_results)
 
+    def hand_over(self, index: int, output: Any, arguments: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """The hidden state among the results of a layer; a second one goes to the next layer, if that takes it."""
+        results = output if isinstance(output, tuple) else (output,)
+        if index + 1 < len(self.layers) and (taken := self.layers[index + 1].taken) is not None:
+            arguments[index + 1][taken] = results[1]
+        return cast("torch.Tensor", results[0])
+
     @property
     def selects(self) -> bool:
-        """Whether a layer selects the slots that it attends to."""
-        return any(layer.index_width for layer in self.layers)
+        """Whether a layer selects the slots that it attends to, by its indexer or as the layer before it does."""
+        return any(layer.index_width or layer.taken for layer in self.layers)
 
     @property
     def kv_shapes(self) -> list[KVShape | None]:
         """The shapes of a cache on the device of the layers."""
-        indexes: list[KVShape | None] = [
-            (1, layer.index_width, 0) if layer.index_width else None for layer in self.layers
-        ]
-        return [layer.kv for layer in self.layers] + (indexes if self.selects else [])
+        indexes = ((1, width, 0) if (width := layer.index_width) else None for layer in self.layers)
+        return [*(layer.kv for layer in self.layers), *(indexes if self.selects else ())]
 
 
-def layer_result(hidden: torch.Tensor, number: int) -> object:
-    """A hidden state, or the tuple of ``number`` results that begins with it."""
-    return (hidden, *(None,) * (number - 1)) if number else hidden
+def layer_result(hidden: torch.Tensor, number: int, second: object = None) -> object:
+    """A hidden state, or the tuple of ``number`` results (at most 2) that begins with it."""
+    return (hidden, second)[:number] if number else hidden
 
 
 class _AttentionReached(Exception):
@@ -135,6 +142,7 @@ class _Call:
     parameters: tuple[str, ...]  # of its forward
     mask: str | None = None  # the argument
     rule: MaskRule | None = None
+    taken: str | None = None  # the argument that is the second result of the layer before it
     attends: bool = True  # False: it has run to its end without attention
 
 
@@ -148,6 +156,7 @@ class _ProbeRun:
     watched: TensorWatch = field(default_factory=TensorWatch)
     returned: torch.Tensor | None = None
     layers: list["_Call"] = field(default_factory=list)
+    second: list[torch.Tensor] = field(default_factory=list)  # results of the layers
 
     def watch(self, layer: nn.Module, stores_nothing: bool) -> Callable[..., object]:
         """A forward that checks the call and runs the layer's own forward up to its attention, or to its end."""
@@ -159,7 +168,8 @@ class _ProbeRun:
             self.check_call(parameters, dict(zip(parameters, args, strict=False)) | kwargs)
             self._run_layer(lambda: original(*args, **kwargs), stores_nothing)
             assert self.returned is not None
-            return layer_result(self.returned, self.num_results)
+            self.second.append(torch.zeros(2, 4, 1, dtype=torch.int32, device="meta"))
+            return layer_result(self.returned, self.num_results, self.second[-1])
 
         return forward
 
@@ -193,7 +203,10 @@ class _ProbeRun:
         found = [(name, rule) for name, value in arguments.items() if (rule := _rule_of(value)) is not None]
         if len(found) > 1:
             raise UnfitError(f"a layer takes {len(found)} attention masks, expected one")
-        self.layers.append(_Call(parameters, *(found[0] if found else ())))
+        taken = [name for name, value in arguments.items() if any(value is one for one in self.second)]
+        if len(taken) > 1 or any(arguments[name] is not self.second[-1] for name in taken):
+            raise UnfitError("a layer receives several results of the layers before it")
+        self.layers.append(_Call(parameters, *(found[0] if found else (None, None)), *taken))
 
 
 @torch.inference_mode(False)  # a view has its base only outside inference mode
@@ -242,22 +255,24 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, num_results: int)
         if _is_own_fault(error):
             raise InternalError(f"the probe of {config.model_type} has failed: {reason_of(error)}.") from error
         raise UnfitError(f"its own forward fails on text alone, without values ({reason_of(error)})") from error
-    if len(probe_run.layers) != len(layers) or tuple(output.logits.shape[:2]) != (2, 4):
+    if len(probe_run.layers) != len(layers) or output.logits.shape[:2] != tokens.shape:
         raise UnfitError(f"its {len(layers)} layers do not run once each (counted {len(probe_run.layers)} runs)")
     if not shape_cache.shapes and not shape_cache.states:
         raise UnfitError("none of its layers stores keys and values")
     facts = [_facts_of(config, index, call, shape_cache) for index, call in enumerate(probe_run.layers)]
-    return ModelFacts(tuple(facts), num_results, probe_run.watched.unused(model, name))
+    assert probe_run.returned is not None
+    rows_first = probe_run.returned.shape[:2] == tokens.shape
+    return ModelFacts(tuple(facts), num_results, probe_run.watched.unused(model, name), rows_first)
 
 
 def _facts_of(config: PreTrainedConfig, index: int, call: _Call, cache: ShapeCache) -> LayerFacts:
     """The facts of a layer from its call and from what it stored."""
     state = cache.states[index].shape if index in cache.states else None
     if not call.attends:
-        return LayerFacts(None, MaskKind(), None, call.parameters, state)
+        return LayerFacts(None, MaskKind(), None, call.parameters, state, taken=call.taken)
     assert call.rule is not None, "a layer that attends has a mask"
     kv, kind, width = cache.shapes.get(index), mask_kind(config, index, call.rule), cache.index_widths.get(index, 0)
-    return LayerFacts(kv, kind, call.mask, call.parameters, state, width)
+    return LayerFacts(kv, kind, call.mask, call.parameters, state, width, call.taken)
 
 
 def _is_own_fault(error: Exception) -> bool:
@@ -278,7 +293,7 @@ def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFact
 
     Raises UnsupportedModelError if a layer cannot be split at its attention, for example if it attends twice.
     """
-    _refuse_states(config, facts)
+    _refuse_split(config, facts, offloaded=False)
     run = _run_split(config, dtype, facts, offloaded=False)
 
     def measure(num_tokens: int, num_slots: int) -> int:
@@ -288,13 +303,15 @@ def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFact
     return -(-(measure(128, 128) - least) // 128), -(-(measure(64, 192) - least) // 128)
 
 
-def _refuse_states(config: PreTrainedConfig, facts: ModelFacts) -> None:
-    """Raise UnsupportedModelError for a model with layers that cannot run in two halves around an attention."""
+def _refuse_split(config: PreTrainedConfig, facts: ModelFacts, *, offloaded: bool) -> None:
+    """Raise UnsupportedModelError for layers that cannot run in two halves around an attention, or one on the host."""
+    why = None
     if any(layer.mask_argument is None for layer in facts.layers):
-        raise UnsupportedModelError(
-            f"{config.model_type}: its recurrent layers run in one piece, where their state is. Run it with "
-            f"--attention device."
-        )
+        why = "its recurrent layers run in one piece, where their state is"
+    elif offloaded and facts.selects:
+        why = "its layers select what they attend to, where their indexer is"
+    if why is not None:
+        raise UnsupportedModelError(f"{config.model_type}: {why}. Run it with --attention device.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,12 +328,7 @@ def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFa
 
     Raises UnsupportedModelError if a layer cannot be split, or attends to tensors that the host cannot store.
     """
-    _refuse_states(config, facts)
-    if facts.selects:
-        raise UnsupportedModelError(
-            f"{config.model_type}: its layers select what they attend to, where their indexer is. Run it with "
-            f"--attention device."
-        )
+    _refuse_split(config, facts, offloaded=True)
     run = _run_split(config, dtype, facts, offloaded=True)
     few, many = (run(num_tokens, 128) for num_tokens in (64, 128))
     more = max(nbytes for nbytes, _ in many) - max(nbytes for nbytes, _ in few)
@@ -393,13 +405,3 @@ def _watch_split(
         return facts.result(hidden)
 
     return forward
-
-
-def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are the same view of the same memory; works on meta too."""
-    return (
-        first.untyped_storage()._cdata == second.untyped_storage()._cdata
-        and first.storage_offset() == second.storage_offset()
-        and first.shape == second.shape
-        and first.stride() == second.stride()
-    )

@@ -55,15 +55,15 @@ class StateShape:
         """Most bytes that a step of so many tokens holds, of which ``nodes`` may form trees.
 
         A convolution holds its inputs twice, and three fp32 tensors of that size. A recurrence holds its inputs and
-        results in fp32, the logged nodes likewise, two states, and a state of every node that waits for others that
-        continue it: at most one for two nodes.
+        results in fp32, the logged nodes likewise, two states, and one of every node that waits while lighter nodes
+        that continue it run: each of these has at most half of the nodes of the one before it.
         """
         inputs = max((channels for channels, _ in self.convolutions), default=0) * (2 * dtype.itemsize + 3 * 4)
         own = self.recurrence
         if own is None:
             return tokens * inputs
         heads = own.heads
-        states = 2 + nodes // 2
+        states = 2 + nodes.bit_length() + (3 if own.rate[1] > 1 else 0)  # a decay of that size
         recurred = (2 * own.groups * own.key + heads * (5 * own.key + 5 * own.value + 2 * math.prod(own.rate))) * 4
         return max(tokens * inputs, (tokens + nodes) * recurred + states * own.state_bytes)
 

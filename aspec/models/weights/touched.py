@@ -62,3 +62,13 @@ def give_up(model: nn.Module, names: Set[str], device: torch.device) -> None:
         table = model.get_submodule(path)._parameters
         if (own := table.get(last)) is not None:
             table[last] = nn.Parameter(torch.empty(0, dtype=own.dtype, device=device), requires_grad=False)
+
+
+def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory; works on meta too."""
+    return (
+        first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and first.storage_offset() == second.storage_offset()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+    )

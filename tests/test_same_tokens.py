@@ -39,6 +39,7 @@ PROCESSORS = ({}, {}, {}, PROCESSED, BIASED)
 UNSIZED = {"llama4_text", "gemma3n_text", "gemma4_text"}  # a list of their configuration has a length of its own
 UNSIZED |= {"granitemoehybrid"}  # of other sizes it has recurrent layers
 FAMILIES = sorted(set(tiny.FAMILIES) - UNSIZED)
+RECURRENT = ("falcon_h1", "jamba", "lfm2", "qwen3_5_text")  # their attention never runs apart from their layers
 SIGMAS = (0.02, 0.05, 0.1, 0.2)
 DTYPES = (torch.float32, torch.bfloat16)
 METHODS = ("off", "chain", "tree", "ngram")
@@ -88,10 +89,10 @@ def random_params(dice, temperature):
 class Example:
     """A pair, requests, and the engines that serve them."""
 
-    def __init__(self, folder, seed, dtype):
+    def __init__(self, folder, seed, dtype, families=FAMILIES):
         self.dice = dice = random.Random(f"{seed} {dtype}")
         self.places = random.Random(f"where attention runs {seed} {dtype}")
-        self.family, sizes = dice.choice(FAMILIES), random_sizes(dice)
+        self.family, sizes = dice.choice(families), random_sizes(dice)
         stored = {"dtype": dtype, "seed": dice.randrange(100), "varied": True, "sizes": sizes}
         self.target = tiny.build(folder / "target", self.family, **stored)
         self.draft = tiny.noisy_copy(self.target, folder / "draft", dice.choice(SIGMAS))
@@ -126,7 +127,7 @@ class Example:
             "num_draft_tokens": dice.choice((1, 3, 5, 8, None) if method == "chain" else (1, 4, 9, 30, None)),
             "draft_depth": dice.choice((None, None, 1, 3)),
             "shared_noise": dice.random() < 0.8,
-            "attention": self.places.choice(("device", "cpu")),
+            "attention": "device" if self.family in RECURRENT else self.places.choice(("device", "cpu")),
             "max_batch": dice.choice((1, 2, NUM_ROWS, NUM_ROWS)),
             "prefill_tokens": dice.choice((5, 16, 200)),
             "resident_memory": dice.choice((None, 0, 30_000)),
@@ -198,30 +199,38 @@ def check_that_it_proves_something(seen):
     assert seen["stop"] > 0 < seen["length"]
     assert len([key for key in seen if key[0] == "slots"]) > 2
     assert len([key for key in seen if key[0] == "batch"]) > 1
-    assert seen["attention", "cpu"] > 0 < seen["attention", "device"]
 
 
-def check_examples(count, dtype, tmp_path):
+def check_examples(count, dtype, tmp_path, families=FAMILIES):
     seen = Counter()
 
     @examples(count)
     @given(seed=st.integers(0, 1 << 30))
     def every_way_says_the_same(seed):
-        check_example(Example(tmp_path / f"{seed}", seed, dtype), seen)
+        check_example(Example(tmp_path / f"{seed}", seed, dtype, families), seen)
 
     every_way_says_the_same()
     check_that_it_proves_something(seen)
+    return seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_random_requests_to_random_models(dtype, tmp_path):
-    check_examples(3, dtype, tmp_path)
+    seen = check_examples(3, dtype, tmp_path)
+    assert seen["attention", "cpu"] > 0 < seen["attention", "device"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_many_random_requests_to_random_models(dtype, tmp_path):
-    check_examples(10, dtype, tmp_path)
+    seen = check_examples(10, dtype, tmp_path)
+    assert seen["attention", "cpu"] > 0 < seen["attention", "device"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_random_requests_to_random_recurrent_models(dtype, tmp_path):
+    check_examples(8, dtype, tmp_path, RECURRENT)
 
 
 # -- trees -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.attention import attend
-from aspec.models.exact.mask_probe import MaskRule, mask_kind
+from aspec.models.exact.mask_probe import MaskRule, mask_kind, rule_of
 from aspec.models.exact.paths import MaskKind
 from aspec.models.hf_compat import (
     cache_argument,
@@ -118,17 +118,8 @@ def _probe_mask(
 ) -> torch.Tensor:
     """A bool mask [B, 1, T, S] on meta with its rule as an attribute."""
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
-    mask.aspec_rule = mask_function  # type: ignore[attr-defined]  # read by _rule_of
+    mask.aspec_rule = mask_function  # type: ignore[attr-defined]  # read by rule_of
     return mask
-
-
-def _rule_of(value: object) -> MaskRule | None:
-    """The rule of a mask from ``_probe_mask``, also of a slice that covers all of it; None for other values."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    base = value if value._base is None or value.shape != value._base.shape else value._base
-    rule: MaskRule | None = getattr(base, "aspec_rule", None)
-    return rule
 
 
 AttentionInterface.register(NAME, _probe_attention)
@@ -203,7 +194,7 @@ class _ProbeRun:
         if self.returned is not None and not same_memory(hidden, self.returned):
             raise UnfitError("a layer does not receive the result of the layer before it")
         self.returned = torch.empty_like(hidden)
-        found = [(name, rule) for name, value in arguments.items() if (rule := _rule_of(value)) is not None]
+        found = [(name, rule) for name, value in arguments.items() if (rule := rule_of(value)) is not None]
         if len(found) > 1:
             raise UnfitError(f"a layer takes {len(found)} attention masks, expected one")
         taken = [name for name, value in arguments.items() if any(value is one for one in self.second)]

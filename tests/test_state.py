@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aspec.engine.engine import open_engine
-from aspec.errors import InternalError
+from aspec.errors import InternalError, UnsupportedModelError
 from aspec.generation.params import SamplingParams
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
@@ -307,6 +307,20 @@ def test_chunks_and_trees_have_the_bits_of_decoding(family, dtype, tmp_path, one
     chunked.gather(0, 20, list(own))
     logits = bound.run([text[25:]], chunked.step([0], [25], [5], finals=[30]))
     assert torch.equal(logits[0], torch.stack(wanted[25:]))
+
+
+@pytest.mark.parametrize("family", ["recurrent_gemma", "xlstm"])
+def test_states_in_other_forms_are_refused_by_name(family, tmp_path):
+    tiny.REFUSED[family]().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="recurrent state in a form that cannot be rolled back"):
+        Model(tmp_path)
+
+
+def test_attention_does_not_run_apart_from_recurrent_layers(pair):
+    with pytest.raises(UnsupportedModelError, match=r"recurrent layers run in one piece.*Run it with --attention dev"):
+        _ = Model(pair.target).split_bytes
+    with pytest.raises(UnsupportedModelError, match="in one piece"):
+        _ = Model(pair.target).offload
 
 
 @pytest.fixture(scope="module")

@@ -264,6 +264,7 @@ REFUSED = {
         decoder=T.MusicgenDecoderConfig().to_dict(),
     ),
     "recurrent_gemma": lambda: T.RecurrentGemmaConfig(**COMMON),
+    "xlstm": lambda: T.xLSTMConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_heads=4),
     "t5": lambda: T.T5Config(vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=2),
     "bert": lambda: T.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
     "whisper": lambda: T.WhisperConfig(vocab_size=VOCAB),

@@ -85,7 +85,7 @@ RECURRENT_FUNCTIONS: Mapping[str, str] = MappingProxyType(
 )
 """The functions of several tokens that the mixers of recurrent layers name: name -> kind of aspec's own function."""
 
-CACHE_NAMES = ("cache", "past_key_values")  # newest first
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; the last one of families without attention
 
 
 def cache_argument(module: nn.Module) -> str:

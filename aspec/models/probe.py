@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.attention import attend
-from aspec.models.exact.mask_probe import MaskRule, mask_kind
+from aspec.models.exact.mask_probe import MaskRule, mask_kind, rule_of
 from aspec.models.exact.paths import MaskKind
 from aspec.models.hf_compat import (
     cache_argument,
@@ -30,7 +30,7 @@ from aspec.models.kv_cache import KVCache, KVShape, StepCache
 from aspec.models.kv_offload import HostAttention
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.split_layer import finish, project, to_host
-from aspec.models.state.mixers import bind_mixers
+from aspec.models.state.mixers import BoundMixer, bind_mixers
 from aspec.models.state.noted import STATEFUL, ShapeCache, UnfitError
 from aspec.models.state.rows import STORES_NOTHING, layer_type
 from aspec.models.state.shapes import StateShape
@@ -118,17 +118,8 @@ def _probe_mask(
 ) -> torch.Tensor:
     """A bool mask [B, 1, T, S] on meta with its rule as an attribute."""
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
-    mask.aspec_rule = mask_function  # type: ignore[attr-defined]  # read by _rule_of
+    mask.aspec_rule = mask_function  # type: ignore[attr-defined]  # read by rule_of
     return mask
-
-
-def _rule_of(value: object) -> MaskRule | None:
-    """The rule of a mask from ``_probe_mask``, also of a slice that covers all of it; None for other values."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    base = value if value._base is None or value.shape != value._base.shape else value._base
-    rule: MaskRule | None = getattr(base, "aspec_rule", None)
-    return rule
 
 
 AttentionInterface.register(NAME, _probe_attention)
@@ -162,18 +153,19 @@ class _ProbeRun:
         """A forward that checks the call and runs the layer's own forward up to its attention, or to its end."""
         original = type(layer).forward.__get__(layer)
         parameters = tuple(inspect.signature(original).parameters)
+        has_mixer = any(isinstance(module.forward, BoundMixer) for module in layer.modules())
 
         def forward(*args: Any, **kwargs: Any) -> object:
             self.watched.note(args, kwargs)
             self.check_call(parameters, dict(zip(parameters, args, strict=False)) | kwargs)
-            self._run_layer(lambda: original(*args, **kwargs), stores_nothing)
+            self._run_layer(lambda: original(*args, **kwargs), stores_nothing, has_mixer)
             assert self.returned is not None
             self.second.append(torch.zeros(2, 4, 1, dtype=torch.int32, device="meta"))
             return layer_result(self.returned, self.num_results, self.second[-1])
 
         return forward
 
-    def _run_layer(self, run: Callable[[], object], stores_nothing: bool) -> None:
+    def _run_layer(self, run: Callable[[], object], stores_nothing: bool, has_mixer: bool) -> None:
         """Run a layer up to its attention; behind its mixer it may fail, on meta, where it reads values (experts)."""
         index = len(self.layers) - 1
         try:
@@ -181,6 +173,8 @@ class _ProbeRun:
         except _AttentionReached:
             if self.layers[index].mask is None:
                 raise UnfitError("a layer takes 0 attention masks, expected one") from None
+            if has_mixer and index not in self.cache.states:
+                raise UnfitError("a layer attends before its recurrent part") from None
             return
         except (UnfitError, InternalError, Warning):
             raise
@@ -200,7 +194,7 @@ class _ProbeRun:
         if self.returned is not None and not same_memory(hidden, self.returned):
             raise UnfitError("a layer does not receive the result of the layer before it")
         self.returned = torch.empty_like(hidden)
-        found = [(name, rule) for name, value in arguments.items() if (rule := _rule_of(value)) is not None]
+        found = [(name, rule) for name, value in arguments.items() if (rule := rule_of(value)) is not None]
         if len(found) > 1:
             raise UnfitError(f"a layer takes {len(found)} attention masks, expected one")
         taken = [name for name, value in arguments.items() if any(value is one for one in self.second)]
@@ -225,7 +219,8 @@ def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
         except UnfitError as error:
             reasons.append(error)
     # a family may take a registered attention without saying so: only now is it a reason
-    reason = reasons[0] if takes_registered_attention(type(model)) else NOT_REGISTERED
+    own = STATEFUL if has_recurrent_state(type(model)) else NOT_REGISTERED
+    reason = reasons[0] if takes_registered_attention(type(model)) else own
     raise UnsupportedModelError(f"{config.model_type} is not supported: {reason}.") from reasons[0]
 
 

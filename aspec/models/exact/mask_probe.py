@@ -46,3 +46,12 @@ def mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind:
         f"layer {index} attends by a rule that is neither causal, nor a sliding window of {window}, "
         f"nor chunks of {chunk}"
     )
+
+
+def rule_of(value: object) -> MaskRule | None:
+    """The rule of a mask that the probe made, also of a slice that covers all of it; None for other values."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    base = value if value._base is None or value.shape != value._base.shape else value._base
+    rule: MaskRule | None = getattr(base, "aspec_rule", None)
+    return rule

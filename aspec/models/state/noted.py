@@ -35,7 +35,9 @@ class NotedState:
         return torch.empty_like(inputs)
 
     def recur(self, given: Inputs) -> torch.Tensor:
-        """Note a recurrence."""
+        """Note a recurrence. Raises UnfitError for a second one of the layer."""
+        if self._recurrence is not None:
+            raise UnfitError("a layer has several recurrent states")
         groups, key = given.key.shape[1:]
         heads, value = given.value.shape[1:]
         rate = given.rate.shape[2], given.rate.shape[3]

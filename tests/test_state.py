@@ -2,11 +2,14 @@
 
 import asyncio
 import dataclasses
+import functools
 import random
 
 import pytest
 import torch
 
+from aspec.backends import registry as devices
+from aspec.backends.registry import Kind
 from aspec.engine.engine import open_engine
 from aspec.errors import InternalError, UnsupportedModelError
 from aspec.generation.params import SamplingParams
@@ -14,8 +17,11 @@ from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.state.recurrence import Inputs
 from aspec.models.state.shapes import RecurrenceShape, StateShape, node_bytes, row_bytes
+from aspec.tasks.races import find_races
 from tests import tiny
 from tests.compat import few, of_kinds
+from tests.fake_capture import FakeCapture
+from tests.fake_device import EagerDevice
 from tests.peak import Peak
 from tests.test_equality import CHAIN_4, NEW, OFF, TREE_5, TREE_16, Pair, check, check_covering
 from tests.test_kv import permuted, random_parents, slow_path
@@ -334,28 +340,62 @@ def test_greedy_equals_transformers(pair):
     assert sum(stats.accepted for stats in check(pair, TREE_5, 3, "some")) > 0
 
 
+async def ask(engine, tokens, params):
+    """The tokens of an answer, and how many of the prompt were cached."""
+    made = [piece async for piece in engine.stream(tokens, params)]
+    return [token for piece in made for token in piece.token_ids], made[-1].stats.num_cached_tokens
+
+
 def test_a_prompt_continues_saved_states_only(pair):
     """After a turn, at the end of a prompt; from any other token on the prompt is computed anew."""
     prompt = pair.prompts[0]
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
-    async def ask(engine, tokens):
-        made = [piece async for piece in engine.stream(tokens, params)]
-        return [token for piece in made for token in piece.token_ids], made[-1].stats.num_cached_tokens
-
     async def main(**options):
         async with open_engine(
             target=pair.target, max_batch=1, max_context=128, prefill_tokens=16, device_memory=24 << 20, **options
         ) as engine:
-            said, _ = await ask(engine, prompt)
+            said, _ = await ask(engine, prompt, params)
             turns = [prompt + said + [5, 6, 7], prompt, prompt, prompt[:-3] + [9] * 5]
-            return said, [await ask(engine, tokens) for tokens in turns]
+            return said, [await ask(engine, tokens, params) for tokens in turns]
 
     drafted = {"draft": pair.draft, "speculation": "tree", "num_draft_tokens": 9}
     said, answers = asyncio.run(main(**drafted))
     _, plain = asyncio.run(main(reuse_prefix=False))
     assert [cached for _, cached in answers] == [len(prompt) + len(said) - 1, 0, len(prompt) - 1, 0]
     assert [tokens for tokens, _ in answers] == [tokens for tokens, _ in plain]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speculation", ["chain", "tree"])
+def test_behind_a_link_and_in_groups_the_tokens_are_the_same(pair, monkeypatch, speculation):
+    open_device = functools.partial(EagerDevice, pace_s=1e-4, copy_pace_s=1e-4)
+    kind = Kind(torch.device("cpu"), lambda: True, lambda: 1 << 34, open_device, lambda: "a card", captures=True)
+    monkeypatch.setitem(devices.KINDS, "cuda", kind)
+    monkeypatch.setattr(EagerDevice, "capture", lambda self: FakeCapture())
+    params, spans = SamplingParams(max_new_tokens=NEW, ignore_eos=True), []
+
+    async def main():
+        async with open_engine(
+            observers=[spans.append],
+            target=pair.target,
+            draft=pair.draft,
+            speculation=speculation,
+            num_draft_tokens=5,
+            max_batch=2,
+            num_groups=2,
+            max_context=80,
+            prefill_tokens=16,
+            device="cuda",
+            exact=True,
+            device_memory=64 << 20,
+            resident_memory=0,
+        ) as engine:
+            return [await asyncio.gather(*(ask(engine, prompt, params) for prompt in pair.prompts))]
+
+    [answers] = asyncio.run(main())
+    assert [tokens for tokens, _ in answers] == pair.wanted
+    assert find_races(spans) == []
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ class KVCache:
         if self.recurrent is not None:
             links = [None] * len(rows) if parents is None else parents
             windows = [Window(*own) for own in zip(rows, starts, firsts, counts, finals or starts, links, strict=True)]
-            step.states = self.recurrent.of_step(windows, step.position_ids.shape[1])
+            step.states = self.recurrent.of_step(windows, step.position_ids.shape[1], exact=self.exact)
         return step
 
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:

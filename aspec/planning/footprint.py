@@ -254,8 +254,12 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     packs = request.exact and request.host_bytes is None and tokens >= PACK_BLOCKS * LEAST_BLOCK
     packed = min(MOST_PACKED_BYTES, wide * hidden * item) if packs else 0
     layer = tokens * 3 * wide * item + packed
-    states = (shape.step_bytes(verified, tokens, target.dtype) for shape in target.state_shapes if shape)
-    layer = max(layer, projected + max(states, default=0))
+    own = [
+        shape.step_bytes(1 + request.max_draft_tokens, request.num_rows, tokens, target.dtype)
+        for shape in target.state_shapes
+        if shape
+    ]
+    layer = max(layer, projected + max(own)) if own else layer
     if request.kv_on_host:
         held = (verified + 2 * request.prefill_tokens) * target.offload.per_token
         return waiting + tokens * 2 * hidden * item + held + max(projected, layer, head)

@@ -7,11 +7,14 @@ continue, then through these: depth first, so that few states are held at once.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from aspec.errors import InternalError
 from aspec.io.upload import upload
+from aspec.models.state.shapes import PIECE
 
 Node = tuple[int, int]
 """The place of a row in the step, and a slot."""
@@ -76,6 +79,17 @@ class Visit:
     is_continued: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Nodes of one row that run at once: M logged ones, then N new ones."""
+
+    row: int
+    logged: torch.Tensor  # [M] int64 numbers of logged nodes
+    tokens: torch.Tensor  # [N] int64 tokens of the step
+    seen: torch.Tensor  # [M + N, M + N] bool: a node's ancestors and itself
+    final: int | None  # the place of the node whose state is committed
+
+
 @dataclass
 class NodePlan:
     """How one step runs; the same for all states that are committed up to the same tokens."""
@@ -86,6 +100,11 @@ class NodePlan:
     fresh: list[int]  # rows that start anew
     _paths: "_Paths"
     _taps: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The same nodes as pieces, in the order in which they run."""
+        return _pieces(self.visits, self.old[0].device)
 
     def taps(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For a convolution over ``size`` inputs: [N, size] int64 inputs of every token, [n] rows and their next tails
@@ -232,3 +251,38 @@ def _children(window: Window, base: int) -> tuple[dict[int, list[int]], dict[int
         if parent >= base:
             weights[parent] += weights[slot]
     return children, weights
+
+
+def _pieces(visits: Sequence[Visit], device: torch.device) -> list[Piece]:
+    """The pieces of a step, in their order. A long prompt has several."""
+    by_row: dict[int, list[int]] = {}
+    for number, visit in enumerate(visits):
+        by_row.setdefault(visit.row, []).append(number)
+    pieces = []
+    for numbers in by_row.values():
+        old = [n for n in numbers if visits[n].token < 0]
+        new = [n for n in numbers if visits[n].token >= 0]
+        num_final = sum(visits[n].is_final for n in new)
+        while num_final > PIECE:
+            pieces.append(_piece(visits, old, new[:PIECE], device))
+            old, new, num_final = [], new[PIECE:], num_final - PIECE
+        pieces.append(_piece(visits, old, new, device))
+    return pieces
+
+
+def _piece(visits: Sequence[Visit], old: list[int], new: list[int], device: torch.device) -> Piece:
+    """One piece; it commits the state of its last final node, if it has one."""
+    own = [*old, *new]
+    places = {number: place for place, number in enumerate(own)}
+    seen = np.eye(len(own), dtype=bool)
+    for place, number in enumerate(own):
+        if (parent := places.get(visits[number].parent)) is not None:
+            seen[place] |= seen[parent]
+    finals = [place for place, number in enumerate(own) if visits[number].is_final]
+    return Piece(
+        visits[own[0]].row,
+        upload(torch.tensor([visits[n].logged for n in old], dtype=torch.long), device),
+        upload(torch.tensor([visits[n].token for n in new], dtype=torch.long), device),
+        upload(torch.from_numpy(seen), device),
+        finals[-1] if finals else None,
+    )

@@ -5,9 +5,10 @@ rule beta (v - S k). Gated delta net (Yang et al., arXiv 2412.06464) and Kimi de
 Mamba 2 (Dao and Gu, arXiv 2405.21060) has k = B, u = dt x; Mamba 1 (Gu and Dao, arXiv 2312.00752) has one head with
 Dk = N, Dv = channels. A convolution keeps its last inputs.
 
-A node runs alone, with the same products and elementwise operations over S in every step. So its bits follow from its
-path, not from the step that computes it. S is read once for k and q together: with the decayed state S' = d * S,
-S' k = S (d * k), and out = S q = S (d * q) + (k q) u.
+In an exact step a node runs alone, with the same products and elementwise operations over S in every step. So its bits
+follow from its path, not from the step that computes it. S is read once for k and q together: with the decayed state
+S' = d * S, S' k = S (d * k), and out = S q = S (d * q) + (k q) u. Other steps run all nodes of a row at once
+(``masked.py``), where a head has one decay.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from aspec.models.exact.blocks import in_whole_vectors
 from aspec.models.state.layer_state import LoggedState
+from aspec.models.state.masked import run_piece
 from aspec.models.state.nodes import NodePlan, Visit
 from aspec.models.state.shapes import RecurrenceShape
 
@@ -48,10 +50,46 @@ class RecurrentState(LoggedState):
         )
         super().__init__(zeros(shape.heads, shape.key, shape.value), log, saves=saves)
 
-    def run(self, plan: NodePlan, given: Inputs) -> torch.Tensor:
-        """The results [N, H, Dv] of a step's nodes; 0 for padding."""
+    def run(self, plan: NodePlan, given: Inputs, *, exact: bool) -> torch.Tensor:
+        """The results [N, H, Dv] of a step's nodes; 0 for padding. ``exact``: their bits follow from their paths."""
         if plan.fresh:
             self.committed[plan.fresh] = 0.0
+        if exact or given.rate.shape[2:] != (1, 1):
+            results, updates = self._run_alone(plan, given)
+        else:
+            results, updates = self._run_pieces(plan, given)
+        tokens, rows, places = plan.logged
+        if len(tokens):
+            for tensor, new in zip(self.log, (given.key, updates, given.rate), strict=True):
+                tensor[rows, places] = new[tokens]
+        return results
+
+    def _run_pieces(self, plan: NodePlan, given: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Results and updates of all nodes, a piece at once; only with one decay per head."""
+        heads, results = given.value.shape[1], torch.zeros_like(given.value)
+        updates = given.value if given.beta is None else torch.zeros_like(given.value)
+        old_keys, old_updates, old_rates = (tensor[plan.old] for tensor in self.log)
+        for piece in plan.pieces:
+            at, logged = piece.tokens, piece.logged
+            keys = _of_heads(torch.cat([old_keys[logged], given.key[at]]), heads)
+            found, added = run_piece(
+                self.committed[piece.row],
+                piece.seen,
+                piece.final,
+                _of_heads(given.query[at], heads).transpose(0, 1),
+                keys.transpose(0, 1),
+                given.value[at].transpose(0, 1),
+                torch.cat([old_rates[logged], given.rate[at]])[..., 0, 0].T,
+                None if given.beta is None else given.beta[at].T,
+                old_updates[logged].transpose(0, 1),
+            )
+            results[at] = found.transpose(0, 1)
+            if given.beta is not None:
+                updates[at] = added.transpose(0, 1)
+        return results, updates
+
+    def _run_alone(self, plan: NodePlan, given: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Results and updates of all nodes, one after another."""
         step = _Step(given, [tensor[plan.old] for tensor in self.log])
         states: list[torch.Tensor | None] = []  # by visit
         spare: list[torch.Tensor] = []  # memory of states that nobody needs
@@ -68,11 +106,7 @@ class RecurrentState(LoggedState):
             if visit.is_last and visit.parent >= 0:
                 spare += [] if takes_over or self._is_committed(visit, before) else [before]
                 states[visit.parent] = None
-        tokens, rows, places = plan.logged
-        if len(tokens):
-            for tensor, new in zip(self.log, (given.key, step.updates, given.rate), strict=True):
-                tensor[rows, places] = new[tokens]
-        return step.results
+        return step.results, step.updates
 
     def _state_before(self, visit: Visit, states: list[torch.Tensor | None]) -> torch.Tensor:
         """The state [H, Dk, Dv] that a node continues."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+PIECE = 64
+"""Tokens of a prompt whose pairs are weighed at once, in a step that is not exact."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecurrenceShape:
@@ -51,12 +54,13 @@ class StateShape:
         inputs = sum(channels for channels, _ in self.convolutions) * dtype.itemsize
         return inputs + (0 if self.recurrence is None else self.recurrence.node_bytes)
 
-    def step_bytes(self, nodes: int, tokens: int, dtype: torch.dtype) -> int:
-        """Most bytes that a step of so many tokens holds, of which ``nodes`` may form trees.
+    def step_bytes(self, nodes: int, num_rows: int, tokens: int, dtype: torch.dtype) -> int:
+        """Most bytes that a step of so many tokens holds, if a tree of a row has at most ``nodes``.
 
         A convolution holds its inputs twice, and three fp32 tensors of that size. A recurrence holds its inputs and
         results in fp32, the logged nodes likewise, two states, and one of every node that waits while lighter nodes
-        that continue it run: each of these has at most half of the nodes of the one before it.
+        that continue it run: each of these has at most half of the nodes of the one before it. A step that is not exact
+        holds weights of pairs of a row's nodes.
         """
         inputs = max((channels for channels, _ in self.convolutions), default=0) * (2 * dtype.itemsize + 3 * 4)
         own = self.recurrence
@@ -65,7 +69,8 @@ class StateShape:
         heads = own.heads
         states = 2 + nodes.bit_length() + (3 if own.rate[1] > 1 else 0)  # a decay of that size
         recurred = (2 * own.groups * own.key + heads * (5 * own.key + 5 * own.value + 2 * math.prod(own.rate))) * 4
-        return max(tokens * inputs, (tokens + nodes) * recurred + states * own.state_bytes)
+        pairs = heads * max(nodes, PIECE) * 2 * max(nodes, PIECE) * 4 * 4
+        return max(tokens * inputs, (tokens + num_rows * nodes) * recurred + pairs + states * own.state_bytes)
 
 
 def row_bytes(shapes: Sequence[StateShape | None], dtype: torch.dtype) -> int:

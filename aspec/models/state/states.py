@@ -58,7 +58,7 @@ class RecurrentStates:
         for state in self.all if self._saves else ():
             state.save(row)
 
-    def of_step(self, windows: Sequence[Window], width: int) -> "StatesOfStep":
+    def of_step(self, windows: Sequence[Window], width: int, *, exact: bool) -> "StatesOfStep":
         """The states while a step over ``width`` tokens per row runs.
 
         Raises ValueError if more nodes of a row may be taken back than the log holds.
@@ -66,13 +66,14 @@ class RecurrentStates:
         for window in windows:
             if (most := window.end - min(window.final, window.end)) > self.log_slots:
                 raise ValueError(f"{most} nodes of row {window.row} may be taken back; the log holds {self.log_slots}")
-        return StatesOfStep(self, windows, width)
+        return StatesOfStep(self, windows, width, exact=exact)
 
 
 class StatesOfStep:
     """The recurrent layers of one step. Layers with equal reaches share a plan."""
 
-    def __init__(self, states: RecurrentStates, windows: Sequence[Window], width: int) -> None:
+    def __init__(self, states: RecurrentStates, windows: Sequence[Window], width: int, *, exact: bool) -> None:
+        self.exact = exact
         self._states, self._windows, self._width = states, windows, width
         self._plans: dict[tuple[Reach, ...], NodePlan] = {}
 
@@ -116,4 +117,4 @@ class StepOfLayer:
         """The results [B * T, H, Dv] fp32."""
         state = self._states.recurrence
         assert state is not None, "the probe has seen the layer's state"
-        return state.run(self._step.plan(state), given)
+        return state.run(self._step.plan(state), given, exact=self._step.exact)

@@ -8,7 +8,7 @@ from aspec.models.attention import attend
 from aspec.models.hf_compat import auto_class
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
-from aspec.models.probe import examine
+from aspec.models.probing.layers import examine
 from tools import families, family_configs
 
 PROMPTS = [list(range(3, 3 + count)) for count in (20, 37, 11)]

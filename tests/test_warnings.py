@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-import aspec.models.probe
+import aspec.models.probing.layers
 from aspec.cli.main import app
 from aspec.errors import InternalError
-from aspec.models.probe import examine
+from aspec.models.probing.layers import examine
 from aspec.models.skeleton import load_config
 from aspec.options import DEMO
 
@@ -137,6 +137,6 @@ def test_a_warning_that_is_an_error_is_not_an_unsupported_family(strict, depreca
 
 
 def test_a_fault_of_the_probe_is_not_an_unsupported_family(monkeypatch):
-    monkeypatch.setattr(aspec.models.probe, "rule_of", lambda value: value.no_such_name)
+    monkeypatch.setattr(aspec.models.probing.layers, "rule_of", lambda value: value.no_such_name)
     with pytest.raises(InternalError, match=r"the probe of llama has failed: AttributeError.*no_such_name"):
         examine(load_config(DEMO / "target"), torch.float32)

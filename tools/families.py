@@ -37,7 +37,7 @@ from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.models.families import family_of
 from aspec.models.hf_compat import auto_class, conversion_rules
-from aspec.models.probe import examine
+from aspec.models.probing.layers import examine
 from aspec.models.skeleton import load_config
 from tests import tiny
 

@@ -33,7 +33,9 @@ from aspec.models.formats.registry import format_of, open_weights, stored_weight
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.probe import OffloadFacts, examine, examine_offload, examine_split
+from aspec.models.probing.facts import OffloadFacts
+from aspec.models.probing.layers import examine
+from aspec.models.probing.split import examine_offload, examine_split
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
 from aspec.models.split_layer import Split, attend_to, finish, host_attention_of, project, to_host
 from aspec.models.state.mixers import bind_mixers

@@ -7,17 +7,15 @@ stores, the mask of its attention and the name of that argument, and that its at
 
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
-from aspec.models.attention import attend
-from aspec.models.exact.mask_probe import MaskRule, mask_kind, rule_of
 from aspec.models.exact.paths import MaskKind
 from aspec.models.hf_compat import (
     cache_argument,
@@ -26,70 +24,18 @@ from aspec.models.hf_compat import (
     ignore_positions,
     takes_registered_attention,
 )
-from aspec.models.kv_cache import KVCache, KVShape, StepCache
-from aspec.models.kv_offload import HostAttention
+from aspec.models.probing.facts import LayerFacts, ModelFacts, layer_result
+from aspec.models.probing.masks import MaskRule, mask_kind, probe_mask, rule_of
+from aspec.models.probing.noted import STATEFUL, ShapeCache, UnfitError
 from aspec.models.skeleton import build_on_meta, find_layers
-from aspec.models.split_layer import finish, project, to_host
 from aspec.models.state.mixers import BoundMixer, bind_mixers
-from aspec.models.state.noted import STATEFUL, ShapeCache, UnfitError
 from aspec.models.state.rows import STORES_NOTHING, layer_type
-from aspec.models.state.shapes import StateShape
 from aspec.models.weights.touched import TensorWatch, same_memory
 
-NAME, SPLIT = "aspec-probe", "aspec-probe-split"
+NAME = "aspec-probe"
 NOT_REGISTERED = "its attention does not take a registered attention function"
 UNSUPPORTED = ("position_bias", "block_indices", "sinks")
 """Arguments of other attention functions that change the result and that ``attend`` does not support."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """One layer: the shape it stores, and how its model calls it."""
-
-    kv: KVShape | None  # None: it attends to keys and values of another layer, or not at all
-    mask: MaskKind
-    mask_argument: str | None  # None: it does not attend
-    parameters: tuple[str, ...]  # of its forward, in order, the hidden state first
-    state: StateShape | None = None  # what it keeps beside keys and values
-    index_width: int = 0  # of the keys by which it selects the slots that it attends to; 0: it attends to all
-    taken: str | None = None  # the argument that is the second result of the layer before it
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """All layers of a model, and how it calls them."""
-
-    layers: tuple[LayerFacts, ...]
-    num_results: int  # of the tuple that its forward expects from a layer; 0: the hidden state alone
-    unused: frozenset[str] = frozenset()  # parameters that text never reaches, such as those of a tower for images
-    rows_first: bool = False  # a hidden state is [B, T, ..., H]; otherwise [..., B, T, H]
-
-    def result(self, hidden: torch.Tensor) -> object:
-        """What a layer returns for a hidden state."""
-        return layer_result(hidden, self.num_results)
-
-    def hand_over(self, index: int, output: Any, arguments: Sequence[dict[str, Any]]) -> torch.Tensor:
-        """The hidden state among the results of a layer; a second one goes to the next layer, if that takes it."""
-        results = output if isinstance(output, tuple) else (output,)
-        if index + 1 < len(self.layers) and (taken := self.layers[index + 1].taken) is not None:
-            arguments[index + 1][taken] = results[1]
-        return cast("torch.Tensor", results[0])
-
-    @property
-    def selects(self) -> bool:
-        """Whether a layer selects the slots that it attends to, by its indexer or as the layer before it does."""
-        return any(layer.index_width or layer.taken for layer in self.layers)
-
-    @property
-    def kv_shapes(self) -> list[KVShape | None]:
-        """The shapes of a cache on the device of the layers."""
-        indexes = ((1, width, 0) if (width := layer.index_width) else None for layer in self.layers)
-        return [*(layer.kv for layer in self.layers), *(indexes if self.selects else ())]
-
-
-def layer_result(hidden: torch.Tensor, number: int, second: object = None) -> object:
-    """A hidden state, or the tuple of ``number`` results (at most 2) that begins with it."""
-    return (hidden, second)[:number] if number else hidden
 
 
 class _AttentionReached(Exception):
@@ -113,17 +59,8 @@ def _probe_attention(
     raise _AttentionReached
 
 
-def _probe_mask(
-    *args: object, batch_size: int, q_length: int, kv_length: int, mask_function: MaskRule, **_: object
-) -> torch.Tensor:
-    """A bool mask [B, 1, T, S] on meta with its rule as an attribute."""
-    mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
-    mask.aspec_rule = mask_function  # type: ignore[attr-defined]  # read by rule_of
-    return mask
-
-
 AttentionInterface.register(NAME, _probe_attention)
-AttentionMaskInterface.register(NAME, _probe_mask)
+AttentionMaskInterface.register(NAME, probe_mask)
 
 
 @dataclass(slots=True)
@@ -207,7 +144,7 @@ class _ProbeRun:
 def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
     """Probe a model. Raises UnsupportedModelError if its layers cannot run one by one."""
     try:
-        model = _build(config, dtype, NAME)
+        model = build_probe(config, dtype, NAME)
     except UnsupportedModelError as error:
         if NAME not in str(error):
             raise
@@ -224,7 +161,7 @@ def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
     raise UnsupportedModelError(f"{config.model_type} is not supported: {reason}.") from reasons[0]
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
+def build_probe(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
     """The model on meta, so that its forward runs with positions and tokens that have no values."""
     model = build_on_meta(config, dtype, attend)
     bind_mixers(model)
@@ -277,126 +214,3 @@ def _is_own_fault(error: Exception) -> bool:
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
     owners = [name.partition(".")[0] for name in modules if name != TensorWatch.__module__]
     return next((owner for owner in reversed(owners) if owner in ("aspec", "transformers")), None) == "aspec"
-
-
-AttentionInterface.register(SPLIT, attend)
-AttentionMaskInterface.register(SPLIT, _probe_mask)
-
-
-def examine_split(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFacts) -> tuple[int, int]:
-    """Largest number of bytes that a split layer holds, per token of an item and per slot of its rows.
-
-    Raises UnsupportedModelError if a layer cannot be split at its attention, for example if it attends twice.
-    """
-    _refuse_split(config, facts, offloaded=False)
-    run = _run_split(config, dtype, facts, offloaded=False)
-
-    def measure(num_tokens: int, num_slots: int) -> int:
-        return max(nbytes for nbytes, _ in run(num_tokens, num_slots))
-
-    least = measure(64, 128)
-    return -(-(measure(128, 128) - least) // 128), -(-(measure(64, 192) - least) // 128)
-
-
-def _refuse_split(config: PreTrainedConfig, facts: ModelFacts, *, offloaded: bool) -> None:
-    """Raise UnsupportedModelError for layers that cannot run in two halves around an attention, or one on the host."""
-    why = None
-    if any(layer.mask_argument is None for layer in facts.layers):
-        why = "its recurrent layers run in one piece, where their state is"
-    elif offloaded and facts.selects:
-        why = "its layers select what they attend to, where their indexer is"
-    if why is not None:
-        raise UnsupportedModelError(f"{config.model_type}: {why}. Run it with --attention device.")
-
-
-@dataclass(frozen=True, slots=True)
-class OffloadFacts:
-    """Sizes of a model's split layers with KV in host memory."""
-
-    per_token: int  # device bytes that an item holds from the projections to the end of a layer
-    kept: tuple[KVShape | None, ...]  # by layer: shape on the host; None: it uses another layer's KV
-    crossing: tuple[tuple[int, int], ...]  # by layer: bytes per token to the host, and back
-
-
-def examine_offload(config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFacts) -> OffloadFacts:
-    """Probe a model whose layers attend with KV in host memory.
-
-    Raises UnsupportedModelError if a layer cannot be split, or attends to tensors that the host cannot store.
-    """
-    _refuse_split(config, facts, offloaded=True)
-    run = _run_split(config, dtype, facts, offloaded=True)
-    few, many = (run(num_tokens, 128) for num_tokens in (64, 128))
-    more = max(nbytes for nbytes, _ in many) - max(nbytes for nbytes, _ in few)
-    attentions = [attention for _, attention in few if attention is not None]
-    return OffloadFacts(
-        -(-more // 128),
-        tuple(attention.kv_shape for attention in attentions),
-        tuple(attention.token_bytes for attention in attentions),
-    )
-
-
-_SplitState = tuple[int, HostAttention | None]
-"""Bytes that a split layer holds before its second half, and its attention on the host, if any."""
-
-
-def _run_split(
-    config: PreTrainedConfig, dtype: torch.dtype, facts: ModelFacts, *, offloaded: bool
-) -> Callable[[int, int], list[_SplitState]]:
-    """A function of tokens and slots per row; it runs two rows through split layers on meta, returns their states."""
-    model = _build(config, dtype, SPLIT)
-    held: list[_SplitState] = []
-    finished: set[object] = set()
-    argument = cache_argument(model)
-    for index, layer in enumerate(find_layers(model)[1]):
-        layer.forward = _watch_split(layer, index, facts, held, finished)
-
-    def run(num_tokens: int, num_slots: int) -> list[_SplitState]:
-        """Rows 0 and 2 are not consecutive, so that their slots are gathered (the larger copy)."""
-        held.clear()
-        cache = KVCache(facts.kv_shapes, 3, num_slots, dtype, "meta", offloaded=offloaded)
-        step = cache.step([0, 2], [num_slots - num_tokens] * 2, [num_tokens] * 2)
-        tokens = torch.zeros(2, num_tokens, dtype=torch.long, device="meta")
-        try:
-            model(input_ids=tokens, position_ids=tokens, use_cache=True, **{argument: step})
-        except InternalError as error:
-            raise UnsupportedModelError(
-                f"{config.model_type}: its attention cannot run apart from the rest of its layers: {error}. "
-                f"Run it with --attention device."
-            ) from error
-        return list(held)
-
-    return run
-
-
-def _watch_split(
-    layer: nn.Module, index: int, facts: ModelFacts, held: list[_SplitState], finished: set[object]
-) -> Callable[..., object]:
-    """A forward that runs the layer in two halves and appends its state between them to ``held``.
-
-    The second half only shows whether a layer can be split, so of equal layers (``finished``) one runs it. After its
-    attention a layer may fail on meta if it reads values (experts); at that time it holds no bytes.
-    """
-    original, own = layer.forward, facts.layers[index]
-    modules = tuple((type(each), tuple(p.shape for p in each.parameters(recurse=False))) for each in layer.modules())
-
-    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> object:
-        split = project(lambda: original(hidden, *args, **kwargs), hidden)
-        assert split.call is not None
-        _, query, _, value, *_ = split.call[0]
-        step = next(given for given in (*args, *kwargs.values()) if isinstance(given, StepCache))
-        if step.offloaded:
-            to_host(split, step, index, own.mask, stores=own.kv is not None)
-        back = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        split.output = split.host_attention.device_result if split.host_attention is not None else back
-        held.append((split.nbytes, split.host_attention))
-        try:
-            if (own, modules) not in finished:
-                finish(lambda: original(hidden, *args, **kwargs), split)
-        except (InternalError, Warning):
-            raise
-        except Exception:
-            assert split.output is None
-        finished.add((own, modules))
-        return facts.result(hidden)
-
-    return forward

@@ -1,4 +1,4 @@
-"""Which kind of mask equals a family's own rule."""
+"""The masks of a probed model: which layer gets one, and which kind of mask equals a family's own rule."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,21 @@ import torch
 from transformers import PreTrainedConfig
 
 from aspec.models.exact.paths import MaskKind
-from aspec.models.state.noted import UnfitError
+from aspec.models.probing.noted import UnfitError
 
 SAMPLES = 4096  # pairs of positions for the comparison of a family's mask with aspec's
 
 MaskRule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 """transformers' form of a mask: (row, head, query positions, key positions) -> bool, True where visible."""
+
+
+def probe_mask(
+    *args: object, batch_size: int, q_length: int, kv_length: int, mask_function: MaskRule, **_: object
+) -> torch.Tensor:
+    """The mask function of a probe: a bool mask [B, 1, T, S] on meta with its rule as an attribute."""
+    mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+    mask.aspec_rule = mask_function  # type: ignore[attr-defined]  # read by rule_of
+    return mask
 
 
 def mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind:

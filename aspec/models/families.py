@@ -39,6 +39,8 @@ class Family:
     text_class: bool = False  # of a model with towers: its class of text alone, because the whole cannot run on text
 
 
+STATEFUL = "it keeps recurrent state in a form that cannot be rolled back when a proposal is refused"
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bloom": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
@@ -50,6 +52,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "longcat_flash": Family(refused="each of its layers consists of two layers with two caches"),
         "kosmos-2.5": Family(refused="it counts positions from another number than those that its forward is given"),
         "llama4": Family(text_class=True),
+        "minimax": Family(refused=STATEFUL),
         "shieldgemma2": Family(refused="it classifies images"),
     }
 )

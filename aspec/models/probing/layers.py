@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.exact.paths import MaskKind
+from aspec.models.families import STATEFUL
 from aspec.models.hf_compat import (
     cache_argument,
     forget_pad_token,
@@ -26,7 +27,7 @@ from aspec.models.hf_compat import (
 )
 from aspec.models.probing.facts import LayerFacts, ModelFacts, layer_result
 from aspec.models.probing.masks import MaskRule, mask_kind, probe_mask, rule_of
-from aspec.models.probing.noted import STATEFUL, ShapeCache, UnfitError
+from aspec.models.probing.noted import ShapeCache, UnfitError
 from aspec.models.skeleton import build_on_meta, find_layers
 from aspec.models.state.mixers import BoundMixer, bind_mixers
 from aspec.models.state.rows import STORES_NOTHING, layer_type

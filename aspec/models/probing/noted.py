@@ -4,12 +4,11 @@ from typing import NoReturn
 
 import torch
 
+from aspec.models.families import STATEFUL
 from aspec.models.hf_compat import Cache
 from aspec.models.state.mixers import MixerCache
 from aspec.models.state.recurrence import Inputs
 from aspec.models.state.shapes import RecurrenceShape, StateShape
-
-STATEFUL = "it keeps recurrent state in a form that cannot be rolled back when a proposal is refused"
 
 
 class UnfitError(Exception):

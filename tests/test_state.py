@@ -300,6 +300,17 @@ QUICK = ("falcon_h1", torch.bfloat16)
     ("family", "dtype"), [pytest.param(*own, marks=() if own == QUICK else pytest.mark.slow) for own in BITS]
 )
 def test_chunks_and_trees_have_the_bits_of_decoding(family, dtype, tmp_path, one_thread):
+    check_bits(family, dtype, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["falcon_h1", "jamba", "kimi_linear", "qwen3_5_text"])
+def test_chunks_and_trees_have_the_bits_of_decoding_with_two_threads(family, tmp_path, one_thread):
+    torch.set_num_threads(2)
+    check_bits(family, torch.bfloat16, tmp_path)
+
+
+def check_bits(family, dtype, tmp_path):
     bound, dice = Bound(tiny.build(tmp_path, family, varied=True), dtype), random.Random(family)
     text = [dice.randrange(3, tiny.VOCAB) for _ in range(30)]
     plain = bound.cache(1)

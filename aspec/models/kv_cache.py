@@ -154,9 +154,9 @@ class KVCache:
                 state.keep(row, start, path)
         if list(path) == list(range(len(path))):
             return
-        source = upload(start + torch.tensor(path), self.device)
+        source, target = upload(start + torch.tensor(path), self.device), slice(start, start + len(path))
         for kept in self._kv:
-            kept.move(row, start, source)
+            kept.move(row, target, source)
 
     def clear(self, row: int, start: int = 0) -> None:
         """Forget a row from slot ``start`` on: NaN there would spoil even a sum in which its weight is 0."""

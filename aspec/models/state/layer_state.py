@@ -43,12 +43,12 @@ class KVState:
 
     def keep(self, row: int, start: int, path: Sequence[int]) -> None:
         """Move the nodes of a path; see ``LayerState``."""
-        self.move(row, start, upload(start + torch.tensor(path), self.keys.device))
+        self.move(row, slice(start, start + len(path)), upload(start + torch.tensor(path), self.keys.device))
 
-    def move(self, row: int, start: int, slots: torch.Tensor) -> None:
-        """Move the nodes in ``slots`` [N] int64 to the slots from ``start`` on."""
+    def move(self, row: int, target: slice, source: torch.Tensor) -> None:
+        """Move the nodes in the slots ``source`` [N] int64 to the slots ``target``."""
         for storage in (self.keys, self.values):  # indexing copies before it writes, so slots may overlap
-            storage[row, :, start : start + len(slots)] = storage[row][:, slots]
+            storage[row, :, target] = storage[row][:, source]
 
     def clear(self, row: int, start: int) -> None:
         """Set a row to zero from a slot on."""

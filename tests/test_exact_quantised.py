@@ -1,4 +1,4 @@
-"""Exactness over four formats: plain decoding, chains and trees give the same bits and the same tokens."""
+"""Exactness over five methods: plain decoding, chains and trees give the same bits and the same tokens."""
 
 import functools
 
@@ -37,6 +37,7 @@ def test_steps_equal_decoding(pair, family, method, dtype):
     check(Engine(pair(family, method).target, dtype), range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "method", "dtype"), EVERY)
 def test_tokens_depend_on_no_draft_and_no_plan(pair, family, method, dtype):
     pair(family, method).check_exact(NAMES[dtype])

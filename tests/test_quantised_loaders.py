@@ -27,6 +27,7 @@ from tests.quantised import assert_same_bits
 from tests.quantised_models import ENDS, build
 from tests.quantised_pairs import Quantised
 
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # to dequantise
 ACCELERATE = ("accelerate",)
 WIDE = dict(intermediate_size=128)
 SIZES = {  # rows of whole blocks of 64, as bitsandbytes' fastest kernel is wrong where a block crosses rows

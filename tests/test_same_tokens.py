@@ -214,9 +214,8 @@ def check_examples(count, dtype, tmp_path, families=FAMILIES):
     return seen
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-def test_random_requests_to_random_models(dtype, tmp_path):
-    seen = check_examples(3, dtype, tmp_path)
+def test_random_requests_to_random_models(tmp_path):
+    seen = check_examples(3, torch.bfloat16, tmp_path)
     assert seen["attention", "cpu"] > 0 < seen["attention", "device"]
 
 

@@ -40,11 +40,15 @@ SMALL = ["--device-memory", "4MiB", "--threads", "1", "-n", "12"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
+def made_pair(folder, family):
+    target = tiny.build(folder / "target", family, varied=True)
+    (target / "chat_template.jinja").write_text(TEMPLATE)
+    return target, tiny.noisy_copy(target, folder / "draft", 0.1)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    target = tiny.build(tmp_path_factory.mktemp("batch") / "target", "llama", varied=True)
-    (target / "chat_template.jinja").write_text(TEMPLATE)
-    return target, tiny.noisy_copy(target, target.parent / "draft", 0.1)
+    return made_pair(tmp_path_factory.mktemp("batch"), "llama")
 
 
 def make_rows(count, longest=16):
@@ -512,6 +516,11 @@ def test_a_job_that_is_killed_loses_doubles_and_halves_no_row(server, pair, tmp_
 @pytest.mark.slow
 def test_a_job_that_is_killed_40_times_ends_with_the_rows_of_one_that_nothing_disturbed(server, pair, tmp_path):
     crash(server, pair, tmp_path, 200, 40)
+
+
+@pytest.mark.slow
+def test_a_job_of_a_recurrent_model_that_is_killed_loses_doubles_and_halves_no_row(server, tmp_path):
+    crash(server, made_pair(tmp_path, "qwen3_next"), tmp_path, 40, 4)
 
 
 def test_ctrl_c_finishes_what_is_under_way_and_the_rest_comes_later(pair, tmp_path):

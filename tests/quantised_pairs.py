@@ -37,13 +37,10 @@ class Quantised(Pair):
         return cls(f"{family} {method}", target, draft, tiny.reference(plain))
 
     def resident_memory(self, resident):
-        """``some``: room for about half of the layers, which a layer's decoded weights take most of."""
+        """``some``: room for about half of the layers."""
         if resident != "some":
             return super().resident_memory(resident)
-        files = [self.target] if self.target.is_file() else self.target.glob("*.safetensors")
-        return (
-            sum(path.stat().st_size for path in files) + sum(part.decoded_bytes for part in self.plan.parts) * 6 // 10
-        )
+        return sum(part.resident_bytes for part in self.plan.parts) * 6 // 10
 
     def check_runs(self):
         """The wanted tokens in every run; some proposals are accepted, and some are not."""

@@ -29,6 +29,7 @@ WITH_EXPERTS += ("nvfp4", "nf4 double", "fp4", "bitsandbytes int8")
 WITH_EXPERTS += ("ct int4", "ct int4 zeros", "ct int8", "ct fp8", "ct mxfp4", "ct nvfp4")
 CASES = [("llama", method) for method in METHODS if not method.startswith("mxfp4")] + EXPERTS
 CASES += zip(itertools.cycle(("mixtral", "qwen3_moe", "deepseek_v3")), WITH_EXPERTS)
+CASES += [("qwen3_next", "fp8 ragged")]
 QUICK = [
     ("llama", "gptq 4 bits act-order"),
     ("mixtral", "fp8 ragged"),

@@ -1,5 +1,8 @@
 """A quantised target with the tokens of transformers' model of the same weights, and the runs that must find them."""
 
+import functools
+
+import pytest
 import torch
 
 import aspec
@@ -35,6 +38,17 @@ class Quantised(Pair):
         target, plain = build(folder, source, method)
         draft = tiny.noisy_copy(plain, folder / "draft", 0.035)
         return cls(f"{family} {method}", target, draft, tiny.reference(plain))
+
+    @classmethod
+    def builder(cls, folders):
+        """Builds a case of a family and a method once, in folders of its own."""
+
+        def build_case(family, method):
+            if method.startswith("ct "):
+                pytest.importorskip("compressed_tensors")
+            return cls.of(folders.mktemp(family), family, method)
+
+        return functools.cache(build_case)
 
     def resident_memory(self, resident):
         """``some``: room for about half of the layers."""

@@ -1,7 +1,5 @@
 """Exactness over five methods: plain decoding, chains and trees give the same bits and the same tokens."""
 
-import functools
-
 import pytest
 import torch
 
@@ -20,14 +18,7 @@ EVERY = [
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Builds a case once."""
-
-    def build(family, method):
-        if method.startswith("ct "):
-            pytest.importorskip("compressed_tensors")
-        return Quantised.of(tmp_path_factory.mktemp(family), family, method)
-
-    return functools.cache(build)
+    return Quantised.builder(tmp_path_factory)
 
 
 @pytest.mark.parametrize(("family", "method", "dtype"), EVERY)

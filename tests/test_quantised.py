@@ -1,6 +1,5 @@
 """Whole quantised checkpoints: the tokens are transformers' on the decoded weights, whatever the draft and the plan."""
 
-import functools
 import itertools
 
 import pytest
@@ -39,14 +38,7 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Builds a case once."""
-
-    def build_case(family, method):
-        if method.startswith("ct "):
-            pytest.importorskip("compressed_tensors")
-        return Quantised.of(tmp_path_factory.mktemp(family), family, method)
-
-    return functools.cache(build_case)
+    return Quantised.builder(tmp_path_factory)
 
 
 @pytest.mark.parametrize(

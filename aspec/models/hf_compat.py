@@ -42,6 +42,7 @@ from aspec.errors import UnsupportedModelError
 from aspec.models.context import CHANGING
 
 __all__ = [
+    "RECURRENT_FORWARDS",
     "RECURRENT_FUNCTIONS",
     "ROPE_INIT_FUNCTIONS",
     "Cache",
@@ -66,6 +67,7 @@ __all__ = [
     "no_init_weights",
     "rename_source_key",
     "sdpa_mask",
+    "see_all",
     "set_attention",
     "set_experts",
     "takes_registered_attention",
@@ -85,6 +87,9 @@ RECURRENT_FUNCTIONS: Mapping[str, str] = MappingProxyType(
 )
 """The functions of several tokens that the mixers of recurrent layers name: name -> kind of aspec's own function."""
 
+RECURRENT_FORWARDS: Mapping[str, str] = MappingProxyType({"get_linear_cache": "lightning attention"})
+"""A name in the forward of a mixer that holds its recurrence in its lines -> kind of aspec's own forward."""
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; the last one of families without attention
 
 
@@ -94,10 +99,8 @@ def cache_argument(module: nn.Module) -> str:
     for name in CACHE_NAMES:
         if name in parameters:
             return name
-    raise UnsupportedModelError(
-        f"{type(module).__name__} is not supported: expected an argument {' or '.join(CACHE_NAMES)} of its forward, "
-        f"found none."
-    )
+    name = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+    raise UnsupportedModelError(f"{name} is not supported: its forward takes no cache, by which earlier tokens stay.")
 
 
 def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -137,6 +140,14 @@ def takes_registered_attention(family: type[PreTrainedModel]) -> bool:
 def set_attention(config: PreTrainedConfig, name: str) -> None:
     """Make models of ``config`` attend with the function that is registered as ``name``."""
     config._attn_implementation = name
+
+
+def see_all(model: nn.Module) -> None:
+    """Take the masks out of modules that hold one of their own beside the mask that they receive (GPT-Neo)."""
+    for module in model.modules():
+        own = module._buffers.get("bias")
+        if own is not None and hasattr(module, "attention_type"):
+            module._buffers["bias"] = own.new_ones(1, 1, 1, 1).expand(1, 1, 1 << 30, 1 << 30)  # one byte in all
 
 
 def set_experts(config: PreTrainedConfig, name: str) -> None:

@@ -33,10 +33,11 @@ from aspec.models.formats.registry import format_of, open_weights, stored_weight
 from aspec.models.generation_defaults import end_ids
 from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.probing.facts import OffloadFacts
+from aspec.models.layer_arguments import fill_in, frame_mask
+from aspec.models.probing.facts import ModelFacts, OffloadFacts
 from aspec.models.probing.layers import examine
 from aspec.models.probing.split import examine_offload, examine_split
-from aspec.models.skeleton import build_skeleton, find_layers, load_config
+from aspec.models.skeleton import build_skeleton, find_layers, load_config, uses_cache
 from aspec.models.split_layer import Split, attend_to, finish, host_attention_of, project, to_host
 from aspec.models.state.mixers import bind_mixers
 from aspec.models.state.shapes import StateShape
@@ -103,7 +104,7 @@ class Model:
         if stored := has_weights(self.folder):  # headers are cheap to read, and bound what the configuration may claim
             self.checkpoint, weights = open_weights(self.folder, packing)
             check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
-        self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
+        self.facts: ModelFacts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         usual = torch.float32 if packing is None else torch.bfloat16  # nobody packs a model of float32
         self._named_dtype = named or stored_dtype(weights) or usual
         self.dtype = computed_on(self.device, self._named_dtype)
@@ -113,7 +114,7 @@ class Model:
             self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
             weights = stored_weights(self.checkpoint.tensors, packing)
         remarks = () if packing is None else packing.remarks
-        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, self._facts.unused)
+        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, self.facts.unused)
         check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
@@ -121,7 +122,7 @@ class Model:
             self._tensors = adapt(self._tensors, opened, self._layers_model)
             self.files |= opened.files
         self._frame = self._build_frame()
-        self._cache_argument = cache_argument(self._frame)
+        self._cache_argument, self._uses_cache = cache_argument(self._frame), uses_cache(self.config)
         self._read_weights = bind_mixers(self._layers_model)  # they are never packed
         self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
         self._modes = LayerModes()
@@ -136,7 +137,7 @@ class Model:
     def _build_frame(self) -> PreTrainedModel:
         """The model with stubs in place of its layers, and without the towers that text does not enter."""
         frame = build_skeleton(self.config, self.dtype, self.device)
-        give_up(frame, self._facts.unused, self.device)
+        give_up(frame, self.facts.unused, self.device)
         for index, layer in enumerate(find_layers(frame)[1]):
             layer.forward = self._stub(index)
         return frame
@@ -196,17 +197,12 @@ class Model:
 
         ``offloaded``: of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
         """
-        return list(self.offload.kept) if offloaded else self._facts.kv_shapes
-
-    @property
-    def selects(self) -> bool:
-        """Whether layers select the slots that they attend to, by scores whose last bits depend on the pass."""
-        return self._facts.selects
+        return list(self.offload.kept) if offloaded else self.facts.kv_shapes
 
     @property
     def state_shapes(self) -> list[StateShape | None]:
         """By layer, what a recurrent layer keeps; None for other layers."""
-        return [layer.state for layer in self._facts.layers]
+        return [layer.state for layer in self.facts.layers]
 
     @property
     def layer_modules(self) -> tuple[torch.nn.Module, ...]:
@@ -266,18 +262,11 @@ class Model:
             raise InternalError(f"tokens {list(input_ids.shape)} do not fit positions {list(step.position_ids.shape)}")
         tape = _Tape()
         with contextlib.suppress(_Stop):
-            positions, mask = (self._on_layers_device(step, own) for own in (step.position_ids, step.mask()))
+            given = step.position_ids, frame_mask(self.facts, step)
+            positions, mask = (self._on_layers_device(step, own) for own in given)
             self._run_frame(tape, input_ids, positions, mask, step)
-        hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
-        for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
-            # offloaded: the attention makes its mask on the host, and no code reads this placeholder
-            if facts.mask_argument is None:
-                arguments |= {"attention_mask": None} if "attention_mask" in arguments else {}  # rows are not padded
-            else:
-                arguments[facts.mask_argument] = (
-                    () if step.offloaded else step.layer_mask(facts.mask, selects=self.selects)
-                )
-            del arguments[facts.parameters[0]]
+        hidden = tape.calls[0][self.facts.layers[0].parameters[0]]
+        fill_in(self.facts, tape.calls, step)
         return Activation(step, input_ids, hidden, tape.calls)
 
     def layer(self, index: int, activation: Activation) -> None:
@@ -294,12 +283,12 @@ class Model:
 
         Raises UnsupportedModelError if a layer's attention cannot run apart from the rest of the layer.
         """
-        return examine_split(self.config, self.dtype, self._facts)
+        return examine_split(self.config, self.dtype, self.facts)
 
     @cached_property
     def offload(self) -> OffloadFacts:
         """Facts of split layers with KV in host memory. Raises UnsupportedModelError as ``split_bytes`` does."""
-        return examine_offload(self.config, self.dtype, self._facts)
+        return examine_offload(self.config, self.dtype, self.facts)
 
     def project(self, index: int, activation: Activation) -> None:
         """Run a layer up to its attention and store its keys and values; ``attend`` and ``finish`` follow.
@@ -311,7 +300,7 @@ class Model:
         with self._modes.of(index, activation.step, "project"):
             activation.split = project(partial(self._forward, index, activation), activation.hidden)
         if activation.step.offloaded:
-            facts = self._facts.layers[index]
+            facts = self.facts.layers[index]
             to_host(activation.split, activation.step, index, facts.mask, stores=facts.kv is not None)
 
     @staticmethod
@@ -341,7 +330,7 @@ class Model:
     def _forward(self, index: int, activation: Activation) -> torch.Tensor:
         """The hidden state [B, T, H] that a layer computes from an item's hidden state."""
         output = self._layers[index](activation.hidden, **activation.arguments[index])
-        return self._facts.hand_over(index, output, activation.arguments)
+        return self.facts.hand_over(index, output, activation.arguments)
 
     def head(self, activation: Activation, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, N, V] at the columns ``keep`` [B, N] int64 of every row; None: all columns.
@@ -349,13 +338,12 @@ class Model:
         Raises InternalError if the resident part is not bound.
         """
         step, hidden, ids = activation.step, activation.hidden, activation.input_ids
-        positions, mask = self._on_layers_device(step, step.position_ids), step.mask()
+        positions = self._on_layers_device(step, step.position_ids)
         if keep is not None:
             rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
-            hidden = hidden[rows, keep] if self._facts.rows_first else hidden[..., rows, keep, :]
+            hidden = hidden[rows, keep] if self.facts.rows_first else hidden[..., rows, keep, :]
             ids, positions = ids.gather(1, keep), positions.gather(1, keep)
-            mask = mask[:, :, : keep.shape[1]]  # no layer attends here; only the shape must fit
-        mask = self._on_layers_device(step, mask)
+        mask = self._on_layers_device(step, frame_mask(self.facts, step, ids.shape[1]))  # only its shape must fit
         logits: torch.Tensor = self._run_frame(_Tape(final=hidden), ids, positions, mask, step).logits
         if logits.is_meta:
             raise InternalError("the head runs while the resident part of the model is not bound")
@@ -369,17 +357,17 @@ class Model:
         self, tape: _Tape, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: StepCache
     ) -> Any:
         """Run the model's own forward; the stubs of its layers use ``tape``."""
-        self._local.tape, cache = tape, {self._cache_argument: step}
+        self._local.tape, cache = tape, {self._cache_argument: step, "use_cache": self._uses_cache}
         try:
             with matmul_mode(step):
-                return self._frame(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **cache)
+                return self._frame(input_ids=ids, position_ids=positions, attention_mask=mask, **cache)
         finally:
             del self._local.tape
 
     def _stub(self, index: int) -> Callable[..., object]:
         """The forward of the frame's layer ``index``: it records its call, or returns the final hidden state."""
-        parameters, result = self._facts.layers[index].parameters, self._facts.result
-        last = len(self._facts.layers) - 1
+        parameters, result = self.facts.layers[index].parameters, self.facts.result
+        last = len(self.facts.layers) - 1
 
         def forward(*args: Any, **kwargs: Any) -> object:
             tape: _Tape = self._local.tape

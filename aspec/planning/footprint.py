@@ -98,13 +98,10 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
 
 def _with_possible_exactness(resolved: Resolved, target: Model) -> Resolved:
     """Passes that are not exact where exact ones are not possible. Raises UserError if they were asked for."""
-    if not (resolved.exact and target.selects):
+    if not resolved.exact or target.facts.why_not_exact is None:
         return resolved
     if resolved.options.exact:
-        raise UserError(
-            f"{target.name} has no exact passes: its layers select the tokens that they attend to, by scores whose "
-            f"last bits depend on the pass. Leave out --exact."
-        )
+        raise UserError(f"{target.name} has no exact passes: {target.facts.why_not_exact}. Leave out --exact.")
     return replace(resolved, exact=False)
 
 
@@ -279,6 +276,8 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     if not any(target.kv_shapes()):
         return 0
     heads = int(target.config.get_text_config().num_attention_heads)
+    if target.facts.own_attention:
+        return own_attention_bytes(target, tokens, request.capacity)
     if not request.exact:
         on_device = request.host_bytes is not None and not request.kv_on_host
         most = DEVICE_SCORE_BYTES if on_device else MAX_SCORE_BYTES
@@ -290,9 +289,18 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot, head, tree)
 
 
+def own_attention_bytes(target: Model, tokens: int, length: int) -> int:
+    """Bytes that layers hold which attend by code of their own: fp32 scores, with the mask, weights, and a cast.
+
+    All queries of a step at once; two masks, bool and added, are held beside them.
+    """
+    heads = int(target.config.get_text_config().num_attention_heads)
+    return tokens * length * (heads * 4 * 4 + 1 + target.dtype.itemsize)
+
+
 def _index_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     """Bytes of an indexer's fp32 scores of one item, in two copies; 0 where no layer selects slots."""
-    heads = getattr(target.config.get_text_config(), "index_n_heads", 0) if target.selects else 0
+    heads = getattr(target.config.get_text_config(), "index_n_heads", 0) if target.facts.selects else 0
     return 2 * tokens * request.capacity * heads * 4
 
 

@@ -66,6 +66,7 @@ def test_a_node_has_the_bias_of_its_position_in_whatever_slot_it_is():
     step = cache.step([0, 1], [3, 5], [5, 2], [[-1, 0, 0, 1, 2], [-1, -1]])
     found = step.biased(by_slot[..., : step.high])
     assert torch.equal(found[0, 0, :8] / slopes[0], torch.tensor([0.0, 1, 2, 3, 4, 4, 5, 5]))
+    assert torch.equal(step.biased(by_slot[..., : step.high].view(2, 2, 1, -1)).view(found.shape), found)
     assert torch.equal(found[3, 0, :7] / slopes[1], torch.tensor([0.0, 1, 2, 3, 4, 5, 5]))
 
 

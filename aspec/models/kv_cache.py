@@ -247,12 +247,12 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self._added[kind]
 
     def biased(self, bias: torch.Tensor) -> torch.Tensor:
-        """A bias of positions [B * H, 1, S], which counts slots, as one of what is in the slots (ALiBi, 2108.12409)."""
+        """A bias of positions [B * H, 1, S] or [B, H, 1, S], which counts slots, as one of what is in the slots."""
         if (tree := self.tree_nodes()) is None:
             return bias
         positions = tree.slot_positions(self.high).clamp_(max=self.high - 1)
-        heads = bias.shape[0] // len(positions)
-        return bias.gather(2, positions.repeat_interleave(heads, 0)[:, None])
+        by_row = bias.reshape(len(positions), -1, self.high)
+        return by_row.gather(2, positions[:, None].expand(by_row.shape)).view(bias.shape)
 
     def _make_mask(self, kind: MaskKind) -> torch.Tensor:
         return visible_slots(kind, self.position_ids, self.high, self.tree_nodes())

@@ -41,7 +41,6 @@ def test_a_refusal_is_one_reason_of_its_own():
             assert not re.search(r"exchange more than|Traceback|/tmp", row["reason"]), row
 
 
-@pytest.mark.filterwarnings("ignore:.*stored tensors have no use:RuntimeWarning")  # of Llama 4: its tower
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_a_type_runs_as_the_results_say(name, tmp_path):
     found, reason = families.outcome(name, tmp_path)

@@ -48,7 +48,7 @@ from aspec.models.weights.outline import outline_tensors
 from aspec.models.weights.parts import REST, Binding, Part, layer_of
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.touched import give_up, same_memory
-from aspec.models.weights.unused import check_unused, unread_bytes, unused_text
+from aspec.models.weights.unused import check_unused, unread_bytes, unused_text, without_towers
 
 
 @dataclass(slots=True)
@@ -115,7 +115,8 @@ class Model:
             weights = stored_weights(self.checkpoint.tensors, packing)
         remarks = () if packing is None else packing.remarks
         self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, self.facts.unused)
-        check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
+        self.unexpected = without_towers(self.config, self._tensors.unexpected)  # stored tensors without a use
+        check_unused(self._layers_model, self.checkpoint, self.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
             opened = Adapter.open(adapter)
@@ -150,11 +151,6 @@ class Model:
     def max_context(self) -> int | None:
         """The most tokens of a row that the model was made for; None: no limit."""
         return self.context.trained
-
-    @property
-    def unexpected(self) -> tuple[str, ...]:
-        """Names of stored tensors that the model does not use."""
-        return self._tensors.unexpected
 
     @property
     def unread_bytes(self) -> int:

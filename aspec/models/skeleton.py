@@ -124,10 +124,11 @@ def uses_cache(config: PreTrainedConfig) -> bool:
     return not family_of(config.model_type).own_cache
 
 
-def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str, *, whole: bool = False) -> PreTrainedModel:
     """The model with all tensors on meta; it attends with the function registered as ``attend``.
 
-    Raises UnsupportedModelError if transformers cannot build it.
+    ``whole``: with its towers, also where only its class of text alone can run. Raises UnsupportedModelError if
+    transformers cannot build it.
     """
     config = copy.deepcopy(config)
     for own in (config, config.get_text_config()):
@@ -140,7 +141,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
     set_attention(config, "eager" if family.own_attention else attend)
     if family.experts is not None:
         set_experts(config, family.experts)
-    auto = auto_class(config, text_class=family.text_class)
+    auto = auto_class(config, text_class=family.text_class and not whole)
     assert auto is not None, "load_config refuses a type that transformers cannot build"
     try:
         with torch.device("meta"), no_init_weights():

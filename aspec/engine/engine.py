@@ -176,7 +176,7 @@ class Engine:
         """
         params, number = params or self.sampling(), next(self._ids)
         tokens = await self.encode(prompt)
-        sequence = self._admission.sequence(number, tokens, params, sampler or Sampler(params))
+        sequence = await self._admission.sequence(number, tokens, params, sampler or Sampler(params))
         if params.max_new_tokens == 0:
             yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
             return
@@ -219,7 +219,7 @@ class Engine:
 
     @property
     def _admission(self) -> Admission:
-        return Admission(self._open.tokenizer, self._open.target, self._open.plan.capacity)
+        return Admission(self._open.tokenizer, self._open.grammars, self._open.target, self._open.plan.capacity)
 
     def _serving(self) -> tuple[Streams, Backend]:
         """The streams and the backend. Raises the error that refuses new streams, if there is one."""

@@ -55,6 +55,10 @@ class Sequence:
         """Likewise of the positions after some paths."""
         return Context(self.counts, paths, self.processors, self.tokens) if self.reads_context else None
 
+    def num_allowed(self, proposals: SequenceOf[int]) -> int:
+        """How many leading proposals of a chain after the committed tokens the request's grammar allows."""
+        return len(proposals) if self.processors is None else self.processors.num_allowed(self.tokens, proposals)
+
     @property
     def ended(self) -> bool:
         """Whether the sequence is complete: no more tokens are committed."""

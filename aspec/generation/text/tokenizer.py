@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
 from aspec.generation.text.chat_template import ChatTemplate, check_unicode
@@ -139,6 +140,15 @@ class Tokenizer:
     def added(self) -> frozenset[int]:
         """Ids of tokens that were added to the base vocabulary."""
         return frozenset(int(index) for index in self._inner.get_added_vocab().values())
+
+    def as_json(self) -> str | None:
+        """The tokenizer as a tokenizer.json, added tokens included; None if it is not one of the Rust library."""
+        if not isinstance(self._inner, PreTrainedTokenizerFast):
+            return None
+        backend = copy(self._inner.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return str(backend.to_str())
 
     def kind(self, token: int) -> TokenKind:
         """How ``decode`` treats a token: as text, as a byte of a run, or silently (no text).

@@ -1,0 +1,20 @@
+"""A grammar as one of a request's parameters; standard library only."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """All that the text of a request may be: what a JSON schema, a regular expression or a Lark grammar describes."""
+
+    form: Form
+    text: str
+
+    def __repr__(self) -> str:
+        return f"a grammar of form {self.form}"
+
+
+ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')

@@ -21,6 +21,7 @@ class Generated:
     num_tokens: int  # generated
     finish_reason: str  # "stop" | "length"
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached: int | None = None  # tokens of the prompt whose KV was kept; None: not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +34,34 @@ class Label:
 
 
 def answer_body(request: Request, choices: Sequence[Generated], label: Label, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The body of a ``chat.completion`` or a ``text_completion`` object, with one or more choices."""
-    num_prompt, num_tokens = choices[0].num_prompt, sum(made.num_tokens for made in choices)
+    """The body of a ``chat.completion`` or a ``text_completion`` object: the choices of one prompt or of several."""
     return {
         "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{label.id}",
         "object": "chat.completion" if request.is_chat else "text_completion",
         "created": label.created,
         "model": label.model,
         "choices": [_choice(request, index, made, tokenizer) for index, made in enumerate(choices)],
-        "usage": {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_tokens,
-            "total_tokens": num_prompt + num_tokens,
-        },
+        "usage": usage_of(choices, request.num_choices),
     }
+
+
+def usage_of(choices: Sequence[Generated], num_choices: int) -> dict[str, Any]:
+    """The ``usage`` object; every prompt has ``num_choices`` choices and counts once."""
+    firsts, num_tokens = choices[::num_choices], sum(made.num_tokens for made in choices)
+    num_prompt = sum(made.num_prompt for made in firsts)
+    usage: dict[str, Any] = {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt + num_tokens,
+    }
+    if cached := [made.num_cached for made in firsts if made.num_cached is not None]:
+        usage["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
+    return usage
 
 
 def _choice(request: Request, index: int, made: Generated, tokenizer: Tokenizer) -> dict[str, Any]:
     asked = request.sampling.get("logprobs") is not None
-    form = _chat_logprobs if request.is_chat else _completion_logprobs
+    form = chat_logprobs if request.is_chat else completion_logprobs
     choice: dict[str, Any] = {"index": index}
     if request.is_chat:
         choice["message"] = {"role": "assistant", "content": made.text}
@@ -62,7 +72,9 @@ def _choice(request: Request, index: int, made: Generated, tokenizer: Tokenizer)
     return choice
 
 
-def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ``logprobs`` object of a chat."""
+
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.spell([token])
         # a token that is only part of a character has no text; OpenAI's interface allows null for its bytes
@@ -79,7 +91,8 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> di
     }
 
 
-def _completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+def completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int = 0) -> dict[str, Any]:
+    """The ``logprobs`` object of a plain completion; ``offset``: characters before the first token."""
     tokens = [tokenizer.spell([one.token]) for one in logprobs]
     tops: list[dict[str, float]] = []
     for text, one in zip(tokens, logprobs, strict=True):
@@ -91,7 +104,7 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer)
         "tokens": tokens,
         "token_logprobs": [finite(one.logprob) for one in logprobs],
         "top_logprobs": tops,
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=0)) if tokens else [],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
     }
 
 

@@ -72,12 +72,23 @@ class Tokenizer:
         """Token ids, with the tokenizer's default special tokens. Raises PromptError if ``text`` is no Unicode."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_prompt(self, prompt: Prompt, limit: TimeLimit | None = None) -> list[int]:
-        """The token ids of a text as it is, a conversation or token ids. Raises PromptError if there are none."""
+    def encode_prompt(
+        self,
+        prompt: Prompt,
+        limit: TimeLimit | None = None,
+        said: Sequence[int] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a text as it is, a conversation or token ids. Raises PromptError if there are none.
+
+        ``said`` and ``variables`` are of a conversation, see ``encode_chat``.
+        """
         if isinstance(prompt, str):
             tokens = self.encode(prompt) if prompt else []
+        elif is_chat(prompt):
+            tokens = self.encode_chat(prompt, said, limit, variables)
         else:
-            tokens = self.encode_chat(prompt, limit=limit) if is_chat(prompt) else cast("list[int]", prompt)
+            tokens = cast("list[int]", prompt)
         if not tokens:
             raise PromptError("the prompt is empty: expected at least one token. Give some text.")
         return tokens

@@ -1,0 +1,64 @@
+"""The objects of a streamed chat or completion: one answer's text in pieces, then why it ended."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from aspec.generation.stats import Piece
+from aspec.generation.text.tokenizer import Tokenizer
+from aspec.serving.openai_requests import Request
+from aspec.serving.openai_responses import Label, chat_logprobs, completion_logprobs
+
+
+@dataclass(slots=True)
+class Chunks:
+    """Makes the chunks of all answers of a request; mutable, because a completion's logprobs count characters."""
+
+    request: Request
+    label: Label
+    tokenizer: Tokenizer
+    include_usage: bool  # then every chunk but the last has a usage of null
+    _offsets: dict[int, int]  # by answer: characters so far
+
+    @classmethod
+    def of(cls, request: Request, label: Label, tokenizer: Tokenizer, *, include_usage: bool) -> "Chunks":
+        """The chunks of a request's answers, before the first one."""
+        return cls(request, label, tokenizer, include_usage, {})
+
+    def first(self, index: int) -> Iterator[dict[str, Any]]:
+        """What can be said at once: the role, for a chat."""
+        if self.request.is_chat:
+            yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+
+    def of_piece(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """The chunks of a piece; none if it says nothing."""
+        if piece.text or piece.logprobs:
+            yield self._chunk({**self._said(index, piece), "finish_reason": None})
+        if piece.finish_reason is not None:
+            last: dict[str, Any] = {"delta": {}} if self.request.is_chat else {"text": ""}
+            yield self._chunk({"index": index, **last, "logprobs": None, "finish_reason": piece.finish_reason})
+
+    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The last chunk of a stream with usage."""
+        return {**self._chunk(None), "usage": usage}
+
+    def _said(self, index: int, piece: Piece) -> dict[str, Any]:
+        wanted = self.request.sampling.get("logprobs") is not None
+        if self.request.is_chat:
+            logprobs = chat_logprobs(piece.logprobs, self.tokenizer) if wanted else None
+            return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs}
+        logprobs = None
+        if wanted:
+            logprobs = completion_logprobs(piece.logprobs, self.tokenizer, self._offsets.get(index, 0))
+            self._offsets[index] = self._offsets.get(index, 0) + sum(map(len, logprobs["tokens"]))
+        return {"index": index, "text": piece.text, "logprobs": logprobs}
+
+    def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "id": f"{'chatcmpl' if self.request.is_chat else 'cmpl'}-{self.label.id}",
+            "object": "chat.completion.chunk" if self.request.is_chat else "text_completion",
+            "created": self.label.created,
+            "model": self.label.model,
+            "choices": [] if choice is None else [choice],
+            **({"usage": None} if self.include_usage else {}),
+        }

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import random
+import sys
 from dataclasses import replace
 
 import llguidance
@@ -214,9 +215,9 @@ def test_what_a_tokenizer_and_a_model_must_have(tokenizer, monkeypatch):
     monkeypatch.setattr(Tokenizer, "as_json", lambda self: None)
     with pytest.raises(PromptError, match="Rust library"):
         Grammars(tokenizer, VOCAB, [END]).masks(SCHEMA)
-    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(PromptError, match=r"aspec\[grammar\]"):
-        check_grammar(SCHEMA)
+        check_grammar(Grammar("regex", "never seen"))
 
 
 # -- engines ---------------------------------------------------------------------------------------------------

@@ -184,10 +184,12 @@ def _within(params: SamplingParams, vocab_size: int) -> SamplingParams:
 
 def _biases(params: SamplingParams, prompt: torch.Tensor) -> Iterator[Processor]:
     """The processors before the penalties, in transformers' order."""
-    single = [((token,), bias) for token, bias in params.logit_bias]
-    for biases in (single, params.sequence_bias):
-        if biases:
-            yield SequenceBiasLogitsProcessor([[list(tokens), float(bias)] for tokens, bias in biases])
+    if params.logit_bias:  # not as sequences: transformers 5.17 takes none with token 0
+        tokens = torch.tensor([token for token, _ in params.logit_bias], device=prompt.device)
+        added = torch.tensor([float(bias) for _, bias in params.logit_bias], device=prompt.device)
+        yield lambda _, scores: scores.index_add(1, tokens, added.expand(len(scores), -1))
+    if params.sequence_bias:
+        yield SequenceBiasLogitsProcessor([[list(tokens), float(bias)] for tokens, bias in params.sequence_bias])
     if params.encoder_repetition_penalty != 1:
         reward = EncoderRepetitionPenaltyLogitsProcessor(float(params.encoder_repetition_penalty), prompt)
         yield lambda ids, scores: torch.cat([reward(ids, row[None]) for row in scores])  # it knows one prompt

@@ -5,17 +5,17 @@ any tokenizer of the Rust library, rolls states back, and refuses a schema's key
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from aspec.errors import PromptError, printable, reason_of
-from aspec.generation.grammar.grammar import Grammar
+from aspec.generation.grammar.grammar import WHITESPACE, Grammar
 from aspec.generation.grammar.masks import GrammarMasks
 from aspec.generation.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
 
-WHITESPACE = r"[ \n\r\t]{1,64}"  # between the parts of a JSON text; without a limit a weak model writes nothing else
 MOST_KEPT = 64  # compiled grammars of an engine
 MOST_REASON = 300  # characters of the library's reason in a message
 
@@ -70,6 +70,7 @@ class Grammars:
         )
 
 
+@lru_cache(MOST_KEPT)
 def check_grammar(grammar: Grammar) -> None:
     """Raise PromptError if a grammar is not valid, asks for what cannot be enforced, or cannot be met by any text.
 

@@ -13,6 +13,7 @@ from aspec.generation.text.chat_template import ChatTemplate, check_unicode
 from aspec.generation.text.prompts import Prompt, is_chat
 from aspec.generation.text.stop_strings import StopStrings
 from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tool_format import ToolFormat
 from aspec.generation.text.vocabulary_files import missing_reader
 from aspec.io.hub import known_as
 from aspec.io.json_file import read_json
@@ -37,6 +38,7 @@ class Tokenizer:
         self._inner = inner
         self.folder = folder
         self._template = ChatTemplate(inner, folder)
+        self._tool_format: ToolFormat | None = None  # None: not asked for yet
         self._kinds: dict[int, TokenKind] = {}  # a cache, one entry per token seen
 
     @classmethod
@@ -107,6 +109,12 @@ class Tokenizer:
     def template_uses(self, name: str) -> bool:
         """Whether the chat template names a variable."""
         return self._template.uses(name)
+
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools. Raises PromptError if it takes no tools, or in an unknown form."""
+        if self._tool_format is None:
+            self._tool_format = self._template.tool_format(TimeLimit(TEMPLATE_S))
+        return self._tool_format
 
     def encode_chat(
         self,

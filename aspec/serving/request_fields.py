@@ -18,7 +18,7 @@ from typing import Any
 from aspec.errors import printable
 from aspec.serving.refusals import RequestError
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MOST_SHOWN = 80  # characters of a value or a name in a message
 MOST_PROBLEMS = 20  # of one request; the rest is not looked for
 
@@ -157,7 +157,42 @@ ONLY_COMPLETION = {
     "prompt_embeds": fixed(reason="give a text or token ids"),
 }
 
-FIELDS: Mapping[str, Mapping[str, Field]] = {CHAT: SHARED | ONLY_CHAT, COMPLETION: SHARED | ONLY_COMPLETION}
+RESPONSE = {
+    "model": READ,
+    "input": READ,
+    "instructions": READ,
+    "previous_response_id": READ,
+    "max_output_tokens": READ,
+    "temperature": READ,
+    "top_p": READ,
+    "reasoning": READ,
+    "store": RECORD,
+    "user": RECORD,
+    "metadata": RECORD,
+    "safety_identifier": RECORD,
+    "service_tier": RECORD,
+    "prompt_cache_key": RECORD,
+    "prompt_cache_retention": RECORD,
+    "parallel_tool_calls": RECORD,  # there are no tools
+    "max_tool_calls": RECORD,  # likewise
+    "text": fixed({"format": {"type": "text"}}, {}, reason=NO_GRAMMAR),
+    "tools": fixed([], reason=NO_TOOLS),
+    "tool_choice": fixed("none", "auto", reason=NO_TOOLS),
+    "include": fixed([], reason="there is nothing to include"),
+    "top_logprobs": fixed(0, reason="a response has no logprobs"),
+    "truncation": fixed("disabled", reason="a conversation is never cut"),
+    "background": fixed(False, reason="an answer is not made after its request has ended"),
+    "conversation": fixed(reason="give previous_response_id, or the whole conversation as input"),
+    "prompt": fixed(reason="there are no stored prompts"),
+    "context_management": fixed([], reason="a conversation is never cut"),
+}
+"""The fields of the Responses interface."""
+
+FIELDS: Mapping[str, Mapping[str, Field]] = {
+    CHAT: SHARED | ONLY_CHAT,
+    COMPLETION: SHARED | ONLY_COMPLETION,
+    RESPONSES: RESPONSE,
+}
 """The fields of each form, by its URL."""
 
 

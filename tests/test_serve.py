@@ -1,9 +1,11 @@
 """The server: every answer in OpenAI's form, refusals as errors, clients that leave, wait and come back."""
 
 import asyncio
-from itertools import chain
+from itertools import accumulate, chain
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from aspec.api import collect
 from aspec.generation.params import SamplingParams
@@ -11,10 +13,10 @@ from aspec.serving.http.errors import HttpError
 from aspec.serving.http.guard import LOOPBACK, Guard
 from aspec.serving.http.limits import Limits, check_depth
 from aspec.serving.http.turns import Turns
+from aspec.serving.request_fields import CHAT, COMPLETION, RESPONSES
 from tests import tiny
 from tests.serving import served
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 ASK = [{"role": "user", "content": "Why is it so?"}]
 
@@ -184,6 +186,62 @@ async def test_a_client_that_leaves_frees_its_row_and_its_prompt_is_kept(target)
         again = await server.ask(COMPLETION, {**body, "stream": False})
         assert again.json["usage"]["prompt_tokens_details"]["cached_tokens"] == 199
         assert server.service.metrics.requests[COMPLETION, 499] == 1
+
+
+async def test_an_echo_has_the_logprobs_of_transformers(target):
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    prompts = [list(range(40, 80)), list(range(90, 30, -1))]
+    async with served(target, max_batch=2, prefill_tokens=16, dtype="float32") as server:
+        body = {"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 2}
+        choices = (await server.ask(COMPLETION, body)).json["choices"]
+        for prompt, choice in zip(prompts, choices, strict=True):
+            with torch.inference_mode():
+                expected = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+            own = choice["logprobs"]
+            assert own["token_logprobs"][0] is None
+            wanted = expected[range(len(prompt) - 1), prompt[1:]].tolist()
+            assert own["token_logprobs"][1 : len(prompt)] == pytest.approx(wanted, abs=1e-4)
+            best = [max(top.values()) for top in own["top_logprobs"][1 : len(prompt)]]
+            assert best == pytest.approx(expected.max(-1).values.tolist(), abs=1e-4)
+            assert choice["text"].startswith(server.engine.tokenizer.decode(prompt))
+            assert own["text_offset"] == list(accumulate(map(len, own["tokens"][:-1]), initial=0))
+        alone = {**body, "prompt": prompts[0], "max_tokens": 0}
+        whole = (await server.ask(COMPLETION, alone)).json
+        assert whole["choices"][0]["logprobs"]["token_logprobs"] == choices[0]["logprobs"]["token_logprobs"][:-1]
+        assert whole["usage"]["completion_tokens"] == 0
+        [echo, _] = (await server.ask(COMPLETION, {**alone, "stream": True})).events
+        assert echo["choices"][0]["logprobs"] == whole["choices"][0]["logprobs"]
+        said = (await server.ask(COMPLETION, {"prompt": "abc", "echo": True, "max_tokens": 2})).json["choices"][0]
+        assert said["text"].startswith("abc")
+
+
+async def test_responses_continue_by_their_id(target):
+    async with served(target, max_batch=1) as server:
+        ask = {"input": "Why is it so?", "max_output_tokens": 9, "metadata": {"a": "b"}}
+        first = (await server.ask(RESPONSES, ask)).json
+        assert (first["status"], first["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+        [message] = first["output"]
+        said = message["content"][0]["text"]
+        assert (await server.ask(f"{RESPONSES}/{first['id']}")).json == first
+        whole = (await server.ask(CHAT, {"messages": ASK, "max_tokens": 9})).json
+        assert said == whole["choices"][0]["message"]["content"]
+        body = {"input": [{"role": "user", "content": [{"type": "input_text", "text": "And?"}]}], "stream": True}
+        streamed = await server.ask(
+            RESPONSES, {**body, "previous_response_id": first["id"], "instructions": "Be kind."}
+        )
+        events = streamed.events
+        assert [one["sequence_number"] for one in events] == list(range(len(events)))
+        deltas = "".join(one["delta"] for one in events if one["type"] == "response.output_text.delta")
+        last = events[-1]["response"]
+        assert last["output"][0]["content"][0]["text"] == deltas
+        talk = [{"role": "system", "content": "Be kind."}, *ASK, whole["choices"][0]["message"]]
+        talk.append({"role": "user", "content": "And?"})
+        again = (await server.ask(CHAT, {"messages": talk})).json
+        assert again["choices"][0]["message"]["content"] == deltas
+        gone = await server.ask(f"{RESPONSES}/{first['id']}", method="DELETE")
+        assert gone.json["deleted"]
+        for wrong in ({"previous_response_id": first["id"]}, {"tools": [{}]}, {"input": [{"type": "x"}]}, {"input": 1}):
+            assert (await server.ask(RESPONSES, {**body, **wrong})).status == 400
 
 
 async def test_the_next_turn_reads_only_its_new_tokens(target):

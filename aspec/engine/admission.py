@@ -25,7 +25,9 @@ class Admission:
     target: Model
     capacity: int
 
-    async def sequence(self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler) -> TokenSequence:
+    async def sequence(
+        self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler, *, scored: bool = False
+    ) -> TokenSequence:
         """A new sequence; a thread compiles its grammar.
 
         Raises PromptError if the target cannot run its tokens, has no room for one more, or the grammar is not valid.
@@ -39,7 +41,7 @@ class Admission:
                 f"the prompt's token {bad[0]} is {bad[1]}: expected a token of the target, 0 .. "
                 f"{self.target.vocab_size - 1}. Encode the prompt with the target's own tokenizer."
             )
-        if room < min(params.max_new_tokens, 1):
+        if room < (1 if scored else min(params.max_new_tokens, 1)):
             raise PromptError(too_long(len(tokens), self.capacity, self.target.max_context))
         if params.max_length is not None and len(tokens) >= most:
             raise PromptError(
@@ -47,7 +49,8 @@ class Admission:
                 f"max_new_tokens (-n), which has precedence, or shorten the prompt."
             )
         end_ids = frozenset() if params.ignore_eos else frozenset(self.target.end_ids)
-        limit = min(params.max_new_tokens, room, most - len(tokens))
+        wanted = max(1, params.max_new_tokens) if scored else params.max_new_tokens  # a score comes with a draw
+        limit = min(wanted, room, most - len(tokens))
         processors = None
         if needs_processors(params):
             grammar = None
@@ -67,4 +70,5 @@ class Admission:
             end_ids=end_ids,
             max_new_tokens=limit,
             processors=processors,
+            scored=scored,
         )

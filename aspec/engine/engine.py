@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self, cast
 
@@ -172,20 +173,24 @@ class Engine:
         params: SamplingParams | None = None,
         sampler: Sampler | None = None,
         stats: RequestStats | None = None,
+        *,
+        scored: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """Generate; yields a piece per round, the last one with a finish reason and statistics.
 
         A text is continued as it is; messages pass through the model's chat template. ``params``: by default the
         checkpoint's own, as ``sampling()`` returns them; ``sampler`` replaces the sampler of ``params``; ``stats`` are
-        filled while it runs. Raises PromptError for a prompt that cannot be served, and the engine's failure.
+        filled while it runs. ``scored``: the first piece has the logprobs of the prompt, with as many likeliest tokens
+        as ``params`` ask for. Raises PromptError for a prompt that cannot be served, and the engine's failure.
         """
         params, number = params or self.sampling(), next(self._ids)
         tokens = await self.encode(prompt)
-        sequence = await self._admission.sequence(number, tokens, params, sampler or Sampler(params))
+        sequence = await self._admission.sequence(number, tokens, params, sampler or Sampler(params), scored=scored)
         streams, backend = self._serving()
         stats = stats or RequestStats()
         stats.begin(sequence.num_prompt, backend.now())
-        if params.max_new_tokens == 0:
+        nothing_new = params.max_new_tokens == 0
+        if nothing_new and not scored:
             yield Piece("", (), "length", stats.close(self.plan, stats.arrived_s))
             return
         queue = streams.open(sequence, stats)
@@ -195,6 +200,8 @@ class Engine:
                 if isinstance(piece, BaseException):
                     self._failure_raised |= piece is self._failure
                     raise piece
+                if nothing_new:  # but the scores of the prompt
+                    piece = replace(piece, text="", token_ids=(), logprobs=(), finish_reason="length")
                 yield piece
                 if piece.finish_reason is not None:
                     return

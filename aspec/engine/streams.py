@@ -115,7 +115,7 @@ class Streams:
             for text, tokens, logprobs in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None
-                queue.put_nowait(Piece(text, tokens, reason, final, logprobs))
+                queue.put_nowait(Piece(text, tokens, reason, final, logprobs, sequence.take_prompt_logprobs()))
             if sequence.failure is not None:
                 queue.put_nowait(sequence.failure)
             if sequence.ended:
@@ -140,8 +140,10 @@ class Streams:
             sequence = self._waiting.popleft()
             self._admitted.add(sequence.id)
             self._runner.admit(sequence)
-            reuse_from, num_cached = self._find_reusable(sequence) if self._reuse else (None, 0)
-            self._post(RequestAdded(sequence.id, sequence.num_prompt, sequence.max_new_tokens, reuse_from, num_cached))
+            reuse = self._reuse and not sequence.scored  # every token of a scored prompt runs
+            reuse_from, num_cached = self._find_reusable(sequence) if reuse else (None, 0)
+            sizes = sequence.num_prompt, sequence.max_new_tokens
+            self._post(RequestAdded(sequence.id, *sizes, reuse_from, num_cached, sequence.scored))
 
     def _end_gathering(self) -> None:
         """The ready prompts have waited long enough: send them."""

@@ -38,6 +38,8 @@ class Sequence:
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
     processors: Processors | None = None  # None if the parameters need none
     counts: TokenCounts | None = None  # for penalties; None if none is set
+    scored: bool = False  # the logprobs of the prompt's own tokens are wanted
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are delivered
 
     def __post_init__(self) -> None:
         self.counts = TokenCounts.of(self.params, self.tokens)
@@ -101,6 +103,11 @@ class Sequence:
         """End the sequence with an error; only the first counts, and none after a finish reason."""
         if not self.ended:
             self.failure = error
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """The logprobs of the prompt's tokens but the first, once; they are complete with the first drawn token."""
+        taken, self.prompt_logprobs = self.prompt_logprobs, {}
+        return tuple(taken[position] for position in sorted(taken))
 
     def take_pieces(self) -> list[Committed]:
         """The rounds that were committed since the last call."""

@@ -16,6 +16,9 @@ class Piece:
     finish_reason: str | None = None  # "stop" | "length"
     stats: "RequestStats | None" = None
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
+    prompt_logprobs: tuple[
+        TokenLogprob, ...
+    ] = ()  # in the first piece, if requested: of the prompt but its first token
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 from aspec.errors import printable
 from aspec.serving.refusals import RequestError
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MOST_SHOWN = 80  # characters of a value or a name in a message
 MOST_PROBLEMS = 20  # of one request; the rest is not looked for
 
@@ -46,6 +46,7 @@ def fixed(*values: Any, reason: str) -> Field:
 
 
 OLD_TOOLS = "give tools and tool_choice, which replace it"
+ONLY_THERE = "ask /v1/chat/completions"
 NO_BEAMS = "beam search is not supported"
 NO_TRANSFER = "KV is not transferred between servers"
 ONLY_TEXT = "the model reads and writes text only"
@@ -156,7 +157,42 @@ ONLY_COMPLETION = {
     "prompt_embeds": fixed(reason="give a text or token ids"),
 }
 
-FIELDS: Mapping[str, Mapping[str, Field]] = {CHAT: SHARED | ONLY_CHAT, COMPLETION: SHARED | ONLY_COMPLETION}
+RESPONSE = {
+    "model": READ,
+    "input": READ,
+    "instructions": READ,
+    "previous_response_id": READ,
+    "max_output_tokens": READ,
+    "temperature": READ,
+    "top_p": READ,
+    "reasoning": READ,
+    "store": RECORD,
+    "user": RECORD,
+    "metadata": RECORD,
+    "safety_identifier": RECORD,
+    "service_tier": RECORD,
+    "prompt_cache_key": RECORD,
+    "prompt_cache_retention": RECORD,
+    "parallel_tool_calls": RECORD,  # there are no tools
+    "max_tool_calls": RECORD,  # likewise
+    "text": fixed({"format": {"type": "text"}}, {}, reason=ONLY_THERE),
+    "tools": fixed([], reason=ONLY_THERE),
+    "tool_choice": fixed("none", "auto", reason=ONLY_THERE),
+    "include": fixed([], reason="there is nothing to include"),
+    "top_logprobs": fixed(0, reason="a response has no logprobs"),
+    "truncation": fixed("disabled", reason="a conversation is never cut"),
+    "background": fixed(False, reason="an answer is not made after its request has ended"),
+    "conversation": fixed(reason="give previous_response_id, or the whole conversation as input"),
+    "prompt": fixed(reason="there are no stored prompts"),
+    "context_management": fixed([], reason="a conversation is never cut"),
+}
+"""The fields of the Responses interface."""
+
+FIELDS: Mapping[str, Mapping[str, Field]] = {
+    CHAT: SHARED | ONLY_CHAT,
+    COMPLETION: SHARED | ONLY_COMPLETION,
+    RESPONSES: RESPONSE,
+}
 """The fields of each form, by its URL."""
 
 

@@ -15,12 +15,13 @@ from aspec.serving.http.errors import HttpError, as_http
 from aspec.serving.http.guard import Guard
 from aspec.serving.http.limits import Left, Receive
 from aspec.serving.http.metrics import CONTENT_TYPE, exposition
+from aspec.serving.http.responses import Responses, StoredResponses
 from aspec.serving.http.service import Service, State
 from aspec.serving.http.writing import Send, send_whole
-from aspec.serving.request_fields import CHAT, COMPLETION
+from aspec.serving.request_fields import CHAT, COMPLETION, RESPONSES
 
 LEFT = 499  # the status of a request whose client has gone, as nginx counts it
-PATHS = (CHAT, COMPLETION, "/v1/models", "/health", "/metrics")  # that metrics name
+PATHS = (CHAT, COMPLETION, RESPONSES, "/v1/models", "/health", "/metrics")  # that metrics name
 
 Log = Callable[[str], None]
 """Takes a line of the log."""
@@ -28,9 +29,12 @@ Log = Callable[[str], None]
 
 def make_app(service: Service, guard: Guard, warn: Log, log: Log | None = None) -> "Counted":
     """The ASGI application. ``warn`` gets errors that are aspec's own; ``log`` a line per request, if there is one."""
+    stored = StoredResponses()
     routes = [
         Route(CHAT, Completions(service, CHAT), methods=["POST"]),
         Route(COMPLETION, Completions(service, COMPLETION), methods=["POST"]),
+        Route(RESPONSES, Responses(service, stored), methods=["POST"]),
+        Route(f"{RESPONSES}/{{name}}", _stored(stored), methods=["GET", "DELETE"]),
         Route("/v1/models", _models(service)),
         Route("/v1/models/{name:path}", _models(service)),
         Route("/health", _health(service)),
@@ -93,6 +97,18 @@ def _models(service: Service) -> Callable[[HttpRequest], Any]:
         return JSONResponse(_model(service, service.names.check(name)))
 
     return models
+
+
+def _stored(stored: StoredResponses) -> Callable[[HttpRequest], Any]:
+    async def response(request: HttpRequest) -> Response:
+        name = request.path_params["name"]
+        body = stored.get(name)
+        if request.method == "DELETE":
+            stored.remove(name)
+            body = {"id": name, "object": "response", "deleted": True}
+        return JSONResponse(body)
+
+    return response
 
 
 def _model(service: Service, name: str) -> Mapping[str, Any]:

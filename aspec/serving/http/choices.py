@@ -18,6 +18,7 @@ class Wanted:
 
     tokens: list[int]
     params: SamplingParams
+    scored: bool = False  # the prompt's own logprobs are wanted
     stats: RequestStats = field(default_factory=RequestStats)
 
 
@@ -73,7 +74,8 @@ class Choices:
 
     async def _read(self, index: int, one: Wanted) -> None:
         try:
-            async with aclosing(self._engine.stream(one.tokens, one.params, stats=one.stats)) as stream:
+            stream = self._engine.stream(one.tokens, one.params, stats=one.stats, scored=one.scored)
+            async with aclosing(stream):
                 async for piece in stream:
                     self._pieces.put_nowait((index, piece))
         except Exception as error:

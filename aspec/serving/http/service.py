@@ -18,13 +18,18 @@ from aspec.io.loop.settling import in_thread
 from aspec.observe.monitor import Monitor
 from aspec.serving.dispatch import check_room, params_of
 from aspec.serving.http.choices import Wanted
-from aspec.serving.http.errors import HttpError
+from aspec.serving.http.errors import RETRY_S, HttpError
 from aspec.serving.http.limits import Limits
 from aspec.serving.http.metrics import Metrics, Present
 from aspec.serving.http.turns import Turns
 from aspec.serving.openai_requests import Request
 
 MOST_WAIT_S = 60  # that a refused client is told to wait
+
+
+def cut_short() -> HttpError:
+    """The error of an answer that a stopping server has not finished."""
+    return HttpError(503, "the server has stopped before the answer was complete", code="stopping", retry_s=RETRY_S)
 
 
 class State(StrEnum):
@@ -102,7 +107,7 @@ class Service:
     def engine(self) -> Engine:
         """The open engine. Raises HttpError if there is none to use."""
         if self._engine is None or self.state is not State.READY:
-            retry_s = None if self.state is State.FAILED else 5
+            retry_s = None if self.state is State.FAILED else RETRY_S
             reason = "the engine has failed" if self.state is State.FAILED else self.reason
             raise HttpError(503, reason, code=self.state.value, retry_s=retry_s)
         return self._engine
@@ -136,7 +141,9 @@ class Service:
 
     @contextmanager
     def running(self, wanted: Sequence[Wanted]) -> Iterator[None]:
-        """The present task generates these answers in the block; ``end_answers`` cancels it."""
+        """The present task generates these answers in the block; ``end_answers`` cancels it. Raises HttpError after."""
+        if self.cut:
+            raise cut_short()
         task = asyncio.current_task()
         assert task is not None
         self._running[task] = wanted

@@ -66,9 +66,14 @@ class EventWriter:
         head = f"event: {name}\n" if name else ""
         await self._write(f"{head}data: {json.dumps(data)}\n\n")
 
-    async def comment(self, text: str) -> None:
+    async def fill(self, progress: str) -> None:
         """Send a comment: clients ignore it, and it ends their wait for a byte."""
-        await self._write(f": {text}\n\n")
+        await self._write(f": {progress}\n\n")
+
+    async def fail(self, error: HttpError) -> None:
+        """Send an error as the last event."""
+        await self.event(error.body)
+        await self.end()
 
     async def done(self) -> None:
         """Send the mark of a complete stream."""
@@ -98,8 +103,8 @@ class WholeWriter:
         """Seconds since the last byte."""
         return time.monotonic() - self._last_s
 
-    async def wait(self) -> None:
-        """Send a space, after the head if there is none yet."""
+    async def fill(self, progress: str) -> None:
+        """Send a space, after the head if there is none yet; JSON has no place for the progress."""
         await self._begin()
         await self._send({"type": "http.response.body", "body": b" ", "more_body": True})
         self._last_s = time.monotonic()

@@ -17,16 +17,20 @@ class Delivery:
 
     stream: bool = False
     include_usage: bool = False  # at the end of a stream
+    echo: bool = False  # the prompt is part of a completion's text
 
 
-def delivery_of(body: Mapping[str, Any]) -> tuple[Delivery, dict[str, Any]]:
+def delivery_of(body: Mapping[str, Any], url: str) -> tuple[Delivery, dict[str, Any]]:
     """The delivery, and the body without its fields. Raises RequestError."""
     rest = dict(body)
+    echo = rest.pop("echo", None) if url == COMPLETION else None
+    if echo is not None and not isinstance(echo, bool):
+        raise RequestError(f"echo must be true or false; found {as_json(echo)}", "echo")
     stream, options = rest.pop("stream", None), rest.pop("stream_options", None)
     if stream is not None and not isinstance(stream, bool):
         raise RequestError(f"stream must be true or false; found {as_json(stream)}", "stream")
     if options is None:
-        return Delivery(bool(stream)), rest
+        return Delivery(bool(stream), echo=bool(echo)), rest
     if not stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
     if not isinstance(options, dict):
@@ -36,7 +40,7 @@ def delivery_of(body: Mapping[str, Any]) -> tuple[Delivery, dict[str, Any]]:
             raise RequestError(f"stream_options.{as_json(name)} is not supported: remove it", "stream_options")
         if value is not None and not isinstance(value, bool):
             raise RequestError(f"stream_options.{name} must be true or false; found {as_json(value)}", "stream_options")
-    return Delivery(True, bool(options.get("include_usage"))), rest
+    return Delivery(True, bool(options.get("include_usage")), bool(echo)), rest
 
 
 def parse_requests(url: str, body: Mapping[str, Any], most: int) -> list[Request]:

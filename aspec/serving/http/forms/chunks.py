@@ -1,12 +1,13 @@
 """The objects of a streamed chat or completion: one answer's text in pieces, then why it ended."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from aspec.generation.stats import Piece
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.serving.call_reader import CallReader
+from aspec.serving.http.forms.echo import Echo
 from aspec.serving.openai_requests import Request
 from aspec.serving.openai_responses import (
     Label,
@@ -25,13 +26,9 @@ class Chunks:
     label: Label
     tokenizer: Tokenizer
     include_usage: bool  # then every chunk but the last has a usage of null
-    _offsets: dict[int, int]  # by answer: characters so far
-    _readers: dict[int, CallReader]  # by answer, if it may call tools
-
-    @classmethod
-    def of(cls, request: Request, label: Label, tokenizer: Tokenizer, *, include_usage: bool) -> "Chunks":
-        """The chunks of a request's answers, before the first one."""
-        return cls(request, label, tokenizer, include_usage, {}, {})
+    echoes: Sequence[Echo] = ()  # of all answers, if the prompts are repeated
+    _offsets: dict[int, int] = field(default_factory=dict)  # by answer that has begun: characters so far
+    _readers: dict[int, CallReader] = field(default_factory=dict)  # by answer that has begun and may call tools
 
     def first(self, index: int) -> Iterator[dict[str, Any]]:
         """What can be said at once: the role, for a chat."""
@@ -41,6 +38,8 @@ class Chunks:
     def of_piece(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
         """The chunks of a piece; none if it says nothing."""
         reason = piece.finish_reason
+        if self.echoes and index not in self._offsets:
+            yield self._echo(index, piece)
         if self.request.tools is not None:
             reader = self._readers.setdefault(index, CallReader(self.tokenizer.tool_format()))
             yield from self._calls(index, piece, reader)
@@ -71,6 +70,14 @@ class Chunks:
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last chunk of a stream with usage."""
         return {**self._chunk(None), "usage": usage}
+
+    def _echo(self, index: int, piece: Piece) -> dict[str, Any]:
+        echo, logprobs = self.echoes[index], None
+        self._offsets[index] = 0
+        if self.request.sampling.get("logprobs") is not None:
+            logprobs = echo.logprobs(piece.prompt_logprobs)
+            self._offsets[index] = sum(map(len, logprobs["tokens"]))
+        return self._chunk({"index": index, "text": echo.text, "logprobs": logprobs, "finish_reason": None})
 
     def _said(self, index: int, piece: Piece) -> dict[str, Any]:
         wanted = self.request.sampling.get("logprobs") is not None

@@ -41,7 +41,7 @@ from aspec.serving.batch_journal import journal_of
 from aspec.serving.batch_output import FinishedRows, Output, check_startable, open_output
 from aspec.serving.batch_pipe import PipeOutput
 from aspec.serving.batch_writer import BatchWriter, digest_of
-from aspec.serving.dispatch import PreparedRequest, encode, serve
+from aspec.serving.dispatch import PreparedRequest, encode, params_of, serve
 
 CHECK_LINE_S = 5.0  # seconds between two progress lines of the check
 LARGE_BYTES = 64 << 20  # largest size of a small file, such as a tokenizer or a configuration
@@ -71,6 +71,7 @@ class BatchJob:
             seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
             params = row.request.params(self.defaults, seed)
             try:
+                params = params_of(self.tokenizer, row.request, self.defaults, seed)
                 tokens = encode(self.tokenizer, row.request)
             except PromptError as error:  # the check had no error: a template can exceed its time on a busy machine
                 yield PreparedRequest(row.custom_id, row.request, [], params, error)

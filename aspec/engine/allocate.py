@@ -15,6 +15,7 @@ from aspec.backends.streams import StreamBackend
 from aspec.engine.design import ResolvedEngine, design
 from aspec.engine.model_runner import ModelRunner, Weights, use_threads
 from aspec.errors import DeviceError
+from aspec.generation.grammar.compiler import Grammars
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.loop.settling import close_all
@@ -52,6 +53,7 @@ class EngineMemory:
     target: Model
     draft: Model | None
     tokenizer: Tokenizer
+    grammars: Grammars
     plan: Plan
     parts: dict[int, Part]  # streamed and resident layer parts of the target
     runner: ModelRunner
@@ -185,7 +187,10 @@ def _assembly(
     packed = {load.part.index: _stored(load) for load in loads if load.model is None and load.part.index in kept}
     weights = Weights(layer_parts, slots, scratch, packed)
     runner = ModelRunner(target, cache, weights, drafter, plan.request.threads)
-    return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
+    grammars = Grammars(made.tokenizer, target.vocab_size, target.end_ids)
+    return EngineMemory(
+        target, draft, made.tokenizer, grammars, plan, layer_parts, runner, views, loads, memory, device
+    )
 
 
 def _residents(made: ResolvedEngine) -> list[ResidentLoad]:

@@ -20,8 +20,10 @@ from aspec.models.model import Activation, Model
 from aspec.models.weights.parts import Part
 from aspec.speculation.drafter import Drafter, item_of, pad
 from aspec.tasks.op import Op
-from aspec.tasks.task import NOTHING, Decoding, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus
+from aspec.tasks.task import NOTHING, Decoding, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus, WorkItem
 from aspec.threads import Threads
+
+SCORED_COLUMNS = 16  # of a prompt that is scored: logits that are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,10 @@ class ModelRunner:
     def _head(self, task: Task) -> Report:
         item = item_of(task)
         activation, depths = self._activations.pop(item.name), self._depths.pop(item.name)
+        if item.scored:
+            self._score(item, activation)
+        if not item.samples:
+            return NOTHING
         last = torch.tensor([[count - 1] for count in item.counts])
         logits = self._target.head(activation, upload(last, self._target.device) if item.prefill else None)
         drawn_at = [own[-1:] if item.prefill else own for own in depths]
@@ -215,6 +221,18 @@ class ModelRunner:
         if any(self._rows[row].params.logprobs is not None for row in item.rows):
             self._logits[item.name] = logits
         return NOTHING
+
+    def _score(self, item: WorkItem, activation: Activation) -> None:
+        """The logprobs of the prompt's tokens that follow the item's, a few columns at a time: logits are large."""
+        (row,), (start,), (count,) = item.rows, item.starts, item.counts
+        sequence, num_top = self._rows[row], self._rows[row].params.logprobs or 0
+        count = min(count, sequence.num_prompt - 1 - start)  # after the prompt's last token comes a draw
+        for column in range(0, count, SCORED_COLUMNS):
+            columns = range(column, min(count, column + SCORED_COLUMNS))
+            logits = self._target.head(activation, upload(torch.tensor([list(columns)]), self._target.device))
+            following = sequence.tokens[start + 1 + column : start + 1 + columns.stop]
+            scores = token_logprobs(logits[0], following, num_top)
+            sequence.prompt_logprobs |= {start + 1 + at: one for at, one in zip(columns, scores, strict=True)}
 
     def _context(self, row: int, num_proposed: int) -> Context | None:
         """The tokens that lead to the drawn positions of a row; None if its draws do not read them."""

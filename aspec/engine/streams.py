@@ -37,13 +37,16 @@ class Streams:
         self._gather_timer: asyncio.TimerHandle | None = None  # ends the wait of ready prompts for them
         self.ended: Exception | None = None  # the error that ended all streams, and refuses new ones
 
-    def open(self, sequence: TokenSequence, now_s: float) -> asyncio.Queue[Piece | BaseException]:
-        """The queue of a new sequence's pieces. Raises the error that ended all streams, if there is one."""
+    def open(self, sequence: TokenSequence, stats: RequestStats) -> asyncio.Queue[Piece | BaseException]:
+        """The queue of a new sequence's pieces. Raises the error that ended all streams, if there is one.
+
+        ``stats`` of the sequence are filled as it runs.
+        """
         if self.ended is not None:
             raise self.ended
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._queues[sequence.id] = queue
-        self._requests[sequence.id] = RequestStats(sequence.num_prompt, now_s)
+        self._requests[sequence.id] = stats
         self._waiting.append(sequence)
         if len(self._waiting) > 1 and sequence.id < self._waiting[-2].id:
             self._waiting = deque(sorted(self._waiting, key=lambda one: one.id))  # first called, first served
@@ -96,6 +99,11 @@ class Streams:
         if span.task.filled_slot is not None:
             for stats in self._requests.values():
                 stats.streamed_bytes += span.task.nbytes
+        item = span.task.item
+        if item is not None and item.prefill and span.task.op.ends_layer:
+            for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
+                if (request := self._requests.get(self._runner.sequence_in(row).id)) is not None:
+                    request.take_prefill(start, count, self._plan.num_layers)
         for outcome in span.outcomes:
             sequence = self._runner.sequence_in(outcome.row)
             request = self._requests.get(sequence.id)
@@ -107,7 +115,7 @@ class Streams:
             for text, tokens, logprobs in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None
-                queue.put_nowait(Piece(text, tokens, reason, final, logprobs))
+                queue.put_nowait(Piece(text, tokens, reason, final, logprobs, sequence.take_prompt_logprobs()))
             if sequence.failure is not None:
                 queue.put_nowait(sequence.failure)
             if sequence.ended:
@@ -132,8 +140,10 @@ class Streams:
             sequence = self._waiting.popleft()
             self._admitted.add(sequence.id)
             self._runner.admit(sequence)
-            reuse_from, num_cached = self._find_reusable(sequence) if self._reuse else (None, 0)
-            self._post(RequestAdded(sequence.id, sequence.num_prompt, sequence.max_new_tokens, reuse_from, num_cached))
+            reuse = self._reuse and not sequence.scored  # every token of a scored prompt runs
+            reuse_from, num_cached = self._find_reusable(sequence) if reuse else (None, 0)
+            sizes = sequence.num_prompt, sequence.max_new_tokens
+            self._post(RequestAdded(sequence.id, *sizes, reuse_from, num_cached, sequence.scored))
 
     def _end_gathering(self) -> None:
         """The ready prompts have waited long enough: send them."""

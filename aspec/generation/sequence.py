@@ -38,6 +38,8 @@ class Sequence:
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
     processors: Processors | None = None  # None if the parameters need none
     counts: TokenCounts | None = None  # for penalties; None if none is set
+    scored: bool = False  # the logprobs of the prompt's own tokens are wanted
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are delivered
 
     def __post_init__(self) -> None:
         self.counts = TokenCounts.of(self.params, self.tokens)
@@ -54,6 +56,10 @@ class Sequence:
     def context_of(self, paths: SequenceOf[SequenceOf[int]]) -> Context | None:
         """Likewise of the positions after some paths."""
         return Context(self.counts, paths, self.processors, self.tokens) if self.reads_context else None
+
+    def num_allowed(self, proposals: SequenceOf[int]) -> int:
+        """How many leading proposals of a chain after the committed tokens the request's grammar allows."""
+        return len(proposals) if self.processors is None else self.processors.num_allowed(self.tokens, proposals)
 
     @property
     def ended(self) -> bool:
@@ -97,6 +103,11 @@ class Sequence:
         """End the sequence with an error; only the first counts, and none after a finish reason."""
         if not self.ended:
             self.failure = error
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """The logprobs of the prompt's tokens but the first, once; they are complete with the first drawn token."""
+        taken, self.prompt_logprobs = self.prompt_logprobs, {}
+        return tuple(taken[position] for position in sorted(taken))
 
     def take_pieces(self) -> list[Committed]:
         """The rounds that were committed since the last call."""

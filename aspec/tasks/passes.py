@@ -344,16 +344,22 @@ def _embed(number: int, item: WorkItem, next_id: Numbering, inputs: tuple[Access
 def emit_end(number: int, items: Sequence[WorkItem], next_id: Numbering, plan: Plan) -> list[Task]:
     """The end of a pass for every item that draws: the target's draws, then their comparison with the proposal.
 
+    The inner chunks of a scored prompt have a head, too; the lane runs it before the head of the last chunk.
+
     These tasks run behind all draft tasks emitted before them: ACCEPT writes the proposal and the draft's KV, and
     moves the KV of an accepted path to the positions where plain decoding would have put it.
     """
-    return [task for item in items if item.samples for task in _end_item(number, item, next_id, plan)]
+    return [task for item in items for task in _end_item(number, item, next_id, plan)]
 
 
-def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan) -> tuple[Task, Task]:
+def _end_item(number: int, item: WorkItem, next_id: Numbering, plan: Plan) -> tuple[Task, ...]:
+    if not item.samples and not item.scored:
+        return ()
     drawn = Access(draws_buffer(item), f"pass {number}")
     last = (Access(hidden_buffer(item), f"pass {number} L{plan.num_layers}"),)
     head = Task(next_id(), Op.HEAD, COMPUTE, VERIFY, last, (drawn,), number, item)
+    if not item.samples:
+        return (head,)
     written = [sequence_buffer(item.group)]
     if plan.max_draft_tokens:
         written += [proposal_buffer(item.group), draft_kv_buffer(item.group)]

@@ -22,6 +22,7 @@ class Row:
     decoding: bool = False  # False until its prompt has gone through a pass
     cancelled: bool = False
     num_cached_tokens: int = 0  # leading tokens with KV in the row at its assignment: they are not prefilled
+    scored: bool = False  # the logprobs of the prompt's own tokens are wanted
 
 
 class RowTable:
@@ -108,7 +109,11 @@ class RowTable:
         number = max(free, key=lambda n: (reused.get(n, 0) - lost.get(n, 0), -n))
         self._retained.pop(number, None)
         row = Row(
-            request.sequence, request.prompt_tokens, request.max_new_tokens, num_cached_tokens=reused.get(number, 0)
+            request.sequence,
+            request.prompt_tokens,
+            request.max_new_tokens,
+            num_cached_tokens=reused.get(number, 0),
+            scored=request.scored,
         )
         self.rows[number] = row
         return RowAssignment(number, row.sequence, row.num_cached_tokens)
@@ -141,12 +146,16 @@ def micro_batches(item: WorkItem, most: int) -> list[WorkItem]:
 def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int, group: int = 0) -> list[WorkItem]:
     """Work items of at most ``most_tokens`` padded tokens for the prompts of a group, without their cached tokens.
 
-    A longer prompt is cut into chunks; only the last chunk draws. Shorter prompts of similar length share an item.
+    A longer prompt is cut into chunks; only the last chunk draws. Shorter prompts of similar length share an item. A
+    scored prompt has its items for itself.
     """
     items: list[WorkItem] = []
     short: list[int] = []
     for number, row in sorted(rows.items(), key=lambda pair: pair[1].length - pair[1].num_cached_tokens):
         length = row.length - row.num_cached_tokens
+        if row.scored:
+            items += _chunks(number, row, first_index + len(items), most_tokens, group)
+            continue
         if length <= most_tokens and (len(short) + 1) * length <= most_tokens:
             short.append(number)  # lengths grow, so this row's length is the item's width
             continue
@@ -177,6 +186,7 @@ def _chunks(number: int, row: Row, index: int, most_tokens: int, group: int) -> 
             prefill=True,
             samples=start == starts[-1],
             group=group,
+            scored=row.scored,
         )
         for i, start in enumerate(starts)
     ]

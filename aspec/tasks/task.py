@@ -42,7 +42,8 @@ class WorkItem:
 
     Row ``rows[i]`` runs the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1``. A decode item runs the last
     committed token and the row's proposals; a prefill item runs a chunk of prompts. ``samples``: the item ends in a
-    draw (all items do, except the inner chunks of a long prompt). Items of several groups are in flight at once.
+    draw (all items do, except the inner chunks of a long prompt). ``scored``: the prompt's own logprobs are wanted.
+    Items of several groups are in flight at once.
     Raises ValueError if a row lacks a start or has no token.
     """
 
@@ -53,6 +54,7 @@ class WorkItem:
     prefill: bool = False
     samples: bool = True
     group: int = 0
+    scored: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.rows) == len(self.starts) == len(self.counts) or min(self.counts, default=0) < 1:
@@ -296,6 +298,7 @@ class RequestAdded:
     num_cached_tokens: int = (
         0  # shared tokens; fewer than both lengths: all in its KV, and one prompt token left to run
     )
+    scored: bool = False  # the logprobs of the prompt's own tokens are wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from aspec.cli.command_flags import PlanFlags, TraceFlags
 from aspec.cli.flags import MachineFlags, ModelFlags, SamplingFlags
+from aspec.cli.front.serve_flags import ServeFlags
+from aspec.errors import UserError
 from aspec.generation.params import SamplingParams
 from aspec.io import hub
 from aspec.io.fetching.fetch import LINE_S, Fetches, Words
@@ -18,6 +21,8 @@ REDRAW_S = 0.2  # between two states of the line on a terminal
 
 def find_mistakes(flags: MachineFlags) -> None:
     """Raise the UserError of a value, a path or a small file that is wrong, before the seconds of importing torch."""
+    if isinstance(flags, ServeFlags):
+        find_server()
     options = flags.options()
     if isinstance(flags, SamplingFlags):
         SamplingParams(**{name: value for name, value in flags.sampling().items() if value is not None})
@@ -29,6 +34,16 @@ def find_mistakes(flags: MachineFlags) -> None:
         hub.check(str(options.target), what="target")
     if options.draft not in (None, NGRAM):
         hub.check(str(options.draft), what="draft")
+
+
+def find_server() -> None:
+    """Raise UserError if a library of the server is missing."""
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"aspec serve needs {' and '.join(missing)}: expected the extra serve, found none. Install "
+            f"them: pip install 'aspec[serve]'"
+        )
 
 
 def opening_line(flags: ModelFlags) -> str:

@@ -315,3 +315,33 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
     def sampling(self) -> dict[str, float | None]:
         """The sampling flags; None for flags that were not given."""
         return {"temperature": self.temperature}
+
+
+@dataclass(frozen=True)
+class PrepareFlags(DebugFlags, QuietFlags):
+    """The checkpoint to write anew, and where."""
+
+    target: Annotated[
+        str | None,
+        option(MODELS, "The model: a folder or a hub id.", "--target", "--model", metavar="MODEL"),
+    ] = None
+    output: Annotated[
+        Path | None,
+        option(OUTPUT, "The folder of the new checkpoint: a new or an empty one.", "--output", "-o"),
+    ] = None
+    verify: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "Run both checkpoints on a few tokens and compare their logits. The bytes are read back in any case.",
+            "--verify",
+        ),
+    ] = False
+    quiet: Annotated[bool, option(OUTPUT, "Print no progress.", "--quiet", "-q")] = False
+
+    def check(self) -> None:
+        """Require both places. Raises typer.BadParameter."""
+        if self.target is None:
+            raise typer.BadParameter("give the model to prepare: --target MODEL", param_hint="--target")
+        if self.output is None:
+            raise typer.BadParameter("give the folder to write: -o DIR", param_hint="--output")

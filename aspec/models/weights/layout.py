@@ -112,9 +112,22 @@ class _Builder:
             if skew % ref.dtype.itemsize == 0:
                 skews[skew] += ref.nbytes
         base = _page_up(self.size) + max(skews, key=lambda skew: (skews[skew], -skew), default=0)
-        self.segments += [Segment(ref.file, ref.offset, ref.nbytes, base + within) for ref, within in places]
+        for ref, within in places:
+            self._extend(Segment(ref.file, ref.offset, ref.nbytes, base + within))
         self.size = base + sum(ref.nbytes for ref, _ in places)
         return base
+
+    def _extend(self, segment: Segment) -> None:
+        """Add a segment; where it continues the last one, in the file and in the buffer, both are one."""
+        last = self.segments[-1] if self.segments else None
+        if last is not None and (last.file, last.offset + last.nbytes, last.at + last.nbytes) == (
+            segment.file,
+            segment.offset,
+            segment.at,
+        ):
+            self.segments[-1] = replace(last, nbytes=last.nbytes + segment.nbytes)
+        else:
+            self.segments.append(segment)
 
     def reserve(self, nbytes: int) -> int:
         """Reserve ``nbytes`` of scratch; returns their first byte."""
@@ -221,7 +234,7 @@ def _conversion(
         targets += _with_aliases(replace(made, at=builder.reserve(made.nbytes)), tensors.aliases)
     if stored is not None:
         return Conversion(entry.name, (Source(entry.name, None, (stored,)),), tuple(targets), None)
-    order = _fused_order(entry) if all(isinstance(own, PackedWeight) for own, _ in entry.sources) else None
+    order = fused_order(entry) if all(isinstance(own, PackedWeight) for own, _ in entry.sources) else None
     sources: list[Source] = []
     within = targets[0].at  # the next piece of the target
     for own, pattern in order or entry.sources:
@@ -243,7 +256,7 @@ def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
     stored = [own for own, _ in entry.sources]
     if entry.converter is None or any(isinstance(own, PackedWeight) for own in stored):
         return None
-    order = _fused_order(entry) if len({own.dtype for own in stored}) == 1 else None
+    order = fused_order(entry) if len({own.dtype for own in stored}) == 1 else None
     if order is None:
         return None
     places, at = [], 0
@@ -254,7 +267,7 @@ def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
     return places
 
 
-def _fused_order(entry: Entry) -> Sequence[tuple[StoredWeight, str | None]] | None:
+def fused_order(entry: Entry) -> Sequence[tuple[StoredWeight, str | None]] | None:
     """The sources in the order in which they follow one another in the only output; None if they do not."""
     if entry.converter is None:
         return entry.sources

@@ -181,4 +181,4 @@ def test_killed_at_any_instant_it_resumes_and_ends_with_the_same_bytes(source, t
         assert not (out / "config.json").exists() or contents(out) == wanted
     assert kills >= 20
     assert contents(out) == wanted
-    assert json.loads((out / JOURNAL).read_text())["bits"] is None
+    assert json.loads((out / JOURNAL).read_text())["quantization"] is None

@@ -223,6 +223,8 @@ def prepare(flags: PrepareFlags) -> None:
       aspec prepare --target ./model -o ./model-streaming
 
       aspec prepare --target org/big -o /fast-disk/big --verify
+
+      aspec prepare --target ./model -o ./model-4bit --bits 4
     """
     perform("aspec.cli.prepare", "prepare_to_console", flags)
 

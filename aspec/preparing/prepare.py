@@ -15,6 +15,7 @@ from aspec.preparing.identity import fingerprint
 from aspec.preparing.journal import Journal, check_folder, open_journal
 from aspec.preparing.order import Shard, in_streaming_order
 from aspec.preparing.pieces import CHUNK_BYTES, Reader
+from aspec.preparing.quantising import Quantiser, quantiser
 from aspec.preparing.shard_file import header, write_file, write_shard
 from aspec.preparing.source import Source, files_beside, open_source
 from aspec.units import format_bytes
@@ -32,6 +33,7 @@ class Design:
     source: Source
     shards: tuple[Shard, ...]
     config: Mapping[str, object]  # of its config.json
+    quantiser: Quantiser | None  # None: the weights stay as they are
     ties: Mapping[str, Any]  # what its bytes depend on
 
     @property
@@ -50,11 +52,17 @@ class Prepared:
     num_kept: int  # shards that an earlier, stopped command had finished
 
 
-def design(folder: Path) -> Design:
-    """The checkpoint in ``folder`` in streaming order. Raises UserError if aspec cannot run it."""
+def design(folder: Path, bits: int | None = None, group: int | None = None) -> Design:
+    """The checkpoint in ``folder`` in streaming order; ``bits``: of its quantised weights, None: as they are stored.
+
+    ``group``: inputs that share a scale. Raises UserError if aspec cannot run it, or cannot quantise it.
+    """
     source = open_source(folder)
-    shards = in_streaming_order(source.checkpoint, source.tensors, source.layers)
-    return Design(source, tuple(shards), source.config, {"source": fingerprint(folder), "bits": None})
+    chosen = None if bits is None else quantiser(source, bits, group)
+    shards = in_streaming_order(source.checkpoint, source.tensors, source.layers, chosen)
+    config = source.config if chosen is None else chosen.config()
+    ties = {"source": fingerprint(folder), "quantization": config.get("quantization_config")}
+    return Design(source, tuple(shards), config, chosen, ties)
 
 
 def prepare(made: Design, output: Path, told: Told = lambda *_: None) -> Prepared:

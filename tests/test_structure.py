@@ -16,7 +16,7 @@ ORDER = (
     ("options",),
     ("io",),
     ("tasks", "models"),
-    ("backends", "generation", "observe"),
+    ("backends", "generation", "observe", "preparing"),
     ("speculation",),
     ("profiling",),
     ("planning",),

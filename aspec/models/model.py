@@ -10,7 +10,7 @@ progress at once. Callers run everything under ``torch.inference_mode``.
 import contextlib
 import itertools
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,7 +27,7 @@ from aspec.io.upload import upload
 from aspec.models.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
 from aspec.models.config_sizes import check_layers
 from aspec.models.context import context_limit
-from aspec.models.exact.products import LayerModes, matmul_mode, route
+from aspec.models.exact.products import LayerModes, matmul_mode
 from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.generation_defaults import end_ids
@@ -42,10 +42,12 @@ from aspec.models.split_layer import Split, attend_to, finish, host_attention_of
 from aspec.models.state.mixers import bind_mixers
 from aspec.models.state.shapes import StateShape
 from aspec.models.weights.binding import Binder
+from aspec.models.weights.factors import choose_factors
 from aspec.models.weights.layout import plan_parts
+from aspec.models.weights.linears import Linears
 from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
-from aspec.models.weights.parts import REST, Binding, Part, layer_of
+from aspec.models.weights.parts import Binding, Part, layer_of
 from aspec.models.weights.tensor_map import map_tensors
 from aspec.models.weights.touched import give_up, same_memory
 from aspec.models.weights.unused import check_unused, unread_bytes, unused_text, without_towers
@@ -80,6 +82,7 @@ class Model:
 
     ``adapter``: the folder of a LoRA adapter, which is merged while parts are bound.
     ``outlined``: if the folder has a configuration and no weights, take the sizes of tensors from the configuration.
+    ``packed_products``: of weights of 4 bits, where torch has them; None: of weights that are stored for them.
     Raises CheckpointError if the folder is damaged or config.json and weights do not belong together, and
     UnsupportedModelError if the architecture cannot run layer by layer; both before any allocation.
     """
@@ -92,6 +95,7 @@ class Model:
         device: torch.device | str = "cpu",
         adapter: Path | None = None,
         outlined: bool = False,
+        packed_products: bool | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.name = known_as(self.folder)  # for messages
@@ -119,21 +123,24 @@ class Model:
         check_unused(self._layers_model, self.checkpoint, self.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
-            opened = Adapter.open(adapter)
-            self._tensors = adapt(self._tensors, opened, self._layers_model)
-            self.files |= opened.files
+            self._adapt(Adapter.open(adapter))
         self._frame = self._build_frame()
         self._cache_argument, self._uses_cache = cache_argument(self._frame), uses_cache(self.config)
-        self._read_weights = bind_mixers(self._layers_model)  # they are never packed
-        self._frame_linears, self._layer_linears = route(self._frame), route(self._layers_model)
+        self._linears = Linears(self._frame, self._layers_model, self._layers_name, bind_mixers(self._layers_model))
         self._modes = LayerModes()
-        self._binder = Binder(self._frame, self._layers_model, self._layers)
+        self._tensors = choose_factors(self._tensors, self._linears, self.device, self.dtype, packed_products)
+        self._binder = Binder(self._frame, self._layers_model, self._layers, self._linears)
         self._local = threading.local()  # .tape: for the frame's forward on this thread
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
         self.context = context_limit(text)
         self.end_ids = end_ids(self.folder, text)
+
+    def _adapt(self, adapter: Adapter) -> None:
+        """Add the weights of an adapter to those that it changes."""
+        self._tensors = adapt(self._tensors, adapter, self._layers_model)
+        self.files |= adapter.files
 
     def _build_frame(self) -> PreTrainedModel:
         """The model with stubs in place of its layers, and without the towers that text does not enter."""
@@ -220,8 +227,7 @@ class Model:
 
     def prove_products(self) -> None:
         """Prove the recipes of all linear modules, before memory is taken for weights."""
-        for linear in (*self._frame_linears.values(), *self._layer_linears.values()):
-            linear.prove()
+        self._linears.prove()
 
     def pack(self, part: Part) -> tuple[Binding, ...]:
         """Reorder weights of a bound part that stays bound, where products get faster; the bits stay the same.
@@ -229,11 +235,7 @@ class Model:
         Returns the bindings whose bytes of the part's buffer are not read any more. Call it with the threads that
         compute. The reordered weights need as much memory as these bytes, one weight more while it runs.
         """
-        linears = self._frame_linears if part.layer == REST else self._layer_linears
-        uses = Counter(binding.at for binding in part.targets())  # tied weights have other readers
-        packable = linears.keys() - self._read_weights
-        able = [own for own in part.bindings if own.target in packable and uses[own.at] == 1]
-        return tuple(own for own in able if linears[own.target].pack())
+        return self._linears.pack(part)
 
     def unbind(self, part: Part) -> None:
         """Put the part's parameters back on meta: its layer raises InternalError until the next ``bind``."""
@@ -241,8 +243,7 @@ class Model:
 
     def forget(self, parts: tuple[Part, ...] = ()) -> None:
         """Unbind these parts and drop all views of buffers and packed weights, so that the memory can be freed."""
-        for linear in (*self._frame_linears.values(), *self._layer_linears.values()):
-            linear.packed = None
+        self._linears.forget()
         for part in parts:
             self._binder.unbind(part)
         self._binder.forget()

@@ -85,7 +85,8 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     kind = resolved.kind
     place, alignment = (torch.device("cpu"), 1) if kind is None else (kind.place, ALIGNMENT)
     how: dict[str, Any] = {"dtype": resolved.dtype, "device": place, "outlined": outlined}
-    target = Model(resolved.target, adapter=resolved.adapter, **how)
+    asked = {"packed": True, "decoded": False}.get(resolved.options.products)
+    target = Model(resolved.target, adapter=resolved.adapter, packed_products=asked, **how)
     resolved = _with_possible_exactness(resolved, target)
     draft = None if resolved.draft is None else Model(resolved.draft, adapter=resolved.draft_adapter, **how)
     parts = target.parts(_part_bytes(resolved.budget_bytes), alignment)

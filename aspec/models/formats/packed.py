@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from aspec.io.checkpoint import TensorRef
+from aspec.models.formats.int4.form import Int4Factor
 
 
 class Decode(Protocol):
@@ -39,6 +40,7 @@ class PackedWeight:
     method: str  # for people: "GPTQ, 4 bits, groups of 128"
     decode: Decode
     workspace_bytes: int
+    factor: Int4Factor | None = None  # None: it is decoded before products
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from aspec.errors import CheckpointError
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.io.weight_format import quantised_tensors
+from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.packed import PackedWeight, StoredWeight
 from aspec.models.formats.settings import is_of_activations
 from aspec.models.hf_compat import (
@@ -49,6 +50,7 @@ class Entry:
     converter: WeightConverter | None  # a copy for this entry; None: the only source is the parameter
     outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # parameter -> shape and dtype as converted
     updates: Mapping[str, LowRank[TensorRef]] = field(default_factory=dict)  # of an adapter, by parameter
+    sizes: Int4 | None = None  # of a weight that products take packed
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:

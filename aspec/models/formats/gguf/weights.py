@@ -15,6 +15,7 @@ from aspec.models.formats.gguf.architectures import TOP, USED_ELSEWHERE, Archite
 from aspec.models.formats.gguf.config import architecture_of
 from aspec.models.formats.gguf.decode import KERNELS, PLAIN, Piece, decoder
 from aspec.models.formats.gguf.places import Form, Place, as_is
+from aspec.models.formats.gguf.repack import blocks_factor
 from aspec.models.formats.packed import PackedWeight
 
 BLOCK = re.compile(r"blk\.(?P<layer>\d+)\.(?P<leaf>.+)", re.DOTALL)
@@ -86,6 +87,8 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
     pieces = [Piece(tensor.kind, tensor.shape, place.view, offset) for tensor, place, offset in found]
     decode, workspace_bytes = decoder(pieces)
     kinds = " and ".join(dict.fromkeys(tensor.kind for tensor, _, _ in found))
+    alone = pieces[0] if len(pieces) == 1 else None
+    factor = None if alone is None else blocks_factor(alone.kind, places[0].shape, alone.view, alone.offset)
     return PackedWeight(
         name=name,
         shape=places[0].shape,
@@ -94,6 +97,7 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
         method=f"GGUF, {kinds}",
         decode=decode,
         workspace_bytes=workspace_bytes,
+        factor=factor,
     )
 
 

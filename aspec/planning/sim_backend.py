@@ -7,12 +7,15 @@ confidence differs between positions, so rows grow trees of different sizes.
 """
 
 import asyncio
+import itertools
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from aspec.expert_plan import ExpertShape
 from aspec.profiling.cost_tables import SimCosts
 from aspec.speculation.tree import ROOT, Proposal, Tree
 from aspec.tasks.op import Cost, Op
@@ -23,6 +26,7 @@ from aspec.tasks.task import (
     DECODE,
     DISK,
     DRAFT_COMPUTE,
+    EXPERT_DISK,
     H2D,
     H2D_RESULTS,
     NOTHING,
@@ -34,12 +38,15 @@ from aspec.tasks.task import (
     Task,
     TreeLevel,
     TreeStatus,
+    WorkItem,
 )
 
+MAX_DRAWS = 1 << 12  # draws for one token's experts in one layer: more than it ever takes
 MAX_RANKS = 8  # children that a simulated draft offers for every node
 
 HOST_RESOURCES = (
     Resource(DISK, depth=3),
+    Resource(EXPERT_DISK, depth=8),
     Resource(COMPUTE, depth=2, domain="host"),
     Resource(CPU, depth=1),
     Resource(DECODE, depth=2),
@@ -82,6 +89,7 @@ class SimBackend:
     profile: SimCosts
     resources: tuple[Resource, ...] = HOST_RESOURCES
     fail: tuple[Op, int] | None = None
+    experts: ExpertShape | None = None  # that are read on demand
     in_flight: int = 0  # tasks issued and not completed; 0 after close
     closed: bool = False
     _lanes: dict[str, _Lane] = field(default_factory=dict)
@@ -112,7 +120,8 @@ class SimBackend:
         seconds = self._with_contention(task, start, self.price(task))
         stop = round((start + seconds) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
         lane.free_s = self._stops[task.id] = stop
-        if task.op is Op.RETURN and (loads := self._lanes.get(H2D, lane)).free_s > start:
+        overtaken = {Op.RETURN: H2D, Op.LOAD_EXPERT: DISK}.get(task.op)
+        if overtaken is not None and (loads := self._lanes.get(overtaken, lane)).free_s > start:
             loads.free_s += seconds  # it overtakes the loads, which end later: both use one link
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
@@ -202,6 +211,8 @@ class SimBackend:
             changes = task.payload.rows
             self._rows |= {one.row: _RowState(one.sequence) for one in changes if one.sequence is not None}
             return NOTHING
+        if item is not None and task.op is Op.ROUTE and task.layer is not None:
+            return Report(routed=tuple(sorted(self._route(item, task.layer).items())))
         if item is not None and task.growth is not None:
             limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
             starts = dict(zip(item.rows, item.starts, strict=True))
@@ -215,6 +226,20 @@ class SimBackend:
         triples = zip(item.rows, item.starts, item.counts, strict=True)
         accepted = [self._accept(row, start, 1 if item.prefill else count) for row, start, count in triples]
         return Report(tuple(outcome for outcome, _ in accepted), tuple(grown for _, grown in accepted if grown))
+
+    def _route(self, item: WorkItem, layer: int) -> Counter[int]:
+        """The experts of an item's tokens: the same for a token of a sequence in every plan, all equally likely."""
+        assert self.experts is not None, "only experts on demand are routed"
+        number, routed = self.experts.num_experts[layer], Counter[int]()
+        for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
+            sequence = self._rows[row].sequence
+            for position in range(start, start + count):
+                chosen: set[int] = set()
+                draws = itertools.count((layer + 1) * MAX_DRAWS)
+                while len(chosen) < min(self.experts.top_k, number):
+                    chosen.add(int(number * self._chance(sequence, position, next(draws))))
+                routed.update(chosen)
+        return routed
 
     def _grow(self, row: int, start: int, growth: TreeLevel, budget: int, depth: int) -> TreeStatus:
         """Grow one level of a row's tree, whose root is at ``start``; all nodes of one depth have the same children."""

@@ -231,7 +231,8 @@ class CostModel:
     def _learn_split(self, task: Task, item: WorkItem, layer: int, seconds: float) -> None:
         """Collect the tasks of a split layer; the layer is learned, over all its items, when the next layer ends."""
         if not task.op.ends_layer:
-            self._pieces.setdefault(item.name, {})[task.op] = seconds
+            pieces = self._pieces.setdefault(item.name, {})
+            pieces[task.op] = pieces.get(task.op, 0.0) + seconds
             return
         if self._split.key != (task.number, layer):
             self._end_split(self._rounds.get(self._split.key[0]))

@@ -2,11 +2,17 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
+from aspec.expert_plan import ExpertShape
+from aspec.planning.experts.routes import SKEW, TEXT_EXPONENT, SimRoutes
 from aspec.tasks.experts import routing
-from aspec.tasks.experts.routing import LayerRoutes, RoutingStats, cached_chances, missing_per_pass, zipf_chances
+from aspec.tasks.experts.cache import ExpertCache
+from aspec.tasks.experts.routing import CachedPasses, LayerRoutes, RoutingStats, zipf_chances
+from aspec.tasks.task import WorkItem
 
 
 def drawn(chances, rng) -> list[int]:
@@ -83,21 +89,12 @@ def test_zipf_shares_sum_to_top_k_and_none_is_above_one():
     assert sum(steep) == pytest.approx(2.0)
 
 
-def test_a_cache_holds_as_many_experts_as_it_has_slots():
-    chances = zipf_chances(64, 4, 1.0)
-    for slots in (1, 10, 20, 63):
-        held = cached_chances(chances, slots)
-        assert sum(held) == pytest.approx(slots, rel=1e-3)
-        assert sorted(held, reverse=True) == held
-    assert cached_chances(chances, 64) == [1.0] * 64
-    assert cached_chances(chances, 0) == [0.0] * 64
-
-
-def test_expected_misses_are_those_of_a_simulated_cache():
-    rng, chances, slots = random.Random(2), zipf_chances(64, 4, 1.0), 20
+@pytest.mark.parametrize("slots", [14, 24, 40])
+def test_expected_misses_are_those_of_a_simulated_cache(slots):
+    rng, chances = random.Random(2), zipf_chances(64, 4, 1.0)
     recent: dict[int, None] = {}
     touched = missed = 0
-    for number in range(4000):
+    for number in range(3000):
         union = list(pass_of(chances, 4, rng))
         if number >= 500:
             touched += len(union)
@@ -107,6 +104,62 @@ def test_expected_misses_are_those_of_a_simulated_cache():
             recent[expert] = None
         while len(recent) > slots:
             del recent[next(iter(recent))]
-    expected_touched, expected_missed = missing_per_pass(chances, slots, 4.0)
-    assert expected_touched == pytest.approx(touched / 3500, rel=0.03)
-    assert expected_missed == pytest.approx(missed / 3500, rel=0.06)
+    expected = CachedPasses.of(chances, slots, 4.0, 1.0)
+    assert expected.touched == pytest.approx(touched / 2500, rel=0.03)
+    assert expected.missing == pytest.approx(missed / 2500, rel=0.1)
+
+
+def test_all_experts_in_slots_or_none():
+    chances = zipf_chances(64, 4, 1.0)
+    assert CachedPasses.of(chances, 64, 4.0, 1.0).missing == 0.0
+    bare = CachedPasses.of(chances, 0, 4.0, 1.0)
+    assert bare.missing == pytest.approx(bare.touched)
+
+
+@pytest.mark.parametrize(("share", "hits"), [(0.32, 0.84), (0.48, 0.94)])
+def test_expected_hits_are_those_published_for_qwen3_30b(share, hits):
+    chances = zipf_chances(128, 8, SKEW)
+    found = CachedPasses.of(chances, share * 128, 1.0, TEXT_EXPONENT)
+    assert found.touched == pytest.approx(8.0)
+    assert 1.0 - found.missing / found.touched == pytest.approx(hits, abs=0.03)
+    assert 43 < CachedPasses.of(chances, 0, 25**TEXT_EXPONENT, 1.0).touched < 50
+
+
+# -- the routes of a simulated text ------------------------------------------------------------------------
+
+
+def chance(sequence, position, stream):
+    return random.Random(f"{sequence} {position} {stream}").random()
+
+
+def routes(num_tokens, layer=0):
+    shape = ExpertShape((128, 128), 8, (1, 1), 1)
+    drawn, row = SimRoutes(shape, chance), WorkItem(0, (0,), (0,), (1,))
+    return [drawn.of_item(replace(row, starts=(at,)), layer, [5]) for at in range(num_tokens)]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return routes(400)
+
+
+def test_simulated_routes_are_those_of_trained_models(text):
+    assert all(len(one) == 8 for one in text)
+    pairs = [len(a.keys() & b.keys()) / len(a.keys() | b.keys()) for a, b in pairwise(text)]
+    assert 0.2 < sum(pairs) / len(pairs) < 0.4  # published: 0.3
+    unions = [len(set().union(*text[at : at + 25])) for at in range(0, 400, 25)]
+    assert 40 < sum(unions) / len(unions) < 53  # published: 43 to 50
+    for share, published in ((0.32, 0.84), (0.48, 0.94)):
+        cache, hits = ExpertCache(range(int(share * 128))), []
+        for one in text:
+            hits.append(len(cache.place(list(one)).held))
+        assert sum(hits[100:]) / 8 / 300 == pytest.approx(published, abs=0.05)
+
+
+def test_simulated_routes_differ_by_layer_and_are_the_same_again(text):
+    assert routes(3) == text[:3]
+    assert routes(3, layer=1) != text[:3]
+    shape = ExpertShape((128, 128), 8, (1, 1), 1)
+    prompt = SimRoutes(shape, chance).of_item(WorkItem(0, (0,), (0,), (512,), prefill=True), 0, [5])
+    assert 90 < len(prompt) < 128
+    assert sum(prompt.values()) == pytest.approx(8 * 512, rel=0.1)

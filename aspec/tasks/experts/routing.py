@@ -7,6 +7,7 @@ Pure policy: counts only.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import exp, log, log1p
 
 MEMORY = 256.0  # tokens: how far back frequencies look; text changes its experts, and prompts share few
@@ -50,9 +51,12 @@ class RoutingStats:
         self._information = EXPONENT_PRIOR  # decayed sum of squares of the relative slope of unions by b
         self.exponent = FIRST_EXPONENT
 
-    def observe(self, layer: int, tokens: int, routed: Mapping[int, int]) -> None:
-        """Learn from the routes of one layer in one pass: by expert, the tokens that chose it."""
-        if tokens > 1 and routed:
+    def observe(self, layer: int, tokens: int, routed: Mapping[int, int], *, decodes: bool = True) -> None:
+        """Learn from the routes of one layer in one pass: by expert, the tokens that chose it.
+
+        The exponent is that of passes that decode: a long prompt touches nearly all experts and tells nothing.
+        """
+        if decodes and tokens > 1 and routed:
             self._fit(layer, tokens, len(routed))
         self._layers[layer].add(tokens, routed)
         self._logs.pop(layer, None)
@@ -79,8 +83,13 @@ class RoutingStats:
 
     def _logs_of(self, layer: int) -> list[float]:
         if layer not in self._logs:
-            self._logs[layer] = [log1p(-chance) for chance in self._layers[layer].chances()]
+            self._logs[layer] = touch_logs(self._layers[layer].chances())
         return self._logs[layer]
+
+
+def touch_logs(chances: Iterable[float]) -> list[float]:
+    """log(1 - p), by expert: the chances that it is not touched are multiples of it in the exponent."""
+    return [log1p(-min(MOST_CHANCE, chance)) for chance in chances]
 
 
 def touch_chances(logs: Iterable[float], draws: float) -> list[float]:
@@ -98,28 +107,31 @@ def zipf_chances(num_experts: int, top_k: int, exponent: float) -> list[float]:
     return [MOST_CHANCE] * certain + [weight * (top_k - certain) / rest for weight in weights[certain:]]
 
 
-def cached_chances(requests: Sequence[float], slots: float) -> list[float]:
-    """The chance that an expert is in a cache of so many slots, by expert, before a pass that touches it by chance.
+@dataclass(frozen=True, slots=True)
+class CachedPasses:
+    """What passes of equal size find in a layer's cache, once it is warm.
 
-    An expert is there if one of the last T passes touched it, and T is the number that fills the slots: Che, Tung and
-    Wang, "Hierarchical web caching systems", 2002. It is close for least recently used; segments do a little better.
+    The cache holds the experts of the last passes, as many as fill its slots. P passes of m draws touch as many experts
+    as m P^b draws, so the next one misses what P + 1 passes touch beyond P. It is the law of the least recently used
+    (Che, Tung and Wang, "Hierarchical web caching systems", 2002) for draws that repeat.
     """
-    if slots >= len(requests):
-        return [1.0] * len(requests)
-    if slots <= 0:
-        return [0.0] * len(requests)
-    logs = [log1p(-min(MOST_CHANCE, chance)) for chance in requests]
-    low, high = 0.0, 1.0
-    while sum(touch_chances(logs, high)) < slots and high < 1e12:
-        low, high = high, 2.0 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(touch_chances(logs, middle)) < slots else (low, middle)
-    return touch_chances(logs, high)
 
+    touched: float  # experts that a pass touches
+    missing: float  # those of them that are not in the cache
 
-def missing_per_pass(chances: Sequence[float], slots: float, draws: float) -> tuple[float, float]:
-    """(experts that a pass touches, those that its layer's cache lacks), if all passes have so many ``draws``."""
-    touched = touch_chances([log1p(-min(MOST_CHANCE, chance)) for chance in chances], draws)
-    held = cached_chances(touched, slots)
-    return sum(touched), sum(touch * (1.0 - here) for touch, here in zip(touched, held, strict=True))
+    @classmethod
+    def of(cls, chances: Sequence[float], slots: float, draws: float, exponent: float) -> "CachedPasses":
+        """A layer with these frequencies; a pass is like so many ``draws``, and passes repeat by ``exponent``, b."""
+        logs = touch_logs(chances)
+        touched = sum(touch_chances(logs, draws))
+        if slots >= len(chances):
+            return cls(touched, 0.0)
+        low, high = 0.0, 1.0
+        while sum(touch_chances(logs, high)) < slots:
+            low, high = high, 2.0 * high
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(touch_chances(logs, middle)) < slots else (low, middle)
+        passes = (high / draws) ** (1.0 / exponent)
+        beyond = sum(touch_chances(logs, draws * (passes + 1.0) ** exponent)) - slots
+        return cls(touched, min(touched, max(0.0, beyond)))

@@ -40,8 +40,9 @@ POLICY = (
 TORCH_FREE = ("tasks", "observe", "serving")  # folders
 THREADS = ("io", "backends", "observe.ticker", "cli.front.stuck_main")  # that hold threads
 ASK_FOR_THREADS = (
-    "models.model",
     "models.exact.products",
+    "models.experts.pause",
+    "models.frame",
     "planning.virtual_time",
 )  # that only ask which thread they are on
 MOST_FILES = 14

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from aspec.errors import InternalError
+from aspec.models.experts.pause import once
 from aspec.models.hf_compat import RECURRENT_FUNCTIONS, Cache
 from aspec.models.state.kernels import KERNELS
 
@@ -61,7 +62,11 @@ class BoundMixer:
         self._owner = _WeightReader(module) if reads_weights else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward; the cache among its arguments gives the layer's step."""
+        """The module's own forward, which moves the state on: it runs once per step."""
+        return once(partial(self._run, *args, **kwargs), self)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The cache among the arguments gives the layer's step."""
         caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
         if len(caches) != 1:
             raise InternalError(f"{type(self._module).__name__} was called with {len(caches)} caches, expected one")

@@ -18,6 +18,7 @@ from aspec.tasks.layers.weights import PREFILL, VERIFY, Numbering, Weights
 from aspec.tasks.op import Op
 from aspec.tasks.task import COMPUTE, EXPERT_DISK, Access, ExpertLoad, LayerWork, Task, WorkItem
 
+DEMAND = -1  # priority of reads that a layer waits for: before those of the weight stream, whose numbers grow from 0
 LEAST_WAVE = 4  # experts read for one wave of computing, if so many are read
 MOST_WAVES = 8  # waves of read experts, where slots allow it: every wave is a task per item
 
@@ -107,7 +108,7 @@ class ExpertStream:
         writes = (Access(expert_buffer(slot), content),)
         load = ExpertLoad(expert, layer, self._shape.nbytes[layer], slot)
         number, self._loads = self._loads, self._loads + 1
-        return Task(self._next_id(), Op.LOAD_EXPERT, EXPERT_DISK, VERIFY, (), writes, number, payload=load)
+        return Task(self._next_id(), Op.LOAD_EXPERT, EXPERT_DISK, DEMAND, (), writes, number, payload=load)
 
     def _experts(self, number: int, layer: int, item: WorkItem, experts: Slots, wave: int) -> Task:
         """Some experts of one item, whose results are put beside those of earlier waves."""

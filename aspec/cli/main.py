@@ -122,7 +122,7 @@ def trace(flags: TraceFlags) -> None:
     if flags.recorded is None:
         perform("aspec.cli.trace", "record", flags, flags.prompts)
         return
-    from aspec.cli.trace_summary import summarise_file
+    from aspec.cli.front.trace_summary import summarise_file
 
     guarded(partial(summarise_file, flags.recorded, flags.as_json), Console(quiet=flags.quiet), flags.debug)
 

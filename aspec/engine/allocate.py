@@ -20,6 +20,7 @@ from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.loop.settling import close_all
 from aspec.io.memory import SlotMemory, allocate, discard, give_back
+from aspec.models.experts.running import ExpertRunner
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor
@@ -62,6 +63,8 @@ class EngineMemory:
     memory: list[SlotMemory]
     device: DeviceLayer[Any, Any] | None = None
     buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind a device's link
+    experts: ExpertRunner | None = None  # that are read on demand
+    expert_slots: list[memoryview] = field(default_factory=list)
 
     @property
     def models(self) -> list[Model]:
@@ -78,7 +81,15 @@ class EngineMemory:
         if self.device is None:
             threads = self.plan.request.threads
             number = 1 if threads is None or not self.plan.num_scratch else threads.weights
-            return CpuBackend(self.runner, self.parts, self.slots, disk, num_decoders=number)
+            return CpuBackend(
+                self.runner,
+                self.parts,
+                self.slots,
+                disk,
+                num_decoders=number,
+                experts=self.experts,
+                expert_slots=self.expert_slots,
+            )
         return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
 
 
@@ -128,7 +139,20 @@ def _on_host(made: ResolvedEngine) -> EngineMemory:
     loads = [replace(one, view=view) for one, view in zip(kept, views, strict=True)]
     slots, whole = _carve_slots(memory, made.plan, max((one.part.size for one in passing), default=0))
     loads += [replace(one, view=whole[: one.part.size]) for one in passing]
-    return _assembly(made, [as_tensor(slot) for slot in slots], slots, loads, memory)
+    assembly = _assembly(made, [as_tensor(slot) for slot in slots], slots, loads, memory)
+    _add_experts(made, assembly)
+    return assembly
+
+
+def _add_experts(made: ResolvedEngine, assembly: EngineMemory) -> None:
+    """Allocate the slots of experts that are read on demand, in an arena of their own."""
+    plan, routed = made.plan.experts, made.models.on_demand
+    if plan is None or routed is None:
+        return
+    assembly.experts = made.models.target.read_on_demand(routed)
+    assembly.expert_slots = _carve(assembly.memory, [plan.shape.slot_bytes] * plan.num_slots)
+    scratch = torch.empty(plan.shape.scratch_bytes, dtype=torch.uint8)
+    assembly.experts.use([as_tensor(slot) for slot in assembly.expert_slots], scratch)
 
 
 def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMemory:
@@ -309,6 +333,7 @@ def free_memory(assembly: EngineMemory) -> None:
     parts = [tuple(load.part for load in assembly.loads if load.model is model) for model in models]
     assembly.loads.clear()
     assembly.slots.clear()
+    assembly.expert_slots.clear()
     assembly.buffers = Buffers((), ())
     memory, assembly.memory = assembly.memory, []
     device, assembly.device = assembly.device, None

@@ -15,6 +15,7 @@ FutureWarning; 5.40 removes it.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -46,6 +47,7 @@ __all__ = [
     "RECURRENT_FUNCTIONS",
     "ROPE_INIT_FUNCTIONS",
     "Cache",
+    "Experts",
     "LlamaDecoderLayer",
     "WeightConverter",
     "WeightRenaming",
@@ -57,6 +59,7 @@ __all__ = [
     "compute_buffers",
     "conversion_rules",
     "dot_natural_key",
+    "experts_of",
     "forget_pad_token",
     "has_recurrent_state",
     "ignore_positions",
@@ -153,6 +156,42 @@ def see_all(model: nn.Module) -> None:
 def set_experts(config: PreTrainedConfig, name: str) -> None:
     """Make models of ``config`` run their experts with the implementation ``name``."""
     config._experts_implementation = name
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How a module of routed experts computes: up, gate or activation, down; all experts' weights in two tensors.
+
+    As transformers' ``grouped_mm``, which takes ``hidden`` [N, H], the experts of each token [N, k], their weights.
+    """
+
+    up: str  # the name of its weights [E, outputs, inputs], or [E, inputs, outputs] if ``transposed``
+    down: str
+    number: int  # of experts; larger numbers in a route mean none
+    transposed: bool
+    biased: bool  # with ``<up>_bias`` and ``<down>_bias`` [E, outputs]
+    act: Callable[[torch.Tensor], torch.Tensor]  # between the two products
+    norm: Callable[[torch.Tensor], torch.Tensor] | None  # behind the second one
+
+
+def experts_of(module: nn.Module) -> Experts | None:
+    """How a module computes its routed experts; None where it is no such module, or computes them in another way."""
+    kinds = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
+    if not all(hasattr(module, name) for name in kinds) or not hasattr(module, "down_proj"):
+        return None
+    chosen = getattr(module.config, "_experts_implementation", None)
+    if chosen != "grouped_mm":
+        return None
+    gated, normed = module.has_gate, getattr(module, "has_post_expert_norm", False)
+    return Experts(
+        "gate_up_proj" if gated else "up_proj",
+        "down_proj",
+        int(module.num_experts),  # type: ignore[arg-type]
+        bool(module.is_transposed),
+        bool(module.has_bias),
+        module._apply_gate if gated else module.act_fn,  # type: ignore[arg-type]
+        module.post_expert_norm if normed else None,  # type: ignore[arg-type]
+    )
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

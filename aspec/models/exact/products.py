@@ -213,6 +213,12 @@ def multiply(
     return _linear(rows, weight, bias) if exact else functional.linear(rows, weight, bias)
 
 
+def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows [M, K] times the weight [K, N] of one expert: in an exact step with the bits of a grouped product."""
+    exact = getattr(_thread, "exact", False)
+    return _multiply(rows, _times(weight), _recipe("mm", weight)) if exact else torch.mm(rows, weight)
+
+
 # -- products ------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from aspec.errors import InternalError
+from aspec.models.experts.pause import once
 from aspec.models.hf_compat import RECURRENT_FORWARDS, RECURRENT_FUNCTIONS, Cache
 from aspec.models.state.kernels import FORWARDS, KERNELS
 
@@ -61,7 +62,11 @@ class BoundMixer:
         self._owner = _WeightReader(module) if reads_weights else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward; the cache among its arguments gives the layer's step."""
+        """The module's own forward, which moves the state on: it runs once per step."""
+        return once(partial(self._run, *args, **kwargs), self)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The cache among the arguments gives the layer's step."""
         given_cache = _cache_among(self._module, args, kwargs)
         cache, step = given_cache.mixer(self._module.layer_idx)
         own = {name: partial(KERNELS[RECURRENT_FUNCTIONS[name]], step) for name in self._names}
@@ -83,6 +88,9 @@ class RewrittenMixer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own forward would compute; see ``BoundMixer``."""
+        return once(partial(self._run, *args, **kwargs), self)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         _, step = _cache_among(self._module, args, kwargs).mixer(self._module.layer_idx)
         return self._forward(step, self._module, *args, **kwargs)
 

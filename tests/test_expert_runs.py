@@ -11,13 +11,17 @@ import torch
 from aspec.engine.engine import open_engine
 from aspec.errors import InternalError, ReadError, UserError
 from aspec.generation.params import SamplingParams
+from aspec.models.formats.gguf.folder import folder_of
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny
 from tests.peak import Peak
+from tests.quantised_models import build
+from tests.quantised_pairs import SIZES
 from tests.test_equality import Pair
+from tests.test_quantised import CASES
 
 FAMILIES = ["mixtral", "gpt_oss", "qwen3_next", "qwen3_moe", "qwen2_moe", "granitemoe", "deepseek_v2", "deepseek_v3"]
 FAMILIES += ["glm4_moe", "olmoe", "ernie4_5_moe", "granitemoeshared", "minimax_m2", "phimoe", "granitemoehybrid"]
@@ -105,6 +109,31 @@ def test_a_layer_has_the_same_bits_whatever_the_order_of_its_experts(family, sto
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_same_bits(family, stored, dtype, tmp_path, one_thread):
     check_layers(tiny.build(tmp_path, family, dtype=stored, varied=True), dtype)
+
+
+PACKED = [case for case in CASES if case[0] not in ("llama", "llama4_text")]
+QUICK_PACKED = [("gpt_oss", "mxfp4")]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(*case, marks=() if case in QUICK_PACKED else pytest.mark.slow) for case in PACKED],
+)
+def test_an_expert_that_is_decoded_alone_has_the_same_bits(family, method, tmp_path, one_thread):
+    if method.startswith("ct "):
+        pytest.importorskip("compressed_tensors")
+    sizes = SIZES if family == "deepseek_v3" else None
+    source = tiny.build(tmp_path / "source", family, seed=1, varied=True, shards=1, sizes=sizes)
+    check_layers(build(tmp_path, source, method)[0], BF16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2moe", "qwen3moe", "gpt-oss"])
+def test_an_expert_of_a_gguf_file_has_the_same_bits(name, kind, tmp_path, one_thread):
+    models = pytest.importorskip("tests.gguf_models")
+    path = models.write_model(tmp_path / "model.gguf", name, models.tiny_model(name), models.Type[kind])
+    check_layers(folder_of(path), BF16)
 
 
 def test_a_dense_model_has_no_routed_layer_and_is_refused_by_name(tmp_path):

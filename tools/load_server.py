@@ -212,14 +212,15 @@ async def terminate(port: int, process: psutil.Popen, bodies: list[dict]) -> Cou
     return Counter(end for _, _, end in await asyncio.gather(*running))
 
 
-async def wait_ready(port: int) -> None:
-    while True:
+async def wait_ready(port: int, process: psutil.Popen) -> None:
+    while process.poll() is None:
         try:
             if b" 200 " in (await get(port, "/health"))[:20]:
                 return
         except OSError:
             pass
         await asyncio.sleep(0.2)
+    sys.exit("the server did not start")
 
 
 def report(tally: Tally, seconds: float) -> None:
@@ -254,7 +255,7 @@ async def main() -> None:
     command = [sys.executable, "-m", "aspec", "serve", "--port", str(port), "--stop-after", "5", *models, *args.rest]
     process = psutil.Popen([*command, "--max-queue", "200"])
     try:
-        await wait_ready(port)
+        await wait_ready(port, process)
         tally = await load(port, process, args, bodies)
         report(tally, args.seconds)
         figures = (await get(port, "/metrics")).decode()

@@ -77,7 +77,7 @@ def names_of(flags: ServeFlags) -> tuple[str, ...]:
 async def _run(job: ServeJob, listening: socket.socket) -> None:
     flags, console, monitor = job.flags, job.console, Monitor(job.console.stops)
     limits = Limits(queued=flags.max_queue, stop_s=flags.stop_after)
-    service = Service(Names(names_of(flags), int(time.time())), limits, job.chat, job.text, monitor)
+    service = Service(Names(names_of(flags), int(time.time())), limits, job.chat, job.text, monitor, flags.seed)
     guard = Guard(flags.api_key, LOOPBACK | {flags.host} if flags.host in LOOPBACK else None)
     app = make_app(service, guard, console.error, console.note if flags.log_requests else None)
     async with _listening(app, limits, listening):

@@ -112,10 +112,10 @@ class Streams:
                 continue  # its stream is closed
             request.take(outcome, span.stop_s)
             request.num_cached_tokens = sequence.num_cached_tokens
-            for text, tokens, logprobs in sequence.take_pieces():
+            for text, tokens, logprobs, drafted in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None
-                queue.put_nowait(Piece(text, tokens, reason, final, logprobs, sequence.take_prompt_logprobs()))
+                queue.put_nowait(Piece(text, tokens, reason, final, logprobs, drafted, sequence.take_prompt_logprobs()))
             if sequence.failure is not None:
                 queue.put_nowait(sequence.failure)
             if sequence.ended:
@@ -154,13 +154,16 @@ class Streams:
     def _find_reusable(self, new: TokenSequence) -> tuple[int | None, int]:
         """The ended sequence in a row that shares most leading tokens with a new one, and their number.
 
-        An aborted sequence may still be in a pass; its row is free only when that pass has committed, so its KV also
-        stays up to its last token. The prompt's last token never counts: the target runs it to draw the next one.
+        An aborted sequence may still be in a pass; its row is free only when that pass has committed, so the KV of that
+        pass counts. The prompt's last token never counts: the target runs it to draw the next one.
         """
         in_rows = {one.id: one for one in self._runner.sequences_in_rows()}
         self._reused_by = {ended: by for ended, by in self._reused_by.items() if ended in in_rows}
         ended = [one for one in in_rows.values() if one.id not in self._requests and one.id not in self._reused_by]
-        common = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one) for one in ended]
+        known = [
+            (one.tokens[:-1] if one.num_new else one.tokens[: self._scheduler.num_kv(one.id)], one) for one in ended
+        ]
+        common = [(common_prefix(tokens, new.tokens[:-1]), one) for tokens, one in known]
         shared = [(self._runner.reusable(one, length), one.id) for length, one in common]
         num_cached, reuse_from = max(shared, default=(0, -1))
         if not num_cached:

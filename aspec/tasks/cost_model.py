@@ -217,6 +217,11 @@ class CostModel:
             range(most + 1), key=lambda n: tokens[n] / (self.round_seconds(plan, num_rows * (n + 1), n * step) or 1.0)
         )
 
+    def compute_seconds(self, plan: Plan, num_tokens: int) -> float | None:
+        """Seconds of all layers for one item of ``num_tokens`` padded tokens; None before any layer was measured."""
+        layer_s = self._layer.seconds(num_tokens)
+        return None if layer_s is None else plan.num_layers * layer_s
+
     def round_seconds(self, plan: Plan, num_tokens: int, draft_s: float) -> float | None:
         """Seconds of a pass over ``num_tokens`` padded tokens, plus the draft seconds that do not overlap with it.
 

@@ -24,7 +24,7 @@ from aspec.tasks.group import Draft, Group, Pass
 from aspec.tasks.layers.weights import Numbering, WeightStream
 from aspec.tasks.op import Op
 from aspec.tasks.passes import Emission
-from aspec.tasks.rows import Row, RowTable, decode_item, micro_batches, prefill_items
+from aspec.tasks.rows import Row, RowTable, decode_item, micro_batches, prefill_items, prefill_stops
 from aspec.tasks.task import (
     Access,
     Event,
@@ -37,6 +37,8 @@ from aspec.tasks.task import (
     TreeStatus,
     WorkItem,
 )
+
+PROMPT_SHARE = 1.0  # of a decoding pass's seconds: by so much a pass may take longer for the prompts that join it
 
 
 class Scheduler:
@@ -96,6 +98,10 @@ class Scheduler:
         dropped, self._dropped = self._dropped, []
         return dropped
 
+    def num_kv(self, sequence: int) -> int:
+        """Leading tokens of a sequence that have KV in a row, at the latest when the running pass ends."""
+        return self._rows.num_kv(sequence)
+
     @property
     def idle(self) -> bool:
         """Whether no round is running: only an event from outside starts the next one."""
@@ -139,7 +145,8 @@ class Scheduler:
         decode = [decode_item(decoding, lengths, group.number)] if decoding else []
         items = [part for item in decode for part in micro_batches(item, self.plan.micro_batches)]
         joining = self._rows.joining(group.number)
-        items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number)
+        stops = prefill_stops(joining, self._prompt_tokens(decode), self.plan.prefill_tokens)
+        items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number, stops)
         proposes = any(lengths.values())
 
         def inputs(item: WorkItem) -> tuple[Access, ...]:
@@ -148,6 +155,8 @@ class Scheduler:
         prefills = [task for item in items if item.prefill for task in group.emit_prefill(item, joining, number)]
         emission = Emission(number, items, self._stream, self._experts, self._next_id, self.plan, inputs)
         num_open = len(prefills) + sum(item.samples for item in items)
+        for row, stop in stops.items():
+            joining[row].num_prefilled = stop - joining[row].num_cached_tokens
         group.last_pass = number
         group.running = Pass(number, items, draft, emission, num_open=num_open)
         self._emitting.append(group)
@@ -167,6 +176,21 @@ class Scheduler:
             if not self._may_draft_ahead or self._in_tail(running):
                 tasks += group.emit_end(running)
         return tasks
+
+    def _prompt_tokens(self, decode: list[WorkItem]) -> int | None:
+        """The most prompt tokens of a pass, None for no limit; beside decoding rows, so few that these do not wait.
+
+        Prompts then span passes; each takes at most ``PROMPT_SHARE`` of its own seconds longer, or one item.
+        """
+        most = self.plan.prefill_pass_tokens
+        if not decode or most is None:
+            return most
+        item = self.plan.prefill_tokens
+        prompt_s = self.costs.compute_seconds(self.plan, item)
+        pass_s = self.costs.round_seconds(self.plan, decode[0].padded_tokens, 0.0)
+        if not prompt_s or pass_s is None:
+            return item
+        return min(most, item * max(1, int(PROMPT_SHARE * pass_s / prompt_s)))
 
     def _continue_round(self, span: Span) -> list[Task]:
         """The tasks that follow directly from a finished task within a round."""

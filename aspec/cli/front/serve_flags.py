@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from aspec.cli.flags import DebugFlags, EngineFlags, ModelFlags, QuietFlags, RowFlags, SamplingFlags
-from aspec.cli.front.options import AUTO, OUTPUT, PLACE, count_or_auto, option
+from aspec.cli.front.options import AUTO, OUTPUT, PLACE, SAMPLING, count_or_auto, option
 from aspec.options import EngineOptions
 from aspec.plan import Workload
 
@@ -59,6 +59,9 @@ class ServeFlags(RowFlags, EngineFlags, SamplingFlags, DebugFlags, QuietFlags, M
             metavar="auto|N",
         ),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
+    seed: Annotated[
+        int | None, option(SAMPLING, "The seed of requests that give none. Default: another one for every request.")
+    ] = None  # type: ignore[assignment]
     max_queue: Annotated[
         int, option(SERVER, "Answers that may wait for a row; further ones get status 429.", "--max-queue", min=0)
     ] = 128

@@ -38,7 +38,7 @@ class Writer(Protocol):
         ...
 
 
-SEED_BITS = 62  # of a seed that no request gives
+SEED_BITS = 62  # of a seed that neither a request nor the user gives
 
 
 @dataclass(slots=True)
@@ -100,7 +100,8 @@ async def prepare(
     """Encode the prompts; with ``echo`` they are scored where logprobs are asked for. Raises PromptError."""
     wanted: list[Wanted] = []
     for request in requests:
-        seed = request.sampling.get("seed", secrets.randbits(SEED_BITS))
+        own = secrets.randbits(SEED_BITS) if service.seed is None else service.seed
+        seed = request.sampling.get("seed", own)
         first = await service.wanted(engine, request, seed)
         seeds = [seed, *(derive_seed(seed, index) for index in range(1, request.num_choices))]
         scored = echo and first.params.logprobs is not None

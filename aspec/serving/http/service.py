@@ -64,11 +64,21 @@ class Service:
     """Mutable, because an engine opens, requests come and go, and it stops."""
 
     def __init__(
-        self, names: Names, limits: Limits, chat: SamplingParams, text: SamplingParams, monitor: Monitor
+        self,
+        names: Names,
+        limits: Limits,
+        chat: SamplingParams,
+        text: SamplingParams,
+        monitor: Monitor,
+        seed: int | None = None,
     ) -> None:
-        """``chat`` and ``text``: the sampling of chats and of plain completions, where a request gives none."""
+        """``chat`` and ``text``: the sampling of chats and of plain completions, where a request gives none.
+
+        ``seed``: likewise; None: another one for every request.
+        """
         self.names, self.limits, self.monitor = names, limits, monitor
         self.defaults = {True: chat, False: text}  # by whether it is a chat
+        self.seed = seed
         self.metrics = Metrics()
         self.turns = Turns()
         self.state = State.LOADING

@@ -26,6 +26,7 @@ class Chunks:
     label: Label
     tokenizer: Tokenizer
     include_usage: bool  # then every chunk but the last has a usage of null
+    include_drafted: bool = False  # how many leading characters of each text were proposed and accepted
     echoes: Sequence[Echo] = ()  # of all answers, if the prompts are repeated
     _offsets: dict[int, int] = field(default_factory=dict)  # by answer that has begun: characters so far
     _readers: dict[int, CallReader] = field(default_factory=dict)  # by answer that has begun and may call tools
@@ -45,7 +46,8 @@ class Chunks:
             yield from self._calls(index, piece, reader)
             reason = reason_with_calls(reason) if reason is not None and reader.num_calls else reason
         elif piece.text or piece.logprobs:
-            yield self._chunk({**self._said(index, piece), "finish_reason": None})
+            drafted = {"drafted": piece.num_drafted} if self.include_drafted else {}
+            yield self._chunk({**self._said(index, piece), **drafted, "finish_reason": None})
         if reason is not None:
             last: dict[str, Any] = {"delta": {}} if self.request.is_chat else {"text": ""}
             yield self._chunk({"index": index, **last, "logprobs": None, "finish_reason": reason})

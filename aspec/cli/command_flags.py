@@ -343,6 +343,15 @@ class PrepareFlags(DebugFlags, QuietFlags):
             MODELS, "With --bits: the number of inputs that share a scale: 32, 64 or 128. Default: 32.", "--group-size"
         ),
     ] = None
+    published: Annotated[
+        bool,
+        option(
+            MODELS,
+            "With --bits 4: in the form of compressed-tensors, which transformers reads, too. Default: the form in "
+            "which a CPU multiplies such weights without decoding them.",
+            "--published",
+        ),
+    ] = False
     verify: Annotated[
         bool,
         option(
@@ -365,3 +374,5 @@ class PrepareFlags(DebugFlags, QuietFlags):
             raise typer.BadParameter(f"expected 32, 64 or 128, found {self.group_size}", param_hint="--group-size")
         if self.group_size is not None and self.bits is None:
             raise typer.BadParameter("it was given without --bits", param_hint="--group-size")
+        if self.published and self.bits is None:
+            raise typer.BadParameter("it was given without --bits", param_hint="--published")

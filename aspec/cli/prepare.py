@@ -23,7 +23,8 @@ def prepare_to_console(flags: PrepareFlags, console: Console) -> None:
     assert flags.output is not None
     with fetching(console) as fetches:
         found = hub.resolve(str(flags.target), what="target", fetches=fetches)
-    made = design(folder_of(found) if found.is_file() else found, flags.bits, flags.group_size)
+    folder = folder_of(found) if found.is_file() else found
+    made = design(folder, flags.bits, flags.group_size, published=flags.published)
     console.note(f"{flags.output}: {len(made.shards)} files, {format_bytes(made.nbytes)}{_quantised(made)}")
     words, begun_s = Words(), time.monotonic()
     try:

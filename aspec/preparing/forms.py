@@ -1,15 +1,18 @@
 """The forms in which quantised weights are stored: the tensors of a weight, and the settings in config.json.
 
 compressed-tensors stores integers of 8 bits one by one (int-quantized) and of 4 bits eight in a word (pack-quantized):
-https://github.com/vllm-project/compressed-tensors.
+https://github.com/vllm-project/compressed-tensors. ``ProductForm`` is what this machine's products of 4 bits take.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
+from aspec.models.formats.int4.form import Int4, in_blocks, pack_codes
+from aspec.models.formats.int4.kernel import BLOCKS, proved_block
+from aspec.models.formats.int4.prepared import CODES, METHOD, SCALES
 from aspec.preparing.pieces import NewTensor
 from aspec.preparing.rounding import Rounding
 
@@ -99,6 +102,47 @@ class CompressedTensors:
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": form}},
             "ignore": list(ignored),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ProductForm:
+    """The form in which torch's products on a CPU take weights of 4 bits, so that they need no decoding."""
+
+    group: int  # inputs that share a scale and an offset
+    block: int  # rows of a block of codes
+
+    @classmethod
+    def of_this_machine(cls, group: int) -> Self:
+        """With the blocks of this machine's products; on other machines such weights are decoded."""
+        return cls(group, proved_block() or max(BLOCKS.values()))
+
+    @property
+    def rounding(self) -> Rounding:
+        """See ``StoredForm``."""
+        return Rounding(4, True, torch.bfloat16)
+
+    @property
+    def multiple(self) -> int:
+        """See ``StoredForm``."""
+        return self.block
+
+    def tensors(self, module: str, rows: int, columns: int) -> tuple[NewTensor, ...]:
+        """See ``StoredForm``."""
+        sizes = Int4(rows, columns, self.group, self.block)
+        return (
+            NewTensor(f"{module}.{CODES}", torch.uint8, sizes.codes),
+            NewTensor(f"{module}.{SCALES}", torch.bfloat16, sizes.scales),
+        )
+
+    def store(self, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor) -> Sequence[torch.Tensor]:
+        """See ``StoredForm``."""
+        packed = codes.new_empty(codes.shape[0], codes.shape[1] // 2)
+        pack_codes(codes, self.block, in_blocks(packed, self.block))
+        return packed, torch.stack((scales.t(), offsets.t()), -1).to(torch.bfloat16)
+
+    def settings(self, ignored: Sequence[str]) -> dict[str, Any]:
+        """See ``StoredForm``."""
+        return {"quant_method": METHOD, "bits": 4, "group_size": self.group, "block": self.block}
 
 
 def _words(codes: torch.Tensor) -> torch.Tensor:

@@ -52,13 +52,14 @@ class Prepared:
     num_kept: int  # shards that an earlier, stopped command had finished
 
 
-def design(folder: Path, bits: int | None = None, group: int | None = None) -> Design:
+def design(folder: Path, bits: int | None = None, group: int | None = None, *, published: bool = False) -> Design:
     """The checkpoint in ``folder`` in streaming order; ``bits``: of its quantised weights, None: as they are stored.
 
-    ``group``: inputs that share a scale. Raises UserError if aspec cannot run it, or cannot quantise it.
+    ``group``: inputs that share a scale. ``published``: 4 bits in a form that other programs read, too. Raises
+    UserError if aspec cannot run it, or cannot quantise it.
     """
     source = open_source(folder)
-    chosen = None if bits is None else quantiser(source, bits, group)
+    chosen = None if bits is None else quantiser(source, bits, group, published=published)
     shards = in_streaming_order(source.checkpoint, source.tensors, source.layers, chosen)
     config = source.config if chosen is None else chosen.config()
     ties = {"source": fingerprint(folder), "quantization": config.get("quantization_config")}
@@ -136,5 +137,5 @@ def _check_space(output: Path, shards: Iterable[Shard], others: Iterable[Path]) 
     if need > free:
         raise WriteError(
             f"{output} has too little space: {format_bytes(need)} are left to write, {format_bytes(free)} are free. "
-            f"Free {format_bytes(need - free)}, or give -o a folder on another disk."
+            f"Free {format_bytes(need - free)}, or take a folder on another disk."
         )

@@ -16,12 +16,11 @@ from aspec.io.checkpoint import TensorRef
 from aspec.models.formats.packed import PackedWeight, StoredWeight, methods_of
 from aspec.models.weights.parts import REST, as_tensor, layer_of
 from aspec.models.weights.tensor_map import CASTABLE, Entry
-from aspec.preparing.forms import CompressedTensors, StoredForm
+from aspec.preparing.forms import CompressedTensors, ProductForm, StoredForm
 from aspec.preparing.pieces import NewTensor, Reader
 from aspec.preparing.source import Source
 
-BITS = (4, 8)
-GROUPS = (32, 64, 128)
+PRODUCT_BITS = 4  # torch has products with such weights
 DEFAULT_GROUP = 32
 SUFFIX = ".weight"
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")  # a module; a wrong route costs more than its bytes
@@ -116,8 +115,11 @@ class Quantiser:
         return {**self.source.config, "quantization_config": settings}
 
 
-def quantiser(source: Source, bits: int, group: int | None) -> Quantiser:
-    """A quantiser of a checkpoint of plain weights. Raises UserError if some are packed."""
+def quantiser(source: Source, bits: int, group: int | None, *, published: bool) -> Quantiser:
+    """A quantiser of a checkpoint of plain weights. Raises UserError if some are packed.
+
+    ``published``: in a form that other programs read, too.
+    """
     packed = [own for entry in source.tensors.entries for own, _ in entry.sources if isinstance(own, PackedWeight)]
     if packed:
         raise UserError(
@@ -127,7 +129,9 @@ def quantiser(source: Source, bits: int, group: int | None) -> Quantiser:
     stored = {ref.dtype for entry in source.tensors.entries for ref in entry.refs}
     dtype = torch.float16 if stored == {torch.float16} else torch.bfloat16
     group = group or DEFAULT_GROUP
-    return Quantiser(source, CompressedTensors(bits, group, dtype), group, set(source.linears))
+    published = published or bits != PRODUCT_BITS
+    form = CompressedTensors(bits, group, dtype) if published else ProductForm.of_this_machine(group)
+    return Quantiser(source, form, group, set(source.linears))
 
 
 def _head(source: Source) -> list[str]:

@@ -49,9 +49,9 @@ class Rounding:
                 scale = self._stored((high - low) * (shrink / (2 * self.half - 1)))
                 yield scale, (low * shrink + self.half * scale).to(self.dtype).float()
                 continue
-            largest = torch.maximum(-low, high) * (shrink / (self.half - 0.5))
-            for sign in (1, -1):  # a negative scale gives the one code more to the other side
-                yield self._stored(sign * largest), torch.zeros(1)
+            long = torch.where(-low >= high, -low, -high) * shrink  # codes reach one further on the lower side
+            yield self._stored(long / self.half), torch.zeros(1)
+            yield self._stored(-long / (self.half - 1)), torch.zeros(1)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
         """A scale as it will be stored, which is not zero, even if all weights of the group are."""

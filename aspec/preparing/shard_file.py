@@ -79,7 +79,7 @@ def write_file(path: Path, data: Iterator[memoryview | bytes]) -> Written:
                 raise WriteError(
                     f"{path}: the disk gives other bytes back than were written: expected {written.nbytes} bytes with "
                     f"CRC-32 {written.checksum:08x}, found {found.nbytes} with {found.checksum:08x}. Check the disk, "
-                    f"or give another -o."
+                    f"or take a folder on another one."
                 )
             os.replace(partial, path)
             sync_folder(path.parent)
@@ -133,6 +133,6 @@ def write_error(path: Path, error: OSError) -> WriteError:
             f"it continues where it stopped."
         )
     return WriteError(
-        f"{path} cannot be written: {error.strerror or error}. Give -o a folder that can be written, on a disk that "
-        f"works; with the same -o the command continues where it stopped."
+        f"{path} cannot be written: {error.strerror or error}. Take a folder that can be written, on a disk "
+        f"that works; with the same folder the command continues where it stopped."
     )

@@ -12,6 +12,7 @@ from aspec.backends.cpu import CpuBackend
 from aspec.backends.device import Buffers, DeviceLayer
 from aspec.backends.registry import ALIGNMENT
 from aspec.backends.streams import StreamBackend
+from aspec.engine.decode_check import DecodeCheck
 from aspec.engine.design import ResolvedEngine, design
 from aspec.engine.model_runner import ModelRunner, Weights, use_threads
 from aspec.errors import DeviceError
@@ -65,6 +66,7 @@ class EngineMemory:
     buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind a device's link
     experts: ExpertRunner | None = None  # that are read on demand
     expert_slots: list[memoryview] = field(default_factory=list)
+    checks: list[DecodeCheck] = field(default_factory=list)  # of kept prices; they see all spans
 
     @property
     def models(self) -> list[Model]:
@@ -81,6 +83,7 @@ class EngineMemory:
         if self.device is None:
             threads = self.plan.request.threads
             number = 1 if threads is None or not self.plan.num_scratch else threads.weights
+            self.checks += [DecodeCheck(self.target, number)] if self.plan.num_scratch else []
             return CpuBackend(
                 self.runner,
                 self.parts,
@@ -339,6 +342,7 @@ def free_memory(assembly: EngineMemory) -> None:
     device, assembly.device = assembly.device, None
     close_all(
         [
+            *(check.conclude for check in assembly.checks),
             *(partial(model.forget, own) for model, own in zip(models, parts, strict=True)),
             *(arena.close for arena in memory),
             *([] if device is None else [device.free]),

@@ -266,7 +266,7 @@ class Engine:
         scheduler = Scheduler(opened.plan)
         reuse = self._options.reuse_prefix
         streams = self._streams = Streams(opened.plan, opened.runner, scheduler, self._post, reuse=reuse)
-        observers = [streams.observe, *self._observers]
+        observers = [streams.observe, *(check.observe for check in opened.checks), *self._observers]
         self._executor = Executor(scheduler, self._backend, observers, self._issue_observers)
         self._running = asyncio.create_task(self._run(self._executor, streams), name="aspec engine")
         self._thaw = freeze()  # these objects live until the end: keep them out of collections

@@ -44,7 +44,7 @@ from aspec.io.disk import DiskLane
 from aspec.io.fetching.fetch import Fetches
 from aspec.io.loop.settling import close_all, in_thread, settle, settle_all
 from aspec.io.memory import freeze
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve

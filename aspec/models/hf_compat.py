@@ -40,7 +40,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from aspec.errors import UnsupportedModelError
-from aspec.models.context import CHANGING
+from aspec.models.configuration.context import CHANGING
 
 __all__ = [
     "RECURRENT_FORWARDS",

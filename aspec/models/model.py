@@ -22,9 +22,10 @@ from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.hub import known_as, read_config
 from aspec.io.upload import upload
-from aspec.models.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
-from aspec.models.config_sizes import check_layers, experts_per_token
-from aspec.models.context import context_limit
+from aspec.models.configuration.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
+from aspec.models.configuration.config_sizes import check_layers, experts_per_token
+from aspec.models.configuration.context import context_limit
+from aspec.models.configuration.generation_defaults import end_ids
 from aspec.models.exact.products import LayerModes
 from aspec.models.experts.layout import RoutedLayers, find_routed
 from aspec.models.experts.pause import run_from_experts, run_to_experts
@@ -32,7 +33,6 @@ from aspec.models.experts.running import ExpertRunner, RoutedItem
 from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.frame import Frame
-from aspec.models.generation_defaults import end_ids
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.layer_arguments import fill_in, frame_mask
 from aspec.models.probing.facts import ModelFacts, OffloadFacts

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
 from aspec.io.hub import known_as, read_config
 from aspec.models import attention
-from aspec.models.config_sizes import check_numbers, check_tables
-from aspec.models.context import rope_types
+from aspec.models.configuration.config_sizes import check_numbers, check_tables
+from aspec.models.configuration.context import rope_types
 from aspec.models.families import ALIASES, HARMLESS, REFUSED_KEYS, family_of
 from aspec.models.formats.registry import format_of
 from aspec.models.hf_compat import (

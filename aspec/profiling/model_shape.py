@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from aspec.models.config_sizes import experts_per_token
+from aspec.models.configuration.config_sizes import experts_per_token
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 from aspec.models.state.shapes import StateShape

@@ -7,15 +7,14 @@ confidence differs between positions, so rows grow trees of different sizes.
 """
 
 import asyncio
-import itertools
 import math
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from aspec.expert_plan import ExpertShape
+from aspec.planning.experts.routes import SimRoutes
 from aspec.profiling.cost_tables import SimCosts
 from aspec.speculation.tree import ROOT, Proposal, Tree
 from aspec.tasks.op import Cost, Op
@@ -38,10 +37,8 @@ from aspec.tasks.task import (
     Task,
     TreeLevel,
     TreeStatus,
-    WorkItem,
 )
 
-MAX_DRAWS = 1 << 12  # draws for one token's experts in one layer: more than it ever takes
 MAX_RANKS = 8  # children that a simulated draft offers for every node
 
 HOST_RESOURCES = (
@@ -98,10 +95,12 @@ class SimBackend:
     _rows: dict[int, _RowState] = field(default_factory=dict)
     _issued: dict[Op, int] = field(default_factory=dict)
     _poisoned: dict[str, BaseException] = field(default_factory=dict)  # errors by domain
+    _routes: SimRoutes | None = field(init=False)
     _bounds: list[float] = field(init=False)  # cumulative chances of ranks: below the first one the target draws rank 0
     _log_rest: list[float] = field(init=False)  # log chances of ranks from 1 on, given that rank 0 is not drawn
 
     def __post_init__(self) -> None:
+        self._routes = None if self.experts is None else SimRoutes(self.experts, self._chance)
         acceptance = self.profile.acceptance
         spread = min(self.profile.spread, acceptance)
         rest = [spread * (1.0 - spread) ** rank for rank in range(MAX_RANKS - 1)]
@@ -122,7 +121,8 @@ class SimBackend:
         stop = round((start + seconds) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
         lane.free_s = self._stops[task.id] = stop
         overtaken = {Op.RETURN: H2D, Op.LOAD_EXPERT: DISK}.get(task.op)
-        if overtaken is not None and (loads := self._lanes.get(overtaken, lane)).free_s > start:
+        loads = None if overtaken is None else self._lanes.get(overtaken)
+        if loads is not None and loads.free_s > start:
             loads.free_s += seconds  # it overtakes the loads, which end later: both use one link
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
@@ -213,7 +213,9 @@ class SimBackend:
             self._rows |= {one.row: _RowState(one.sequence) for one in changes if one.sequence is not None}
             return NOTHING
         if item is not None and task.op is Op.ROUTE and task.layer is not None:
-            return Report(routed=tuple(sorted(self._route(item, task.layer).items())))
+            assert self._routes is not None, "only experts on demand are routed"
+            sequences = [self._rows[row].sequence for row in item.rows]
+            return Report(routed=tuple(sorted(self._routes.of_item(item, task.layer, sequences).items())))
         if item is not None and task.growth is not None:
             limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
             starts = dict(zip(item.rows, item.starts, strict=True))
@@ -227,20 +229,6 @@ class SimBackend:
         triples = zip(item.rows, item.starts, item.counts, strict=True)
         accepted = [self._accept(row, start, 1 if item.prefill else count) for row, start, count in triples]
         return Report(tuple(outcome for outcome, _ in accepted), tuple(grown for _, grown in accepted if grown))
-
-    def _route(self, item: WorkItem, layer: int) -> Counter[int]:
-        """The experts of an item's tokens: the same for a token of a sequence in every plan, all equally likely."""
-        assert self.experts is not None, "only experts on demand are routed"
-        number, routed = self.experts.num_experts[layer], Counter[int]()
-        for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
-            sequence = self._rows[row].sequence
-            for position in range(start, start + count):
-                chosen: set[int] = set()
-                draws = itertools.count((layer + 1) * MAX_DRAWS)
-                while len(chosen) < min(self.experts.top_k, number):
-                    chosen.add(int(number * self._chance(sequence, position, next(draws))))
-                routed.update(chosen)
-        return routed
 
     def _grow(self, row: int, start: int, growth: TreeLevel, budget: int, depth: int) -> TreeStatus:
         """Grow one level of a row's tree, whose root is at ``start``; all nodes of one depth have the same children."""

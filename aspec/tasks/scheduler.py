@@ -18,6 +18,7 @@ from dataclasses import replace
 from aspec.plan import Plan, Speculation
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.draft_sizing import DraftSizing
+from aspec.tasks.experts.prices import ExpertPrices
 from aspec.tasks.experts.stream import ExpertStream
 from aspec.tasks.group import Draft, Group, Pass
 from aspec.tasks.layers.weights import Numbering, WeightStream
@@ -43,13 +44,16 @@ class Scheduler:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.costs = CostModel()
-        self.sizing = DraftSizing(plan, self.costs)
         self.passes = 0  # passes emitted
         self.done = False
         self._next_id = Numbering()
         self._stream = WeightStream(plan, self._next_id)
-        self._experts = None if plan.experts is None else ExpertStream(plan.experts, self._next_id)
+        self._experts, prices = None, None
+        if plan.experts is not None:
+            self._experts = ExpertStream(plan.experts, self._next_id)
+            prices = ExpertPrices(plan.experts, self._experts)
+        self.costs = CostModel(prices)
+        self.sizing = DraftSizing(plan, self.costs)
         self._emitting: list[Group] = []  # groups whose passes are not all emitted; weights stream for the first one
         self._rows = RowTable(plan.num_rows, plan.num_groups, plan.prefill_pass_tokens)
         self._groups = [Group(number, plan, self._next_id) for number in range(plan.num_groups)]

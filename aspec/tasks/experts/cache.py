@@ -6,7 +6,7 @@ what the text needs again and again (Karedla, Love and Wherry, "Caching strategi
 1994). Pure policy: numbers of experts and slots only.
 """
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 PROTECTED = 0.8  # most of the slots for experts that were chosen again
@@ -33,6 +33,11 @@ class ExpertCache:
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._slots
+
+    @property
+    def experts(self) -> Collection[int]:
+        """The experts that are in slots."""
+        return self._slots.keys()
 
     def place(self, chosen: Sequence[int]) -> Placement:
         """Take note of a pass that uses ``chosen`` experts, the most wanted first; the cache holds them afterwards.

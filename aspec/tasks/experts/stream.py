@@ -10,7 +10,7 @@ Pure policy: no torch, no asyncio, no clock.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from aspec.expert_plan import ExpertPlan, ExpertSlots
 from aspec.tasks.experts.cache import ExpertCache, Placement
@@ -42,6 +42,10 @@ class _Pool:
     def __contains__(self, layer: int) -> bool:
         return layer in self._caches
 
+    def held(self, layer: int) -> Collection[int]:
+        """The experts of a layer that are in its cache."""
+        return self._caches[layer].experts
+
     def place(self, layer: int, chosen: Sequence[int]) -> Placement:
         """See ``ExpertCache``."""
         return self._caches[layer].place(chosen)
@@ -67,6 +71,10 @@ class ExpertStream:
     def serves(self, layer: int) -> bool:
         """Whether the experts of a layer are read on demand."""
         return layer in self._slots
+
+    def held(self, layer: int) -> Collection[int]:
+        """The experts of a layer that are in its cache."""
+        return self._slots.held(layer)
 
     def route(self, number: int, layer: int, items: Sequence[WorkItem], weights: Weights) -> Iterator[Task]:
         """The tasks up to the routes of all items; the first one binds the layer's other weights."""

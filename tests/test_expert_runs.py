@@ -8,6 +8,8 @@ import types
 import pytest
 import torch
 
+from aspec.backends import registry as devices
+from aspec.backends.registry import Kind
 from aspec.engine.engine import open_engine
 from aspec.errors import InternalError, ReadError, UserError
 from aspec.generation.params import SamplingParams
@@ -17,6 +19,7 @@ from aspec.models.model import Model
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny
+from tests.fake_device import EagerDevice
 from tests.peak import Peak
 from tests.quantised_models import build
 from tests.quantised_pairs import SIZES
@@ -262,6 +265,29 @@ def test_a_single_slot_is_enough(mixtral, monkeypatch):
     found, _ = mixtral.run("least", speculation="off")
     assert found == mixtral.wanted
     assert mixtral.plan.experts.num_slots == 1
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A device behind a link, whose streams are out of step."""
+
+    def opened():
+        return EagerDevice(3, pace_s=1e-4, copy_pace_s=1e-4)
+
+    kind = Kind(torch.device("cpu"), lambda: True, lambda: 1 << 34, opened, lambda: "a card")
+    monkeypatch.setitem(devices.KINDS, "cuda", kind)
+
+
+def test_a_device_gets_experts_through_host_memory_that_keeps_some(mixtral, card):
+    """Three tiers: files, pinned host memory, the device."""
+    common = {"speculation": "chain", "num_draft_tokens": 4, "device": "cuda", "exact": True}
+    for host_memory, keeps in ((4 << 20, True), (1, False)):
+        found, spans = mixtral.run("least", host_memory=host_memory, **common)
+        assert found == mixtral.wanted
+        copies = [span.task for span in spans if span.task.op is Op.COPY_EXPERT]
+        reads = [span.task for span in spans if span.task.op is Op.LOAD_EXPERT]
+        assert (len(reads) < len(copies)) == keeps
+        assert bool(sum(mixtral.plan.experts.host.cached)) == keeps
 
 
 class OnDemand(Pair):

@@ -54,6 +54,12 @@ class Models:
         """What the user should know of the models, a text each."""
         return self.target.remarks + (() if self.draft is None else self.draft.remarks)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the target's stored weights."""
+        shape = None if self.on_demand is None else self.on_demand.shape
+        return sum(part.nbytes for part in self.parts) + (0 if shape is None else shape.total_bytes)
+
     def footprint(self, request: PlanRequest) -> Footprint:
         """The bytes that every plan for this request holds, and the parts that a plan places.
 
@@ -91,7 +97,7 @@ def _routed(resolved: Resolved, target: Model, alignment: int) -> RoutedLayers:
         raise UserError(f"{target.name} has no experts that can be read one by one. Leave out --experts on-demand.")
     if resolved.options.attention == "cpu":
         raise UserError("experts are read on demand in layers that attend themselves. Leave out --attention cpu.")
-    if resolved.kind is not None:
+    if resolved.kind is not None or resolved.host_bytes is not None:
         raise UserError("experts are read on demand on the CPU only. Leave out --experts on-demand.")
     return routed
 

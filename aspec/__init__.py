@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from aspec.errors import AspecError, DeviceError, InternalError, UserError
+from aspec.generation.grammar.grammar import Grammar
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.threads import wait_passively
@@ -34,6 +35,7 @@ __all__ = [
     "DeviceError",
     "Engine",
     "EngineOptions",
+    "Grammar",
     "InternalError",
     "Piece",
     "RequestStats",

@@ -24,6 +24,7 @@ from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.observe.batch_progress import BatchProgress, batch_line, duration
 from aspec.observe.snapshot import Snapshot
+from aspec.options import DEMO
 from aspec.plan import Workload
 from aspec.serving.batch_check import RowCheck
 from aspec.serving.batch_input import BatchFile, parse_row
@@ -354,6 +355,33 @@ def test_a_file_without_a_row_that_can_be_served_is_refused(pair, tmp_path):
     told = refused(pair, tmp_path)
     assert "3 rows of 3 cannot be served, so no row was served. Correct the file and run again:\n  line 1: " in told
     assert "the JSON schema cannot be used" in told
+
+
+@pytest.mark.slow
+def test_rows_are_held_to_their_forms_and_a_form_that_cannot_be_met_is_an_error_row(tmp_path):
+    schemas = [{"enum": ["é", [1, {"a": None}]]}, {"type": "integer", "minimum": 10, "maximum": 12}, {"enum": []}]
+    forms = [{"type": "json_schema", "json_schema": {"name": "x", "schema": schema}} for schema in schemas]
+    bodies = [{"prompt": "a = ", "max_tokens": 40, "temperature": 1, "response_format": form} for form in forms]
+    bodies.append({"prompt": "a = ", "max_tokens": 40, "guided_choice": ["one", "two"]})
+    rows = [
+        {"custom_id": f"{number}", "method": "POST", "url": COMPLETION, "body": body}
+        for number, body in enumerate(bodies)
+    ]
+    source, demo = write(tmp_path / "in.jsonl", rows), (DEMO / "target", DEMO / "draft")
+    found = []
+    for method in ("off", "auto"):
+        result = CliRunner().invoke(
+            app, ["batch", "-i", str(source), "-o", str(tmp_path / method), "--target", str(demo[0]), "--draft",
+                  str(demo[1]), "--speculation", method, "--exact"]
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        made = answers(tmp_path / method)
+        assert "Unsatisfiable" in made.pop("2")["error"]["message"]
+        found.append({number: one["response"]["body"]["choices"][0]["text"] for number, one in made.items()})
+    assert found[0] == found[1]
+    assert json.loads(found[0]["0"]) in schemas[0]["enum"]
+    assert 10 <= json.loads(found[0]["1"]) <= 12
+    assert found[0]["3"] in ("one", "two")
 
 
 @pytest.mark.parametrize("context", [256, None])

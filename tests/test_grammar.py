@@ -23,8 +23,11 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context
 from aspec.generation.processors import Processors
 from aspec.generation.sampler import Sampler
-from aspec.generation.text.tokenizer import Tokenizer
+from aspec.generation.sequence import Sequence as TokenSequence
+from aspec.generation.text.tokenizer import TextStream, Tokenizer
 from aspec.options import DEMO
+from aspec.speculation.ngram_drafter import NgramDrafter
+from aspec.tasks.task import TreeLevel, WorkItem
 
 NESTED = {
     "type": "object",
@@ -272,3 +275,46 @@ def test_every_method_gives_the_same_constrained_text(temperature):
         assert found == expected, method
         assert accepted > 0 or method == "ngram"
     assert all(reason == "length" or json.loads(text) for _, text, reason in expected)
+
+
+def test_no_lookup_proposes_what_the_grammar_forbids(grammars, tokenizer):
+    """The text repeats a word that may not come again: its branches end in front of it."""
+    prompt = tokenizer.encode("x = abab; y = ab")
+    processors = Processors(SamplingParams(grammar=WORD), prompt, frozenset({END}), 99, VOCAB, grammars.masks(WORD))
+    for own, bound in ((processors, True), (None, False)):
+        text = TextStream(tokenizer)
+        params = SamplingParams(grammar=WORD if bound else None)
+        sequence = TokenSequence(
+            0, list(prompt), len(prompt), params, Sampler(params), text, frozenset(), 9, processors=own
+        )
+        drafter = NgramDrafter()
+        drafter.assign_row(0, sequence)
+        drafter.grow_trees(WorkItem(0, (0,), (len(prompt),), (1,)), TreeLevel(1, 4, (8,), (6,)))
+        tokens, _ = drafter.propose(0, 8)
+        forbidden = [token for token in tokens if set(tokenizer.decode([token])) - set("ab")]
+        assert bool(forbidden) == (not bound)
+
+
+@pytest.mark.slow
+def test_a_real_model_fills_in_a_form(smollm2):
+    """With its own tokens as proposals and without: the same text, and it is what was asked for."""
+    person = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer", "maximum": 150}}}
+    person |= {"required": ["name", "age"], "additionalProperties": False}
+    grammar = Grammar("json_schema", json.dumps(person))
+    params = SamplingParams(temperature=1.0, seed=2, max_new_tokens=40, grammar=grammar)
+    ask = [{"role": "user", "content": "Ann is 31 years old. Write her name and age as JSON."}]
+    found = []
+    for method in ("off", "tree"):
+
+        async def main(method=method):
+            options = {"draft": smollm2, "speculation": method, "max_batch": 1, "exact": True}
+            async with open_engine(target=smollm2, **options) as engine:
+                return await collect(engine, ask, params)
+
+        found.append(asyncio.run(main()))
+    off, tree = found
+    assert (off.token_ids, off.text) == (tree.token_ids, tree.text)
+    assert tree.stats.accepted > 0
+    made = json.loads(off.text)
+    assert list(made) == ["name", "age"]
+    assert made["age"] <= 150

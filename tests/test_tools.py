@@ -194,7 +194,7 @@ def test_what_a_request_may_not_ask(body, reason):
 
 def test_parameters_that_cannot_be_met_are_refused(tokenizers):
     broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "wat"}}}
-    with pytest.raises(PromptError, match="wat"):
+    with pytest.raises(PromptError, match=r"the parameters of f: .*wat"):
         params_of(tokenizers["qwen"], parse_request(CHAT, {"messages": ASK, "tools": [broken]}), SamplingParams(), 0)
 
 
@@ -234,6 +234,10 @@ async def test_a_server_answers_in_the_form_that_is_asked_for(qwen):
             answer = await server.ask(CHAT, {"messages": ASK, "max_tokens": 60, **form})
             assert check(answer.json["choices"][0]["message"]["content"])
             assert answer.json["choices"][0]["finish_reason"] == "stop"
+        form = {"format": {"type": "json_schema", "name": "x", "schema": CITY}}
+        response = (await server.ask("/v1/responses", {"input": "x", "text": form, "max_output_tokens": 60})).json
+        assert json.loads(response["output"][0]["content"][0]["text"])["city"] in ("Paris", "日本")
+        assert response["text"] == form
         schema["json_schema"]["schema"] = {"enum": []}
         refused = await server.ask(CHAT, {"messages": ASK, "response_format": schema, "stream": True})
         assert (refused.status, refused.error["param"]) == (400, "response_format")

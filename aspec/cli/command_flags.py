@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ from aspec.cli.flags import (
     SystemFlags,
 )
 from aspec.cli.front.options import MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option
+from aspec.errors import UserError, reason_of
+from aspec.generation.grammar.grammar import Grammar
 from aspec.options import EngineOptions
 from aspec.plan import Workload
 
@@ -31,7 +33,34 @@ ANSWER_TOKENS = 1024  # most tokens of an answer of a chat
 
 
 @dataclass(frozen=True)
-class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
+class FormFlags:
+    """What the text must match."""
+
+    json_schema: Annotated[
+        Path | None,
+        option(SAMPLING, "The text is JSON that matches the schema in this file.", "--json-schema", metavar="FILE"),
+    ] = None
+    grammar_file: Annotated[
+        Path | None,
+        option(SAMPLING, "The text matches the Lark grammar in this file.", "--grammar", metavar="FILE"),
+    ] = None
+
+    def grammar(self) -> Grammar | None:
+        """The grammar of the flags; None if none is given. Raises UserError."""
+        if self.json_schema is not None and self.grammar_file is not None:
+            raise UserError("--json-schema and --grammar both say what the text must match: give one of them.")
+        path = self.json_schema or self.grammar_file
+        if path is None:
+            return None
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read ({reason_of(error)}): expected a text file in UTF-8.") from error
+        return Grammar("json_schema" if self.json_schema is not None else "lark", text)
+
+
+@dataclass(frozen=True)
+class GenerateFlags(FormFlags, LogprobFlags, EndFlags, RunFlags):
     """A run, and whether to compare its tokens with decoding without speculation."""
 
     words: Annotated[
@@ -51,6 +80,10 @@ class GenerateFlags(LogprobFlags, EndFlags, RunFlags):
             "--verify",
         ),
     ] = False
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling flags as fields of ``SamplingParams``. Raises UserError if a file cannot be read."""
+        return {**super().sampling(), "grammar": self.grammar()}
 
     def _words(self) -> list[str]:
         return [" ".join(self.words)] if self.words else []

@@ -20,6 +20,7 @@ from aspec.engine.design import design
 from aspec.engine.engine import Engine, describe_plan
 from aspec.engine.preparation import prepare_prompts
 from aspec.generation.defaults import describe, sampling_params
+from aspec.generation.grammar.compiler import check_grammar
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import TokenLogprob
 from aspec.generation.stats import RequestStats
@@ -83,6 +84,8 @@ def prepare(flags: RunFlags, prompts: Sequence[str], console: Console, *, weight
         resolved = resolve(flags.options(), fetches, weights=weights)
     defaults, given = generation_defaults(resolved.target), flags.sampling()
     params = sampling_params(defaults, given)
+    if params.grammar is not None:
+        check_grammar(params.grammar)
     ready = prepare_prompts(resolved, prompts, params, raw=flags.raw, system=flags.system)
     if asked_for := describe(defaults, given):
         console.note(asked_for)

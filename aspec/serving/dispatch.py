@@ -1,6 +1,7 @@
 """How an engine serves many requests: a bounded window of requests at a time, one answer per request."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,10 +11,12 @@ from aspec.api import Result, collect
 from aspec.engine.engine import Engine
 from aspec.errors import NumericError, PromptError, first_error
 from aspec.generation.grammar.compiler import check_grammar
+from aspec.generation.grammar.grammar import Grammar
 from aspec.generation.grammar.tool_grammar import calls_only, text_or_calls
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
+from aspec.serving.answer_form import Tools
 from aspec.serving.openai_requests import Request
 from aspec.serving.refusals import ContextExceeded, Refused, RequestError
 
@@ -117,6 +120,7 @@ def params_of(tokenizer: Tokenizer, request: Request, defaults: SamplingParams, 
     params, asked = request.params(defaults, seed), request.tools
     try:
         if asked is not None:
+            _check_parameters(asked)
             form, named = (
                 tokenizer.tool_format(),
                 [one for one in asked.tools if one["function"]["name"] == asked.choice],
@@ -128,6 +132,16 @@ def params_of(tokenizer: Tokenizer, request: Request, defaults: SamplingParams, 
     except PromptError as error:
         raise RequestError(str(error), "response_format" if asked is None else "tools") from error
     return params
+
+
+def _check_parameters(tools: Tools) -> None:
+    """Raise PromptError for the first tool whose parameters cannot be enforced."""
+    for tool in tools.tools:
+        own = tool["function"]
+        try:
+            check_grammar(Grammar("json_schema", json.dumps(own.get("parameters", {}))))
+        except PromptError as error:
+            raise PromptError(f"the parameters of {own['name']}: {error}") from error
 
 
 def encode(tokenizer: Tokenizer, request: Request) -> list[int]:

@@ -175,7 +175,7 @@ RESPONSE = {
     "prompt_cache_retention": RECORD,
     "parallel_tool_calls": RECORD,  # there are no tools
     "max_tool_calls": RECORD,  # likewise
-    "text": fixed({"format": {"type": "text"}}, {}, reason=ONLY_THERE),
+    "text": READ,
     "tools": fixed([], reason=ONLY_THERE),
     "tool_choice": fixed("none", "auto", reason=ONLY_THERE),
     "include": fixed([], reason="there is nothing to include"),

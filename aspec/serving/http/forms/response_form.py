@@ -53,8 +53,11 @@ def parse_response_request(body: Mapping[str, Any], earlier: Mapping[str, Messag
     chat = {own: given[name] for name, own in AS_CHAT.items() if name in given}
     if (effort := _effort(given.get("reasoning"))) is not None:
         chat["reasoning_effort"] = effort
+    chat |= _form(given.get("text"))
     request = parse_request(CHAT, {**chat, "messages": [*first, *talk]})
-    said = {name: body[name] for name in ("metadata", "user", "max_output_tokens") if body.get(name) is not None}
+    said = {
+        name: body[name] for name in ("metadata", "user", "max_output_tokens", "text") if body.get(name) is not None
+    }
     return Asked(request, instructions, tuple(talk), previous, body.get("store") is not False, said)
 
 
@@ -64,6 +67,16 @@ def _effort(reasoning: object) -> object:
     if not isinstance(reasoning, dict) or reasoning.keys() - {"effort", "summary"} or reasoning.get("summary"):
         raise RequestError(f"reasoning may have an effort; found {as_json(reasoning)}", "reasoning")
     return reasoning.get("effort")
+
+
+def _form(text: object) -> dict[str, Any]:
+    """The chat's ``response_format`` for a response's ``text``; nothing if any text will do."""
+    asked = text.get("format") if isinstance(text, dict) else None
+    if text is not None and (not isinstance(text, dict) or text.keys() - {"format"}):
+        raise RequestError(f"text may have a format; found {as_json(text)}", "text")
+    if not isinstance(asked, dict) or asked.get("type") != "json_schema":
+        return {} if asked is None else {"response_format": asked}
+    return {"response_format": {"type": "json_schema", "json_schema": asked}}
 
 
 def _messages(given: object) -> list[dict[str, Any]]:

@@ -264,7 +264,7 @@ async def main() -> None:
         )
         if args.hostile:
             print(f"hostile requests: {dict(await attacks(port, args.hostile, bodies, tally.expected))}")
-        print(f"streams at SIGTERM: {dict(await terminate(port, process, bodies))}; exit code {process.wait(30)}")
+        print(f"streams at SIGTERM: {dict(await terminate(port, process, bodies))}; exit code {process.wait(120)}")
     finally:
         if process.is_running():
             process.kill()

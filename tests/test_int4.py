@@ -1,5 +1,6 @@
 """Products on packed weights of 4 bits: the form that torch takes, from every format, the same bits for all rows."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from aspec.models.formats.int4.kernel import int4_product, proved_block
 from aspec.models.formats.registry import read_format
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
+from aspec.profiling.decode_profiler import measure_decoding, measure_int4, measured_weights
+from aspec.profiling.hardware import Hardware, Processor
+from aspec.profiling.model_shape import shape_of
+from aspec.profiling.roofline import model_cost
 from tests import packed_words, tiny
 from tests.quantised import allocations, decode, store, stored
 from tests.quantised_models import build
@@ -38,6 +43,13 @@ def seeded():
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return Quantised.builder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Builds a llama in a format, and the plain one with the weights that it decodes to."""
+    source = tiny.build(tmp_path_factory.mktemp("source") / "llama", "llama", shards=1)
+    return functools.cache(lambda method: build(tmp_path_factory.mktemp("made"), source, method))
 
 
 def repack(weight, tensors):
@@ -145,8 +157,8 @@ def test_tokens_depend_on_no_draft_and_no_plan(pair, case):
 
 
 @needs_product
-def test_streamed_parts_are_multiplied_where_they_were_read_and_are_unbound(tmp_path):
-    folder, plain = build(tmp_path, tiny.build(tmp_path / "source", "llama", shards=1), "prepared")
+def test_streamed_parts_are_multiplied_where_they_were_read_and_are_unbound(made):
+    folder, plain = made("prepared")
     logits, tokens = [], torch.arange(3, 12)[None]
     for path, asked in ((folder, None), (folder, False), (plain, None)):
         model = Model(path, dtype=torch.bfloat16, packed_products=asked)
@@ -164,8 +176,33 @@ def test_streamed_parts_are_multiplied_where_they_were_read_and_are_unbound(tmp_
     assert 0 < (packed - expected).norm() < 0.02 * expected.norm()
 
 
-def test_what_cannot_be_packed_is_refused_in_a_paragraph(tmp_path):
-    source = tiny.build(tmp_path / "source", "llama", shards=1)
+@needs_product
+def test_packed_products_are_priced_by_rows_and_repacking_by_its_bytes(made):
+    """A part that is multiplied where it was read decodes nothing; a repacked one is written in fewer bytes."""
+    shapes = {}
+    for method, asked in (("prepared", None), ("prepared", False), ("gptq 4 bits v2", True), ("gptq 4 bits v2", None)):
+        model = Model(made(method)[0], dtype=torch.bfloat16, packed_products=asked)
+        shapes[method, asked] = shape_of(model)
+        assert all(0 < measure_decoding(own, torch.bfloat16) < 1 for own in measured_weights(model).values())
+    prepared, decoded = shapes["prepared", None].layers[0], shapes["prepared", False].layers[0]
+    repacked, gptq = shapes["gptq 4 bits v2", True].layers[0], shapes["gptq 4 bits v2", None].layers[0]
+    assert (prepared.project_int4, prepared.rest_int4) == (64 * 64, 64 * 64 + 64 * 96)
+    assert prepared.packed == ()
+    assert sum(count for _, count in decoded.packed) == prepared.project_int4 + prepared.rest_int4
+    assert 0 < repacked.written_bytes < gptq.written_bytes
+    table = measure_int4(Int4(128, 64, 32, proved_block()), 1)
+    assert [rows for rows, _ in table] == [1, 4, 16, 64]
+    machine = Processor(memory_bytes_per_s=2e10, int4_weight_s={"bfloat16": ((1, 1e-10), (64, 64e-10))})
+    packed, plain = (
+        model_cost(shapes["prepared", asked], Hardware(cpu=machine)).layers[0].project for asked in (None, False)
+    )
+    saved = 2 * prepared.project_int4 / 2e10
+    for rows in (1, 64):
+        assert packed.at(rows) == pytest.approx(plain.at(rows) - saved + prepared.project_int4 * rows * 1e-10, rel=0.05)
+
+
+def test_what_cannot_be_packed_is_refused_in_a_paragraph(made, tmp_path):
+    _, source = made("prepared")
     for how in (dict(dtype=torch.bfloat16), dict(dtype=torch.float32)):
         with pytest.raises(UnsupportedModelError, match=r"found none\. Run with --products decoded") as error:
             Model(source, packed_products=True, **how)

@@ -38,6 +38,9 @@ class LayerShape:
     active: int = 0  # routed experts of one token
     packed: tuple[tuple[str, int], ...] = ()  # method and number of the weights that are decoded before their use
     state: int = 0  # elements of a row's recurrent state
+    written_bytes: int = 0  # of the decoded weights where they are not in the compute dtype; 0: they are
+    project_int4: int = 0  # of the projections' weights, those that are multiplied in 4 bits
+    rest_int4: int = 0  # of the rest
 
     @property
     def dense_bytes(self) -> int:
@@ -81,7 +84,7 @@ def shape_of(model: Model) -> ModelShape:
     text = model.config.get_text_config()
     kv = next((shape for shape in model.kv_shapes() if shape is not None), (0, 0, 0))
     layers = tuple(
-        replace(layer_shape(layer, text), packed=_packed(model.packed.get(index, ())), state=_state(state))
+        _with_packed(layer_shape(layer, text), model.packed.get(index, ()), model.dtype.itemsize, _state(state))
         for index, (layer, state) in enumerate(zip(model.layer_modules, model.state_shapes, strict=True))
     )
     hidden = int(text.hidden_size)
@@ -103,12 +106,26 @@ def _state(shape: StateShape | None) -> int:
     return 0 if shape is None or shape.recurrence is None else shape.recurrence.state_bytes // 4
 
 
-def _packed(weights: Iterable[PackedWeight]) -> tuple[tuple[str, int], ...]:
-    """The weights of each method."""
+def _with_packed(layer: LayerShape, weights: Iterable[PackedWeight], itemsize: int, state: int) -> LayerShape:
+    """The layer with what is decoded of it, and what is multiplied packed; ``itemsize``: bytes of a decoded weight."""
     counts: Counter[str] = Counter()
+    multiplied: Counter[bool] = Counter()
+    nbytes = 0
     for weight in weights:
-        counts[weight.method] += math.prod(weight.shape)
-    return tuple(counts.items())
+        count = math.prod(weight.shape)
+        if weight.is_written:
+            counts[weight.method] += count
+            nbytes += itemsize * count if weight.sizes is None else weight.sizes.nbytes
+        if weight.sizes is not None:
+            multiplied[_is_projection(weight.name)] += count
+    return replace(
+        layer,
+        packed=tuple(counts.items()),
+        written_bytes=nbytes,
+        project_int4=multiplied[True],
+        rest_int4=multiplied[False],
+        state=state,
+    )
 
 
 def layer_shape(layer: nn.Module, config: PreTrainedConfig) -> LayerShape:

@@ -22,9 +22,9 @@ from aspec.io.json_file import read_record, replace_json
 from aspec.models.model import Model
 from aspec.options import cache_folder
 from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
-from aspec.profiling.decode_profiler import measure_decoding, measured_weights
+from aspec.profiling.decode_profiler import INT4_ROWS, int4_sizes, measure_decoding, measure_int4, measured_weights
 from aspec.profiling.device_profiler import measure_device
-from aspec.profiling.hardware import Hardware, hardware_from
+from aspec.profiling.hardware import Hardware, Table, hardware_from
 from aspec.profiling.roofline import ACCEPTANCE, SPREAD
 from aspec.profiling.threads import idle_threads_loop
 
@@ -103,6 +103,23 @@ def decoding_profile(
             replace_json(file, {"weight_s": known, "method": method, "shape": list(weight.shape), "threads": threads})
         found[method] = known
     return found
+
+
+def int4_profile(
+    model: Model, threads: int, *, refresh: bool = False, cache: Path | None = None
+) -> Mapping[str, Table]:
+    """Seconds per weight of products with weights of 4 bits, by dtype and rows; empty if the model has none."""
+    sizes = int4_sizes(model)
+    if sizes is None:
+        return {}
+    words = (*asdict(host_info()).values(), *asdict(sizes).values(), torch.__version__, threads)
+    file = (cache or cache_folder()) / f"int4-{_digest(*words)}.json"
+    found = {} if refresh else read_record(file)
+    known = tuple((rows, _number(found, str(rows), 0.0)) for rows in INT4_ROWS)
+    if min(seconds for _, seconds in known) <= 0.0:
+        known = measure_int4(sizes, threads)
+        replace_json(file, {str(rows): seconds for rows, seconds in known})
+    return {"bfloat16": known}
 
 
 def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> AcceptanceStats:

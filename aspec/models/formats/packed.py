@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from aspec.io.checkpoint import TensorRef
-from aspec.models.formats.int4.form import Int4Factor
+from aspec.models.formats.int4.form import Int4, Int4Factor
 
 
 class Decode(Protocol):
@@ -40,12 +40,18 @@ class PackedWeight:
     method: str  # for people: "GPTQ, 4 bits, groups of 128"
     decode: Decode
     workspace_bytes: int
-    factor: Int4Factor | None = None  # None: it is decoded before products
+    factor: Int4Factor | None = None  # None: it must be decoded before products
+    sizes: Int4 | None = None  # as products take it packed; None: it is decoded
 
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(ref.nbytes for ref in self.refs)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether it is decoded or repacked after every read."""
+        return self.sizes is None or (self.factor is not None and self.factor.write is not None)
 
 
 StoredWeight = TensorRef | PackedWeight

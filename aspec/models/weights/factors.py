@@ -12,6 +12,7 @@ from aspec.models.formats.packed import PackedWeight
 from aspec.models.weights.linears import Linears
 from aspec.models.weights.tensor_map import Entry, TensorMap
 
+TAKEN = "multiplied packed"
 ROUNDED = "weights of 4 bits are multiplied packed, with scales rounded to bfloat16: not the bits of decoded weights"
 
 
@@ -28,21 +29,21 @@ def choose_factors(
     were asked for and there are none.
     """
     block = _block(tensors, asked) if where.type == "cpu" and dtype is torch.bfloat16 else None
-    sizes: dict[str, Int4] = {}
-    if block is not None:
-        for entry in tensors.entries:
-            linear, own = linears.of(entry.name), _sizes(entry, tensors.aliases, block, asked)
-            if linear is not None and own is not None:
-                sizes[entry.name] = linear.sizes = own
-    if asked and not sizes:
+    entries: list[Entry] = []
+    for entry in tensors.entries:
+        linear = linears.of(entry.name)
+        sizes = None if block is None or linear is None else _sizes(entry, tensors.aliases, block, asked)
+        if linear is not None and sizes is not None:
+            linear.sizes = sizes
+        entries.append(entry if sizes is None else _taken(entry, sizes))
+    if asked and not any(entry.sizes for entry in entries):
         raise UnsupportedModelError(
             f"products with packed weights were asked for: expected weights of 4 bits in groups of "
             f"{', '.join(map(str, GROUPS))} that compute in bfloat16 on a CPU with AVX2, found none. Run with "
             f"--products decoded."
         )
-    entries = tuple(replace(entry, sizes=sizes.get(entry.name)) for entry in tensors.entries)
     rounds = any(factor.rounds for entry in entries if entry.sizes is not None for factor in _factors([entry]))
-    return replace(tensors, entries=entries, remarks=(*tensors.remarks, *([ROUNDED] if rounds else [])))
+    return replace(tensors, entries=tuple(entries), remarks=(*tensors.remarks, *([ROUNDED] if rounds else [])))
 
 
 def _block(tensors: TensorMap, asked: bool | None) -> int | None:
@@ -56,6 +57,13 @@ def _factors(entries: Iterable[Entry]) -> Iterator[Int4Factor]:
         own = entry.sources[0][0]
         if isinstance(own, PackedWeight) and own.factor is not None:
             yield own.factor
+
+
+def _taken(entry: Entry, sizes: Int4) -> Entry:
+    """The entry with its weight as products take it."""
+    ((own, pattern),) = entry.sources
+    assert isinstance(own, PackedWeight), "a weight with sizes is packed"
+    return replace(entry, sources=((replace(own, method=f"{own.method}, {TAKEN}", sizes=sizes), pattern),))
 
 
 def _sizes(entry: Entry, aliases: Mapping[str, object], block: int, asked: bool | None) -> Int4 | None:

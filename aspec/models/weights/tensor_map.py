@@ -50,7 +50,6 @@ class Entry:
     converter: WeightConverter | None  # a copy for this entry; None: the only source is the parameter
     outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # parameter -> shape and dtype as converted
     updates: Mapping[str, LowRank[TensorRef]] = field(default_factory=dict)  # of an adapter, by parameter
-    sizes: Int4 | None = None  # of a weight that products take packed
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -62,6 +61,12 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(ref.nbytes for ref in self.refs)
+
+    @property
+    def sizes(self) -> Int4 | None:
+        """Of a weight that products take packed."""
+        own = self.sources[0][0]
+        return own.sizes if isinstance(own, PackedWeight) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ PRODUCTS = ("auto", "packed", "decoded")
 EXPERTS = ("auto", "on-demand", "whole")
 DEVICES = ("auto", "cpu", "cuda")
 NGRAM = "ngram"  # the name of the draft that needs no model
+SELF_DRAFT = "self:4bit"  # the name of the draft that is made from the target
+NO_MODELS = (NGRAM, SELF_DRAFT)  # names of drafts that are no models of their own
 DEMO = Path(__file__).parent / "demo"  # the embedded pair: folders target and draft
 
 Progress = Callable[[str, int, int], None]
@@ -38,7 +40,7 @@ class EngineOptions:
     """
 
     target: str | Path | None = None  # folder, GGUF file or hub id; None: the embedded demo pair
-    draft: str | Path | None = None  # the same, or ngram; None: the text itself proposes, where that is free
+    draft: str | Path | None = None  # the same, ngram or self:4bit; None: the text itself proposes, where that is free
     adapter: str | Path | None = None  # folder or hub id of a LoRA adapter for the target
     device: str = "auto"
     device_memory: int | None = None  # bytes, or a text such as 8GiB (as for every size and rate here)
@@ -82,6 +84,8 @@ class EngineOptions:
             raise UserError(f"num_groups must be at most max_batch = {self.max_batch}, found {self.num_groups}.")
         if self.link_rate is not None and self.link_rate <= 0:
             raise UserError(f"link_rate must be a positive number of bytes per second, found {self.link_rate}.")
+        if str(self.draft).startswith("self:") and self.draft != SELF_DRAFT:
+            raise UserError(f"draft {self.draft!r} is not known: expected {SELF_DRAFT} for a copy of the target.")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}.")

@@ -43,8 +43,9 @@ class ModelFlags:
         str | None,
         option(
             MODELS,
-            "A small model with the same vocabulary; it proposes tokens while the target's weights stream. Default, or "
-            "ngram: proposals come from the text itself, without a model; --speculation off ends them.",
+            "A small model with the same vocabulary; it proposes tokens while the target's weights stream. self:4bit: "
+            "a copy of the target in 4 bits, made once and kept in the cache folder. Default, or ngram: proposals come "
+            "from the text itself, without a model; --speculation off ends them.",
             "--draft",
             "--draft-model",
             metavar="MODEL",

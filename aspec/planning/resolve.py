@@ -18,8 +18,9 @@ from aspec.io.fetching.fetch import Fetches
 from aspec.io.host_memory import available_bytes, growth_bytes, process_bytes
 from aspec.models.formats.gguf.folder import folder_of
 from aspec.models.weights.adapter_config import has_adapter, read_adapter_config
-from aspec.options import DEMO, NGRAM, EngineOptions
+from aspec.options import DEMO, NGRAM, NO_MODELS, SELF_DRAFT, EngineOptions
 from aspec.plan import Speculation
+from aspec.preparing.self_draft import self_draft
 from aspec.units import format_bytes
 
 MIB = 1 << 20
@@ -158,9 +159,12 @@ def _folders(
     """The folders of target and draft. Raises UserError if one is not found."""
     if options.target is None:
         for name, value in (("draft", options.draft), ("adapter", options.adapter)):
-            if value not in (None, NGRAM):
+            if value not in (None, *NO_MODELS):
                 raise UserError(f"--{name} was given without --target: it belongs to one target. Give both or neither.")
-        return (DEMO / "target", None), (DEMO / "draft", None) if method.has_model else None
+        draft = DEMO / "draft"
+        if options.draft == SELF_DRAFT and method.has_model:
+            draft = self_draft(DEMO / "target", fetches.progress, weights=weights)
+        return (DEMO / "target", None), (draft, None) if method.has_model else None
 
     def find(name: str, *, what: str) -> Path:
         found = hub.resolve(name, what=what, weights=weights, fetches=fetches)
@@ -172,6 +176,8 @@ def _folders(
         return folder_of(found) if found.is_file() else found
 
     target = _weights(find, str(options.target), "target", options.adapter)
+    if options.draft == SELF_DRAFT and method.has_model:
+        return target, (self_draft(target[0], fetches.progress, weights=weights), None)
     return target, _weights(find, str(options.draft), "draft") if method.has_model else None
 
 

@@ -113,6 +113,11 @@ def _write_others(output: Path, made: Design) -> None:
         if path.name != CONFIG:
             write_file(output / path.name, _chunks(path))
     write_file(output / INDEX, iter([_as_json(index)]))
+    write_config(made, output)
+
+
+def write_config(made: Design, output: Path) -> None:
+    """Write config.json, as it was where no setting has changed. Raises WriteError."""
     if made.config == made.source.config:
         write_file(output / CONFIG, _chunks(made.source.folder / CONFIG))
     else:

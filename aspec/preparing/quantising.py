@@ -108,8 +108,7 @@ class Quantiser:
         if not self.num_weights:
             raise UserError(
                 f"{self.source.folder} has no weights to quantise: expected matrices of linear layers with inputs in "
-                f"groups of {self.group} and outputs in multiples of {self.form.multiple}, found none. Leave out "
-                f"--bits to lay the checkpoint out for streaming."
+                f"groups of {self.group} and outputs in multiples of {self.form.multiple}, found none."
             )
         settings: dict[str, Any] = self.form.settings(list(self.kept | dict.fromkeys(_head(self.source))))
         return {**self.source.config, "quantization_config": settings}
@@ -124,7 +123,7 @@ def quantiser(source: Source, bits: int, group: int | None, *, published: bool) 
     if packed:
         raise UserError(
             f"{source.folder} is quantised already ({', '.join(methods_of(packed)[:2])}): expected weights in bf16, "
-            f"fp16 or fp32 for --bits {bits}. Take the checkpoint that it was made from, or leave out --bits."
+            f"fp16 or fp32. Take the checkpoint that it was made from."
         )
     stored = {ref.dtype for entry in source.tensors.entries for ref in entry.refs}
     dtype = torch.float16 if stored == {torch.float16} else torch.bfloat16

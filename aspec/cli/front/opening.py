@@ -13,7 +13,7 @@ from aspec.generation.params import SamplingParams
 from aspec.io import hub
 from aspec.io.fetching.fetch import LINE_S, Fetches, Words
 from aspec.observe.console import Console
-from aspec.options import NGRAM
+from aspec.options import NGRAM, NO_MODELS
 from aspec.profiling.hardware import read_machine
 
 REDRAW_S = 0.2  # between two states of the line on a terminal
@@ -35,7 +35,7 @@ def find_mistakes(flags: MachineFlags | PrepareFlags) -> None:
         read_machine(machine)
     if options.target is not None:
         hub.check(str(options.target), what="target")
-    if options.draft not in (None, NGRAM):
+    if options.draft not in (None, *NO_MODELS):
         hub.check(str(options.draft), what="draft")
 
 

@@ -22,7 +22,7 @@ from aspec.units import format_bytes, format_rate
 
 CHILD = "from aspec.io.fetching.process import main; main()"
 LINE_S = 5.0  # between two lines on stderr
-VERBS = {"fetch": "fetched", "prepare": "written"}
+VERBS = {"fetch": "fetched", "prepare": "written", "draft": "a copy of the target in 4 bits, as its draft: written"}
 LONGEST_GOODBYE_S = (
     5.0  # for a stopped process to remove its half files, which takes it milliseconds on a quiet machine
 )
@@ -48,14 +48,16 @@ class Words:
     """
 
     def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None  # when, and the bytes that were done
+        self._first: tuple[str, float, int] | None = None  # the stage, when, and the bytes that were done
 
     def __call__(self, stage: str, done: int, total: int) -> str:
         """Bytes of files, or headers of shards."""
         if stage not in VERBS:
             return f"reading the header of shard {done + 1} of {total}"
         now_s = time.monotonic()
-        begun_s, before = self._first = self._first or (now_s, done)
+        if self._first is None or self._first[0] != stage:
+            self._first = (stage, now_s, done)
+        _, begun_s, before = self._first
         words = f"{VERBS[stage]} {format_bytes(done)} of {format_bytes(total)}"
         if done > before and now_s - begun_s > 1.0:
             rate = (done - before) / (now_s - begun_s)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 from aspec.models.state.shapes import StateShape
+from aspec.models.weights.parts import REST
 
 ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 """Configuration keys of the model families for the number of experts of a token."""
@@ -61,6 +62,7 @@ class ModelShape:
     value_width: int  # elements of a head's value
     head_bytes: int
     dtype: str = "bfloat16"
+    head_int4: int = 0  # weights of the head that are multiplied in 4 bits
 
     @property
     def itemsize(self) -> int:
@@ -98,6 +100,7 @@ def shape_of(model: Model) -> ModelShape:
         value_width=kv[2],
         head_bytes=model.vocab_size * hidden * model.dtype.itemsize,
         dtype=str(model.dtype).removeprefix("torch."),
+        head_int4=sum(math.prod(own.shape) for own in model.packed.get(REST, ()) if own.sizes is not None),
     )
 
 

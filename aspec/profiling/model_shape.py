@@ -17,6 +17,7 @@ from aspec.models.configuration.config_sizes import experts_per_token
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 from aspec.models.state.shapes import StateShape
+from aspec.models.weights.parts import REST
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 _OUTPUT = re.compile(r"\.(o_proj|out_proj|c_proj|dense|wo)$")
@@ -59,6 +60,7 @@ class ModelShape:
     value_width: int  # elements of a head's value
     head_bytes: int
     dtype: str = "bfloat16"
+    head_int4: int = 0  # weights of the head that are multiplied in 4 bits
 
     @property
     def itemsize(self) -> int:
@@ -96,6 +98,7 @@ def shape_of(model: Model) -> ModelShape:
         value_width=kv[2],
         head_bytes=model.vocab_size * hidden * model.dtype.itemsize,
         dtype=str(model.dtype).removeprefix("torch."),
+        head_int4=sum(math.prod(own.shape) for own in model.packed.get(REST, ()) if own.sizes is not None),
     )
 
 

@@ -129,9 +129,8 @@ class Executor:
 
     def _finish(self, task: Task, completion: Completion) -> None:
         cause = self._graph.complete(task)
-        span = Span(
-            task, completion.start_s, completion.stop_s, completion.report.outcomes, completion.report.grown, cause
-        )
+        report = completion.report
+        span = Span(task, completion.start_s, completion.stop_s, report.outcomes, report.grown, cause, report.states_s)
         self._recent = [*self._recent[-4:], span]
         for observe in self._observers:
             observe(span)

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 
 from aspec.errors import UserError
-from aspec.observe.chrome_trace import read_trace, write_trace
+from aspec.observe.chrome_trace import write_trace
 from aspec.observe.recorder import Recorder
 from aspec.observe.summary import summarise
+from aspec.observe.timeline import Round, Slice, Timeline
+from aspec.observe.trace_reading import read_trace
 from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import measured_profile, simulate
 from tests.simulate import make_plan
@@ -82,6 +84,24 @@ def test_what_a_trace_shows(tmp_path):
     assert all({"layer", "round", "tokens"} <= set(e["args"]) for e in layers)
     rejected = [e["args"]["tokens"] for e in by_kind["i"] if e["name"].startswith("rejected")]
     assert sum(rejected) == sum(r.proposed - r.accepted for r in timeline.rounds)
+
+
+def test_what_recurrent_states_took_is_inside_other_slices(tmp_path):
+    slices = (
+        Slice(0, "target", "L0", 0.0, 0.004, round=0, layer=0, states_s=0.003),
+        Slice(1, "target", "L1", 0.004, 0.006, round=0, layer=1, cause=0),
+        Slice(2, "cpu", "accept", 0.006, 0.007, round=0, cause=1, states_s=0.0002),
+    )
+    timeline = Timeline(slices, (Round(0, 0.0, 0.007, 4, 2, 3),))
+    path = tmp_path / "trace.json"
+    write_trace(path, {"aspec": timeline})
+    drawn = {event["name"]: event for event in load(path)["traceEvents"] if event["name"] in ("nodes", "commit")}
+    assert (drawn["nodes"]["ts"], drawn["nodes"]["dur"]) == (1000, 3000)
+    assert (drawn["commit"]["ts"], drawn["commit"]["dur"]) == (6800, 200)
+    back = read_trace(path)["aspec"]
+    assert [s.states_s for s in back.slices] == [0.003, 0.0, 0.0002]
+    assert summarise(back).states_s == (0.003, 0.0002)
+    assert "recurrent states: 3.0 ms for nodes, inside layers, and 0.20 ms for commits" in summarise(back).lines()
 
 
 def test_stalls_are_marked(tmp_path):

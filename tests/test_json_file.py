@@ -12,7 +12,7 @@ from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
 from aspec.models.configuration.generation_defaults import end_ids, generation_defaults
 from aspec.models.skeleton import load_config
-from aspec.observe.chrome_trace import read_trace
+from aspec.observe.trace_reading import read_trace
 from aspec.profiling.hardware import read_machine
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, remember_acceptance
 from aspec.serving.openai_requests import parse_json as parse_request_json

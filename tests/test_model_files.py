@@ -29,8 +29,8 @@ from aspec.io.json_file import read_json
 from aspec.models.configuration.config_sizes import MAX_TABLE_BYTES
 from aspec.models.model import Model
 from aspec.models.skeleton import load_config
-from aspec.observe.chrome_trace import read_trace
 from aspec.observe.console import Console
+from aspec.observe.trace_reading import read_trace
 from aspec.profiling.hardware import read_machine
 from tests import tiny
 

@@ -20,9 +20,10 @@ from aspec.models.exact.paths import MaskKind
 from aspec.models.kv_cache import KVCache, StepCache
 from aspec.models.model import Model
 from aspec.models.split_layer import project, to_host
-from aspec.observe.chrome_trace import read_trace, write_trace
+from aspec.observe.chrome_trace import write_trace
 from aspec.observe.recorder import Recorder
 from aspec.observe.timeline import length, merge, shared
+from aspec.observe.trace_reading import read_trace
 from aspec.options import EngineOptions
 from aspec.plan import Speculation, Tier, Workload
 from aspec.planning.coarsening import coarse

@@ -45,6 +45,8 @@ def test_a_selection_goes_to_the_next_layer_and_rows_come_first():
     assert [layer.taken for layer in glm.layers] == [None, *["prev_topk_indices"] * 3]
     assert [layer.index_width for layer in glm.layers] == [16, 0, 16, 0]
     assert hy.rows_first
+    assert hy.width == 4 * 64, "of all streams"
+    assert glm.width == 64
     assert not examine(family_configs.tiny_config("gemma3n_text"), torch.float32).rows_first  # [streams, B, T, H]
 
 

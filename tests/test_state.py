@@ -17,6 +17,7 @@ from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.state.recurrence import Inputs
 from aspec.models.state.shapes import RecurrenceShape, StateShape, node_bytes, row_bytes
+from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny
 from tests.compat import few, of_kinds
@@ -360,6 +361,15 @@ def pair(tmp_path_factory):
 
 def test_greedy_equals_transformers(pair):
     assert sum(stats.accepted for stats in check(pair, TREE_5, 3, "some")) > 0
+
+
+def test_spans_say_what_nodes_and_commits_took(pair):
+    _, _, spans = pair.run(TREE_5, 3, "some")
+    recurrent = [shape is not None for shape in Model(pair.target).state_shapes]
+    for span in spans:
+        takes = recurrent[span.task.layer] if span.task.op is Op.LAYER else span.task.op is Op.ACCEPT
+        assert takes == (span.states_s > 0), span.task.label
+        assert span.states_s <= span.stop_s - span.start_s
 
 
 async def ask(engine, tokens, params):

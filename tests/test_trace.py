@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from aspec.cli.main import app
-from aspec.observe.chrome_trace import read_trace
 from aspec.observe.timeline import decode_stretch
+from aspec.observe.trace_reading import read_trace
 from aspec.planning import simulation
 from aspec.profiling.hardware import read_machine
 from tests import tiny

@@ -13,9 +13,10 @@ from fuzz_compare import expect
 from mutations import damage, damaged_json
 
 from aspec.errors import PromptError
-from aspec.observe.chrome_trace import read_trace, write_trace
+from aspec.observe.chrome_trace import write_trace
 from aspec.observe.summary import summarise
 from aspec.observe.timeline import DISK, TARGET, Round, Slice, Timeline
+from aspec.observe.trace_reading import read_trace
 from aspec.profiling.hardware import read_machine
 from aspec.profiling.profile_cache import AcceptanceStats, known_acceptance, remember_acceptance
 from aspec.serving.batch_input import BatchFile, BatchRow

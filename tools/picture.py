@@ -16,12 +16,13 @@ from pathlib import Path
 from rich.console import Console
 
 from aspec.generation.text.tokenizer import Tokenizer
-from aspec.observe.chrome_trace import TRACKS_PER_LANE, assign_tracks, read_trace
+from aspec.observe.chrome_trace import TRACKS_PER_LANE, assign_tracks
 from aspec.observe.frame import Frame
 from aspec.observe.monitor import Monitor
 from aspec.observe.snapshot import Snapshot
 from aspec.observe.summary import summarise
 from aspec.observe.timeline import Slice, Timeline
+from aspec.observe.trace_reading import read_trace
 from aspec.options import DEMO
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
 from aspec.planning.sim_backend import SimCosts

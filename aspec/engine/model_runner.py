@@ -171,8 +171,10 @@ class ModelRunner:
         return committed + proposed, None if parents is None else [-1, *(parent + 1 for parent in parents)]
 
     def _layer(self, task: Task) -> Report:
-        self._target.layer(self._bound_layer(task), self._activations[item_of(task).name])
-        return NOTHING
+        activation = self._activations[item_of(task).name]
+        self._target.layer(self._bound_layer(task), activation)
+        states = activation.step.states
+        return NOTHING if states is None else Report(states_s=states.nodes.taken_s())
 
     def _project(self, task: Task) -> Report:
         self._target.project(self._bound_layer(task), self._activations[item_of(task).name])
@@ -274,7 +276,9 @@ class ModelRunner:
             outcome, grown = self._accept_row(row, start, drawn, count - 1, own, failed)
             outcomes.append(outcome)
             carried_over += [] if grown is None else [grown]
-        return Report(tuple(outcomes), tuple(carried_over))
+        recurrent = self._target_kv.recurrent
+        states_s = 0.0 if recurrent is None else recurrent.commits.taken_s()
+        return Report(tuple(outcomes), tuple(carried_over), states_s=states_s)
 
     def _accept_row(
         self,

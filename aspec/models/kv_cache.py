@@ -150,8 +150,7 @@ class KVCache:
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
         """Move the accepted nodes ``path``, numbered from slot ``start``, to the slots from ``start`` on, in order."""
         if self.recurrent is not None:
-            for state in self.recurrent.all:
-                state.keep(row, start, path)
+            self.recurrent.keep(row, start, path)
         if list(path) == list(range(len(path))):
             return
         source, target = upload(start + torch.tensor(path), self.device), slice(start, start + len(path))

@@ -1,26 +1,33 @@
-"""Chrome trace JSON: writes timelines to a file for Perfetto and chrome://tracing, and reads such a file back.
+"""Chrome trace JSON: writes timelines to a file for Perfetto and chrome://tracing; ``trace_reading`` reads it back.
 
-A lane with several tasks in flight gets several tracks, so slices on a track do not overlap. Times are whole
+A lane with several tasks in flight gets several tracks, so slices on a track do not overlap; those of recurrent states
+are inside others. Times are whole
 microseconds from the first task; start and stop are rounded alike, so neighbours still meet. Format: "Trace Event
 Format", Google, 2016: X slices (``bind_id`` joins them to flows), C counters, i instants, M names.
 """
 
-import errno
 import gzip
 import heapq
-import io
 import json
-import re
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from aspec.errors import UserError, shown
-from aspec.io.json_file import MAX_FILE_BYTES, NotJson, member, parse_json, read_regular
-from aspec.observe.timeline import D2H, DISK, H2D, LANES, LINKS, TARGET, Round, Slice, Timeline, decode_stretch, stalls
+from aspec.errors import UserError
+from aspec.observe.timeline import (
+    CPU,
+    D2H,
+    DISK,
+    H2D,
+    LINKS,
+    TARGET,
+    Slice,
+    Timeline,
+    decode_stretch,
+    stalls,
+)
 from aspec.tasks.op import Op
 
 ROUNDS = "rounds"
@@ -35,6 +42,7 @@ TEXT_FACTS = ("version", "target", "draft")
 
 Event = tuple[int, int, str]  # microseconds, rank among events of the same time, JSON
 
+NODES, COMMIT = "nodes", "commit"  # names of what recurrent states took, inside other slices
 LOADS = tuple(op for op in Op if op.loads)  # a load's slice name begins with one of these
 
 
@@ -50,47 +58,11 @@ def write_trace(path: Path, processes: Mapping[str, Timeline]) -> int:
         raise UserError(f"{path}: the trace cannot be written: {error.strerror}. Choose another path.") from error
 
 
-def read_trace(path: Path) -> dict[str, Timeline]:
-    """The timelines, by process, of a file that ``write_trace`` wrote. Raises UserError for any other file."""
-    try:
-        packed = read_regular(path)
-        data = parse_json(_unpacked(packed) if path.suffix == ".gz" else packed)
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: not a trace: expected a gzip file, found {error}.") from error
-    except OSError as error:
-        raise UserError(f"{path}: the trace cannot be read: {error.strerror or error}.") from error
-    except NotJson as error:
-        raise UserError(f"{path}: not a trace in Chrome's form: {error}.") from error
-    if not isinstance(data, dict) or not isinstance(data.get("traceEvents"), list):
-        found = f"an object with {shown(list(data))}" if isinstance(data, dict) else shown(data)
-        raise UserError(
-            f"{path}: not a trace in Chrome's form: expected a JSON object with a list traceEvents, found {found}."
-        )
-    try:
-        timelines = _timelines(data)
-    except NotJson as error:
-        raise UserError(f"{path}: not a trace of aspec: {error}. Record it again.") from error
-    if not timelines:
-        raise UserError(f"{path}: not a trace of aspec: it has none of the lanes {', '.join(LANES)}.")
-    return timelines
-
-
-def _unpacked(packed: bytes) -> bytes:
-    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise OSError(errno.EFBIG, f"it unpacks to more than {MAX_FILE_BYTES} bytes")
-    return data
-
-
 def _open(path: Path) -> IO[str]:
     """Open a trace file for writing."""
     if path.suffix == ".gz":
         return gzip.open(path, "wt", compresslevel=1, encoding="utf-8")
     return path.open("w", encoding="utf-8")
-
-
-# -- writing -------------------------------------------------------------------------------------------------
 
 
 def _write(file: IO[str], processes: Mapping[str, Timeline]) -> int:
@@ -119,6 +91,7 @@ def _events(pid: int, name: str, timeline: Timeline) -> Iterator[str]:
     marks = sorted([*_counters(timeline, served), *_stalls(timeline)])
     streams = (
         _slices(timeline, tracks, _flows(timeline, served)),
+        _states(timeline, tracks),
         _rounds(timeline),
         ((_micros(at - zero), 1, text) for at, text in marks),
     )
@@ -179,8 +152,23 @@ def _slices(timeline: Timeline, tracks: Mapping[int, int], flows: Mapping[int, s
         else:
             what = f'"round":{s.round},"tokens":{s.tokens}'
         flow = flows.get(s.id, "")
-        args = f"{{{own}{layer}{what}{after}}}"
+        states = _micros(s.states_s)
+        inside = f',"states_us":{states}' if states else ""
+        args = f"{{{own}{layer}{what}{after}{inside}}}"
         yield start, 0, f'"tid":{tracks[s.id]},"ph":"X","dur":{dur},"name":"{s.name}"{flow},"args":{args}'
+
+
+def _states(timeline: Timeline, tracks: Mapping[int, int]) -> list[Event]:
+    """Slices inside those of layers and of ``accept``, drawn at their ends: what recurrent states took."""
+    return sorted(
+        (
+            _micros(s.stop_s - timeline.start_s) - micros,
+            1,
+            f'"tid":{tracks[s.id]},"ph":"X","dur":{micros},"name":"{COMMIT if s.lane == CPU else NODES}","args":{{}}',
+        )
+        for s in timeline.slices
+        if (micros := _micros(s.states_s))
+    )
 
 
 def _rounds(timeline: Timeline) -> Iterator[Event]:
@@ -309,77 +297,3 @@ def _stalls(timeline: Timeline) -> Iterator[tuple[float, str]]:
         track = TRACKS_PER_LANE * (1 + timeline.lanes.index(stall.lane))
         args = f'{{"ms":{stall.seconds * 1e3:.1f},"cause":{json.dumps(stall.cause)}}}'
         yield stall.start_s, f'"tid":{track},"ph":"i","s":"t","name":"stall","args":{args}'
-
-
-# -- reading -------------------------------------------------------------------------------------------------
-
-
-def _timelines(data: Mapping[str, Any]) -> dict[str, Timeline]:
-    processes: dict[int, str] = {}
-    titles: dict[tuple[int, int], str] = {}
-    slices: dict[int, list[Slice]] = defaultdict(list)
-    rounds: dict[int, list[Round]] = defaultdict(list)
-    for number, event in enumerate(data["traceEvents"]):
-        try:
-            pid, kind = member(event, "pid", int), member(event, "ph", str)
-            if kind == "M" and event.get("name") == "process_name":
-                processes[pid] = member(member(event, "args", dict), "name", str)
-            elif kind == "M" and event.get("name") == "thread_name":
-                title = member(member(event, "args", dict), "name", str)
-                titles[pid, member(event, "tid", int)] = title.partition(" ")[0]
-            elif kind == "X":
-                lane = titles.get((pid, member(event, "tid", int)))
-                if lane == ROUNDS:
-                    rounds[pid].append(_round(event))
-                elif lane in LANES:
-                    slices[pid].append(_slice(event, lane, unnamed=-2 - len(slices[pid])))
-        except NotJson as error:
-            raise NotJson(f"event {number}: {error}") from error
-    facts = data.get("otherData")
-    return {
-        name: Timeline(tuple(slices[pid]), tuple(rounds[pid]), _facts(facts, name))
-        for pid, name in processes.items()
-        if slices[pid]
-    }
-
-
-def _facts(facts: Any, name: str) -> dict[str, str | int | float]:
-    """The facts of a process: names of models and versions are texts, all others numbers."""
-    own = facts.get(name) if isinstance(facts, dict) else None
-    texts = {key: str(value) for key, value in own.items() if key in TEXT_FACTS} if isinstance(own, dict) else {}
-    numbers = {key: member(own, key, float) for key in own if key not in TEXT_FACTS} if isinstance(own, dict) else {}
-    return {**numbers, **texts}
-
-
-def _slice(event: Mapping[str, Any], lane: str, unnamed: int) -> Slice:
-    args, name = member(event, "args", dict), member(event, "name", str)
-    part = name.split()[-1] if name.startswith(LOADS) else "-1"
-    if not re.fullmatch(r"-?[0-9]{1,9}", part):
-        raise NotJson(f"expected a load to end in the number of its part, found {shown(name)}")
-    start_s, stop_s = _extent(event)
-    return Slice(
-        id=member(args, "id", int, unnamed),
-        lane=lane,
-        name=name,
-        start_s=start_s,
-        stop_s=stop_s,
-        round=member(args, "round", int, -1),
-        layer=member(args, "layer", int, -1),
-        part=int(part),
-        tokens=member(args, "tokens", int, 0),
-        nbytes=round(member(args, "MB", float, 0) * 1e6),
-        cause=member(args, "after", int, -1),
-    )
-
-
-def _extent(event: Mapping[str, Any]) -> tuple[float, float]:
-    start, duration = member(event, "ts", float), member(event, "dur", float)
-    if duration < 0:
-        raise NotJson(f"expected dur to be 0 or more, found {duration}")
-    return start / 1e6, (start + duration) / 1e6
-
-
-def _round(event: Mapping[str, Any]) -> Round:
-    args, (start_s, stop_s) = member(event, "args", dict), _extent(event)
-    number, *counts = (member(args, name, int) for name in ("round", "proposed", "accepted", "tokens"))
-    return Round(number, start_s, stop_s, *counts)

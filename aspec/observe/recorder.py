@@ -1,4 +1,4 @@
-"""The recorder: an observer that keeps all spans, or the latest ones, in 61 packed bytes each.
+"""The recorder: an observer that keeps all spans, or the latest ones, in 63 packed bytes each.
 
 It runs on the loop, so it does one pack and one append per span; ``timeline`` does the rest of the work later.
 """
@@ -13,7 +13,7 @@ from aspec.observe.timeline import Round, Slice, Timeline
 from aspec.tasks.op import Op
 from aspec.tasks.task import Span
 
-_RECORD = Struct("<ddqqqqiiiB")  # start, stop, nbytes, id, cause, round, layer, part or step, tokens, op
+_RECORD = Struct("<ddfqqqqhiiB")  # start, stop, states, nbytes, id, cause, round, layer, part or step, tokens, op
 _OPS = tuple(Op)
 _CODE = {op: code for code, op in enumerate(_OPS)}
 BLOCK_SPANS = 4096
@@ -41,6 +41,7 @@ class Recorder:
         self._block += _RECORD.pack(
             span.start_s,
             span.stop_s,
+            span.states_s,
             task.nbytes,
             task.id,
             span.cause,
@@ -82,11 +83,23 @@ class Recorder:
 
     def _slices(self) -> Iterator[Slice]:
         for block in (*self._full, bytes(self._block)):
-            for start, stop, nbytes, number, cause, round_, layer, detail, tokens, code in _RECORD.iter_unpack(block):
+            for (
+                start,
+                stop,
+                states_s,
+                nbytes,
+                number,
+                cause,
+                round_,
+                layer,
+                detail,
+                tokens,
+                code,
+            ) in _RECORD.iter_unpack(block):
                 op = _OPS[code]
                 name = op.label(layer, detail)
                 part, shown = (detail, -1) if op.loads else (-1, round_)  # a load belongs to no round
-                yield Slice(number, op.lane, name, start, stop, shown, layer, part, tokens, nbytes, cause)
+                yield Slice(number, op.lane, name, start, stop, shown, layer, part, tokens, nbytes, cause, states_s)
 
     def _merged_rounds(self, first_s: float) -> Iterator[Round]:
         """One round per pass; its work items are accepted one by one."""

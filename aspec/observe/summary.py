@@ -35,6 +35,7 @@ class Summary:
     ceiling_tokens_per_s: float | None  # the speed if the lane that binds the weights had no gap
     lanes: tuple[LaneUse, ...]
     hidden: float | None  # share of target and draft compute that ran while weights streamed
+    states_s: tuple[float, float]  # of recurrent layers, in the whole run: nodes, commits
     draft_wait_s: float  # seconds that the target waited for running drafts, in the whole run
     bottleneck: str
     critical_path: dict[str, float]  # seconds by lane
@@ -52,6 +53,7 @@ class Summary:
             "ceiling_tokens_per_s": self.ceiling_tokens_per_s,
             "lanes": {use.lane: {"share": use.share, "bytes_per_s": use.busy_bytes_per_s} for use in self.lanes},
             "hidden": self.hidden,
+            "states_s": dict(zip(("nodes", "commits"), self.states_s, strict=True)),
             "draft_wait_s": self.draft_wait_s,
             "bottleneck": self.bottleneck,
             "critical_path_s": self.critical_path,
@@ -75,6 +77,9 @@ class Summary:
             yield f"{use.lane:8} {100 * use.share:4.0f} %   {rate}".rstrip()
         if self.hidden is not None:
             yield f"overlap: {100 * self.hidden:.0f} % of target and draft compute ran while weights streamed"
+        if any(self.states_s):
+            nodes_ms, commits_ms = (1e3 * seconds for seconds in self.states_s)
+            yield f"recurrent states: {nodes_ms:.1f} ms for nodes, inside layers, and {commits_ms:.2f} ms for commits"
         if self.draft_wait_s > 0:
             share = 100 * self.draft_wait_s / self.seconds
             yield f"the target waited {self.draft_wait_s * 1e3:.1f} ms for running drafts, {share:.2f} % of the run"
@@ -117,6 +122,7 @@ def summarise(timeline: Timeline) -> Summary:
         ceiling_tokens_per_s=_ceiling(uses, decoded, per_pass, int(timeline.facts.get("bytes_per_pass", 0))),
         lanes=tuple(uses),
         hidden=hidden_share(timeline.work(start, stop)),
+        states_s=timeline.states_s,
         draft_wait_s=draft_wait_s(timeline),
         bottleneck=bottleneck(uses),
         critical_path=critical_path(timeline),

@@ -49,6 +49,7 @@ class Slice:
     tokens: int = 0
     nbytes: int = 0
     cause: int = -1  # id of the task whose end let this one start; -1: no task
+    states_s: float = 0.0  # of it: nodes of recurrent layers, or on the host's lane their commits
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,11 @@ class Timeline:
     def work(self, start_s: float, stop_s: float) -> dict[str, list[Interval]]:
         """The busy intervals of every lane between ``start_s`` and ``stop_s``."""
         return {name: clip(((s.start_s, s.stop_s) for s in self.lane(name)), start_s, stop_s) for name in self.lanes}
+
+    @property
+    def states_s(self) -> tuple[float, float]:
+        """Seconds in which recurrent layers ran their nodes, and in which accepted ones were committed."""
+        return sum(s.states_s for s in self.lane(TARGET)), sum(s.states_s for s in self.lane(CPU))
 
     @property
     def lanes(self) -> list[str]:

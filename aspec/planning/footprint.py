@@ -35,6 +35,7 @@ DEFAULT_ROWS = 4
 PREFILL_TOKENS = 512  # tokens of one prefill item
 MICRO_BATCHES = 2  # if attention has its own lane: one micro batch attends while the other one computes
 LEAST_BLOCK = 16  # rows; where proven blocks are as small, weights are packed for a few of them
+MIXES = 3  # fp32 copies of a hidden state of several streams, while a layer mixes them
 DRAW_BYTES = 64  # per vocabulary entry while one row is drawn: scores, noise and their sum
 
 
@@ -287,16 +288,18 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
     wide = max(wide) if isinstance(wide, list | tuple) else int(wide)
     item = target.dtype.itemsize
-    projected = tokens * 4 * hidden * item
+    state = target.facts.width * item  # of one token between layers
+    streams = tokens * MIXES * (target.facts.width - hidden) * 4
+    projected = tokens * 4 * hidden * item + streams
     attention = projected + _attention_bytes(target, request, tokens)
     logits = -(-verified // BLOCK_ROWS) * BLOCK_ROWS if request.exact else verified
     head = logits * target.vocab_size * item * 2 + target.vocab_size * DRAW_BYTES
     joining = min(request.prefill_pass_tokens, request.num_rows * request.capacity)
     others = max(0, joining - request.prefill_tokens)  # tokens that wait while one item is in a layer
-    waiting = others * (hidden * item + request.capacity)  # their hidden states and their masks
+    waiting = others * (state + request.capacity)  # their hidden states and their masks
     packs = request.exact and request.host_bytes is None and tokens >= PACK_BLOCKS * LEAST_BLOCK
     packed = min(MOST_PACKED_BYTES, wide * hidden * item) if packs else 0
-    layer = tokens * 3 * wide * item + packed
+    layer = tokens * 3 * wide * item + packed + streams
     own = [
         shape.step_bytes(1 + request.max_draft_tokens, request.num_rows, tokens, target.dtype)
         for shape in target.state_shapes
@@ -305,16 +308,10 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     layer = max(layer, projected + max(own)) if own else layer
     if request.kv_on_host:
         held = (verified + 2 * request.prefill_tokens) * target.offload.per_token
-        return waiting + tokens * 2 * hidden * item + held + max(projected, layer, head)
+        return waiting + tokens * 2 * state + held + max(projected, layer, head)
     if request.attention_resource == CPU:
-        return (
-            waiting
-            + tokens * 2 * hidden * item
-            + _split_bytes(target, request, verified)
-            + attention
-            + max(layer, head)
-        )
-    return waiting + tokens * 2 * hidden * item + max(attention, layer, head)
+        return waiting + tokens * 2 * state + _split_bytes(target, request, verified) + attention + max(layer, head)
+    return waiting + tokens * 2 * state + max(attention, layer, head)
 
 
 def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:

@@ -135,7 +135,10 @@ class Executor:
     def _finish(self, task: Task, completion: Completion) -> None:
         cause = self._graph.complete(task)
         report = completion.report
-        span = Span(task, completion.start_s, completion.stop_s, report.outcomes, report.grown, cause, report.routed)
+        start_s, stop_s = completion.start_s, completion.stop_s
+        span = Span(
+            task, start_s, stop_s, report.outcomes, report.grown, cause, routed=report.routed, states_s=report.states_s
+        )
         self._recent = [*self._recent[-4:], span]
         for observe in self._observers:
             observe(span)

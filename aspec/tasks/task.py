@@ -269,6 +269,7 @@ class Report:
     outcomes: tuple[RowOutcome, ...] = ()  # after ACCEPT, by row
     grown: tuple[TreeStatus, ...] = ()  # by row: its tree after a level, or after ACCEPT the tree below the last draw
     routed: tuple[tuple[int, int], ...] = ()  # after ROUTE: (expert, tokens that it is given) pairs, by expert
+    states_s: float = 0.0  # of the task: what it took to run nodes of recurrent layers, or in ACCEPT to commit them
 
 
 NOTHING = Report()
@@ -294,6 +295,7 @@ class Span:
     grown: tuple[TreeStatus, ...] = ()
     cause: int = -1  # id of the task whose end allowed this one to start; -1: an event from outside
     routed: tuple[tuple[int, int], ...] = ()  # see ``Report``
+    states_s: float = 0.0  # see ``Report``
 
 
 # Events: the only input of the scheduler.

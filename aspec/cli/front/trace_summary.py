@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from aspec.observe.chrome_trace import read_trace
 from aspec.observe.summary import summarise
 from aspec.observe.timeline import Timeline
+from aspec.observe.trace_reading import read_trace
 
 
 def summarise_file(path: Path, as_json: bool) -> None:

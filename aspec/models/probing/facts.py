@@ -35,6 +35,7 @@ class ModelFacts:
     num_results: int  # of the tuple that its forward expects from a layer; 0: the hidden state alone
     unused: frozenset[str] = frozenset()  # parameters that text never reaches, such as those of a tower for images
     rows_first: bool = False  # a hidden state is [B, T, ..., H]; otherwise [..., B, T, H]
+    width: int = 0  # elements of a token's hidden state, all streams of it together
     own_attention: bool = False  # its layers attend by code of their own, which adds a mask to the scores
     biased: bool = False  # its layers take ``BIAS``
 

@@ -210,7 +210,8 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, num_results: int)
     assert probe_run.returned is not None
     rows_first = probe_run.returned.shape[:2] == tokens.shape
     unused = probe_run.watched.unused(model, name)
-    return ModelFacts(tuple(facts), num_results, unused, rows_first, own, probe_run.biased)
+    width = probe_run.returned.numel() // tokens.numel()
+    return ModelFacts(tuple(facts), num_results, unused, rows_first, width, own, probe_run.biased)
 
 
 def _facts_of(config: PreTrainedConfig, index: int, call: _Call, cache: ShapeCache) -> LayerFacts:

@@ -1,5 +1,6 @@
 """The recurrent states of all layers of a model, and of one step."""
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,24 @@ from aspec.models.state.mixers import MixerCache
 from aspec.models.state.nodes import NodePlan, Reach, Window, plan_nodes
 from aspec.models.state.recurrence import ConvolutionState, Inputs, RecurrentState
 from aspec.models.state.shapes import StateShape
+
+
+class Watch:
+    """Adds up the seconds of what runs inside it; mutable, and used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._seconds = self._start_s = 0.0
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.perf_counter() - self._start_s
+
+    def taken_s(self) -> float:
+        """The seconds since the last call. Of a device, those in which the host issues its work."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 class LayerStates:
@@ -48,6 +67,7 @@ class RecurrentStates:
             for shape in shapes
         ]
         self.all: list[LoggedState] = [state for layer in self.layers if layer is not None for state in layer.all]
+        self.commits = Watch()
 
     def reusable(self, row: int, length: int) -> int:
         """The most leading tokens of a row, at most ``length``, that a step may continue; alike in all layers."""
@@ -55,8 +75,15 @@ class RecurrentStates:
 
     def save(self, row: int) -> None:
         """Save a row's committed state in all layers, if these states are made for it."""
-        for state in self.all if self._saves else ():
-            state.save(row)
+        with self.commits:
+            for state in self.all if self._saves else ():
+                state.save(row)
+
+    def keep(self, row: int, start: int, path: Sequence[int]) -> None:
+        """Keep the accepted nodes of a row in all layers: see ``LayerState``."""
+        with self.commits:
+            for state in self.all:
+                state.keep(row, start, path)
 
     def of_step(self, windows: Sequence[Window], width: int, *, exact: bool) -> "StatesOfStep":
         """The states while a step over ``width`` tokens per row runs.
@@ -73,7 +100,7 @@ class StatesOfStep:
     """The recurrent layers of one step. Layers with equal reaches share a plan."""
 
     def __init__(self, states: RecurrentStates, windows: Sequence[Window], width: int, *, exact: bool) -> None:
-        self.exact = exact
+        self.exact, self.nodes = exact, Watch()
         self._states, self._windows, self._width = states, windows, width
         self._plans: dict[tuple[Reach, ...], NodePlan] = {}
 
@@ -110,11 +137,13 @@ class StepOfLayer:
     def convolve(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[B, T, C] -> [B, T, C] with ``weight`` [C, K]."""
         state = self._states.convolutions[self._cache.convolution]
-        plan = self._step.plan(state)
-        return state.run(plan, inputs.flatten(0, 1), weight, bias).view(inputs.shape)
+        with self._step.nodes:
+            plan = self._step.plan(state)
+            return state.run(plan, inputs.flatten(0, 1), weight, bias).view(inputs.shape)
 
     def recur(self, given: Inputs) -> torch.Tensor:
         """The results [B * T, H, Dv] fp32."""
         state = self._states.recurrence
         assert state is not None, "the probe has seen the layer's state"
-        return state.run(self._step.plan(state), given, exact=self._step.exact)
+        with self._step.nodes:
+            return state.run(self._step.plan(state), given, exact=self._step.exact)

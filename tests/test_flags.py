@@ -7,19 +7,19 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from aspec.cli import command_flags
-from aspec.cli.front.serve_flags import ServeFlags
+from aspec.cli.flags import commands, planning
+from aspec.cli.flags.serving import ServeFlags
 from aspec.cli.main import app
 
 RECORDS = {
-    "generate": command_flags.GenerateFlags,
-    "trace": command_flags.TraceFlags,
-    "bench": command_flags.BenchFlags,
-    "chat": command_flags.ChatFlags,
-    "batch": command_flags.BatchFlags,
+    "generate": commands.GenerateFlags,
+    "trace": commands.TraceFlags,
+    "bench": commands.BenchFlags,
+    "chat": commands.ChatFlags,
+    "batch": commands.BatchFlags,
     "serve": ServeFlags,
-    "profile": command_flags.ProfileFlags,
-    "plan": command_flags.PlanFlags,
+    "profile": planning.ProfileFlags,
+    "plan": planning.PlanFlags,
 }
 DRAWS = {"--max-new-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"}
 DRAWS |= {"--presence-penalty", "--frequency-penalty", "--seed", "--stop"}

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from aspec.cli import batch
 from aspec.cli import generate as generation
-from aspec.cli.command_flags import BatchFlags, GenerateFlags
+from aspec.cli.flags.commands import BatchFlags, GenerateFlags
 from aspec.cli.main import app
 from aspec.observe.console import Console
 from aspec.options import EngineOptions

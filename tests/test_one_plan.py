@@ -10,8 +10,9 @@ from aspec.backends import registry as devices
 from aspec.backends.registry import Kind
 from aspec.cli import batch
 from aspec.cli import generate as generation
-from aspec.cli.command_flags import BatchFlags, ChatFlags, GenerateFlags, PlanFlags
-from aspec.cli.flags import AUTO
+from aspec.cli.flags.commands import BatchFlags, ChatFlags, GenerateFlags
+from aspec.cli.flags.groups import AUTO
+from aspec.cli.flags.planning import PlanFlags
 from aspec.cli.main import app
 from aspec.cli.plan import explain
 from aspec.engine.design import design

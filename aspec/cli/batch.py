@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aspec.cli.command_flags import BatchFlags
+from aspec.cli.flags.commands import BatchFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import present, run
 from aspec.engine.engine import Engine, describe_plan

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aspec.api import Result, collect, seeded
-from aspec.cli.command_flags import BenchFlags
+from aspec.cli.flags.commands import BenchFlags
 from aspec.cli.generate import PROBE_S, GenerateJob, prepare
 from aspec.cli.interrupts import run
 from aspec.engine.engine import Engine, describe_plan

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from aspec.api import Result, collect, seeded
-from aspec.cli.command_flags import GenerateFlags
-from aspec.cli.flags import RunFlags
+from aspec.cli.flags.commands import GenerateFlags
+from aspec.cli.flags.groups import RunFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import run
 from aspec.cli.verify import Generation, Verdict, conclude, verify

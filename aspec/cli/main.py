@@ -13,20 +13,18 @@ from typing import Annotated
 import typer
 
 from aspec import __version__
-from aspec.cli.command_flags import (
+from aspec.cli.flags.commands import (
     BatchFlags,
     BenchFlags,
     ChatFlags,
     GenerateFlags,
-    PlanFlags,
-    PrepareFlags,
-    ProfileFlags,
     TraceFlags,
 )
+from aspec.cli.flags.options import option, takes
+from aspec.cli.flags.planning import PlanFlags, PrepareFlags, ProfileFlags
+from aspec.cli.flags.serving import ServeFlags
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
-from aspec.cli.front.options import option, takes
-from aspec.cli.front.serve_flags import ServeFlags
 from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
 from aspec.errors import AspecError, reason_of

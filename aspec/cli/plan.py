@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aspec.backends.registry import HOST
-from aspec.cli.command_flags import PlanFlags
+from aspec.cli.flags.planning import PlanFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.plan_experts import expert_lines, experts_object
 from aspec.errors import UserError

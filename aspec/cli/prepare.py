@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from aspec.cli.command_flags import PrepareFlags
+from aspec.cli.flags.planning import PrepareFlags
 from aspec.cli.front.opening import fetching, status_line
 from aspec.errors import WriteError
 from aspec.io import hub

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aspec.cli.command_flags import ProfileFlags
+from aspec.cli.flags.planning import ProfileFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import run
 from aspec.errors import UserError

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from aspec.cli.flags.serving import ServeFlags
 from aspec.cli.front.opening import fetching
-from aspec.cli.front.serve_flags import ServeFlags
 from aspec.cli.interrupts import present, run
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import ClosedError

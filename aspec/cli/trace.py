@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from aspec import __version__
-from aspec.cli.command_flags import TraceFlags
+from aspec.cli.flags.commands import TraceFlags
 from aspec.cli.front.trace_summary import print_summaries
 from aspec.cli.generate import GenerateJob, as_object, prepare, run_job
 from aspec.cli.generate import summarise as summarise_results

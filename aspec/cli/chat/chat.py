@@ -15,7 +15,7 @@ from aspec.cli.chat.entry import Entry, Message, parse
 from aspec.cli.chat.prefill import PrefillProgress
 from aspec.cli.chat.reading import Reader, open_reader
 from aspec.cli.chat.session import Session
-from aspec.cli.command_flags import ANSWER_TOKENS, ChatFlags
+from aspec.cli.flags.commands import ANSWER_TOKENS, ChatFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import loop_runner, present
 from aspec.engine.engine import Engine, describe_plan

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from aspec.cli.command_flags import PlanFlags, PrepareFlags, TraceFlags
-from aspec.cli.flags import MachineFlags, ModelFlags, SamplingFlags
-from aspec.cli.front.serve_flags import ServeFlags
+from aspec.cli.flags.commands import TraceFlags
+from aspec.cli.flags.groups import MachineFlags, ModelFlags, SamplingFlags
+from aspec.cli.flags.planning import PlanFlags, PrepareFlags
+from aspec.cli.flags.serving import ServeFlags
 from aspec.errors import UserError
 from aspec.generation.params import SamplingParams
 from aspec.io import hub

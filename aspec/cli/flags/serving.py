@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from aspec.cli.flags import DebugFlags, EngineFlags, ModelFlags, QuietFlags, RowFlags, SamplingFlags
-from aspec.cli.front.options import AUTO, OUTPUT, PLACE, SAMPLING, count_or_auto, option
+from aspec.cli.flags.groups import DebugFlags, EngineFlags, ModelFlags, QuietFlags, RowFlags, SamplingFlags
+from aspec.cli.flags.options import AUTO, OUTPUT, PLACE, SAMPLING, count_or_auto, option
 from aspec.options import EngineOptions
 from aspec.plan import Workload
 

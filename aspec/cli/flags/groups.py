@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aspec.cli.front.options import AUTO, MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option, rate, size
+from aspec.cli.flags.options import AUTO, MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option, rate, size
 from aspec.errors import printable
 from aspec.generation.params import SamplingParams
 from aspec.options import CHOICES, EngineOptions

@@ -1,0 +1,1 @@
+"""What can be asked of a command: its options, how they are read, and which of them exclude each other?"""

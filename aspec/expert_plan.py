@@ -31,31 +31,16 @@ class ExpertShape:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertPlan:
-    """Experts that are read when a router has chosen them, and the slots for them.
+class ExpertSlots:
+    """Slots of one memory: those of the layers' caches come first, layer by layer, then those that serve all layers."""
 
-    A layer's cache has slots of its own; ``passing`` slots serve all layers, for chosen experts beyond the caches.
-    """
-
-    shape: ExpertShape
-    cached: tuple[int, ...]  # by layer: slots of its cache
-    passing: int  # slots that serve all layers
-
-    def __post_init__(self) -> None:
-        if self.passing < 1 or len(self.cached) != len(self.shape.num_experts):
-            raise InternalError(f"experts on demand need a passing slot and a cache per layer, found {self}")
-        if any(slots > number for slots, number in zip(self.cached, self.shape.num_experts, strict=True)):
-            raise InternalError(f"a layer's cache has more slots than the layer has experts: {self}")
+    cached: tuple[int, ...]  # by layer
+    passing: int
 
     @property
     def num_slots(self) -> int:
-        """All slots; those of the caches come first, layer by layer."""
+        """All slots."""
         return sum(self.cached) + self.passing
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return self.num_slots * self.shape.slot_bytes
 
     def slots_of(self, layer: int) -> range:
         """The slots of a layer's cache."""
@@ -66,6 +51,47 @@ class ExpertPlan:
     def passing_slots(self) -> range:
         """The slots that serve all layers."""
         return range(sum(self.cached), self.num_slots)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlan:
+    """Experts that are read when a router has chosen them, and the slots for them.
+
+    A layer's cache has slots of its own; ``passing`` slots serve all layers, for chosen experts beyond the caches.
+    """
+
+    shape: ExpertShape
+    cached: tuple[int, ...]  # by layer: slots of its cache
+    passing: int  # slots that serve all layers
+    host: ExpertSlots | None = None  # in pinned host memory, between files and a device; None: the device is the host
+
+    def __post_init__(self) -> None:
+        if self.host is not None and self.host.passing < 1:
+            raise InternalError(f"experts on their way to a device need a passing slot in host memory, found {self}")
+        if self.passing < 1 or len(self.cached) != len(self.shape.num_experts):
+            raise InternalError(f"experts on demand need a passing slot and a cache per layer, found {self}")
+        if any(slots > number for slots, number in zip(self.cached, self.shape.num_experts, strict=True)):
+            raise InternalError(f"a layer's cache has more slots than the layer has experts: {self}")
+
+    @property
+    def slots(self) -> ExpertSlots:
+        """The slots in the memory of the layers."""
+        return ExpertSlots(self.cached, self.passing)
+
+    @property
+    def num_slots(self) -> int:
+        """The number of these slots."""
+        return self.slots.num_slots
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes."""
+        return self.num_slots * self.shape.slot_bytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the slots in host memory."""
+        return 0 if self.host is None else self.host.num_slots * self.shape.slot_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as a JSON object, in bytes and slots."""
@@ -79,6 +105,7 @@ class ExpertPlan:
             "slot_bytes": shape.slot_bytes,
             "cached": list(self.cached),
             "passing": self.passing,
+            "host_cached": None if self.host is None else list(self.host.cached),
         }
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import replace
 
-from aspec.expert_plan import ExpertPlan, ExpertShape
+from aspec.expert_plan import ExpertPlan, ExpertShape, ExpertSlots
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
 from aspec.planning.sim_backend import HOST_RESOURCES, SimBackend, SimCosts
 from aspec.tasks.executor import Executor
@@ -31,12 +31,14 @@ def make_plan(
     return plan_of(parts, num_layers, num_slots, nbytes, **{**defaults, **changes})
 
 
-def with_experts(plan, cached=2, passing=2, num_experts=8, top_k=2, dense=(), nbytes=1_000_000):
-    """The plan with experts on demand in all layers but the ``dense`` ones."""
+def with_experts(plan, cached=2, passing=2, num_experts=8, top_k=2, dense=(), nbytes=1_000_000, host=None):
+    """The plan with experts on demand in all layers but the ``dense`` ones; ``host``: their slots there, cached ones
+    of a layer and passing ones."""
     numbers = tuple(0 if layer in dense else num_experts for layer in range(plan.num_layers))
     shape = ExpertShape(numbers, top_k, tuple(nbytes * bool(number) for number in numbers), nbytes)
     slots = tuple(min(cached, number) for number in numbers)
-    return replace(plan, experts=ExpertPlan(shape, slots, passing))
+    on_host = None if host is None else ExpertSlots(tuple(min(host[0], number) for number in numbers), host[1])
+    return replace(plan, experts=ExpertPlan(shape, slots, passing, on_host))
 
 
 def plan_of(parts, num_layers, num_slots, slot_bytes, **fields):

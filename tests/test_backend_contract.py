@@ -50,14 +50,10 @@ NUM_PARTS, PART_BYTES, SLOT_BYTES = 8, 40_000, 11 * PAGE
 ARRIVALS = ((0, 20, 9), (1, 100, 7), (2, 5, 6))
 CROSSING = (Op.SEND, Op.RETURN)
 SPLIT = (Op.PROJECT, Op.ATTEND, Op.FFN, *CROSSING)
-ON_DEMAND = (Op.ROUTE, Op.LOAD_EXPERT, Op.EXPERTS, Op.COMBINE)
-HAS_EXPERTS = ("sim-host", "cpu")
+ON_DEMAND = (Op.ROUTE, Op.LOAD_EXPERT, Op.COPY_EXPERT, Op.EXPERTS, Op.COMBINE)
 NUM_EXPERTS, EXPERT_BYTES = 6, 5000
 FAULTS = [
-    (kind, op)
-    for kind in KINDS
-    for op in Op
-    if (op not in (Op.COPY, *CROSSING) or kind in HAS_COPY) and (op not in ON_DEMAND or kind in HAS_EXPERTS)
+    (kind, op) for kind in KINDS for op in Op if op not in (Op.COPY, Op.COPY_EXPERT, *CROSSING) or kind in HAS_COPY
 ]
 
 
@@ -134,7 +130,7 @@ class CheckingRunner:
     def check(self, task):
         for access in task.reads:
             found = self.contents.get(access.buffer, "")
-            if not access.buffer.startswith(("slot:", "expert:")) and found != access.content:
+            if not access.buffer.startswith(("slot:", "expert:", "host expert:")) and found != access.content:
                 self.wrong.append(f"{task.label} ({task.id}): {access.buffer} holds {found!r}, not {access.content!r}")
         for part, slot in task.slots:
             self.num_slot_checks += 1
@@ -171,7 +167,9 @@ class Watched:
         self.ended.append((task, future))
         if future.exception() is None:
             unfinished = (
-                self.runner and task.op not in (Op.READ, Op.LOAD_EXPERT, Op.COPY) and task.id not in self.runner.ended
+                self.runner
+                and task.op not in (Op.READ, Op.LOAD_EXPERT, Op.COPY, Op.COPY_EXPERT)
+                and task.id not in self.runner.ended
             )
             if unfinished or future.result().stop_s > self.now() + 1e-9:
                 self.early.append(task.label)
@@ -195,7 +193,8 @@ class Rig:
         if split or (fail and fail[0] in SPLIT):
             self.plan = asking(self.plan, attention_resource=CPU, micro_batches=2)
         if routed or (fail and fail[0] in ON_DEMAND):
-            self.plan = with_experts(self.plan, 1, 3, NUM_EXPERTS, dense=(2,), nbytes=EXPERT_BYTES)
+            host = (2, 2) if kind in HAS_COPY else None
+            self.plan = with_experts(self.plan, 1, 3, NUM_EXPERTS, dense=(2,), nbytes=EXPERT_BYTES, host=host)
         if kind in HAS_COPY:
             parts = tuple(replace(p, tier=Tier.HOST) if p.index in (2, 7) else p for p in self.plan.parts)
             self.plan = replace(self.plan, parts=parts, num_staging=2, draft_resource="draft")
@@ -216,17 +215,19 @@ class Rig:
         views = [memory.view for memory in self.memory]
         if self.plan.experts is None:
             return CpuBackend(self.runner, self.parts, views, self.disk, num_decoders=2)
-        experts = Experts(self.folder, fail[1] if fail and fail[0] is Op.LOAD_EXPERT else None)
         slots = [allocate(SLOT_BYTES) for _ in range(self.plan.experts.num_slots)]
         self.memory += slots
-        self.runner.experts = experts
-        self.runner.expert_slots = [torch.frombuffer(memory.view, dtype=torch.uint8) for memory in slots]
-        on_demand = {"experts": experts, "expert_slots": [memory.view for memory in slots]}
+        self.find_experts(fail, [torch.frombuffer(memory.view, dtype=torch.uint8) for memory in slots])
+        on_demand = {"experts": self.runner.experts, "expert_slots": [memory.view for memory in slots]}
         return CpuBackend(self.runner, self.parts, views, self.disk, num_decoders=2, **on_demand)
+
+    def find_experts(self, fail, slots):
+        self.runner.experts = Experts(self.folder, fail[1] if fail and fail[0] is Op.LOAD_EXPERT else None)
+        self.runner.expert_slots = slots
 
     def cuda(self, fail, device, wrap):
         self.device = device
-        if fail and fail[0] is Op.COPY:
+        if fail and fail[0] in (Op.COPY, Op.COPY_EXPERT):
             device.fail_copy = fail[1]
         slots = [device.allocate(SLOT_BYTES) for _ in range(self.plan.num_slots)]
         host_parts = {p.index: device.allocate_host(SLOT_BYTES) for p in self.plan.parts if p.tier is Tier.HOST}
@@ -235,7 +236,14 @@ class Rig:
             buffer.tensor[at : at + PART_BYTES] = content
         staging = [device.allocate_host(SLOT_BYTES) for _ in range(self.plan.num_staging)]
         self.runner = CheckingRunner(slots, self.expected, device.launch, fail)
-        return wrap(device, self.runner, self.parts, Buffers(slots, staging, host_parts), self.disk)
+        buffers = Buffers(slots, staging, host_parts)
+        if self.plan.experts is None:
+            return wrap(device, self.runner, self.parts, buffers, self.disk)
+        own = [device.allocate(SLOT_BYTES) for _ in range(self.plan.experts.num_slots)]
+        host = [device.allocate_host(SLOT_BYTES) for _ in range(self.plan.experts.host.num_slots)]
+        self.find_experts(fail, own)
+        buffers = replace(buffers, expert_slots=own, host_experts=host)
+        return wrap(device, self.runner, self.parts, buffers, self.disk, self.runner.experts)
 
     async def close(self):
         await self.watched.close()
@@ -309,7 +317,7 @@ def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, split, 
             assert stops == sorted(stops)
 
 
-@pytest.mark.parametrize("kind", HAS_EXPERTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_on_demand_are_in_their_slots_when_they_are_computed(kind, run, tmp_path):
     async def main():
         rig = Rig(kind, tmp_path, routed=True)
@@ -320,7 +328,8 @@ def test_experts_on_demand_are_in_their_slots_when_they_are_computed(kind, run, 
 
     rig, spans = run(kind, main)
     assert find_races(spans, tolerance_s=1e-6) == []
-    assert {span.task.op for span in spans} >= {*ON_DEMAND, Op.LAYER}
+    absent = set() if kind in HAS_COPY else {Op.COPY_EXPERT}
+    assert {span.task.op for span in spans} >= {*ON_DEMAND, Op.LAYER} - absent
     assert not rig.watched.early
     if rig.runner is not None:
         assert rig.runner.wrong == []

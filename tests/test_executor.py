@@ -19,8 +19,8 @@ ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2), (5, 9,
 
 
 SPLIT = (Op.PROJECT, Op.SEND, Op.ATTEND, Op.RETURN, Op.FFN)
-ON_DEMAND = (Op.ROUTE, Op.LOAD_EXPERT, Op.EXPERTS, Op.COMBINE)
-ON_DEVICES = (Op.COPY, Op.SEND, Op.RETURN)
+ON_DEMAND = (Op.ROUTE, Op.LOAD_EXPERT, Op.COPY_EXPERT, Op.EXPERTS, Op.COMBINE)
+ON_DEVICES = (Op.COPY, Op.COPY_EXPERT, Op.SEND, Op.RETURN)
 
 
 @pytest.mark.parametrize("op", Op)
@@ -29,7 +29,7 @@ def test_a_fault_at_any_task_is_one_error_and_leaves_nothing(virtual, op, nth):
     resources = DEVICE_RESOURCES if op in ON_DEVICES else HOST_RESOURCES
     split = {"attention_resource": CPU, "micro_batches": 2} if op in SPLIT else {}
     plan = make_plan(num_staging=2 if op in ON_DEVICES else 0, decoded=1000 if op is Op.DECODE else 0, **split)
-    plan = with_experts(plan) if op in ON_DEMAND else plan
+    plan = with_experts(plan, host=(2, 2) if op in ON_DEVICES else None) if op in ON_DEMAND else plan
     experts = plan.experts.shape if plan.experts else None
     backend = SimBackend(SimCosts(), resources, fail=(op, nth), experts=experts)
 

@@ -8,16 +8,23 @@ import types
 import pytest
 import torch
 
+from aspec.backends import registry as devices
+from aspec.backends.registry import Kind
 from aspec.engine.engine import open_engine
 from aspec.errors import InternalError, ReadError, UserError
 from aspec.generation.params import SamplingParams
+from aspec.models.formats.gguf.folder import folder_of
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny
+from tests.fake_device import EagerDevice
 from tests.peak import Peak
+from tests.quantised_models import build
+from tests.quantised_pairs import SIZES
 from tests.test_equality import Pair
+from tests.test_quantised import CASES
 
 FAMILIES = ["mixtral", "gpt_oss", "qwen3_next", "qwen3_moe", "qwen2_moe", "granitemoe", "deepseek_v2", "deepseek_v3"]
 FAMILIES += ["glm4_moe", "olmoe", "ernie4_5_moe", "granitemoeshared", "minimax_m2", "phimoe", "granitemoehybrid"]
@@ -105,6 +112,31 @@ def test_a_layer_has_the_same_bits_whatever_the_order_of_its_experts(family, sto
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_same_bits(family, stored, dtype, tmp_path, one_thread):
     check_layers(tiny.build(tmp_path, family, dtype=stored, varied=True), dtype)
+
+
+PACKED = [case for case in CASES if case[0] not in ("llama", "llama4_text")]
+QUICK_PACKED = [("gpt_oss", "mxfp4")]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(*case, marks=() if case in QUICK_PACKED else pytest.mark.slow) for case in PACKED],
+)
+def test_an_expert_that_is_decoded_alone_has_the_same_bits(family, method, tmp_path, one_thread):
+    if method.startswith("ct "):
+        pytest.importorskip("compressed_tensors")
+    sizes = SIZES if family == "deepseek_v3" else None
+    source = tiny.build(tmp_path / "source", family, seed=1, varied=True, shards=1, sizes=sizes)
+    check_layers(build(tmp_path, source, method)[0], BF16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2moe", "qwen3moe", "gpt-oss"])
+def test_an_expert_of_a_gguf_file_has_the_same_bits(name, kind, tmp_path, one_thread):
+    models = pytest.importorskip("tests.gguf_models")
+    path = models.write_model(tmp_path / "model.gguf", name, models.tiny_model(name), models.Type[kind])
+    check_layers(folder_of(path), BF16)
 
 
 def test_a_dense_model_has_no_routed_layer_and_is_refused_by_name(tmp_path):
@@ -235,6 +267,29 @@ def test_a_single_slot_is_enough(mixtral, monkeypatch):
     assert mixtral.plan.experts.num_slots == 1
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """A device behind a link, whose streams are out of step."""
+
+    def opened():
+        return EagerDevice(3, pace_s=1e-4, copy_pace_s=1e-4)
+
+    kind = Kind(torch.device("cpu"), lambda: True, lambda: 1 << 34, opened, lambda: "a card")
+    monkeypatch.setitem(devices.KINDS, "cuda", kind)
+
+
+def test_a_device_gets_experts_through_host_memory_that_keeps_some(mixtral, card):
+    """Three tiers: files, pinned host memory, the device."""
+    common = {"speculation": "chain", "num_draft_tokens": 4, "device": "cuda", "exact": True}
+    for host_memory, keeps in ((4 << 20, True), (1, False)):
+        found, spans = mixtral.run("least", host_memory=host_memory, **common)
+        assert found == mixtral.wanted
+        copies = [span.task for span in spans if span.task.op is Op.COPY_EXPERT]
+        reads = [span.task for span in spans if span.task.op is Op.LOAD_EXPERT]
+        assert (len(reads) < len(copies)) == keeps
+        assert bool(sum(mixtral.plan.experts.host.cached)) == keeps
+
+
 class OnDemand(Pair):
     """What transformers generates, beside an engine that reads experts on demand."""
 
@@ -251,6 +306,23 @@ def test_greedy_equals_transformers(family, tmp_path):
     pair.draft = tiny.noisy_copy(pair.target, tmp_path / "draft", 0.05)
     for shape in (("chain", 4), ("tree", 16)):
         assert pair.run(shape, 3, "none")[0] == pair.wanted
+
+
+async def test_statistics_say_how_many_experts_were_in_memory(mixtral):
+    last = {}
+    for memory in (0, None):
+        options = {"max_context": 96, "device_memory": 32 << 20, "threads": 1, "resident_memory": memory}
+        async with open_engine(target=mixtral.target, experts="on-demand", speculation="off", **options) as engine:
+            async for piece in engine.stream(PROMPTS[0], params(0)):
+                last[memory] = piece.stats
+            assert await engine.probe_link_rate(0.01) > 0
+    none, every = last[0], last[None]
+    assert none.expert_hit_rate == 0.0
+    assert none.experts_chosen == every.experts_chosen == none.experts_loaded
+    assert every.experts_loaded == 4 * 4, "each expert of each layer once"
+    assert every.expert_hit_rate == 1 - 16 / every.experts_chosen
+    assert none.bytes_per_pass > every.bytes_per_pass
+    assert none.as_dict(1e9, 0)["ceiling_tokens_per_s"] > 0
 
 
 # -- errors ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from aspec.errors import DeadlockError, InternalError
 from aspec.plan import Speculation
-from aspec.planning.sim_backend import SimBackend, SimCosts
+from aspec.planning.sim_backend import DEVICE_RESOURCES, SimBackend, SimCosts
 from aspec.tasks.experts.cache import ExpertCache
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
@@ -80,6 +80,19 @@ def test_no_race_and_no_deadlock_with_any_number_of_slots(virtual, shape, cached
     routed = [span.task for span in spans if span.task.op is Op.ROUTE]
     assert {task.layer for task in routed} == {0, 2, 3}
     assert len(routed) == sum(span.task.op is Op.COMBINE for span in spans)
+
+
+@pytest.mark.parametrize("host", [(0, 1), (2, 3), (8, 1)])
+def test_experts_go_through_host_memory_to_a_device_and_those_that_stay_there_are_not_read_again(virtual, host):
+    plan = with_experts(make_plan(num_staging=2, draft_resource="draft"), 1, 2, host=host)
+    spans, _, _ = virtual(lambda: simulate(plan, ARRIVALS, resources=DEVICE_RESOURCES))
+    assert find_races(spans) == []
+    reads = [(span.task.layer, span.task.detail) for span in spans if span.task.op is Op.LOAD_EXPERT]
+    copies = [(span.task.layer, span.task.detail) for span in spans if span.task.op is Op.COPY_EXPERT]
+    assert set(reads) == set(copies)
+    assert host[0] or len(reads) == len(copies)
+    assert host[0] < 2 or len(reads) < len(copies)
+    assert host[0] < 8 or len(reads) == len(set(reads))
 
 
 def test_an_expert_is_computed_once_for_every_item_that_chose_it(virtual):

@@ -116,6 +116,7 @@ class CpuBackend:
         """What a load reads, and the slot that it fills."""
         if isinstance(load, ExpertLoad):
             assert self._experts is not None, "a backend without experts is given no plan with experts on demand"
+            assert load.slot is not None, "the device is the host's own memory: experts fill their slots"
             return self._experts.part(load.layer, load.expert), self._expert_slots[load.slot]
         assert load.slot is not None, "the device is the host's own memory: reads fill slots"
         return self._parts[load.part], self._slots[load.slot]

@@ -102,11 +102,13 @@ class DeviceLayer(Protocol[S, E]):
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """The memory of streamed parts: device slots, staging buffers from disk to device, parts that stay on the host."""
+    """The memory of streamed weights: slots on the device, staging buffers from disk, parts that stay on the host."""
 
     slots: Sequence[torch.Tensor]
     staging: Sequence[HostBuffer]
     host_parts: Mapping[int, HostBuffer] = field(default_factory=dict)
+    expert_slots: Sequence[torch.Tensor] = ()  # of experts that are read on demand
+    host_experts: Sequence[HostBuffer] = ()  # between files and these slots
 
 
 def copy_rate(device: DeviceLayer[Any, Any], buffers: Buffers, seconds: float) -> float:

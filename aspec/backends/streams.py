@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic
 
-from aspec.backends.cpu import Runner
+from aspec.backends.cpu import EXPERTS_IN_FLIGHT, ExpertSource, Runner
 from aspec.backends.device import Buffers, DeviceLayer, E, S
 from aspec.backends.event_lane import EventLane, Outcome
 from aspec.backends.thread_lane import ThreadLane
 from aspec.errors import DeviceError, InternalError
 from aspec.io.disk import DiskLane
 from aspec.io.loop.settling import close_all, settle, settle_all
+from aspec.io.pinned import HostBuffer
 from aspec.models.weights.parts import Part
 from aspec.tasks.task import (
     COMPUTE,
@@ -31,10 +32,12 @@ from aspec.tasks.task import (
     DECODE,
     DISK,
     DRAFT_COMPUTE,
+    EXPERT_DISK,
     H2D,
     H2D_RESULTS,
     NOTHING,
     Completion,
+    ExpertLoad,
     Load,
     Report,
     Resource,
@@ -70,6 +73,7 @@ class StreamBackend(Generic[S, E]):
 
     resources = (
         Resource(DISK, depth=3, in_order=False),
+        Resource(EXPERT_DISK, depth=EXPERTS_IN_FLIGHT, in_order=False),
         Resource(H2D, depth=COPIED_AHEAD, domain="device"),
         Resource(D2H, depth=2, domain="device"),
         Resource(H2D_RESULTS, depth=2, domain="device"),
@@ -80,10 +84,18 @@ class StreamBackend(Generic[S, E]):
     )
 
     def __init__(
-        self, device: DeviceLayer[S, E], runner: Runner, parts: Mapping[int, Part], buffers: Buffers, disk: DiskLane
+        self,
+        device: DeviceLayer[S, E],
+        runner: Runner,
+        parts: Mapping[int, Part],
+        buffers: Buffers,
+        disk: DiskLane,
+        experts: ExpertSource | None = None,
     ) -> None:
+        """``experts`` are read on demand, into slots of the buffers."""
         loop = self._loop = asyncio.get_running_loop()
         self._device, self._runner, self._parts, self._buffers, self._disk = device, runner, parts, buffers, disk
+        self._experts = experts
         self._streams = {name: device.create_stream(priority) for name, priority in STREAM_PRIORITIES.items()}
         self._host_stream = device.create_stream(STREAM_PRIORITIES[COMPUTE])  # for device work of host tasks
         self._order = itertools.count()
@@ -117,7 +129,7 @@ class StreamBackend(Generic[S, E]):
         future: asyncio.Future[Completion]
         if task.resource in self._streams:
             future = self._issue_launch(task, after)
-        elif isinstance(task.payload, Load):
+        elif isinstance(task.payload, Load | ExpertLoad):
             future = asyncio.ensure_future(self._read(task.payload, task.priority))
         else:
             future = self._cpu.submit(lambda: self._compute(task))
@@ -152,11 +164,24 @@ class StreamBackend(Generic[S, E]):
 
     # -- host ------------------------------------------------------------------------------------------------
 
-    async def _read(self, load: Load, priority: int) -> Completion:
-        assert load.staging is not None, "behind a link reads land in staging"
-        view = self._buffers.staging[load.staging].view
-        done = await settle(self._disk.read(self._parts[load.part].segments, view, priority))
+    async def _read(self, load: Load | ExpertLoad, priority: int) -> Completion:
+        host = self._host_buffer(load)
+        done = await settle(self._disk.read(self._part(load).segments, host.view, priority))
         return Completion(done.start_s, done.stop_s)
+
+    def _part(self, load: Load | ExpertLoad) -> Part:
+        """What a load brings."""
+        if isinstance(load, Load):
+            return self._parts[load.part]
+        assert self._experts is not None, "a backend without experts is given no plan with experts on demand"
+        return self._experts.part(load.layer, load.expert)
+
+    def _host_buffer(self, load: Load | ExpertLoad) -> HostBuffer:
+        """Where a load is in host memory: read to there, or copied from there."""
+        if isinstance(load, Load):
+            return self._buffers.host_parts[load.part] if load.staging is None else self._buffers.staging[load.staging]
+        assert load.host_slot is not None, "behind a link experts go through host memory"
+        return self._buffers.host_experts[load.host_slot]
 
     def _compute(self, task: Task) -> Completion:
         """Run host work; it ends when the device work that it launched, such as moves of KV, has also ended."""
@@ -223,18 +248,17 @@ class StreamBackend(Generic[S, E]):
             self._device.wait_event(stream, other.stop)
         with self._device.on(stream):
             self._device.record(launch.start, stream)
-            if isinstance(launch.task.payload, Load):
+            if isinstance(launch.task.payload, Load | ExpertLoad):
                 self._copy(launch.task.payload, stream)
             else:
                 launch.report = self._runner.run(launch.task)
 
-    def _copy(self, load: Load, stream: S) -> None:
+    def _copy(self, load: Load | ExpertLoad, stream: S) -> None:
         """Copy a part in one piece, from staging or from the host memory that keeps it."""
         assert load.slot is not None, "a copy fills a slot"
-        buffers, part = self._buffers, self._parts[load.part]
-        source = buffers.host_parts[load.part] if load.staging is None else buffers.staging[load.staging]
-        target = buffers.slots[load.slot][part.shift : part.size]
-        self._device.copy_async(target, source.tensor[: len(target)], stream)
+        part, slots = self._part(load), self._buffers.slots if isinstance(load, Load) else self._buffers.expert_slots
+        target = slots[load.slot][part.shift : part.size]
+        self._device.copy_async(target, self._host_buffer(load).tensor[: len(target)], stream)
 
     # -- device: on a waiter's thread ------------------------------------------------------------------------
 

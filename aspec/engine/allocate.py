@@ -88,7 +88,7 @@ class EngineMemory:
                 experts=self.experts,
                 expert_slots=self.expert_slots,
             )
-        return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
+        return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk, self.experts)
 
 
 def assemble(resolved: Resolved) -> EngineMemory:
@@ -153,6 +153,20 @@ def _add_experts(made: ResolvedEngine, assembly: EngineMemory) -> None:
     assembly.experts.use([as_tensor(slot) for slot in assembly.expert_slots], scratch)
 
 
+def _add_experts_on_device(made: ResolvedEngine, assembly: EngineMemory, device: DeviceLayer[Any, Any]) -> None:
+    """The same on a device, and their slots in pinned host memory."""
+    plan, routed = made.plan.experts, made.models.on_demand
+    if plan is None or plan.host is None or routed is None:
+        return
+    assembly.experts = made.models.target.read_on_demand(routed)
+    nbytes = plan.shape.slot_bytes
+    arena = device.allocate(nbytes * plan.num_slots)
+    slots = [arena[at * nbytes : (at + 1) * nbytes] for at in range(plan.num_slots)]
+    host = [device.allocate_host(nbytes) for _ in range(plan.host.num_slots)]
+    assembly.buffers = replace(assembly.buffers, expert_slots=slots, host_experts=host)
+    assembly.experts.use(slots, device.allocate(plan.shape.scratch_bytes))
+
+
 def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMemory:
     """The same on a device; in pinned host memory the parts that stay there, and staging."""
     plan = made.plan
@@ -173,6 +187,7 @@ def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMem
     staging = [device.allocate_host(plan.slot_bytes) for _ in range(plan.num_staging if reads else 0)]
     assembly = _assembly(made, slots, [], loads, [], device)
     assembly.buffers = Buffers(slots, staging, host_parts)
+    _add_experts_on_device(made, assembly, device)
     device.synchronize()
     return assembly
 

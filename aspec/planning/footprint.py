@@ -97,8 +97,6 @@ def _routed(resolved: Resolved, target: Model, alignment: int) -> RoutedLayers:
         raise UserError(f"{target.name} has no experts that can be read one by one. Leave out --experts on-demand.")
     if resolved.options.attention == "cpu":
         raise UserError("experts are read on demand in layers that attend themselves. Leave out --attention cpu.")
-    if resolved.kind is not None or resolved.host_bytes is not None:
-        raise UserError("experts are read on demand on the CPU only. Leave out --experts on-demand.")
     return routed
 
 

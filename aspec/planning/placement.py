@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from aspec.errors import BudgetError
-from aspec.expert_plan import ExpertPlan, ExpertShape, share_slots
+from aspec.expert_plan import ExpertPlan, ExpertShape, ExpertSlots, share_slots
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier, scratch_bytes
 from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE
 from aspec.units import format_bytes
@@ -16,7 +16,7 @@ from aspec.units import format_bytes
 UNBOUNDED = 1 << 62  # bytes
 NUM_STAGING = 3  # buffers between files and a device's link
 PASSING_SLOTS = 8  # for experts beyond their layers' caches: four are read while four are computed
-EXPERT_SLOTS = "expert slots"
+EXPERT_SLOTS, HOST_EXPERTS = "expert slots", "experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,10 @@ def _with_experts(footprint: Footprint, request: PlanRequest, held: dict[str, in
         return _placed(footprint, request, held, on_host)
     plan, passing = None, PASSING_SLOTS
     while plan is None:
+        slots = passing * shape.slot_bytes
+        staged = {} if request.host_bytes is None else {**on_host, HOST_EXPERTS: slots}
         try:
-            plan = _placed(footprint, request, {**held, EXPERT_SLOTS: passing * shape.slot_bytes}, on_host)
+            plan = _placed(footprint, request, {**held, EXPERT_SLOTS: slots}, staged)
         except BudgetError:
             if passing == 1:
                 raise
@@ -71,8 +73,18 @@ def _with_experts(footprint: Footprint, request: PlanRequest, held: dict[str, in
     if request.resident_bytes is not None:
         resident = sum(part.resident_bytes for part in plan.parts if part.tier is Tier.DEVICE)
         room = min(room, request.resident_bytes - resident)
-    experts = ExpertPlan(shape, share_slots(shape, max(0, room) // shape.slot_bytes), passing)
-    return replace(plan, experts=experts, arithmetic={**plan.arithmetic, EXPERT_SLOTS: experts.nbytes})
+    host = None
+    if request.host_bytes is not None:
+        host_room = request.host_bytes - sum(plan.host_arithmetic.values())
+        host = ExpertSlots(share_slots(shape, max(0, host_room) // shape.slot_bytes), passing)
+    experts = ExpertPlan(shape, share_slots(shape, max(0, room) // shape.slot_bytes), passing, host)
+    on_host = {HOST_EXPERTS: experts.host_nbytes} if host else {}
+    return replace(
+        plan,
+        experts=experts,
+        arithmetic={**plan.arithmetic, EXPERT_SLOTS: experts.nbytes},
+        host_arithmetic={**plan.host_arithmetic, **on_host},
+    )
 
 
 def _placed(footprint: Footprint, request: PlanRequest, held: dict[str, int], on_host: Mapping[str, int]) -> Plan:

@@ -52,6 +52,7 @@ HOST_RESOURCES = (
 
 DEVICE_RESOURCES = (
     Resource(DISK, depth=3),
+    Resource(EXPERT_DISK, depth=8),
     Resource(H2D, depth=2, domain="device"),
     Resource(D2H, depth=2, domain="device"),
     Resource(H2D_RESULTS, depth=2, domain="device"),

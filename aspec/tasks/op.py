@@ -78,8 +78,10 @@ class Op(StrEnum):
     FFN = "ffn", Lane.TARGET, "L{layer} rest", Cost.LAYER, 0.5, True
     # a layer with experts on demand: attention and router; the experts that the router chose
     ROUTE = "route", Lane.TARGET, "L{layer} attention and router", Cost.LAYER, 0.5
-    # disk -> expert slot
+    # disk -> expert slot, in host memory if the device is not the host
     LOAD_EXPERT = "load_expert", Lane.DISK, "L{layer} expert {detail}", Cost.DISK
+    # expert slot in host memory -> expert slot
+    COPY_EXPERT = "copy_expert", Lane.H2D, "copy L{layer} expert {detail}", Cost.H2D
     # a layer with experts on demand: the products of some experts
     EXPERTS = "experts", Lane.TARGET, "L{layer} experts", Cost.LAYER
     # a layer with experts on demand: the last experts, and all work after them

@@ -112,12 +112,13 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLoad:
-    """The payload of LOAD_EXPERT: one expert on its way to an expert slot."""
+    """The payload of LOAD_EXPERT and COPY_EXPERT: one expert on its way to an expert slot."""
 
     expert: int
     layer: int
     nbytes: int
-    slot: int
+    slot: int | None = None  # the slot to fill; None: the expert lands in host memory
+    host_slot: int | None = None  # there; None: the device is the host
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,16 @@ from typer.core import TyperCommand, TyperGroup
 
 HELP_ALL = "--help-all"
 SECONDARY = {
-    *("--dtype", "--host-memory", "--link-rate", "--draft-depth", "--draft-ahead", "--attention", "--groups"),
+    *(
+        "--dtype",
+        "--host-memory",
+        "--link-rate",
+        "--draft-depth",
+        "--draft-ahead",
+        "--attention",
+        "--experts",
+        "--groups",
+    ),
     *("--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logprobs", "--ignore-eos"),
     *("--max-spans", "--debug"),
 }

@@ -14,8 +14,7 @@ from torch import nn
 
 from aspec.errors import InternalError
 from aspec.expert_plan import ExpertShape
-from aspec.io.checkpoint import TensorRef
-from aspec.models.formats.packed import PackedWeight, StoredWeight
+from aspec.models.formats.packed import StoredWeight
 from aspec.models.hf_compat import Experts, experts_of
 from aspec.models.weights.layout import lay_out
 from aspec.models.weights.parts import PAGE, Part
@@ -143,19 +142,7 @@ def _name(operation: object) -> str:
 
 
 def _slice(stored: Sequence[StoredWeight], expert: int, number: int) -> StoredWeight | None:
-    """One expert of a tensor that holds them all; None if there is no such tensor."""
-    if len(stored) != 1 or isinstance(stored[0], PackedWeight) or stored[0].shape[:1] != (number,):
+    """One expert of a tensor that holds them all; None if there is no such tensor, or it cannot be cut."""
+    if len(stored) != 1 or stored[0].shape[:1] != (number,):
         return None
-    return _slice_of(stored[0], expert)
-
-
-def _slice_of(ref: TensorRef, expert: int) -> TensorRef:
-    nbytes = ref.nbytes // ref.shape[0]
-    return replace(
-        ref,
-        name=f"{ref.name}[{expert}]",
-        shape=(1, *ref.shape[1:]),
-        offset=ref.offset + expert * nbytes,
-        nbytes=nbytes,
-        data=None,
-    )
+    return None if stored[0].cut is None else stored[0].cut(expert)

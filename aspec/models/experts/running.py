@@ -62,7 +62,7 @@ class ExpertRunner:
 
     def forget(self) -> None:
         """Drop all views of buffers."""
-        self._slots, self._scratch = (), self._scratch[:0]
+        self._slots, self._scratch = (), torch.empty(0, dtype=torch.uint8)
 
     def part(self, layer: int, expert: int) -> Part:
         """What to read for an expert."""

@@ -5,8 +5,8 @@ The rest of aspec knows a packed weight only: it reads the bytes of ``refs``, an
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cache
 from typing import Protocol
@@ -39,11 +39,28 @@ class PackedWeight:
     method: str  # for people: "GPTQ, 4 bits, groups of 128"
     decode: Decode
     workspace_bytes: int
+    cut: "Callable[[int], PackedWeight] | None" = None  # of matrices [E, ...]: to one of them, [1, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(ref.nbytes for ref in self.refs)
+
+
+def by_matrix(weight: PackedWeight) -> PackedWeight:
+    """The same weight; if every stored tensor has one slice for each of its matrices, it can be cut into them.
+
+    Its ``decode`` must take the number of matrices from the tensors that it is given.
+    """
+    number, *matrix = weight.shape
+    if len(matrix) != 2 or any(ref.shape[:1] != (number,) for ref in weight.refs):
+        return weight
+
+    def cut(index: int) -> PackedWeight:
+        name, refs = f"{weight.name}[{index}]", tuple(ref.cut(index) for ref in weight.refs)
+        return replace(weight, name=name, shape=(1, *matrix), refs=refs)
+
+    return replace(weight, cut=cut)
 
 
 StoredWeight = TensorRef | PackedWeight

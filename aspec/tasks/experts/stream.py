@@ -1,7 +1,8 @@
 """The tasks of a layer whose experts are read on demand.
 
 ROUTE computes attention and router for one item, and returns its experts. When all items' routes are known, the chosen
-experts that are in no slot are read, in the order of their numbers, which is the order in files. EXPERTS computes those
+experts that are in no slot are read, in the order of their numbers, which is the order in files; behind a device's link
+they go through slots in host memory, which keep some of them, too. EXPERTS computes those
 of one wave, first the experts that are there already; COMBINE computes the last wave and the rest of the layer. The
 results of single experts are added at the end, in an order of their own, so their bits do not depend on the waves.
 A wave is no larger than the slots that its experts pass through, so a single slot is enough.
@@ -9,14 +10,14 @@ Pure policy: no torch, no asyncio, no clock.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from aspec.expert_plan import ExpertPlan
+from aspec.expert_plan import ExpertPlan, ExpertSlots
 from aspec.tasks.experts.cache import ExpertCache, Placement
-from aspec.tasks.layers.buffers import expert_buffer, hidden_buffer, kv_buffer, routed_buffer
+from aspec.tasks.layers.buffers import expert_buffer, hidden_buffer, host_expert_buffer, kv_buffer, routed_buffer
 from aspec.tasks.layers.weights import PREFILL, VERIFY, Numbering, Weights
 from aspec.tasks.op import Op
-from aspec.tasks.task import COMPUTE, EXPERT_DISK, Access, ExpertLoad, LayerWork, Task, WorkItem
+from aspec.tasks.task import COMPUTE, EXPERT_DISK, H2D, Access, ExpertLoad, LayerWork, Task, WorkItem
 
 DEMAND = -1  # priority of reads that a layer waits for: before those of the weight stream, whose numbers grow from 0
 LEAST_WAVE = 4  # experts read for one wave of computing, if so many are read
@@ -29,24 +30,52 @@ Slots = dict[int, int]
 """Experts and the slots that hold them."""
 
 
-class ExpertStream:
-    """Emits the tasks of routed layers, and knows which expert is in which slot."""
+class _Pool:
+    """The slots of one memory, and which expert is in which."""
 
-    def __init__(self, experts: ExpertPlan, next_id: Numbering) -> None:
-        self._shape, self._next_id = experts.shape, next_id
-        self._caches = {layer: ExpertCache(experts.slots_of(layer)) for layer in experts.shape.layers}
-        self._passing = experts.passing_slots
+    def __init__(self, slots: ExpertSlots, layers: Iterable[int]) -> None:
+        self._caches = {layer: ExpertCache(slots.slots_of(layer)) for layer in layers}
+        self.passing = slots.passing_slots
+        self.contents: dict[int, str] = {}  # by slot
         self._passed = 0  # experts that have gone through passing slots, which they take in turn
-        self._contents: dict[int, str] = {}  # by slot
-        self._loads = 0
 
-    def serves(self, layer: int) -> bool:
-        """Whether the experts of a layer are read on demand."""
+    def __contains__(self, layer: int) -> bool:
         return layer in self._caches
 
     def held(self, layer: int) -> Collection[int]:
         """The experts of a layer that are in its cache."""
         return self._caches[layer].experts
+
+    def place(self, layer: int, chosen: Sequence[int]) -> Placement:
+        """See ``ExpertCache``."""
+        return self._caches[layer].place(chosen)
+
+    def slot_for(self, expert: int, placed: Placement) -> int:
+        """The slot of an expert that is not there yet: its own, or the next one that serves all layers."""
+        if expert in placed.admitted:
+            return placed.admitted[expert]
+        slot = self.passing[self._passed % len(self.passing)]
+        self._passed += 1
+        return slot
+
+
+class ExpertStream:
+    """Emits the tasks of routed layers, and knows which expert is in which slot."""
+
+    def __init__(self, experts: ExpertPlan, next_id: Numbering) -> None:
+        self._shape, self._next_id = experts.shape, next_id
+        self._slots = _Pool(experts.slots, experts.shape.layers)
+        self._host = None if experts.host is None else _Pool(experts.host, experts.shape.layers)
+        self._loads = 0
+        self.num_chosen = 0  # experts that the passes so far have chosen, each counted once per layer and pass
+
+    def serves(self, layer: int) -> bool:
+        """Whether the experts of a layer are read on demand."""
+        return layer in self._slots
+
+    def held(self, layer: int) -> Collection[int]:
+        """The experts of a layer that are in its cache."""
+        return self._slots.held(layer)
 
     def route(self, number: int, layer: int, items: Sequence[WorkItem], weights: Weights) -> Iterator[Task]:
         """The tasks up to the routes of all items; the first one binds the layer's other weights."""
@@ -67,13 +96,17 @@ class ExpertStream:
         wanted: Counter[int] = Counter()
         for route in routes.values():
             wanted.update(route)
-        placed = self._caches[layer].place(sorted(wanted, key=lambda expert: (-wanted[expert], expert)))
+        order = sorted(wanted, key=lambda expert: (-wanted[expert], expert))
+        self.num_chosen += len(order)
+        placed = self._slots.place(layer, order)
+        missing = [expert for expert in order if expert not in placed.held]
+        on_host = None if self._host is None else self._host.place(layer, missing)
         waves = self._waves(placed)
         for at, experts in enumerate(waves):
             slots = {expert: placed.held[expert] for expert in experts if expert in placed.held}
             for expert in sorted(experts - slots.keys()):
-                slots[expert] = placed.admitted[expert] if expert in placed.admitted else self._next_passing()
-                yield self._load(layer, expert, slots[expert])
+                slots[expert] = self._slots.slot_for(expert, placed)
+                yield from self._load(layer, expert, slots[expert], on_host)
             for item in items:
                 own = {expert: slot for expert, slot in sorted(slots.items()) if expert in routes[item]}
                 if at == len(waves) - 1:
@@ -85,7 +118,7 @@ class ExpertStream:
         """The experts that are computed together: those in slots, then the missing ones in the order of reading."""
         missing = sorted((*placed.admitted, *placed.beyond))
         size = max(LEAST_WAVE, -(-len(missing) // MOST_WAVES))
-        most_passing = max(1, len(self._passing) // 2)  # one half fills while the other half is computed
+        most_passing = max(1, len(self._slots.passing) // 2)  # one half fills while the other half is computed
         waves = [set(placed.held)] if placed.held else []
         open_wave, passing = size, 0  # experts, and those of them that pass
         for expert in missing:
@@ -97,18 +130,30 @@ class ExpertStream:
             open_wave, passing = open_wave + 1, passing + passes
         return waves
 
-    def _next_passing(self) -> int:
-        """The slot for the next expert that no cache keeps."""
-        slot = self._passing[self._passed % len(self._passing)]
-        self._passed += 1
-        return slot
+    def _load(self, layer: int, expert: int, slot: int, on_host: Placement | None) -> Iterator[Task]:
+        """The one or two tasks that bring an expert into its slot: a read, or behind a link a copy, too."""
+        nbytes, content = self._shape.nbytes[layer], f"L{layer} expert {expert} load {self._loads}"
+        self._loads += 1
+        self._slots.contents[slot] = content
+        filled = Access(expert_buffer(slot), content)
+        if self._host is None or on_host is None:
+            yield self._transfer(Op.LOAD_EXPERT, ExpertLoad(expert, layer, nbytes, slot), (), filled)
+            return
+        if expert in on_host.held:
+            host_slot = on_host.held[expert]
+        else:
+            host_slot = self._host.slot_for(expert, on_host)
+            self._host.contents[host_slot] = content
+            landed = Access(host_expert_buffer(host_slot), content)
+            load = ExpertLoad(expert, layer, nbytes, host_slot=host_slot)
+            yield self._transfer(Op.LOAD_EXPERT, load, (), landed)
+        source = Access(host_expert_buffer(host_slot), self._host.contents[host_slot])
+        load = ExpertLoad(expert, layer, nbytes, slot, host_slot)
+        yield self._transfer(Op.COPY_EXPERT, load, (source,), filled)
 
-    def _load(self, layer: int, expert: int, slot: int) -> Task:
-        self._contents[slot] = content = f"L{layer} expert {expert} load {self._loads}"
-        writes = (Access(expert_buffer(slot), content),)
-        load = ExpertLoad(expert, layer, self._shape.nbytes[layer], slot)
-        number, self._loads = self._loads, self._loads + 1
-        return Task(self._next_id(), Op.LOAD_EXPERT, EXPERT_DISK, DEMAND, (), writes, number, payload=load)
+    def _transfer(self, op: Op, load: ExpertLoad, reads: tuple[Access, ...], filled: Access) -> Task:
+        resource = EXPERT_DISK if op is Op.LOAD_EXPERT else H2D
+        return Task(self._next_id(), op, resource, DEMAND, reads, (filled,), self._loads - 1, payload=load)
 
     def _experts(self, number: int, layer: int, item: WorkItem, experts: Slots, wave: int) -> Task:
         """Some experts of one item, whose results are put beside those of earlier waves."""
@@ -131,7 +176,7 @@ class ExpertStream:
         return self._task(Op.COMBINE, number, item, reads, writes, work)
 
     def _reads(self, experts: Slots) -> tuple[Access, ...]:
-        return tuple(Access(expert_buffer(slot), self._contents[slot]) for slot in experts.values())
+        return tuple(Access(expert_buffer(slot), self._slots.contents[slot]) for slot in experts.values())
 
     def _task(
         self,

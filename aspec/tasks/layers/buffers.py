@@ -13,6 +13,11 @@ def expert_buffer(slot: int) -> str:
     return f"expert:{slot}"
 
 
+def host_expert_buffer(slot: int) -> str:
+    """The expert slot ``slot`` in pinned host memory, between disk and device."""
+    return f"host expert:{slot}"
+
+
 def routed_buffer(item: WorkItem) -> str:
     """A work item between its router and the end of a layer: its routes, and the results of its experts so far."""
     return f"routed:{item.name}"

@@ -86,6 +86,11 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
     pieces = [Piece(tensor.kind, tensor.shape, place.view, offset) for tensor, place, offset in found]
     decode, workspace_bytes = decoder(pieces)
     kinds = " and ".join(dict.fromkeys(tensor.kind for tensor, _, _ in found))
+
+    def cut(index: int) -> PackedWeight:
+        """One expert: a slice of every tensor and of its place."""
+        return _packed(gguf, f"{name}[{index}]", [(*_cut(tensor, place, index), at) for tensor, place, at in found])
+
     return PackedWeight(
         name=name,
         shape=places[0].shape,
@@ -94,7 +99,14 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
         method=f"GGUF, {kinds}",
         decode=decode,
         workspace_bytes=workspace_bytes,
+        cut=cut if len(places[0].shape) == 3 and all(len(tensor.shape) == 3 for tensor, _, _ in found) else None,
     )
+
+
+def _cut(tensor: GgufTensor, place: Place, index: int) -> tuple[GgufTensor, Place]:
+    """One expert of a tensor [E, ...] at its place: views of places leave the first dimension as it is."""
+    own = replace(tensor, ref=tensor.ref.cut(index), shape=(1, *tensor.shape[1:]))
+    return own, replace(place, shape=(1, *place.shape[1:]))
 
 
 def _check_type(tensor: GgufTensor, whole: bool) -> None:

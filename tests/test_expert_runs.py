@@ -308,6 +308,23 @@ def test_greedy_equals_transformers(family, tmp_path):
         assert pair.run(shape, 3, "none")[0] == pair.wanted
 
 
+async def test_statistics_say_how_many_experts_were_in_memory(mixtral):
+    last = {}
+    for memory in (0, None):
+        options = {"max_context": 96, "device_memory": 32 << 20, "threads": 1, "resident_memory": memory}
+        async with open_engine(target=mixtral.target, experts="on-demand", speculation="off", **options) as engine:
+            async for piece in engine.stream(PROMPTS[0], params(0)):
+                last[memory] = piece.stats
+            assert await engine.probe_link_rate(0.01) > 0
+    none, every = last[0], last[None]
+    assert none.expert_hit_rate == 0.0
+    assert none.experts_chosen == every.experts_chosen == none.experts_loaded
+    assert every.experts_loaded == 4 * 4, "each expert of each layer once"
+    assert every.expert_hit_rate == 1 - 16 / every.experts_chosen
+    assert none.bytes_per_pass > every.bytes_per_pass
+    assert none.as_dict(1e9, 0)["ceiling_tokens_per_s"] > 0
+
+
 # -- errors ------------------------------------------------------------------------------------------------
 
 

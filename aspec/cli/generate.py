@@ -253,6 +253,9 @@ def summarise(outcome: Outcome) -> str:
         words.append(f"{more / passes:.2f} tokens {'' if alone else 'of a row '}per pass")
     if proposed:
         words.append(f"{sum(one.accepted for one in stats) / proposed:.0%} of proposals accepted")
+    if chosen := sum(one.experts_chosen for one in stats):
+        held = max(0, chosen - sum(one.experts_loaded for one in stats))
+        words.append(f"{held / chosen:.0%} of the chosen experts in memory")
     if outcome.link_rate:
         words.append(f"raw link {format_rate(outcome.link_rate)}")
     return ", ".join(words)

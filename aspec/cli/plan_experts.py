@@ -1,8 +1,9 @@
 """What ``aspec plan`` says of experts: how they are read, what the caches find, and why there are proposals or not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from aspec.expert_plan import ExpertShape
 from aspec.plan import Plan
 from aspec.planning.experts.traffic import chain_worth, expert_traffic
 from aspec.planning.workload import Choice
@@ -22,19 +23,17 @@ def expert_lines(choice: Choice, acceptance: float) -> Iterator[str]:
             rate = other.best.forecast.tokens_per_s
             yield f"experts: read with their layers; on demand it would be {rate:.4g} tokens/s"
         return
-    shape = plan.experts.shape
-    nbytes = sum(slots * shape.slot_bytes for slots in plan.experts.cached)
+    experts, shape = plan.experts, plan.experts.shape
     yield (
         f"experts: {max(shape.num_experts)} a layer, {shape.top_k} of a token, {format_bytes(max(shape.nbytes))} each, "
         f"{format_bytes(shape.total_bytes)} in all; read on demand"
     )
-    traffic = [(tokens, expert_traffic(plan.experts, tokens)) for tokens in PASSES]
-    yield (
-        f"expert caches: {_slots(plan)} of {max(shape.num_experts)} in each layer, {format_bytes(nbytes)}; "
-        "expected hits "
-        + ", ".join(f"{own.hit_rate:.0%}" for _, own in traffic)
-        + f" for passes of {', '.join(map(str, PASSES))} tokens"
-    )
+    traffic = [(tokens, expert_traffic(experts, tokens)) for tokens in PASSES]
+    caches = _cache(shape, experts.cached)
+    if experts.host is not None:
+        caches += f" on the device, {_cache(shape, experts.host.cached)} in host memory"
+    hits = ", ".join(f"{own.hit_rate:.0%}" for _, own in traffic)
+    yield f"expert caches: {caches}; expected hits {hits} for passes of {', '.join(map(str, PASSES))} tokens"
     reads = ", ".join(f"{format_bytes(round(own.read_bytes))}" for _, own in traffic)
     yield f"expert reads of these passes: {reads}"
     yield _worth(plan, acceptance)
@@ -42,11 +41,11 @@ def expert_lines(choice: Choice, acceptance: float) -> Iterator[str]:
         yield f"whole layers: {other.best.forecast.tokens_per_s:.4g} tokens/s"
 
 
-def _slots(plan: Plan) -> str:
-    """The slots of the layers' caches, in words."""
-    assert plan.experts is not None
-    own = [plan.experts.cached[layer] for layer in plan.experts.shape.layers]
-    return str(own[0]) if min(own) == max(own) else f"{min(own)} to {max(own)}"
+def _cache(shape: ExpertShape, cached: Sequence[int]) -> str:
+    """The slots of the layers' caches in one memory, in words."""
+    own = [cached[layer] for layer in shape.layers]
+    slots = str(own[0]) if min(own) == max(own) else f"{min(own)} to {max(own)}"
+    return f"{slots} of {max(shape.num_experts)} in each layer, {format_bytes(sum(own) * shape.slot_bytes)}"
 
 
 def _worth(plan: Plan, acceptance: float) -> str:

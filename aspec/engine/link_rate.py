@@ -5,6 +5,8 @@ from aspec.engine.allocate import EngineMemory
 from aspec.io.disk_probe import probe_rate
 from aspec.plan import Tier
 
+MOST_EXPERTS = 256  # whose bytes are read, where only experts are
+
 
 def raw_link_rate(assembly: EngineMemory, seconds: float, limit_bytes_per_s: float | None = None) -> float | None:
     """The best rate of the weight stream, bytes per second, over the slower of disk and link; None if nothing streams.
@@ -12,7 +14,12 @@ def raw_link_rate(assembly: EngineMemory, seconds: float, limit_bytes_per_s: flo
     Reads the streamed parts in the way of the disk lane, and copies the same buffers as the device's lane. Blocks for
     ``seconds`` per link; no task may run meanwhile.
     """
-    plan = assembly.plan
+    plan, experts = assembly.plan, assembly.experts
+    if not plan.streamed and plan.experts is not None and experts is not None:
+        shape = plan.experts.shape
+        some = [(layer, expert) for layer in shape.layers for expert in range(shape.num_experts[layer])][:MOST_EXPERTS]
+        read_first = [segment for layer, expert in some for segment in experts.part(layer, expert).segments]
+        return probe_rate(read_first, seconds, rate_bytes_per_s=limit_bytes_per_s)
     if not plan.streamed:
         return None
     read = [planned for planned in plan.streamed if assembly.device is None or planned.tier is Tier.DISK]

@@ -14,7 +14,7 @@ from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.stats import Piece, RequestStats
 from aspec.plan import Plan
 from aspec.tasks.scheduler import Scheduler
-from aspec.tasks.task import Event, RequestAborted, RequestAdded, Span
+from aspec.tasks.task import Event, ExpertLoad, RequestAborted, RequestAdded, Span
 
 GATHER_S = 0.1  # the longest wait of a ready prompt for others that are being encoded, while the engine is idle
 
@@ -46,6 +46,7 @@ class Streams:
             raise self.ended
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._queues[sequence.id] = queue
+        stats.experts_before = self._scheduler.experts_chosen
         self._requests[sequence.id] = stats
         self._waiting.append(sequence)
         if len(self._waiting) > 1 and sequence.id < self._waiting[-2].id:
@@ -96,9 +97,11 @@ class Streams:
 
     def observe(self, span: Span) -> None:
         """Turn committed tokens into pieces, and spans into statistics; runs on the loop after every task."""
-        if span.task.filled_slot is not None:
+        expert = isinstance(span.task.payload, ExpertLoad) and span.task.payload.slot is not None
+        if expert or span.task.filled_slot is not None:
             for stats in self._requests.values():
                 stats.streamed_bytes += span.task.nbytes
+                stats.experts_loaded += expert
         item = span.task.item
         if item is not None and item.prefill and span.task.op.ends_layer:
             for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
@@ -112,6 +115,7 @@ class Streams:
                 continue  # its stream is closed
             request.take(outcome, span.stop_s)
             request.num_cached_tokens = sequence.num_cached_tokens
+            request.experts_chosen = self._scheduler.experts_chosen - request.experts_before
             for text, tokens, logprobs, drafted in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None

@@ -37,6 +37,9 @@ class RequestStats:
     prefill_s: float = 0.0  # arrival to first token
     decode_s: float = 0.0  # first token to last
     bytes_per_pass: int = 0
+    experts_chosen: int = 0  # on demand, while the request ran: each counted once per layer and pass
+    experts_loaded: int = 0  # those of them that were not in memory
+    experts_before: int = 0  # chosen before it arrived
     num_prefilled: int = 0  # prompt tokens that have KV, cached ones included; on the way, of a mean layer
     _prefilled: int = 0  # likewise without the cached ones, summed over the layers
     is_closed: bool = False  # the request has ended
@@ -70,7 +73,14 @@ class RequestStats:
         first = self._first_token_s if self._first_token_s is not None else now_s
         self.prefill_s, self.decode_s = first - self.arrived_s, now_s - first
         self.bytes_per_pass, self.is_closed = plan.streamed_bytes, True
+        if plan.experts is not None and self.passes:
+            self.bytes_per_pass = (self.streamed_bytes - self._decode_from_bytes) // self.passes
         return self
+
+    @property
+    def expert_hit_rate(self) -> float | None:
+        """The share of the chosen experts that were in memory; None if none were read on demand."""
+        return max(0.0, 1.0 - self.experts_loaded / self.experts_chosen) if self.experts_chosen else None
 
     @property
     def tokens_per_pass(self) -> float | None:
@@ -107,6 +117,9 @@ class RequestStats:
             "tokens_per_s": self.tokens_per_s,
             "streamed_bytes": self.streamed_bytes,
             "stream_bytes_per_s": self.stream_bytes_per_s,
+            "experts_chosen": self.experts_chosen,
+            "experts_loaded": self.experts_loaded,
+            "expert_hit_rate": self.expert_hit_rate,
             "ceiling_tokens_per_s": ceiling,
             "ceiling_fraction": self.tokens_per_s / ceiling if ceiling and self.tokens_per_s else None,
             "peak_rss_bytes": peak_rss_bytes,

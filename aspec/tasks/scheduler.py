@@ -112,6 +112,11 @@ class Scheduler:
         """The routes without which no pass goes on; empty if there are none."""
         return "; ".join(group.running.emission.waits_for for group in self._emitting[:1] if group.running)
 
+    @property
+    def experts_chosen(self) -> int:
+        """Experts on demand that the passes so far have chosen, each counted once per layer and pass."""
+        return 0 if self._experts is None else self._experts.num_chosen
+
     # -- a round ---------------------------------------------------------------------------------------------
 
     def _assign_rows(self, group: Group) -> list[Task]:

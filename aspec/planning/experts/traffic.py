@@ -29,9 +29,9 @@ class Traffic:
 
 
 def expert_traffic(experts: ExpertPlan, tokens: int) -> Traffic:
-    """The experts of passes of so many tokens."""
-    shape = experts.shape
-    kinds = Counter((shape.num_experts[layer], experts.cached[layer], shape.nbytes[layer]) for layer in shape.layers)
+    """The experts of passes of so many tokens; ``missing``: those that come from the disk."""
+    shape, cached = experts.shape, experts.cached if experts.host is None else experts.host.cached
+    kinds = Counter((shape.num_experts[layer], cached[layer], shape.nbytes[layer]) for layer in shape.layers)
     touched = missing = read = 0.0
     for (number, slots, nbytes), layers in kinds.items():
         chances = zipf_chances(number, min(shape.top_k, number), SKEW)

@@ -67,6 +67,7 @@ class ExpertStream:
         self._slots = _Pool(experts.slots, experts.shape.layers)
         self._host = None if experts.host is None else _Pool(experts.host, experts.shape.layers)
         self._loads = 0
+        self.num_chosen = 0  # experts that the passes so far have chosen, each counted once per layer and pass
 
     def serves(self, layer: int) -> bool:
         """Whether the experts of a layer are read on demand."""
@@ -96,6 +97,7 @@ class ExpertStream:
         for route in routes.values():
             wanted.update(route)
         order = sorted(wanted, key=lambda expert: (-wanted[expert], expert))
+        self.num_chosen += len(order)
         placed = self._slots.place(layer, order)
         missing = [expert for expert in order if expert not in placed.held]
         on_host = None if self._host is None else self._host.place(layer, missing)

@@ -1,6 +1,7 @@
 """Models whose experts are read one by one: the bits of whole layers, whatever the slots, the draft and the batch."""
 
 import asyncio
+import functools
 import os
 import random
 import types
@@ -10,12 +11,15 @@ import torch
 
 from aspec.backends import registry as devices
 from aspec.backends.registry import Kind
+from aspec.engine.design import design
 from aspec.engine.engine import open_engine
 from aspec.errors import InternalError, ReadError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.models.formats.gguf.folder import folder_of
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
+from aspec.options import EngineOptions
+from aspec.planning.resolve import resolve
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny
@@ -215,7 +219,7 @@ class Mixture:
             common = {"target": self.target, "max_context": 96, "device_memory": 48 << 20, "threads": 1}
             if options.get("speculation") != "off":
                 common["draft"] = self.draft
-            common["resident_memory"] = {"least": 0, "some": self.resident_bytes("some"), "all": None}[slots]
+            common["resident_memory"] = {"least": 0, "some": self.half_bytes, "all": None}[slots]
             async with open_engine(observers=[spans.append], **{"experts": "on-demand", **common, **options}) as engine:
                 self.plan = engine.plan
                 return await asyncio.gather(*(one(engine, row) for row in range(len(PROMPTS))))
@@ -224,12 +228,13 @@ class Mixture:
         assert find_races(spans) == []
         return [[repr(token) for token in row] for row in said], spans
 
-    def resident_bytes(self, slots):
+    @functools.cached_property
+    def half_bytes(self):
         """Everything but experts, and about half of them."""
-        sizes = Model(self.target)
-        routed = sizes.routed()
-        dense = sum(part.resident_bytes for part in sizes.parts(1 << 40, 1, routed) if part.layer >= 0)
-        return dense + sum(routed.shape.num_experts) // 2 * routed.shape.slot_bytes
+        options = EngineOptions(target=self.target, max_context=96, device_memory=48 << 20, experts="on-demand")
+        plan = design(resolve(options)).plan
+        dense = sum(part.resident_bytes for part in plan.parts)
+        return dense + sum(plan.experts.shape.num_experts) // 2 * plan.experts.shape.slot_bytes
 
 
 def check_runs(mixture, runs, slots):
@@ -257,7 +262,10 @@ def test_the_tokens_are_those_of_whole_layers(mixtral):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_of_every_family_are_those_of_whole_layers(family, tmp_path):
-    check_runs(Mixture(tmp_path, family), RUNS, SLOTS)
+    """Each way of proposing with one number of slots; Mixtral with every number."""
+    mixture = Mixture(tmp_path, family)
+    for number, options in enumerate(RUNS):
+        check_runs(mixture, [options], SLOTS if family == "mixtral" else [SLOTS[number % len(SLOTS)]])
 
 
 def test_a_single_slot_is_enough(mixtral, monkeypatch):

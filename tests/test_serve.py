@@ -93,6 +93,7 @@ async def test_what_cannot_be_served_is_an_error_in_openais_form(target):
             assert (answer.status, answer.error["param"]) == (status, param), answer.body
             assert answer.error["type"] == "invalid_request_error"
         assert (await server.ask(CHAT)).status == 405
+        assert (await server.ask("/health", long="a" * 40_000)).status == 431
         assert (await server.ask(COMPLETION, {"prompt": "still there", "max_tokens": 1})).status == 200
         assert server.said == []
 
@@ -170,6 +171,7 @@ async def test_a_full_queue_is_told_when_to_come_back(target):
         answer = await server.ask(COMPLETION, {"prompt": "c"})
         assert (answer.status, answer.error["type"]) == (429, "rate_limit_error")
         assert int(answer.headers["retry-after"]) >= 1
+        assert (await server.ask(COMPLETION, {"prompt": "c", "n": 3})).status == 400, "it would never fit"
         writer.close()
         assert (await waiting).status == 200
         assert server.service.num_open == 0

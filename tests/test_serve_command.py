@@ -15,7 +15,7 @@ from tests import tiny
 from tests.fork_server import Command, wait_until
 
 COMPLETION = "/v1/completions"
-SMALL = ["--threads", "1", "--speculation", "off", "--device-memory", "3MiB", "--max-batch", "2", "--port", "0"]
+SMALL = ["--threads", "1", "--speculation", "off", "--device-memory", "1900KiB", "--max-batch", "1", "--port", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ HELP_ALL = "--help-all"
 SECONDARY = {
     *("--dtype", "--host-memory", "--link-rate", "--draft-depth", "--draft-ahead", "--attention", "--groups"),
     *("--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logprobs", "--ignore-eos"),
-    *("--max-spans", "--debug"),
+    *("--max-spans", "--debug", "--json-schema", "--grammar"),
 }
 """Switches that few runs need."""
 HELP_PANEL = "Help"

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from aspec.errors import AspecError, ClosedError, DeviceError, NoTokenError, NumericError, PromptError
+from aspec.errors import AspecError, ClosedError, NoTokenError, NumericError, PromptError
 from aspec.serving.refusals import Refusal, one_line
 
 RETRY_S = 5  # after which a client may ask again, where nothing better is known
@@ -49,7 +49,6 @@ def as_http(error: Exception) -> HttpError:
         return HttpError(status, refusal.message, code=refusal.code, param=refusal.param)
     if isinstance(error, ClosedError):
         return HttpError(503, "the server is stopping", code="stopping", retry_s=RETRY_S)
-    if isinstance(error, DeviceError):
+    if isinstance(error, AspecError):
         return HttpError(503, "the engine has failed; the server's own output names the reason", code="engine_failed")
-    name = type(error).__name__ if isinstance(error, AspecError) else "an internal error"
-    return HttpError(500, f"{name}: the server's own output says more", code="internal_error")
+    return HttpError(500, "an internal error; the server's own output says more", code="internal_error")

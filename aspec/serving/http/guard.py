@@ -9,6 +9,7 @@ from aspec.serving.http.errors import HttpError
 from aspec.serving.http.page.files import PATHS as PAGE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+HEAD_BYTES = 1 << 15  # of all fields; the parser limits only what arrives in parts
 OPEN = frozenset({"/health", *PAGE})  # paths that tell nothing and need no key
 
 
@@ -21,6 +22,8 @@ class Guard:
 
     def check(self, scope: Any) -> None:
         """Raise HttpError for a request that is not let in."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD_BYTES:
+            raise HttpError(431, f"the head has more than {HEAD_BYTES} bytes", code="head_too_large")
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         if self.hosts is not None and _name_of(host) not in self.hosts:

@@ -126,9 +126,16 @@ class Service:
 
     @contextmanager
     def promised(self, num_answers: int) -> Iterator[Engine]:
-        """The engine, for a request with so many answers. Raises HttpError if the queue is full."""
+        """The engine, for a request with so many answers. Raises HttpError if they are too many, or too many now."""
         engine = self.engine
-        free = engine.plan.num_rows + self.limits.queued - self.num_open
+        most = engine.plan.num_rows + self.limits.queued
+        if num_answers > most:
+            raise HttpError(
+                400,
+                f"the request asks for {num_answers} answers: {most} at most run and wait here",
+                code="invalid_value",
+            )
+        free = most - self.num_open
         if num_answers > free:
             wait_s = self._took_s * self.num_open / engine.plan.num_rows
             raise HttpError(

@@ -251,6 +251,7 @@ def said(method, params, prompts=(PROMPT, "import os")):
     return [(one.token_ids, one.text, one.finish_reason) for one in results], sum(one.accepted for one in stats)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_plain_constrained_decoding(tokenizer):
     """By transformers' generate, with the mask of every step made anew."""
     model = AutoModelForCausalLM.from_pretrained(DEMO / "target", dtype=torch.float32)

@@ -201,6 +201,7 @@ def test_parameters_that_cannot_be_met_are_refused(tokenizers):
 # -- the server ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_server_answers_in_the_form_that_is_asked_for(qwen):
     """The demo model knows no tools: only the grammar makes it call them, whole and streamed alike."""
     named = {"type": "function", "function": {"name": "weather"}}

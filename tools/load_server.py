@@ -1,6 +1,6 @@
 """Load on a real `aspec serve`: many streams, a third of whose clients leave; then faults, then a signal.
 
-python tools/load_server.py [--target T --draft D] [--streams 64] [--seconds 120] [--hostile 2000] [-- flags of serve]
+python tools/load_server.py [--target T --draft D] [--seconds 120] [--hostile 2000] [-- flags of serve]
 
 It starts a server process on a free port, asks every prompt alone, and then keeps so many streams open for so many
 seconds. A random third of the clients leave after some pieces; a tenth read slowly. It prints errors, tokens that
@@ -28,6 +28,7 @@ import psutil
 
 SEED = 7
 PATH = "/v1/completions"
+BESIDE = 100  # hostile requests beside one honest stream
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Tally:
 
     expected: dict[str, str] = field(default_factory=dict)  # the answer of every prompt alone
     counts: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0  # of complete answers, and of those that were left
+    tokens_per_s: float = 0.0  # that the server generated, also for clients that left
     health_s: list[float] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)  # bytes of the server, once a second
 
@@ -92,13 +93,13 @@ async def stream(port: int, body: dict, leave_after: int | None = None, pause_s:
         writer.close()
 
 
-async def client(port: int, bodies: list[dict], tally: Tally, until_s: float, noise: random.Random) -> None:
+async def client(port: int, bodies: list[dict], tally: Tally, until_s: float, share: float, seed: float) -> None:
+    noise = random.Random(seed)
     while time.monotonic() < until_s:
         body = noise.choice(bodies)
-        leave = noise.randint(1, 6) if noise.random() < 1 / 3 else None
-        text, tokens, end = await stream(port, body, leave, 0.02 if noise.random() < 0.1 else 0.0)
+        leave = noise.randint(1, 6) if noise.random() < share else None
+        text, _, end = await stream(port, body, leave, 0.02 if noise.random() < 0.1 else 0.0)
         tally.counts[end] += 1
-        tally.tokens += tokens
         alone = tally.expected[body["prompt"]]
         if not (alone == text if end == "done" else alone.startswith(text)):
             tally.counts["other tokens than alone"] += 1
@@ -122,10 +123,18 @@ async def load(port: int, process: psutil.Process, args: argparse.Namespace, bod
         tally.expected[body["prompt"]] = text
     until_s, noise = time.monotonic() + args.seconds, random.Random(SEED)
     watching = asyncio.create_task(watch(port, process, tally))
-    seeds = [random.Random(noise.random()) for _ in range(args.streams)]
-    await asyncio.gather(*(client(port, bodies, tally, until_s, one) for one in seeds))
+    seeds = [noise.random() for _ in range(args.streams)]
+    begun_s, before = time.monotonic(), await generated(port)
+    await asyncio.gather(*(client(port, bodies, tally, until_s, args.leave, one) for one in seeds))
+    tally.tokens_per_s = (await generated(port) - before) / (time.monotonic() - begun_s)
     watching.cancel()
     return tally
+
+
+async def generated(port: int) -> float:
+    """The tokens that the server has generated."""
+    lines = (await get(port, "/metrics")).decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("aspec_new_tokens_total "))
 
 
 # -- faults ----------------------------------------------------------------------------------------------------
@@ -181,10 +190,10 @@ async def attack(port: int, request: bytes, noise: random.Random) -> str:
 async def attacks(port: int, count: int, bodies: list[dict], expected: dict[str, str]) -> Counter[str]:
     """Hostile requests beside an honest stream, whose tokens must not change."""
     noise, seen = random.Random(SEED), Counter[str]()
-    for number in range(0, count, 20):
-        ours = bodies[number % len(bodies)]
+    for number in range(0, count, BESIDE):
+        ours = bodies[number // BESIDE % len(bodies)]
         honest = asyncio.create_task(stream(port, ours))
-        seen.update(await asyncio.gather(*(attack(port, hostile(noise), noise) for _ in range(20))))
+        seen.update(await asyncio.gather(*(attack(port, hostile(noise), noise) for _ in range(BESIDE))))
         text, _, end = await honest
         assert (text, end) == (expected[ours["prompt"]], "done"), end
     return seen
@@ -223,9 +232,9 @@ async def wait_ready(port: int, process: psutil.Popen) -> None:
     sys.exit("the server did not start")
 
 
-def report(tally: Tally, seconds: float) -> None:
+def report(tally: Tally) -> None:
     ends = dict(tally.counts)
-    print(f"{sum(tally.counts.values())} streams ended: {ends}; {tally.tokens / seconds:.1f} tokens/s of whole answers")
+    print(f"{sum(tally.counts.values())} streams ended: {ends}; {tally.tokens_per_s:.1f} tokens/s")
     health = sorted(tally.health_s)
     print(
         f"/health: median {statistics.median(health) * 1e3:.1f} ms, p99 {health[int(0.99 * len(health))] * 1e3:.1f} ms"
@@ -243,6 +252,7 @@ async def main() -> None:
     parser.add_argument("--draft")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--leave", type=float, default=1 / 3, help="share of the clients that leave")
     parser.add_argument("--hostile", type=int, default=2000)
     parser.add_argument("--no-batch", action="store_true", help="leave out the comparison with aspec batch")
     parser.add_argument("rest", nargs="*", help="further flags of serve and batch")
@@ -257,7 +267,7 @@ async def main() -> None:
     try:
         await wait_ready(port, process)
         tally = await load(port, process, args, bodies)
-        report(tally, args.seconds)
+        report(tally)
         figures = (await get(port, "/metrics")).decode()
         print(
             "; ".join(line for line in figures.splitlines() if line.startswith(("aspec_answers", "aspec_tokens_per")))

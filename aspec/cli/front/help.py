@@ -20,7 +20,7 @@ SECONDARY = {
     *("--dtype", "--host-memory", "--link-rate", "--draft-depth", "--draft-ahead", "--attention", "--groups"),
     *("--experts", "--products"),
     *("--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logprobs", "--ignore-eos"),
-    *("--max-spans", "--debug"),
+    *("--max-spans", "--debug", "--json-schema", "--grammar"),
 }
 """Switches that few runs need."""
 HELP_PANEL = "Help"

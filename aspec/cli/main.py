@@ -19,12 +19,14 @@ from aspec.cli.command_flags import (
     ChatFlags,
     GenerateFlags,
     PlanFlags,
+    PrepareFlags,
     ProfileFlags,
     TraceFlags,
 )
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
+from aspec.cli.front.serve_flags import ServeFlags
 from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
 from aspec.errors import AspecError, reason_of
@@ -32,7 +34,17 @@ from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
 from aspec.observe.terminal.standard_streams import prepare_streams
 
-CommandFlags = BatchFlags | BenchFlags | ChatFlags | GenerateFlags | PlanFlags | ProfileFlags | TraceFlags
+CommandFlags = (
+    BatchFlags
+    | BenchFlags
+    | ChatFlags
+    | GenerateFlags
+    | PlanFlags
+    | PrepareFlags
+    | ProfileFlags
+    | ServeFlags
+    | TraceFlags
+)
 
 
 def print_version(value: bool) -> None:
@@ -110,7 +122,7 @@ def trace(flags: TraceFlags) -> None:
     if flags.recorded is None:
         perform("aspec.cli.trace", "record", flags, flags.prompts)
         return
-    from aspec.cli.trace_summary import summarise_file
+    from aspec.cli.front.trace_summary import summarise_file
 
     guarded(partial(summarise_file, flags.recorded, flags.as_json), Console(quiet=flags.quiet), flags.debug)
 
@@ -171,6 +183,29 @@ def batch(flags: BatchFlags) -> None:
 
 
 @app.command(cls=HelpCommand)
+@takes(ServeFlags)
+def serve(flags: ServeFlags) -> None:
+    """Answer OpenAI's requests over HTTP. Clients stay connected however long a prompt takes.
+
+    Paths: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
+    A request joins the next pass. Streams get a comment every 10 s while there is
+    nothing to say. A client that leaves frees its row; its prompt is kept while no
+    other needs the row, so a retry does not read it again.
+
+    Ctrl-C takes no new requests and finishes the answers that run.
+
+    Examples:
+
+      aspec serve --target org/big-instruct --draft org/small-instruct
+
+      aspec serve --target ./model --host 0.0.0.0 --api-key KEY --max-batch 16
+
+      curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Why?"}]}'
+    """
+    perform("aspec.cli.serve", "serve_on_console", flags)
+
+
+@app.command(cls=HelpCommand)
 @takes(ProfileFlags)
 def profile(flags: ProfileFlags) -> None:
     """Measure this machine once, and show the costs of a pair of models on it.
@@ -204,6 +239,26 @@ def plan(flags: PlanFlags) -> None:
       aspec plan --target org/big --profile rtx4090.json --json
     """
     perform("aspec.cli.plan", "plan_to_console", flags)
+
+
+@app.command(cls=HelpCommand)
+@takes(PrepareFlags)
+def prepare(flags: PrepareFlags) -> None:
+    """Write a checkpoint anew, laid out for streaming: a file for each layer, the tensors in the order of their use.
+
+    The new folder is a checkpoint of safetensors like the old one, with its
+    configuration and tokenizer. Every file is synced and read back. To continue
+    a stopped command, run it again. Nothing of others is overwritten.
+
+    Examples:
+
+      aspec prepare --target ./model -o ./model-streaming
+
+      aspec prepare --target org/big -o /fast-disk/big --verify
+
+      aspec prepare --target ./model -o ./model-4bit --bits 4
+    """
+    perform("aspec.cli.prepare", "prepare_to_console", flags)
 
 
 @app.callback()

@@ -43,7 +43,7 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: 
     for layer in sorted(by_layer):
         scratch_at = 0
         for group in _groups(by_layer[layer], max_part_bytes if layer != REST else None):
-            part = _lay_out(group, tensors, gap, alignment)
+            part = lay_out(group, tensors, gap, alignment)
             parts.append(replace(part, index=len(parts), layer=layer, scratch_at=scratch_at))
             scratch_at += part.scratch_bytes
     return tuple(parts)
@@ -113,9 +113,22 @@ class _Builder:
             if skew % ref.dtype.itemsize == 0:
                 skews[skew] += ref.nbytes
         base = _page_up(self.size) + max(skews, key=lambda skew: (skews[skew], -skew), default=0)
-        self.segments += [Segment(ref.file, ref.offset, ref.nbytes, base + within) for ref, within in places]
+        for ref, within in places:
+            self._extend(Segment(ref.file, ref.offset, ref.nbytes, base + within))
         self.size = base + sum(ref.nbytes for ref, _ in places)
         return base
+
+    def _extend(self, segment: Segment) -> None:
+        """Add a segment; where it continues the last one, in the file and in the buffer, both are one."""
+        last = self.segments[-1] if self.segments else None
+        if last is not None and (last.file, last.offset + last.nbytes, last.at + last.nbytes) == (
+            segment.file,
+            segment.offset,
+            segment.at,
+        ):
+            self.segments[-1] = replace(last, nbytes=last.nbytes + segment.nbytes)
+        else:
+            self.segments.append(segment)
 
     def reserve(self, nbytes: int) -> int:
         """Reserve ``nbytes`` of scratch; returns their first byte."""
@@ -139,8 +152,11 @@ def _runs(refs: Iterable[TensorRef], gap: int) -> Iterator[list[TensorRef]]:
         yield run
 
 
-def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
-    """Segments, bindings and conversions of one part; the caller sets its index, layer and scratch_at."""
+def lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
+    """Segments, bindings and conversions of one part; the caller sets its index, layer and scratch_at.
+
+    Stored tensors in one file with at most ``gap`` bytes between them are read at once.
+    """
     builder = _Builder(gap)
     fused = {entry.name: places for entry in entries if (places := _fused_places(entry)) is not None}
     bases = {name: builder.fuse(places) for name, places in fused.items()}
@@ -243,7 +259,7 @@ def _conversion(
         targets += _with_aliases(replace(made, at=builder.reserve(made.nbytes)), tensors.aliases)
     if stored is not None:
         return Conversion(entry.name, (Source(entry.name, None, (stored,)),), tuple(targets), None)
-    order = _fused_order(entry) if all(isinstance(own, PackedWeight) for own, _ in entry.sources) else None
+    order = fused_order(entry) if all(isinstance(own, PackedWeight) for own, _ in entry.sources) else None
     sources: list[Source] = []
     within = targets[0].at  # the next piece of the target
     for own, pattern in order or entry.sources:
@@ -265,7 +281,7 @@ def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
     stored = [own for own, _ in entry.sources]
     if entry.converter is None or any(isinstance(own, PackedWeight) for own in stored):
         return None
-    order = _fused_order(entry) if len({own.dtype for own in stored}) == 1 else None
+    order = fused_order(entry) if len({own.dtype for own in stored}) == 1 else None
     if order is None:
         return None
     places, at = [], 0
@@ -276,7 +292,7 @@ def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
     return places
 
 
-def _fused_order(entry: Entry) -> Sequence[tuple[StoredWeight, str | None]] | None:
+def fused_order(entry: Entry) -> Sequence[tuple[StoredWeight, str | None]] | None:
     """The sources in the order in which they follow one another in the only output; None if they do not."""
     if entry.converter is None:
         return entry.sources

@@ -24,6 +24,7 @@ from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.model_shape import shape_of
 from aspec.profiling.roofline import model_cost
 from tests import packed_words, tiny
+from tests.gguf_files import builds_tokenizers
 from tests.quantised import allocations, decode, store, stored
 from tests.quantised_models import build
 from tests.quantised_pairs import Quantised
@@ -88,6 +89,7 @@ def test_a_repacked_weight_is_the_decoded_one_but_for_its_rounded_scales(tmp_pat
     assert apart.nan_to_num().max() < 16 * 2**-8
 
 
+@builds_tokenizers
 def test_blocks_of_gguf_are_repacked_in_the_order_of_transformers(tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf-py is not installed")
     from tests.gguf_models import tiny_model, write_model

@@ -59,9 +59,11 @@ def forms() -> Iterator[tuple[str, float, Rounded]]:
 
 
 def own(rounding: Rounding, group: int) -> Rounded:
-    """What aspec makes of a weight."""
+    """What aspec makes of a weight; it keeps one whose inputs are no whole groups."""
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
+        if weight.shape[1] % group:
+            return weight
         codes, scales, offsets = rounding(weight.view(weight.shape[0], -1, group))
         return ((codes - rounding.half) * scales + offsets).view(weight.shape)
 

@@ -221,7 +221,7 @@ async def test_a_draft_that_proposes_nothing_is_not_loaded(tmp_path, monkeypatch
     target = tiny.build(tmp_path / "target", "llama")
     draft = tiny.noisy_copy(target, tmp_path / "draft", 0.1)
     plain = design(resolve(EngineOptions(target=target, speculation="off", max_batch=1))).plan
-    monkeypatch.setattr("aspec.engine.design.decide", lambda models: plain)
+    monkeypatch.setattr("aspec.engine.design.decide", lambda models: (models, plain))
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     spans = []
     async with open_engine(target=target, draft=draft, max_batch=1, threads=1, observers=[spans.append]) as engine:

@@ -7,12 +7,16 @@ from itertools import pairwise
 
 import pytest
 
-from aspec.expert_plan import ExpertShape
+from aspec.expert_plan import ExpertPlan, ExpertShape
+from aspec.planning.coarsening import coarse
 from aspec.planning.experts.routes import SKEW, TEXT_EXPONENT, SimRoutes
+from aspec.planning.experts.traffic import chain_worth, expert_traffic
+from aspec.profiling.cost_tables import SimCosts
 from aspec.tasks.experts import routing
 from aspec.tasks.experts.cache import ExpertCache
 from aspec.tasks.experts.routing import CachedPasses, LayerRoutes, RoutingStats, zipf_chances
 from aspec.tasks.task import WorkItem
+from tests.simulate import make_plan, with_experts
 
 
 def drawn(chances, rng) -> list[int]:
@@ -163,3 +167,38 @@ def test_simulated_routes_differ_by_layer_and_are_the_same_again(text):
     prompt = SimRoutes(shape, chance).of_item(WorkItem(0, (0,), (0,), (512,), prefill=True), 0, [5])
     assert 90 < len(prompt) < 128
     assert sum(prompt.values()) == pytest.approx(8 * 512, rel=0.1)
+
+
+# -- what a plan says of them ------------------------------------------------------------------------------
+
+
+def expert_plan(cached, nbytes=3_000_000):
+    shape = ExpertShape((0, 128, 128), 8, (0, nbytes, nbytes), nbytes)
+    return ExpertPlan(shape, (0, cached, cached), 4)
+
+
+def test_a_pass_reads_what_its_experts_miss():
+    one, eight = (expert_traffic(expert_plan(40), tokens) for tokens in (1, 8))
+    assert one.touched == pytest.approx(16.0)
+    assert one.read_bytes == pytest.approx(3_000_000 * one.missing)
+    assert 0.75 < one.hit_rate < 0.9
+    assert eight.hit_rate < one.hit_rate
+    assert one.read_bytes < eight.read_bytes < 8 * one.read_bytes
+    assert expert_traffic(expert_plan(128), 8).read_bytes == 0.0
+
+
+def test_a_chain_is_worth_its_experts_only_if_it_is_accepted():
+    likely, unlikely = (chain_worth(expert_plan(40), acceptance) for acceptance in (0.95, 0.3))
+    assert likely.tokens > 0.95 * likely.reads  # a token's experts are read once, in one pass or in another
+    assert unlikely.tokens < 0.75 * unlikely.reads  # those of a refused token for nothing
+    assert chain_worth(expert_plan(128), 0.3).proposals == 0  # nothing is read: nothing to weigh
+
+
+def test_merged_layers_have_the_bytes_and_the_slots_of_their_layers():
+    parts = make_plan(num_layers=8, parts_per_layer=1, num_slots=8, resident=range(8))
+    plan = with_experts(parts, 12, 8, 64, 4, dense=(0,), nbytes=1000)
+    merged, _ = coarse(plan, SimCosts(), max_tasks=40)
+    assert merged.experts is not None
+    assert merged.num_layers < 8
+    assert merged.experts.shape.total_bytes == plan.experts.shape.total_bytes
+    assert set(merged.experts.cached) == {12}

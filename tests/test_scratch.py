@@ -55,7 +55,7 @@ async def test_packed_resident_weights_are_converted_in_every_pass(tmp_path, mon
         slots = streamed.num_slots * streamed.slot_bytes - models.footprint(request).loading_bytes
         room = streamed.held_bytes + (sum(sizes) - slots if fits else sum(sizes) // 4)
         plans.append(make_plan(models.footprint(request), replace(request, budget_bytes=room)))
-        return plans[-1]
+        return models, plans[-1]
 
     monkeypatch.setattr(design, "decide", decide)
     assert await tokens(target, **options) == expected

@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 def plan(models, budget, **options):
     """The plan under a budget; the parts of the model do not depend on it."""
     resolved = replace(revise(models.resolved, device_memory=budget, **options), budget_bytes=budget)
-    return decide(replace(models, resolved=resolved))
+    return decide(replace(models, resolved=resolved))[1]
 
 
 def budgets(models):

@@ -236,7 +236,7 @@ def choose_sizes(options: argparse.Namespace, max_context: int) -> Sizes:
     models = {"target": options.target, "draft": options.draft, "speculation": "chain"}
     roomy = {"device_memory": 1 << 50, "resident_memory": 0}  # of the plan alone: this machine need not have it
     asked = EngineOptions(**models, **roomy, max_batch=options.rows, max_context=max_context)
-    held = decide(read_models(resolve(asked))).arithmetic
+    held = decide(read_models(resolve(asked)))[1].arithmetic
     device = options.device_memory or options.weight_memory + sum(held[label] for label in BESIDE)
     limit = options.memory_limit or device + options.process_memory
     offload = options.offload_memory or limit - PEER_BYTES - held["KV cache"]

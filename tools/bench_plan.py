@@ -160,7 +160,7 @@ def learn_acceptance(options: EngineOptions, job: Job) -> None:
 def measure(options: EngineOptions, job: Job) -> Outcome:
     """The plan between two forecasts, each on the machine as it is then."""
     work = options.workload or job.workload(options.max_batch or len(job.prompts))
-    plan = decide(read_models(resolve(options)))
+    _, plan = decide(read_models(resolve(options)))
     before = foretell(options, plan, work)
     tally, ran = asyncio.run(run_plan(options, job))
     assert ran == plan, "the plan that ran is the one that was forecast"

@@ -273,7 +273,7 @@ def kv_bytes(job: Job, prompts: list[list[int]]) -> int:
     context = max(map(len, prompts)) + job.sizes.peer_batch_tokens
     roomy = {"device_memory": 1 << 50, "resident_memory": 0, "max_batch": len(prompts), "max_context": context}
     asked = EngineOptions(target=job.target, device="cpu", speculation="off", **roomy)
-    return decide(read_models(resolve(asked))).arithmetic["KV cache"]
+    return decide(read_models(resolve(asked)))[1].arithmetic["KV cache"]
 
 
 # -- a trace -------------------------------------------------------------------------------------------------

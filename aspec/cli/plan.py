@@ -9,6 +9,7 @@ from typing import Any
 from aspec.backends.registry import HOST
 from aspec.cli.command_flags import PlanFlags
 from aspec.cli.front.opening import fetching
+from aspec.cli.plan_experts import expert_lines, experts_object
 from aspec.errors import UserError
 from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
@@ -25,8 +26,9 @@ from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import resolve
 from aspec.planning.search import GUESS_MARGIN, Candidate, Search
 from aspec.planning.workload import (
+    Choice,
     CostBasis,
-    best_plans,
+    choose,
     elsewhere,
     measured_basis,
     pricing,
@@ -48,10 +50,20 @@ class PlanExplanation:
     models: Models
     basis: CostBasis
     work: Workload
-    search: Search
+    choice: Choice
     acceptance_from: str  # its source, in words
     decode_s: float = 0.0  # of decoding weights in one pass; 0 if they are not packed
     unpacked: Candidate | None = None  # the same model with plain weights; None if it does not fit, or is this one
+
+    @property
+    def whole(self) -> Models:
+        """The models with the experts in their layers' parts."""
+        return self.models if self.models.on_demand is None else self.models.reading_experts(on_demand=False)
+
+    @property
+    def search(self) -> Search:
+        """The search for the plan."""
+        return self.choice.search
 
 
 def plan_to_console(flags: PlanFlags, console: Console) -> None:
@@ -93,15 +105,17 @@ def explain(
     if flags.acceptance is not None:
         given = replace(basis.known, acceptance=flags.acceptance, proposals=max(1.0, basis.known.proposals))
         basis, source = replace(basis, known=given), "given"
-    search = best_plans(models, basis, progress)
+    choice = choose(models, basis, progress)
+    models = choice.models
     if hardware is None:
-        check_memory(search.best.plan, resolved)
-    explained = PlanExplanation(models, basis, work, search, source)
+        check_memory(choice.search.best.plan, resolved)
+    explained = PlanExplanation(models, basis, work, choice, source)
     if not models.target.methods:
         return explained
-    best = search.best
+    best = choice.search.best
     costs = pricing(models, basis, exact=best.plan.request.exact, sampled=work.sampled)(best.plan)
-    return replace(explained, decode_s=decode_seconds(best.plan, costs), unpacked=unpacked(models, best, basis, work))
+    plain = unpacked(explained.whole, best, basis, work)
+    return replace(explained, decode_s=decode_seconds(best.plan, costs), unpacked=plain)
 
 
 def _read_rates(path: Path) -> Hardware:
@@ -123,7 +137,7 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     models, work, best = explained.models, explained.work, explained.search.best
     yield f"{explained.basis.hardware.name or 'this machine'}: {_machine_line(explained)}"
     layers = models.target.num_layers
-    nbytes = sum(part.nbytes for part in models.parts)
+    nbytes = models.nbytes
     source = "" if has_weights(models.target.folder) else ", from its configuration alone"
     adapter = f", with the adapter {models.resolved.adapter}" if models.resolved.adapter is not None else ""
     methods = models.target.methods
@@ -142,6 +156,7 @@ def lines(explained: PlanExplanation) -> Iterator[str]:
     yield f"  bottleneck: {best.forecast.bottleneck}"
     if methods:
         yield from (f"  {line}" for line in packed_lines(explained))
+    yield from (f"  {line}" for line in expert_lines(explained.choice, explained.basis.known.acceptance))
     if best.plan.exactness:
         yield f"  {best.plan.exactness}"
     others = list(runners_up(explained))[:RUNNERS_UP]
@@ -169,7 +184,8 @@ def packed_lines(explained: PlanExplanation) -> Iterator[str]:
     if explained.decode_s:
         when = "beside its products" if best.plan.num_scratch > 1 else "in turn with its products"
         yield f"decoding: {_time(explained.decode_s)} of a pass of {_time(_pass_s(best))}, {when}"
-    plain = f"in {dtype_name(models.target.dtype)}: {format_bytes(sum(part.made_bytes for part in models.parts))}"
+    made = sum(part.made_bytes for part in explained.whole.parts)
+    plain = f"in {dtype_name(models.target.dtype)}: {format_bytes(made)}"
     if other is None:
         yield f"{plain}, which does not fit this memory"
         return
@@ -255,7 +271,7 @@ def _unpacked_object(explained: PlanExplanation) -> dict[str, Any] | None:
     models, other = explained.models, explained.unpacked
     if not models.target.methods:
         return None
-    nbytes = sum(part.made_bytes for part in models.parts)
+    nbytes = sum(part.made_bytes for part in explained.whole.parts)
     if other is None:
         return {"target_bytes": nbytes, "forecast": None}
     return {
@@ -279,8 +295,9 @@ def as_object(explained: PlanExplanation) -> dict[str, Any]:
         "decode_s": explained.decode_s,
         "pass_s": _pass_s(search.best),
         "unpacked": _unpacked_object(explained),
-        "target_bytes": sum(part.nbytes for part in explained.models.parts),
+        "target_bytes": explained.models.nbytes,
         "unread_bytes": explained.models.target.unread_bytes,
+        "experts": experts_object(search.best.plan, explained.basis.known.acceptance),
         "plans": [one.plan.as_dict() | {"forecast": asdict(one.forecast)} for one in search.found],
         "not_run": [plan.as_dict() | {"least_s": least_s} for least_s, plan in search.pruned],
         "too_large": search.num_too_large,

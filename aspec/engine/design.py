@@ -8,7 +8,7 @@ from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import Resolved
 from aspec.planning.usual import usual_plan
-from aspec.planning.workload import best_plans, threads_for
+from aspec.planning.workload import choose, threads_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,18 @@ def design(resolved: Resolved) -> ResolvedEngine:
         own = Tokenizer.load(resolved.draft)
         check_vocabulary(tokenizer, own, models.target.vocab_size, models.draft.vocab_size)
     tell("plan", 0, 0)
-    plan = decide(models)
+    models, plan = decide(models)
     check_memory(plan, resolved)
     return ResolvedEngine(models if plan.max_draft_tokens else models.without_draft(), tokenizer, plan)
 
 
-def decide(models: Models) -> Plan:
+def decide(models: Models) -> tuple[Models, Plan]:
     """The plan: the best of a search if the work is known, otherwise the usual shape, as large as fits.
 
-    Raises BudgetError if even the smallest does not fit.
+    The models come with their experts read as the plan says. Raises BudgetError if even the smallest does not fit.
     """
     if models.resolved.options.workload is not None:
-        return best_plans(models).best.plan
+        choice = choose(models)
+        return choice.models, choice.search.best.plan
     plan = usual_plan(models)
-    return replace(plan, request=replace(plan.request, threads=threads_for(models)))
+    return models, replace(plan, request=replace(plan.request, threads=threads_for(models)))

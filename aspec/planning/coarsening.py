@@ -1,6 +1,6 @@
 """Plans in fewer tasks: parts and layers are merged, so that a simulated pass of a large model stays small."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -81,8 +81,12 @@ def _merge_experts(experts: ExpertPlan, layers: int) -> ExpertPlan:
         nbytes=tuple(sum(shape.nbytes[layer] for layer in own) for own in routed),
         slot_bytes=layers * shape.slot_bytes,
     )
-    cached = tuple(round(sum(experts.cached[layer] for layer in own) / max(1, len(own))) for own in routed)
-    return replace(experts, shape=merged, cached=cached)
+
+    def merge(cached: Sequence[int]) -> tuple[int, ...]:
+        return tuple(round(sum(cached[layer] for layer in own) / max(1, len(own))) for own in routed)
+
+    host = None if experts.host is None else replace(experts.host, cached=merge(experts.host.cached))
+    return replace(experts, shape=merged, cached=merge(experts.cached), host=host)
 
 
 def _merge_layers(layers: tuple[LayerCost, ...], count: int) -> Iterable[LayerCost]:

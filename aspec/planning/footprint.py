@@ -54,6 +54,12 @@ class Models:
         """What the user should know of the models, a text each."""
         return self.target.remarks + (() if self.draft is None else self.draft.remarks)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the target's stored weights."""
+        shape = None if self.on_demand is None else self.on_demand.shape
+        return sum(part.nbytes for part in self.parts) + (0 if shape is None else shape.total_bytes)
+
     def footprint(self, request: PlanRequest) -> Footprint:
         """The bytes that every plan for this request holds, and the parts that a plan places.
 

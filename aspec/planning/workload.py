@@ -28,6 +28,7 @@ from aspec.tasks.task import COMPUTE, CPU
 from aspec.threads import Threads
 
 MOST_EXACT_PRICE = 0.1  # share of the seconds; where exact passes cost more, they are for those who ask for them
+ON_DEMAND_MARGIN = 0.95  # of the seconds with whole layers: experts on demand are forecast less surely
 PREFILLS = (256, 128, 64)  # tokens of smaller prefill items, tried if memory is short
 
 
@@ -72,6 +73,56 @@ def _this_machine(models: Models, threads: int) -> Hardware:
     return replace(machine, cpu=replace(machine.cpu, decode_weight_s=decoding_profile(models.target, decoders)))
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The models with their experts read as is best, and the search for their plan."""
+
+    models: Models
+    search: Search
+    other: Search | None = None  # with the experts read the other way; None: not possible, not allowed, or no use
+    obstacle: str = ""  # to reading experts on demand
+
+
+def choose(models: Models, basis: CostBasis | None = None, progress: Callable[[int], None] = lambda _: None) -> Choice:
+    """The best plans of ``best_plans``, over both ways of reading experts where the options leave that open.
+
+    Experts are read on demand where that is faster by ``ON_DEMAND_MARGIN``. Whole layers need no search if even their
+    lower bound is slower. Raises BudgetError if no plan fits.
+    """
+    if models.resolved.options.experts != "auto":
+        return Choice(models, best_plans(models, basis, progress))
+    try:
+        on_demand = models.reading_experts(on_demand=True)
+    except UserError as error:
+        return Choice(models, best_plans(models, basis, progress), obstacle=str(error))
+    basis = basis or measured_basis(models)
+    try:
+        chosen = best_plans(on_demand, basis, progress)
+    except BudgetError:
+        return Choice(models, best_plans(models, basis, progress))
+    if chosen.best.forecast.job_s < ON_DEMAND_MARGIN * _least_s(models, basis):
+        return Choice(on_demand, chosen)
+    try:
+        whole = best_plans(models, basis, progress)
+    except BudgetError:
+        return Choice(on_demand, chosen)
+    if chosen.best.forecast.job_s < ON_DEMAND_MARGIN * whole.best.forecast.job_s:
+        return Choice(on_demand, chosen, whole)
+    return Choice(models, whole, chosen)
+
+
+def _least_s(models: Models, basis: CostBasis) -> float:
+    """A lower bound on the seconds of one prompt with whole layers; 0 for more prompts, whose rows are open."""
+    work, request = models.resolved.options.workload, request_for(models)
+    if work is None or work.num_prompts > 1:
+        return 0.0
+    try:
+        plan = make_plan(models.footprint(request), request)
+    except BudgetError:
+        return 0.0
+    return forecast_for(models, request, basis, _within(work, request.capacity)).least_s(plan)
+
+
 def best_plans(
     models: Models, basis: CostBasis | None = None, progress: Callable[[int], None] = lambda _: None
 ) -> Search:
@@ -108,11 +159,12 @@ def best_plans(
 
 
 def unpacked(models: Models, best: Candidate, basis: CostBasis, work: Workload) -> Candidate | None:
-    """The same request for the same model, stored in the dtype that it computes in; None if it does not fit.
+    """The same request for the same model in whole layers of the dtype that it computes in; None if it does not fit.
 
     Its parts are about as large as those of the packed model.
     """
-    footprint = models.footprint(best.plan.request)
+    request = replace(best.plan.request, on_demand=False)
+    footprint = models.footprint(request)
     sizes = {part.index: part.made_bytes for part in models.parts}
     parts: list[PlannedPart] = []
     for part in footprint.parts:
@@ -120,7 +172,6 @@ def unpacked(models: Models, best: Candidate, basis: CostBasis, work: Workload) 
         nbytes = -(-sizes[part.index] // pieces)
         parts += [PlannedPart(len(parts) + piece, part.layer, nbytes, nbytes) for piece in range(pieces)]
     plain = replace(footprint, parts=tuple(parts))
-    request = best.plan.request
     if models.resolved.method.if_free:  # the forecast of the packed model is without them, too
         request = replace(request, max_draft_tokens=0)
     try:
@@ -187,6 +238,7 @@ def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSp
     options = models.resolved.options
     rows = rows_for(work.num_prompts) if options.max_batch is None else (min(options.max_batch, work.num_prompts),)
     can_move = hardware.h2d_bytes_per_s is not None and _can_attend_on_host(models.target)
+    can_move = can_move and models.on_demand is None
     places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if can_move else (COMPUTE,)}
     return SearchSpace(
         rows=rows,

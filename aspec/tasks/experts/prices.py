@@ -13,7 +13,7 @@ from typing import Protocol
 from aspec.expert_plan import ExpertPlan
 from aspec.tasks.experts.routing import RoutingStats
 from aspec.tasks.op import Op
-from aspec.tasks.task import Span
+from aspec.tasks.task import ExpertLoad, Span
 
 SIZES = tuple(1 << power for power in range(10))  # tokens of a pass with a price; linear between them
 MOST_LAYERS = 12  # whose experts are counted for a price; the others are like them
@@ -63,12 +63,13 @@ class ExpertPrices:
         self._bytes: list[float] | None = None  # expected bytes to read, by size; None: compute them again
 
     def observe(self, span: Span) -> None:
-        """Learn from a finished ROUTE or LOAD_EXPERT; other tasks tell nothing."""
+        """Learn from a finished ROUTE, or from an expert that arrived; other tasks tell nothing."""
         task = span.task
-        if task.op is Op.LOAD_EXPERT:
+        if isinstance(task.payload, ExpertLoad):
             busy_s = span.stop_s - max(span.start_s, self._free_s)  # reads in flight overlap
             self._free_s = max(self._free_s, span.stop_s)
-            self._read_bytes = READ_MEMORY * self._read_bytes + task.nbytes
+            arrived = task.nbytes * (task.payload.slot is not None)  # by way of host memory, or from there
+            self._read_bytes = READ_MEMORY * self._read_bytes + arrived
             self._read_s = READ_MEMORY * self._read_s + max(0.0, busy_s)
         elif task.op is Op.ROUTE and task.item is not None and task.layer is not None:
             self._learn_route(task.layer, task.num_tokens, dict(span.routed), decodes=not task.item.prefill)

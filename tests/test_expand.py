@@ -78,7 +78,7 @@ def test_experts_compute_the_same_function(source, tmp_path, layers):
 
 @torch.inference_mode()
 def test_experts_differ_and_so_do_the_routes(source, tmp_path):
-    expand.main([str(source), str(tmp_path / "large"), *SPARSE])
+    expand.main([str(source), str(tmp_path / "large"), *SPARSE, "--routing", "uniform"])
     model = load(tmp_path / "large")
     config = model.config
     assert (config.model_type, config.num_experts_per_tok, config.sliding_window) == ("mixtral", 2, None)

@@ -48,7 +48,7 @@ async def test_a_long_prompt_joins_over_passes_and_changes_no_token(tmp_path, fa
         "reuse_prefix": False,
     }
     options |= {} if draft else {"speculation": "off"}
-    prompts = [[9, 8, 7], [1 + i % 90 for i in range(90)], [2 + i % 50 for i in range(70)]]
+    prompts = [[9, 8, 7], [1 + i % 90 for i in range(60)], [2 + i % 50 for i in range(50)]]
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     passes = {}
 

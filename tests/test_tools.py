@@ -78,6 +78,15 @@ def test_another_format_is_refused_by_name(template, reason, tmp_path):
     assert str(tmp_path) in str(found.value)
 
 
+def test_a_tag_that_is_no_text_is_refused(tmp_path):
+    folder = folder_with(tmp_path, QWEN)
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "id": 4096, "content": "<tool_call>", "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(PromptError, match="<tool_call> is a special token"):
+        Tokenizer.load(folder).tool_format()
+
+
 def test_tools_and_earlier_calls_reach_the_template(tokenizers):
     call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": '{"x": "é"}'}}
     said = [{"role": "assistant", "content": None, "tool_calls": [call]}]

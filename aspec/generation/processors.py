@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -95,19 +96,20 @@ class Processors:
         return self._apply(self._on(scores.device)[0], scores, tokens, paths)
 
     def apply(self, scores: torch.Tensor, tokens: Sequence[int], paths: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Likewise, from penalised logits.
+        """Likewise, from penalised logits; they may be overwritten.
 
         Where the grammar allows an end and nothing else is left, the text ends: no other parameter holds it open.
         """
+        ends = [token for token in self._end_ids if token < scores.shape[-1]]
+        of_ends = scores[:, ends]  # a copy
         processed = self._apply(self._on(scores.device)[1], scores, tokens, paths)
         if self._grammar is None or not paths:
             return processed
-        allowed = self._allowed(self._grammar, tokens, paths, scores)
-        processed = processed.masked_fill(~allowed, -torch.inf)
-        ends = [token for token in self._end_ids if token < scores.shape[-1]]
-        complete = torch.full_like(scores, -torch.inf)
-        complete[:, ends] = scores[:, ends].masked_fill(~allowed[:, ends], -torch.inf)
-        return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, complete, processed)
+        forbidden = self._forbidden(self._grammar, tokens, paths, scores)
+        processed = processed.masked_fill_(forbidden, -torch.inf)
+        if len(empty := (processed.amax(-1) == -torch.inf).nonzero()):
+            processed[empty, ends] = of_ends.masked_fill(forbidden[:, ends], -torch.inf)[empty[:, 0]]
+        return processed
 
     def num_allowed(self, tokens: Sequence[int], path: Sequence[int]) -> int:
         """How many leading tokens of ``path`` the request's grammar allows after ``tokens``."""
@@ -115,13 +117,18 @@ class Processors:
             return len(path)
         return self._grammar.num_allowed(tokens[len(self._prompt) :], path)
 
-    def _allowed(
+    def _forbidden(
         self, grammar: GrammarMasks, tokens: Sequence[int], paths: Sequence[Sequence[int]], scores: torch.Tensor
     ) -> torch.Tensor:
-        """[N, V] bool of the tokens that the grammar allows, for scores [N, V]; a draft may know fewer tokens."""
-        packed = upload(grammar.masks(tokens[len(self._prompt) :], paths), scores.device)
-        bits = packed[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=scores.device))
-        return bits.bitwise_and_(1).bool().reshape(len(packed), -1)[:, : scores.shape[-1]]
+        """[N, V] bool of the tokens that the grammar forbids, for scores [N, V]; a draft may know fewer tokens."""
+        packed = grammar.masks(tokens[len(self._prompt) :], paths)
+        if scores.device.type == "cpu":
+            bits = torch.from_numpy(np.unpackbits(~packed.numpy(), axis=1, bitorder="little")).view(torch.bool)
+        else:
+            places = torch.arange(8, dtype=torch.uint8, device=scores.device)
+            shifted = upload(packed, scores.device)[:, :, None].bitwise_right_shift(places)
+            bits = (shifted.bitwise_and_(1) == 0).reshape(len(packed), -1)
+        return bits[:, : scores.shape[-1]]
 
     def _on(self, device: torch.device) -> tuple[list[Processor], list[Processor]]:
         """The processors before and after the penalties; lanes of several threads may ask at once."""

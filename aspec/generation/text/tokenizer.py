@@ -113,7 +113,13 @@ class Tokenizer:
     def tool_format(self) -> ToolFormat:
         """How the model writes calls of tools. Raises PromptError if it takes no tools, or in an unknown form."""
         if self._tool_format is None:
-            self._tool_format = self._template.tool_format(TimeLimit(TEMPLATE_S))
+            found = self._template.tool_format(TimeLimit(TEMPLATE_S))
+            if any(self.kind(token) == "silent" for token in self._encode(found.begin, add_special_tokens=False)):
+                raise PromptError(
+                    f"the calls of tools of {self.folder} cannot be read: {found.tag} is a special token there, which "
+                    f"is no text. Leave the tools out."
+                )
+            self._tool_format = found
         return self._tool_format
 
     def encode_chat(

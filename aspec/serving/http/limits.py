@@ -10,6 +10,7 @@ from aspec.serving.openai_requests import parse_json
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+DRAINED = 4  # times the largest body: so much of a larger one is read and dropped
 LARGE_BYTES = 1 << 16  # a larger body is parsed in a thread
 
 
@@ -30,20 +31,22 @@ class Limits:
 
 async def read_object(receive: Receive, limits: Limits) -> dict[str, Any]:
     """The JSON object of a request's body. Raises HttpError, RequestError for what is no JSON, and Left."""
-    body = bytearray()
+    body, total = bytearray(), 0
     try:
         async with asyncio.timeout(limits.body_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Left
-                body += message.get("body", b"")
-                if len(body) > limits.body_bytes:
-                    raise HttpError(413, f"the body has more than {limits.body_bytes} bytes", code="body_too_large")
-                if not message.get("more_body"):
+                total += len(message.get("body", b""))
+                if total <= limits.body_bytes:
+                    body += message.get("body", b"")
+                if not message.get("more_body") or total > DRAINED * limits.body_bytes:
                     break
     except TimeoutError:
         raise HttpError(408, f"the body was not complete after {limits.body_s:g} s", code="timeout") from None
+    if total > limits.body_bytes:  # its rest was read: a connection that closes before loses the answer
+        raise HttpError(413, f"the body has more than {limits.body_bytes} bytes", code="body_too_large")
     parse = parse_json if len(body) <= LARGE_BYTES else _parse_in_thread
     value = parse(bytes(body))
     if asyncio.iscoroutine(value):

@@ -77,6 +77,29 @@ def gptq(bits, size, reordered=False, version=1, **more):
     return Method({**settings, **more}, quantise)
 
 
+def prepared(size=32, block=64):
+    """The form of ``formats/int4/form.py``, written out here; weights that do not fit it are stored plainly."""
+
+    def quantise(weight, module):
+        rows, columns = weight.shape
+        if rows % block or columns % size:
+            return {f"{module}.weight": weight.bfloat16()}, weight.bfloat16().float()
+        grouped = weight.view(rows, -1, size)
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        scales = ((high - low) / 15).clamp_min(1e-8).bfloat16()
+        offsets = (low + 8 * scales.float()).bfloat16()
+        codes = ((grouped - offsets.float()[..., None]) / scales.float()[..., None] + 8).round().clamp(0, 15)
+        decoded = (codes - 8) * scales.float()[..., None] + offsets.float()[..., None]
+        half = codes.to(torch.uint8).view(rows // block, 2, block // 2, columns)
+        stored = {
+            f"{module}.int4_codes": (half[:, 0] | half[:, 1] << 4).transpose(1, 2).reshape(rows, columns // 2),
+            f"{module}.int4_scales": torch.stack([scales.t(), offsets.t()], -1),
+        }
+        return stored, decoded.view(rows, columns)
+
+    return Method({"quant_method": "aspec", "bits": 4, "group_size": size, "block": block}, quantise)
+
+
 def awq(size):
     def in_order(values):
         columns = values.view(len(values), -1, 8)[..., torch.tensor(AWQ_COLUMNS)]
@@ -374,6 +397,7 @@ METHODS: Mapping[str, Callable[[], Method]] = {
     "gptq 8 bits": lambda: gptq(8, -1),
     "gptq head": lambda: with_ends(gptq(4, 32), "lm_head", lm_head=True),
     "gptq mixed": gptq_mixed,
+    "prepared": prepared,
     "awq": lambda: awq(32),
     "awq one group": lambda: awq(-1),
     "awq left out": lambda: keeping(awq(32), "mlp.down_proj", modules_to_not_convert=["mlp.down_proj"]),

@@ -64,13 +64,15 @@ class Quantised(Pair):
                 proposed, accepted = proposed + stats.proposed, accepted + stats.accepted
         assert 0 < accepted < proposed
 
-    def check_exact(self, dtype):
+    def check_exact(self, dtype, **more):
         """The same tokens in every exact run."""
-        found = [self._exact(dtype, *how) for how in EXACT_RUNS]
+        found = [self._exact(dtype, *how, **more) for how in EXACT_RUNS]
         assert all(tokens == found[0][: len(tokens)] for tokens in found)
 
-    def _exact(self, dtype, shape, resident, batch):
-        options = dict(speculation=shape[0], num_draft_tokens=shape[1], draft=self.draft, resident_memory=resident)
+    def _exact(self, dtype, shape, resident, batch, **more):
+        options = dict(
+            **more, speculation=shape[0], num_draft_tokens=shape[1], draft=self.draft, resident_memory=resident
+        )
         sizes = dict(threads=1, max_context=80, prefill_tokens=16, device_memory=24 << 20, max_batch=batch)
         with aspec.LLM(target=self.target, dtype=dtype, exact=True, **sizes, **options) as llm:
             made = llm.generate(self.prompts[:batch], max_new_tokens=24, temperature=0.0, ignore_eos=True)

@@ -48,8 +48,8 @@ def _threads():
 class Engine:
     """A model whose weights are all bound, and what it decodes token by token."""
 
-    def __init__(self, folder, dtype):
-        self.model = Model(folder, dtype=dtype)
+    def __init__(self, folder, dtype, **how):
+        self.model = Model(folder, dtype=dtype, **how)
         self.held = []
         for part in self.model.parts(1 << 30):
             buffer, scratch = tiny.read_part(part), torch.empty(part.scratch_bytes, dtype=torch.uint8)

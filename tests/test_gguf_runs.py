@@ -9,13 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 import aspec
-from aspec.cli.batch import fingerprint
 from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.errors import CheckpointError, ReadError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.io.hub import SOURCE, find
 from aspec.models.formats.gguf.folder import folder_of
+from aspec.preparing.identity import fingerprint
 from aspec.profiling.profile_cache import known_acceptance, remember_acceptance
 from tests.gguf_files import builds_tokenizers
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from aspec.backends import registry
 from aspec.backends.registry import Kind
-from aspec.cli.batch import fingerprint
 from aspec.engine.engine import open_engine
 from aspec.errors import CheckpointError, UnsupportedModelError, UserError
 from aspec.generation.params import SamplingParams
@@ -21,6 +20,7 @@ from aspec.models.model import Model
 from aspec.options import EngineOptions
 from aspec.planning.footprint import read_models, request_for
 from aspec.planning.resolve import resolve
+from aspec.preparing.identity import fingerprint
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from tests import tiny

@@ -6,7 +6,6 @@ the next row, so no finished row is lost. Rows that end while a sync runs share 
 """
 
 import asyncio
-import hashlib
 import os
 import sys
 import time
@@ -26,26 +25,23 @@ from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
-from aspec.io.checkpoint import weight_files
-from aspec.io.hub import SOURCE, WANTED
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
 from aspec.planning.fit import most_context
 from aspec.planning.resolve import Resolved, resolve, revise
+from aspec.preparing.identity import fingerprint
 from aspec.serving.batch_check import RowCheck, check_file
 from aspec.serving.batch_input import PIPE, BatchFile
 from aspec.serving.batch_journal import journal_of
 from aspec.serving.batch_output import FinishedRows, Output, check_startable, open_output
 from aspec.serving.batch_pipe import PipeOutput
 from aspec.serving.batch_writer import BatchWriter, digest_of
-from aspec.serving.dispatch import PreparedRequest, encode, serve
+from aspec.serving.dispatch import PreparedRequest, encode, params_of, serve
 
 CHECK_LINE_S = 5.0  # seconds between two progress lines of the check
-LARGE_BYTES = 64 << 20  # largest size of a small file, such as a tokenizer or a configuration
-SAMPLE_BYTES = 1 << 16  # bytes that are hashed at the beginning, the middle and the end of a large file
 DEMO_NAME = "aspec-demo"
 
 
@@ -71,6 +67,7 @@ class BatchJob:
             seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
             params = row.request.params(self.defaults, seed)
             try:
+                params = params_of(self.tokenizer, row.request, self.defaults, seed)
                 tokens = encode(self.tokenizer, row.request)
             except PromptError as error:  # the check had no error: a template can exceed its time on a busy machine
                 yield PreparedRequest(row.custom_id, row.request, [], params, error)
@@ -148,21 +145,6 @@ def prepare(flags: BatchFlags, rows: BatchFile, console: Console) -> BatchJob:
     }
     if_too_small = "" if resolved.asked_context else check.longest_row()
     return BatchJob(flags, resolved, rows, tokenizer, defaults, ties, if_too_small, console)
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of a checkpoint's small files and of samples of its large files, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    wanted = {path for pattern in WANTED for path in folder.glob(pattern) if path.is_file() and path.name != SOURCE}
-    for path in sorted(wanted.union(weights := weight_files(folder)), key=lambda path: path.name):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            small = size <= LARGE_BYTES and path not in weights
-            for start in (0,) if small else (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(LARGE_BYTES if small else SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _check_rows(rows: BatchFile, check: RowCheck, flags: BatchFlags, console: Console) -> None:

@@ -315,3 +315,64 @@ class PlanFlags(RowFlags, EngineFlags, DebugFlags, JsonFlags, ModelFlags):
     def sampling(self) -> dict[str, float | None]:
         """The sampling flags; None for flags that were not given."""
         return {"temperature": self.temperature}
+
+
+@dataclass(frozen=True)
+class PrepareFlags(DebugFlags, QuietFlags):
+    """The checkpoint to write anew, and where."""
+
+    target: Annotated[
+        str | None,
+        option(MODELS, "The model: a folder or a hub id.", "--target", "--model", metavar="MODEL"),
+    ] = None
+    output: Annotated[
+        Path | None,
+        option(OUTPUT, "The folder of the new checkpoint: a new or an empty one.", "--output", "-o"),
+    ] = None
+    bits: Annotated[
+        int | None,
+        option(
+            MODELS,
+            "4 or 8: quantise the matrices of the layers; embeddings, head and norms stay. Default: all weights stay.",
+            "--bits",
+        ),
+    ] = None
+    group_size: Annotated[
+        int | None,
+        option(
+            MODELS, "With --bits: the number of inputs that share a scale: 32, 64 or 128. Default: 32.", "--group-size"
+        ),
+    ] = None
+    published: Annotated[
+        bool,
+        option(
+            MODELS,
+            "With --bits 4: in the form of compressed-tensors, which transformers reads, too. Default: the form in "
+            "which a CPU multiplies such weights without decoding them.",
+            "--published",
+        ),
+    ] = False
+    verify: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "Run both checkpoints on a few tokens and compare their logits. The bytes are read back in any case.",
+            "--verify",
+        ),
+    ] = False
+    quiet: Annotated[bool, option(OUTPUT, "Print no progress.", "--quiet", "-q")] = False
+
+    def check(self) -> None:
+        """Require both places. Raises typer.BadParameter."""
+        if self.target is None:
+            raise typer.BadParameter("give the model to prepare: --target MODEL", param_hint="--target")
+        if self.output is None:
+            raise typer.BadParameter("give the folder to write: -o DIR", param_hint="--output")
+        if self.bits not in (None, 4, 8):
+            raise typer.BadParameter(f"expected 4 or 8, found {self.bits}", param_hint="--bits")
+        if self.group_size not in (None, 32, 64, 128):
+            raise typer.BadParameter(f"expected 32, 64 or 128, found {self.group_size}", param_hint="--group-size")
+        if self.group_size is not None and self.bits is None:
+            raise typer.BadParameter("it was given without --bits", param_hint="--group-size")
+        if self.published and self.bits is None:
+            raise typer.BadParameter("it was given without --bits", param_hint="--published")

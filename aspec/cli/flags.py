@@ -15,7 +15,7 @@ import typer
 from aspec.cli.front.options import AUTO, MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option, rate, size
 from aspec.errors import printable
 from aspec.generation.params import SamplingParams
-from aspec.options import ATTENTION, SPECULATION, EngineOptions
+from aspec.options import CHOICES, EngineOptions
 
 THREADS = (
     "Compute threads. Default: OMP_NUM_THREADS if it is set; otherwise one, or one per core, by the measured costs of "
@@ -315,6 +315,16 @@ class EngineFlags(MachineFlags):
             metavar="NAME",
         ),
     ] = "auto"
+    experts: Annotated[
+        str,
+        option(
+            PLACE,
+            "How experts are read. on-demand: those that the router has chosen. whole: with their layer. The tokens "
+            "are the same.",
+            "--experts",
+            metavar="NAME",
+        ),
+    ] = "auto"
     exact: Annotated[
         bool | None,
         option(
@@ -324,6 +334,16 @@ class EngineFlags(MachineFlags):
             "--exact/--no-exact",
         ),
     ] = None
+    products: Annotated[
+        str,
+        option(
+            PLACE,
+            "How weights of 4 bits are multiplied on a CPU. packed: as they are, with bf16 scales. decoded: in bf16. "
+            "auto: packed where aspec prepared the checkpoint.",
+            "--products",
+            metavar="NAME",
+        ),
+    ] = "auto"
     max_context: Annotated[
         int | None,
         option(PLACE, "Maximum tokens of a sequence, prompt included. Default: the need of the prompts.", min=2),
@@ -332,12 +352,10 @@ class EngineFlags(MachineFlags):
     def check(self) -> None:
         """Refuse invalid flags. Raises typer.BadParameter."""
         super().check()
-        if self.speculation not in SPECULATION:
-            known = ", ".join(SPECULATION)
-            raise typer.BadParameter(f"expected one of {known}, found {self.speculation!r}", param_hint="--speculation")
-        if self.attention not in ATTENTION:
-            known = ", ".join(ATTENTION)
-            raise typer.BadParameter(f"expected one of {known}, found {self.attention!r}", param_hint="--attention")
+        for name in ("speculation", "attention", "experts", "products"):
+            if (found := getattr(self, name)) not in CHOICES[name]:
+                names = ", ".join(CHOICES[name])
+                raise typer.BadParameter(f"expected one of {names}, found {found!r}", param_hint=f"--{name}")
 
 
 @dataclass(frozen=True)

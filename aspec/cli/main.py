@@ -19,6 +19,7 @@ from aspec.cli.command_flags import (
     ChatFlags,
     GenerateFlags,
     PlanFlags,
+    PrepareFlags,
     ProfileFlags,
     TraceFlags,
 )
@@ -33,7 +34,17 @@ from aspec.observe.console import Console
 from aspec.observe.library_warnings import held_back
 from aspec.observe.terminal.standard_streams import prepare_streams
 
-CommandFlags = BatchFlags | BenchFlags | ChatFlags | GenerateFlags | PlanFlags | ProfileFlags | ServeFlags | TraceFlags
+CommandFlags = (
+    BatchFlags
+    | BenchFlags
+    | ChatFlags
+    | GenerateFlags
+    | PlanFlags
+    | PrepareFlags
+    | ProfileFlags
+    | ServeFlags
+    | TraceFlags
+)
 
 
 def print_version(value: bool) -> None:
@@ -111,7 +122,7 @@ def trace(flags: TraceFlags) -> None:
     if flags.recorded is None:
         perform("aspec.cli.trace", "record", flags, flags.prompts)
         return
-    from aspec.cli.trace_summary import summarise_file
+    from aspec.cli.front.trace_summary import summarise_file
 
     guarded(partial(summarise_file, flags.recorded, flags.as_json), Console(quiet=flags.quiet), flags.debug)
 
@@ -228,6 +239,26 @@ def plan(flags: PlanFlags) -> None:
       aspec plan --target org/big --profile rtx4090.json --json
     """
     perform("aspec.cli.plan", "plan_to_console", flags)
+
+
+@app.command(cls=HelpCommand)
+@takes(PrepareFlags)
+def prepare(flags: PrepareFlags) -> None:
+    """Write a checkpoint anew, laid out for streaming: a file for each layer, the tensors in the order of their use.
+
+    The new folder is a checkpoint of safetensors like the old one, with its
+    configuration and tokenizer. Every file is synced and read back. To continue
+    a stopped command, run it again. Nothing of others is overwritten.
+
+    Examples:
+
+      aspec prepare --target ./model -o ./model-streaming
+
+      aspec prepare --target org/big -o /fast-disk/big --verify
+
+      aspec prepare --target ./model -o ./model-4bit --bits 4
+    """
+    perform("aspec.cli.prepare", "prepare_to_console", flags)
 
 
 @app.callback()

@@ -21,7 +21,7 @@ from aspec.errors import ClosedError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.io.loop.settling import settle_all
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
 from aspec.observe.monitor import Monitor

@@ -1,14 +1,17 @@
 """What a request must be to run: its prompt becomes tokens, its tokens and limits are checked, a sequence is made."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from aspec.errors import PromptError
+from aspec.generation.grammar.compiler import Grammars
 from aspec.generation.params import SamplingParams
 from aspec.generation.processors import Processors, needs_processors
 from aspec.generation.sampler import Sampler
 from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.generation.text.prompts import first_bad
 from aspec.generation.text.tokenizer import TextStream, Tokenizer
+from aspec.io.loop.settling import in_thread, settle
 from aspec.models.model import Model
 from aspec.planning.fit import too_long
 
@@ -18,13 +21,17 @@ class Admission:
     """Admits requests to one target: its tokenizer, its vocabulary, and a context of ``capacity`` tokens."""
 
     tokenizer: Tokenizer
+    grammars: Grammars
     target: Model
     capacity: int
 
-    def sequence(
+    async def sequence(
         self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler, *, scored: bool = False
     ) -> TokenSequence:
-        """A new sequence. Raises PromptError if the target cannot run its tokens, or has no room for one more."""
+        """A new sequence; a thread compiles its grammar.
+
+        Raises PromptError if the target cannot run its tokens, has no room for one more, or the grammar is not valid.
+        """
         room = self.capacity - len(tokens)
         most = len(tokens) + room if params.max_length is None else params.max_length
         if not tokens:
@@ -46,9 +53,13 @@ class Admission:
         limit = min(wanted, room, most - len(tokens))
         processors = None
         if needs_processors(params):
+            grammar = None
+            if params.grammar is not None:
+                grammar = await settle(in_thread(partial(self.grammars.masks, params.grammar)))
             words = [ids for text in params.bad_words for ids in self.tokenizer.spellings(text)]
             known = replace(params, bad_words_ids=(*params.bad_words_ids, *map(tuple, words)))
-            processors = Processors(known, tokens, end_ids, len(tokens) + limit, self.target.vocab_size)
+            most = len(tokens) + limit
+            processors = Processors(known, tokens, end_ids, most, self.target.vocab_size, grammar)
         return TokenSequence(
             id=number,
             tokens=tokens,

@@ -44,7 +44,7 @@ from aspec.io.disk import DiskLane
 from aspec.io.fetching.fetch import Fetches
 from aspec.io.loop.settling import close_all, in_thread, settle, settle_all
 from aspec.io.memory import freeze
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve
@@ -185,7 +185,7 @@ class Engine:
         """
         params, number = params or self.sampling(), next(self._ids)
         tokens = await self.encode(prompt)
-        sequence = self._admission.sequence(number, tokens, params, sampler or Sampler(params), scored=scored)
+        sequence = await self._admission.sequence(number, tokens, params, sampler or Sampler(params), scored=scored)
         streams, backend = self._serving()
         stats = stats or RequestStats()
         stats.begin(sequence.num_prompt, backend.now())
@@ -233,7 +233,7 @@ class Engine:
 
     @property
     def _admission(self) -> Admission:
-        return Admission(self._open.tokenizer, self._open.target, self._open.plan.capacity)
+        return Admission(self._open.tokenizer, self._open.grammars, self._open.target, self._open.plan.capacity)
 
     def _serving(self) -> tuple[Streams, Backend]:
         """The streams and the backend. Raises the error that refuses new streams, if there is one."""
@@ -266,7 +266,7 @@ class Engine:
         scheduler = Scheduler(opened.plan)
         reuse = self._options.reuse_prefix
         streams = self._streams = Streams(opened.plan, opened.runner, scheduler, self._post, reuse=reuse)
-        observers = [streams.observe, *self._observers]
+        observers = [streams.observe, *(check.observe for check in opened.checks), *self._observers]
         self._executor = Executor(scheduler, self._backend, observers, self._issue_observers)
         self._running = asyncio.create_task(self._run(self._executor, streams), name="aspec engine")
         self._thaw = freeze()  # these objects live until the end: keep them out of collections

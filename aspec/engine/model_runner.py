@@ -81,6 +81,9 @@ class ModelRunner:
             Op.ATTEND: self._attend,
             Op.RETURN: self._return,
             Op.FFN: self._finish,
+            Op.ROUTE: self._route,
+            Op.EXPERTS: self._experts,
+            Op.COMBINE: self._combine,
             Op.HEAD: self._head,
             Op.ACCEPT: self._accept,
             Op.DRAFT: self._draft,
@@ -190,6 +193,21 @@ class ModelRunner:
     def _finish(self, task: Task) -> Report:
         assert isinstance(task.payload, LayerWork)
         self._target.finish(task.payload.layer, self._activations[item_of(task).name])
+        return NOTHING
+
+    def _route(self, task: Task) -> Report:
+        return Report(routed=self._target.route(self._bound_layer(task), self._activations[item_of(task).name]))
+
+    def _experts(self, task: Task) -> Report:
+        assert isinstance(task.payload, LayerWork)
+        activation = self._activations[item_of(task).name]
+        self._target.compute_experts(task.payload.layer, activation, task.payload.experts)
+        return NOTHING
+
+    def _combine(self, task: Task) -> Report:
+        assert isinstance(task.payload, LayerWork)
+        self._experts(task)
+        self._target.combine(task.payload.layer, self._activations[item_of(task).name])
         return NOTHING
 
     def _bound_layer(self, task: Task) -> int:

@@ -112,10 +112,10 @@ class Streams:
                 continue  # its stream is closed
             request.take(outcome, span.stop_s)
             request.num_cached_tokens = sequence.num_cached_tokens
-            for text, tokens, logprobs in sequence.take_pieces():
+            for text, tokens, logprobs, drafted in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None
-                queue.put_nowait(Piece(text, tokens, reason, final, logprobs, sequence.take_prompt_logprobs()))
+                queue.put_nowait(Piece(text, tokens, reason, final, logprobs, drafted, sequence.take_prompt_logprobs()))
             if sequence.failure is not None:
                 queue.put_nowait(sequence.failure)
             if sequence.ended:

@@ -16,6 +16,7 @@ class Piece:
     finish_reason: str | None = None  # "stop" | "length"
     stats: "RequestStats | None" = None
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
+    num_drafted: int = 0  # leading characters of the text that were proposed, and accepted by the target
     prompt_logprobs: tuple[
         TokenLogprob, ...
     ] = ()  # in the first piece, if requested: of the prompt but its first token

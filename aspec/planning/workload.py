@@ -21,7 +21,13 @@ from aspec.planning.usual import shrunk, with_free_proposals
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
-from aspec.profiling.profile_cache import AcceptanceStats, decoding_profile, known_acceptance, machine_profile
+from aspec.profiling.profile_cache import (
+    AcceptanceStats,
+    decoding_profile,
+    int4_profile,
+    known_acceptance,
+    machine_profile,
+)
 from aspec.profiling.roofline import prices
 from aspec.profiling.threads import choose_threads, thread_counts
 from aspec.tasks.task import COMPUTE, CPU
@@ -66,10 +72,16 @@ def _this_machine(models: Models, threads: int) -> Hardware:
     """This machine with so many compute threads: from the cache, or measured now."""
     resolved, rate = models.resolved, models.resolved.options.link_rate
     machine = machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
-    if resolved.kind is not None or not models.target.packed:
+    packed = models.target if models.draft is None or models.target.packed else models.draft
+    if resolved.kind is not None or not packed.packed:
         return machine
     decoders = max(thread_counts(resolved.options.threads))
-    return replace(machine, cpu=replace(machine.cpu, decode_weight_s=decoding_profile(models.target, decoders)))
+    cpu = replace(
+        machine.cpu,
+        decode_weight_s=decoding_profile(models.target, decoders),
+        int4_weight_s=int4_profile(packed, threads),
+    )
+    return replace(machine, cpu=cpu)
 
 
 def best_plans(

@@ -79,7 +79,8 @@ class _TrialLayers:
             self._model.bind(replace(part, scratch_at=0), buffer, scratch)
         for part in self._used:
             for parameter in self._model.layer_modules[part.layer].parameters():
-                parameter.data.normal_(0.0, SPREAD)
+                if parameter.is_contiguous():  # the weights of packed products are in the scratch
+                    parameter.data.normal_(0.0, SPREAD)
         shapes, capacity = self._model.kv_shapes(), CONTEXT + max(PROMPT, TREE)
         kept: dict[str, Any] = {"states": self._model.state_shapes, "log_slots": TREE}
         self._has_states = any(self._model.state_shapes)

@@ -13,12 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from aspec.models.configuration.config_sizes import experts_per_token
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 from aspec.models.state.shapes import StateShape
-
-ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
-"""Configuration keys of the model families for the number of experts of a token."""
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 _OUTPUT = re.compile(r"\.(o_proj|out_proj|c_proj|dense|wo)$")
@@ -38,6 +36,9 @@ class LayerShape:
     active: int = 0  # routed experts of one token
     packed: tuple[tuple[str, int], ...] = ()  # method and number of the weights that are decoded before their use
     state: int = 0  # elements of a row's recurrent state
+    written_bytes: int = 0  # of the decoded weights where they are not in the compute dtype; 0: they are
+    project_int4: int = 0  # of the projections' weights, those that are multiplied in 4 bits
+    rest_int4: int = 0  # of the rest
 
     @property
     def dense_bytes(self) -> int:
@@ -81,7 +82,7 @@ def shape_of(model: Model) -> ModelShape:
     text = model.config.get_text_config()
     kv = next((shape for shape in model.kv_shapes() if shape is not None), (0, 0, 0))
     layers = tuple(
-        replace(layer_shape(layer, text), packed=_packed(model.packed.get(index, ())), state=_state(state))
+        _with_packed(layer_shape(layer, text), model.packed.get(index, ()), model.dtype.itemsize, _state(state))
         for index, (layer, state) in enumerate(zip(model.layer_modules, model.state_shapes, strict=True))
     )
     hidden = int(text.hidden_size)
@@ -103,12 +104,26 @@ def _state(shape: StateShape | None) -> int:
     return 0 if shape is None or shape.recurrence is None else shape.recurrence.state_bytes // 4
 
 
-def _packed(weights: Iterable[PackedWeight]) -> tuple[tuple[str, int], ...]:
-    """The weights of each method."""
+def _with_packed(layer: LayerShape, weights: Iterable[PackedWeight], itemsize: int, state: int) -> LayerShape:
+    """The layer with what is decoded of it, and what is multiplied packed; ``itemsize``: bytes of a decoded weight."""
     counts: Counter[str] = Counter()
+    multiplied: Counter[bool] = Counter()
+    nbytes = 0
     for weight in weights:
-        counts[weight.method] += math.prod(weight.shape)
-    return tuple(counts.items())
+        count = math.prod(weight.shape)
+        if weight.is_written:
+            counts[weight.method] += count
+            nbytes += itemsize * count if weight.sizes is None else weight.sizes.nbytes
+        if weight.sizes is not None:
+            multiplied[_is_projection(weight.name)] += count
+    return replace(
+        layer,
+        packed=tuple(counts.items()),
+        written_bytes=nbytes,
+        project_int4=multiplied[True],
+        rest_int4=multiplied[False],
+        state=state,
+    )
 
 
 def layer_shape(layer: nn.Module, config: PreTrainedConfig) -> LayerShape:
@@ -121,11 +136,11 @@ def layer_shape(layer: nn.Module, config: PreTrainedConfig) -> LayerShape:
     return LayerShape(
         project_bytes=_nbytes(projections.values()),
         rest_bytes=_nbytes(dense.values()) - _nbytes(projections.values()),
-        wide=sum(p.shape[0] for p in dense.values()) + _routed_width(routed, experts, _active(config)),
+        wide=sum(p.shape[0] for p in dense.values()) + _routed_width(routed, experts, experts_per_token(config)),
         products=len(dense),
         expert_bytes=_nbytes(routed.values()) // experts if experts else 0,
         experts=experts,
-        active=min(_active(config), experts) if experts else 0,
+        active=min(experts_per_token(config), experts) if experts else 0,
     )
 
 
@@ -149,11 +164,6 @@ def _routed_width(routed: Mapping[str, torch.Tensor], experts: int, active: int)
     """Outputs of the routed products for one token."""
     total = sum(p.numel() // max(1, p.shape[-1]) for p in routed.values())
     return total * active // experts if experts else 0
-
-
-def _active(config: PreTrainedConfig) -> int:
-    """Experts of one token; 1 if the configuration does not give them."""
-    return next((int(value) for key in ACTIVE_KEYS if (value := getattr(config, key, None))), 1)
 
 
 def touched_experts(experts: int, active: int, tokens: float) -> float:

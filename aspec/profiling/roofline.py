@@ -22,6 +22,7 @@ STATE_PASSES = 12  # over the fp32 state of a recurrent layer, for every token: 
 DRAW_PASSES = {False: 1, True: 12}  # over the fp32 vocabulary: largest entry; noise, sum and largest entry
 DECODE_COPIES = {"AWQ": 7, "FP8": 4, "GPTQ": 6, "MXFP4": 3, "NVFP4": 4, "bitsandbytes": 4, "compressed-tensors": 4}
 """Seconds of decoding a weight, as multiples of copying it; measured on one thread of a CPU with AVX-512."""
+INT4_BYTES = 0.5 + 4 / 64  # of a weight, with the scale and the offset of a usual group
 MOST_COPIES = 7  # of other methods: of the k-quants of GGUF
 OFFER_PASSES = {False: 8, True: 20}  # the same for the children of a node, with their probabilities
 
@@ -119,7 +120,7 @@ def _layer_cost(
     routed: list[WeightGroup] = [(layer.expert_bytes, layer.experts, layer.active)] if layer.experts else []
     products_s = device.product_s * layer.products
     project = _product_line(
-        [(layer.project_bytes, 1, 1)],
+        [(layer.project_bytes - shape.itemsize * layer.project_int4, 1, 1)],
         shape.dtype,
         device,
         overhead_s / 2 + products_s * share,
@@ -127,15 +128,17 @@ def _layer_cost(
         exact=exact,
         cached=cached,
         state=layer.state,
+        int4=layer.project_int4,
     )
     rest = _product_line(
-        [(layer.rest_bytes, 1, 1), *routed],
+        [(layer.rest_bytes - shape.itemsize * layer.rest_int4, 1, 1), *routed],
         shape.dtype,
         device,
         overhead_s / 2 + products_s * (1 - share),
         layer.wide * (1 - share),
         exact=exact,
         cached=cached,
+        int4=layer.rest_int4,
     )
     return LayerCost(project, rest, attention, _decode_byte_s(layer, shape, device))
 
@@ -150,7 +153,7 @@ def _decode_byte_s(layer: LayerShape, shape: ModelShape, device: Processor) -> f
     for method, count in layer.packed:
         usual_s = DECODE_COPIES.get(re.split(r"[ ,]", method)[0], MOST_COPIES) * copy_s * shape.itemsize
         total_s += count * device.decode_weight_s.get(method, usual_s)
-    return total_s / (weights * shape.itemsize)
+    return total_s / (layer.written_bytes or weights * shape.itemsize)
 
 
 def _product_line(
@@ -163,13 +166,17 @@ def _product_line(
     exact: bool,
     cached: bool,
     state: int = 0,
+    int4: int = 0,
 ) -> PiecewiseLinear:
-    """Seconds by tokens: fixed seconds, the products, and elementwise work per output and element of a state."""
+    """Seconds by tokens: fixed seconds, the products, and elementwise work per output and element of a state.
+
+    ``int4``: weights that are multiplied in 4 bits, beside ``weights``.
+    """
     per_element = device.passes_s(ELEMENT_PASSES, 2) if device.element_s is None else device.element_s
     points = []
     for count in ROWS:
         products_s = sum(_product_s(w, count, dtype, device, exact=exact, cached=cached) for w in weights)
-        points.append((count, fixed_s + products_s))
+        points.append((count, fixed_s + products_s + int4 * int4_seconds(device, count)))
     each_s = per_element * elements + device.passes_s(STATE_PASSES * state)
     return PiecewiseLinear(tuple(points), each_s=each_s)
 
@@ -196,6 +203,13 @@ def weight_seconds(device: Processor, dtype: str, rows: float, *, exact: bool = 
     itemsize = 4 if dtype == "float32" else 2
     multiply_s = 2 * rows / itemsize / device.flops(dtype)
     return multiply_s if cached else max(1 / device.memory_bytes_per_s, multiply_s)
+
+
+def int4_seconds(device: Processor, rows: float) -> float:
+    """Seconds per weight of 4 bits for a product of so many rows. Unknown: it is read, or multiplied in float32."""
+    if (table := device.int4_weight_s.get("bfloat16")) is not None:
+        return _interpolate(table, rows)
+    return max(INT4_BYTES / device.memory_bytes_per_s, 2 * rows / device.flops("float32"))
 
 
 def _interpolate(table: Table, rows: float) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from aspec.generation.sampler import TokenLogprob
 from aspec.generation.text.tokenizer import REPLACEMENT, Tokenizer
+from aspec.serving.call_reader import CallReader
 from aspec.serving.openai_requests import Request
 
 UNREACHABLE = -9999.0  # the logprob of an impossible token, in place of -inf
@@ -40,7 +41,7 @@ def answer_body(request: Request, choices: Sequence[Generated], label: Label, to
         "object": "chat.completion" if request.is_chat else "text_completion",
         "created": label.created,
         "model": label.model,
-        "choices": [_choice(request, index, made, tokenizer) for index, made in enumerate(choices)],
+        "choices": [_choice(request, index, made, label, tokenizer) for index, made in enumerate(choices)],
         "usage": usage_of(choices, request.num_choices),
     }
 
@@ -59,17 +60,47 @@ def usage_of(choices: Sequence[Generated], num_choices: int) -> dict[str, Any]:
     return usage
 
 
-def _choice(request: Request, index: int, made: Generated, tokenizer: Tokenizer) -> dict[str, Any]:
+def _choice(request: Request, index: int, made: Generated, label: Label, tokenizer: Tokenizer) -> dict[str, Any]:
     asked = request.sampling.get("logprobs") is not None
     form = chat_logprobs if request.is_chat else completion_logprobs
     choice: dict[str, Any] = {"index": index}
-    if request.is_chat:
+    reason = made.finish_reason
+    if request.tools is not None:
+        choice["message"], reason = _with_calls(index, made, label, tokenizer)
+    elif request.is_chat:
         choice["message"] = {"role": "assistant", "content": made.text}
     else:
         choice["text"] = made.text
     choice["logprobs"] = form(made.logprobs, tokenizer) if asked else None
-    choice["finish_reason"] = made.finish_reason
+    choice["finish_reason"] = reason
     return choice
+
+
+def _with_calls(index: int, made: Generated, label: Label, tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
+    """The message of an answer that may have called tools, and why it ended."""
+    reader = CallReader(tokenizer.tool_format())
+    found = reader.push(made.text, final=True)
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(said.text for said in found)}
+    if not reader.num_calls:
+        return message, made.finish_reason
+    calls = []
+    for number in range(reader.num_calls):
+        own = [said for said in found if said.call == number]
+        name = next(said.name for said in own if said.name is not None)
+        calls.append(call_object(label, index, number, name, "".join(said.arguments for said in own)))
+    message = {**message, "content": message["content"] or None, "tool_calls": calls}
+    return message, reason_with_calls(made.finish_reason)
+
+
+def reason_with_calls(reason: str) -> str:
+    """Why an answer ended that has called a tool."""
+    return "tool_calls" if reason == "stop" else reason
+
+
+def call_object(label: Label, index: int, number: int, name: str, arguments: str) -> dict[str, Any]:
+    """The call ``number`` of answer ``index``."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{label.id[:24]}_{index}_{number}", "type": "function", "function": function}
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:

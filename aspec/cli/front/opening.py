@@ -1,11 +1,11 @@
 """What a command does before torch is there: it finds mistakes, prints a first line, and shows what is fetched."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from aspec.cli.command_flags import PlanFlags, TraceFlags
+from aspec.cli.command_flags import PlanFlags, PrepareFlags, TraceFlags
 from aspec.cli.flags import MachineFlags, ModelFlags, SamplingFlags
 from aspec.cli.front.serve_flags import ServeFlags
 from aspec.errors import UserError
@@ -19,8 +19,11 @@ from aspec.profiling.hardware import read_machine
 REDRAW_S = 0.2  # between two states of the line on a terminal
 
 
-def find_mistakes(flags: MachineFlags) -> None:
+def find_mistakes(flags: MachineFlags | PrepareFlags) -> None:
     """Raise the UserError of a value, a path or a small file that is wrong, before the seconds of importing torch."""
+    if isinstance(flags, PrepareFlags):
+        hub.check(str(flags.target), what="target")
+        return
     if isinstance(flags, ServeFlags):
         find_server()
     options = flags.options()
@@ -46,36 +49,45 @@ def find_server() -> None:
         )
 
 
-def opening_line(flags: ModelFlags) -> str:
+def opening_line(flags: ModelFlags | PrepareFlags) -> str:
     """The first line of a command that opens models."""
+    if isinstance(flags, PrepareFlags):
+        return f"preparing {flags.target} ..."
     target = "the embedded demo pair" if flags.target is None else flags.target
     draft = f" with the draft {flags.draft}" if flags.draft not in (None, NGRAM) else ""
     return f"opening {target}{draft} ..."
 
 
 @contextmanager
-def fetching(console: Console) -> Iterator[Fetches]:
-    """Fetches whose state is shown: on a terminal in one line that disappears, elsewhere in a line now and then."""
+def status_line(console: Console) -> Iterator[Callable[[str], None]]:
+    """Shows the state of long work: on a terminal in one line that disappears, elsewhere in a line now and then."""
     live = console.stderr.is_terminal and not console.stderr.is_dumb_terminal
-    next_s, words = 0.0, Words()
+    next_s = 0.0
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(text: str) -> None:
         nonlocal next_s
         now_s = time.monotonic()
         if console.quiet or now_s < next_s:
             return
-        text = f"aspec: {words(stage, done, total)}"
         if live:
             next_s = now_s + REDRAW_S
-            console.stderr.file.write(f"\r\x1b[K{text[: console.stderr.width - 1]}")
+            console.stderr.file.write(f"\r\x1b[K{f'aspec: {text}'[: console.stderr.width - 1]}")
             console.stderr.file.flush()
         else:
             next_s = now_s + LINE_S
-            console.note(text.removeprefix("aspec: "))
+            console.note(text)
 
     try:
-        yield Fetches(show)
+        yield show
     finally:
         if live and next_s:
             console.stderr.file.write("\r\x1b[K")
             console.stderr.file.flush()
+
+
+@contextmanager
+def fetching(console: Console) -> Iterator[Fetches]:
+    """Fetches whose state is shown."""
+    words = Words()
+    with status_line(console) as show:
+        yield Fetches(lambda stage, done, total: show(words(stage, done, total)))

@@ -22,6 +22,7 @@ from aspec.units import format_bytes, format_rate
 
 CHILD = "from aspec.io.fetching.process import main; main()"
 LINE_S = 5.0  # between two lines on stderr
+VERBS = {"fetch": "fetched", "prepare": "written"}
 LONGEST_GOODBYE_S = (
     5.0  # for a stopped process to remove its half files, which takes it milliseconds on a quiet machine
 )
@@ -41,18 +42,21 @@ class Wanted:
 
 
 class Words:
-    """Puts the state of a fetch into words; mutable, because it remembers the first one, to estimate the time left."""
+    """Puts the state of a fetch, or of other work on bytes, into words.
+
+    Mutable, because it remembers the first state, to estimate the time left.
+    """
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None  # when, and the bytes that were done
 
     def __call__(self, stage: str, done: int, total: int) -> str:
         """Bytes of files, or headers of shards."""
-        if stage != "fetch":
+        if stage not in VERBS:
             return f"reading the header of shard {done + 1} of {total}"
         now_s = time.monotonic()
         begun_s, before = self._first = self._first or (now_s, done)
-        words = f"fetched {format_bytes(done)} of {format_bytes(total)}"
+        words = f"{VERBS[stage]} {format_bytes(done)} of {format_bytes(total)}"
         if done > before and now_s - begun_s > 1.0:
             rate = (done - before) / (now_s - begun_s)
             words += f", {format_rate(rate)}, {(total - done) / rate:.0f} s left"

@@ -14,6 +14,7 @@ import torch
 from aspec.io.host_info import cpu_features, host_info
 from aspec.io.json_file import read_record, replace_json
 from aspec.models.exact.flash_probe import FLASH, probe_flash
+from aspec.models.exact.int4_probe import INT4, probe_int4
 from aspec.models.exact.recipe import BLOCKS, Packing, Recipe
 from aspec.models.exact.row_probe import ProductKind, probe
 from aspec.options import cache_folder
@@ -21,6 +22,9 @@ from aspec.options import cache_folder
 VERSION = 1  # of the format, and of what a proof means
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that change which kernels run."""
+
+PROBES = {FLASH: probe_flash, INT4: probe_int4}
+"""The probes of operations that are no plain products."""
 
 _known: dict[ProductKind, Recipe] = {}
 
@@ -32,7 +36,7 @@ def recipe_for(kind: ProductKind) -> Recipe:
         file = cache_folder() / f"rows-{_machine()}.json"
         found = _recipe(read_record(file).get(kind.name))
         if found is None:
-            found = probe_flash(kind) if kind.op == FLASH else probe(kind)
+            found = PROBES.get(kind.op, probe)(kind)
             if found != BLOCKS:
                 replace_json(file, {**read_record(file), kind.name: _entry(found)})
         _known[kind] = found

@@ -20,9 +20,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from aspec.models.exact.blocks import VECTOR_ELEMENTS, Product, in_blocks, in_whole_vectors, pack
+from aspec.models.exact.int4_probe import int4_kind
 from aspec.models.exact.known_recipes import recipe_for
 from aspec.models.exact.recipe import BLOCKS, Recipe
 from aspec.models.exact.row_probe import ProductKind
+from aspec.models.formats.int4.form import Int4
+from aspec.models.formats.int4.kernel import int4_product
 from aspec.models.kv_cache import StepCache
 
 
@@ -86,22 +89,22 @@ class LayerModes:
     """
 
     def __init__(self) -> None:
-        self._bare: set[object] = set()
-        self._needs_mode: set[int] = set()
+        self._bare: set[tuple[int, str, bool]] = set()
+        self._needs_mode: set[tuple[int, str]] = set()
 
     def of(self, layer: int, step: StepCache, half: str = "") -> contextlib.AbstractContextManager[object]:
-        """The context of one layer's step; ``half``: of a layer that runs in two halves."""
+        """The context of one layer's step; ``half``: the part of a layer that does not run as a whole."""
         if not step.exact:
             return contextlib.nullcontext()
         key = layer, half, step.position_ids.shape[1] == 1
-        return ExactStep() if key in self._bare and layer not in self._needs_mode else self._learn(layer, key)
+        return ExactStep() if key in self._bare and (layer, half) not in self._needs_mode else self._learn(key)
 
     @contextlib.contextmanager
-    def _learn(self, layer: int, key: object) -> Iterator[None]:
+    def _learn(self, key: tuple[int, str, bool]) -> Iterator[None]:
         with ExactProducts() as mode:
             yield
         if mode.acted:
-            self._needs_mode.add(layer)
+            self._needs_mode.add(key[:2])
         self._bare.add(key)
 
 
@@ -111,14 +114,17 @@ class LayerModes:
 class RoutedLinear:
     """The forward of one ``nn.Linear``: exact in an exact step, torch's own in others.
 
-    ``packed``: its weight in the library's own order, with the same bits as the plain one; None: it is not packed.
+    ``packed``: its weight in the library's own order, with the same bits as the plain one, or in 4 bits; None: it is
+    not packed. ``sizes``: of a weight that is bound in 4 bits.
     """
 
-    __slots__ = ("_table", "packed")
+    __slots__ = ("_nothing", "_table", "packed", "sizes")
 
     def __init__(self, module: nn.Linear) -> None:
         self._table = module._parameters
+        self._nothing: nn.Parameter | None = None  # see ``_replace``; made once
         self.packed: PackedWeight | None = None
+        self.sizes: Int4 | None = None
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]. A torch function mode sees one call of ``multiply``."""
@@ -128,6 +134,9 @@ class RoutedLinear:
         """Prove the recipe of the weight's kind now, bound or not: a probe takes memory, later there may be less."""
         weight = self._table["weight"]
         assert weight is not None, "a linear module has a weight"
+        if self.sizes is not None:
+            recipe_for(int4_kind(self.sizes, torch.get_num_threads()))
+            return
         (out, inner), biased = weight.shape, self._table["bias"] is not None
         recipe_for(ProductKind("linear", weight.dtype, 0, out, inner, False, biased, torch.get_num_threads()))
 
@@ -143,9 +152,33 @@ class RoutedLinear:
         if packing is None or not packing.faster:
             return False
         self.packed = PackedWeight(pack(weight, bias, packing.hint), packing.recipe)
-        nothing = weight.new_full((1, 1), float("nan")).expand(weight.shape)
-        self._table["weight"] = nn.Parameter(nothing, requires_grad=False)
+        self._replace(weight)
         return True
+
+    def take(self, sizes: Int4, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Multiply by this weight in 4 bits from now on, see ``formats/int4/form.py``."""
+        table, weight = self._table, self._table["weight"]
+        assert weight is not None, "a linear module has a weight"
+
+        def product(rows: torch.Tensor) -> torch.Tensor:
+            made, bias = int4_product(rows.contiguous(), codes, scales, sizes.group), table["bias"]
+            return made if bias is None else made.add_(bias)
+
+        self.packed = PackedWeight(product, recipe_for(int4_kind(sizes, torch.get_num_threads())))
+        self._replace(weight)
+
+    def drop(self) -> None:
+        """Put the weight back on meta after ``take``."""
+        weight, self.packed = self._table["weight"], None
+        assert weight is not None, "a linear module has a weight"
+        self._table["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+
+    def _replace(self, weight: torch.Tensor) -> None:
+        """Put a tensor without memory in place of the weight."""
+        if self._nothing is None:
+            nothing = torch.full((1, 1), float("nan"), dtype=weight.dtype).expand(weight.shape)
+            self._nothing = nn.Parameter(nothing, requires_grad=False)
+        self._table["weight"] = self._nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +211,12 @@ def multiply(
         made = _multiply(flat, packed.product, packed.recipe) if exact else packed.product(flat)
         return made.view(*rows.shape[:-1], -1)
     return _linear(rows, weight, bias) if exact else functional.linear(rows, weight, bias)
+
+
+def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows [M, K] times the weight [K, N] of one expert: in an exact step with the bits of a grouped product."""
+    exact = getattr(_thread, "exact", False)
+    return _multiply(rows, _times(weight), _recipe("mm", weight)) if exact else torch.mm(rows, weight)
 
 
 # -- products ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from aspec.errors import UnsupportedModelError, shown
 from aspec.io.checkpoint import TensorRef
 from aspec.io.weight_format import REMEDY
 from aspec.models.formats.gptq import QUANTISING, check_companions, turned
+from aspec.models.formats.int4.repack import scaled_factor
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import AWQ_ROWS, AwqUnpacker, Room, Unpacker
 from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes
@@ -105,7 +106,8 @@ class Awq(Format):
         method = "AWQ, 4 bits, " + ("one group" if groups == 1 else f"groups of {size}")
         decode = AwqDecode(Sizes(rows, columns, groups, scales.dtype, BITS))
         name, refs = f"{module.name}.weight", (words, zeros, scales)
-        return PackedWeight(name, (rows, columns), scales.dtype, refs, method, decode, decode.workspace_bytes)
+        factor = scaled_factor(module.name, decode)
+        return PackedWeight(name, (rows, columns), scales.dtype, refs, method, decode, decode.workspace_bytes, factor)
 
 
 def _start(fields: Fields, name: str) -> re.Pattern[str]:

@@ -18,6 +18,7 @@ from aspec.io.weight_format import REMEDY
 from aspec.models.formats import fp8, mxfp4, nvfp4
 from aspec.models.formats.compressed_settings import Scheme, Schemes
 from aspec.models.formats.gptq import Index, check_groups
+from aspec.models.formats.int4.repack import scaled_factor
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import Room, Turn, Unpacker, num_words
 from aspec.models.formats.integers.scaled import ScaledDecode, Shared, Sizes
@@ -216,7 +217,11 @@ def _made(
     decode: ScaledDecode,
 ) -> PackedWeight:
     method = f"compressed-tensors, {scheme.text}"
-    return PackedWeight(f"{module.name}.weight", shape, dtype, tuple(refs), method, decode, decode.workspace_bytes)
+    words = isinstance(decode, PackedDecode) and not scheme.reordered
+    factor = scaled_factor(module.name, decode) if words else None
+    return PackedWeight(
+        f"{module.name}.weight", shape, dtype, tuple(refs), method, decode, decode.workspace_bytes, factor
+    )
 
 
 class PackedDecode(ScaledDecode):

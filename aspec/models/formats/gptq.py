@@ -13,6 +13,7 @@ import torch
 
 from aspec.errors import CheckpointError, shown
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
+from aspec.models.formats.int4.repack import scaled_factor
 from aspec.models.formats.integers.fields import FLOATS, Fields, Module, modules_with
 from aspec.models.formats.integers.packed_ints import ColumnUnpacker, Room, Unpacker, num_words
 from aspec.models.formats.integers.scaled import Grid, ScaledDecode, Shared, Sizes, on_host, split
@@ -191,7 +192,10 @@ class Gptq(Format):
         method = f"GPTQ, {layout.bits} bits, " + ("one group" if groups == 1 else f"groups of {size}")
         decode = GptqDecode(module.name, sizes, self._version)
         name = f"{module.name}.weight"
-        return PackedWeight(name, (rows, columns), scales.dtype, tuple(refs), method, decode, decode.workspace_bytes)
+        factor = None if layout.reordered else scaled_factor(module.name, decode)
+        return PackedWeight(
+            name, (rows, columns), scales.dtype, tuple(refs), method, decode, decode.workspace_bytes, factor
+        )
 
 
 def _pattern(key: str) -> str:

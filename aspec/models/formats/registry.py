@@ -11,6 +11,7 @@ from aspec.io.json_file import read_json
 from aspec.io.weight_format import REMEDY, quantisation
 from aspec.models.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, nvfp4
 from aspec.models.formats.gguf.folder import open_stored
+from aspec.models.formats.int4 import prepared
 from aspec.models.formats.packed import Format, StoredWeight
 
 KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json, old and new
@@ -22,6 +23,7 @@ Reader = Callable[[Mapping[str, object], str], Format]
 
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
+        prepared.METHOD: prepared.read,
         "awq": awq.read,
         "bitsandbytes": bitsandbytes.read,
         "compressed-tensors": compressed_tensors.read,

@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 
 from aspec.io.checkpoint import TensorRef
+from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.packed import PackedWeight, StoredWeight
 from aspec.models.weights.merge import LowRank
-from aspec.models.weights.parts import PAGE, REST, Binding, Conversion, Part, Segment, Source, layer_of
+from aspec.models.weights.parts import PAGE, REST, Binding, Conversion, Factor, Part, Segment, Source, layer_of
 from aspec.models.weights.tensor_map import Entry, TensorMap
 
 MAX_GAP = (
@@ -42,7 +43,7 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: 
     for layer in sorted(by_layer):
         scratch_at = 0
         for group in _groups(by_layer[layer], max_part_bytes if layer != REST else None):
-            part = _lay_out(group, tensors, gap, alignment)
+            part = lay_out(group, tensors, gap, alignment)
             parts.append(replace(part, index=len(parts), layer=layer, scratch_at=scratch_at))
             scratch_at += part.scratch_bytes
     return tuple(parts)
@@ -112,9 +113,22 @@ class _Builder:
             if skew % ref.dtype.itemsize == 0:
                 skews[skew] += ref.nbytes
         base = _page_up(self.size) + max(skews, key=lambda skew: (skews[skew], -skew), default=0)
-        self.segments += [Segment(ref.file, ref.offset, ref.nbytes, base + within) for ref, within in places]
+        for ref, within in places:
+            self._extend(Segment(ref.file, ref.offset, ref.nbytes, base + within))
         self.size = base + sum(ref.nbytes for ref, _ in places)
         return base
+
+    def _extend(self, segment: Segment) -> None:
+        """Add a segment; where it continues the last one, in the file and in the buffer, both are one."""
+        last = self.segments[-1] if self.segments else None
+        if last is not None and (last.file, last.offset + last.nbytes, last.at + last.nbytes) == (
+            segment.file,
+            segment.offset,
+            segment.at,
+        ):
+            self.segments[-1] = replace(last, nbytes=last.nbytes + segment.nbytes)
+        else:
+            self.segments.append(segment)
 
     def reserve(self, nbytes: int) -> int:
         """Reserve ``nbytes`` of scratch; returns their first byte."""
@@ -138,8 +152,11 @@ def _runs(refs: Iterable[TensorRef], gap: int) -> Iterator[list[TensorRef]]:
         yield run
 
 
-def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
-    """Segments, bindings and conversions of one part; the caller sets its index, layer and scratch_at."""
+def lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
+    """Segments, bindings and conversions of one part; the caller sets its index, layer and scratch_at.
+
+    Stored tensors in one file with at most ``gap`` bytes between them are read at once.
+    """
     builder = _Builder(gap)
     fused = {entry.name: places for entry in entries if (places := _fused_places(entry)) is not None}
     bases = {name: builder.fuse(places) for name, places in fused.items()}
@@ -150,8 +167,12 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
     conversions: list[Conversion] = []
     found = [_stored(entry, bases.get(entry.name), plain) for entry in entries]
     shift = _shift([stored for stored in found if stored is not None], alignment)
-    packed = any(isinstance(own, PackedWeight) for entry in entries for own, _ in entry.sources)
+    factors = [_factor(entry, entry.sizes, plain, builder) for entry in entries if entry.sizes is not None]
+    stays = any(factor.write is None for factor in factors)
+    packed = not stays and any(isinstance(own, PackedWeight) for entry in entries for own, _ in entry.sources)
     for entry, stored in zip(entries, found, strict=True):
+        if entry.sizes is not None:
+            continue
         own = {name: _placed(update, plain) for name, update in entry.updates.items()}
         aligned = stored is not None and (stored.at + shift) % alignment == 0
         shared = bool(own) and uses[entry.sources[0][0]] > 1  # another parameter needs the bytes as they are stored
@@ -176,7 +197,24 @@ def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: 
         workspace=workspace if workspace.nbytes else None,
         shift=shift,
         updates=tuple(updates),
+        factors=tuple(factors),
     )
+
+
+def _factor(entry: Entry, sizes: Int4, plain: Mapping[TensorRef, int], builder: _Builder) -> Factor:
+    """A weight that products take packed: where it was read, or in scratch that is reserved."""
+    ((own, _),) = entry.sources
+    assert isinstance(own, PackedWeight), "a weight with sizes is packed"
+    assert own.factor is not None, "a weight with sizes can be a factor"
+    stored = tuple(Binding(ref.name, ref.dtype, ref.shape, plain[ref]) for ref in own.refs)
+    if own.factor.write is None:
+        codes, scales = stored
+        return Factor(entry.name, sizes, codes, scales)
+    codes = Binding(entry.name, torch.uint8, sizes.codes, 0)
+    scales = Binding(entry.name, torch.bfloat16, sizes.scales, 0)
+    builder.workspace = max(builder.workspace, own.factor.workspace_bytes)
+    codes, scales = (replace(made, at=builder.reserve(made.nbytes)) for made in (codes, scales))
+    return Factor(entry.name, sizes, codes, scales, stored, own.factor.write)
 
 
 def _placed(update: LowRank[TensorRef], plain: Mapping[TensorRef, int]) -> LowRank[Binding]:
@@ -221,7 +259,7 @@ def _conversion(
         targets += _with_aliases(replace(made, at=builder.reserve(made.nbytes)), tensors.aliases)
     if stored is not None:
         return Conversion(entry.name, (Source(entry.name, None, (stored,)),), tuple(targets), None)
-    order = _fused_order(entry) if all(isinstance(own, PackedWeight) for own, _ in entry.sources) else None
+    order = fused_order(entry) if all(isinstance(own, PackedWeight) for own, _ in entry.sources) else None
     sources: list[Source] = []
     within = targets[0].at  # the next piece of the target
     for own, pattern in order or entry.sources:
@@ -243,7 +281,7 @@ def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
     stored = [own for own, _ in entry.sources]
     if entry.converter is None or any(isinstance(own, PackedWeight) for own in stored):
         return None
-    order = _fused_order(entry) if len({own.dtype for own in stored}) == 1 else None
+    order = fused_order(entry) if len({own.dtype for own in stored}) == 1 else None
     if order is None:
         return None
     places, at = [], 0
@@ -254,7 +292,7 @@ def _fused_places(entry: Entry) -> list[tuple[TensorRef, int]] | None:
     return places
 
 
-def _fused_order(entry: Entry) -> Sequence[tuple[StoredWeight, str | None]] | None:
+def fused_order(entry: Entry) -> Sequence[tuple[StoredWeight, str | None]] | None:
     """The sources in the order in which they follow one another in the only output; None if they do not."""
     if entry.converter is None:
         return entry.sources

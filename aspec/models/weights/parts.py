@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from aspec.models.formats.int4.form import Int4, WriteInt4
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.hf_compat import WeightConverter
 from aspec.models.weights.merge import LowRank, temporary_bytes
@@ -69,6 +70,21 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
+class Factor:
+    """The weight of the linear module of ``target``, which products take packed: see ``formats/int4/form.py``.
+
+    ``codes`` and ``scales`` are in the buffer as they were read, or in the part's scratch if ``write`` makes them.
+    """
+
+    target: str
+    sizes: Int4
+    codes: Binding
+    scales: Binding
+    stored: tuple[Binding, ...] = ()  # in the buffer, for ``write``
+    write: WriteInt4 | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A unit of weights that is loaded at once, and its bindings in the model.
 
@@ -88,6 +104,7 @@ class Part:
     workspace: Binding | None = None  # in the scratch; for decoding, one weight after another
     shift: int = 0  # bytes before the part in a device's buffer, so that its tensors are aligned
     updates: tuple[tuple[Binding, LowRank[Binding]], ...] = ()  # merged into bindings, in the buffer
+    factors: tuple[Factor, ...] = ()  # weights that products take packed
 
     def targets(self) -> tuple[Binding, ...]:
         """All bindings of the part; ``at`` counts in the buffer, or in the scratch for converted tensors."""
@@ -105,12 +122,13 @@ class Part:
         """Bytes of the parameters, in the dtypes that the model computes in."""
         stored = {binding.at: binding.nbytes for binding in self.bindings}
         made = {target.at: target.nbytes for conversion in self.conversions for target in conversion.targets}
-        return sum(stored.values()) + sum(made.values())
+        factors = sum(factor.sizes.nbytes for factor in self.factors)
+        return sum(stored.values()) + sum(made.values()) + factors
 
     @property
     def passes_through(self) -> bool:
         """Whether nothing reads its buffer once it is bound: all its parameters are in its scratch."""
-        return not self.bindings
+        return not self.bindings and all(factor.write is not None for factor in self.factors)
 
     @property
     def resident_bytes(self) -> int:

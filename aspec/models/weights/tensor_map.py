@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from aspec.errors import CheckpointError
 from aspec.io.checkpoint import FETCH_AGAIN, TensorRef
 from aspec.io.weight_format import quantised_tensors
+from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.packed import PackedWeight, StoredWeight
 from aspec.models.formats.settings import is_of_activations
 from aspec.models.hf_compat import (
@@ -60,6 +61,12 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(ref.nbytes for ref in self.refs)
+
+    @property
+    def sizes(self) -> Int4 | None:
+        """Of a weight that products take packed."""
+        own = self.sources[0][0]
+        return own.sizes if isinstance(own, PackedWeight) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from aspec.serving.http.errors import HttpError, as_http
 from aspec.serving.http.guard import Guard
 from aspec.serving.http.limits import Left, Receive
 from aspec.serving.http.metrics import CONTENT_TYPE, exposition
+from aspec.serving.http.page.files import page_routes
+from aspec.serving.http.page.live import Live
 from aspec.serving.http.responses import Responses, StoredResponses
 from aspec.serving.http.service import Service, State
 from aspec.serving.http.writing import Send, send_whole
@@ -39,6 +41,8 @@ def make_app(service: Service, guard: Guard, warn: Log, log: Log | None = None) 
         Route("/v1/models/{name:path}", _models(service)),
         Route("/health", _health(service)),
         Route("/metrics", _metrics(service)),
+        Route("/live", Live(service)),
+        *page_routes(),
     ]
     return Counted(Router(routes), service, guard, warn, log)
 

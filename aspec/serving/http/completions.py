@@ -5,7 +5,7 @@ from typing import Any
 
 from aspec.generation.stats import Piece
 from aspec.serving.http.forms.chunks import Chunks
-from aspec.serving.http.forms.delivery import delivery_of, parse_requests
+from aspec.serving.http.forms.delivery import Delivery, delivery_of, parse_requests
 from aspec.serving.http.forms.echo import Echo
 from aspec.serving.http.job import Job, generate, or_error, prepare
 from aspec.serving.http.limits import Receive, read_object
@@ -32,7 +32,7 @@ class Completions:
             writer = EventWriter(send) if delivery.stream else WholeWriter(send)
             if isinstance(writer, EventWriter):
                 await writer.begin()
-                work = _stream(job, writer, echoes, include_usage=delivery.include_usage)
+                work = _stream(job, writer, echoes, delivery)
             else:
                 work = _answer(job, writer, echoes)
             await unless_left(receive, or_error(service, writer, work))
@@ -53,9 +53,11 @@ async def _answer(job: Job, writer: WholeWriter, echoes: Sequence[Echo]) -> None
     await writer.answer(body)
 
 
-async def _stream(job: Job, writer: EventWriter, echoes: Sequence[Echo], *, include_usage: bool) -> None:
+async def _stream(job: Job, writer: EventWriter, echoes: Sequence[Echo], delivery: Delivery) -> None:
     """Generate all answers and send each piece as it comes."""
-    chunks = Chunks(job.request, job.label, job.engine.tokenizer, include_usage, echoes)
+    chunks = Chunks(
+        job.request, job.label, job.engine.tokenizer, delivery.include_usage, delivery.include_drafted, echoes
+    )
 
     async def tell(index: int, piece: Piece) -> None:
         for chunk in chunks.of_piece(index, piece):
@@ -65,7 +67,7 @@ async def _stream(job: Job, writer: EventWriter, echoes: Sequence[Echo], *, incl
         for chunk in chunks.first(index):
             await writer.event(chunk)
     generated = [one.generated() for one in await generate(job, writer, tell)]
-    if include_usage:
+    if delivery.include_usage:
         await writer.event(chunks.usage(usage_of(generated, job.request.num_choices)))
     await writer.done()
     await writer.end()

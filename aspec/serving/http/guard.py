@@ -6,10 +6,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aspec.serving.http.errors import HttpError
+from aspec.serving.http.page.files import PATHS as PAGE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 HEAD_BYTES = 1 << 15  # of all fields; the parser limits only what arrives in parts
-OPEN = frozenset({"/health", "/"})  # paths that tell nothing and need no key
+OPEN = frozenset({"/health", *PAGE})  # paths that tell nothing and need no key
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from aspec.engine.engine import Engine
 from aspec.generation.params import SamplingParams
+from aspec.io.loop.settling import in_thread
 from aspec.observe.monitor import Monitor
-from aspec.serving.dispatch import check_room
+from aspec.serving.dispatch import check_room, params_of
 from aspec.serving.http.choices import Wanted
 from aspec.serving.http.errors import RETRY_S, HttpError
 from aspec.serving.http.limits import Limits
@@ -178,7 +180,8 @@ class Service:
 
     async def wanted(self, engine: Engine, request: Request, seed: int) -> Wanted:
         """A request's tokens and sampling. Raises PromptError if it cannot be served."""
-        params = request.params(self.defaults[request.is_chat], seed)
+        defaults = self.defaults[request.is_chat]
+        params = await in_thread(partial(params_of, engine.tokenizer, request, defaults, seed))
         prompt = list(request.prompt) if not isinstance(request.prompt, str) else request.prompt
         said = self.turns.said(request.prompt) if request.is_chat else ()
         tokens = await engine.encode(prompt, said, request.template)

@@ -8,7 +8,12 @@ from aspec.serving.openai_requests import Request, parse_request
 from aspec.serving.refusals import RequestError
 from aspec.serving.request_fields import COMPLETION, as_json
 
-OPTIONS = ("include_usage", "include_obfuscation")  # of a stream; padding against eavesdroppers is never added
+OPTIONS = (
+    "include_usage",
+    "include_drafted",  # aspec's own
+    "include_obfuscation",  # padding against eavesdroppers is never added
+)
+"""The options of a stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +22,7 @@ class Delivery:
 
     stream: bool = False
     include_usage: bool = False  # at the end of a stream
+    include_drafted: bool = False  # with every text of a stream
     echo: bool = False  # the prompt is part of a completion's text
 
 
@@ -40,7 +46,7 @@ def delivery_of(body: Mapping[str, Any], url: str) -> tuple[Delivery, dict[str, 
             raise RequestError(f"stream_options.{as_json(name)} is not supported: remove it", "stream_options")
         if value is not None and not isinstance(value, bool):
             raise RequestError(f"stream_options.{name} must be true or false; found {as_json(value)}", "stream_options")
-    return Delivery(True, bool(options.get("include_usage")), bool(echo)), rest
+    return Delivery(True, bool(options.get("include_usage")), bool(options.get("include_drafted")), bool(echo)), rest
 
 
 def parse_requests(url: str, body: Mapping[str, Any], most: int) -> list[Request]:

@@ -1,0 +1,1 @@
+"""How are weights of 4 bits multiplied without decoding them?"""

@@ -1,0 +1,1 @@
+"""How is a checkpoint written anew, so that it streams better?"""

@@ -1,0 +1,227 @@
+"""Products on packed weights of 4 bits: the form that torch takes, from every format, the same bits for all rows."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import aspec
+from aspec.errors import CheckpointError, InternalError, UnsupportedModelError
+from aspec.models.exact import int4_probe
+from aspec.models.exact.int4_probe import int4_kind, probe_int4
+from aspec.models.formats.int4 import kernel
+from aspec.models.formats.int4.form import Int4, Int4Decode, in_blocks, pack_codes
+from aspec.models.formats.int4.kernel import int4_product, proved_block
+from aspec.models.formats.registry import read_format
+from aspec.models.kv_cache import KVCache
+from aspec.models.model import Model
+from aspec.profiling.decode_profiler import measure_decoding, measure_int4, measured_weights
+from aspec.profiling.hardware import Hardware, Processor
+from aspec.profiling.model_shape import shape_of
+from aspec.profiling.roofline import model_cost
+from tests import packed_words, tiny
+from tests.quantised import allocations, decode, store, stored
+from tests.quantised_models import build
+from tests.quantised_pairs import Quantised
+from tests.test_exact import Engine, _recipes, _threads, check  # noqa: F401 - fixtures
+
+needs_product = pytest.mark.skipif(proved_block() is None, reason="torch's int4 product needs AVX2")
+STEPS = [(*case, threads) for case in (("prepared", None), ("gptq 4 bits v2", True)) for threads in (1, 2)]
+BLOCK = 64  # of weights made here, whatever the processor
+PROOF = "import torch; from aspec.models.formats.int4.kernel import proved_block; print(proved_block())"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return Quantised.builder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Builds a llama in a format, and the plain one with the weights that it decodes to."""
+    source = tiny.build(tmp_path_factory.mktemp("source") / "llama", "llama", shards=1)
+    return functools.cache(lambda method: build(tmp_path_factory.mktemp("made"), source, method))
+
+
+def repack(weight, tensors):
+    """A weight in the form of products, decoded to fp32."""
+    factor = weight.factor
+    sizes = factor.sizes(weight.shape, BLOCK)
+    codes, scales = torch.empty(sizes.codes, dtype=torch.uint8), torch.empty(sizes.scales, dtype=torch.bfloat16)
+    workspace, own = torch.empty(factor.workspace_bytes, dtype=torch.uint8), stored(weight, tensors)
+    factor.write(own, BLOCK, codes, scales, workspace)
+    assert max(allocations(lambda: factor.write(own, BLOCK, codes, scales, workspace)), default=0) <= 64
+    made, how = torch.empty(weight.shape), Int4Decode(sizes)
+    how((codes, scales), made, torch.empty(how.workspace_bytes, dtype=torch.uint8))
+    return made
+
+
+WORDS = {
+    "gptq": lambda: packed_words.gptq(4, 192, 1024, 64),
+    "gptq bf16": lambda: packed_words.gptq(4, 64, 96, 32, torch.bfloat16),
+    "awq": lambda: packed_words.awq(192, 1024, 128),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_a_repacked_weight_is_the_decoded_one_but_for_its_rounded_scales(tmp_path, case):
+    tensors = WORDS[case]()
+    size = {"gptq": 64, "gptq bf16": 32, "awq": 128}[case]
+    settings = {"quant_method": case.split()[0], "bits": 4, "group_size": size}
+    (weight,) = read_format({"quantization_config": settings}, "config.json").weights(store(tmp_path, tensors))
+    exact, found = decode(weight, tensors, torch.float32), repack(weight, tensors)
+    most = exact.view(weight.shape[0], -1, size).abs().amax(-1).clamp_min(1e-6)
+    apart = (found - exact).view(weight.shape[0], -1, size).abs().amax(-1) / most
+    assert apart.nan_to_num().max() < 16 * 2**-8
+
+
+def test_blocks_of_gguf_are_repacked_in_the_order_of_transformers(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf-py is not installed")
+    from tests.gguf_models import tiny_model, write_model
+
+    for kind, name in ((gguf.GGMLQuantizationType.Q4_0, "0"), (gguf.GGMLQuantizationType.Q4_1, "1")):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = write_model(folder / "m.gguf", "llama", tiny_model("llama", hidden_size=128), kind)
+        from aspec.models.formats.gguf.folder import folder_of
+
+        model = Model(folder_of(path), dtype=torch.bfloat16)
+        for weight in model.packed[0]:
+            own = [torch.from_file(ref.file, size=ref.offset + ref.nbytes, dtype=torch.uint8) for ref in weight.refs]
+            tensors = {
+                ref.name: file[ref.offset :].clone().view(ref.dtype).view(ref.shape)
+                for ref, file in zip(weight.refs, own, strict=True)
+            }
+            if weight.factor is not None and weight.factor.sizes(weight.shape, BLOCK):
+                exact, found = decode(weight, tensors, torch.float32), repack(weight, tensors)
+                assert (found - exact).abs().max() <= 2**-7 * exact.abs().max(), weight.name
+
+
+@pytest.mark.parametrize(("capability", "block"), [("avx512", "64"), ("avx2", "32"), ("default", "None")])
+@pytest.mark.slow
+def test_the_block_is_that_of_the_instruction_set(capability, block):
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(aspec.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", PROOF], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == block or proved_block() != BLOCK
+
+
+@needs_product
+def test_a_product_that_disagrees_is_not_used(monkeypatch):
+    honest = kernel.int4_product
+
+    def other_rows(rows, *rest):
+        made = honest(rows, *rest)
+        return made if rows.shape[0] > 1 else torch.nextafter(made, made + 1)
+
+    for lie in (other_rows, lambda rows, *rest: honest(rows, *rest) * 1.1):
+        monkeypatch.setattr(kernel, "int4_product", lie)
+        assert proved_block.__wrapped__() is None
+
+
+@needs_product
+def test_every_number_of_rows_has_the_same_bits_and_a_kernel_that_lies_is_seen(monkeypatch):
+    kind = int4_kind(Int4(512, 256, 32, proved_block()), torch.get_num_threads())
+    assert probe_int4(kind).lowest == 1
+    lies = lambda rows, *rest: int4_product(rows, *rest) + (rows.shape[0] < 3)  # noqa: E731
+    monkeypatch.setattr(int4_probe, "int4_product", lies)
+    assert probe_int4(kind).lowest == 3
+
+
+@needs_product
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "asked", "threads"), STEPS)
+def test_steps_equal_decoding(pair, method, asked, threads):
+    torch.set_num_threads(threads)
+    engine = Engine(pair("llama", method).target, torch.bfloat16, packed_products=asked)
+    packed = [linear for linear in engine.model._linears if linear.sizes is not None]
+    assert len(packed) == 4 * 3, "q, o and down of every layer; others have no whole blocks"
+    assert all(linear.packed for linear in packed)
+    check(engine, range(1))
+
+
+@needs_product
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [("prepared", "auto"), ("gptq 4 bits v2", "packed")])
+def test_tokens_depend_on_no_draft_and_no_plan(pair, case):
+    method, products = case
+    pair("llama", method).check_exact("bfloat16", products=products)
+
+
+@needs_product
+def test_streamed_parts_are_multiplied_where_they_were_read_and_are_unbound(made):
+    folder, plain = made("prepared")
+    logits, tokens = [], torch.arange(3, 12)[None]
+    for path, asked in ((folder, None), (folder, False), (plain, None)):
+        model = Model(path, dtype=torch.bfloat16, packed_products=asked)
+        streamed = tiny.Streamed(model)
+        assert any(part.factors for part in streamed.parts) == (path == folder and asked is None)
+        for count in (9, 1, 2, 5):
+            step = KVCache(model.kv_shapes(), 1, 64, model.dtype, exact=True).step([0], [0], [count])
+            (found,) = streamed.run((tokens[:, :count], step))
+            logits += [found[0].float()] if count == 9 else []
+            assert torch.equal(found[0].float(), logits[-1][:count])
+        with pytest.raises(InternalError, match="not bound"):
+            model.layer(0, model.embed(tokens[:, :5], step))
+    packed, decoded, expected = logits
+    assert torch.equal(decoded, expected)
+    assert 0 < (packed - expected).norm() < 0.02 * expected.norm()
+
+
+@needs_product
+def test_packed_products_are_priced_by_rows_and_repacking_by_its_bytes(made):
+    """A part that is multiplied where it was read decodes nothing; a repacked one is written in fewer bytes."""
+    shapes = {}
+    for method, asked in (("prepared", None), ("prepared", False), ("gptq 4 bits v2", True), ("gptq 4 bits v2", None)):
+        model = Model(made(method)[0], dtype=torch.bfloat16, packed_products=asked)
+        shapes[method, asked] = shape_of(model)
+        assert all(0 < measure_decoding(own, torch.bfloat16) < 1 for own in measured_weights(model).values())
+    prepared, decoded = shapes["prepared", None].layers[0], shapes["prepared", False].layers[0]
+    repacked, gptq = shapes["gptq 4 bits v2", True].layers[0], shapes["gptq 4 bits v2", None].layers[0]
+    assert (prepared.project_int4, prepared.rest_int4) == (64 * 64, 64 * 64 + 64 * 96)
+    assert prepared.packed == ()
+    assert sum(count for _, count in decoded.packed) == prepared.project_int4 + prepared.rest_int4
+    assert 0 < repacked.written_bytes < gptq.written_bytes
+    table = measure_int4(Int4(128, 64, 32, proved_block()), 1)
+    assert [rows for rows, _ in table] == [1, 4, 16, 64]
+    machine = Processor(memory_bytes_per_s=2e10, int4_weight_s={"bfloat16": ((1, 1e-10), (64, 64e-10))})
+    packed, plain = (
+        model_cost(shapes["prepared", asked], Hardware(cpu=machine)).layers[0].project for asked in (None, False)
+    )
+    saved = 2 * prepared.project_int4 / 2e10
+    for rows in (1, 64):
+        assert packed.at(rows) == pytest.approx(plain.at(rows) - saved + prepared.project_int4 * rows * 1e-10, rel=0.05)
+
+
+def test_what_cannot_be_packed_is_refused_in_a_paragraph(made, tmp_path):
+    _, source = made("prepared")
+    for how in (dict(dtype=torch.bfloat16), dict(dtype=torch.float32)):
+        with pytest.raises(UnsupportedModelError, match=r"found none\. Run with --products decoded") as error:
+            Model(source, packed_products=True, **how)
+        assert "\n" not in str(error.value)
+    settings = {"quant_method": "aspec", "bits": 4, "group_size": 32, "block": 64}
+    refs = store(tmp_path, {"m.int4_codes": torch.zeros(64, 16, dtype=torch.uint8)})
+    with pytest.raises(CheckpointError, match="expected a tensor int4_scales beside int4_codes"):
+        read_format({"quantization_config": settings}, "config.json").weights(refs)
+    for key, value in (("group_size", 48), ("block", 16), ("bits", 3), ("other", 1)):
+        with pytest.raises(UnsupportedModelError, match=key):
+            read_format({"quantization_config": {**settings, key: value}}, "config.json")
+
+
+def test_codes_are_packed_and_unpacked():
+    sizes = Int4(128, 96, 32, 32)
+    numbers = torch.randint(16, (128, 96), dtype=torch.uint8)
+    codes, made = torch.empty(sizes.codes, dtype=torch.uint8), torch.empty(128, 96)
+    pack_codes(numbers.clone(), 32, in_blocks(codes, 32))
+    scales = torch.tensor([1.0, 8.0]).expand(sizes.scales).bfloat16()
+    how = Int4Decode(sizes)
+    how((codes, scales), made, torch.empty(how.workspace_bytes, dtype=torch.uint8))
+    assert torch.equal(made, numbers.float())

@@ -26,7 +26,7 @@ from aspec.generation.sampler import TokenLogprob, derive_seed
 from aspec.generation.stats import Piece, RequestStats
 from aspec.generation.text.prompts import Prompt, PromptLike, as_prompt, as_prompts, conversation, is_chat, templated
 from aspec.io.loop.loop_thread import LoopThread
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.options import engine_options, suggestion
 from aspec.plan import Plan
 from aspec.planning.resolve import resolve

@@ -15,6 +15,7 @@ from aspec.units import parse_bytes, parse_rate
 SPECULATION = ("auto", "chain", "tree", "off")
 ATTENTION = ("auto", "device", "cpu")
 PRODUCTS = ("auto", "packed", "decoded")
+EXPERTS = ("auto", "on-demand", "whole")
 DEVICES = ("auto", "cpu", "cuda")
 NGRAM = "ngram"  # the name of the draft that needs no model
 SELF_DRAFT = "self:4bit"  # the name of the draft that is made from the target
@@ -52,6 +53,7 @@ class EngineOptions:
     draft_depth: int | None = None  # tokens of a tree's longest path
     draft_ahead: bool = True  # trees grow for the next round while the target verifies them
     attention: str = "auto"  # auto, device, or cpu: in parallel with the other layer work, on two halves of the rows
+    experts: str = "auto"  # auto, on-demand: read when a router has chosen them, or whole: with their layer
     exact: bool | None = None  # the same bits for every draft, batch and plan; None: on where this was proved
     products: str = "auto"  # with 4-bit weights of the target: packed, decoded; auto: packed if stored for it
     shared_noise: bool = True  # the draft ranks with the noise of the target's draws; False: by probability alone
@@ -172,7 +174,13 @@ LEAST = {
     "prefill_tokens": 1,
     "threads": 1,
 }
-CHOICES = {"speculation": SPECULATION, "attention": ATTENTION, "products": PRODUCTS, "device": DEVICES}
+CHOICES = {
+    "speculation": SPECULATION,
+    "attention": ATTENTION,
+    "experts": EXPERTS,
+    "products": PRODUCTS,
+    "device": DEVICES,
+}
 CONVERTED: dict[str, Callable[[str, object], object]] = {
     "target": _model,
     "draft": _model,

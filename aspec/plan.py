@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from aspec.errors import InternalError, UserError
+from aspec.expert_plan import ExpertPlan
 from aspec.threads import Threads
 from aspec.units import format_bytes
 
@@ -104,6 +105,7 @@ class PlanRequest:
     spare_slots: int = field(default=SPARE_SLOTS, compare=False)  # beyond one layer's parts; the plan has the count
     scratch_buffers: int = SCRATCH_BUFFERS  # most of them; fewer where they do not fit
     keep_packed: bool = False  # resident parts stay as they are stored, where that is possible
+    on_demand: bool = False  # experts are read when a router has chosen them; otherwise with their layer
     host_bytes: int | None = field(default=None, compare=False)  # host budget; None: the device is the host
 
     @property
@@ -151,6 +153,7 @@ class Plan:
     arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held on the device, by label
     host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held in host memory, by label
     exact_price: float | None = None  # share by which exact passes take longer; None: nobody compared
+    experts: ExpertPlan | None = None  # read on demand; None: every layer's experts are in its parts
 
     def __post_init__(self) -> None:
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)
@@ -160,6 +163,8 @@ class Plan:
             raise InternalError(f"{self.num_rows} rows cannot form {self.num_groups} groups")
         if self.micro_batches < 1:
             raise InternalError(f"micro_batches must be at least 1, found {self.micro_batches}")
+        if self.experts is not None and self.attention_resource != "compute":
+            raise InternalError("a layer with experts on demand cannot attend apart from its other work")
         if len(self.crossing) not in (0, self.num_layers):
             raise InternalError(f"crossing bytes are given for {len(self.crossing)} of {self.num_layers} layers")
         if any(part.size > self.slot_bytes for part in self.streamed):
@@ -356,6 +361,7 @@ class Plan:
             "slots": self.num_slots,
             "slot_bytes": self.slot_bytes,
             "streamed_bytes": self.streamed_bytes,
+            "experts": None if self.experts is None else self.experts.as_dict(),
             "bytes_by_tier": {str(tier): sum(part.nbytes for part in self.parts if part.tier is tier) for tier in Tier},
             "budget_bytes": self.budget_bytes,
             "device_bytes": dict(self.arithmetic),

@@ -398,6 +398,7 @@ METHODS: Mapping[str, Callable[[], Method]] = {
     "gptq head": lambda: with_ends(gptq(4, 32), "lm_head", lm_head=True),
     "gptq mixed": gptq_mixed,
     "prepared": prepared,
+    "prepared embedding": lambda: with_ends(prepared(), "embed_tokens"),
     "awq": lambda: awq(32),
     "awq one group": lambda: awq(-1),
     "awq left out": lambda: keeping(awq(32), "mlp.down_proj", modules_to_not_convert=["mlp.down_proj"]),

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 
+from aspec.expert_plan import ExpertPlan, ExpertShape
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier
 from aspec.planning.sim_backend import HOST_RESOURCES, SimBackend, SimCosts
 from aspec.tasks.executor import Executor
@@ -28,6 +29,14 @@ def make_plan(
     )
     defaults = dict(num_rows=3, capacity=512, max_draft_tokens=8, fixed_draft_tokens=4, prefill_tokens=64)
     return plan_of(parts, num_layers, num_slots, nbytes, **{**defaults, **changes})
+
+
+def with_experts(plan, cached=2, passing=2, num_experts=8, top_k=2, dense=(), nbytes=1_000_000):
+    """The plan with experts on demand in all layers but the ``dense`` ones."""
+    numbers = tuple(0 if layer in dense else num_experts for layer in range(plan.num_layers))
+    shape = ExpertShape(numbers, top_k, tuple(nbytes * bool(number) for number in numbers), nbytes)
+    slots = tuple(min(cached, number) for number in numbers)
+    return replace(plan, experts=ExpertPlan(shape, slots, passing))
 
 
 def plan_of(parts, num_layers, num_slots, slot_bytes, **fields):
@@ -56,6 +65,10 @@ class Checked:
     def idle(self):
         return self.scheduler.idle
 
+    @property
+    def waits_for(self):
+        return self.scheduler.waits_for
+
     def handle(self, events):
         tasks = self.scheduler.handle(events)
         self.scheduler.validate()
@@ -65,7 +78,8 @@ class Checked:
 
 async def simulate(plan, arrivals=((0, 20, 16),), backend=None, profile=None, resources=HOST_RESOURCES):
     """Serve arrivals, the fields of ``RequestAdded``, to the end; returns (spans, scheduler, backend)."""
-    backend = backend or SimBackend(profile or SimCosts(), resources)
+    experts = None if plan.experts is None else plan.experts.shape
+    backend = backend or SimBackend(profile or SimCosts(), resources, experts=experts)
     scheduler = Scheduler(plan)
     spans = []
     executor = Executor(Checked(scheduler), backend, [spans.append])

@@ -32,6 +32,7 @@ from aspec.tasks.task import (
     DISK,
     H2D,
     NOTHING,
+    LayerWork,
     Load,
     Report,
     RequestAdded,
@@ -41,7 +42,7 @@ from aspec.tasks.task import (
     WorkItem,
 )
 from tests.fake_device import FakeDevice
-from tests.simulate import Checked, asking, make_plan
+from tests.simulate import Checked, asking, make_plan, with_experts
 
 KINDS = ("sim-host", "sim-device", "cpu", "cuda")
 HAS_COPY = ("sim-device", "cuda")
@@ -49,7 +50,15 @@ NUM_PARTS, PART_BYTES, SLOT_BYTES = 8, 40_000, 11 * PAGE
 ARRIVALS = ((0, 20, 9), (1, 100, 7), (2, 5, 6))
 CROSSING = (Op.SEND, Op.RETURN)
 SPLIT = (Op.PROJECT, Op.ATTEND, Op.FFN, *CROSSING)
-FAULTS = [(kind, op) for kind in KINDS for op in Op if op not in (Op.COPY, *CROSSING) or kind in HAS_COPY]
+ON_DEMAND = (Op.ROUTE, Op.LOAD_EXPERT, Op.EXPERTS, Op.COMBINE)
+HAS_EXPERTS = ("sim-host", "cpu")
+NUM_EXPERTS, EXPERT_BYTES = 6, 5000
+FAULTS = [
+    (kind, op)
+    for kind in KINDS
+    for op in Op
+    if (op not in (Op.COPY, *CROSSING) or kind in HAS_COPY) and (op not in ON_DEMAND or kind in HAS_EXPERTS)
+]
 
 
 def make_parts(folder, broken=None):
@@ -68,6 +77,27 @@ def make_parts(folder, broken=None):
     return parts, expected
 
 
+class Experts:
+    """Experts at odd offsets of the file of the parts; ``broken`` is the number of a read that lies beyond its end."""
+
+    def __init__(self, folder, broken=None):
+        self.file, self.broken, self.num_reads = folder / "weights", broken, 0
+        self.content = self.file.read_bytes()
+
+    def part(self, layer, expert):
+        self.num_reads += 1
+        offset = self.offset(layer, expert) + (1 << 30) * (self.num_reads == self.broken)
+        segment = Segment(str(self.file), offset, EXPERT_BYTES, offset % PAGE)
+        return Part(0, layer, (segment,), (), (), EXPERT_BYTES, SLOT_BYTES, 0, 0)
+
+    def offset(self, layer, expert):
+        return (layer * NUM_EXPERTS + expert) * (EXPERT_BYTES + 40) + 8
+
+    def holds(self, slot, layer, expert):
+        offset = self.offset(layer, expert)
+        return bytes(slot[offset % PAGE :][:EXPERT_BYTES].tolist()) == self.content[offset:][:EXPERT_BYTES]
+
+
 class CheckingRunner:
     """Checks what tasks read, notes what they write. ``launch`` runs steps: at once, or on the current stream."""
 
@@ -79,6 +109,7 @@ class CheckingRunner:
         self.counts = {}
         self.started, self.ended = set(), set()  # task ids
         self.num_slot_checks = 0
+        self.experts, self.expert_slots = None, ()
 
     def run(self, task):
         self.started.add(task.id)
@@ -88,7 +119,10 @@ class CheckingRunner:
         steps = (lambda: self.check(task), lambda: self.end(task))
         if task.resource != CPU:
             self.launch(*steps)
-            return NOTHING
+            chosen = (
+                sorted({(task.number + start) % NUM_EXPERTS for start in (*task.item.starts, 1)}) if task.item else ()
+            )
+            return Report(routed=tuple((expert, 1) for expert in chosen)) if task.op is Op.ROUTE else NOTHING
         for step in steps:
             step()
         if task.op is not Op.ACCEPT:
@@ -100,13 +134,17 @@ class CheckingRunner:
     def check(self, task):
         for access in task.reads:
             found = self.contents.get(access.buffer, "")
-            if not access.buffer.startswith("slot:") and found != access.content:
+            if not access.buffer.startswith(("slot:", "expert:")) and found != access.content:
                 self.wrong.append(f"{task.label} ({task.id}): {access.buffer} holds {found!r}, not {access.content!r}")
         for part, slot in task.slots:
             self.num_slot_checks += 1
             at, content = self.expected[part]
             if not torch.equal(self.slots[slot][at : at + PART_BYTES], content):
                 self.wrong.append(f"{task.label} ({task.id}): slot {slot} does not hold part {part}")
+        for expert, slot in task.payload.experts if isinstance(task.payload, LayerWork) else ():
+            self.num_slot_checks += 1
+            if not self.experts.holds(self.expert_slots[slot], task.layer, expert):
+                self.wrong.append(f"{task.label} ({task.id}): expert slot {slot} does not hold expert {expert}")
 
     def end(self, task):
         time.sleep(self.pause_s)
@@ -132,7 +170,9 @@ class Watched:
     def resolved(self, task, future):
         self.ended.append((task, future))
         if future.exception() is None:
-            unfinished = self.runner and task.op not in (Op.READ, Op.COPY) and task.id not in self.runner.ended
+            unfinished = (
+                self.runner and task.op not in (Op.READ, Op.LOAD_EXPERT, Op.COPY) and task.id not in self.runner.ended
+            )
             if unfinished or future.result().stop_s > self.now() + 1e-9:
                 self.early.append(task.label)
 
@@ -140,8 +180,8 @@ class Watched:
 class Rig:
     """A backend with everything around it; made inside a running loop."""
 
-    def __init__(self, kind, folder, fail=None, device=None, wrap=StreamBackend, split=False):
-        self.kind = kind
+    def __init__(self, kind, folder, fail=None, device=None, wrap=StreamBackend, split=False, routed=False):
+        self.kind, self.folder = kind, folder
         self.device = self.disk = self.runner = None
         self.memory = []
         resident = (0, 5)
@@ -154,12 +194,15 @@ class Rig:
         self.plan = replace(self.plan, parts=tuple(parts))
         if split or (fail and fail[0] in SPLIT):
             self.plan = asking(self.plan, attention_resource=CPU, micro_batches=2)
+        if routed or (fail and fail[0] in ON_DEMAND):
+            self.plan = with_experts(self.plan, 1, 3, NUM_EXPERTS, dense=(2,), nbytes=EXPERT_BYTES)
         if kind in HAS_COPY:
             parts = tuple(replace(p, tier=Tier.HOST) if p.index in (2, 7) else p for p in self.plan.parts)
             self.plan = replace(self.plan, parts=parts, num_staging=2, draft_resource="draft")
         if kind.startswith("sim"):
             resources = DEVICE_RESOURCES if kind == "sim-device" else HOST_RESOURCES
-            self.watched = Watched(SimBackend(SimCosts(), resources, fail), None)
+            experts = self.plan.experts.shape if self.plan.experts else None
+            self.watched = Watched(SimBackend(SimCosts(), resources, fail, experts=experts), None)
             return
         self.parts, self.expected = make_parts(folder, broken=3 if fail and fail[0] is Op.READ else None)
         self.disk = DiskLane(asyncio.get_running_loop(), num_threads=2)
@@ -171,7 +214,15 @@ class Rig:
         slots = [torch.frombuffer(memory.view, dtype=torch.uint8) for memory in self.memory]
         self.runner = CheckingRunner(slots, self.expected, lambda *steps: [step() for step in steps], fail, 2e-4)
         views = [memory.view for memory in self.memory]
-        return CpuBackend(self.runner, self.parts, views, self.disk, num_decoders=2)
+        if self.plan.experts is None:
+            return CpuBackend(self.runner, self.parts, views, self.disk, num_decoders=2)
+        experts = Experts(self.folder, fail[1] if fail and fail[0] is Op.LOAD_EXPERT else None)
+        slots = [allocate(SLOT_BYTES) for _ in range(self.plan.experts.num_slots)]
+        self.memory += slots
+        self.runner.experts = experts
+        self.runner.expert_slots = [torch.frombuffer(memory.view, dtype=torch.uint8) for memory in slots]
+        on_demand = {"experts": experts, "expert_slots": [memory.view for memory in slots]}
+        return CpuBackend(self.runner, self.parts, views, self.disk, num_decoders=2, **on_demand)
 
     def cuda(self, fail, device, wrap):
         self.device = device
@@ -242,7 +293,7 @@ def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, split, 
 
     rig, spans = run(kind, main)
     assert find_races(spans, tolerance_s=1e-6) == []
-    absent = {Op.LAYER} if split else set(SPLIT)
+    absent = {Op.LAYER, *ON_DEMAND} if split else {*SPLIT, *ON_DEMAND}
     absent |= set() if kind in HAS_COPY else {Op.COPY, *CROSSING}
     assert {span.task.op for span in spans} == set(Op) - absent
     assert not rig.watched.early
@@ -256,6 +307,24 @@ def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, split, 
             assert [task_id for task_id, _ in ended] == issued
             stops = [completion.stop_s for _, completion in ended]
             assert stops == sorted(stops)
+
+
+@pytest.mark.parametrize("kind", HAS_EXPERTS)
+def test_experts_on_demand_are_in_their_slots_when_they_are_computed(kind, run, tmp_path):
+    async def main():
+        rig = Rig(kind, tmp_path, routed=True)
+        try:
+            return rig, await rig.serve()
+        finally:
+            await rig.close()
+
+    rig, spans = run(kind, main)
+    assert find_races(spans, tolerance_s=1e-6) == []
+    assert {span.task.op for span in spans} >= {*ON_DEMAND, Op.LAYER}
+    assert not rig.watched.early
+    if rig.runner is not None:
+        assert rig.runner.wrong == []
+        assert rig.runner.num_slot_checks > 2 * NUM_EXPERTS
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -349,11 +349,11 @@ def test_all_rows_are_checked_before_any_is_served(pair, tmp_path):
 def test_a_file_without_a_row_that_can_be_served_is_refused(pair, tmp_path):
     rows = make_rows(3)
     for row in rows:
-        row["body"]["response_format"] = {"type": "json_object"}
+        row["body"]["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}}
     write(tmp_path / "in.jsonl", rows)
     told = refused(pair, tmp_path)
     assert "3 rows of 3 cannot be served, so no row was served. Correct the file and run again:\n  line 1: " in told
-    assert "response_format is not supported: the answer's form cannot be enforced" in told
+    assert "the JSON schema cannot be used" in told
 
 
 @pytest.mark.parametrize("context", [256, None])

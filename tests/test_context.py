@@ -13,7 +13,7 @@ from aspec.cli.main import app
 from aspec.engine.engine import open_engine
 from aspec.errors import PromptError
 from aspec.generation.params import SamplingParams
-from aspec.models.context import context_limit
+from aspec.models.configuration.context import context_limit
 from aspec.models.model import Model
 from aspec.options import EngineOptions
 from aspec.plan import Speculation

@@ -11,8 +11,8 @@ from aspec.plan import PlannedPart, Tier
 from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES
 from aspec.profiling.cost_tables import SimCosts
 from aspec.tasks.graph import Graph
+from aspec.tasks.layers.weights import Numbering, WeightStream
 from aspec.tasks.op import Op
-from aspec.tasks.passes import Numbering, WeightStream
 from aspec.tasks.races import find_races
 from aspec.tasks.task import DECODE, DISK
 from tests.simulate import make_plan, plan_of, simulate

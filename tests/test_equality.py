@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import itertools
+import types
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ class Pair:
     """A tiny target, a noisy copy as its draft, and what transformers generates."""
 
     device_memory = 24 << 20
+    options = types.MappingProxyType({})
 
     def __init__(self, folder, family, cached=True):
         self.folder, self.family, self.cached = folder, family, cached
@@ -119,6 +121,7 @@ class Pair:
                 device_memory=self.device_memory,
                 resident_memory=self.resident_memory(resident),
                 threads=1,
+                **self.options,
             ) as engine:
                 self.plan = engine.plan
                 return await asyncio.gather(*(one(engine, prompt) for prompt in self.prompts[:batch]))

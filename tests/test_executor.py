@@ -13,12 +13,13 @@ from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
 from aspec.tasks.scheduler import Scheduler
 from aspec.tasks.task import CPU, RequestAdded, Shutdown
-from tests.simulate import make_plan, simulate, trace_hash
+from tests.simulate import make_plan, simulate, trace_hash, with_experts
 
 ARRIVALS = [(0, 20, 24), (1, 100, 12), (2, 5, 9), (3, 3, 3), (4, 170, 2), (5, 9, 14), (6, 30, 7)]
 
 
 SPLIT = (Op.PROJECT, Op.SEND, Op.ATTEND, Op.RETURN, Op.FFN)
+ON_DEMAND = (Op.ROUTE, Op.LOAD_EXPERT, Op.EXPERTS, Op.COMBINE)
 ON_DEVICES = (Op.COPY, Op.SEND, Op.RETURN)
 
 
@@ -28,7 +29,9 @@ def test_a_fault_at_any_task_is_one_error_and_leaves_nothing(virtual, op, nth):
     resources = DEVICE_RESOURCES if op in ON_DEVICES else HOST_RESOURCES
     split = {"attention_resource": CPU, "micro_batches": 2} if op in SPLIT else {}
     plan = make_plan(num_staging=2 if op in ON_DEVICES else 0, decoded=1000 if op is Op.DECODE else 0, **split)
-    backend = SimBackend(SimCosts(), resources, fail=(op, nth))
+    plan = with_experts(plan) if op in ON_DEMAND else plan
+    experts = plan.experts.shape if plan.experts else None
+    backend = SimBackend(SimCosts(), resources, fail=(op, nth), experts=experts)
 
     async def main():
         with pytest.raises(OSError, match="injected fault") as caught:
@@ -86,6 +89,7 @@ class _Stuck:
 
     done = False
     idle = False
+    waits_for = ""
 
     def handle(self, events):
         return []

@@ -13,6 +13,7 @@ from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
 from aspec.options import DEMO
 from tools import expand
+from tools.routers import expert_shares, residual_writers, write_text
 
 PROMPT = torch.tensor([[3, 17, 40, 8, 91, 22]])
 LARGER = ["--hidden", "128", "--intermediate", "150", "--layers", "7", "--heads", "8", "--kv-heads", "4"]
@@ -103,6 +104,35 @@ def test_experts_have_the_names_that_mixtral_was_published_with(source, tmp_path
         assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in set(ours.keys()))
 
 
+@pytest.mark.parametrize("routing", ["uniform", "zipf:1.0"])
+@torch.inference_mode()
+def test_experts_are_chosen_as_often_as_the_routing_says(source, tmp_path, routing):
+    arguments = [*LARGER, "--intermediate", "48", "--experts", "16", "--top-k", "4", "--routing", routing]
+    expand.main([str(source), str(tmp_path / "large"), *arguments])
+    model = load(tmp_path / "large")
+    text = write_text(load(source), torch.Generator().manual_seed(5))
+    for scores in model(text, output_router_logits=True).router_logits:
+        chosen = torch.bincount(scores.topk(4).indices.flatten(), minlength=16) / text.numel()
+        expected = expert_shares(routing, 16, 4)
+        assert (chosen.sort(descending=True).values - expected).abs().mean() < 0.05
+
+
+def test_shares_follow_zipf_up_to_every_token():
+    assert expert_shares("uniform", 8, 2).tolist() == [0.25] * 8
+    shares = expert_shares("zipf:1", 4, 2)
+    assert shares.tolist() == pytest.approx([0.96, 0.48, 0.32, 0.24])
+    steep = expert_shares("zipf:2", 4, 2)
+    assert steep[0] == 1.0
+    assert steep[1] / steep[2] == pytest.approx(9 / 4)
+    assert steep.sum() == pytest.approx(2.0)
+
+
+def test_routers_see_what_wrote_last():
+    split_and_idle = [(0, True, False), (0, False, True), (1, True, True), (1, False, False)]
+    assert residual_writers(split_and_idle) == [(0, "attention"), (0, "attention"), (1, "attention"), (1, "mlp")]
+    assert residual_writers([(0, False, False)]) == [(0, "embedding")]
+
+
 async def test_aspec_streams_experts_to_the_tokens_of_the_demo_target(tmp_path):
     expand.main([str(DEMO / "target"), str(tmp_path / "large"), "--experts", "4", "--layers", "10"])
     models = {"draft": DEMO / "draft", "dtype": "float32", "speculation": "chain", "num_draft_tokens": 8}
@@ -171,9 +201,9 @@ def test_chosen_shape_has_the_asked_size(nbytes):
 
 @pytest.mark.parametrize("nbytes", [200e6, 500e6, 2e9, 8e9, 140e9])
 def test_chosen_shape_of_experts_has_the_asked_size(nbytes):
-    source = expand.Shape(256, 704, 8, 8, 4, 32, 4096, experts=8)
+    source = expand.Shape(256, 704, 8, 8, 4, 32, 4096, experts=8, top_k=2)
     shape = expand.choose_shape(source, int(nbytes / 2))
-    expand.check_shape(replace(source, experts=0), shape)
+    expand.check_shape(replace(source, experts=0, top_k=0), shape)
     assert shape.num_params() * 2 == pytest.approx(nbytes, rel=0.03)
     assert 20 < shape.hidden / shape.layers < 100
 
@@ -182,7 +212,7 @@ def test_written_experts_have_the_asked_size(source, tmp_path):
     expand.main([str(source), str(tmp_path / "large"), "--size", "1MB", "--experts", "4"])
     config = json.loads((tmp_path / "large" / "config.json").read_text())
     shape = expand.Shape.of_config(config)
-    assert shape == replace(shape, experts=4)
+    assert shape == replace(shape, experts=4, top_k=2)
     written = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
     assert written == pytest.approx(2 * shape.num_params(), rel=0.03)
     assert written == pytest.approx(1e6, rel=0.1)
@@ -196,8 +226,10 @@ def test_refuses_what_it_cannot_expand(source, tmp_path):
         expand.main([str(source), str(tmp_path / "large"), "--hidden", "80"])
     with pytest.raises(ValueError, match="layers must not shrink"):
         expand.main([str(source), str(tmp_path / "large"), "--layers", "2"])
-    with pytest.raises(ValueError, match="experts must be 0 or at least 2"):
+    with pytest.raises(ValueError, match="experts must be 0 or at least the 2 of a token"):
         expand.main([str(source), str(tmp_path / "large"), "--experts", "1"])
+    with pytest.raises(ValueError, match="routing is uniform or zipf:EXPONENT, asked for zipf"):
+        expand.main([str(source), str(tmp_path / "large"), "--experts", "16", "--routing", "zipf"])
     with pytest.raises(ValueError, match="whole 16s"):
         expand.main([str(source), str(tmp_path / "large"), *LARGER, "--experts", "4"])
     with pytest.raises(ValueError, match="not empty"):

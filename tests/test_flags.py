@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from aspec.cli import command_flags
+from aspec.cli.front.serve_flags import ServeFlags
 from aspec.cli.main import app
 
 RECORDS = {
@@ -16,6 +17,7 @@ RECORDS = {
     "bench": command_flags.BenchFlags,
     "chat": command_flags.ChatFlags,
     "batch": command_flags.BatchFlags,
+    "serve": ServeFlags,
     "profile": command_flags.ProfileFlags,
     "plan": command_flags.PlanFlags,
 }
@@ -35,6 +37,7 @@ TAKEN = {
     | ENGINE
     | ROWS
     | {"--input", "--output", "--overwrite", "--ignore-eos", "--quiet", "--no-dashboard"},
+    "serve": DRAWS | ENGINE | ROWS | {"--host", "--port", "--api-key", "--no-auth", "--max-queue", "--quiet"},
     "profile": {"--refresh", "--output", "--json", "--quiet"},
     "plan": ENGINE
     | ROWS

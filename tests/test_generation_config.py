@@ -17,7 +17,7 @@ from aspec.generation.penalties import Context, TokenCounts
 from aspec.generation.processors import Processors
 from aspec.generation.sampler import Sampler, draw_rows, gumbel
 from aspec.generation.text.tokenizer import Tokenizer
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from tests import tiny
 
 PROMPTS = [[7, 8, 9, 7, 8], [40], list(range(30, 60))]

@@ -24,6 +24,7 @@ from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.model_shape import shape_of
 from aspec.profiling.roofline import model_cost
 from tests import packed_words, tiny
+from tests.gguf_files import builds_tokenizers
 from tests.quantised import allocations, decode, store, stored
 from tests.quantised_models import build
 from tests.quantised_pairs import Quantised
@@ -48,8 +49,12 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Builds a llama in a format, and the plain one with the weights that it decodes to."""
-    source = tiny.build(tmp_path_factory.mktemp("source") / "llama", "llama", shards=1)
-    return functools.cache(lambda method: build(tmp_path_factory.mktemp("made"), source, method))
+    source = functools.cache(lambda name: tiny.build(tmp_path_factory.mktemp("source") / name, name, shards=1))
+
+    def build_case(method, name="llama"):
+        return build(tmp_path_factory.mktemp("made"), source(name), method)
+
+    return functools.cache(build_case)
 
 
 def repack(weight, tensors):
@@ -84,6 +89,7 @@ def test_a_repacked_weight_is_the_decoded_one_but_for_its_rounded_scales(tmp_pat
     assert apart.nan_to_num().max() < 16 * 2**-8
 
 
+@builds_tokenizers
 def test_blocks_of_gguf_are_repacked_in_the_order_of_transformers(tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf-py is not installed")
     from tests.gguf_models import tiny_model, write_model
@@ -154,6 +160,19 @@ def test_steps_equal_decoding(pair, method, asked, threads):
 def test_tokens_depend_on_no_draft_and_no_plan(pair, case):
     method, products = case
     pair("llama", method).check_exact("bfloat16", products=products)
+
+
+@needs_product
+def test_a_tied_head_is_multiplied_packed_beside_the_decoded_embedding(made):
+    folder, plain = made("prepared embedding", "llama_tied")
+    model, tokens = Model(folder, dtype=torch.bfloat16), torch.arange(3, 12)[None]
+    assert shape_of(model).head_int4 == 256 * 64
+    logits = []
+    for own in (model, Model(plain, dtype=torch.bfloat16)):
+        step = KVCache(own.kv_shapes(), 1, 64, own.dtype).step([0], [0], [9])
+        logits += tiny.Streamed(own).run((tokens, step))
+    packed, expected = logits
+    assert 0 < (packed - expected).norm() < 0.02 * expected.norm()
 
 
 @needs_product

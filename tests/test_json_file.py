@@ -10,7 +10,7 @@ import pytest
 from aspec.errors import CheckpointError, PromptError, UserError
 from aspec.io.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from aspec.io.json_file import DuplicateMember, NotJson, parse_json, read_json
-from aspec.models.generation_defaults import end_ids, generation_defaults
+from aspec.models.configuration.generation_defaults import end_ids, generation_defaults
 from aspec.models.skeleton import load_config
 from aspec.observe.chrome_trace import read_trace
 from aspec.profiling.hardware import read_machine

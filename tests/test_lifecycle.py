@@ -21,6 +21,7 @@ from aspec.engine.engine import open_engine
 from aspec.engine.model_runner import ModelRunner
 from aspec.errors import ClosedError, DeviceError, InternalError, NumericError, PromptError, ReadError, UserError
 from aspec.generation.params import SamplingParams
+from aspec.generation.stats import RequestStats
 from aspec.generation.text.time_limit import TimeLimit, TimeLimitError
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io import disk
@@ -617,18 +618,18 @@ async def test_streams_that_begin_together_share_the_first_pass_in_the_order_of_
     opened = streams.Streams(make_plan(num_rows=3), _Nobody(), _Nobody(), posted.append, reuse=True)
 
     def sequence(number):
-        return SimpleNamespace(id=number, num_prompt=4, max_new_tokens=2, tokens=[1, 2, 3, 4])
+        return SimpleNamespace(id=number, num_prompt=4, max_new_tokens=2, tokens=[1, 2, 3, 4], scored=False)
 
     with opened.encoding():
         with opened.encoding():
-            opened.open(sequence(2), 0.0)
+            opened.open(sequence(2), RequestStats())
             assert posted == [], "two others are about to begin"
-        opened.open(sequence(1), 0.0)
+        opened.open(sequence(1), RequestStats())
         assert posted == []
-    opened.open(sequence(0), 0.0)
+    opened.open(sequence(0), RequestStats())
     assert [event.sequence for event in posted] == [1, 2, 0], "nobody waits once nobody comes"
     with opened.encoding():
-        opened.open(sequence(3), 0.0)
+        opened.open(sequence(3), RequestStats())
         opened.close(0)
     assert posted[-1].sequence == 3, "where rows are at work nobody is waited for"
 
@@ -637,8 +638,9 @@ async def test_a_prompt_that_takes_long_to_become_tokens_holds_nobody_up(monkeyp
     monkeypatch.setattr(streams, "GATHER_S", 0.0)
     posted = []
     opened = streams.Streams(make_plan(), _Nobody(), _Nobody(), posted.append, reuse=True)
+    one = SimpleNamespace(id=0, num_prompt=4, max_new_tokens=2, tokens=[1, 2], scored=False)
     with opened.encoding():
-        opened.open(SimpleNamespace(id=0, num_prompt=4, max_new_tokens=2, tokens=[1, 2]), 0.0)
+        opened.open(one, RequestStats())
         while not posted:
             await asyncio.sleep(0)
 

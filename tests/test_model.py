@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from aspec.errors import CheckpointError, InternalError, UnsupportedModelError, UserError
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights import layout

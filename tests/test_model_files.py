@@ -26,7 +26,7 @@ from aspec.generation.text import vocabulary_files
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.checkpoint import SINGLE, Checkpoint, read_header
 from aspec.io.json_file import read_json
-from aspec.models.config_sizes import MAX_TABLE_BYTES
+from aspec.models.configuration.config_sizes import MAX_TABLE_BYTES
 from aspec.models.model import Model
 from aspec.models.skeleton import load_config
 from aspec.observe.chrome_trace import read_trace

@@ -1,5 +1,6 @@
 """Plans of quantised checkpoints from their configurations alone: the tensors that would be stored, and their bytes."""
 
+import asyncio
 import json
 import shutil
 import threading
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import aspec  # before torch
 from aspec.errors import CheckpointError
 from aspec.models.formats.packed import Kind, PackedWeight, PlainWeight
 from aspec.models.formats.registry import format_of, read_format, stored_weights
@@ -26,6 +28,7 @@ from aspec.profiling.hardware import Hardware, Processor
 from aspec.profiling.model_shape import LayerShape, ModelShape
 from aspec.profiling.roofline import DECODE_COPIES, model_cost
 from tests import tiny
+from tests.quantised_models import build
 from tests.simulate import plan_of
 from tests.test_explain import MACHINE, as_object, plan
 
@@ -346,6 +349,39 @@ def test_decoding_is_measured_once_by_method_and_remembered(plain, tmp_path, mon
     monkeypatch.setattr(profile_cache, "measure_decoding", lambda *_: 7.0)
     assert profile_cache.decoding_profile(model, cache=tmp_path / "cache") == found
     assert set(profile_cache.decoding_profile(model, refresh=True, cache=tmp_path / "cache").values()) == {7.0}
+
+
+def test_a_kept_price_that_a_whole_run_contradicts_is_measured_anew(plain, tmp_path, monkeypatch):
+    model = Model(quantised(plain["llama"], tmp_path / "a", SETTINGS["gptq"]), outlined=True)
+    monkeypatch.setattr(profile_cache, "measure_decoding", lambda *_: 2e-9)
+    for times, stays in ((1.4, True), (0.7, True), (1.6, False), (0.6, False)):
+        profile_cache.decoding_profile(model, cache=tmp_path)
+        made = dict.fromkeys((0, 1), (4 * 10**9 * model.dtype.itemsize, 8.0 * times))
+        profile_cache.doubt_decoding(model, 1, {0: (4000 * model.dtype.itemsize, 8.0 * times * 1e-6)}, cache=tmp_path)
+        assert list(tmp_path.glob("decode-*.json")), "a short run says little"
+        profile_cache.doubt_decoding(model, 2, made, cache=tmp_path)
+        assert list(tmp_path.glob("decode-*.json")), "another number of threads has another price"
+        profile_cache.doubt_decoding(model, 1, made, cache=tmp_path)
+        assert bool(list(tmp_path.glob("decode-*.json"))) == stays
+
+
+def test_a_run_of_an_engine_corrects_a_price(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_cache, "LEAST_DOUBT_S", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = build(tmp_path, plain["llama"], "gptq 4 bits")[0]
+
+    async def run():
+        options = dict(speculation="off", threads=1, resident_memory=0, max_context=64)
+        async with aspec.open_engine(target=folder, **options) as engine:
+            async for _ in engine.stream([3, 4, 5], aspec.SamplingParams(max_new_tokens=2)):
+                pass
+
+    for price, stays in ((1.0, False), (1e-7, True)):
+        monkeypatch.setattr(profile_cache, "measure_decoding", lambda *_, price=price: price)
+        monkeypatch.setattr(profile_cache, "MOST_DOUBT", 1e5)  # of a shared machine
+        profile_cache.decoding_profile(Model(folder), 1)
+        asyncio.run(run())
+        assert bool(list(tmp_path.glob("cache/aspec/decode-*.json"))) == stays
 
 
 def test_decoding_is_measured_with_as_many_threads_at_work_as_a_run_has():

@@ -92,7 +92,7 @@ BAD = [
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": "Why?"}, "messages"),
     (CHAT, {"messages": ["Why?"]}, r"messages\[0\]"),
-    (CHAT, {"messages": [*ASK, {"role": "tool", "content": ""}]}, r"messages\[1\].role"),
+    (CHAT, {"messages": [*ASK, {"role": "robot", "content": ""}]}, r"messages\[1\].role"),
     (CHAT, {"messages": [{"role": "user"}]}, r"messages\[0\].content"),
     (CHAT, {"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}, r"messages\[0\].tool_calls"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"content\[0\] is .* type image_url"),
@@ -102,8 +102,6 @@ BAD = [
     (CHAT, {"logprobs": 3}, "logprobs"),
     (CHAT, {"top_logprobs": 3}, "needs logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools is not supported: calls of tools"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice is not supported"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities is not supported"),
     (CHAT, {"add_generation_prompt": False}, "add_generation_prompt is not supported"),
     (CHAT, {"continue_final_message": True}, "continue_final_message is not supported"),
@@ -132,13 +130,20 @@ BAD = [
         {"stream": True},
         {"stream": 0},
         {"echo": True},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"structured_outputs": {"xml": "x"}},
         {"min_tokens": -3},
         {"logit_bias": {"a": 1}},
         {"bad_words": [""]},
         {"use_beam_search": True},
         {"skip_special_tokens": False},
-        {"guided_json": {}},
+        {"guided_json": [3]},
+        {"guided_regex": 3},
+        {"guided_choice": ["a", ""]},
+        {"guided_grammar": 3, "guided_json": {}},
+        {"guided_json": {}, "response_format": {"type": "json_object"}},
+        {"guided_whitespace_pattern": " "},
         {"foo": 1},
         {"max_new_tokens": 5},
         {"max_tokens": -1},
@@ -230,7 +235,7 @@ def test_all_problems_of_a_request_are_told_at_once():
     with pytest.raises(RequestError) as error:
         parse(CHAT, tools=[{}], max_token=5, temperature="hot", max_tokens=-1, messages=[{"role": "x"}], foo=1)
     words = (
-        "tools is",
+        "tools[0] must",
         "did you mean max_tokens?",
         "temperature must",
         "max_tokens must",
@@ -239,7 +244,7 @@ def test_all_problems_of_a_request_are_told_at_once():
     )
     for word in words:
         assert word in str(error.value)
-    assert (error.value.param, error.value.code) == ("tools", "unsupported_value")
+    assert (error.value.param, error.value.code) == ("max_token", "unknown_parameter")
 
 
 @pytest.mark.parametrize("body", [{"x" * 5_000_000: 1}, {f"x{i}": 1 for i in range(60_000)}, {"a\x1b[2Jb\u202e": 1}])

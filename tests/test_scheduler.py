@@ -7,8 +7,8 @@ import pytest
 
 from aspec.plan import Speculation, Tier
 from aspec.planning.sim_backend import DEVICE_RESOURCES, HOST_RESOURCES, SimCosts
+from aspec.tasks.layers.weights import DRAFT_AHEAD, VERIFY
 from aspec.tasks.op import Op
-from aspec.tasks.passes import DRAFT_AHEAD, VERIFY
 from aspec.tasks.races import find_races
 from aspec.tasks.rows import Row, prefill_items
 from aspec.tasks.scheduler import Scheduler

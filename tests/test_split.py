@@ -24,22 +24,13 @@ from aspec.observe.timeline import merge, shared
 from aspec.plan import Speculation
 from aspec.planning.sim_backend import SimCosts
 from aspec.tasks.cost_model import CostModel
+from aspec.tasks.layers.buffers import attention_buffer, rows_kv_buffer
+from aspec.tasks.layers.weights import Numbering, WeightStream
 from aspec.tasks.op import Op
-from aspec.tasks.passes import Numbering, WeightStream, emit_pass
+from aspec.tasks.passes import Emission
 from aspec.tasks.races import find_races
 from aspec.tasks.rows import micro_batches
-from aspec.tasks.task import (
-    CPU,
-    NOTHING,
-    Access,
-    LayerWork,
-    RowOutcome,
-    Span,
-    Task,
-    WorkItem,
-    attention_buffer,
-    rows_kv_buffer,
-)
+from aspec.tasks.task import CPU, NOTHING, Access, LayerWork, RowOutcome, Span, Task, WorkItem
 from tests import tiny
 from tests.compat import KINDS, in_both, marked
 from tests.simulate import make_plan, simulate
@@ -367,7 +358,7 @@ def emitted(items, **changes):
     plan, next_id = split_plan(num_layers=2, **changes), Numbering()
     stream = WeightStream(plan, next_id)
     stream.fill()
-    tasks = emit_pass(0, items, stream, next_id, plan, lambda _: ())
+    tasks = Emission(0, items, stream, None, next_id, plan, lambda _: ()).advance()
     return [(task.op, task.item.index) for task in tasks if task.layer == 0 and task.item], tasks
 
 

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "aspec"
 
 ORDER = (
     ("errors",),
-    ("units", "threads"),
+    ("units", "threads", "expert_plan"),
     ("plan",),
     ("options",),
     ("io",),
@@ -29,17 +29,20 @@ ORDER = (
 """Folders and modules of the top, ground first: each imports only what lies on a floor below it."""
 
 FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
-WORDS = ("errors", "units", "threads", "plan", "tasks.op", "tasks.task")
+WORDS = ("errors", "units", "threads", "expert_plan", "plan", "tasks.op", "tasks.task")
 POLICY = (
     *(f"tasks.{name}" for name in ("graph", "passes", "scheduler", "group", "rows", "draft_sizing", "cost_model")),
+    *("tasks.experts.cache", "tasks.experts.stream"),
+    *("tasks.layers.buffers", "tasks.layers.weights", "tasks.layers.split"),
     *("tasks.races", "speculation.tree", "speculation.ngram_index", "speculation.calibration"),
     *("profiling.hardware", "profiling.cost_tables", "planning.placement", "planning.search"),
 )
 TORCH_FREE = ("tasks", "observe", "serving")  # folders
 THREADS = ("io", "backends", "observe.ticker", "cli.front.stuck_main")  # that hold threads
 ASK_FOR_THREADS = (
-    "models.model",
     "models.exact.products",
+    "models.experts.pause",
+    "models.frame",
     "planning.virtual_time",
 )  # that only ask which thread they are on
 MOST_FILES = 14

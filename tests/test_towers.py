@@ -79,6 +79,7 @@ def test_text_equals_transformers_and_no_byte_of_a_tower_is_read_or_held(folder,
     stored = {key: tensor.nbytes for key, tensor in load_file(folder(name) / "model.safetensors").items()}
     towers = sum(nbytes for key, nbytes in stored.items() if is_of_a_tower(key))
     assert model.unread_bytes == towers > 0
+    assert model.remarks == (), "which is no surprise"
     assert sum(part.nbytes for part in streamed.parts) == sum(stored.values()) - towers
     assert not [target.target for part in streamed.parts for target in part.targets() if is_of_a_tower(target.target)]
     held = [own for key, own in model._frame.named_parameters() if is_of_a_tower(key)]
@@ -115,6 +116,7 @@ def test_a_whole_that_cannot_run_on_text_runs_as_its_class_of_text(folder):
     stored = load_file(folder("llama4") / "model.safetensors")
     towers = sum(tensor.nbytes for key, tensor in stored.items() if is_of_a_tower(key))
     assert model.unread_bytes == towers > 0
+    assert model.remarks == (), "which is no surprise"
 
 
 @pytest.mark.parametrize("method", ["gptq 4 bits", "fp8 ragged"])

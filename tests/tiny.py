@@ -230,6 +230,9 @@ STATEFUL = {
         moe_shared_expert_intermediate_size=48,
         layers_block_type=["mamba", "moe", "attention", "mlp"],
     ),
+    "minimax": lambda: T.MiniMaxConfig(
+        **COMMON, num_local_experts=2, head_dim=16, block_size=8, layer_types=["linear_attention", "full_attention"] * 2
+    ),
     "mamba2": lambda: T.Mamba2Config(
         vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_heads=8, head_dim=16, state_size=16, n_groups=2
     ),
@@ -252,12 +255,9 @@ STATEFUL = {
 """Families with recurrent layers."""
 
 REFUSED = {
-    "bloom": lambda: T.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
-    "falcon": lambda: T.FalconConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
-    "gpt_neo": lambda: T.GPTNeoConfig(
-        vocab_size=VOCAB, hidden_size=64, num_layers=2, attention_types=[[["global"], 2]]
-    ),
-    "gpt_neox_japanese": lambda: T.GPTNeoXJapaneseConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2),
+    "mpt": lambda: T.MptConfig(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4),
+    "openai-gpt": lambda: T.OpenAIGPTConfig(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4),
+    "roformer": lambda: T.RoFormerConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, is_decoder=True),
     "musicgen": lambda: T.MusicgenConfig(
         text_encoder=T.T5Config().to_dict(),
         audio_encoder=T.EncodecConfig().to_dict(),

@@ -1,7 +1,8 @@
 """Grow a small trained Llama checkpoint into a larger shape that computes the same function.
 
     python tools/expand.py aspec/demo/target /tmp/target-2gb --size 2GB
-    python tools/expand.py aspec/demo/target /tmp/experts-2gb --size 2GB --experts 8
+    python tools/expand.py aspec/demo/target /tmp/mixtral-2gb --size 2GB --experts 8
+    python tools/expand.py aspec/demo/target /tmp/experts-2gb --size 2GB --experts 64 --top-k 4 --routing zipf:1.0
 
 Gigabytes of real bytes, with the small model's text and hence its draft's real acceptance. How each dimension grows:
 
@@ -14,7 +15,7 @@ intermediate  Every new unit copies an old one; down_proj is split.
 layers        A source layer becomes an attention-only and an MLP-only layer while there is room; further layers are
               copies that write nothing.
 experts       Each is the grown MLP with a shuffle of its own, so any mixture whose weights sum to 1 is that MLP. The
-              router is random: every token has its own two. The checkpoint is a Mixtral's, in its published names.
+              routers send tokens by `--routing` (routers.py). The checkpoint is a Mixtral's, in its published names.
 
 Splits are powers of two that sum to 1. So, with a head size factor of 1, 4 or 16, bf16 weights stay exact and logits
 differ from the source's only by the order of summation. Channels, heads and units are shuffled: real weights lie in
@@ -40,6 +41,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.axes import Axis, all_dims, copies, grow_heads, identity, nothing, rotary_dims, value_dims
+from tools.routers import Routers, expert_shares, residual_writers
 
 DTYPES = {"bf16": (torch.bfloat16, "BF16", "bfloat16"), "fp32": (torch.float32, "F32", "float32")}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -54,9 +56,8 @@ HIDDEN_FACTORS = sorted([2**i for i in range(8)] + [3 * 2**i for i in range(6)])
 INTERMEDIATE_STEP = 64  # keeps GEMM shapes even
 SPARSE_STEP = 16  # the same for experts, of which a layer has several; grouped products take no odd widths
 FREE = 0.5  # spread of weights whose value cannot matter, relative to the source tensor's
-EXPERTS_PER_TOKEN = 2
 SPARSE_CONFIG = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
-SPARSE_CONFIG |= {"num_experts_per_tok": EXPERTS_PER_TOKEN, "router_jitter_noise": 0.0}
+SPARSE_CONFIG |= {"router_jitter_noise": 0.0}
 LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 
@@ -72,13 +73,15 @@ class Shape:
     head_dim: int
     vocab: int
     experts: int = 0  # of a layer, `intermediate` is of each; 0: the MLP is dense
+    top_k: int = 0  # experts of a token
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> "Shape":
         """Read the sizes from a `config.json`."""
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         sizes = {name: config[key] for name, key in CONFIG_KEYS.items() if name != "head_dim"}
-        sizes |= {"head_dim": head_dim, "vocab": config["vocab_size"], "experts": config.get("num_local_experts", 0)}
+        sizes |= {"head_dim": head_dim, "vocab": config["vocab_size"]}
+        sizes |= {"experts": config.get("num_local_experts", 0), "top_k": config.get("num_experts_per_tok", 0)}
         return cls(**sizes)
 
     def num_params(self) -> int:
@@ -116,7 +119,7 @@ def _widen(source: Shape, factor: int) -> Shape:
     kv_heads = source.kv_heads * (2 if factor >= 16 else 1)
     intermediate = source.intermediate * factor
     if source.experts:
-        intermediate = max(source.intermediate, intermediate // EXPERTS_PER_TOKEN)
+        intermediate = max(source.intermediate, intermediate // source.top_k)
         intermediate += -intermediate % SPARSE_STEP
     wide = replace(source, hidden=source.hidden * factor, intermediate=intermediate)
     return replace(wide, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
@@ -130,8 +133,8 @@ def check_shape(source: Shape, target: Shape) -> None:
             raise ValueError(f"{name} must not shrink: the source has {old}, asked for {new}")
         if name in ("hidden", "kv_heads", "head_dim") and new % old:
             raise ValueError(f"{name} must be a multiple of the source's {old}, asked for {new}")
-    if target.experts and target.experts < EXPERTS_PER_TOKEN:
-        raise ValueError(f"experts must be 0 or at least {EXPERTS_PER_TOKEN}, asked for {target.experts}")
+    if target.experts and not 0 < target.top_k <= target.experts:
+        raise ValueError(f"experts must be 0 or at least the {target.top_k} of a token, asked for {target.experts}")
     if target.experts and target.intermediate % SPARSE_STEP:
         raise ValueError(f"experts need an intermediate of whole {SPARSE_STEP}s, asked for {target.intermediate}")
     if target.heads % target.kv_heads:
@@ -147,6 +150,7 @@ class TreeLevel:
     rows: Axis
     columns: Axis
     fill: float  # spread of the weights without a source, relative to the spread of `source`
+    made: torch.Tensor | None = None  # in place of tensor `source`
 
     def shape(self) -> list[int]:
         """The tensor's shape in the file."""
@@ -195,9 +199,14 @@ def plan_layers(old: int, new: int) -> list[LayerPlan]:
 class Expansion:
     """All tensors of one expansion, in file order; random choices depend on the seed and a tensor's name only."""
 
-    def __init__(self, source: Shape, target: Shape, seed: int, noise: float) -> None:
+    def __init__(self, folder: Path, source: Shape, target: Shape, options: argparse.Namespace) -> None:
         check_shape(source, target)
-        self.source, self.target, self.seed, self.noise = source, target, seed, noise
+        self.source, self.target, self.seed, self.noise = source, target, options.seed, options.noise
+        self.layers = plan_layers(source.layers, target.layers)
+        self.routers = None
+        if target.experts:
+            shares = expert_shares(options.routing, target.experts, target.top_k)
+            self.routers = Routers(folder, shares, target.top_k, self.generator("text"))
         self.reads = copies(source.hidden, target.hidden, self.generator("hidden"))
         self.writes = self.reads.unscaled()
 
@@ -210,9 +219,10 @@ class Expansion:
         """Every tensor of the new checkpoint."""
         words = identity(self.source.vocab)
         yield TreeLevel("model.embed_tokens.weight", "model.embed_tokens.weight", words, self.writes, self.noise)
-        for number, plan in enumerate(plan_layers(self.source.layers, self.target.layers)):
+        writers = residual_writers([(plan.source, plan.attention, plan.mlp) for plan in self.layers])
+        for number, plan in enumerate(self.layers):
             new, old = f"model.layers.{number}.", f"model.layers.{plan.source}."
-            for part in [*self._attention(new, plan), *self._mlp(new, plan)]:
+            for part in [*self._attention(new, plan), *self._mlp(new, plan, writers[number])]:
                 yield replace(part, name=f"{new}{part.name}.weight", source=f"{old}{part.source}.weight")
         yield TreeLevel("model.norm.weight", "model.norm.weight", identity(1), self.writes, self.noise)
         yield TreeLevel("lm_head.weight", "lm_head.weight", words, self.reads, self.noise)
@@ -231,14 +241,14 @@ class Expansion:
         yield TreeLevel("self_attn.v_proj", "self_attn.v_proj", all_dims(kv, values.unscaled(), old), self.reads, FREE)
         yield TreeLevel("self_attn.o_proj", "self_attn.o_proj", self.writes, output, self.noise)
 
-    def _mlp(self, layer: str, plan: LayerPlan) -> Iterator[TreeLevel]:
+    def _mlp(self, layer: str, plan: LayerPlan, writer: tuple[int, str]) -> Iterator[TreeLevel]:
         """The MLP half's tensors, with names as within a layer."""
         yield TreeLevel("post_attention_layernorm", "post_attention_layernorm", identity(1), self.writes, FREE)
-        if not self.target.experts:
+        if self.routers is None:
             yield from self._units(layer, plan, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
             return
-        router = nothing(self.target.experts), nothing(self.target.hidden)
-        yield TreeLevel("block_sparse_moe.gate", "mlp.gate_proj", *router, FREE)
+        router = self.routers.make(writer, plan.source, self.generator(f"{layer}router"))
+        yield TreeLevel("block_sparse_moe.gate", "made", identity(self.target.experts), self.reads, FREE, router)
         for number in range(self.target.experts):
             expert = f"block_sparse_moe.experts.{number}."
             yield from self._units(f"{layer}{expert}", plan, f"{expert}w1", f"{expert}w3", f"{expert}w2")
@@ -307,7 +317,8 @@ def write_weights(source: Path, target: Path, expansion: Expansion, dtype: str, 
         with (target / f"model{part}.safetensors").open("wb") as file:
             file.write(header_bytes([growths[name] for name in names], sizes, file_dtype))
             for name in names:
-                old = read_tensor(source, growths[name].source, torch_dtype)
+                made = growths[name].made
+                old = read_tensor(source, growths[name].source, torch_dtype) if made is None else made.to(torch_dtype)
                 for block in growths[name].blocks(old, expansion.generator(name)):
                     file.write(block.contiguous().view(torch.uint8).numpy())
     if len(shards) > 1:
@@ -321,7 +332,7 @@ def grown_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
     if not shape.experts:
         return config
     kept = {key: value for key, value in config.items() if key not in LLAMA_ONLY}
-    return kept | SPARSE_CONFIG | {"num_local_experts": shape.experts}
+    return kept | SPARSE_CONFIG | {"num_local_experts": shape.experts, "num_experts_per_tok": shape.top_k}
 
 
 def expand(source: Path, target: Path, shape: Shape, options: argparse.Namespace) -> None:
@@ -329,7 +340,7 @@ def expand(source: Path, target: Path, shape: Shape, options: argparse.Namespace
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty: remove it or name another folder")
     config = read_config(source)
-    expansion = Expansion(Shape.of_config(config), shape, options.seed, options.noise)
+    expansion = Expansion(source, Shape.of_config(config), shape, options)
     target.mkdir(parents=True, exist_ok=True)
     write_weights(source, target, expansion, options.dtype, options.shard_size)
     config = grown_config(config, shape) | {"dtype": DTYPES[options.dtype][2]}
@@ -355,7 +366,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--size", type=parse_size, help="bytes of weights, such as 2GB: picks a shape")
     for name in CONFIG_KEYS:
         add("--" + name.replace("_", "-"), type=int, help="overrides --size's shape, or the source's")
-    add("--experts", type=int, default=0, help="experts per layer, two of them for each token (default: none)")
+    add("--experts", type=int, default=0, help="experts per layer (default: none)")
+    add("--top-k", type=int, default=2, help="experts of a token (default: %(default)s)")
+    add("--routing", default="zipf:1.0", help="how often experts are chosen: uniform or zipf:S (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bf16", help="dtype of the weights (default: %(default)s)")
     add("--shard-size", type=parse_size, default=500 * 10**6, help="largest file (default: 500MB)")
     add("--seed", type=int, default=0, help="of shuffles and noise (default: %(default)s)")
@@ -367,7 +380,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Pick the shape, write the checkpoint, say what was written."""
     options = parse_options(arguments)
     itemsize = DTYPES[options.dtype][0].itemsize
-    shape = replace(Shape.of_config(read_config(options.source)), experts=options.experts)
+    top_k = options.top_k if options.experts else 0
+    shape = replace(Shape.of_config(read_config(options.source)), experts=options.experts, top_k=top_k)
     if options.size is not None:
         shape = choose_shape(shape, options.size // itemsize)
     shape = replace(shape, **{name: size for name in CONFIG_KEYS if (size := getattr(options, name)) is not None})

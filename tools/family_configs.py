@@ -103,6 +103,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"n_routed_experts": 8, "n_group": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "layer_types": [FULL, SLIDE] * 2},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 24},
+    "falcon:alibi": {"alibi": True},
+    "falcon:new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon_h1": {"mamba_d_head": 16, "mamba_d_ssm": 128},
     "gemma3n_text": dict(GEMMA, intermediate_size=[96] * 6, activation_sparsity_pattern=[0.95] * 2 + [0.0] * 4),
     "gemma4_text": dict(GEMMA, per_layer_config=WIDE_LAYERS),

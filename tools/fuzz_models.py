@@ -26,7 +26,7 @@ from aspec.generation.defaults import sampling_params
 from aspec.generation.text.time_limit import TimeLimit
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.checkpoint import Checkpoint
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.models.model import Model
 from aspec.options import EngineOptions
 from aspec.planning.footprint import read_models, request_for

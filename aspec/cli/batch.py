@@ -25,7 +25,7 @@ from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.observe.batch_progress import BatchProgress, follow
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
@@ -39,7 +39,7 @@ from aspec.serving.batch_journal import journal_of
 from aspec.serving.batch_output import FinishedRows, Output, check_startable, open_output
 from aspec.serving.batch_pipe import PipeOutput
 from aspec.serving.batch_writer import BatchWriter, digest_of
-from aspec.serving.dispatch import PreparedRequest, encode, serve
+from aspec.serving.dispatch import PreparedRequest, encode, params_of, serve
 
 CHECK_LINE_S = 5.0  # seconds between two progress lines of the check
 DEMO_NAME = "aspec-demo"
@@ -67,6 +67,7 @@ class BatchJob:
             seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
             params = row.request.params(self.defaults, seed)
             try:
+                params = params_of(self.tokenizer, row.request, self.defaults, seed)
                 tokens = encode(self.tokenizer, row.request)
             except PromptError as error:  # the check had no error: a template can exceed its time on a busy machine
                 yield PreparedRequest(row.custom_id, row.request, [], params, error)

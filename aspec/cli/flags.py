@@ -15,7 +15,7 @@ import typer
 from aspec.cli.front.options import AUTO, MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option, rate, size
 from aspec.errors import printable
 from aspec.generation.params import SamplingParams
-from aspec.options import ATTENTION, PRODUCTS, SPECULATION, EngineOptions
+from aspec.options import CHOICES, EngineOptions
 
 THREADS = (
     "Compute threads. Default: OMP_NUM_THREADS if it is set; otherwise one, or one per core, by the measured costs of "
@@ -316,6 +316,16 @@ class EngineFlags(MachineFlags):
             metavar="NAME",
         ),
     ] = "auto"
+    experts: Annotated[
+        str,
+        option(
+            PLACE,
+            "How experts are read. on-demand: those that the router has chosen. whole: with their layer. The tokens "
+            "are the same.",
+            "--experts",
+            metavar="NAME",
+        ),
+    ] = "auto"
     exact: Annotated[
         bool | None,
         option(
@@ -343,11 +353,10 @@ class EngineFlags(MachineFlags):
     def check(self) -> None:
         """Refuse invalid flags. Raises typer.BadParameter."""
         super().check()
-        for name, choices in (("speculation", SPECULATION), ("attention", ATTENTION), ("products", PRODUCTS)):
-            if (found := getattr(self, name)) not in choices:
-                raise typer.BadParameter(
-                    f"expected one of {', '.join(choices)}, found {found!r}", param_hint=f"--{name}"
-                )
+        for name in ("speculation", "attention", "experts", "products"):
+            if (found := getattr(self, name)) not in CHOICES[name]:
+                names = ", ".join(CHOICES[name])
+                raise typer.BadParameter(f"expected one of {names}, found {found!r}", param_hint=f"--{name}")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from aspec.generation.sampler import TokenLogprob
 from aspec.generation.stats import RequestStats
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.memory import peak_rss_bytes
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
 from aspec.observe.monitor import Monitor

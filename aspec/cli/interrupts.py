@@ -41,6 +41,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.console: Console | None = None
         self.drain: Callable[[], None] | None = None  # the first SIGINT calls it and cancels nothing
+        self.always_drains = False  # the first signal of any kind calls it
         self._stopped_by: signal.Signals | None = None  # SIGINT until it had its effect, SIGTERM and SIGHUP for ever
         self._count = 0  # of signals since the last one that had its effect
         self._loop: asyncio.AbstractEventLoop | None = None  # while it runs work
@@ -151,7 +152,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _stop_work(self, number: int | None) -> None:
-        if number == signal.SIGINT and self.drain is not None:
+        if self.drain is not None and (number == signal.SIGINT or self.always_drains):
             drain, self.drain = self.drain, None
             drain()
         elif self._work is not None and not self._cancelled:

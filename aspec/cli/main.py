@@ -26,6 +26,7 @@ from aspec.cli.command_flags import (
 from aspec.cli.front.help import HELP_PANEL, HelpCommand, HelpGroup
 from aspec.cli.front.opening import find_mistakes, opening_line
 from aspec.cli.front.options import option, takes
+from aspec.cli.front.serve_flags import ServeFlags
 from aspec.cli.front.stuck_main import StuckMain
 from aspec.cli.interrupts import Interrupts
 from aspec.errors import AspecError, reason_of
@@ -34,7 +35,15 @@ from aspec.observe.library_warnings import held_back
 from aspec.observe.terminal.standard_streams import prepare_streams
 
 CommandFlags = (
-    BatchFlags | BenchFlags | ChatFlags | GenerateFlags | PlanFlags | PrepareFlags | ProfileFlags | TraceFlags
+    BatchFlags
+    | BenchFlags
+    | ChatFlags
+    | GenerateFlags
+    | PlanFlags
+    | PrepareFlags
+    | ProfileFlags
+    | ServeFlags
+    | TraceFlags
 )
 
 
@@ -113,7 +122,7 @@ def trace(flags: TraceFlags) -> None:
     if flags.recorded is None:
         perform("aspec.cli.trace", "record", flags, flags.prompts)
         return
-    from aspec.cli.trace_summary import summarise_file
+    from aspec.cli.front.trace_summary import summarise_file
 
     guarded(partial(summarise_file, flags.recorded, flags.as_json), Console(quiet=flags.quiet), flags.debug)
 
@@ -171,6 +180,29 @@ def batch(flags: BatchFlags) -> None:
       zcat in.jsonl.gz | aspec batch -i - -o - --target ./model > out.jsonl
     """
     perform("aspec.cli.batch", "batch_to_console", flags)
+
+
+@app.command(cls=HelpCommand)
+@takes(ServeFlags)
+def serve(flags: ServeFlags) -> None:
+    """Answer OpenAI's requests over HTTP. Clients stay connected however long a prompt takes.
+
+    Paths: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
+    A request joins the next pass. Streams get a comment every 10 s while there is
+    nothing to say. A client that leaves frees its row; its prompt is kept while no
+    other needs the row, so a retry does not read it again.
+
+    Ctrl-C takes no new requests and finishes the answers that run.
+
+    Examples:
+
+      aspec serve --target org/big-instruct --draft org/small-instruct
+
+      aspec serve --target ./model --host 0.0.0.0 --api-key KEY --max-batch 16
+
+      curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Why?"}]}'
+    """
+    perform("aspec.cli.serve", "serve_on_console", flags)
 
 
 @app.command(cls=HelpCommand)

@@ -14,8 +14,8 @@ from aspec.generation.defaults import sampling_params
 from aspec.io.checkpoint import has_weights
 from aspec.io.fetching.fetch import Fetches
 from aspec.io.memory import no_collections
-from aspec.models.compute_dtype import dtype_name
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.compute_dtype import dtype_name
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.observe.console import Console
 from aspec.plan import Plan, Tier, Workload
 from aspec.planning.fit import fit, most_context

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from aspec import __version__
 from aspec.cli.command_flags import TraceFlags
+from aspec.cli.front.trace_summary import print_summaries
 from aspec.cli.generate import GenerateJob, as_object, prepare, run_job
 from aspec.cli.generate import summarise as summarise_results
 from aspec.cli.interrupts import run
-from aspec.cli.trace_summary import print_summaries
 from aspec.engine.design import design
 from aspec.errors import InternalError, UserError
 from aspec.observe.chrome_trace import write_trace

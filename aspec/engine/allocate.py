@@ -12,13 +12,16 @@ from aspec.backends.cpu import CpuBackend
 from aspec.backends.device import Buffers, DeviceLayer
 from aspec.backends.registry import ALIGNMENT
 from aspec.backends.streams import StreamBackend
+from aspec.engine.decode_check import DecodeCheck
 from aspec.engine.design import ResolvedEngine, design
 from aspec.engine.model_runner import ModelRunner, Weights, use_threads
 from aspec.errors import DeviceError
+from aspec.generation.grammar.compiler import Grammars
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.disk import DiskLane, FileVersion
 from aspec.io.loop.settling import close_all
 from aspec.io.memory import SlotMemory, allocate, discard, give_back
+from aspec.models.experts.running import ExpertRunner
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor
@@ -52,6 +55,7 @@ class EngineMemory:
     target: Model
     draft: Model | None
     tokenizer: Tokenizer
+    grammars: Grammars
     plan: Plan
     parts: dict[int, Part]  # streamed and resident layer parts of the target
     runner: ModelRunner
@@ -60,6 +64,9 @@ class EngineMemory:
     memory: list[SlotMemory]
     device: DeviceLayer[Any, Any] | None = None
     buffers: Buffers = field(default_factory=lambda: Buffers((), ()))  # behind a device's link
+    experts: ExpertRunner | None = None  # that are read on demand
+    expert_slots: list[memoryview] = field(default_factory=list)
+    checks: list[DecodeCheck] = field(default_factory=list)  # of kept prices; they see all spans
 
     @property
     def models(self) -> list[Model]:
@@ -76,7 +83,16 @@ class EngineMemory:
         if self.device is None:
             threads = self.plan.request.threads
             number = 1 if threads is None or not self.plan.num_scratch else threads.weights
-            return CpuBackend(self.runner, self.parts, self.slots, disk, num_decoders=number)
+            self.checks += [DecodeCheck(self.target, number)] if self.plan.num_scratch else []
+            return CpuBackend(
+                self.runner,
+                self.parts,
+                self.slots,
+                disk,
+                num_decoders=number,
+                experts=self.experts,
+                expert_slots=self.expert_slots,
+            )
         return StreamBackend(self.device, self.runner, self.parts, self.buffers, disk)
 
 
@@ -126,7 +142,20 @@ def _on_host(made: ResolvedEngine) -> EngineMemory:
     loads = [replace(one, view=view) for one, view in zip(kept, views, strict=True)]
     slots, whole = _carve_slots(memory, made.plan, max((one.part.size for one in passing), default=0))
     loads += [replace(one, view=whole[: one.part.size]) for one in passing]
-    return _assembly(made, [as_tensor(slot) for slot in slots], slots, loads, memory)
+    assembly = _assembly(made, [as_tensor(slot) for slot in slots], slots, loads, memory)
+    _add_experts(made, assembly)
+    return assembly
+
+
+def _add_experts(made: ResolvedEngine, assembly: EngineMemory) -> None:
+    """Allocate the slots of experts that are read on demand, in an arena of their own."""
+    plan, routed = made.plan.experts, made.models.on_demand
+    if plan is None or routed is None:
+        return
+    assembly.experts = made.models.target.read_on_demand(routed)
+    assembly.expert_slots = _carve(assembly.memory, [plan.shape.slot_bytes] * plan.num_slots)
+    scratch = torch.empty(plan.shape.scratch_bytes, dtype=torch.uint8)
+    assembly.experts.use([as_tensor(slot) for slot in assembly.expert_slots], scratch)
 
 
 def _on_device(made: ResolvedEngine, device: DeviceLayer[Any, Any]) -> EngineMemory:
@@ -185,7 +214,10 @@ def _assembly(
     packed = {load.part.index: _stored(load) for load in loads if load.model is None and load.part.index in kept}
     weights = Weights(layer_parts, slots, scratch, packed)
     runner = ModelRunner(target, cache, weights, drafter, plan.request.threads)
-    return EngineMemory(target, draft, made.tokenizer, plan, layer_parts, runner, views, loads, memory, device)
+    grammars = Grammars(made.tokenizer, target.vocab_size, target.end_ids)
+    return EngineMemory(
+        target, draft, made.tokenizer, grammars, plan, layer_parts, runner, views, loads, memory, device
+    )
 
 
 def _residents(made: ResolvedEngine) -> list[ResidentLoad]:
@@ -304,11 +336,13 @@ def free_memory(assembly: EngineMemory) -> None:
     parts = [tuple(load.part for load in assembly.loads if load.model is model) for model in models]
     assembly.loads.clear()
     assembly.slots.clear()
+    assembly.expert_slots.clear()
     assembly.buffers = Buffers((), ())
     memory, assembly.memory = assembly.memory, []
     device, assembly.device = assembly.device, None
     close_all(
         [
+            *(check.conclude for check in assembly.checks),
             *(partial(model.forget, own) for model, own in zip(models, parts, strict=True)),
             *(arena.close for arena in memory),
             *([] if device is None else [device.free]),

@@ -16,31 +16,23 @@ import asyncio
 import itertools
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self, cast
 
 import torch
 
 from aspec.engine.admission import Admission
-from aspec.engine.allocate import EngineMemory, assemble, free_memory, out_of_memory
+from aspec.engine.allocate import EngineMemory, assemble, free_memory
+from aspec.engine.failures import over_budget, translate_error
 from aspec.engine.link_rate import raw_link_rate
 from aspec.engine.load import load_all
 from aspec.engine.observers import guarded
 from aspec.engine.streams import Streams
-from aspec.errors import (
-    AspecError,
-    ClosedError,
-    DeviceError,
-    PromptError,
-    UnsupportedModelError,
-    UserError,
-    first_error,
-    reason_of,
-)
+from aspec.errors import ClosedError, DeviceError, PromptError, UserError
 from aspec.generation.defaults import sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
@@ -52,7 +44,7 @@ from aspec.io.disk import DiskLane
 from aspec.io.fetching.fetch import Fetches
 from aspec.io.loop.settling import close_all, in_thread, settle, settle_all
 from aspec.io.memory import freeze
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.options import EngineOptions, engine_options
 from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve
@@ -139,26 +131,36 @@ class Engine:
         """The most tokens of one sequence, prompt included."""
         return self._open.plan.capacity
 
+    async def wait_end(self) -> Exception | None:
+        """Wait until nothing runs any more; returns the failure that ended it, None if the engine was closed."""
+        assert self._running is not None, "the engine is open"
+        await asyncio.wait([self._running])
+        return self._failure
+
     def sampling(self, **given: Any) -> SamplingParams:
         """Sampling parameters: the given ones, then those of the checkpoint's generation_config.json, then greedy."""
         if self._defaults is None:
             self._defaults = generation_defaults(self._open.target.folder)
         return sampling_params(self._defaults, {**dict.fromkeys(SamplingParams.__dataclass_fields__), **given})
 
-    async def encode(self, prompt: PromptLike) -> list[int]:
+    async def encode(
+        self, prompt: PromptLike, said: Sequence[int] = (), variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """A prompt's tokens; see ``stream``. Raises PromptError, and ClosedError if the engine ends meanwhile.
 
-        A thread encodes texts and chats; a closing engine or a cancelled caller ends it.
+        A thread encodes texts and chats; a closing engine or a cancelled caller ends it. ``said`` and ``variables``
+        are of a chat, see ``Tokenizer.encode_chat``.
         """
         tokenizer, (streams, _) = self._open.tokenizer, self._serving()  # raises if the engine has ended
         plain = as_prompt(prompt)
         if not isinstance(plain, str) and not is_chat(plain):
             return cast("list[int]", plain)
         limit = TimeLimit(TEMPLATE_S)
+        encode = partial(tokenizer.encode_prompt, plain, limit, said, variables)
         self._encoding.add(limit)
         try:
             with streams.encoding():
-                return await settle(in_thread(partial(tokenizer.encode_prompt, plain, limit)), limit.stop)
+                return await settle(in_thread(encode), limit.stop)
         except PromptError:
             self._serving()  # if the closing engine has stopped it, raise that error
             raise
@@ -166,28 +168,40 @@ class Engine:
             self._encoding.remove(limit)
 
     async def stream(
-        self, prompt: PromptLike, params: SamplingParams | None = None, sampler: Sampler | None = None
+        self,
+        prompt: PromptLike,
+        params: SamplingParams | None = None,
+        sampler: Sampler | None = None,
+        stats: RequestStats | None = None,
+        *,
+        scored: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """Generate; yields a piece per round, the last one with a finish reason and statistics.
 
         A text is continued as it is; messages pass through the model's chat template. ``params``: by default the
-        checkpoint's own, as ``sampling()`` returns them; ``sampler`` replaces the sampler of ``params``. Raises
-        PromptError for a prompt that cannot be served, and the engine's failure if there is one.
+        checkpoint's own, as ``sampling()`` returns them; ``sampler`` replaces the sampler of ``params``; ``stats`` are
+        filled while it runs. ``scored``: the first piece has the logprobs of the prompt, with as many likeliest tokens
+        as ``params`` ask for. Raises PromptError for a prompt that cannot be served, and the engine's failure.
         """
         params, number = params or self.sampling(), next(self._ids)
         tokens = await self.encode(prompt)
-        sequence = self._admission.sequence(number, tokens, params, sampler or Sampler(params))
-        if params.max_new_tokens == 0:
-            yield Piece("", (), "length", RequestStats(sequence.num_prompt, 0.0).close(self.plan, 0.0))
-            return
+        sequence = await self._admission.sequence(number, tokens, params, sampler or Sampler(params), scored=scored)
         streams, backend = self._serving()
-        queue = streams.open(sequence, backend.now())
+        stats = stats or RequestStats()
+        stats.begin(sequence.num_prompt, backend.now())
+        nothing_new = params.max_new_tokens == 0
+        if nothing_new and not scored:
+            yield Piece("", (), "length", stats.close(self.plan, stats.arrived_s))
+            return
+        queue = streams.open(sequence, stats)
         try:
             while True:
                 piece = await queue.get()
                 if isinstance(piece, BaseException):
                     self._failure_raised |= piece is self._failure
                     raise piece
+                if nothing_new:  # but the scores of the prompt
+                    piece = replace(piece, text="", token_ids=(), logprobs=(), finish_reason="length")
                 yield piece
                 if piece.finish_reason is not None:
                     return
@@ -219,7 +233,7 @@ class Engine:
 
     @property
     def _admission(self) -> Admission:
-        return Admission(self._open.tokenizer, self._open.target, self._open.plan.capacity)
+        return Admission(self._open.tokenizer, self._open.grammars, self._open.target, self._open.plan.capacity)
 
     def _serving(self) -> tuple[Streams, Backend]:
         """The streams and the backend. Raises the error that refuses new streams, if there is one."""
@@ -252,7 +266,7 @@ class Engine:
         scheduler = Scheduler(opened.plan)
         reuse = self._options.reuse_prefix
         streams = self._streams = Streams(opened.plan, opened.runner, scheduler, self._post, reuse=reuse)
-        observers = [streams.observe, *self._observers]
+        observers = [streams.observe, *(check.observe for check in opened.checks), *self._observers]
         self._executor = Executor(scheduler, self._backend, observers, self._issue_observers)
         self._running = asyncio.create_task(self._run(self._executor, streams), name="aspec engine")
         self._thaw = freeze()  # these objects live until the end: keep them out of collections
@@ -335,42 +349,6 @@ def open_engine(*, observers: Iterable[Observer] = (), **options: Any) -> Engine
     Raises UserError if an option or a model cannot be used.
     """
     return Engine(engine_options(options), observers)
-
-
-def translate_error(error: Exception, plan: Plan) -> Exception:
-    """A DeviceError for an error of the device, a UserError for one of a model's code; any other error unchanged."""
-    first = first_error(error)
-    translated: Exception | None = None
-    if isinstance(first, torch.OutOfMemoryError):
-        translated = DeviceError(out_of_memory(plan))
-    elif isinstance(first, torch.AcceleratorError):
-        said = str(first).partition("\n")[0]
-        translated = DeviceError(
-            f"the device failed while it ran: {said}. Nothing more can be run on it in this process."
-        )
-    elif not isinstance(first, AspecError) and _from_model(first):
-        translated = UnsupportedModelError(
-            f"the code of the model failed while it ran: {reason_of(first)}. Its config.json may contradict itself; if "
-            f"transformers runs this model, please report it."
-        )
-    if translated is None:
-        return error
-    translated.__cause__ = error
-    return translated
-
-
-def _from_model(error: BaseException) -> bool:
-    """Whether an error comes from below the code of a model of transformers."""
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(str(frame.f_globals.get("__name__")).startswith("transformers.models.") for frame, _ in frames)
-
-
-def over_budget(plan: Plan, peak_bytes: int) -> str:
-    """The message for a peak above the plan's budget."""
-    return (
-        f"the device held {format_bytes(peak_bytes)} at its peak, more than the budget of "
-        f"{format_bytes(plan.budget_bytes or 0)}; the plan counted {plan.describe()}. Please report this."
-    )
 
 
 def _warn(assembly: EngineMemory) -> None:

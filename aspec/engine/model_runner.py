@@ -20,8 +20,10 @@ from aspec.models.model import Activation, Model
 from aspec.models.weights.parts import Part
 from aspec.speculation.drafter import Drafter, item_of, pad
 from aspec.tasks.op import Op
-from aspec.tasks.task import NOTHING, Decoding, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus
+from aspec.tasks.task import NOTHING, Decoding, LayerWork, Report, RowChanges, RowOutcome, Task, TreeStatus, WorkItem
 from aspec.threads import Threads
+
+SCORED_COLUMNS = 16  # of a prompt that is scored: logits that are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ class ModelRunner:
             Op.ATTEND: self._attend,
             Op.RETURN: self._return,
             Op.FFN: self._finish,
+            Op.ROUTE: self._route,
+            Op.EXPERTS: self._experts,
+            Op.COMBINE: self._combine,
             Op.HEAD: self._head,
             Op.ACCEPT: self._accept,
             Op.DRAFT: self._draft,
@@ -190,6 +195,21 @@ class ModelRunner:
         self._target.finish(task.payload.layer, self._activations[item_of(task).name])
         return NOTHING
 
+    def _route(self, task: Task) -> Report:
+        return Report(routed=self._target.route(self._bound_layer(task), self._activations[item_of(task).name]))
+
+    def _experts(self, task: Task) -> Report:
+        assert isinstance(task.payload, LayerWork)
+        activation = self._activations[item_of(task).name]
+        self._target.compute_experts(task.payload.layer, activation, task.payload.experts)
+        return NOTHING
+
+    def _combine(self, task: Task) -> Report:
+        assert isinstance(task.payload, LayerWork)
+        self._experts(task)
+        self._target.combine(task.payload.layer, self._activations[item_of(task).name])
+        return NOTHING
+
     def _bound_layer(self, task: Task) -> int:
         """The layer of a task, its parameters bound to the slots once per pass, so that items share conversions."""
         work, weights = task.payload, self._weights
@@ -203,6 +223,10 @@ class ModelRunner:
     def _head(self, task: Task) -> Report:
         item = item_of(task)
         activation, depths = self._activations.pop(item.name), self._depths.pop(item.name)
+        if item.scored:
+            self._score(item, activation)
+        if not item.samples:
+            return NOTHING
         last = torch.tensor([[count - 1] for count in item.counts])
         logits = self._target.head(activation, upload(last, self._target.device) if item.prefill else None)
         drawn_at = [own[-1:] if item.prefill else own for own in depths]
@@ -215,6 +239,18 @@ class ModelRunner:
         if any(self._rows[row].params.logprobs is not None for row in item.rows):
             self._logits[item.name] = logits
         return NOTHING
+
+    def _score(self, item: WorkItem, activation: Activation) -> None:
+        """The logprobs of the prompt's tokens that follow the item's, a few columns at a time: logits are large."""
+        (row,), (start,), (count,) = item.rows, item.starts, item.counts
+        sequence, num_top = self._rows[row], self._rows[row].params.logprobs or 0
+        count = min(count, sequence.num_prompt - 1 - start)  # after the prompt's last token comes a draw
+        for column in range(0, count, SCORED_COLUMNS):
+            columns = range(column, min(count, column + SCORED_COLUMNS))
+            logits = self._target.head(activation, upload(torch.tensor([list(columns)]), self._target.device))
+            following = sequence.tokens[start + 1 + column : start + 1 + columns.stop]
+            scores = token_logprobs(logits[0], following, num_top)
+            sequence.prompt_logprobs |= {start + 1 + at: one for at, one in zip(columns, scores, strict=True)}
 
     def _context(self, row: int, num_proposed: int) -> Context | None:
         """The tokens that lead to the drawn positions of a row; None if its draws do not read them."""

@@ -37,13 +37,16 @@ class Streams:
         self._gather_timer: asyncio.TimerHandle | None = None  # ends the wait of ready prompts for them
         self.ended: Exception | None = None  # the error that ended all streams, and refuses new ones
 
-    def open(self, sequence: TokenSequence, now_s: float) -> asyncio.Queue[Piece | BaseException]:
-        """The queue of a new sequence's pieces. Raises the error that ended all streams, if there is one."""
+    def open(self, sequence: TokenSequence, stats: RequestStats) -> asyncio.Queue[Piece | BaseException]:
+        """The queue of a new sequence's pieces. Raises the error that ended all streams, if there is one.
+
+        ``stats`` of the sequence are filled as it runs.
+        """
         if self.ended is not None:
             raise self.ended
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._queues[sequence.id] = queue
-        self._requests[sequence.id] = RequestStats(sequence.num_prompt, now_s)
+        self._requests[sequence.id] = stats
         self._waiting.append(sequence)
         if len(self._waiting) > 1 and sequence.id < self._waiting[-2].id:
             self._waiting = deque(sorted(self._waiting, key=lambda one: one.id))  # first called, first served
@@ -96,6 +99,11 @@ class Streams:
         if span.task.filled_slot is not None:
             for stats in self._requests.values():
                 stats.streamed_bytes += span.task.nbytes
+        item = span.task.item
+        if item is not None and item.prefill and span.task.op.ends_layer:
+            for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
+                if (request := self._requests.get(self._runner.sequence_in(row).id)) is not None:
+                    request.take_prefill(start, count, self._plan.num_layers)
         for outcome in span.outcomes:
             sequence = self._runner.sequence_in(outcome.row)
             request = self._requests.get(sequence.id)
@@ -104,10 +112,10 @@ class Streams:
                 continue  # its stream is closed
             request.take(outcome, span.stop_s)
             request.num_cached_tokens = sequence.num_cached_tokens
-            for text, tokens, logprobs in sequence.take_pieces():
+            for text, tokens, logprobs, drafted in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None
-                queue.put_nowait(Piece(text, tokens, reason, final, logprobs))
+                queue.put_nowait(Piece(text, tokens, reason, final, logprobs, drafted, sequence.take_prompt_logprobs()))
             if sequence.failure is not None:
                 queue.put_nowait(sequence.failure)
             if sequence.ended:
@@ -132,8 +140,10 @@ class Streams:
             sequence = self._waiting.popleft()
             self._admitted.add(sequence.id)
             self._runner.admit(sequence)
-            reuse_from, num_cached = self._find_reusable(sequence) if self._reuse else (None, 0)
-            self._post(RequestAdded(sequence.id, sequence.num_prompt, sequence.max_new_tokens, reuse_from, num_cached))
+            reuse = self._reuse and not sequence.scored  # every token of a scored prompt runs
+            reuse_from, num_cached = self._find_reusable(sequence) if reuse else (None, 0)
+            sizes = sequence.num_prompt, sequence.max_new_tokens
+            self._post(RequestAdded(sequence.id, *sizes, reuse_from, num_cached, sequence.scored))
 
     def _end_gathering(self) -> None:
         """The ready prompts have waited long enough: send them."""
@@ -144,13 +154,16 @@ class Streams:
     def _find_reusable(self, new: TokenSequence) -> tuple[int | None, int]:
         """The ended sequence in a row that shares most leading tokens with a new one, and their number.
 
-        An aborted sequence may still be in a pass; its row is free only when that pass has committed, so its KV also
-        stays up to its last token. The prompt's last token never counts: the target runs it to draw the next one.
+        An aborted sequence may still be in a pass; its row is free only when that pass has committed, so the KV of that
+        pass counts. The prompt's last token never counts: the target runs it to draw the next one.
         """
         in_rows = {one.id: one for one in self._runner.sequences_in_rows()}
         self._reused_by = {ended: by for ended, by in self._reused_by.items() if ended in in_rows}
         ended = [one for one in in_rows.values() if one.id not in self._requests and one.id not in self._reused_by]
-        common = [(common_prefix(one.tokens[:-1], new.tokens[:-1]), one) for one in ended]
+        known = [
+            (one.tokens[:-1] if one.num_new else one.tokens[: self._scheduler.num_kv(one.id)], one) for one in ended
+        ]
+        common = [(common_prefix(tokens, new.tokens[:-1]), one) for tokens, one in known]
         shared = [(self._runner.reusable(one, length), one.id) for length, one in common]
         num_cached, reuse_from = max(shared, default=(0, -1))
         if not num_cached:

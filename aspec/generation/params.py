@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from aspec.errors import PromptError
+from aspec.generation.grammar.grammar import Grammar
 
 MAX_LOGPROBS = 20  # as in OpenAI's and vLLM's interfaces
 MAX_BIAS = 100.0  # of ``logit_bias``, as in OpenAI's interface
@@ -56,6 +57,7 @@ class SamplingParams:
     seed: int = 0  # any integer; taken modulo 2^64
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None  # what the text must match; the end tokens come where it is complete
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,6 +71,8 @@ class SamplingParams:
                     f"{field.name} must be {expected}; found {reprlib.repr(value)}. Change it, or leave it out for the "
                     f"default, {field.default!r}."
                 )
+        if self.grammar is not None and self.ignore_eos:
+            raise PromptError("ignore_eos has no meaning for a text that is complete where its grammar is. Remove it.")
 
 
 def _as_tuples(value: object, depth: int = 3) -> object:
@@ -179,4 +183,5 @@ CHECKS: Mapping[str, Check] = {
     "seed": (_whole, "a whole number"),
     "stop": TEXTS,
     "ignore_eos": (_flag, "true or false"),
+    "grammar": (lambda value: value is None or isinstance(value, Grammar), "a Grammar, or None, which switches it off"),
 }

@@ -2,8 +2,9 @@
 
 A processor may read all tokens before a position: the prompt, the committed tokens and the proposals on the position's
 own path, never a token of another branch. So a draw does not depend on drafts. The order is that of transformers'
-``generate``: biases, then the penalties (``penalties.py``), then the other processors; the sampler's temperature and
-filters come last. Positions with equally many tokens before them share a call; every call treats its rows apart.
+``generate``: biases, then the penalties (``penalties.py``), then the other processors; the masks of a grammar follow,
+and the sampler's temperature and filters come last. Positions with equally many tokens before them share a call; every
+call treats its rows apart.
 
 Rule: a processor is a function of tokens and logits; nothing here remembers a call.
 """
@@ -36,6 +37,7 @@ from transformers import (
 )
 
 from aspec.errors import PromptError
+from aspec.generation.grammar.masks import GrammarMasks
 from aspec.generation.params import SamplingParams
 from aspec.io.upload import upload
 
@@ -53,6 +55,7 @@ USES = (
         "forced_bos_token_id",
     ),
     *("forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    "grammar",
 )
 """The fields of SamplingParams that need a processor."""
 
@@ -69,16 +72,22 @@ class Processors:
     """
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], end_ids: frozenset[int], max_length: int, vocab_size: int
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        end_ids: frozenset[int],
+        max_length: int,
+        vocab_size: int,
+        grammar: GrammarMasks | None = None,
     ) -> None:
-        """For a request that may grow to ``max_length`` tokens, prompt included.
+        """For a request that may grow to ``max_length`` tokens, prompt included; ``grammar``: of its parameters.
 
         Raises PromptError if a parameter names a token that the target does not know.
         """
         self._params = _within(params, vocab_size)
         self._prompt, self._max_length = list(prompt), max_length
         self._end_ids = sorted(token for token in end_ids if 0 <= token < vocab_size)
-        self._vocab_size = vocab_size
+        self._vocab_size, self._grammar = vocab_size, grammar
         self._made: dict[torch.device, tuple[list[Processor], list[Processor]]] = {}  # complete ones only
 
     def bias(self, scores: torch.Tensor, tokens: Sequence[int], paths: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -86,8 +95,33 @@ class Processors:
         return self._apply(self._on(scores.device)[0], scores, tokens, paths)
 
     def apply(self, scores: torch.Tensor, tokens: Sequence[int], paths: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Likewise, from penalised logits."""
-        return self._apply(self._on(scores.device)[1], scores, tokens, paths)
+        """Likewise, from penalised logits.
+
+        Where the grammar allows an end and nothing else is left, the text ends: no other parameter holds it open.
+        """
+        processed = self._apply(self._on(scores.device)[1], scores, tokens, paths)
+        if self._grammar is None or not paths:
+            return processed
+        allowed = self._allowed(self._grammar, tokens, paths, scores)
+        processed = processed.masked_fill(~allowed, -torch.inf)
+        ends = [token for token in self._end_ids if token < scores.shape[-1]]
+        complete = torch.full_like(scores, -torch.inf)
+        complete[:, ends] = scores[:, ends].masked_fill(~allowed[:, ends], -torch.inf)
+        return torch.where(processed.amax(-1, keepdim=True) == -torch.inf, complete, processed)
+
+    def num_allowed(self, tokens: Sequence[int], path: Sequence[int]) -> int:
+        """How many leading tokens of ``path`` the request's grammar allows after ``tokens``."""
+        if self._grammar is None:
+            return len(path)
+        return self._grammar.num_allowed(tokens[len(self._prompt) :], path)
+
+    def _allowed(
+        self, grammar: GrammarMasks, tokens: Sequence[int], paths: Sequence[Sequence[int]], scores: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, V] bool of the tokens that the grammar allows, for scores [N, V]; a draft may know fewer tokens."""
+        packed = upload(grammar.masks(tokens[len(self._prompt) :], paths), scores.device)
+        bits = packed[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=scores.device))
+        return bits.bitwise_and_(1).bool().reshape(len(packed), -1)[:, : scores.shape[-1]]
 
     def _on(self, device: torch.device) -> tuple[list[Processor], list[Processor]]:
         """The processors before and after the penalties; lanes of several threads may ask at once."""
@@ -150,10 +184,12 @@ def _within(params: SamplingParams, vocab_size: int) -> SamplingParams:
 
 def _biases(params: SamplingParams, prompt: torch.Tensor) -> Iterator[Processor]:
     """The processors before the penalties, in transformers' order."""
-    single = [((token,), bias) for token, bias in params.logit_bias]
-    for biases in (single, params.sequence_bias):
-        if biases:
-            yield SequenceBiasLogitsProcessor([[list(tokens), float(bias)] for tokens, bias in biases])
+    if params.logit_bias:  # not as sequences: transformers 5.17 takes none with token 0
+        tokens = torch.tensor([token for token, _ in params.logit_bias], device=prompt.device)
+        added = torch.tensor([float(bias) for _, bias in params.logit_bias], device=prompt.device)
+        yield lambda _, scores: scores.index_add(1, tokens, added.expand(len(scores), -1))
+    if params.sequence_bias:
+        yield SequenceBiasLogitsProcessor([[list(tokens), float(bias)] for tokens, bias in params.sequence_bias])
     if params.encoder_repetition_penalty != 1:
         reward = EncoderRepetitionPenaltyLogitsProcessor(float(params.encoder_repetition_penalty), prompt)
         yield lambda ids, scores: torch.cat([reward(ids, row[None]) for row in scores])  # it knows one prompt

@@ -223,8 +223,8 @@ class Sampler:
             if bool(empty.any()) and bool((logits[empty].amax(-1) > -torch.inf).any()):
                 raise NoTokenError(
                     "the request's parameters rule every token out: expected one that may follow the text. Remove "
-                    "suppress_tokens, bad_words_ids, no_repeat_ngram_size or what else forbids tokens, from the "
-                    "request or from generation_config.json."
+                    "suppress_tokens, bad_words_ids, no_repeat_ngram_size, response_format or what else forbids "
+                    "tokens, from the request or from generation_config.json."
                 )
         return scores
 

@@ -11,8 +11,8 @@ from aspec.generation.processors import Processors
 from aspec.generation.sampler import Sampler, TokenLogprob
 from aspec.generation.text.tokenizer import TextStream
 
-Committed = tuple[str, tuple[int, ...], tuple[TokenLogprob, ...]]
-"""The text, token ids and, if requested, logprobs of one round."""
+Committed = tuple[str, tuple[int, ...], tuple[TokenLogprob, ...], int]
+"""The text, token ids and, if requested, logprobs of one round; the leading characters that were proposed."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -38,6 +38,8 @@ class Sequence:
     pieces: list[Committed] = field(default_factory=list)  # committed and not yet delivered
     processors: Processors | None = None  # None if the parameters need none
     counts: TokenCounts | None = None  # for penalties; None if none is set
+    scored: bool = False  # the logprobs of the prompt's own tokens are wanted
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are delivered
 
     def __post_init__(self) -> None:
         self.counts = TokenCounts.of(self.params, self.tokens)
@@ -55,6 +57,10 @@ class Sequence:
         """Likewise of the positions after some paths."""
         return Context(self.counts, paths, self.processors, self.tokens) if self.reads_context else None
 
+    def num_allowed(self, proposals: SequenceOf[int]) -> int:
+        """How many leading proposals of a chain after the committed tokens the request's grammar allows."""
+        return len(proposals) if self.processors is None else self.processors.num_allowed(self.tokens, proposals)
+
     @property
     def ended(self) -> bool:
         """Whether the sequence is complete: no more tokens are committed."""
@@ -68,7 +74,7 @@ class Sequence:
     def commit(self, drawn: SequenceOf[int], logprobs: SequenceOf[TokenLogprob] = ()) -> int:
         """Append accepted tokens up to an end token, a stop string or the limit; returns the number committed.
 
-        ``logprobs`` are theirs; empty if not requested.
+        All but the last of ``drawn`` were proposed. ``logprobs`` are theirs; empty if not requested.
         """
         if not drawn:
             return 0
@@ -90,13 +96,19 @@ class Sequence:
                 break
         if self.counts is not None:
             self.counts.commit(new)
-        self.pieces.append(("".join(text), tuple(new), tuple(logprobs[: len(new)])))
+        proposed = sum(map(len, text[: len(drawn) - 1]))
+        self.pieces.append(("".join(text), tuple(new), tuple(logprobs[: len(new)]), proposed))
         return len(new)
 
     def fail(self, error: NumericError) -> None:
         """End the sequence with an error; only the first counts, and none after a finish reason."""
         if not self.ended:
             self.failure = error
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """The logprobs of the prompt's tokens but the first, once; they are complete with the first drawn token."""
+        taken, self.prompt_logprobs = self.prompt_logprobs, {}
+        return tuple(taken[position] for position in sorted(taken))
 
     def take_pieces(self) -> list[Committed]:
         """The rounds that were committed since the last call."""

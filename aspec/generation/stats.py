@@ -16,14 +16,18 @@ class Piece:
     finish_reason: str | None = None  # "stop" | "length"
     stats: "RequestStats | None" = None
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
+    num_drafted: int = 0  # leading characters of the text that were proposed, and accepted by the target
+    prompt_logprobs: tuple[
+        TokenLogprob, ...
+    ] = ()  # in the first piece, if requested: of the prompt but its first token
 
 
 @dataclass(slots=True)
 class RequestStats:
     """Counts of one request; mutable while it runs, complete after ``close``."""
 
-    prompt_tokens: int
-    arrived_s: float
+    prompt_tokens: int = 0
+    arrived_s: float = 0.0
     num_cached_tokens: int = 0  # of the prompt: their KV came from an earlier sequence, the others were prefilled
     completion_tokens: int = 0
     passes: int = 0  # target passes after the prefill
@@ -33,8 +37,22 @@ class RequestStats:
     prefill_s: float = 0.0  # arrival to first token
     decode_s: float = 0.0  # first token to last
     bytes_per_pass: int = 0
+    num_prefilled: int = 0  # prompt tokens that have KV, cached ones included; on the way, of a mean layer
+    _prefilled: int = 0  # likewise without the cached ones, summed over the layers
+    is_closed: bool = False  # the request has ended
     _first_token_s: float | None = None
     _decode_from_bytes: int = 0
+
+    def begin(self, prompt_tokens: int, now_s: float) -> None:
+        """The request has arrived."""
+        self.prompt_tokens, self.arrived_s = prompt_tokens, now_s
+
+    def take_prefill(self, start: int, count: int, num_layers: int) -> None:
+        """Add one layer of ``count`` prompt tokens from ``start`` on."""
+        if not self._prefilled:
+            self.num_cached_tokens = start
+        self._prefilled += count
+        self.num_prefilled = self.num_cached_tokens + self._prefilled // num_layers
 
     def take(self, outcome: RowOutcome, now_s: float) -> None:
         """Add the outcome of one ACCEPT of this request."""
@@ -51,7 +69,7 @@ class RequestStats:
         """Complete the statistics at the end of the request; returns itself."""
         first = self._first_token_s if self._first_token_s is not None else now_s
         self.prefill_s, self.decode_s = first - self.arrived_s, now_s - first
-        self.bytes_per_pass = plan.streamed_bytes
+        self.bytes_per_pass, self.is_closed = plan.streamed_bytes, True
         return self
 
     @property

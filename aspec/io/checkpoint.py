@@ -67,6 +67,14 @@ class TensorRef:
         """The stored tensors of this weight: itself."""
         return (self,)
 
+    def cut(self, index: int) -> "TensorRef":
+        """The slice ``index`` of the first dimension, [1, ...]."""
+        nbytes = self.nbytes // self.shape[0]
+        begin = index * nbytes
+        data = None if self.data is None else self.data[begin : begin + nbytes]
+        shape = (1, *self.shape[1:])
+        return TensorRef(f"{self.name}[{index}]", self.file, self.dtype, shape, self.offset + begin, nbytes, data)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

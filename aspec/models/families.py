@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+ENCODER = "encoder-decoder models are not supported; aspec runs decoder-only models"
+COUNTS = "it counts positions itself, and not those that its forward is given"
+STATEFUL = "it keeps recurrent state in a form that cannot be rolled back when a proposal is refused"
+
 REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
     {
+        "is_encoder_decoder": ENCODER,
         "alibi": "positions as an attention bias (alibi) are not supported",
-        "is_encoder_decoder": "encoder-decoder models are not supported; aspec runs decoder-only models",
         "use_bidirectional_attention": "attention to later tokens is not supported",
         "add_cross_attention": "cross attention is not supported",
     }
@@ -37,22 +41,30 @@ class Family:
     refused: str | None = None  # reason and remedy; None: supported
     experts: str | None = None  # implementation of experts; None: transformers' default
     text_class: bool = False  # of a model with towers: its class of text alone, because the whole cannot run on text
+    own_attention: bool = False  # its layers attend by code of their own, which adds the mask to the scores
+    biased: bool = False  # its configuration may ask for positions as a bias (alibi), which its layers take
+    own_cache: bool = False  # told to use a cache, it takes none but that of its own class
 
-
-STATEFUL = "it keeps recurrent state in a form that cannot be rolled back when a proposal is refused"
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "bloom": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
-        "mpt": Family(refused="its positions are an attention bias (alibi), which a registered attention cannot see"),
-        "falcon": Family(refused="its attention does not take a registered attention function"),
+        **dict.fromkeys(
+            ("bloom", "gpt_neo", "gpt_neox_japanese", "megatron-bert", "rembert", "xglm"),
+            Family(own_attention=True),
+        ),
+        "mpt": Family(refused="its positions are an attention bias (alibi) that all rows of a pass share"),
+        "big_bird": Family(refused="how its layers attend depends on the length of the text"),
+        "roformer": Family(refused=COUNTS),
+        "trocr": Family(refused=ENCODER),
+        "jetmoe": Family(refused="its experts of attention share tokens out by values that a probe does not have"),
+        "falcon": Family(own_attention=True, biased=True),
         "xlm": Family(refused="its layers are parallel lists, not modules that run one after another"),
         "zamba": Family(refused="its layers share weights"),
         "zamba2": Family(refused="its layers share weights"),
         "longcat_flash": Family(refused="each of its layers consists of two layers with two caches"),
-        "kosmos-2.5": Family(refused="it counts positions from another number than those that its forward is given"),
+        "kosmos-2.5": Family(refused=COUNTS),
         "llama4": Family(text_class=True),
-        "minimax": Family(refused=STATEFUL),
+        "minimax": Family(own_cache=True),
         "shieldgemma2": Family(refused="it classifies images"),
     }
 )

@@ -15,6 +15,7 @@ FutureWarning; 5.40 removes it.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -39,12 +40,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from aspec.errors import UnsupportedModelError
-from aspec.models.context import CHANGING
+from aspec.models.configuration.context import CHANGING
 
 __all__ = [
+    "RECURRENT_FORWARDS",
     "RECURRENT_FUNCTIONS",
     "ROPE_INIT_FUNCTIONS",
     "Cache",
+    "Experts",
     "LlamaDecoderLayer",
     "WeightConverter",
     "WeightRenaming",
@@ -56,6 +59,7 @@ __all__ = [
     "compute_buffers",
     "conversion_rules",
     "dot_natural_key",
+    "experts_of",
     "forget_pad_token",
     "has_recurrent_state",
     "ignore_positions",
@@ -66,6 +70,7 @@ __all__ = [
     "no_init_weights",
     "rename_source_key",
     "sdpa_mask",
+    "see_all",
     "set_attention",
     "set_experts",
     "takes_registered_attention",
@@ -85,6 +90,9 @@ RECURRENT_FUNCTIONS: Mapping[str, str] = MappingProxyType(
 )
 """The functions of several tokens that the mixers of recurrent layers name: name -> kind of aspec's own function."""
 
+RECURRENT_FORWARDS: Mapping[str, str] = MappingProxyType({"get_linear_cache": "lightning attention"})
+"""A name in the forward of a mixer that holds its recurrence in its lines -> kind of aspec's own forward."""
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; the last one of families without attention
 
 
@@ -94,10 +102,8 @@ def cache_argument(module: nn.Module) -> str:
     for name in CACHE_NAMES:
         if name in parameters:
             return name
-    raise UnsupportedModelError(
-        f"{type(module).__name__} is not supported: expected an argument {' or '.join(CACHE_NAMES)} of its forward, "
-        f"found none."
-    )
+    name = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+    raise UnsupportedModelError(f"{name} is not supported: its forward takes no cache, by which earlier tokens stay.")
 
 
 def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -139,9 +145,53 @@ def set_attention(config: PreTrainedConfig, name: str) -> None:
     config._attn_implementation = name
 
 
+def see_all(model: nn.Module) -> None:
+    """Take the masks out of modules that hold one of their own beside the mask that they receive (GPT-Neo)."""
+    for module in model.modules():
+        own = module._buffers.get("bias")
+        if own is not None and hasattr(module, "attention_type"):
+            module._buffers["bias"] = own.new_ones(1, 1, 1, 1).expand(1, 1, 1 << 30, 1 << 30)  # one byte in all
+
+
 def set_experts(config: PreTrainedConfig, name: str) -> None:
     """Make models of ``config`` run their experts with the implementation ``name``."""
     config._experts_implementation = name
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How a module of routed experts computes: up, gate or activation, down; all experts' weights in two tensors.
+
+    As transformers' ``grouped_mm``, which takes ``hidden`` [N, H], the experts of each token [N, k], their weights.
+    """
+
+    up: str  # the name of its weights [E, outputs, inputs], or [E, inputs, outputs] if ``transposed``
+    down: str
+    number: int  # of experts; larger numbers in a route mean none
+    transposed: bool
+    biased: bool  # with ``<up>_bias`` and ``<down>_bias`` [E, outputs]
+    act: Callable[[torch.Tensor], torch.Tensor]  # between the two products
+    norm: Callable[[torch.Tensor], torch.Tensor] | None  # behind the second one
+
+
+def experts_of(module: nn.Module) -> Experts | None:
+    """How a module computes its routed experts; None where it is no such module, or computes them in another way."""
+    kinds = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
+    if not all(hasattr(module, name) for name in kinds) or not hasattr(module, "down_proj"):
+        return None
+    chosen = getattr(module.config, "_experts_implementation", None)
+    if chosen != "grouped_mm":
+        return None
+    gated, normed = module.has_gate, getattr(module, "has_post_expert_norm", False)
+    return Experts(
+        "gate_up_proj" if gated else "up_proj",
+        "down_proj",
+        int(module.num_experts),  # type: ignore[arg-type]
+        bool(module.is_transposed),
+        bool(module.has_bias),
+        module._apply_gate if gated else module.act_fn,  # type: ignore[arg-type]
+        module.post_expert_norm if normed else None,  # type: ignore[arg-type]
+    )
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -210,6 +210,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         uniform = len(begins) == 1 and set(counts) == {width}
         self._slot_slice = slice(min(begins), min(begins) + width) if uniform else None
         self._masks: dict[MaskKind, torch.Tensor] = {}
+        self._added: dict[MaskKind, torch.Tensor] = {}
         self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
         self.attended: dict[int, ref[torch.Tensor]] = {}  # if offloaded, by layer: the new keys it attended to
         self.states: StatesOfStep | None = None  # None: no layer is recurrent
@@ -236,6 +237,22 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         if kind not in self._masks:
             self._masks[kind] = self._make_mask(kind)[:, None]
         return self._masks[kind]
+
+    def added_mask(self, kind: MaskKind) -> torch.Tensor:
+        """``mask`` as [B, 1, T, S] of the model's dtype, to be added to scores: 0 where a query may see the slot."""
+        if kind not in self._added:
+            mask = self.mask(kind)
+            zeros = torch.zeros(mask.shape, dtype=self.storage.dtype, device=mask.device)
+            self._added[kind] = zeros.masked_fill_(~mask, torch.finfo(zeros.dtype).min)
+        return self._added[kind]
+
+    def biased(self, bias: torch.Tensor) -> torch.Tensor:
+        """A bias of positions [B * H, 1, S] or [B, H, 1, S], which counts slots, as one of what is in the slots."""
+        if (tree := self.tree_nodes()) is None:
+            return bias
+        positions = tree.slot_positions(self.high).clamp_(max=self.high - 1)
+        by_row = bias.reshape(len(positions), -1, self.high)
+        return by_row.gather(2, positions[:, None].expand(by_row.shape)).view(bias.shape)
 
     def _make_mask(self, kind: MaskKind) -> torch.Tensor:
         return visible_slots(kind, self.position_ids, self.high, self.tree_nodes())

@@ -1,39 +1,41 @@
 """A decoder-only transformers model that runs layer by layer with weights bound from byte buffers.
 
-The maths is transformers' own. There are two skeletons on the meta device. The *frame* runs the model's own forward
-with permanent recorder stubs in place of its layers: this gives every layer's arguments (prologue) and computes logits
-from a hidden state (epilogue). The *layers* of the other skeleton run with parameters that are views of slots.
+The maths is transformers' own. There are two skeletons on the meta device. The *frame* (``frame.py``) gives
+every layer's arguments and computes logits from a hidden state. The *layers* of the other skeleton run with parameters
+that are views of slots.
 Nothing is patched at run time, and all state of a work item is in its ``Activation``, so several items can be in
 progress at once. Callers run everything under ``torch.inference_mode``.
 """
 
-import contextlib
 import itertools
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.hub import known_as, read_config
 from aspec.io.upload import upload
-from aspec.models.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
-from aspec.models.config_sizes import check_layers
-from aspec.models.context import context_limit
-from aspec.models.exact.products import LayerModes, matmul_mode
+from aspec.models.configuration.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
+from aspec.models.configuration.config_sizes import check_layers, experts_per_token
+from aspec.models.configuration.context import context_limit
+from aspec.models.configuration.generation_defaults import end_ids
+from aspec.models.exact.products import LayerModes
+from aspec.models.experts.layout import RoutedLayers, find_routed
+from aspec.models.experts.pause import run_from_experts, run_to_experts
+from aspec.models.experts.running import ExpertRunner, RoutedItem
 from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
-from aspec.models.generation_defaults import end_ids
-from aspec.models.hf_compat import cache_argument
+from aspec.models.frame import Frame
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.probing.facts import OffloadFacts
+from aspec.models.layer_arguments import fill_in, frame_mask
+from aspec.models.probing.facts import ModelFacts, OffloadFacts
 from aspec.models.probing.layers import examine
 from aspec.models.probing.split import examine_offload, examine_split
 from aspec.models.skeleton import build_skeleton, find_layers, load_config
@@ -48,32 +50,20 @@ from aspec.models.weights.lora import Adapter, adapt
 from aspec.models.weights.outline import outline_tensors
 from aspec.models.weights.parts import Binding, Part, layer_of
 from aspec.models.weights.tensor_map import map_tensors
-from aspec.models.weights.touched import give_up, same_memory
-from aspec.models.weights.unused import check_unused, unread_bytes, unused_text
+from aspec.models.weights.touched import give_up
+from aspec.models.weights.unused import check_unused, unread_bytes, unused_text, without_towers
 
 
 @dataclass(slots=True)
 class Activation:
-    """A work item between layers. ``hidden`` [B, T, H] and ``split`` change from layer to layer, the rest is fixed."""
+    """A work item between layers. Its state in a layer changes from layer to layer, the rest is fixed."""
 
     step: StepCache
     input_ids: torch.Tensor  # [B, T] int64
-    hidden: torch.Tensor
+    hidden: torch.Tensor  # [B, T, H]
     arguments: list[dict[str, Any]]  # by layer, without the hidden state
     split: Split | None = None  # the split layer, between ``project`` and ``finish``
-
-
-class _Stop(Exception):
-    """Not an error: ends the frame's forward after the last layer."""
-
-
-@dataclass(slots=True)
-class _Tape:
-    """State of the frame's stubs: they record the calls of the prologue, or return ``final`` for the epilogue."""
-
-    final: torch.Tensor | None = None
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    returned: torch.Tensor | None = None
+    routed: RoutedItem | None = None  # the layer with experts on demand, between ``route`` and ``combine``
 
 
 class Model:
@@ -107,7 +97,7 @@ class Model:
         if stored := has_weights(self.folder):  # headers are cheap to read, and bound what the configuration may claim
             self.checkpoint, weights = open_weights(self.folder, packing)
             check_layers(self.config.get_text_config().num_hidden_layers, self.checkpoint)
-        self._facts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
+        self.facts: ModelFacts = examine(self.config, named or torch.float32)  # no fact depends on the dtype
         usual = torch.float32 if packing is None else torch.bfloat16  # nobody packs a model of float32
         self._named_dtype = named or stored_dtype(weights) or usual
         self.dtype = computed_on(self.device, self._named_dtype)
@@ -117,33 +107,30 @@ class Model:
             self.checkpoint = self._outline(packing) if outlined else Checkpoint.open(self.folder)  # which raises
             weights = stored_weights(self.checkpoint.tensors, packing)
         remarks = () if packing is None else packing.remarks
-        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, self._facts.unused)
-        check_unused(self._layers_model, self.checkpoint, self._tensors.unexpected)
+        self._tensors = map_tensors(self._layers_model, self.name, weights, remarks, self.facts.unused)
+        self.unexpected = without_towers(self.config, self._tensors.unexpected)  # stored tensors without a use
+        check_unused(self._layers_model, self.checkpoint, self.unexpected)
         self.files = dict(self.checkpoint.files)  # that are read, as they were when their headers were read
         if adapter is not None:
-            opened = Adapter.open(adapter)
-            self._tensors = adapt(self._tensors, opened, self._layers_model)
-            self.files |= opened.files
-        self._frame = self._build_frame()
-        self._cache_argument = cache_argument(self._frame)
+            self._adapt(Adapter.open(adapter))
+        self._frame = build_skeleton(self.config, self.dtype, self.device)
+        give_up(self._frame, self.facts.unused, self.device)  # towers that text does not enter
+        self._framed = Frame(self._frame, self.facts)
         self._linears = Linears(self._frame, self._layers_model, self._layers_name, bind_mixers(self._layers_model))
         self._modes = LayerModes()
         self._tensors = choose_factors(self._tensors, self._linears, self.device, self.dtype, packed_products)
         self._binder = Binder(self._frame, self._layers_model, self._layers, self._linears)
-        self._local = threading.local()  # .tape: for the frame's forward on this thread
+        self._experts: ExpertRunner | None = None  # None: experts are weights of their layers
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
         self.context = context_limit(text)
         self.end_ids = end_ids(self.folder, text)
 
-    def _build_frame(self) -> PreTrainedModel:
-        """The model with stubs in place of its layers, and without the towers that text does not enter."""
-        frame = build_skeleton(self.config, self.dtype, self.device)
-        give_up(frame, self._facts.unused, self.device)
-        for index, layer in enumerate(find_layers(frame)[1]):
-            layer.forward = self._stub(index)
-        return frame
+    def _adapt(self, adapter: Adapter) -> None:
+        """Add the weights of an adapter to those that it changes."""
+        self._tensors = adapt(self._tensors, adapter, self._layers_model)
+        self.files |= adapter.files
 
     def _outline(self, packing: Format | None) -> Checkpoint:
         """What the configuration says that the checkpoint would hold."""
@@ -153,11 +140,6 @@ class Model:
     def max_context(self) -> int | None:
         """The most tokens of a row that the model was made for; None: no limit."""
         return self.context.trained
-
-    @property
-    def unexpected(self) -> tuple[str, ...]:
-        """Names of stored tensors that the model does not use."""
-        return self._tensors.unexpected
 
     @property
     def unread_bytes(self) -> int:
@@ -191,26 +173,37 @@ class Model:
         """How weights are packed, the method of the most bytes first; empty if none is packed."""
         return methods_of(itertools.chain.from_iterable(self.packed.values()))
 
-    def parts(self, max_part_bytes: int, alignment: int = 1) -> tuple[Part, ...]:
-        """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``."""
-        return plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
+    def parts(self, max_part_bytes: int, alignment: int = 1, on_demand: RoutedLayers | None = None) -> tuple[Part, ...]:
+        """The parts in the order of use, the resident part (layer -1) first; see ``plan_parts``.
+
+        ``on_demand``: the layers whose experts are in no part.
+        """
+        tensors = self._tensors if on_demand is None else on_demand.without_experts(self._tensors)
+        return plan_parts(tensors, self._layers_name, max_part_bytes, alignment)
+
+    def routed(self, alignment: int = 1) -> RoutedLayers:
+        """The layers whose experts can be read one by one, to multiples of ``alignment`` bytes in a device's buffer."""
+        return find_routed(
+            list(self._layers), self._layers_name, self._tensors, experts_per_token(self.config), alignment
+        )
+
+    def read_on_demand(self, routed: RoutedLayers) -> ExpertRunner:
+        """Run these layers in steps from now on: ``route``, ``compute_experts``, ``combine``."""
+        self._binder.leave_out([name for layer in routed.layers.values() for name in layer.names])
+        self._experts = ExpertRunner(routed, self._layers_model)
+        return self._experts
 
     def kv_shapes(self, *, offloaded: bool = False) -> list[KVShape | None]:
         """By layer, as ``KVCache`` takes them; None for a layer that uses another layer's keys and values.
 
         ``offloaded``: of a cache in host memory, which stores what layers attend to (``kv_offload.py``).
         """
-        return list(self.offload.kept) if offloaded else self._facts.kv_shapes
-
-    @property
-    def selects(self) -> bool:
-        """Whether layers select the slots that they attend to, by scores whose last bits depend on the pass."""
-        return self._facts.selects
+        return list(self.offload.kept) if offloaded else self.facts.kv_shapes
 
     @property
     def state_shapes(self) -> list[StateShape | None]:
         """By layer, what a recurrent layer keeps; None for other layers."""
-        return [layer.state for layer in self._facts.layers]
+        return [layer.state for layer in self.facts.layers]
 
     @property
     def layer_modules(self) -> tuple[torch.nn.Module, ...]:
@@ -252,6 +245,8 @@ class Model:
         for part in parts:
             self._binder.unbind(part)
         self._binder.forget()
+        if self._experts is not None:
+            self._experts.forget()
 
     # -- forward ---------------------------------------------------------------------------------------------
 
@@ -262,21 +257,12 @@ class Model:
         """
         if input_ids.shape != step.position_ids.shape:
             raise InternalError(f"tokens {list(input_ids.shape)} do not fit positions {list(step.position_ids.shape)}")
-        tape = _Tape()
-        with contextlib.suppress(_Stop):
-            positions, mask = (self._on_layers_device(step, own) for own in (step.position_ids, step.mask()))
-            self._run_frame(tape, input_ids, positions, mask, step)
-        hidden = tape.calls[0][self._facts.layers[0].parameters[0]]
-        for facts, arguments in zip(self._facts.layers, tape.calls, strict=True):
-            # offloaded: the attention makes its mask on the host, and no code reads this placeholder
-            if facts.mask_argument is None:
-                arguments |= {"attention_mask": None} if "attention_mask" in arguments else {}  # rows are not padded
-            else:
-                arguments[facts.mask_argument] = (
-                    () if step.offloaded else step.layer_mask(facts.mask, selects=self.selects)
-                )
-            del arguments[facts.parameters[0]]
-        return Activation(step, input_ids, hidden, tape.calls)
+        given = step.position_ids, frame_mask(self.facts, step)
+        positions, mask = (self._on_layers_device(step, own) for own in given)
+        calls = self._framed.prologue(input_ids, positions, mask, step)
+        hidden = calls[0][self.facts.layers[0].parameters[0]]
+        fill_in(self.facts, calls, step)
+        return Activation(step, input_ids, hidden, calls)
 
     def layer(self, index: int, activation: Activation) -> None:
         """Run one layer on an item. Raises InternalError if its parameters are not bound."""
@@ -292,12 +278,12 @@ class Model:
 
         Raises UnsupportedModelError if a layer's attention cannot run apart from the rest of the layer.
         """
-        return examine_split(self.config, self.dtype, self._facts)
+        return examine_split(self.config, self.dtype, self.facts)
 
     @cached_property
     def offload(self) -> OffloadFacts:
         """Facts of split layers with KV in host memory. Raises UnsupportedModelError as ``split_bytes`` does."""
-        return examine_offload(self.config, self.dtype, self._facts)
+        return examine_offload(self.config, self.dtype, self.facts)
 
     def project(self, index: int, activation: Activation) -> None:
         """Run a layer up to its attention and store its keys and values; ``attend`` and ``finish`` follow.
@@ -309,7 +295,7 @@ class Model:
         with self._modes.of(index, activation.step, "project"):
             activation.split = project(partial(self._forward, index, activation), activation.hidden)
         if activation.step.offloaded:
-            facts = self._facts.layers[index]
+            facts = self.facts.layers[index]
             to_host(activation.split, activation.step, index, facts.mask, stores=facts.kv is not None)
 
     @staticmethod
@@ -336,10 +322,42 @@ class Model:
             activation.hidden = finish(partial(self._forward, index, activation), activation.split)
         activation.split = None
 
+    def route(self, index: int, activation: Activation) -> tuple[tuple[int, int], ...]:
+        """Run a layer up to its experts; returns those that its router has chosen, and the tokens of each.
+
+        ``compute_experts`` of all of them and ``combine`` follow. The parameters must be bound until its end.
+        """
+        self._binder.check(index)
+        with self._modes.of(index, activation.step, "route"):
+            pause = run_to_experts(partial(self._forward, index, activation))
+        activation.routed = self._on_demand.item(index, pause)
+        return activation.routed.route
+
+    def compute_experts(self, index: int, activation: Activation, experts: Sequence[tuple[int, int]]) -> None:
+        """Compute (expert, slot) pairs of a routed layer."""
+        assert activation.routed is not None
+        with self._modes.of(index, activation.step, "experts"):
+            self._on_demand.compute(index, activation.routed, experts)
+
+    def combine(self, index: int, activation: Activation) -> None:
+        """Run the rest of a layer, behind its experts."""
+        assert activation.routed is not None
+        with self._modes.of(index, activation.step, "combine"):
+            made = self._on_demand.combine(index, activation.routed)
+            forward = partial(self._forward, index, activation)
+            activation.hidden = run_from_experts(forward, activation.routed.pause, made)
+        activation.routed = None
+
+    @property
+    def _on_demand(self) -> ExpertRunner:
+        if self._experts is None:
+            raise InternalError("no experts are read on demand")
+        return self._experts
+
     def _forward(self, index: int, activation: Activation) -> torch.Tensor:
         """The hidden state [B, T, H] that a layer computes from an item's hidden state."""
         output = self._layers[index](activation.hidden, **activation.arguments[index])
-        return self._facts.hand_over(index, output, activation.arguments)
+        return self.facts.hand_over(index, output, activation.arguments)
 
     def head(self, activation: Activation, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, N, V] at the columns ``keep`` [B, N] int64 of every row; None: all columns.
@@ -347,14 +365,13 @@ class Model:
         Raises InternalError if the resident part is not bound.
         """
         step, hidden, ids = activation.step, activation.hidden, activation.input_ids
-        positions, mask = self._on_layers_device(step, step.position_ids), step.mask()
+        positions = self._on_layers_device(step, step.position_ids)
         if keep is not None:
             rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
-            hidden = hidden[rows, keep] if self._facts.rows_first else hidden[..., rows, keep, :]
+            hidden = hidden[rows, keep] if self.facts.rows_first else hidden[..., rows, keep, :]
             ids, positions = ids.gather(1, keep), positions.gather(1, keep)
-            mask = mask[:, :, : keep.shape[1]]  # no layer attends here; only the shape must fit
-        mask = self._on_layers_device(step, mask)
-        logits: torch.Tensor = self._run_frame(_Tape(final=hidden), ids, positions, mask, step).logits
+        mask = self._on_layers_device(step, frame_mask(self.facts, step, ids.shape[1]))  # only its shape must fit
+        logits = self._framed.epilogue(hidden, ids, positions, mask, step)
         if logits.is_meta:
             raise InternalError("the head runs while the resident part of the model is not bound")
         return logits
@@ -362,35 +379,3 @@ class Model:
     def _on_layers_device(self, step: StepCache, tensor: torch.Tensor) -> torch.Tensor:
         """A step's tensor on the device of the layers; with KV in host memory it is made on the host."""
         return upload(tensor, self.device) if step.offloaded else tensor
-
-    def _run_frame(
-        self, tape: _Tape, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: StepCache
-    ) -> Any:
-        """Run the model's own forward; the stubs of its layers use ``tape``."""
-        self._local.tape, cache = tape, {self._cache_argument: step}
-        try:
-            with matmul_mode(step):
-                return self._frame(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **cache)
-        finally:
-            del self._local.tape
-
-    def _stub(self, index: int) -> Callable[..., object]:
-        """The forward of the frame's layer ``index``: it records its call, or returns the final hidden state."""
-        parameters, result = self._facts.layers[index].parameters, self._facts.result
-        last = len(self._facts.layers) - 1
-
-        def forward(*args: Any, **kwargs: Any) -> object:
-            tape: _Tape = self._local.tape
-            if tape.final is not None:
-                return result(tape.final)
-            arguments = dict(zip(parameters, args, strict=False)) | kwargs
-            hidden = arguments[parameters[0]]
-            if tape.returned is not None and not same_memory(hidden, tape.returned):
-                raise InternalError(f"layer {index} does not receive the tensor that layer {index - 1} returned")
-            tape.calls.append(arguments)
-            tape.returned = hidden
-            if index == last:
-                raise _Stop
-            return result(hidden)
-
-        return forward

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from aspec.errors import CheckpointError, UnsupportedModelError, reason_of, shown
 from aspec.io.hub import known_as, read_config
 from aspec.models import attention
-from aspec.models.config_sizes import check_numbers, check_tables
-from aspec.models.context import rope_types
+from aspec.models.configuration.config_sizes import check_numbers, check_tables
+from aspec.models.configuration.context import rope_types
 from aspec.models.families import ALIASES, HARMLESS, REFUSED_KEYS, family_of
 from aspec.models.formats.registry import format_of
 from aspec.models.hf_compat import (
@@ -24,6 +24,7 @@ from aspec.models.hf_compat import (
     forget_pad_token,
     model_class,
     no_init_weights,
+    see_all,
     set_attention,
     set_experts,
 )
@@ -68,7 +69,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         )
     reasons = _refusals(config)
     if reasons:
-        raise UnsupportedModelError(f"{path}: {config.model_type} is not supported: {'; '.join(reasons)}.")
+        raise UnsupportedModelError(f"{path}: {config.model_type} is not supported: {reasons[0]}.")
     return config
 
 
@@ -79,8 +80,9 @@ def _refusals(config: PreTrainedConfig) -> list[str]:
     except ValueError:
         held = " and ".join(config.sub_configs)
         return [f"it holds several models ({held}), of which none is the one that answers in text"]
-    reasons = [why for key, why in REFUSED_KEYS.items() if _is_set(config, key) or _is_set(text, key)]
     rows = [family_of(model_type) for model_type in dict.fromkeys((config.model_type, text.model_type))]
+    keys = [key for key in REFUSED_KEYS if not (key == "alibi" and rows[0].biased)]
+    reasons = [REFUSED_KEYS[key] for key in keys if _is_set(config, key) or _is_set(text, key)]
     reasons += [row.refused for row in rows if row.refused is not None]
     for kind in sorted(rope_types(text)):
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
@@ -113,14 +115,20 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module
     raise UnsupportedModelError(
-        f"{model.config.model_type} is not supported: expected a list of {count} decoder layers, found none."
+        f"{model.config.model_type} is not supported: its {count} decoder layers are not one list of modules."
     )
 
 
-def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> PreTrainedModel:
+def uses_cache(config: PreTrainedConfig) -> bool:
+    """The argument use_cache of a forward that is given a cache: the cache counts in any case."""
+    return not family_of(config.model_type).own_cache
+
+
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str, *, whole: bool = False) -> PreTrainedModel:
     """The model with all tensors on meta; it attends with the function registered as ``attend``.
 
-    Raises UnsupportedModelError if transformers cannot build it.
+    ``whole``: with its towers, also where only its class of text alone can run. Raises UnsupportedModelError if
+    transformers cannot build it.
     """
     config = copy.deepcopy(config)
     for own in (config, config.get_text_config()):
@@ -129,11 +137,11 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
         for key, value in OUTPUTS.items():
             if hasattr(own, key):
                 setattr(own, key, value)
-    set_attention(config, attend)
     family = family_of(config.model_type)
+    set_attention(config, "eager" if family.own_attention else attend)
     if family.experts is not None:
         set_experts(config, family.experts)
-    auto = auto_class(config, text_class=family.text_class)
+    auto = auto_class(config, text_class=family.text_class and not whole)
     assert auto is not None, "load_config refuses a type that transformers cannot build"
     try:
         with torch.device("meta"), no_init_weights():
@@ -150,6 +158,8 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> 
             f"{config.model_type}: transformers cannot build a model from this configuration: {reason_of(error)}. "
             f"Correct config.json, or update transformers."
         ) from error
+    if family.own_attention:
+        set_attention(model.config, attend)  # it makes the masks
     return model.eval()
 
 
@@ -164,4 +174,5 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.d
     model = build_on_meta(config, dtype, attention.NAME)
     check_tables(model)
     compute_buffers(model, device)
+    see_all(model)
     return model

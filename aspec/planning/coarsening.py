@@ -5,9 +5,11 @@ from dataclasses import replace
 from functools import partial
 from math import ceil
 
+from aspec.expert_plan import ExpertPlan
 from aspec.plan import Plan, PlannedPart
 from aspec.profiling.cost_tables import LayerCost, SimCosts
 
+ROUTED_TASKS = 2  # of a layer with experts on demand, beside the reads of its experts
 MAX_TASKS = 400  # of a pass: with more tasks, parts and layers are merged
 
 
@@ -15,7 +17,8 @@ def tasks_per_pass(plan: Plan) -> int:
     """The approximate number of tasks in one pass of a group."""
     per_layer = 1 if plan.attention_resource == "compute" else (5 if plan.kv_on_host else 3) * plan.micro_batches
     loads = len(plan.streamed) * (1 + bool(plan.num_staging)) + len(plan.decoding)
-    return plan.num_layers * per_layer + loads + 8
+    routed = 0 if plan.experts is None else len(plan.experts.shape.layers) * (ROUTED_TASKS + plan.experts.shape.top_k)
+    return plan.num_layers * per_layer + loads + routed + 8
 
 
 def coarse(plan: Plan, profile: SimCosts, max_tasks: int = MAX_TASKS) -> tuple[Plan, SimCosts]:
@@ -55,7 +58,9 @@ def _merge_parts(plan: Plan, layers: int) -> Plan:
     )
     groups = (plan.crossing[start : start + layers] for start in range(0, len(plan.crossing), layers))
     crossing = tuple((sum(out for out, _ in own), sum(back for _, back in own)) for own in groups)
-    merged = partial(replace, plan, parts=parts, num_layers=ceil(plan.num_layers / layers), crossing=crossing)
+    experts = None if plan.experts is None else _merge_experts(plan.experts, layers)
+    num_layers = ceil(plan.num_layers / layers)
+    merged = partial(replace, plan, parts=parts, num_layers=num_layers, crossing=crossing, experts=experts)
     streamed = [part for part in parts if part.tier != "device"]
     if not streamed:
         return merged()
@@ -63,6 +68,21 @@ def _merge_parts(plan: Plan, layers: int) -> Plan:
     least = max(sum(part.layer == layer for part in streamed) for layer in {part.layer for part in streamed})
     slots = max(least, round(plan.num_slots * plan.slot_bytes / slot))
     return merged(num_slots=slots, slot_bytes=slot)
+
+
+def _merge_experts(experts: ExpertPlan, layers: int) -> ExpertPlan:
+    """One layer for every ``layers`` layers: its experts are as large as theirs together, and its cache an average."""
+    shape = experts.shape
+    groups = [range(start, min(start + layers, len(shape.nbytes))) for start in range(0, len(shape.nbytes), layers)]
+    routed = [[layer for layer in group if shape.num_experts[layer]] for group in groups]
+    merged = replace(
+        shape,
+        num_experts=tuple(max((shape.num_experts[layer] for layer in own), default=0) for own in routed),
+        nbytes=tuple(sum(shape.nbytes[layer] for layer in own) for own in routed),
+        slot_bytes=layers * shape.slot_bytes,
+    )
+    cached = tuple(round(sum(experts.cached[layer] for layer in own) / max(1, len(own))) for own in routed)
+    return replace(experts, shape=merged, cached=cached)
 
 
 def _merge_layers(layers: tuple[LayerCost, ...], count: int) -> Iterable[LayerCost]:

@@ -6,7 +6,7 @@ The checks need a model's configuration only: no weight is read for a prompt tha
 import warnings
 
 from aspec.errors import PromptError
-from aspec.models.context import ContextLimit, context_limit
+from aspec.models.configuration.context import ContextLimit, context_limit
 from aspec.models.skeleton import load_config
 from aspec.plan import Workload
 from aspec.planning.resolve import Resolved, revise

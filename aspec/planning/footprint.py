@@ -9,10 +9,12 @@ import torch
 
 from aspec.backends.registry import ALIGNMENT, Kind
 from aspec.errors import UserError
+from aspec.expert_plan import ExpertShape
 from aspec.io.memory import PAGE
 from aspec.models.attention import DEVICE_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.models.exact.recipe import BLOCK_ROWS, MOST_PACKED_BYTES, PACK_BLOCKS
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
+from aspec.models.experts.layout import RoutedLayers
 from aspec.models.kv_cache import KVCache
 from aspec.models.kv_offload import pinned_bytes
 from aspec.models.model import Model
@@ -45,6 +47,7 @@ class Models:
     draft: Model | None
     parts: tuple[Part, ...]
     draft_parts: tuple[Part, ...]
+    on_demand: RoutedLayers | None = None  # the layers whose experts are in no part: they are read when chosen
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -58,14 +61,51 @@ class Models:
         """
         models = self if request.max_draft_tokens else self.without_draft()
         found = _footprint(models.target, models.parts, models.draft, models.draft_parts, request)
+        if self.on_demand is not None and (shape := self.on_demand.shape) is not None:
+            held = {"expert scratch": shape.scratch_bytes, "routed tokens": _routed_bytes(self.target, shape, request)}
+            found = replace(found, experts=shape, fixed={**found.fixed, **held})
         kind = self.resolved.kind
         if kind is None:
             return found
         return replace(found, fixed={**found.fixed, **_device_overheads(kind, models.draft, request)})
 
+    def reading_experts(self, *, on_demand: bool) -> "Models":
+        """The same models, whose experts are read on demand or with their layers.
+
+        Raises UserError if they cannot be read on demand.
+        """
+        alignment = 1 if self.resolved.kind is None else ALIGNMENT
+        routed = _routed(self.resolved, self.target, alignment) if on_demand else None
+        parts = self.target.parts(_part_bytes(self.resolved.budget_bytes), alignment, routed)
+        return replace(self, parts=parts, on_demand=routed)
+
     def without_draft(self) -> "Models":
         """The target alone."""
         return replace(self, draft=None, draft_parts=())
+
+
+def _routed(resolved: Resolved, target: Model, alignment: int) -> RoutedLayers:
+    """The layers whose experts are read on demand. Raises UserError if there are none, or if they cannot run so."""
+    routed = target.routed(alignment)
+    if not routed.layers:
+        raise UserError(f"{target.name} has no experts that can be read one by one. Leave out --experts on-demand.")
+    if resolved.options.attention == "cpu":
+        raise UserError("experts are read on demand in layers that attend themselves. Leave out --attention cpu.")
+    if resolved.kind is not None:
+        raise UserError("experts are read on demand on the CPU only. Leave out --experts on-demand.")
+    return routed
+
+
+def _routed_bytes(target: Model, shape: ExpertShape, request: PlanRequest) -> int:
+    """Bytes that all items of a pass hold between a layer's router and its end, per token about six hidden states.
+
+    In addition the results of its experts, and scores of all experts in fp32 with their order.
+    """
+    text = target.config.get_text_config()
+    joining = min(request.prefill_pass_tokens, request.num_rows * request.capacity)
+    tokens = joining + request.num_rows * (1 + request.max_draft_tokens)
+    token_bytes = (6 + shape.top_k) * int(text.hidden_size) * target.dtype.itemsize + 8 * max(shape.num_experts)
+    return tokens * token_bytes
 
 
 def _device_overheads(kind: Kind, draft: Model | None, request: PlanRequest) -> dict[str, int]:
@@ -89,9 +129,9 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
     target = Model(resolved.target, adapter=resolved.adapter, packed_products=asked, **how)
     resolved = _with_possible_exactness(resolved, target)
     draft = None if resolved.draft is None else Model(resolved.draft, adapter=resolved.draft_adapter, **how)
-    parts = target.parts(_part_bytes(resolved.budget_bytes), alignment)
     draft_parts = draft.parts(1 << 40, alignment) if draft else ()
-    models = Models(resolved, target, draft, parts, draft_parts)
+    models = Models(resolved, target, draft, (), draft_parts)
+    models = models.reading_experts(on_demand=resolved.options.experts == "on-demand")
     for text in _context_warnings(models):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return models
@@ -99,13 +139,10 @@ def read_models(resolved: Resolved, *, outlined: bool = False) -> Models:
 
 def _with_possible_exactness(resolved: Resolved, target: Model) -> Resolved:
     """Passes that are not exact where exact ones are not possible. Raises UserError if they were asked for."""
-    if not (resolved.exact and target.selects):
+    if not resolved.exact or target.facts.why_not_exact is None:
         return resolved
     if resolved.options.exact:
-        raise UserError(
-            f"{target.name} has no exact passes: its layers select the tokens that they attend to, by scores whose "
-            f"last bits depend on the pass. Leave out --exact."
-        )
+        raise UserError(f"{target.name} has no exact passes: {target.facts.why_not_exact}. Leave out --exact.")
     return replace(resolved, exact=False)
 
 
@@ -142,6 +179,7 @@ def request_for(models: Models) -> PlanRequest:
         resident_bytes=resolved.resident_bytes,
         exact=resolved.exact,
         host_bytes=resolved.host_bytes,
+        on_demand=models.on_demand is not None,
     )
 
 
@@ -280,6 +318,8 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     if not any(target.kv_shapes()):
         return 0
     heads = int(target.config.get_text_config().num_attention_heads)
+    if target.facts.own_attention:
+        return own_attention_bytes(target, tokens, request.capacity)
     if not request.exact:
         on_device = request.host_bytes is not None and not request.kv_on_host
         most = DEVICE_SCORE_BYTES if on_device else MAX_SCORE_BYTES
@@ -291,9 +331,18 @@ def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     return temporary_bytes_exact(request.num_rows, heads, tokens, request.capacity, slot, head, tree)
 
 
+def own_attention_bytes(target: Model, tokens: int, length: int) -> int:
+    """Bytes that layers hold which attend by code of their own: fp32 scores, with the mask, weights, and a cast.
+
+    All queries of a step at once; two masks, bool and added, are held beside them.
+    """
+    heads = int(target.config.get_text_config().num_attention_heads)
+    return tokens * length * (heads * 4 * 4 + 1 + target.dtype.itemsize)
+
+
 def _index_bytes(target: Model, request: PlanRequest, tokens: int) -> int:
     """Bytes of an indexer's fp32 scores of one item, in two copies; 0 where no layer selects slots."""
-    heads = getattr(target.config.get_text_config(), "index_n_heads", 0) if target.selects else 0
+    heads = getattr(target.config.get_text_config(), "index_n_heads", 0) if target.facts.selects else 0
     return 2 * tokens * request.capacity * heads * 4
 
 

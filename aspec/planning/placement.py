@@ -8,12 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from aspec.errors import BudgetError
+from aspec.expert_plan import ExpertPlan, ExpertShape, share_slots
 from aspec.plan import Plan, PlannedPart, PlanRequest, Tier, scratch_bytes
 from aspec.tasks.task import COMPUTE, DRAFT_COMPUTE
 from aspec.units import format_bytes
 
 UNBOUNDED = 1 << 62  # bytes
 NUM_STAGING = 3  # buffers between files and a device's link
+PASSING_SLOTS = 8  # for experts beyond their layers' caches: four are read while four are computed
+EXPERT_SLOTS = "expert slots"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Footprint:
     host_fixed: Mapping[str, int] = field(default_factory=dict)  # label -> bytes, if KV is in host memory
     crossing: tuple[tuple[int, int], ...] = ()  # see ``Plan``
     loading_bytes: int = 0  # of the largest part outside the layers whose stored bytes are not kept
+    experts: ExpertShape | None = None  # that are in no part, because they are read on demand
 
 
 def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
@@ -43,8 +47,32 @@ def make_plan(footprint: Footprint, request: PlanRequest) -> Plan:
     held = {**footprint.fixed, "KV cache": draft_kv + (0 if on_host else kv)}
     for buffers in range(request.scratch_buffers, 1, -1):
         with suppress(BudgetError):
-            return _placed(footprint, replace(request, scratch_buffers=buffers), held, on_host)
-    return _placed(footprint, replace(request, scratch_buffers=1), held, on_host)
+            return _with_experts(footprint, replace(request, scratch_buffers=buffers), held, on_host)
+    return _with_experts(footprint, replace(request, scratch_buffers=1), held, on_host)
+
+
+def _with_experts(footprint: Footprint, request: PlanRequest, held: dict[str, int], on_host: Mapping[str, int]) -> Plan:
+    """The plan, and slots for experts that are read on demand.
+
+    Weights outside the experts are used in every pass, so they are placed first. What is left is for the caches.
+    """
+    shape = footprint.experts
+    if shape is None:
+        return _placed(footprint, request, held, on_host)
+    plan, passing = None, PASSING_SLOTS
+    while plan is None:
+        try:
+            plan = _placed(footprint, request, {**held, EXPERT_SLOTS: passing * shape.slot_bytes}, on_host)
+        except BudgetError:
+            if passing == 1:
+                raise
+            passing //= 2
+    room = (UNBOUNDED if request.budget_bytes is None else request.budget_bytes) - plan.held_bytes
+    if request.resident_bytes is not None:
+        resident = sum(part.resident_bytes for part in plan.parts if part.tier is Tier.DEVICE)
+        room = min(room, request.resident_bytes - resident)
+    experts = ExpertPlan(shape, share_slots(shape, max(0, room) // shape.slot_bytes), passing)
+    return replace(plan, experts=experts, arithmetic={**plan.arithmetic, EXPERT_SLOTS: experts.nbytes})
 
 
 def _placed(footprint: Footprint, request: PlanRequest, held: dict[str, int], on_host: Mapping[str, int]) -> Plan:

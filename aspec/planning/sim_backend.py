@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from aspec.expert_plan import ExpertShape
+from aspec.planning.experts.routes import SimRoutes
 from aspec.profiling.cost_tables import SimCosts
 from aspec.speculation.tree import ROOT, Proposal, Tree
 from aspec.tasks.op import Cost, Op
@@ -23,6 +25,7 @@ from aspec.tasks.task import (
     DECODE,
     DISK,
     DRAFT_COMPUTE,
+    EXPERT_DISK,
     H2D,
     H2D_RESULTS,
     NOTHING,
@@ -40,6 +43,7 @@ MAX_RANKS = 8  # children that a simulated draft offers for every node
 
 HOST_RESOURCES = (
     Resource(DISK, depth=3),
+    Resource(EXPERT_DISK, depth=8),
     Resource(COMPUTE, depth=2, domain="host"),
     Resource(CPU, depth=1),
     Resource(DECODE, depth=2),
@@ -82,6 +86,7 @@ class SimBackend:
     profile: SimCosts
     resources: tuple[Resource, ...] = HOST_RESOURCES
     fail: tuple[Op, int] | None = None
+    experts: ExpertShape | None = None  # that are read on demand
     in_flight: int = 0  # tasks issued and not completed; 0 after close
     closed: bool = False
     _lanes: dict[str, _Lane] = field(default_factory=dict)
@@ -89,10 +94,12 @@ class SimBackend:
     _rows: dict[int, _RowState] = field(default_factory=dict)
     _issued: dict[Op, int] = field(default_factory=dict)
     _poisoned: dict[str, BaseException] = field(default_factory=dict)  # errors by domain
+    _routes: SimRoutes | None = field(init=False)
     _bounds: list[float] = field(init=False)  # cumulative chances of ranks: below the first one the target draws rank 0
     _log_rest: list[float] = field(init=False)  # log chances of ranks from 1 on, given that rank 0 is not drawn
 
     def __post_init__(self) -> None:
+        self._routes = None if self.experts is None else SimRoutes(self.experts, self._chance)
         acceptance = self.profile.acceptance
         spread = min(self.profile.spread, acceptance)
         rest = [spread * (1.0 - spread) ** rank for rank in range(MAX_RANKS - 1)]
@@ -112,7 +119,9 @@ class SimBackend:
         seconds = self._with_contention(task, start, self.price(task))
         stop = round((start + seconds) * 1e9) * 1e-9  # the loop's clock counts whole nanoseconds
         lane.free_s = self._stops[task.id] = stop
-        if task.op is Op.RETURN and (loads := self._lanes.get(H2D, lane)).free_s > start:
+        overtaken = {Op.RETURN: H2D, Op.LOAD_EXPERT: DISK}.get(task.op)
+        loads = None if overtaken is None else self._lanes.get(overtaken)
+        if loads is not None and loads.free_s > start:
             loads.free_s += seconds  # it overtakes the loads, which end later: both use one link
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
@@ -202,6 +211,10 @@ class SimBackend:
             changes = task.payload.rows
             self._rows |= {one.row: _RowState(one.sequence) for one in changes if one.sequence is not None}
             return NOTHING
+        if item is not None and task.op is Op.ROUTE and task.layer is not None:
+            assert self._routes is not None, "only experts on demand are routed"
+            sequences = [self._rows[row].sequence for row in item.rows]
+            return Report(routed=tuple(sorted(self._routes.of_item(item, task.layer, sequences).items())))
         if item is not None and task.growth is not None:
             limits = zip(item.rows, task.growth.budgets, task.growth.depths, strict=True)
             starts = dict(zip(item.rows, item.starts, strict=True))

@@ -39,7 +39,7 @@ def simulate(
 
     async def main() -> None:
         machine = HOST_RESOURCES if profile.copy_bytes_per_s is None else DEVICE_RESOURCES
-        backend = SimBackend(profile, machine)
+        backend = SimBackend(profile, machine, experts=None if plan.experts is None else plan.experts.shape)
         executor = Executor(Scheduler(plan_for(plan, profile)), backend, observers, issue_observers)
         for sequence, (prompt_tokens, new_tokens) in enumerate(arrivals):
             executor.post(RequestAdded(sequence, prompt_tokens, new_tokens))

@@ -12,7 +12,7 @@ from aspec.errors import UserError
 from aspec.io.checkpoint import Checkpoint
 from aspec.io.fetching.files import SIZES, WANTED, WEIGHTS
 from aspec.io.hub import known_as, read_config, source_of
-from aspec.models.compute_dtype import named_dtype
+from aspec.models.configuration.compute_dtype import named_dtype
 from aspec.models.formats.packed import Format
 from aspec.models.formats.registry import format_of, open_weights
 from aspec.models.probing.facts import ModelFacts

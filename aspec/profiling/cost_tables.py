@@ -205,6 +205,15 @@ def _ffn(table: CostTable, task: Task, item: WorkItem) -> float:
     return _layer_of(table, task).rest.at(item.padded_tokens)
 
 
+def _route(table: CostTable, task: Task, item: WorkItem) -> float:
+    layer = _layer_of(table, task)
+    return layer.project.at(item.padded_tokens) + layer.attention.seconds(item, tree=table.tree)
+
+
+def _experts(table: CostTable, task: Task, item: WorkItem) -> float:
+    return 0.0  # counted in ``_ffn``, for all experts of the layer
+
+
 def _embed(table: CostTable, task: Task, item: WorkItem) -> float:
     return table.target.embed_seconds(item)
 
@@ -241,6 +250,9 @@ _SECONDS_OF = {
     Op.PROJECT: _project,
     Op.ATTEND: _attend,
     Op.FFN: _ffn,
+    Op.ROUTE: _route,
+    Op.EXPERTS: _experts,
+    Op.COMBINE: _ffn,
     Op.HEAD: _head,
     Op.ACCEPT: _accept,
     Op.DRAFT: _draft,

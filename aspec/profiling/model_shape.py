@@ -13,12 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from aspec.models.configuration.config_sizes import experts_per_token
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 from aspec.models.state.shapes import StateShape
-
-ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
-"""Configuration keys of the model families for the number of experts of a token."""
+from aspec.models.weights.parts import REST
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 _OUTPUT = re.compile(r"\.(o_proj|out_proj|c_proj|dense|wo)$")
@@ -61,6 +60,7 @@ class ModelShape:
     value_width: int  # elements of a head's value
     head_bytes: int
     dtype: str = "bfloat16"
+    head_int4: int = 0  # weights of the head that are multiplied in 4 bits
 
     @property
     def itemsize(self) -> int:
@@ -98,6 +98,7 @@ def shape_of(model: Model) -> ModelShape:
         value_width=kv[2],
         head_bytes=model.vocab_size * hidden * model.dtype.itemsize,
         dtype=str(model.dtype).removeprefix("torch."),
+        head_int4=sum(math.prod(own.shape) for own in model.packed.get(REST, ()) if own.sizes is not None),
     )
 
 
@@ -138,11 +139,11 @@ def layer_shape(layer: nn.Module, config: PreTrainedConfig) -> LayerShape:
     return LayerShape(
         project_bytes=_nbytes(projections.values()),
         rest_bytes=_nbytes(dense.values()) - _nbytes(projections.values()),
-        wide=sum(p.shape[0] for p in dense.values()) + _routed_width(routed, experts, _active(config)),
+        wide=sum(p.shape[0] for p in dense.values()) + _routed_width(routed, experts, experts_per_token(config)),
         products=len(dense),
         expert_bytes=_nbytes(routed.values()) // experts if experts else 0,
         experts=experts,
-        active=min(_active(config), experts) if experts else 0,
+        active=min(experts_per_token(config), experts) if experts else 0,
     )
 
 
@@ -166,11 +167,6 @@ def _routed_width(routed: Mapping[str, torch.Tensor], experts: int, active: int)
     """Outputs of the routed products for one token."""
     total = sum(p.numel() // max(1, p.shape[-1]) for p in routed.values())
     return total * active // experts if experts else 0
-
-
-def _active(config: PreTrainedConfig) -> int:
-    """Experts of one token; 1 if the configuration does not give them."""
-    return next((int(value) for key in ACTIVE_KEYS if (value := getattr(config, key, None))), 1)
 
 
 def touched_experts(experts: int, active: int, tokens: float) -> float:

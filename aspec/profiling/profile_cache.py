@@ -6,6 +6,7 @@ the new file. An unreadable file counts as missing. If a file cannot be written,
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from aspec.errors import UserError
 from aspec.io.host_info import HostInfo, host_info
 from aspec.io.hub import known_as
 from aspec.io.json_file import read_record, replace_json
+from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 from aspec.options import cache_folder
 from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
@@ -30,6 +32,8 @@ from aspec.profiling.threads import idle_threads_loop
 
 VERSION = 3  # of the format of machine files
 DISK_AGE_S = 3600.0  # a disk is measured again after this time: the rates of shared disks change
+MOST_DOUBT = 1.5  # times; a kept price of decoding that is further from what a run took is not believed
+LEAST_DOUBT_S = 1.0  # of decoding in a run, from which on it says more than a measurement
 MAX_EVIDENCE = 2000.0  # largest weight of earlier runs beside the latest run, in proposals
 
 
@@ -95,8 +99,7 @@ def decoding_profile(
     """
     found: dict[str, float] = {}
     for method, weight in measured_weights(model).items():
-        words = (*asdict(host_info()).values(), method, weight.shape, model.dtype, torch.__version__, threads)
-        file = (cache or cache_folder()) / f"decode-{_digest(*words)}.json"
+        file = _decode_file(cache or cache_folder(), model, method, weight, threads)
         known = 0.0 if refresh else _number(read_record(file), "weight_s", 0.0)
         if known <= 0.0:
             known = measure_decoding(weight, model.dtype, threads)
@@ -120,6 +123,30 @@ def int4_profile(
         known = measure_int4(sizes, threads)
         replace_json(file, {str(rows): seconds for rows, seconds in known})
     return {"bfloat16": known}
+
+
+def doubt_decoding(
+    model: Model, threads: int, made: Mapping[int, tuple[int, float]], *, cache: Path | None = None
+) -> None:
+    """Drop the kept prices of ``decoding_profile`` that a whole run contradicts, so that the next one measures anew.
+
+    ``made``: by layer, the bytes that the run has decoded, and the seconds of one thread for them.
+    """
+    weights = measured_weights(model).items()
+    files = {method: _decode_file(cache or cache_folder(), model, method, own, threads) for method, own in weights}
+    prices = {method: _number(read_record(file), "weight_s", 0.0) for method, file in files.items()}
+    expected_s = found_s = 0.0
+    for layer, (nbytes, seconds) in made.items():
+        counts = [(weight.method, math.prod(weight.shape)) for weight in model.packed.get(layer, ())]
+        if counts and all(prices.get(method, 0.0) > 0.0 for method, _ in counts):
+            weight_s = sum(prices[method] * count for method, count in counts) / sum(count for _, count in counts)
+            expected_s += nbytes / model.dtype.itemsize * weight_s
+            found_s += seconds
+    if found_s < LEAST_DOUBT_S or 1 / MOST_DOUBT <= expected_s / found_s <= MOST_DOUBT:
+        return
+    for file in files.values():
+        with contextlib.suppress(OSError):  # then the next run plans with the same price
+            file.unlink()
 
 
 def known_acceptance(target: Path, draft: Path, *, sampled: bool = False, cache: Path | None = None) -> AcceptanceStats:
@@ -190,6 +217,11 @@ def _known_machine(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Hardwa
 def _machine_file(cache: Path, machine: HostInfo, dtype: torch.dtype) -> Path:
     loops = machine.threads > 1 and idle_threads_loop()  # the same product then takes other seconds
     return cache / f"machine-{_digest(*asdict(machine).values(), loops, dtype, VERSION)}.json"
+
+
+def _decode_file(cache: Path, model: Model, method: str, weight: PackedWeight, threads: int) -> Path:
+    words = (*asdict(host_info()).values(), method, weight.shape, model.dtype, torch.__version__, threads)
+    return cache / f"decode-{_digest(*words)}.json"
 
 
 def _pair_file(cache: Path, target: Path, draft: Path, sampled: bool) -> Path:

@@ -88,7 +88,14 @@ def model_cost(
     cached = shape.nbytes <= device.cache_bytes
     frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * (device.cached_share if cached else 1.0)
     head = _product_line(
-        [(shape.head_bytes, 1, 1)], shape.dtype, device, frame_s, shape.vocab, exact=exact, cached=cached
+        [(shape.head_bytes - shape.itemsize * shape.head_int4, 1, 1)],
+        shape.dtype,
+        device,
+        frame_s,
+        shape.vocab,
+        exact=exact,
+        cached=cached,
+        int4=shape.head_int4,
     )
     draw_s = device.sampled_s if sampled else device.greedy_s
     draw_s = device.passes_s(DRAW_PASSES[sampled]) if draw_s is None else draw_s

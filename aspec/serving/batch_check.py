@@ -8,7 +8,7 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.plan import Workload
 from aspec.serving.batch_input import BatchFile, BatchRow
-from aspec.serving.dispatch import check_room, encode
+from aspec.serving.dispatch import check_room, encode, params_of
 from aspec.serving.request_fields import as_json
 
 UNSTATED_CONTEXT = 1 << 20  # tokens, where neither the model nor the user states a limit: no row is planned for more
@@ -37,7 +37,7 @@ class RowCheck:
         request, limit = row.request, self.context or UNSTATED_CONTEXT
         count = len(encode(self.tokenizer, request))
         check_room(count, request.max_new_tokens, limit)
-        params = request.params(self.defaults, seed=0)
+        params = params_of(self.tokenizer, request, self.defaults, seed=0)
         most = limit if params.max_length is None else min(limit, params.max_length)
         new = max(0, min(params.max_new_tokens, most - count))
         self.checked += 1

@@ -9,11 +9,13 @@ from typing import Any
 from aspec.api import Result, collect
 from aspec.engine.engine import Engine
 from aspec.errors import NumericError, PromptError, first_error
+from aspec.generation.grammar.compiler import check_grammar
+from aspec.generation.grammar.tool_grammar import calls_only, text_or_calls
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.serving.openai_requests import Request
-from aspec.serving.refusals import ContextExceeded, Refused
+from aspec.serving.refusals import ContextExceeded, Refused, RequestError
 
 WINDOW = 2  # requests in the engine per row of its plan; 2, so that the next request begins as soon as one ends
 
@@ -105,6 +107,27 @@ def check_room(num_prompt: int, wanted: int | None, context: int) -> None:
         f"context holds {context} tokens. Shorten the prompt, lower max_tokens or raise --max-context",
         "prompt" if num_prompt >= context else "max_tokens",
     )
+
+
+def params_of(tokenizer: Tokenizer, request: Request, defaults: SamplingParams, seed: int) -> SamplingParams:
+    """The sampling parameters of a request, with the grammar of its answer; ``seed`` if the request gives none.
+
+    May block for some milliseconds. Raises RequestError if the grammar or the tools cannot be served.
+    """
+    params, asked = request.params(defaults, seed), request.tools
+    try:
+        if asked is not None:
+            form, named = (
+                tokenizer.tool_format(),
+                [one for one in asked.tools if one["function"]["name"] == asked.choice],
+            )
+            make = text_or_calls if asked.choice == "auto" else calls_only
+            params = replace(params, grammar=make(named or asked.tools, form, several=asked.parallel and not named))
+        if params.grammar is not None:
+            check_grammar(params.grammar)
+    except PromptError as error:
+        raise RequestError(str(error), "response_format" if asked is None else "tools") from error
+    return params
 
 
 def encode(tokenizer: Tokenizer, request: Request) -> list[int]:

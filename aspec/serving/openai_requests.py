@@ -7,18 +7,19 @@ whole number may be written as 64 or 64.0: JSON has one kind of numbers. Standar
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from aspec.errors import PromptError
 from aspec.generation.params import MAX_LOGPROBS, SamplingParams
 from aspec.io.json_file import NotJson
 from aspec.io.json_file import parse_json as parse_any_json
+from aspec.serving.answer_form import Tools, read_calls, read_grammar, read_tools, refuse
 from aspec.serving.refusals import RequestError, one_error
-from aspec.serving.request_fields import CHAT, COMPLETION, as_json, given_fields, plain
+from aspec.serving.request_fields import CHAT, COMPLETION, given_fields, plain
 
 T = TypeVar("T")
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the old and the new name
 MIN_TOKENS = ("min_tokens", "min_new_tokens")  # vLLM's name, and that of transformers
 MOST_CHOICES = 128  # of a request, as in OpenAI's interface
@@ -43,7 +44,7 @@ AS_GIVEN = (
 WHOLE = frozenset(
     ("top_k", "no_repeat_ngram_size", "seed", "n", "best_of", "logprobs", "top_logprobs", *MAX_TOKENS, *MIN_TOKENS)
 )
-MESSAGE_FIELDS = ("role", "content", "name", "reasoning_content", "reasoning")
+MESSAGE_FIELDS = ("role", "content", "name", "reasoning_content", "reasoning", "tool_calls", "tool_call_id")
 NO_EFFECT = {"tool_calls": [], "annotations": [], "refusal": ""}  # in a message, as OpenAI's own answers have them
 
 
@@ -56,7 +57,8 @@ class Request:
     sampling: Mapping[str, Any]  # the given fields of SamplingParams
     model: str | None = None  # as the request names it
     num_choices: int = 1  # answers to generate
-    template: Mapping[str, Any] | None = None  # variables for the chat template
+    template: Mapping[str, Any] | None = None  # variables for the chat template, tools included
+    tools: Tools | None = None  # that the answer may call
 
     @property
     def is_chat(self) -> bool:
@@ -90,9 +92,9 @@ def parse_json(text: bytes) -> Any:
 def parse_request(url: str, body: object) -> Request:
     """Parse a request's body. Raises a RequestError that names every field that cannot be served."""
     if url not in (CHAT, COMPLETION):
-        _refuse("url", f"{CHAT} or {COMPLETION}", url)
+        refuse("url", f"{CHAT} or {COMPLETION}", url)
     if not isinstance(body, dict):
-        _refuse("body", "an object", body)
+        refuse("body", "an object", body)
     given, problems = given_fields(url, body)
     given = {name: _as_whole(value) if name in WHOLE else value for name, value in given.items()}
 
@@ -106,6 +108,9 @@ def parse_request(url: str, body: object) -> Request:
     prompt = attempt(_messages if url == CHAT else _prompt)
     model, num_choices = attempt(_model), attempt(_num_choices)
     template = attempt(_template)
+    grammar, tools = attempt(read_grammar), attempt(read_tools)
+    if grammar is not None and tools is not None:
+        problems.append(RequestError("tools and a form of the answer exclude each other: give one of them", "tools"))
     most, least = attempt(_max_tokens), attempt(_min_tokens)
     logprobs = attempt(_chat_logprobs if url == CHAT else _completion_logprobs)
     sampling = {name: value for name in AS_GIVEN if (value := attempt(_sampling(name))) is not None}
@@ -113,8 +118,10 @@ def parse_request(url: str, body: object) -> Request:
         raise one_error(problems)
     assert prompt is not None
     assert num_choices is not None
-    sampling |= (most or {}) | (least or {}) | (logprobs or {})
-    return Request(url, prompt, sampling, model, num_choices, template)
+    sampling |= (most or {}) | (least or {}) | (logprobs or {}) | ({} if grammar is None else {"grammar": grammar})
+    if tools is not None:
+        template = {**(template or {}), "tools": list(tools.tools)}
+    return Request(url, prompt, sampling, model, num_choices, template, tools)
 
 
 # -- fields ----------------------------------------------------------------------------------------------------
@@ -123,17 +130,17 @@ def parse_request(url: str, body: object) -> Request:
 def _model(given: Mapping[str, Any]) -> str | None:
     model = given.get("model")
     if model is not None and not isinstance(model, str):
-        _refuse("model", "a text", model)
+        refuse("model", "a text", model)
     return model
 
 
 def _num_choices(given: Mapping[str, Any]) -> int:
     count = given.get("n", 1)
     if not _is_whole(count) or not 1 <= count <= MOST_CHOICES:
-        _refuse("n", f"a whole number from 1 to {MOST_CHOICES}", count)
+        refuse("n", f"a whole number from 1 to {MOST_CHOICES}", count)
     best_of = given.get("best_of", count)
     if not _is_whole(best_of) or best_of != count:
-        _refuse("best_of", f"n = {count}: every answer is returned", best_of)
+        refuse("best_of", f"n = {count}: every answer is returned", best_of)
     return int(count)
 
 
@@ -141,12 +148,14 @@ def _template(given: Mapping[str, Any]) -> dict[str, Any] | None:
     """The variables of the chat template; ``reasoning_effort`` is one of them, as in vLLM."""
     variables = given.get("chat_template_kwargs", {})
     if not isinstance(variables, dict):
-        _refuse("chat_template_kwargs", "an object of the chat template's variables", variables)
+        refuse("chat_template_kwargs", "an object of the chat template's variables", variables)
+    if "tools" in variables:
+        raise RequestError("chat_template_kwargs.tools is not supported: give tools", "chat_template_kwargs")
     effort = given.get("reasoning_effort")
     if effort is None:
         return dict(variables) or None
     if not isinstance(effort, str) or not effort:
-        _refuse("reasoning_effort", "a text", effort)
+        refuse("reasoning_effort", "a text", effort)
     return {"reasoning_effort": effort, **variables}
 
 
@@ -176,7 +185,7 @@ def _sampling(name: str) -> Callable[[Mapping[str, Any]], Any]:
 def _messages(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     value = _source(given, "messages", CHAT)
     if not isinstance(value, list) or not value:
-        _refuse("messages", "a list of messages, at least one", value)
+        refuse("messages", "a list of messages, at least one", value)
     return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(value))
 
 
@@ -188,16 +197,25 @@ def _source(given: Mapping[str, Any], name: str, url: str) -> Any:
 
 def _message(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        _refuse(name, "an object with role and content", value)
+        refuse(name, "an object with role and content", value)
     message = {key: one for key, one in value.items() if one is not None and NO_EFFECT.get(key) != one}
     for key in message:
         if key not in MESSAGE_FIELDS:
             raise RequestError(f"{name}.{plain(key)} is not supported: remove it", f"{name}.{plain(key)}")
     if message.get("role") not in ROLES:
-        _refuse(f"{name}.role", f"one of {', '.join(ROLES)}", value.get("role"))
-    for key in message.keys() - {"role", "content"}:
+        refuse(f"{name}.role", f"one of {', '.join(ROLES)}", value.get("role"))
+    for key in message.keys() - {"role", "content", "tool_calls"}:
         if not isinstance(message[key], str):
-            _refuse(f"{name}.{key}", "a text", message[key])
+            refuse(f"{name}.{key}", "a text", message[key])
+    if "tool_calls" in message:
+        if message["role"] != "assistant":
+            raise RequestError(
+                f"{name}.tool_calls belongs to messages of the assistant: remove it", f"{name}.tool_calls"
+            )
+        message["tool_calls"] = read_calls(f"{name}.tool_calls", message["tool_calls"])
+        message.setdefault("content", "")
+    if "tool_call_id" in message and message["role"] != "tool":
+        raise RequestError(f"{name}.tool_call_id belongs to messages of a tool: remove it", f"{name}.tool_call_id")
     return {**message, "content": _content(f"{name}.content", message.get("content"))}
 
 
@@ -206,7 +224,7 @@ def _content(name: str, value: object) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        _refuse(name, "a text, or a list of parts of type text", value)
+        refuse(name, "a text, or a list of parts of type text", value)
     for index, part in enumerate(value):
         if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
             raise RequestError(
@@ -214,7 +232,7 @@ def _content(name: str, value: object) -> str | list[dict[str, str]]:
             )
         fine = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
         if not fine or not isinstance(part["text"], str):
-            _refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}', part)
+            refuse(f"{name}[{index}]", 'a part {"type": "text", "text": "..."}', part)
     return value
 
 
@@ -225,7 +243,7 @@ def _prompt(given: Mapping[str, Any]) -> str | tuple[int, ...]:
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value or not all(_is_whole(token) and token >= 0 for token in value):
-        _refuse("prompt", "a text or a list of token ids, not empty; one prompt per request", value)
+        refuse("prompt", "a text or a list of token ids, not empty; one prompt per request", value)
     return tuple(value)
 
 
@@ -242,7 +260,7 @@ def _count_of_tokens(given: Mapping[str, Any], names: tuple[str, str], meant: st
     values = {name: given[name] for name in names if name in given}
     for name, value in values.items():
         if not _is_whole(value) or value < 0:
-            _refuse(name, "a whole number, at least 0", value)
+            refuse(name, "a whole number, at least 0", value)
     if len(set(values.values())) > 1:
         raise RequestError(f"{' and '.join(names)} differ: give one of them", names[0])
     return {meant: next(iter(values.values()))} if values else {}
@@ -251,11 +269,11 @@ def _count_of_tokens(given: Mapping[str, Any], names: tuple[str, str], meant: st
 def _chat_logprobs(given: Mapping[str, Any]) -> dict[str, int]:
     wanted, top = given.get("logprobs", False), given.get("top_logprobs")
     if not isinstance(wanted, bool):
-        _refuse("logprobs", "true or false", wanted)
+        refuse("logprobs", "true or false", wanted)
     if top is None or (_is_whole(top) and top == 0 and not wanted):
         return {"logprobs": 0} if wanted else {}
     if not _is_whole(top) or not 0 <= top <= MAX_LOGPROBS:
-        _refuse("top_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", top)
+        refuse("top_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", top)
     if not wanted:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     return {"logprobs": top}
@@ -266,14 +284,14 @@ def _completion_logprobs(given: Mapping[str, Any]) -> dict[str, int]:
     if wanted is None or wanted is False:
         return {}
     if not _is_whole(wanted) or not 0 <= wanted <= MAX_LOGPROBS:
-        _refuse("logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", wanted)
+        refuse("logprobs", f"a whole number from 0 to {MAX_LOGPROBS}", wanted)
     return {"logprobs": wanted}
 
 
 def _stop(value: object) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        _refuse("stop", "a text or a list of texts, none of them empty", value)
+        refuse("stop", "a text or a list of texts, none of them empty", value)
     return tuple(texts)
 
 
@@ -284,7 +302,3 @@ def _is_whole(value: object) -> bool:
 def _as_whole(value: Any) -> Any:
     """A number without a fraction as an int; any other value as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _refuse(name: str, expected: str, found: object) -> NoReturn:
-    raise RequestError(f"{name} must be {expected}; found {as_json(found)}", name)

@@ -18,7 +18,7 @@ from typing import Any
 from aspec.errors import printable
 from aspec.serving.refusals import RequestError
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MOST_SHOWN = 80  # characters of a value or a name in a message
 MOST_PROBLEMS = 20  # of one request; the rest is not looked for
 
@@ -45,8 +45,8 @@ def fixed(*values: Any, reason: str) -> Field:
     return Field(fixed=values, reason=reason)
 
 
-NO_TOOLS = "calls of tools are not read from the text"
-NO_GRAMMAR = "the answer's form cannot be enforced"
+OLD_TOOLS = "give tools and tool_choice, which replace it"
+ONLY_THERE = "ask /v1/chat/completions"
 NO_BEAMS = "beam search is not supported"
 NO_TRANSFER = "KV is not transferred between servers"
 ONLY_TEXT = "the model reads and writes text only"
@@ -92,15 +92,15 @@ SHARED = {
     "include_stop_str_in_output": fixed(False, reason="the text ends before the stop text"),
     "truncate_prompt_tokens": fixed(reason="a prompt is never cut"),
     "prompt_logprobs": fixed(reason="only generated tokens have logprobs"),
-    "response_format": fixed({"type": "text"}, {}, reason=NO_GRAMMAR),
-    "structured_outputs": fixed({}, reason=NO_GRAMMAR),
-    "guided_json": fixed(reason=NO_GRAMMAR),
-    "guided_regex": fixed("", reason=NO_GRAMMAR),
-    "guided_choice": fixed([], reason=NO_GRAMMAR),
-    "guided_grammar": fixed("", reason=NO_GRAMMAR),
-    "structural_tag": fixed("", reason=NO_GRAMMAR),
-    "guided_decoding_backend": RECORD,  # nothing is guided
-    "guided_whitespace_pattern": RECORD,  # likewise
+    "response_format": READ,
+    "structured_outputs": READ,
+    "guided_json": READ,
+    "guided_regex": READ,
+    "guided_choice": READ,
+    "guided_grammar": READ,
+    "structural_tag": fixed("", reason="a form inside of free text is enforced for tools alone"),
+    "guided_decoding_backend": RECORD,  # any of them enforces the same form
+    "guided_whitespace_pattern": fixed("", reason="spaces between the parts of a JSON text are free"),
     "logits_processors": fixed([], reason="code of a request is not run"),
     "repetition_detection": fixed(reason="a stop at repetitions is not supported"),
     "return_tokens_as_token_ids": fixed(False, reason="tokens are written as text"),
@@ -126,11 +126,11 @@ ONLY_CHAT = {
     "top_logprobs": READ,
     "modalities": fixed(["text"], [], reason=ONLY_TEXT),
     "audio": fixed(reason=ONLY_TEXT),
-    "tools": fixed([], reason=NO_TOOLS),
-    "tool_choice": fixed("none", "auto", reason=NO_TOOLS),
-    "parallel_tool_calls": RECORD,  # there are no tools
-    "functions": fixed([], reason=NO_TOOLS),
-    "function_call": fixed("none", "auto", reason=NO_TOOLS),
+    "tools": READ,
+    "tool_choice": READ,
+    "parallel_tool_calls": READ,
+    "functions": fixed([], reason=OLD_TOOLS),
+    "function_call": fixed("none", "auto", reason=OLD_TOOLS),
     "web_search_options": fixed(reason="there is no web search"),
     "verbosity": fixed("medium", reason="say in a message how long the answer shall be"),
     "reasoning_effort": READ,
@@ -157,7 +157,42 @@ ONLY_COMPLETION = {
     "prompt_embeds": fixed(reason="give a text or token ids"),
 }
 
-FIELDS: Mapping[str, Mapping[str, Field]] = {CHAT: SHARED | ONLY_CHAT, COMPLETION: SHARED | ONLY_COMPLETION}
+RESPONSE = {
+    "model": READ,
+    "input": READ,
+    "instructions": READ,
+    "previous_response_id": READ,
+    "max_output_tokens": READ,
+    "temperature": READ,
+    "top_p": READ,
+    "reasoning": READ,
+    "store": RECORD,
+    "user": RECORD,
+    "metadata": RECORD,
+    "safety_identifier": RECORD,
+    "service_tier": RECORD,
+    "prompt_cache_key": RECORD,
+    "prompt_cache_retention": RECORD,
+    "parallel_tool_calls": RECORD,  # there are no tools
+    "max_tool_calls": RECORD,  # likewise
+    "text": fixed({"format": {"type": "text"}}, {}, reason=ONLY_THERE),
+    "tools": fixed([], reason=ONLY_THERE),
+    "tool_choice": fixed("none", "auto", reason=ONLY_THERE),
+    "include": fixed([], reason="there is nothing to include"),
+    "top_logprobs": fixed(0, reason="a response has no logprobs"),
+    "truncation": fixed("disabled", reason="a conversation is never cut"),
+    "background": fixed(False, reason="an answer is not made after its request has ended"),
+    "conversation": fixed(reason="give previous_response_id, or the whole conversation as input"),
+    "prompt": fixed(reason="there are no stored prompts"),
+    "context_management": fixed([], reason="a conversation is never cut"),
+}
+"""The fields of the Responses interface."""
+
+FIELDS: Mapping[str, Mapping[str, Field]] = {
+    CHAT: SHARED | ONLY_CHAT,
+    COMPLETION: SHARED | ONLY_COMPLETION,
+    RESPONSES: RESPONSE,
+}
 """The fields of each form, by its URL."""
 
 

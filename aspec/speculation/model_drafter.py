@@ -157,6 +157,7 @@ class ModelDrafter(Drafter):
             scores = [log(confidence) for confidence in confidences]
             paths = accumulate(self._ngram_calibration.log_probability(score) for score in scores)
             likely = sum(1 for _ in takewhile(lambda path: path > MIN_LOG_PROBABILITY, paths))
+            likely = state.sequence.num_allowed(tokens[:likely])
             tree.add_branch(tokens[:likely], scores[:likely])
 
     def _run_levels(self, levels: Sequence["_Level"]) -> list[torch.Tensor]:

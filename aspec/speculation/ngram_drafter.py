@@ -41,7 +41,8 @@ class NgramDrafter(Drafter):
         tree = Tree(depth, state.sequence.end_ids, log_ngram=self._calibration.log_probability)
         tree.feed([ROOT])
         for tokens, confidences in index.propose(depth, width if self._most is None else min(self._most, width)):
-            merge_into(tree, tokens, [log(confidence) for confidence in confidences])
+            count = state.sequence.num_allowed(tokens)
+            merge_into(tree, tokens[:count], [log(confidence) for confidence in confidences[:count]])
         tree.prune(budget)
         state.tree = tree
         return TreeStatus(row, tuple(tree.probabilities()), gain_bound=0.0)

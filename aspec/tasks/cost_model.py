@@ -11,6 +11,7 @@ from operator import mul
 from statistics import fmean, median
 
 from aspec.plan import Plan
+from aspec.tasks.experts.prices import ExpertPrices
 from aspec.tasks.op import Cost, Op
 from aspec.tasks.price_curve import NEW_NOISE, NOISE, PriceCurve
 from aspec.tasks.task import COMPUTE, LayerWork, Span, Task, WorkItem
@@ -106,7 +107,8 @@ class _Round:
 class CostModel:
     """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: ExpertPrices | None = None) -> None:
+        self.experts = experts  # None: all experts come with their layers
         self._layer = PriceCurve()  # by padded tokens
         self._ends = PriceCurve()  # embedding, head and acceptance of decoding rows, by padded tokens
         self._steps = deque[float](maxlen=LAST_STEPS)  # seconds of draft steps
@@ -125,7 +127,9 @@ class CostModel:
         seconds, task = span.stop_s - span.start_s, span.task
         if task.filled_slot is not None:
             self._landed, self._landed_s = self._landed + 1, span.stop_s
-        if task.op.cost is Cost.DISK:
+        if self.experts is not None:
+            self.experts.observe(span)
+        if task.op.cost is Cost.DISK and task.op is not Op.LOAD_EXPERT:
             busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
             if busy > 0:
                 self._link.add(task.nbytes / busy)
@@ -158,6 +162,8 @@ class CostModel:
         Its time counts from its start, or from the end of the previous round if that is later.
         """
         own = self._rounds.pop(number, _Round())
+        if self.experts is not None:
+            self.experts.begin_round()
         if self._split.key[0] == number:
             self._end_split(own)
         for item, layers_s in own.layers_s.items():
@@ -211,6 +217,11 @@ class CostModel:
             range(most + 1), key=lambda n: tokens[n] / (self.round_seconds(plan, num_rows * (n + 1), n * step) or 1.0)
         )
 
+    def compute_seconds(self, plan: Plan, num_tokens: int) -> float | None:
+        """Seconds of all layers for one item of ``num_tokens`` padded tokens; None before any layer was measured."""
+        layer_s = self._layer.seconds(num_tokens)
+        return None if layer_s is None else plan.num_layers * layer_s
+
     def round_seconds(self, plan: Plan, num_tokens: int, draft_s: float) -> float | None:
         """Seconds of a pass over ``num_tokens`` padded tokens, plus the draft seconds that do not overlap with it.
 
@@ -220,18 +231,20 @@ class CostModel:
         if layer_s is None:
             return None
         compute, stream = plan.num_layers * layer_s, plan.streamed_bytes / rate
+        waits = 1e-6 + (0.0 if self.experts is None else self.experts.seconds(num_tokens))  # for experts to be read
         between = self._ends.seconds(num_tokens) or 0.0
         if plan.num_groups > 1:  # the busiest lane bounds the round; other groups' passes overlap with the rest
             shared = plan.draft_resource == COMPUTE
-            return max(compute + between + (draft_s if shared else 0.0), stream, draft_s) + 1e-6
+            return max(compute + between + (draft_s if shared else 0.0), stream, draft_s) + waits
         between += draft_s
         hidden = min(between, plan.spare_bytes / rate)  # meanwhile the stream fills free slots
-        return max(compute + hidden, stream) + between - hidden + 1e-6
+        return max(compute + hidden, stream) + between - hidden + waits
 
     def _learn_split(self, task: Task, item: WorkItem, layer: int, seconds: float) -> None:
         """Collect the tasks of a split layer; the layer is learned, over all its items, when the next layer ends."""
         if not task.op.ends_layer:
-            self._pieces.setdefault(item.name, {})[task.op] = seconds
+            pieces = self._pieces.setdefault(item.name, {})
+            pieces[task.op] = pieces.get(task.op, 0.0) + seconds
             return
         if self._split.key != (task.number, layer):
             self._end_split(self._rounds.get(self._split.key[0]))

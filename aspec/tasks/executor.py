@@ -32,6 +32,11 @@ class Policy(Protocol):
         """Whether only an event from outside can bring new tasks."""
         ...
 
+    @property
+    def waits_for(self) -> str:
+        """The results without which it emits nothing more, for an error; empty if there are none."""
+        ...
+
     def handle(self, events: Sequence[Event]) -> Sequence[Task]:
         """The tasks that follow from the events since the last call, in program order."""
         ...
@@ -103,7 +108,7 @@ class Executor:
         if self._graph.has_ready or self._in_flight or not self._events.empty():
             return
         if not self._policy.idle:
-            blocked = "\n  ".join(self._graph.blocked()) or "none"
+            blocked = "\n  ".join(self._graph.blocked()) or self._policy.waits_for or "none"
             raise DeadlockError(f"no task runs and no task can become ready; the oldest tasks:\n  {blocked}")
         self._at_rest.set()
 
@@ -129,9 +134,8 @@ class Executor:
 
     def _finish(self, task: Task, completion: Completion) -> None:
         cause = self._graph.complete(task)
-        span = Span(
-            task, completion.start_s, completion.stop_s, completion.report.outcomes, completion.report.grown, cause
-        )
+        report = completion.report
+        span = Span(task, completion.start_s, completion.stop_s, report.outcomes, report.grown, cause, report.routed)
         self._recent = [*self._recent[-4:], span]
         for observe in self._observers:
             observe(span)

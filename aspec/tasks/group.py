@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from aspec.plan import Plan
+from aspec.tasks.layers.buffers import draft_kv_buffer, proposal_buffer, sequence_buffer
+from aspec.tasks.layers.weights import DRAFT_AHEAD, VERIFY, Numbering
 from aspec.tasks.op import Op
-from aspec.tasks.passes import DRAFT_AHEAD, VERIFY, Numbering, emit_end
+from aspec.tasks.passes import Emission, emit_end
 from aspec.tasks.rows import Row
 from aspec.tasks.task import (
     COMPUTE,
@@ -22,9 +24,6 @@ from aspec.tasks.task import (
     TreeLevel,
     TreeStatus,
     WorkItem,
-    draft_kv_buffer,
-    proposal_buffer,
-    sequence_buffer,
 )
 
 BEAMS, WIDTH = 8, 8  # nodes of a row that a level expands, and candidate children of each such node
@@ -62,6 +61,7 @@ class Pass:
     number: int
     items: list[WorkItem]
     draft: Draft | None  # its trees may grow during the pass
+    emission: Emission  # its tasks, as far as they could be emitted
     next_layer: int = 0  # the first layer that has not run for all items
     num_open: int = 0  # ACCEPT and DRAFT_PREFILL tasks that have not completed
     ending: bool = False  # the end of the pass was emitted: no further level is drafted ahead

@@ -76,6 +76,14 @@ class Op(StrEnum):
     RETURN = "return", Lane.H2D, "L{layer} result back", Cost.H2D_RESULTS
     # a split layer: all work after attention
     FFN = "ffn", Lane.TARGET, "L{layer} rest", Cost.LAYER, 0.5, True
+    # a layer with experts on demand: attention and router; the experts that the router chose
+    ROUTE = "route", Lane.TARGET, "L{layer} attention and router", Cost.LAYER, 0.5
+    # disk -> expert slot
+    LOAD_EXPERT = "load_expert", Lane.DISK, "L{layer} expert {detail}", Cost.DISK
+    # a layer with experts on demand: the products of some experts
+    EXPERTS = "experts", Lane.TARGET, "L{layer} experts", Cost.LAYER
+    # a layer with experts on demand: the last experts, and all work after them
+    COMBINE = "combine", Lane.TARGET, "L{layer} last experts and rest", Cost.LAYER, 0.5, True
     # hidden -> logits -> the target's draws
     HEAD = "head", Lane.TARGET, "head", Cost.HEAD
     # compare draws with the proposal, commit, move the accepted path's KV, detokenise

@@ -22,6 +22,18 @@ class Row:
     decoding: bool = False  # False until its prompt has gone through a pass
     cancelled: bool = False
     num_cached_tokens: int = 0  # leading tokens with KV in the row at its assignment: they are not prefilled
+    scored: bool = False  # the logprobs of the prompt's own tokens are wanted
+    num_prefilled: int = 0  # prompt tokens behind the cached ones that earlier passes ran; the others join the next one
+
+    @property
+    def start(self) -> int:
+        """The first token of the prompt that has not gone through a pass."""
+        return self.num_cached_tokens + self.num_prefilled
+
+    @property
+    def num_kv(self) -> int:
+        """Leading tokens that have KV, at the latest when the running pass ends."""
+        return self.length - 1 if self.decoding else self.start
 
 
 class RowTable:
@@ -45,6 +57,11 @@ class RowTable:
     def joining(self, group: int = 0) -> dict[int, Row]:
         """The rows of a group whose prompt has not gone through a pass."""
         return {n: row for n, row in self.rows_of(group).items() if not row.decoding}
+
+    def num_kv(self, sequence: int) -> int:
+        """Leading tokens of a sequence that have KV in its row, or in the one that it had."""
+        rows = (*self.rows.values(), *self._retained.values())
+        return next((row.num_kv for row in rows if row.sequence == sequence), 0)
 
     def add(self, request: RequestAdded) -> None:
         """Append a sequence to the waiting ones."""
@@ -96,19 +113,23 @@ class RowTable:
         assert all(0 <= row < self._num_rows for row in self.rows)
         assert all(row.num_cached_tokens < row.length <= capacity for row in self.rows.values())
         assert not self.rows.keys() & self._retained.keys()
-        assert all(row.decoding for row in self._retained.values())  # so their KV is complete
+        assert all(row.start <= row.length for row in (*self.rows.values(), *self._retained.values()))
 
     def _assign_row(self, request: RequestAdded, group: int) -> RowAssignment:
         """Assign the group's free row with most (reused - overwritten) cached tokens; of equal rows the first one."""
         reused = {
             n: request.num_cached_tokens for n, row in self._retained.items() if row.sequence == request.reuse_from
         }
-        lost = {n: row.length - reused.get(n, 0) for n, row in self._retained.items()}
+        lost = {n: row.num_kv - reused.get(n, 0) for n, row in self._retained.items()}
         free = (n for n in range(group, self._num_rows, self._num_groups) if n not in self.rows)
         number = max(free, key=lambda n: (reused.get(n, 0) - lost.get(n, 0), -n))
         self._retained.pop(number, None)
         row = Row(
-            request.sequence, request.prompt_tokens, request.max_new_tokens, num_cached_tokens=reused.get(number, 0)
+            request.sequence,
+            request.prompt_tokens,
+            request.max_new_tokens,
+            num_cached_tokens=reused.get(number, 0),
+            scored=request.scored,
         )
         self.rows[number] = row
         return RowAssignment(number, row.sequence, row.num_cached_tokens)
@@ -138,22 +159,48 @@ def micro_batches(item: WorkItem, most: int) -> list[WorkItem]:
     return items
 
 
-def prefill_items(rows: dict[int, Row], first_index: int, most_tokens: int, group: int = 0) -> list[WorkItem]:
-    """Work items of at most ``most_tokens`` padded tokens for the prompts of a group, without their cached tokens.
+def prefill_stops(rows: dict[int, Row], most_pass_tokens: int | None, most_tokens: int) -> dict[int, int]:
+    """By row: where its prompt ends in this pass of at most ``most_pass_tokens``; the earlier sequence goes first.
 
-    A longer prompt is cut into chunks; only the last chunk draws. Shorter prompts of similar length share an item.
+    A prompt is cut after whole items of ``most_tokens``. A row without a place waits for the next pass.
+    """
+    left, stops = most_pass_tokens, {}
+    for number, row in sorted(rows.items(), key=lambda pair: pair[1].sequence):
+        wanted = row.length - row.start
+        taken = wanted if left is None or wanted <= left else left // most_tokens * most_tokens
+        if taken:
+            stops[number] = row.start + taken
+            left = None if left is None else left - taken
+    return stops
+
+
+def prefill_items(
+    rows: dict[int, Row], first_index: int, most_tokens: int, group: int = 0, stops: dict[int, int] | None = None
+) -> list[WorkItem]:
+    """Work items of at most ``most_tokens`` padded tokens for the prompts of a group, without those that have KV.
+
+    ``stops``: by row, where its prompt ends in this pass; None: all prompts as a whole.
+
+    A longer prompt is cut into chunks; only the last chunk draws. Shorter prompts of similar length share an item. A
+    scored prompt has its items for itself.
     """
     items: list[WorkItem] = []
     short: list[int] = []
-    for number, row in sorted(rows.items(), key=lambda pair: pair[1].length - pair[1].num_cached_tokens):
-        length = row.length - row.num_cached_tokens
+    if stops is None:
+        stops = {number: row.length for number, row in rows.items()}
+    for number, stop in sorted(stops.items(), key=lambda pair: pair[1] - rows[pair[0]].start):
+        row = rows[number]
+        length = stop - row.start
+        if row.scored or stop < row.length:
+            items += _chunks(number, row, stop, first_index + len(items), most_tokens, group)
+            continue
         if length <= most_tokens and (len(short) + 1) * length <= most_tokens:
             short.append(number)  # lengths grow, so this row's length is the item's width
             continue
         items += _shared_item(rows, short, first_index + len(items), group)
         short = [number] if length <= most_tokens else []
         if length > most_tokens:
-            items += _chunks(number, row, first_index + len(items), most_tokens, group)
+            items += _chunks(number, row, stop, first_index + len(items), most_tokens, group)
     return items + _shared_item(rows, short, first_index + len(items), group)
 
 
@@ -161,22 +208,23 @@ def _shared_item(rows: dict[int, Row], numbers: Sequence[int], index: int, group
     if not numbers:
         return []
     ordered = tuple(sorted(numbers))
-    starts = tuple(rows[n].num_cached_tokens for n in ordered)
-    counts = tuple(rows[n].length - rows[n].num_cached_tokens for n in ordered)
+    starts = tuple(rows[n].start for n in ordered)
+    counts = tuple(rows[n].length - rows[n].start for n in ordered)
     return [WorkItem(index, ordered, starts, counts, prefill=True, group=group)]
 
 
-def _chunks(number: int, row: Row, index: int, most_tokens: int, group: int) -> list[WorkItem]:
-    starts = range(row.num_cached_tokens, row.length, most_tokens)
+def _chunks(number: int, row: Row, stop: int, index: int, most_tokens: int, group: int) -> list[WorkItem]:
+    starts = range(row.start, stop, most_tokens)
     return [
         WorkItem(
             index + i,
             (number,),
             (start,),
-            (min(most_tokens, row.length - start),),
+            (min(most_tokens, stop - start),),
             prefill=True,
-            samples=start == starts[-1],
+            samples=start == starts[-1] and stop == row.length,
             group=group,
+            scored=row.scored,
         )
         for i, start in enumerate(starts)
     ]

@@ -18,10 +18,13 @@ from dataclasses import replace
 from aspec.plan import Plan, Speculation
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.draft_sizing import DraftSizing
+from aspec.tasks.experts.prices import ExpertPrices
+from aspec.tasks.experts.stream import ExpertStream
 from aspec.tasks.group import Draft, Group, Pass
+from aspec.tasks.layers.weights import Numbering, WeightStream
 from aspec.tasks.op import Op
-from aspec.tasks.passes import Numbering, WeightStream, emit_pass
-from aspec.tasks.rows import Row, RowTable, decode_item, micro_batches, prefill_items
+from aspec.tasks.passes import Emission
+from aspec.tasks.rows import Row, RowTable, decode_item, micro_batches, prefill_items, prefill_stops
 from aspec.tasks.task import (
     Access,
     Event,
@@ -35,18 +38,25 @@ from aspec.tasks.task import (
     WorkItem,
 )
 
+PROMPT_SHARE = 1.0  # of a decoding pass's seconds: by so much a pass may take longer for the prompts that join it
+
 
 class Scheduler:
     """Returns, for every batch of events, the tasks that follow from them."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.costs = CostModel()
-        self.sizing = DraftSizing(plan, self.costs)
         self.passes = 0  # passes emitted
         self.done = False
         self._next_id = Numbering()
         self._stream = WeightStream(plan, self._next_id)
+        self._experts, prices = None, None
+        if plan.experts is not None:
+            self._experts = ExpertStream(plan.experts, self._next_id)
+            prices = ExpertPrices(plan.experts, self._experts)
+        self.costs = CostModel(prices)
+        self.sizing = DraftSizing(plan, self.costs)
+        self._emitting: list[Group] = []  # groups whose passes are not all emitted; weights stream for the first one
         self._rows = RowTable(plan.num_rows, plan.num_groups, plan.prefill_pass_tokens)
         self._groups = [Group(number, plan, self._next_id) for number in range(plan.num_groups)]
         self._closing = False
@@ -88,10 +98,19 @@ class Scheduler:
         dropped, self._dropped = self._dropped, []
         return dropped
 
+    def num_kv(self, sequence: int) -> int:
+        """Leading tokens of a sequence that have KV in a row, at the latest when the running pass ends."""
+        return self._rows.num_kv(sequence)
+
     @property
     def idle(self) -> bool:
         """Whether no round is running: only an event from outside starts the next one."""
         return all(group.idle for group in self._groups)
+
+    @property
+    def waits_for(self) -> str:
+        """The routes without which no pass goes on; empty if there are none."""
+        return "; ".join(group.running.emission.waits_for for group in self._emitting[:1] if group.running)
 
     # -- a round ---------------------------------------------------------------------------------------------
 
@@ -120,27 +139,58 @@ class Scheduler:
         tasks: list[Task],
         draft: Draft | None = None,
     ) -> list[Task]:
-        """Append the tasks of a pass to ``tasks``; ``lengths``: proposed tokens to verify, by row.
-
-        The end of the pass is included unless levels may be drafted ahead: then ``_continue_round`` emits it.
-        """
+        """Append the tasks of a pass to ``tasks``; ``lengths``: proposed tokens to verify, by row."""
         number = self.passes
         self.passes += 1
         decode = [decode_item(decoding, lengths, group.number)] if decoding else []
         items = [part for item in decode for part in micro_batches(item, self.plan.micro_batches)]
         joining = self._rows.joining(group.number)
-        items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number)
+        stops = prefill_stops(joining, self._prompt_tokens(decode), self.plan.prefill_tokens)
+        items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number, stops)
         proposes = any(lengths.values())
 
         def inputs(item: WorkItem) -> tuple[Access, ...]:
             return group.inputs(with_proposal=proposes and not item.prefill)
 
-        tasks += emit_pass(number, items, self._stream, self._next_id, self.plan, inputs)
         prefills = [task for item in items if item.prefill for task in group.emit_prefill(item, joining, number)]
-        tasks += prefills
+        emission = Emission(number, items, self._stream, self._experts, self._next_id, self.plan, inputs)
+        num_open = len(prefills) + sum(item.samples for item in items)
+        for row, stop in stops.items():
+            joining[row].num_prefilled = stop - joining[row].num_cached_tokens
         group.last_pass = number
-        group.running = Pass(number, items, draft, num_open=len(prefills) + sum(item.samples for item in items))
-        return tasks if self._may_draft_ahead else tasks + group.emit_end(group.running)
+        group.running = Pass(number, items, draft, emission, num_open=num_open)
+        self._emitting.append(group)
+        return tasks + prefills + self._emit_layers()
+
+    def _emit_layers(self) -> list[Task]:
+        """The layers of the passes, one pass after another, as far as routes are known; then the end of each pass.
+
+        The end is left out where levels may be drafted ahead: then ``_continue_round`` emits it.
+        """
+        tasks: list[Task] = []
+        while self._emitting and (running := self._emitting[0].running) is not None:
+            tasks += running.emission.advance()
+            if not running.emission.finished:
+                break
+            group = self._emitting.pop(0)
+            if not self._may_draft_ahead or self._in_tail(running):
+                tasks += group.emit_end(running)
+        return tasks
+
+    def _prompt_tokens(self, decode: list[WorkItem]) -> int | None:
+        """The most prompt tokens of a pass, None for no limit; beside decoding rows, so few that these do not wait.
+
+        Prompts then span passes; each takes at most ``PROMPT_SHARE`` of its own seconds longer, or one item.
+        """
+        most = self.plan.prefill_pass_tokens
+        if not decode or most is None:
+            return most
+        item = self.plan.prefill_tokens
+        prompt_s = self.costs.compute_seconds(self.plan, item)
+        pass_s = self.costs.round_seconds(self.plan, decode[0].padded_tokens, 0.0)
+        if not prompt_s or pass_s is None:
+            return item
+        return min(most, item * max(1, int(PROMPT_SHARE * pass_s / prompt_s)))
 
     def _continue_round(self, span: Span) -> list[Task]:
         """The tasks that follow directly from a finished task within a round."""
@@ -155,6 +205,9 @@ class Scheduler:
             return self._end_level(group, span)
         if running is None:
             return []
+        if task.op is Op.ROUTE:
+            running.emission.take_route(span)
+            return self._emit_layers()
         if task.op in (Op.ACCEPT, Op.DRAFT_PREFILL):
             group.carried_over |= {tree.row: tree for tree in span.grown}
             running.num_open -= 1
@@ -163,7 +216,7 @@ class Scheduler:
                 self.costs.end_round(running.number, span.stop_s)
         elif (task.op is Op.EMBED or task.op.ends_layer) and task.item == running.items[-1]:
             running.next_layer = 0 if task.layer is None else task.layer + 1
-            if self._in_tail(running) and not running.ending:
+            if self._in_tail(running) and running.emission.finished and not running.ending:
                 return group.emit_end(running)
             return self._draft_ahead(group, running, span.stop_s) + self._draft_beside(span.stop_s)
         return []

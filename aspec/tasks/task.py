@@ -1,7 +1,7 @@
 """The data types of the dataflow: tasks, the buffers that they read and write, and the scheduler's events.
 
 Pure data: no torch, no asyncio, no clock. A task names buffers, never tensors; it carries ids, counts and byte sizes,
-never token values. The helpers below name the buffers, so that policy, executor, simulation and race detector agree.
+never token values. ``layers/buffers.py`` names the buffers.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from aspec.tasks.op import Op
 
 DISK, H2D, D2H, COMPUTE, DRAFT_COMPUTE, CPU = "disk", "h2d", "d2h", "compute", "draft", "cpu"
 DECODE = "decode"  # stored weights to those that products take, beside compute
+EXPERT_DISK = "experts"  # reads of the experts that a router has chosen: they do not wait behind other weights
 H2D_RESULTS = "back"  # a second way to the device, for results of the host: they do not wait behind weights
 
 
@@ -42,7 +43,8 @@ class WorkItem:
 
     Row ``rows[i]`` runs the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1``. A decode item runs the last
     committed token and the row's proposals; a prefill item runs a chunk of prompts. ``samples``: the item ends in a
-    draw (all items do, except the inner chunks of a long prompt). Items of several groups are in flight at once.
+    draw (all items do, except the inner chunks of a long prompt). ``scored``: the prompt's own logprobs are wanted.
+    Items of several groups are in flight at once.
     Raises ValueError if a row lacks a start or has no token.
     """
 
@@ -53,6 +55,7 @@ class WorkItem:
     prefill: bool = False
     samples: bool = True
     group: int = 0
+    scored: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.rows) == len(self.starts) == len(self.counts) or min(self.counts, default=0) < 1:
@@ -110,6 +113,16 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """The payload of LOAD_EXPERT: one expert on its way to an expert slot."""
+
+    expert: int
+    layer: int
+    nbytes: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decoding:
     """The payload of DECODE: one part on its way to a scratch buffer, from a slot or from where it is resident."""
 
@@ -128,6 +141,7 @@ class LayerWork:
     layer: int
     slots: tuple[tuple[int, int], ...] = ()  # (part, slot) pairs of the streamed weights that the layer itself binds
     nbytes: int = 0  # bytes transferred across a link (SEND, RETURN)
+    experts: tuple[tuple[int, int], ...] = ()  # (expert, slot) pairs to compute (EXPERTS, COMBINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +159,7 @@ class RowChanges:
     rows: tuple[RowAssignment, ...]
 
 
-Payload = Load | Decoding | LayerWork | DraftStep | RowChanges
+Payload = Load | ExpertLoad | Decoding | LayerWork | DraftStep | RowChanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +201,16 @@ class Task:
     @property
     def layer(self) -> int | None:
         """The layer that the task loads, decodes or computes; None if there is none."""
-        return self.payload.layer if isinstance(self.payload, LayerWork | Load | Decoding) else None
+        return self.payload.layer if isinstance(self.payload, LayerWork | Load | ExpertLoad | Decoding) else None
 
     @property
     def detail(self) -> int | None:
-        """The part of a load or of a decoding, or the step of a draft; None for other tasks."""
+        """The part of a load or of a decoding, the expert of its load, or the step of a draft; None for other tasks."""
         match self.payload:
             case Load(part=part) | Decoding(part=part):
                 return part
+            case ExpertLoad(expert=expert):
+                return expert
             case DraftStep(step=step):
                 return step
         return None
@@ -202,7 +218,7 @@ class Task:
     @property
     def nbytes(self) -> int:
         """Bytes that the task transfers or decodes to."""
-        return self.payload.nbytes if isinstance(self.payload, LayerWork | Load | Decoding) else 0
+        return self.payload.nbytes if isinstance(self.payload, LayerWork | Load | ExpertLoad | Decoding) else 0
 
     @property
     def slots(self) -> tuple[tuple[int, int], ...]:
@@ -251,6 +267,7 @@ class Report:
 
     outcomes: tuple[RowOutcome, ...] = ()  # after ACCEPT, by row
     grown: tuple[TreeStatus, ...] = ()  # by row: its tree after a level, or after ACCEPT the tree below the last draw
+    routed: tuple[tuple[int, int], ...] = ()  # after ROUTE: (expert, tokens that it is given) pairs, by expert
 
 
 NOTHING = Report()
@@ -275,6 +292,7 @@ class Span:
     outcomes: tuple[RowOutcome, ...] = ()
     grown: tuple[TreeStatus, ...] = ()
     cause: int = -1  # id of the task whose end allowed this one to start; -1: an event from outside
+    routed: tuple[tuple[int, int], ...] = ()  # see ``Report``
 
 
 # Events: the only input of the scheduler.
@@ -293,9 +311,8 @@ class RequestAdded:
     prompt_tokens: int
     max_new_tokens: int
     reuse_from: int | None = None  # the ended sequence
-    num_cached_tokens: int = (
-        0  # shared tokens; fewer than both lengths: all in its KV, and one prompt token left to run
-    )
+    num_cached_tokens: int = 0  # shared tokens, all in its KV; fewer than both lengths: one token is left to run
+    scored: bool = False  # the logprobs of the prompt's own tokens are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,80 +330,3 @@ class Shutdown:
 
 
 Event = Started | RequestAdded | RequestAborted | Shutdown | Span
-
-
-def slot_buffer(slot: int) -> str:
-    """The slot ``slot``, a device buffer that holds one part."""
-    return f"slot:{slot}"
-
-
-def scratch_buffer(index: int, place: int) -> str:
-    """The place of one part in the scratch buffer ``index``, which holds one layer's decoded weights."""
-    return f"scratch:{index}.{place}"
-
-
-def staging_buffer(index: int) -> str:
-    """The staging buffer ``index``, in pinned host memory between disk and device."""
-    return f"staging:{index}"
-
-
-def hidden_buffer(item: WorkItem) -> str:
-    """The hidden state of a work item between layers."""
-    return f"hidden:{item.name}"
-
-
-def attention_buffer(item: WorkItem) -> str:
-    """The input of a work item's attention in a split layer, and then its result.
-
-    Prefill items alternate between two such buffers, so that the memory of a pass does not grow with their number.
-    """
-    return f"attention:{_turn(item)}"
-
-
-def crossing_buffer(item: WorkItem) -> str:
-    """The same contents in host memory, for a split layer whose KV is there."""
-    return f"crossing:{_turn(item)}"
-
-
-def _turn(item: WorkItem) -> str:
-    return f"{item.group}.prefill {item.index % 2}" if item.prefill else item.name
-
-
-def draws_buffer(item: WorkItem) -> str:
-    """The target's draws for a work item."""
-    return f"draws:{item.name}"
-
-
-def weights_buffer(layer: int) -> str:
-    """The modules of a streamed layer; its first task in a pass binds their parameters to the slots."""
-    return f"weights:{layer}"
-
-
-def decoded_buffer(layer: int, place: int) -> str:
-    """The modules of a streamed layer whose parameters the decoding of one part binds."""
-    return f"weights:{layer}.{place}"
-
-
-def kv_buffer(group: int, layer: int) -> str:
-    """The target's keys and values of one layer for one group of rows."""
-    return f"kv:{group}:{layer}"
-
-
-def rows_kv_buffer(item: WorkItem, layer: int) -> str:
-    """The same, for the rows of one item: two items of a pass share all rows (chunks of a prompt) or none."""
-    return f"kv:{item.group}:{layer}:{item.rows[0]}"
-
-
-def draft_kv_buffer(group: int) -> str:
-    """The draft's keys and values of one group."""
-    return f"draft_kv:{group}"
-
-
-def proposal_buffer(group: int) -> str:
-    """The proposed tokens of one group."""
-    return f"proposal:{group}"
-
-
-def sequence_buffer(group: int) -> str:
-    """The committed tokens of one group."""
-    return f"sequence:{group}"

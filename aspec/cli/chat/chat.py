@@ -24,7 +24,7 @@ from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.hub import known_as
-from aspec.models.generation_defaults import generation_defaults
+from aspec.models.configuration.generation_defaults import generation_defaults
 from aspec.observe.console import Console
 from aspec.observe.dashboard import watch
 from aspec.observe.monitor import Monitor

@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 HELP_ALL = "--help-all"
 SECONDARY = {
     *("--dtype", "--host-memory", "--link-rate", "--draft-depth", "--draft-ahead", "--attention", "--groups"),
-    "--products",
+    *("--experts", "--products"),
     *("--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logprobs", "--ignore-eos"),
     *("--max-spans", "--debug"),
 }

@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from aspec.cli.command_flags import PlanFlags, PrepareFlags, TraceFlags
 from aspec.cli.flags import MachineFlags, ModelFlags, SamplingFlags
+from aspec.cli.front.serve_flags import ServeFlags
+from aspec.errors import UserError
 from aspec.generation.params import SamplingParams
 from aspec.io import hub
 from aspec.io.fetching.fetch import LINE_S, Fetches, Words
@@ -21,6 +24,8 @@ def find_mistakes(flags: MachineFlags | PrepareFlags) -> None:
     if isinstance(flags, PrepareFlags):
         hub.check(str(flags.target), what="target")
         return
+    if isinstance(flags, ServeFlags):
+        find_server()
     options = flags.options()
     if isinstance(flags, SamplingFlags):
         SamplingParams(**{name: value for name, value in flags.sampling().items() if value is not None})
@@ -32,6 +37,16 @@ def find_mistakes(flags: MachineFlags | PrepareFlags) -> None:
         hub.check(str(options.target), what="target")
     if options.draft not in (None, *NO_MODELS):
         hub.check(str(options.draft), what="draft")
+
+
+def find_server() -> None:
+    """Raise UserError if a library of the server is missing."""
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"aspec serve needs {' and '.join(missing)}: expected the extra serve, found none. Install "
+            f"them: pip install 'aspec[serve]'"
+        )
 
 
 def opening_line(flags: ModelFlags | PrepareFlags) -> str:

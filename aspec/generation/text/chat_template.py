@@ -16,6 +16,7 @@ from typing import Any
 from aspec.errors import PromptError, reason_of, shown
 from aspec.generation.text.template_trial import TemplateTrial, TrialError
 from aspec.generation.text.time_limit import TimeLimit, TimeLimitError
+from aspec.generation.text.tool_format import PROBE_TOOLS, ToolFormat, format_of, probe_messages
 
 Message = Mapping[str, Any]
 
@@ -71,7 +72,8 @@ class ChatTemplate:
         if not self.exists:
             raise PromptError(f"{self._folder} has no chat template: give plain text (--raw) or choose a chat model.")
         variables = dict(variables or {})
-        if taken := inspect.signature(self._inner.apply_chat_template).parameters.keys() & variables:
+        parameters = set(inspect.signature(self._inner.apply_chat_template).parameters) - {"tools"}
+        if taken := parameters & variables.keys():
             raise PromptError(f"the chat template's variable {min(taken)} cannot be given: remove it.")
         conversation = [_checked(f"message {number}", message) for number, message in enumerate(messages, 1)]
         try:
@@ -90,6 +92,31 @@ class ChatTemplate:
                 f"the chat template of {self._folder} refuses the conversation ({reason_of(error)}). Change the "
                 f"messages' roles or order to what the model expects, or give plain text (--raw)."
             ) from error
+
+    def tool_format(self, limit: TimeLimit) -> ToolFormat:
+        """How the model writes calls of tools, as the template writes them. Raises PromptError if it is not known."""
+        if not self.uses("tools"):
+            raise PromptError(
+                f"the chat template of {self._folder} takes no tools: the model would not see them. Leave them out, or "
+                f"choose a model that was trained to call tools."
+            )
+        texts: list[str | None] = []
+        for num_calls in (0, 1, 2):
+            try:
+                texts.append(self._text(probe_messages(num_calls), limit, {"tools": PROBE_TOOLS}))
+            except (Warning, TimeLimitError, TrialError):
+                raise
+            except Exception:  # a template may refuse two calls
+                texts.append(None)
+        plain, one, two = texts
+        found = None if plain is None or one is None else format_of(plain, one, two)
+        if found is None:
+            raise PromptError(
+                f"the calls of tools of {self._folder} cannot be read: expected JSON between <tool_call> tags (Hermes, "
+                f"Qwen) or a JSON object with name and parameters (Llama 3), as its chat template writes them. Leave "
+                f"the tools out."
+            )
+        return found
 
     def _text(
         self, conversation: Sequence[Message], limit: TimeLimit, variables: Mapping[str, Any] = MappingProxyType({})

@@ -2,16 +2,18 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aspec.errors import CheckpointError, PromptError, VocabularyError, reason_of
 from aspec.generation.text.chat_template import ChatTemplate, check_unicode
 from aspec.generation.text.prompts import Prompt, is_chat
 from aspec.generation.text.stop_strings import StopStrings
 from aspec.generation.text.time_limit import TimeLimit
+from aspec.generation.text.tool_format import ToolFormat
 from aspec.generation.text.vocabulary_files import missing_reader
 from aspec.io.hub import known_as
 from aspec.io.json_file import read_json
@@ -36,6 +38,7 @@ class Tokenizer:
         self._inner = inner
         self.folder = folder
         self._template = ChatTemplate(inner, folder)
+        self._tool_format: ToolFormat | None = None  # None: not asked for yet
         self._kinds: dict[int, TokenKind] = {}  # a cache, one entry per token seen
 
     @classmethod
@@ -71,12 +74,23 @@ class Tokenizer:
         """Token ids, with the tokenizer's default special tokens. Raises PromptError if ``text`` is no Unicode."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_prompt(self, prompt: Prompt, limit: TimeLimit | None = None) -> list[int]:
-        """The token ids of a text as it is, a conversation or token ids. Raises PromptError if there are none."""
+    def encode_prompt(
+        self,
+        prompt: Prompt,
+        limit: TimeLimit | None = None,
+        said: Sequence[int] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a text as it is, a conversation or token ids. Raises PromptError if there are none.
+
+        ``said`` and ``variables`` are of a conversation, see ``encode_chat``.
+        """
         if isinstance(prompt, str):
             tokens = self.encode(prompt) if prompt else []
+        elif is_chat(prompt):
+            tokens = self.encode_chat(prompt, said, limit, variables)
         else:
-            tokens = self.encode_chat(prompt, limit=limit) if is_chat(prompt) else cast("list[int]", prompt)
+            tokens = cast("list[int]", prompt)
         if not tokens:
             raise PromptError("the prompt is empty: expected at least one token. Give some text.")
         return tokens
@@ -95,6 +109,12 @@ class Tokenizer:
     def template_uses(self, name: str) -> bool:
         """Whether the chat template names a variable."""
         return self._template.uses(name)
+
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools. Raises PromptError if it takes no tools, or in an unknown form."""
+        if self._tool_format is None:
+            self._tool_format = self._template.tool_format(TimeLimit(TEMPLATE_S))
+        return self._tool_format
 
     def encode_chat(
         self,
@@ -139,6 +159,15 @@ class Tokenizer:
     def added(self) -> frozenset[int]:
         """Ids of tokens that were added to the base vocabulary."""
         return frozenset(int(index) for index in self._inner.get_added_vocab().values())
+
+    def as_json(self) -> str | None:
+        """The tokenizer as a tokenizer.json, added tokens included; None if it is not one of the Rust library."""
+        if not isinstance(self._inner, PreTrainedTokenizerFast):
+            return None
+        backend = copy(self._inner.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return str(backend.to_str())
 
     def kind(self, token: int) -> TokenKind:
         """How ``decode`` treats a token: as text, as a byte of a run, or silently (no text).

@@ -89,22 +89,22 @@ class LayerModes:
     """
 
     def __init__(self) -> None:
-        self._bare: set[object] = set()
-        self._needs_mode: set[int] = set()
+        self._bare: set[tuple[int, str, bool]] = set()
+        self._needs_mode: set[tuple[int, str]] = set()
 
     def of(self, layer: int, step: StepCache, half: str = "") -> contextlib.AbstractContextManager[object]:
-        """The context of one layer's step; ``half``: of a layer that runs in two halves."""
+        """The context of one layer's step; ``half``: the part of a layer that does not run as a whole."""
         if not step.exact:
             return contextlib.nullcontext()
         key = layer, half, step.position_ids.shape[1] == 1
-        return ExactStep() if key in self._bare and layer not in self._needs_mode else self._learn(layer, key)
+        return ExactStep() if key in self._bare and (layer, half) not in self._needs_mode else self._learn(key)
 
     @contextlib.contextmanager
-    def _learn(self, layer: int, key: object) -> Iterator[None]:
+    def _learn(self, key: tuple[int, str, bool]) -> Iterator[None]:
         with ExactProducts() as mode:
             yield
         if mode.acted:
-            self._needs_mode.add(layer)
+            self._needs_mode.add(key[:2])
         self._bare.add(key)
 
 
@@ -211,6 +211,12 @@ def multiply(
         made = _multiply(flat, packed.product, packed.recipe) if exact else packed.product(flat)
         return made.view(*rows.shape[:-1], -1)
     return _linear(rows, weight, bias) if exact else functional.linear(rows, weight, bias)
+
+
+def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows [M, K] times the weight [K, N] of one expert: in an exact step with the bits of a grouped product."""
+    exact = getattr(_thread, "exact", False)
+    return _multiply(rows, _times(weight), _recipe("mm", weight)) if exact else torch.mm(rows, weight)
 
 
 # -- products ------------------------------------------------------------------------------------------------

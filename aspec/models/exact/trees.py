@@ -18,6 +18,12 @@ class TreeNodes:
     depths: torch.Tensor  # [B, N] int64
     seen: torch.Tensor  # [B, T, N] bool: the nodes on the token's path, its own node included
 
+    def slot_positions(self, length: int) -> torch.Tensor:
+        """[B, S] int64: the position of what is in each of the first S = ``length`` slots."""
+        slot = torch.arange(length, device=self.starts.device)[None]
+        node = (slot - self.starts).clamp(0, self.depths.shape[1] - 1)
+        return torch.where(slot < self.starts, slot, self.starts + self.depths.gather(1, node))
+
 
 def visible_slots(kind: MaskKind, positions: torch.Tensor, length: int, tree: TreeNodes | None) -> torch.Tensor:
     """Bool [B, T, S] over the first S = ``length`` slots: those that tokens at ``positions`` [B, T] may see."""
@@ -25,10 +31,10 @@ def visible_slots(kind: MaskKind, positions: torch.Tensor, length: int, tree: Tr
     slot = torch.arange(length, device=query.device)[None, None]
     if tree is None:
         return kind.visible(query, slot)
-    start, depths, seen = tree.starts[:, :, None], tree.depths, tree.seen
-    offset = slot - start  # [B, 1, S]: the node in a slot, negative where committed
+    depths, seen = tree.depths, tree.seen
+    offset = slot - tree.starts[:, :, None]  # [B, 1, S]: the node in a slot, negative where committed
     node = offset.clamp(0, depths.shape[1] - 1)
-    key = torch.where(offset < 0, slot, start + depths[:, None].gather(2, node))
+    key = tree.slot_positions(length)[:, None]
     own = seen.gather(2, node.expand(-1, seen.shape[1], -1)) & (offset < depths.shape[1])
     return kind.narrow(query, key, (offset < 0) | own)
 

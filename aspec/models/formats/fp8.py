@@ -14,7 +14,7 @@ from aspec.errors import shown
 from aspec.io.checkpoint import TensorRef
 from aspec.models.formats import grouped
 from aspec.models.formats.grouped import CODES, POWERS, SMALLEST, Grouped
-from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, outlined
+from aspec.models.formats.packed import Format, Kind, Outline, PackedWeight, PlainWeight, by_matrix, outlined
 from aspec.models.formats.settings import Settings, check_shape, misfit, missing
 from aspec.models.formats.workspace import Workspace, room
 
@@ -299,7 +299,8 @@ def packed(
     step, tables = _step(height, width), decode._tables(_step(height, width))
     results = tables * CODES if decode.has_tables else step * width
     needed = room(4 * CODES, CODES, 4 * step * width, 4 * step * grid[1], 4 * results, 2 * results, 4 * tables)
-    return PackedWeight(name, tuple(weight.shape), rounded or torch.bfloat16, (weight, scale), method, decode, needed)
+    dtype = rounded or torch.bfloat16
+    return by_matrix(PackedWeight(name, tuple(weight.shape), dtype, (weight, scale), method, decode, needed))
 
 
 def _alike(shape: Sequence[int], expected: Sequence[int]) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from aspec.errors import shown
 from aspec.io.checkpoint import TensorRef
-from aspec.models.formats.packed import PackedWeight
+from aspec.models.formats.packed import PackedWeight, by_matrix
 from aspec.models.formats.settings import check_shape, misfit
 from aspec.models.formats.workspace import Workspace, room
 
@@ -172,4 +172,4 @@ def packed(
     tile = 4 * min(ROWS, height[-1]) * width if decode.transposed else 0
     values = 4 * decode.per_byte * CODES
     needed = room(4 * TILE * decode.per_byte // group, values, 4 * CODES, CODES * values, 4 * CODES * CODES, tile)
-    return PackedWeight(name, shape, decode.rounded or torch.bfloat16, refs, method, decode, needed)
+    return by_matrix(PackedWeight(name, shape, decode.rounded or torch.bfloat16, refs, method, decode, needed))

@@ -5,8 +5,8 @@ The rest of aspec knows a packed weight only: it reads the bytes of ``refs``, an
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cache
 from typing import Protocol
@@ -42,6 +42,7 @@ class PackedWeight:
     workspace_bytes: int
     factor: Int4Factor | None = None  # None: it must be decoded before products
     sizes: Int4 | None = None  # as products take it packed; None: it is decoded
+    cut: "Callable[[int], PackedWeight] | None" = None  # of matrices [E, ...]: to one of them, [1, ...]
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +53,22 @@ class PackedWeight:
     def is_written(self) -> bool:
         """Whether it is decoded or repacked after every read."""
         return self.sizes is None or (self.factor is not None and self.factor.write is not None)
+
+
+def by_matrix(weight: PackedWeight) -> PackedWeight:
+    """The same weight; if every stored tensor has one slice for each of its matrices, it can be cut into them.
+
+    Its ``decode`` must take the number of matrices from the tensors that it is given.
+    """
+    number, *matrix = weight.shape
+    if len(matrix) != 2 or any(ref.shape[:1] != (number,) for ref in weight.refs):
+        return weight
+
+    def cut(index: int) -> PackedWeight:
+        name, refs = f"{weight.name}[{index}]", tuple(ref.cut(index) for ref in weight.refs)
+        return replace(weight, name=name, shape=(1, *matrix), refs=refs)
+
+    return replace(weight, cut=cut)
 
 
 StoredWeight = TensorRef | PackedWeight

@@ -10,6 +10,9 @@ from aspec.models.exact.paths import MaskKind
 from aspec.models.kv_cache import KVShape
 from aspec.models.state.shapes import StateShape
 
+BIAS = "alibi"
+"""The argument by which layers take a bias of positions (Press et al., arXiv 2108.12409)."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
@@ -32,6 +35,8 @@ class ModelFacts:
     num_results: int  # of the tuple that its forward expects from a layer; 0: the hidden state alone
     unused: frozenset[str] = frozenset()  # parameters that text never reaches, such as those of a tower for images
     rows_first: bool = False  # a hidden state is [B, T, ..., H]; otherwise [..., B, T, H]
+    own_attention: bool = False  # its layers attend by code of their own, which adds a mask to the scores
+    biased: bool = False  # its layers take ``BIAS``
 
     def result(self, hidden: torch.Tensor) -> object:
         """What a layer returns for a hidden state."""
@@ -48,6 +53,15 @@ class ModelFacts:
     def selects(self) -> bool:
         """Whether a layer selects the slots that it attends to, by its indexer or as the layer before it does."""
         return any(layer.index_width or layer.taken for layer in self.layers)
+
+    @property
+    def why_not_exact(self) -> str | None:
+        """Why no step of this model can have the bits of plain decoding; None if steps can."""
+        if self.selects:
+            return "its layers select the tokens that they attend to, by scores whose last bits depend on the pass"
+        return (
+            "its layers attend by code of their own, whose last bits depend on the pass" if self.own_attention else None
+        )
 
     @property
     def kv_shapes(self) -> list[KVShape | None]:

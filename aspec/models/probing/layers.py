@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from aspec.errors import InternalError, UnsupportedModelError, reason_of
 from aspec.models.exact.paths import MaskKind
-from aspec.models.families import STATEFUL
+from aspec.models.families import STATEFUL, family_of
 from aspec.models.hf_compat import (
     cache_argument,
     forget_pad_token,
@@ -25,18 +25,22 @@ from aspec.models.hf_compat import (
     ignore_positions,
     takes_registered_attention,
 )
-from aspec.models.probing.facts import LayerFacts, ModelFacts, layer_result
-from aspec.models.probing.masks import MaskRule, mask_kind, probe_mask, rule_of
+from aspec.models.probing.facts import BIAS, LayerFacts, ModelFacts, layer_result
+from aspec.models.probing.masks import MaskRule, causal, mask_kind, probe_mask, rule_of
 from aspec.models.probing.noted import ShapeCache, UnfitError
-from aspec.models.skeleton import build_on_meta, find_layers
-from aspec.models.state.mixers import BoundMixer, bind_mixers
+from aspec.models.skeleton import build_on_meta, find_layers, uses_cache
+from aspec.models.state.mixers import BoundMixer, RewrittenMixer, bind_mixers
 from aspec.models.state.rows import STORES_NOTHING, layer_type
 from aspec.models.weights.touched import TensorWatch, same_memory
 
 NAME = "aspec-probe"
-NOT_REGISTERED = "its attention does not take a registered attention function"
+NOT_REGISTERED = "its layers attend by code of their own, which aspec does not know"
 UNSUPPORTED = ("position_bias", "block_indices", "sinks")
 """Arguments of other attention functions that change the result and that ``attend`` does not support."""
+
+
+class _UnfitAttentionError(UnfitError):
+    """A registered attention is called in a way that aspec does not support."""
 
 
 class _AttentionReached(Exception):
@@ -54,9 +58,9 @@ def _probe_attention(
     """The attention function of the probe: checks the call, computes nothing, stops the layer."""
     given = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if given:
-        raise UnfitError(f"its attention uses {', '.join(given)}")
+        raise _UnfitAttentionError(f"its attention takes arguments of its own ({', '.join(given)})")
     if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
-        raise UnfitError("its attention does not use the mask that its layer receives")
+        raise _UnfitAttentionError("its attention does not use the mask that its layer receives")
     raise _AttentionReached
 
 
@@ -82,8 +86,10 @@ class _ProbeRun:
     num_results: int
     cache: ShapeCache
     is_stateful: bool  # its class says that some layers keep a state
+    own_attention: bool  # its layers attend by code of their own
     watched: TensorWatch = field(default_factory=TensorWatch)
     returned: torch.Tensor | None = None
+    biased: bool = False  # a layer takes a bias of positions
     layers: list["_Call"] = field(default_factory=list)
     second: list[torch.Tensor] = field(default_factory=list)  # results of the layers
 
@@ -91,7 +97,7 @@ class _ProbeRun:
         """A forward that checks the call and runs the layer's own forward up to its attention, or to its end."""
         original = type(layer).forward.__get__(layer)
         parameters = tuple(inspect.signature(original).parameters)
-        has_mixer = any(isinstance(module.forward, BoundMixer) for module in layer.modules())
+        has_mixer = any(isinstance(module.forward, BoundMixer | RewrittenMixer) for module in layer.modules())
 
         def forward(*args: Any, **kwargs: Any) -> object:
             self.watched.note(args, kwargs)
@@ -117,8 +123,12 @@ class _ProbeRun:
         except (UnfitError, InternalError, Warning):
             raise
         except Exception:
-            if not stores_nothing and index not in self.cache.states:
+            if self.own_attention or (not stores_nothing and index not in self.cache.states):
                 raise
+        if self.own_attention:
+            if self.layers[index].mask is None or index not in self.cache.shapes:
+                raise UnfitError("a layer does not attend to keys and values by a mask")
+            return
         self.layers[index].attends = False
         if not stores_nothing and index not in self.cache.states:
             own = "a layer does not attend through the registered attention function"
@@ -130,14 +140,17 @@ class _ProbeRun:
         if not isinstance(hidden, torch.Tensor):
             raise UnfitError("a layer receives no hidden state")
         if self.returned is not None and not same_memory(hidden, self.returned):
-            raise UnfitError("a layer does not receive the result of the layer before it")
+            raise UnfitError("its model computes something between one layer and the next")
         self.returned = torch.empty_like(hidden)
         found = [(name, rule) for name, value in arguments.items() if (rule := rule_of(value)) is not None]
+        if self.own_attention and not found and arguments.get("attention_mask") is not None:
+            found = [("attention_mask", causal)]  # with a bias of positions in it
         if len(found) > 1:
             raise UnfitError(f"a layer takes {len(found)} attention masks, expected one")
         taken = [name for name, value in arguments.items() if any(value is one for one in self.second)]
         if len(taken) > 1 or any(arguments[name] is not self.second[-1] for name in taken):
             raise UnfitError("a layer receives several results of the layers before it")
+        self.biased = arguments.get(BIAS) is not None
         self.layers.append(_Call(parameters, *(found[0] if found else (None, None)), *taken))
 
 
@@ -158,7 +171,8 @@ def examine(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFacts:
             reasons.append(error)
     # a family may take a registered attention without saying so: only now is it a reason
     own = STATEFUL if has_recurrent_state(type(model)) else NOT_REGISTERED
-    reason = reasons[0] if takes_registered_attention(type(model)) else own
+    is_registered = takes_registered_attention(type(model)) or isinstance(reasons[0], _UnfitAttentionError)
+    reason = reasons[0] if is_registered else own
     raise UnsupportedModelError(f"{config.model_type} is not supported: {reason}.") from reasons[0]
 
 
@@ -173,15 +187,15 @@ def build_probe(config: PreTrainedConfig, dtype: torch.dtype, attend: str) -> Pr
 
 def _examine(config: PreTrainedConfig, model: PreTrainedModel, num_results: int) -> ModelFacts:
     name, layers = find_layers(model)
-    shape_cache = ShapeCache()
-    probe_run = _ProbeRun(num_results, shape_cache, has_recurrent_state(type(model)))
+    shape_cache, own = ShapeCache(), family_of(config.model_type).own_attention
+    probe_run = _ProbeRun(num_results, shape_cache, has_recurrent_state(type(model)), own)
     for index, layer in enumerate(layers):
         layer.forward = probe_run.watch(layer, layer_type(config, index) in STORES_NOTHING)
     tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
     cache = {cache_argument(model): shape_cache}
     try:
         with probe_run.watched:
-            output = model(input_ids=tokens, position_ids=tokens, use_cache=True, **cache)
+            output = model(input_ids=tokens, position_ids=tokens, use_cache=uses_cache(config), **cache)
     except (UnfitError, Warning):  # a warning raised as an error is no property of the family
         raise
     except Exception as error:  # any exception of a family means that this driver cannot run it
@@ -195,7 +209,8 @@ def _examine(config: PreTrainedConfig, model: PreTrainedModel, num_results: int)
     facts = [_facts_of(config, index, call, shape_cache) for index, call in enumerate(probe_run.layers)]
     assert probe_run.returned is not None
     rows_first = probe_run.returned.shape[:2] == tokens.shape
-    return ModelFacts(tuple(facts), num_results, probe_run.watched.unused(model, name), rows_first)
+    unused = probe_run.watched.unused(model, name)
+    return ModelFacts(tuple(facts), num_results, unused, rows_first, own, probe_run.biased)
 
 
 def _facts_of(config: PreTrainedConfig, index: int, call: _Call, cache: ShapeCache) -> LayerFacts:

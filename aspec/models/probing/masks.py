@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from aspec.models.exact.paths import MaskKind
 from aspec.models.probing.noted import UnfitError
+from aspec.models.state.rows import LOCAL, layer_type
 
 SAMPLES = 4096  # pairs of positions for the comparison of a family's mask with aspec's
 
@@ -23,9 +24,16 @@ def probe_mask(
     return mask
 
 
+def causal(_row: int, _head: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The rule of plain decoding: see ``MaskRule``."""
+    return key <= query
+
+
 def mask_kind(config: PreTrainedConfig, index: int, rule: MaskRule) -> MaskKind:
     """The kind of mask that equals a family's rule, compared at many pairs of positions, near edges and random."""
     text = config.get_text_config()
+    if layer_type(config, index) == LOCAL:
+        return MaskKind(window=text.window_size)
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     kinds = [
         MaskKind(),

@@ -44,6 +44,8 @@ def _refuse_split(config: PreTrainedConfig, facts: ModelFacts, *, offloaded: boo
     why = None
     if any(layer.mask_argument is None for layer in facts.layers):
         why = "its recurrent layers run in one piece, where their state is"
+    elif facts.own_attention:
+        why = "its layers attend by code of their own"
     elif offloaded and facts.selects:
         why = "its layers select what they attend to, where their indexer is"
     if why is not None:

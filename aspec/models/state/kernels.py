@@ -95,6 +95,19 @@ def state_space(
     return (result, result.new_empty(0)) if return_final_states else result
 
 
+def lightning_attention(
+    step: MixerStep, mixer: Any, hidden_states: torch.Tensor, **_: object
+) -> tuple[torch.Tensor, None]:
+    """The whole mixer of MiniMax-01 (arXiv 2501.08313), attention without a softmax that decays by a slope per head."""
+    states = mixer.act_fn(mixer.qkv_proj(hidden_states)).flatten(0, 1)
+    states = states.unflatten(-1, (mixer.num_attention_heads, 3 * mixer.head_dim)).float()
+    query, key, value = states.split(mixer.head_dim, -1)
+    slopes = mixer.slope_rate.float().expand(len(value), *mixer.slope_rate.shape)
+    mixed = step.recur(Inputs(query, key, value, -slopes)).to(hidden_states.dtype)
+    mixed = mixer.norm(mixed.view(*hidden_states.shape[:2], -1))
+    return mixer.out_proj(torch.sigmoid(mixer.output_gate(hidden_states)) * mixed), None
+
+
 def selective_scan(
     step: MixerStep,
     hidden_states: torch.Tensor,
@@ -149,3 +162,6 @@ KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     }
 )
 """By the kinds of ``hf_compat.RECURRENT_FUNCTIONS``."""
+
+FORWARDS: Mapping[str, Callable[..., Any]] = MappingProxyType({"lightning attention": lightning_attention})
+"""By the kinds of ``hf_compat.RECURRENT_FORWARDS``: of a layer's step, the mixer, and the arguments of its forward."""

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from aspec.errors import InternalError
-from aspec.models.hf_compat import RECURRENT_FUNCTIONS, Cache
-from aspec.models.state.kernels import KERNELS
+from aspec.models.experts.pause import once
+from aspec.models.hf_compat import RECURRENT_FORWARDS, RECURRENT_FUNCTIONS, Cache
+from aspec.models.state.kernels import FORWARDS, KERNELS
 
 
 class MixerCache(Cache):  # type: ignore[misc]  # transformers is untyped
@@ -53,7 +54,7 @@ class MixerCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
 
 class BoundMixer:
-    """The forward of one mixer."""
+    """The forward of one mixer whose own forward names the functions of its recurrence."""
 
     def __init__(self, module: nn.Module, plain: Any, names: list[str]) -> None:
         self._module, self._plain, self._names = module, plain, names
@@ -61,20 +62,45 @@ class BoundMixer:
         self._owner = _WeightReader(module) if reads_weights else module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward; the cache among its arguments gives the layer's step."""
-        caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
-        if len(caches) != 1:
-            raise InternalError(f"{type(self._module).__name__} was called with {len(caches)} caches, expected one")
-        cache, step = caches[0].mixer(self._module.layer_idx)
+        """The module's own forward, which moves the state on: it runs once per step."""
+        return once(partial(self._run, *args, **kwargs), self)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The cache among the arguments gives the layer's step."""
+        given_cache = _cache_among(self._module, args, kwargs)
+        cache, step = given_cache.mixer(self._module.layer_idx)
         own = {name: partial(KERNELS[RECURRENT_FUNCTIONS[name]], step) for name in self._names}
         plain = self._plain
         bound = FunctionType(
             plain.__code__, {**plain.__globals__, **own}, plain.__name__, plain.__defaults__, plain.__closure__
         )
         bound.__kwdefaults__ = plain.__kwdefaults__
-        args = tuple(cache if given is caches[0] else given for given in args)
-        kwargs = {name: cache if given is caches[0] else given for name, given in kwargs.items()}
+        args = tuple(cache if given is given_cache else given for given in args)
+        kwargs = {name: cache if given is given_cache else given for name, given in kwargs.items()}
         return MethodType(bound, self._owner)(*args, **kwargs)
+
+
+class RewrittenMixer:
+    """The forward of one mixer that holds its recurrence in its own lines: aspec's code in its place."""
+
+    def __init__(self, module: nn.Module, kind: str) -> None:
+        self._module, self._forward = module, FORWARDS[kind]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward would compute; see ``BoundMixer``."""
+        return once(partial(self._run, *args, **kwargs), self)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        _, step = _cache_among(self._module, args, kwargs).mixer(self._module.layer_idx)
+        return self._forward(step, self._module, *args, **kwargs)
+
+
+def _cache_among(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one cache among the arguments of a mixer."""
+    caches = [given for given in (*args, *kwargs.values()) if isinstance(given, Cache)]
+    if len(caches) != 1:
+        raise InternalError(f"{type(module).__name__} was called with {len(caches)} caches, expected one")
+    return caches[0]
 
 
 class _WeightReader:
@@ -106,10 +132,10 @@ def bind_mixers(model: nn.Module) -> frozenset[str]:
     read = set()
     for path, module in model.named_modules():
         plain = inspect.unwrap(type(module).forward)
-        names = [
-            name for name in getattr(plain, "__code__", bind_mixers.__code__).co_names if name in RECURRENT_FUNCTIONS
-        ]
-        if names:
+        named = plain.__code__.co_names if isinstance(plain, FunctionType) else ()
+        if kind := next((RECURRENT_FORWARDS[name] for name in named if name in RECURRENT_FORWARDS), None):
+            module.forward = RewrittenMixer(module, kind)
+        elif names := [name for name in named if name in RECURRENT_FUNCTIONS]:
             module.forward = BoundMixer(module, plain, names)
             if hasattr(module, READ_MODULE):
                 read.add(f"{path}.{READ_MODULE}.weight")

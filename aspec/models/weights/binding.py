@@ -5,6 +5,7 @@ per part and buffer. An adapter's updates are merged into the bytes that were re
 after each read. A parameter without bytes is on meta; ``check`` raises an error for it before a layer runs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,14 @@ class Binder:
         """Drop all tensors over the buffers, so that the buffers can be freed. Unbind the parts first."""
         self._bound.clear()
 
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Let layers run without these parameters, which no part binds."""
+        left = set()
+        for name in names:
+            path, _, last = name.rpartition(".")
+            left.add((id(self._layers_model.get_submodule(path)._parameters), last))
+        self._tables = [[(table, name) for table, name in own if (id(table), name) not in left] for own in self._tables]
+
     def check(self, layer: int) -> None:
         """Raise InternalError if a parameter of the layer is not bound."""
         for table, name in self._tables[layer]:
@@ -99,22 +108,8 @@ class Binder:
                 raise InternalError(f"layer {layer} runs while its {name} is not bound")
 
     def _convert(self, part: Part, conversion: Conversion, buffer: torch.Tensor, scratch: torch.Tensor) -> None:
-        found = [(own.name, own.pattern, _decoded(own, part, buffer, scratch)) for own in conversion.sources]
-        made: dict[str, torch.Tensor] = {}
-        if conversion.converter is not None:
-            made = convert(conversion.converter, conversion.name, found, self._layers_model)
-        in_place = conversion.converter is None and conversion.sources[0].packed is not None
-        filled: set[int] = set()
+        make(part, conversion, buffer, scratch, self._layers_model)
         for target in conversion.targets:
-            place = view(scratch, target)
-            if target.at not in filled:  # tied names share one place
-                value = place if in_place else made.get(target.target, found[0][2])
-                update = conversion.updates.get(target.target)
-                if update is not None:
-                    merge(place, value, _matrices(update, buffer))
-                elif not in_place:
-                    place.copy_(value)
-                filled.add(target.at)
             table, name, tensor = self._place(part, target, scratch)
             table[name] = tensor
 
@@ -144,6 +139,29 @@ class Binder:
         if isinstance(before, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         return table, name, tensor
+
+
+def make(
+    part: Part, conversion: Conversion, buffer: torch.Tensor, scratch: torch.Tensor, model: PreTrainedModel
+) -> None:
+    """Write the targets of a conversion to their places in the part's ``scratch``, from its bytes in ``buffer``."""
+    found = [(own.name, own.pattern, _decoded(own, part, buffer, scratch)) for own in conversion.sources]
+    made: dict[str, torch.Tensor] = {}
+    if conversion.converter is not None:
+        made = convert(conversion.converter, conversion.name, found, model)
+    in_place = conversion.converter is None and conversion.sources[0].packed is not None
+    filled: set[int] = set()
+    for target in conversion.targets:
+        if target.at in filled:  # tied names share one place
+            continue
+        filled.add(target.at)
+        place = view(scratch, target)
+        value = place if in_place else made.get(target.target, found[0][2])
+        update = conversion.updates.get(target.target)
+        if update is not None:
+            merge(place, value, _matrices(update, buffer))
+        elif not in_place:
+            place.copy_(value)
 
 
 def _decoded(source: Source, part: Part, buffer: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Which weights are multiplied as they are packed: those of linear modules, in 4 bits, where torch has the products."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -29,12 +29,14 @@ def choose_factors(
     were asked for and there are none.
     """
     block = _block(tensors, asked) if where.type == "cpu" and dtype is torch.bfloat16 else None
+    if block is not None:
+        tensors = _untied(tensors, linears, block, asked)
     entries: list[Entry] = []
     for entry in tensors.entries:
         linear = linears.of(entry.name)
-        sizes = None if block is None or linear is None else _sizes(entry, tensors.aliases, block, asked)
-        if linear is not None and sizes is not None:
-            linear.sizes = sizes
+        sizes = None
+        if block is not None and linear is not None and entry.name not in tensors.aliases:
+            sizes = linear.sizes = _sizes(entry, block, asked)
         entries.append(entry if sizes is None else _taken(entry, sizes))
     if asked and not any(entry.sizes for entry in entries):
         raise UnsupportedModelError(
@@ -66,10 +68,28 @@ def _taken(entry: Entry, sizes: Int4) -> Entry:
     return replace(entry, sources=((replace(own, method=f"{own.method}, {TAKEN}", sizes=sizes), pattern),))
 
 
-def _sizes(entry: Entry, aliases: Mapping[str, object], block: int, asked: bool | None) -> Int4 | None:
+def _untied(tensors: TensorMap, linears: Linears, block: int, asked: bool | None) -> TensorMap:
+    """The same, but for tied weights: the linear module takes its weight packed, beside the decoded embedding."""
+    entries: list[Entry] = []
+    aliases = dict(tensors.aliases)
+    for entry in tensors.entries:
+        names = (entry.name, *aliases.get(entry.name, ()))
+        heads = [name for name in names if linears.of(name) is not None]
+        if len(names) == 1 or len(heads) != 1 or _sizes(entry, block, asked) is None:
+            entries.append(entry)
+            continue
+        first, *others = [name for name in names if name not in heads]
+        made = entry.outputs[entry.name]
+        entries += [replace(entry, name=name, outputs={name: made}) for name in (first, *heads)]
+        del aliases[entry.name]
+        aliases |= {first: tuple(others)} if others else {}
+    return replace(tensors, entries=tuple(entries), aliases=aliases)
+
+
+def _sizes(entry: Entry, block: int, asked: bool | None) -> Int4 | None:
     """The sizes of an entry's weight; None if it cannot be taken packed, or is not to be."""
     own = entry.sources[0][0]
-    alone = len(entry.sources) == 1 and entry.converter is None and not entry.updates and entry.name not in aliases
+    alone = len(entry.sources) == 1 and entry.converter is None and not entry.updates
     if not alone or not isinstance(own, PackedWeight) or own.factor is None:
         return None
     return own.factor.sizes(own.shape, block) if asked or own.factor.write is None else None

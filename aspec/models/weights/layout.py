@@ -43,7 +43,7 @@ def plan_parts(tensors: TensorMap, layers: str, max_part_bytes: int, alignment: 
     for layer in sorted(by_layer):
         scratch_at = 0
         for group in _groups(by_layer[layer], max_part_bytes if layer != REST else None):
-            part = _lay_out(group, tensors, gap, alignment)
+            part = lay_out(group, tensors, gap, alignment)
             parts.append(replace(part, index=len(parts), layer=layer, scratch_at=scratch_at))
             scratch_at += part.scratch_bytes
     return tuple(parts)
@@ -152,8 +152,11 @@ def _runs(refs: Iterable[TensorRef], gap: int) -> Iterator[list[TensorRef]]:
         yield run
 
 
-def _lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
-    """Segments, bindings and conversions of one part; the caller sets its index, layer and scratch_at."""
+def lay_out(entries: Sequence[Entry], tensors: TensorMap, gap: int, alignment: int) -> Part:
+    """Segments, bindings and conversions of one part; the caller sets its index, layer and scratch_at.
+
+    Stored tensors in one file with at most ``gap`` bytes between them are read at once.
+    """
     builder = _Builder(gap)
     fused = {entry.name: places for entry in entries if (places := _fused_places(entry)) is not None}
     bases = {name: builder.fuse(places) for name, places in fused.items()}

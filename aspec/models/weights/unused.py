@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import CheckpointError, UnsupportedModelError
 from aspec.io.checkpoint import Checkpoint, TensorRef
 from aspec.io.hub import known_as
+from aspec.models.families import family_of
 from aspec.models.skeleton import build_on_meta
 from aspec.models.weights.tensor_map import TensorMap, parameter_names
 
@@ -42,6 +44,15 @@ def check_unused(model: PreTrainedModel, checkpoint: Checkpoint, unused: Sequenc
         f"with the other value: {summary(names)}. Without them the text is another. Correct config.json, or remove the "
         f"tensors."
     )
+
+
+def without_towers(config: PreTrainedConfig, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the stored names that the model does not use with its towers either."""
+    if not names or not family_of(config.model_type).text_class:
+        return tuple(names)
+    whole = build_on_meta(config, torch.float32, "eager", whole=True)
+    rename, state = parameter_names(whole), whole.state_dict()
+    return tuple(name for name in names if rename(name) not in state)
 
 
 def _used_if(model: PreTrainedModel, key: str, value: bool, names: Sequence[str]) -> list[str]:

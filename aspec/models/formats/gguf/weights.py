@@ -89,6 +89,11 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
     kinds = " and ".join(dict.fromkeys(tensor.kind for tensor, _, _ in found))
     alone = pieces[0] if len(pieces) == 1 else None
     factor = None if alone is None else blocks_factor(alone.kind, places[0].shape, alone.view, alone.offset)
+
+    def cut(index: int) -> PackedWeight:
+        """One expert: a slice of every tensor and of its place."""
+        return _packed(gguf, f"{name}[{index}]", [(*_cut(tensor, place, index), at) for tensor, place, at in found])
+
     return PackedWeight(
         name=name,
         shape=places[0].shape,
@@ -98,7 +103,14 @@ def _packed(gguf: Gguf, name: str, found: list[tuple[GgufTensor, Place, float]])
         decode=decode,
         workspace_bytes=workspace_bytes,
         factor=factor,
+        cut=cut if len(places[0].shape) == 3 and all(len(tensor.shape) == 3 for tensor, _, _ in found) else None,
     )
+
+
+def _cut(tensor: GgufTensor, place: Place, index: int) -> tuple[GgufTensor, Place]:
+    """One expert of a tensor [E, ...] at its place: views of places leave the first dimension as it is."""
+    own = replace(tensor, ref=tensor.ref.cut(index), shape=(1, *tensor.shape[1:]))
+    return own, replace(place, shape=(1, *place.shape[1:]))
 
 
 def _check_type(tensor: GgufTensor, whole: bool) -> None:

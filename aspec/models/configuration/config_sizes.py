@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from aspec.errors import CheckpointError, shown
 from aspec.io.checkpoint import Checkpoint
@@ -66,3 +66,13 @@ def check_tables(model: PreTrainedModel) -> None:
             f"{model.config.name_or_path}: config.json asks for computed tables of {format_bytes(total)}, expected at "
             f"most {format_bytes(MAX_TABLE_BYTES)}; the largest is {largest}. Correct its sizes or fetch it again."
         )
+
+
+ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
+"""Configuration keys of the model families for the number of experts of a token."""
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """Experts of one token; 1 if the configuration does not give them."""
+    text = config.get_text_config()
+    return next((int(value) for key in ACTIVE_KEYS if (value := getattr(text, key, None))), 1)

@@ -1,0 +1,1 @@
+"""What a text must match: grammars, and the tokens that one allows."""

@@ -1,0 +1,1 @@
+"""What does the configuration of a checkpoint say: sizes, context, dtype, end tokens?"""

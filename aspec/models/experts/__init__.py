@@ -1,0 +1,1 @@
+"""How does a layer run whose experts are read one by one?"""

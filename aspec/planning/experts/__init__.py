@@ -1,0 +1,1 @@
+"""What will routers choose, and what does reading it cost?"""

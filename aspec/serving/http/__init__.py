@@ -1,0 +1,1 @@
+"""How clients speak with an engine over HTTP."""

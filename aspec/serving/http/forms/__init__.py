@@ -1,0 +1,1 @@
+"""What is read from a body and written into an answer."""

@@ -1,0 +1,1 @@
+"""The page of the server: a chat, and live what the machine does."""

@@ -1,0 +1,1 @@
+"""Which experts are read when, and which ones stay?"""

@@ -1,0 +1,1 @@
+"""Which tasks run a layer, and how do its weights come?"""

@@ -185,8 +185,8 @@ def batch(flags: BatchFlags) -> None:
 def serve(flags: ServeFlags) -> None:
     """Answer OpenAI's requests over HTTP. Clients stay connected however long a prompt takes.
 
-    Paths: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
-    A request joins the next pass. Streams get a comment every 10 s while there is
+    Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
+    /health, /metrics, and a page to chat at /. A request joins the next pass. Streams get a comment every 10 s while there is
     nothing to say. A client that leaves frees its row; its prompt is kept while no
     other needs the row, so a retry does not read it again.
 
@@ -198,7 +198,7 @@ def serve(flags: ServeFlags) -> None:
 
       aspec serve --target ./model --host 0.0.0.0 --api-key KEY --max-batch 16
 
-      curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Why?"}]}'
+      curl 127.0.0.1:8000/v1/completions -d '{"prompt": "def main():"}'
     """
     perform("aspec.cli.serve", "serve_on_console", flags)
 

@@ -602,6 +602,8 @@ def test_a_time_limit_ends_python_code_and_nothing_else():
 class _Nobody:
     """A runner and a scheduler that have nothing to do."""
 
+    experts_chosen = 0
+
     def take_dropped(self):
         return []
 

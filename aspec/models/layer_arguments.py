@@ -17,7 +17,8 @@ def frame_mask(facts: ModelFacts, step: StepCache, columns: int | None = None) -
     """
     if facts.biased:
         return torch.ones(step.position_ids.shape[0], step.high, dtype=torch.long, device=step.position_ids.device)
-    return step.mask()[:, :, :columns]
+    mask = step.mask()
+    return mask if columns is None or columns == mask.shape[2] else mask[:, :, :columns]
 
 
 def fill_in(facts: ModelFacts, calls: Sequence[dict[str, Any]], step: StepCache) -> None:

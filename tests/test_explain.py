@@ -192,7 +192,9 @@ def test_three_tiers_hold_a_405b_model_and_the_disk_sets_its_speed(models, machi
 
 
 def test_experts_stream_from_host_memory_and_the_link_sets_their_speed(models, machine):
-    found = as_object(plan("--target", models["8x22b"], "--profile", machine, "--prompts", 64, "--json"))
+    found = as_object(
+        plan("--target", models["8x22b"], "--experts", "whole", "--profile", machine, "--prompts", 64, "--json")
+    )
     best = found["plans"][0]
     check_arithmetic(best, LAYERS_8X22B)
     assert best["bytes_by_tier"]["disk"] == 0
@@ -202,7 +204,7 @@ def test_experts_stream_from_host_memory_and_the_link_sets_their_speed(models, m
 
 
 def test_a_draft_beside_it_is_put_to_use_where_rows_are_few(models, machine):
-    pair = ("--target", models["8x22b"], "--draft", models["7b"], "--profile", machine, "--json")
+    pair = ("--target", models["8x22b"], "--experts", "whole", "--draft", models["7b"], "--profile", machine, "--json")
     few = as_object(plan(*pair, "--prompts", 8, "--acceptance", 0.7))["plans"][0]
     assert few["speculation"] != "off"
     assert few["device_bytes"]["draft weights"] == pytest.approx(14.5e9, rel=0.01)
@@ -285,7 +287,7 @@ def test_files_that_are_not_there_are_named(models, machine, tmp_path):
 
 
 def test_a_budget_too_small_is_refused_with_the_arithmetic(models, machine):
-    big = ("--target", models["8x22b"], "--profile", machine)
+    big = ("--target", models["8x22b"], "--experts", "whole", "--profile", machine)
     said = refusal(plan(*big, "--device-memory", "4GiB"))
     for words in ("memory budget of 4.00 GiB is too small", "embeddings, norms and head 768 MiB + ", "slots of "):
         assert words in said
@@ -300,8 +302,14 @@ def test_a_budget_too_small_is_refused_with_the_arithmetic(models, machine):
 
 
 def test_host_memory_that_is_small_leaves_more_to_the_disk(models, machine):
-    most = as_object(plan("--target", models["8x22b"], "--profile", machine, "--json"))["plans"][0]
-    least = as_object(plan("--target", models["8x22b"], "--profile", machine, "--host-memory", "64GiB", "--json"))
+    most = as_object(plan("--target", models["8x22b"], "--experts", "whole", "--profile", machine, "--json"))["plans"][
+        0
+    ]
+    least = as_object(
+        plan(
+            "--target", models["8x22b"], "--experts", "whole", "--profile", machine, "--host-memory", "64GiB", "--json"
+        )
+    )
     least = least["plans"][0]
     assert sum(least["host_bytes"].values()) <= 64 * GIB
     assert least["bytes_by_tier"]["disk"] > 4 * most["bytes_by_tier"]["disk"]

@@ -59,7 +59,7 @@ CHECKPOINTS = {
 }
 """A whole checkpoint of every method."""
 
-OTHERS = {"gptq", "awq", "compressed-tensors"}  # methods with tests of their own
+OTHERS = {"gptq", "awq", "compressed-tensors", "aspec"}  # methods with tests of their own
 
 
 def test_every_method_is_here():

@@ -186,9 +186,10 @@ def serve(flags: ServeFlags) -> None:
     """Answer OpenAI's requests over HTTP. Clients stay connected however long a prompt takes.
 
     Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
-    /health, /metrics, and a page to chat at /. A request joins the next pass. Streams get a comment every 10 s while there is
-    nothing to say. A client that leaves frees its row; its prompt is kept while no
-    other needs the row, so a retry does not read it again.
+    /health, /metrics, and a page to chat at /. A request joins the next pass.
+    Streams get a comment every 10 s while there is nothing to say. A client that
+    leaves frees its row; its prompt is kept while no other needs the row, so a
+    retry does not read it again.
 
     Ctrl-C takes no new requests and finishes the answers that run.
 

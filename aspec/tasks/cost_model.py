@@ -10,7 +10,7 @@ from itertools import accumulate
 from operator import mul
 from statistics import fmean, median
 
-from aspec.plan import Plan
+from aspec.plan import Plan, Tier
 from aspec.tasks.experts.prices import ExpertPrices
 from aspec.tasks.op import Cost, Op
 from aspec.tasks.price_curve import NEW_NOISE, NOISE, PriceCurve
@@ -91,6 +91,21 @@ class _SplitLayer:
         return max([self.compute_s, *parallel]) if self.items > 1 else self.compute_s + sum(parallel)
 
 
+class _Link:
+    """Bytes per second of one link, while it works."""
+
+    def __init__(self) -> None:
+        self.rate = Average()
+        self._free_s = 0.0  # when the latest load has crossed it
+
+    def add(self, span: Span) -> None:
+        """Learn from one load."""
+        busy = span.stop_s - max(span.start_s, self._free_s)  # loads in flight overlap
+        if busy > 0:
+            self.rate.add(span.task.nbytes / busy)
+        self._free_s = max(self._free_s, span.stop_s)
+
+
 @dataclass(slots=True)
 class _Round:
     """A round that has not ended; mutable, because every task adds to it."""
@@ -112,8 +127,7 @@ class CostModel:
         self._layer = PriceCurve()  # by padded tokens
         self._ends = PriceCurve()  # embedding, head and acceptance of decoding rows, by padded tokens
         self._steps = deque[float](maxlen=LAST_STEPS)  # seconds of draft steps
-        self._link = Average()
-        self._link_free_s = 0.0  # when the latest load landed
+        self._links = {Cost.DISK: _Link(), Cost.H2D: _Link()}
         self._landed, self._landed_s = 0, 0.0  # the number of loads in their slots, and when the latest landed
         self._pieces: dict[str, dict[Op, float]] = {}  # by item: seconds of projections, attention and transfers
         self._split = _SplitLayer()  # the latest split layer
@@ -129,11 +143,8 @@ class CostModel:
             self._landed, self._landed_s = self._landed + 1, span.stop_s
         if self.experts is not None:
             self.experts.observe(span)
-        if task.op.cost is Cost.DISK and task.op is not Op.LOAD_EXPERT:
-            busy = span.stop_s - max(span.start_s, self._link_free_s)  # loads in flight overlap
-            if busy > 0:
-                self._link.add(task.nbytes / busy)
-            self._link_free_s = max(self._link_free_s, span.stop_s)
+        if task.op in (Op.READ, Op.COPY):
+            self._links[task.op.cost].add(span)
         if task.op is Op.DRAFT:
             self._steps.append(seconds)
         if task.item is not None:
@@ -190,19 +201,30 @@ class CostModel:
         """Seconds of one draft step; 0 before it is known."""
         return median(self._steps) if self._steps else 0.0
 
-    def seconds_until(self, loads: int, load_bytes: int, now_s: float) -> float:
+    def _stream_rate(self, plan: Plan) -> float | None:
+        """Streamed bytes per second, by the slowest link that they cross; None before one is known.
+
+        Parts on disk may cross a device's link, too; those in host memory cross nothing else.
+        """
+        disk, copy = (self._links[cost].rate.value for cost in (Cost.DISK, Cost.H2D))
+        if copy is None:
+            return disk
+        read = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK)
+        return copy if disk is None or not read else min(copy, disk * plan.streamed_bytes / read)
+
+    def seconds_until(self, plan: Plan, loads: int, now_s: float) -> float:
         """Seconds from ``now_s`` until ``loads`` loads have landed, at the present rate; 0 if they have."""
-        rate, missing = self._link.value, loads - self._landed
+        rate, missing = self._stream_rate(plan), loads - self._landed
         if rate is None or missing <= 0:
             return 0.0
-        return max(0.0, self._landed_s + missing * load_bytes / rate - now_s)
+        return max(0.0, self._landed_s + missing * plan.slot_bytes / rate - now_s)
 
     def level_seconds(self, plan: Plan, elapsed_s: float, num_tokens: int) -> float:
         """Seconds that one more draft step adds to a round that has drafted for ``elapsed_s``.
 
         It adds 0 while the weight stream limits the round and still fills free slots beside the draft.
         """
-        step, rate = self.draft_step_s, self._link.value
+        step, rate = self.draft_step_s, self._stream_rate(plan)
         compute = plan.num_layers * (self._layer.seconds(num_tokens) or 0.0)
         streams = rate is not None and compute < plan.streamed_bytes / rate
         return 0.0 if streams and rate and elapsed_s + step <= plan.spare_bytes / rate else step
@@ -227,7 +249,7 @@ class CostModel:
 
         None before any layer was measured.
         """
-        layer_s, rate = self._layer.seconds(num_tokens), self._link.value or float("inf")
+        layer_s, rate = self._layer.seconds(num_tokens), self._stream_rate(plan) or float("inf")
         if layer_s is None:
             return None
         compute, stream = plan.num_layers * layer_s, plan.streamed_bytes / rate

@@ -131,7 +131,7 @@ class DraftSizing:
             return False
         if self._plan.draft_resource != COMPUTE:
             return True
-        return self._costs.draft_step_s <= self._costs.seconds_until(loads, self._plan.slot_bytes, now_s)
+        return self._costs.draft_step_s <= self._costs.seconds_until(self._plan, loads, now_s)
 
     # -- chains ----------------------------------------------------------------------------------------------
 

@@ -425,6 +425,23 @@ def test_a_signal_amid_the_first_drawing_of_the_prompt_ends_the_marking_of_paste
     assert written.getvalue().count("\x1b[?2004h") == written.getvalue().count("\x1b[?2004l") == 1
 
 
+def test_a_signal_amid_the_history_ends_the_prompt_without_a_traceback(monkeypatch, capfd):
+    reader = PromptReader(["/help"])
+
+    async def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(reader._session.default_buffer.history, "load", interrupted)
+    with create_pipe_input() as typed:
+        reader._session.app.input = typed
+        with pytest.raises(KeyboardInterrupt):
+            reader.read()
+    shown = "".join(capfd.readouterr())
+    assert "Traceback" not in shown
+    assert "ENTER" not in shown
+
+
 def state_of(pid):
     """The state of a process, in the kernel's letters."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

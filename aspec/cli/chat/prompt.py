@@ -1,5 +1,6 @@
 """Entries edited on a terminal by prompt_toolkit: history across sessions, pastes of many lines, Ctrl-Z."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ class PromptReader:
     def __init__(self, commands: Iterable[str]) -> None:
         """The Tab key completes ``commands``."""
         self._is_pasted = False  # the entry began as a paste of several lines
+        logging.getLogger(Buffer.__module__).setLevel(logging.CRITICAL)  # a signal amid the history is no error
         output = create_output()
         if hasattr(output, "enable_cpr"):
             output.enable_cpr = False  # an answer of the terminal would mix with keys that were typed early
@@ -52,7 +54,7 @@ class PromptReader:
         self._is_pasted = False
         modes = terminal_modes()
         try:
-            text = self._session.prompt()
+            text = self._session.prompt(set_exception_handler=False)  # a signal's exception is told by the command
         except EOFError:
             return None
         except BaseException:  # a signal amid the first drawing or the last: the prompt leaves its marks and modes

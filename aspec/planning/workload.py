@@ -34,7 +34,7 @@ from aspec.tasks.task import COMPUTE, CPU
 from aspec.threads import Threads
 
 MOST_EXACT_PRICE = 0.1  # share of the seconds; where exact passes cost more, they are for those who ask for them
-ON_DEMAND_MARGIN = 0.95  # of the seconds with whole layers: experts on demand are forecast less surely
+ON_DEMAND_MARGIN = 0.8  # of the seconds with whole layers: experts on demand are forecast less surely
 PREFILLS = (256, 128, 64)  # tokens of smaller prefill items, tried if memory is short
 
 

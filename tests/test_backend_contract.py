@@ -285,6 +285,19 @@ def read_of(kind):
     return Task(0, Op.READ, DISK, 0, payload=Load(1, 0, PART_BYTES, **where))
 
 
+def served(run, kind, tmp_path, **settings):
+    """A rig that has served all its requests, and the spans of its tasks."""
+
+    async def main():
+        rig = Rig(kind, tmp_path, **settings)
+        try:
+            return rig, await rig.serve()
+        finally:
+            await rig.close()
+
+    return run(kind, main)
+
+
 def embed(task_id, resource=COMPUTE):
     return Task(task_id, Op.EMBED, resource, 0, item=WorkItem(0, (0,), (0,), (1,)))
 
@@ -292,14 +305,7 @@ def embed(task_id, resource=COMPUTE):
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, split, run, tmp_path):
-    async def main():
-        rig = Rig(kind, tmp_path, split=split)
-        try:
-            return rig, await rig.serve()
-        finally:
-            await rig.close()
-
-    rig, spans = run(kind, main)
+    rig, spans = served(run, kind, tmp_path, split=split)
     assert find_races(spans, tolerance_s=1e-6) == []
     absent = {Op.LAYER, *ON_DEMAND} if split else {*SPLIT, *ON_DEMAND}
     absent |= set() if kind in HAS_COPY else {Op.COPY, *CROSSING}
@@ -319,14 +325,7 @@ def test_a_whole_run_has_no_race_and_the_right_bytes_in_every_slot(kind, split, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_on_demand_are_in_their_slots_when_they_are_computed(kind, run, tmp_path):
-    async def main():
-        rig = Rig(kind, tmp_path, routed=True)
-        try:
-            return rig, await rig.serve()
-        finally:
-            await rig.close()
-
-    rig, spans = run(kind, main)
+    rig, spans = served(run, kind, tmp_path, routed=True)
     assert find_races(spans, tolerance_s=1e-6) == []
     absent = set() if kind in HAS_COPY else {Op.COPY_EXPERT}
     assert {span.task.op for span in spans} >= {*ON_DEMAND, Op.LAYER} - absent

@@ -14,7 +14,7 @@ from aspec.errors import NumericError
 from aspec.generation.penalties import Context
 from aspec.generation.sampler import draw_rows, token_logprobs
 from aspec.generation.sequence import Sequence as TokenSequence
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Activation, Model
 from aspec.models.weights.parts import Part

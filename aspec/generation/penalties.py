@@ -21,7 +21,7 @@ import torch
 
 from aspec.generation.params import SamplingParams
 from aspec.generation.processors import Processors
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 
 FARTHEST = 1e30  # largest factor: a larger one may make a float32 logit infinite, and has no stronger effect
 

@@ -40,7 +40,7 @@ from transformers import (
 from aspec.errors import PromptError
 from aspec.generation.grammar.masks import GrammarMasks
 from aspec.generation.params import SamplingParams
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens [N, T] int64, scores [N, V] float32) -> new scores."""

@@ -20,7 +20,7 @@ from aspec.errors import InternalError, NoTokenError, NumericError
 from aspec.generation.params import SamplingParams
 from aspec.generation.penalties import Context, Penalties
 from aspec.generation.processors import narrows, needs_processors, warpers_of
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 
 GREEDY_BELOW = 1e-5  # float32 logits cannot be divided by a lower temperature; the same limit as vLLM
 SLACK = 1e-3  # in logits: far above the rounding of a float32 logsumexp, far too small to cost time

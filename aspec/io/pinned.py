@@ -1,4 +1,4 @@
-"""Host memory that a device reads directly: buffers pinned at their exact size, up to a limit in bytes.
+"""Host memory that a device reads directly: buffers pinned at their exact size, and uploads of small tensors.
 
 Pages are registered with the driver instead of allocated by it: torch's pinned allocator rounds up to a power of
 two, and registered memory keeps its huge pages. If the system refuses, copies still work, but slower.
@@ -74,3 +74,14 @@ class PinnedMemory:
         if pinned:
             self._unregister(memory.address)
         memory.close()
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a small host tensor to a device on this thread's current stream; for the host, return the tensor itself.
+
+    A tensor that is built on a device from Python's numbers, or moved there from pageable memory, makes its thread wait
+    for all work launched before. A tensor in pinned memory does not. torch keeps it until the copy has ended.
+    """
+    if device.type in ("cpu", "meta"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 from aspec.models.exact.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
 from aspec.models.exact.trees import Tree, TreeNodes, visible_slots
 from aspec.models.hf_compat import Cache

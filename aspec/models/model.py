@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from aspec.errors import InternalError
 from aspec.io.checkpoint import Checkpoint, has_weights, outline
 from aspec.io.hub import known_as, read_config
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 from aspec.models.configuration.compute_dtype import HALF_IS_SLOW, both_dtypes, computed_on, named_dtype, stored_dtype
 from aspec.models.configuration.config_sizes import check_layers, experts_per_token
 from aspec.models.configuration.context import context_limit

@@ -4,7 +4,6 @@ The header is padded with blanks to whole pages, which the format allows: https:
 """
 
 import contextlib
-import errno
 import json
 import os
 import struct
@@ -18,12 +17,12 @@ import torch
 
 from aspec.errors import WriteError
 from aspec.io.checkpoint import DTYPES
+from aspec.io.durable import FULL, sync_folder
 from aspec.io.memory import PAGE
 from aspec.preparing.order import Shard
 from aspec.preparing.pieces import NewTensor, Reader
 
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, no larger file allowed
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 
 
@@ -113,15 +112,6 @@ def _write(path: Path, data: Iterator[memoryview | bytes]) -> Written:
             checksum, nbytes = zlib.crc32(chunk, checksum), nbytes + len(chunk)
         os.fsync(file.fileno())
     return Written(nbytes, checksum)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that new names in it survive a power failure."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def write_error(path: Path, error: OSError) -> WriteError:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from aspec.errors import UserError, WriteError
+from aspec.io.durable import FULL, sync_folder
 from aspec.serving.batch_input import RowId
 from aspec.serving.batch_journal import (
     Record,
@@ -35,7 +36,6 @@ from aspec.serving.batch_journal import (
 from aspec.serving.request_fields import as_json
 
 NEWLINE = b"\n"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, no larger file allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def open_output(
             if not begun:
                 header = begin_header(created, ties)
                 header_end = _begin(output, journal, header)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             assert header is not None
             opened = Output(given, output, journal, header["created"], header_end)
             found = opened.resume()
@@ -261,15 +261,6 @@ def _write(file: int, data: bytes, at: int) -> None:
         count = os.pwrite(file, view, at)
         view, at = view[count:], at + count
     os.fsync(file)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync a folder, so that new names in it survive a power failure."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _write_error(path: Path, error: OSError) -> WriteError:

@@ -17,7 +17,7 @@ from aspec.errors import NoTokenError, NumericError
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
 from aspec.generation.sequence import Sequence as TokenSequence
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.speculation.calibration import Calibration

@@ -119,6 +119,21 @@ class _Round:
     ends_s: dict[WorkItem, float] = field(default_factory=dict)  # embedding, head and acceptance, by decoding item
 
 
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """What a plan's stream moves in one pass: bytes in all, those of them from the disk, and those ahead of a pass."""
+
+    nbytes: int
+    read_bytes: int
+    spare_bytes: int
+
+    @staticmethod
+    def of(plan: Plan) -> "_Stream":
+        """The sums over the plan's parts, which may be thousands."""
+        read_bytes = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK)
+        return _Stream(plan.streamed_bytes, read_bytes, plan.spare_bytes)
+
+
 class CostModel:
     """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
 
@@ -128,6 +143,7 @@ class CostModel:
         self._ends = PriceCurve()  # embedding, head and acceptance of decoding rows, by padded tokens
         self._steps = deque[float](maxlen=LAST_STEPS)  # seconds of draft steps
         self._links = {Cost.DISK: _Link(), Cost.H2D: _Link()}
+        self._known: tuple[Plan, _Stream] | None = None  # the latest plan that was asked for, and its sums
         self._landed, self._landed_s = 0, 0.0  # the number of loads in their slots, and when the latest landed
         self._pieces: dict[str, dict[Op, float]] = {}  # by item: seconds of projections, attention and transfers
         self._split = _SplitLayer()  # the latest split layer
@@ -209,8 +225,15 @@ class CostModel:
         disk, copy = (self._links[cost].rate.value for cost in (Cost.DISK, Cost.H2D))
         if copy is None:
             return disk
-        read = sum(part.nbytes for part in plan.streamed if part.tier is Tier.DISK)
-        return copy if disk is None or not read else min(copy, disk * plan.streamed_bytes / read)
+        stream = self._stream_of(plan)
+        read = stream.read_bytes
+        return copy if disk is None or not read else min(copy, disk * stream.nbytes / read)
+
+    def _stream_of(self, plan: Plan) -> _Stream:
+        """The sums of a plan; prices are asked for dozens of times in a round, and always for the same plan."""
+        if self._known is None or self._known[0] is not plan:
+            self._known = plan, _Stream.of(plan)
+        return self._known[1]
 
     def seconds_until(self, plan: Plan, loads: int, now_s: float) -> float:
         """Seconds from ``now_s`` until ``loads`` loads have landed, at the present rate; 0 if they have."""
@@ -226,8 +249,8 @@ class CostModel:
         """
         step, rate = self.draft_step_s, self._stream_rate(plan)
         compute = plan.num_layers * (self._layer.seconds(num_tokens) or 0.0)
-        streams = rate is not None and compute < plan.streamed_bytes / rate
-        return 0.0 if streams and rate and elapsed_s + step <= plan.spare_bytes / rate else step
+        streams = rate is not None and compute < self._stream_of(plan).nbytes / rate
+        return 0.0 if streams and rate and elapsed_s + step <= self._stream_of(plan).spare_bytes / rate else step
 
     def best_draft_tokens(self, plan: Plan, num_rows: int) -> int:
         """The chain length, 0 .. ``plan.max_draft_tokens``, with the highest estimated tokens per second."""
@@ -252,14 +275,14 @@ class CostModel:
         layer_s, rate = self._layer.seconds(num_tokens), self._stream_rate(plan) or float("inf")
         if layer_s is None:
             return None
-        compute, stream = plan.num_layers * layer_s, plan.streamed_bytes / rate
+        compute, stream = plan.num_layers * layer_s, self._stream_of(plan).nbytes / rate
         waits = 1e-6 + (0.0 if self.experts is None else self.experts.seconds(num_tokens))  # for experts to be read
         between = self._ends.seconds(num_tokens) or 0.0
         if plan.num_groups > 1:  # the busiest lane bounds the round; other groups' passes overlap with the rest
             shared = plan.draft_resource == COMPUTE
             return max(compute + between + (draft_s if shared else 0.0), stream, draft_s) + waits
         between += draft_s
-        hidden = min(between, plan.spare_bytes / rate)  # meanwhile the stream fills free slots
+        hidden = min(between, self._stream_of(plan).spare_bytes / rate)  # meanwhile the stream fills free slots
         return max(compute + hidden, stream) + between - hidden + waits
 
     def _learn_split(self, task: Task, item: WorkItem, layer: int, seconds: float) -> None:

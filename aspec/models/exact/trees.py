@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 from aspec.models.exact.paths import MaskKind
 
 

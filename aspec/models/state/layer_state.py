@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 from aspec.models.state.nodes import Reach, Window
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from aspec.errors import InternalError
-from aspec.io.upload import upload
+from aspec.io.pinned import upload
 from aspec.models.state.shapes import PIECE
 
 Node = tuple[int, int]

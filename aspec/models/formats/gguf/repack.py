@@ -23,9 +23,7 @@ class RepackBlocks:
 
     kind: str
     shape: tuple[int, int]
-    order: torch.Tensor | None = field(
-        compare=False
-    )  # int64 [rows]: the stored row of every row of the weight; None: the same
+    order: torch.Tensor | None = field(compare=False)  # int64 [rows]: the stored row of every row; None: the same
 
     def __call__(
         self,

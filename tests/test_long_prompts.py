@@ -2,28 +2,51 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from aspec.api import collect
 from aspec.engine.engine import open_engine
 from aspec.generation.params import SamplingParams
+from aspec.planning.simulation import simulate
+from aspec.profiling.cost_tables import SimCosts
 from aspec.tasks.rows import Row, prefill_items, prefill_stops
 from tests import tiny
+from tests.simulate import make_plan
 
 
 def test_a_pass_takes_whole_items_of_the_earliest_prompts():
     rows = {0: Row(5, 100, 1), 1: Row(3, 50, 1, num_cached_tokens=10), 2: Row(4, 10, 1)}
-    assert prefill_stops(rows, None, 16) == {0: 100, 1: 50, 2: 10}
-    assert prefill_stops(rows, 100, 16) == {1: 50, 2: 10, 0: 48}
-    assert prefill_stops(rows, 45, 16) == {1: 50}
-    assert prefill_stops(rows, 16, 16) == {1: 26}
+    beside = partial(prefill_stops, rows, most_tokens=16, beside_decoding=True)
+    assert beside(None) == {0: 100, 1: 50, 2: 10}
+    assert beside(100) == {1: 50, 2: 10, 0: 48}
+    assert beside(45) == {1: 50}
+    assert beside(16) == {1: 26}
+
+
+def test_where_nothing_decodes_no_prompt_is_cut():
+    rows = {0: Row(5, 100, 1), 1: Row(3, 50, 1, num_cached_tokens=10), 2: Row(4, 10, 1)}
+    alone = partial(prefill_stops, rows, most_tokens=16, beside_decoding=False)
+    assert alone(None) == {0: 100, 1: 50, 2: 10}
+    assert alone(100) == {1: 50, 2: 10}
+    assert alone(45) == {1: 50}
+    assert alone(16) == {1: 50}, "a longer prompt joins alone"
+
+
+@pytest.mark.parametrize("most_draft_tokens", [0, 8])
+def test_a_prompt_that_is_longer_than_a_pass_joins_alone(most_draft_tokens):
+    plan = make_plan(num_rows=2, max_draft_tokens=most_draft_tokens, prefill_tokens=16, capacity=200)
+    spans = []
+    simulate(replace(plan, prefill_pass_tokens=32), SimCosts(), [(100, 4), (90, 4)], [spans.append])
+    assert sum(outcome.num_new for span in spans for outcome in span.outcomes) == 8
 
 
 def test_the_chunks_of_several_passes_are_those_of_one():
     row, most, items = Row(0, 100, 1, num_cached_tokens=4), 16, []
     while row.start < row.length:
-        stops = prefill_stops({7: row}, 40, most)
+        stops = prefill_stops({7: row}, 40, most, beside_decoding=True)
         items += prefill_items({7: row}, 0, most, 0, stops)
         row.num_prefilled = stops[7] - row.num_cached_tokens
         assert row.num_kv == stops[7]

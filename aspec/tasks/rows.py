@@ -159,16 +159,21 @@ def micro_batches(item: WorkItem, most: int) -> list[WorkItem]:
     return items
 
 
-def prefill_stops(rows: dict[int, Row], most_pass_tokens: int | None, most_tokens: int) -> dict[int, int]:
+def prefill_stops(
+    rows: dict[int, Row], most_pass_tokens: int | None, most_tokens: int, *, beside_decoding: bool
+) -> dict[int, int]:
     """By row: where its prompt ends in this pass of at most ``most_pass_tokens``; the earlier sequence goes first.
 
-    A prompt is cut after whole items of ``most_tokens``. A row without a place waits for the next pass.
+    Beside decoding rows a prompt is cut after whole items of ``most_tokens``. Otherwise no prompt is cut, so that some
+    row draws in every pass; the first one may be longer than a pass. A row without a place waits for the next pass.
     """
-    left, stops = most_pass_tokens, {}
+    left = most_pass_tokens
+    stops: dict[int, int] = {}
     for number, row in sorted(rows.items(), key=lambda pair: pair[1].sequence):
-        wanted = row.length - row.start
-        taken = wanted if left is None or wanted <= left else left // most_tokens * most_tokens
-        if taken:
+        taken = row.length - row.start
+        if left is not None and taken > left and (beside_decoding or stops):
+            taken = left // most_tokens * most_tokens if beside_decoding else 0
+        if taken > 0:
             stops[number] = row.start + taken
             left = None if left is None else left - taken
     return stops

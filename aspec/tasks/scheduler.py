@@ -150,7 +150,8 @@ class Scheduler:
         decode = [decode_item(decoding, lengths, group.number)] if decoding else []
         items = [part for item in decode for part in micro_batches(item, self.plan.micro_batches)]
         joining = self._rows.joining(group.number)
-        stops = prefill_stops(joining, self._prompt_tokens(decode), self.plan.prefill_tokens)
+        most = self._prompt_tokens(decode)
+        stops = prefill_stops(joining, most, self.plan.prefill_tokens, beside_decoding=bool(decode))
         items += prefill_items(joining, len(items), self.plan.prefill_tokens, group.number, stops)
         proposes = any(lengths.values())
 

@@ -11,7 +11,8 @@ from tests.test_equality import Pair
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ["falcon_h1", "jamba", "kimi_linear", "lfm2", "mamba2", "minimax", "nemotron_h", "qwen3_5_text"]
+FAMILIES = ["bamba", "falcon_h1", "granite_h", "jamba", "kimi_linear", "lfm2", "mamba2", "minimax", "nemotron_h"]
+FAMILIES += ["qwen3_5_text", "qwen3_next"]
 DRAFTS = (["--speculation", "chain"], ["--speculation", "tree"], ["--speculation", "tree", "--groups", 2])
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import LlamaConfig
 
 from aspec.generation.params import SamplingParams
@@ -25,7 +24,7 @@ from aspec.io.host_memory import total_bytes
 from aspec.io.memory import allocate
 from aspec.models.attention import NAME, attend
 from aspec.models.exact.paths import MaskKind
-from aspec.models.exact.products import ExactProducts, ExactStep, route
+from aspec.models.exact.products import ExactProducts, ExactStep, fastest, route
 from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
@@ -92,10 +91,10 @@ def measure_read_contention(folder: Path, dtype: torch.dtype, threads: int) -> f
         return None
     with _threads(threads), _weights(dtype) as weights:
         turn, hidden = cycle(weights), torch.ones(4, COLUMNS, dtype=dtype)
-        alone = seconds_of(lambda: linear(hidden, next(turn)))
+        alone = seconds_of(lambda: fastest(hidden, next(turn)))
         beside: list[float] = []
         probe_rate(
-            segments, READ_S, beside=lambda: beside.append(seconds_of(lambda: linear(hidden, next(turn)), repeats=8))
+            segments, READ_S, beside=lambda: beside.append(seconds_of(lambda: fastest(hidden, next(turn)), repeats=8))
         )
     return max(1.0, beside[0] / alone)
 
@@ -163,7 +162,7 @@ def _products(dtype: torch.dtype) -> tuple[Table, Table]:
 
 
 def _next_product(hidden: torch.Tensor, turn: Iterator[torch.Tensor]) -> torch.Tensor:
-    return linear(hidden, next(turn))
+    return fastest(hidden, next(turn))
 
 
 def _cached_products(dtype: torch.dtype) -> Table:
@@ -173,14 +172,14 @@ def _cached_products(dtype: torch.dtype) -> Table:
 
     def one(rows: int) -> float:
         hidden = torch.ones(rows, side, dtype=dtype)
-        return seconds_of(lambda: linear(hidden, next(turn)), stretch_s=STRETCH_S / 2) / weights[0].nbytes
+        return seconds_of(lambda: fastest(hidden, next(turn)), stretch_s=STRETCH_S / 2) / weights[0].nbytes
 
     return tuple((rows, one(rows)) for rows in (1, 16, 64, 256))
 
 
 def _smallest_product(dtype: torch.dtype) -> float:
     hidden, weight = torch.ones(1, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
-    return seconds_of(lambda: linear(hidden, weight))
+    return seconds_of(lambda: fastest(hidden, weight))
 
 
 def _cache_bytes() -> int:

@@ -15,11 +15,12 @@ from aspec.io.host_info import cpu_features, host_info
 from aspec.io.json_file import read_record, replace_json
 from aspec.models.exact.flash_probe import FLASH, probe_flash
 from aspec.models.exact.int4_probe import INT4, probe_int4
-from aspec.models.exact.recipe import BLOCKS, Packing, Recipe
+from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, Widening
 from aspec.models.exact.row_probe import ProductKind, probe
+from aspec.models.exact.widening_probe import probe_widening
 from aspec.options import cache_folder
 
-VERSION = 1  # of the format, and of what a proof means
+VERSION = 2  # of the format, and of what a proof means
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that change which kernels run."""
 
@@ -36,11 +37,17 @@ def recipe_for(kind: ProductKind) -> Recipe:
         file = cache_folder() / f"rows-{_machine()}.json"
         found = _recipe(read_record(file).get(kind.name))
         if found is None:
-            found = PROBES.get(kind.op, probe)(kind)
+            found = PROBES.get(kind.op, _probe)(kind)
             if found != BLOCKS:
                 replace_json(file, {**read_record(file), kind.name: _entry(found)})
         _known[kind] = found
     return found
+
+
+def _probe(kind: ProductKind) -> Recipe:
+    """Widened where that is faster, else the product as it is."""
+    widening = probe_widening(kind)
+    return probe(kind) if widening is None else replace(BLOCKS, widening=widening)
 
 
 @cache
@@ -52,6 +59,8 @@ def _machine() -> str:
 
 
 def _entry(recipe: Recipe) -> list[object]:
+    if (wide := recipe.widening) is not None:
+        return [wide.from_rows, _entry(wide.recipe)]
     packing = recipe.packing
     own = [] if packing is None else [packing.hint, packing.faster, _entry(packing.recipe)]
     return [recipe.lowest, recipe.highest, recipe.larger, own]
@@ -60,6 +69,9 @@ def _entry(recipe: Recipe) -> list[object]:
 def _recipe(entry: object) -> Recipe | None:
     """The recipe of an entry; None if it is not one."""
     match entry:
+        case [int(from_rows), list(own)] if from_rows >= 1:
+            wide = _recipe(own)
+            return wide and replace(BLOCKS, widening=Widening(wide, from_rows))
         case [int(lowest), int(highest), list(larger), []] if 1 <= lowest <= highest and _descends(larger, highest):
             return Recipe(lowest, highest, tuple(larger))
         case [int(), int(), list(), [int(hint), bool(faster), list(own)]]:

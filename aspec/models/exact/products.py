@@ -2,14 +2,15 @@
 
 A CPU library splits a product's inner length depending on the number of rows, and computes the remainder of a width
 with other instructions. So a token's last bits depend on the number of tokens in the pass. Here every product uses
-numbers of rows that were proven to give equal bits on this machine (``row_probe.py``), or blocks of one size.
+numbers of rows that were proven to give equal bits on this machine (``row_probe.py``), or blocks of one size. Where the
+processor has no instructions for bf16, weights become fp32 panel by panel (``panels.py``), in exact steps and in others.
 ``attention.py`` and ``kv_cache.py`` do the same for attention. ``tests/test_exact.py`` checks it with one and two
 threads; bits differ between thread counts, and between exact and other steps.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,8 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from aspec.models.exact.blocks import VECTOR_ELEMENTS, Product, in_blocks, in_whole_vectors, pack
 from aspec.models.exact.int4_probe import int4_kind
 from aspec.models.exact.known_recipes import recipe_for
-from aspec.models.exact.recipe import BLOCKS, Recipe
+from aspec.models.exact.panels import in_panels, widened
+from aspec.models.exact.recipe import BLOCKS, Recipe, Widening
 from aspec.models.exact.row_probe import ProductKind
 from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.int4.kernel import int4_product
@@ -112,23 +114,25 @@ class LayerModes:
 
 
 class RoutedLinear:
-    """The forward of one ``nn.Linear``: exact in an exact step, torch's own in others.
+    """The forward of one ``nn.Linear``: exact in an exact step, the fastest in others.
 
     ``packed``: its weight in the library's own order, with the same bits as the plain one, or in 4 bits; None: it is
     not packed. ``sizes``: of a weight that is bound in 4 bits.
     """
 
-    __slots__ = ("_nothing", "_table", "packed", "sizes")
+    __slots__ = ("_nothing", "_table", "packed", "sizes", "widening")
 
     def __init__(self, module: nn.Linear) -> None:
         self._table = module._parameters
         self._nothing: nn.Parameter | None = None  # see ``_replace``; made once
         self.packed: PackedWeight | None = None
         self.sizes: Int4 | None = None
+        self.widening: Widening | None = None  # known once it is proven
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]. A torch function mode sees one call of ``multiply``."""
-        return multiply(rows, self._table["weight"], self._table["bias"], self.packed)  # type: ignore[arg-type]
+        table = self._table
+        return multiply(rows, table["weight"], table["bias"], self.packed, self.widening)  # type: ignore[arg-type]
 
     def prove(self) -> None:
         """Prove the recipe of the weight's kind now, bound or not: a probe takes memory, later there may be less."""
@@ -138,7 +142,8 @@ class RoutedLinear:
             recipe_for(int4_kind(self.sizes, torch.get_num_threads()))
             return
         (out, inner), biased = weight.shape, self._table["bias"] is not None
-        recipe_for(ProductKind("linear", weight.dtype, 0, out, inner, False, biased, torch.get_num_threads()))
+        kind = ProductKind("linear", weight.dtype, 0, out, inner, False, biased, torch.get_num_threads())
+        self.widening = recipe_for(kind).widening
 
     def pack(self) -> bool:
         """Keep a packed copy of the bound weight if products with it are faster; the plain one is not read then.
@@ -199,24 +204,42 @@ def route(model: nn.Module) -> dict[str, RoutedLinear]:
 
 
 def multiply(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: PackedWeight | None
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    packed: PackedWeight | None,
+    widening: Widening | None,
 ) -> torch.Tensor:
     """``functional.linear``, exact in an exact step; ``packed`` takes the place of ``weight`` and ``bias``."""
     if has_torch_function_unary(rows):
-        made: torch.Tensor = handle_torch_function(multiply, (rows,), rows, weight, bias, packed)
+        made: torch.Tensor = handle_torch_function(multiply, (rows,), rows, weight, bias, packed, widening)
         return made
     exact = getattr(_thread, "exact", False)
     if packed is not None:
         flat = rows.reshape(-1, rows.shape[-1])
         made = _multiply(flat, packed.product, packed.recipe) if exact else packed.product(flat)
         return made.view(*rows.shape[:-1], -1)
-    return _linear(rows, weight, bias) if exact else functional.linear(rows, weight, bias)
+    if exact:
+        return _linear(rows, weight, bias)
+    if widening is not None and rows.numel() >= widening.from_rows * rows.shape[-1]:
+        flat = rows.reshape(-1, rows.shape[-1])
+        return _widened(flat, weight.t(), (len(flat),), bias).view(*rows.shape[:-1], -1)
+    return functional.linear(rows, weight, bias)
+
+
+def fastest(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows [..., K] times a weight [N, K] as a linear module does it."""
+    return multiply(rows, weight, None, None, _recipe("linear", weight).widening)
 
 
 def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows [M, K] times the weight [K, N] of one expert: in an exact step with the bits of a grouped product."""
-    exact = getattr(_thread, "exact", False)
-    return _multiply(rows, _times(weight), _recipe("mm", weight)) if exact else torch.mm(rows, weight)
+    if getattr(_thread, "exact", False):
+        return _mm(rows, weight)
+    widening = _recipe("mm", weight).widening if weight.is_cpu else None
+    if widening is not None and len(rows) >= widening.from_rows:
+        return _widened(rows, weight, (len(rows),))
+    return torch.mm(rows, weight)
 
 
 # -- products ------------------------------------------------------------------------------------------------
@@ -226,7 +249,9 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     """functional.linear as the recipe of its weight says."""
     flat, recipe = rows.reshape(-1, rows.shape[-1]), _recipe("linear", weight, bias)
     count = flat.shape[0]
-    if recipe.lowest <= count <= recipe.highest:
+    if recipe.widening is not None:
+        made = _widened(flat, weight.t(), recipe.widening.recipe.blocks(count), bias)
+    elif recipe.lowest <= count <= recipe.highest:
         made = functional.linear(flat, weight, bias)
     elif recipe.packing is not None and recipe.packs(count):
         made = in_blocks(flat, pack(weight, bias, recipe.packing.hint), recipe.packing.recipe.blocks(count))
@@ -248,15 +273,25 @@ def _grouped_mm(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, *
     assert not any(value is not None for value in options.values()), f"a grouped product with {options}"
     ends = offs.tolist()
     made = [
-        _multiply(rows[start:end], _times(weight), _recipe("mm", weight))
+        _mm(rows[start:end], weight)
         for start, end, weight in zip([0, *ends[:-1]], ends, weights, strict=True)
         if start < end
     ]
     return torch.cat(made)
 
 
-def _times(weight: torch.Tensor) -> Product:
-    return lambda block: torch.mm(block, weight)
+def _mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    recipe = _recipe("mm", weight)
+    if recipe.widening is not None:
+        return _widened(rows, weight, recipe.widening.recipe.blocks(len(rows)))
+    return _multiply(rows, lambda block: torch.mm(block, weight), recipe)
+
+
+def _widened(
+    rows: torch.Tensor, weight: torch.Tensor, blocks: Sequence[int], bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows [M, K] times a weight [K, N] in panels."""
+    return in_panels(rows, weight.shape[1], widened(weight), blocks, bias)
 
 
 def _multiply(rows: torch.Tensor, product: Product, recipe: Recipe) -> torch.Tensor:

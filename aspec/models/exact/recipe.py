@@ -30,12 +30,16 @@ TYPICAL = ((1, 3), (16, 2), (64, 1), (512, 1))
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Proven numbers of rows: all from ``lowest`` to ``highest``, and ``larger`` ones, descending."""
+    """Proven numbers of rows: all from ``lowest`` to ``highest``, and ``larger`` ones, descending.
+
+    ``widening``: how the product is computed in its place, in bf16 on a processor that has no instructions for it.
+    """
 
     lowest: int
     highest: int
     larger: tuple[int, ...] = ()
     packing: "Packing | None" = None
+    widening: "Widening | None" = None
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """Rows of every block for ``count`` rows; the last block may have more rows than are left."""
@@ -57,6 +61,14 @@ class Packing:
     hint: int
     recipe: Recipe
     faster: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Widening:
+    """The recipe of products in panels of fp32 (``panels.py``), and from how many rows on they are faster."""
+
+    recipe: Recipe
+    from_rows: int
 
 
 BLOCKS = Recipe(BLOCK_ROWS, BLOCK_ROWS)

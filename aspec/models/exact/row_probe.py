@@ -58,6 +58,10 @@ class ProductKind:
         flags = ("-transposed" if self.transposed else "") + ("-bias" if self.bias else "")
         return f"{self.op}{flags}-{str(self.dtype).removeprefix('torch.')}-{sizes}-{self.threads}"
 
+    def resized(self, out: int) -> "ProductKind":
+        """The same with so many outputs."""
+        return replace(self, out=out)
+
 
 @torch.inference_mode()
 def probe(kind: ProductKind) -> Recipe:
@@ -69,8 +73,8 @@ def probe(kind: ProductKind) -> Recipe:
     dense = next((rows for limit, rows in DENSE if nbytes <= limit), 16)
     larger = [size for size in LARGER if size > dense and size * elements <= MOST_PRODUCTS]
     generator = torch.Generator().manual_seed(5)
-    rows = _rows(max([2 * dense, *larger]), kind, generator)
-    operands = [_operands(kind, generator) for _ in range(min(MOST_WEIGHTS, max(1, OUTPUTS // kind.out)))]
+    rows = kind_rows(max([2 * dense, *larger]), kind, generator)
+    operands = [kind_operands(kind, generator) for _ in range(min(MOST_WEIGHTS, max(1, OUTPUTS // kind.out)))]
     product = side_by_side([_product(kind, *own) for own in operands])
     recipe = prove(product, rows, dense, larger)
     if kind.op == "linear" and nbytes <= MOST_PACKED_BYTES:
@@ -86,7 +90,7 @@ def _packing(recipe: Recipe, product: Product, rows: torch.Tensor, operands: "li
     for hint in HINTS:
         with contextlib.suppress(RuntimeError, AttributeError):  # a build of torch without these products
             packed = side_by_side([pack(weight, bias, hint) for weight, bias in operands])
-            faster = _seconds(packed, rows[:1]) < FASTER * _seconds(product, rows[:1])
+            faster = _row_seconds(packed, rows) < FASTER * _row_seconds(product, rows)
             if not faster and recipe.highest >= SMALL_BLOCK:
                 break
             counts = [*range(1, most // 2 + 1), most]
@@ -99,12 +103,16 @@ def _packing(recipe: Recipe, product: Product, rows: torch.Tensor, operands: "li
     return min(found, key=lambda packing: cost(packing.recipe), default=None)
 
 
-def _seconds(product: Product, rows: torch.Tensor) -> float:
-    """Seconds of one product, the least of a few; compared only with others of the same moment."""
+def _row_seconds(product: Product, rows: torch.Tensor) -> float:
+    return least_seconds(lambda: product(rows[:1]))
+
+
+def least_seconds(work: Callable[[], object]) -> float:
+    """Seconds of ``work``, the least of a few; compared only with others of the same moment."""
     seconds = []
     for _ in range(TIMED):
         start = time.perf_counter()
-        product(rows)
+        work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
@@ -157,8 +165,8 @@ def _holds(recipe: Recipe, product: Product, rows: torch.Tensor, expected: torch
 # -- operands ------------------------------------------------------------------------------------------------
 
 
-def _rows(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
-    """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``_operands``."""
+def kind_rows(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
+    """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``kind_operands``."""
     half, shape = kind.inner // 2, (kind.batch, count) if kind.batch else (count,)
     values = uneven((*shape, kind.inner), generator)
     cancels = torch.arange(count) % 3 < 2
@@ -171,7 +179,7 @@ Operands = tuple[torch.Tensor, torch.Tensor | None]
 """A weight [N, K], [K, N] or [B, K, N], and a bias [N] or None."""
 
 
-def _operands(kind: ProductKind, generator: torch.Generator) -> Operands:
+def kind_operands(kind: ProductKind, generator: torch.Generator) -> Operands:
     """Random operands, in the order of memory that ``kind`` tells."""
     bias = (SMALL * torch.randn(kind.out, generator=generator)).to(kind.dtype) if kind.bias else None
     return _weight(kind, generator), bias

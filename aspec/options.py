@@ -25,6 +25,9 @@ DEMO = Path(__file__).parent / "demo"  # the embedded pair: folders target and d
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while an engine opens; ``total`` 0 means unknown."""
 
+MEASURE = "measure"
+"""The stage in which rates of this machine and numbers of rows are found out; they are kept for later runs."""
+
 
 def cache_folder() -> Path:
     """Where aspec keeps what it can make again, in the user's cache folder (XDG Base Directory Specification)."""

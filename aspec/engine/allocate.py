@@ -25,6 +25,7 @@ from aspec.models.experts.running import ExpertRunner
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
 from aspec.models.weights.parts import Part, as_tensor
+from aspec.options import MEASURE
 from aspec.plan import Plan, Tier
 from aspec.planning.resolve import Resolved
 from aspec.speculation.drafter import Drafter
@@ -131,6 +132,8 @@ def _on_host(made: ResolvedEngine) -> EngineMemory:
 
     Resident parts whose stored bytes are not kept are read into the memory of the slots.
     """
+    if made.models.resolved.options.progress is not None:
+        made.models.resolved.options.progress(MEASURE, 0, 0)
     for model in (made.models.target, made.models.draft):
         if model is not None:
             model.prove_products()

@@ -14,9 +14,10 @@ from aspec.observe.monitor import Monitor
 from aspec.observe.snapshot import Snapshot
 from aspec.observe.ticker import OnLoop
 from aspec.observe.timeline import bottleneck, lane_use
+from aspec.options import MEASURE
 from aspec.tasks.task import Span
 
-OPENING = ("index", "plan", "load")  # stages before the first pass
+OPENING = ("index", "plan", MEASURE, "load")  # stages before the first pass
 
 
 @dataclass(slots=True)

@@ -11,8 +11,9 @@ import rich.console
 from rich.text import Text
 
 from aspec.errors import printable
-from aspec.observe.snapshot import Snapshot
+from aspec.observe.snapshot import MEASURING, Snapshot
 from aspec.observe.timeline import Stops, bottleneck, lane_use
+from aspec.options import MEASURE
 from aspec.units import format_bytes
 
 RECENT_S = 5.0  # a progress line measures the lanes over this time
@@ -170,7 +171,8 @@ def progress_line(snapshot: Snapshot) -> str | None:
         words.append(bottleneck([lane_use(lane.name, lane.work, since, snapshot.now_s) for lane in snapshot.lanes]))
         return ", ".join(words)
     if not total:
-        return f"{snapshot.stage} ..." if snapshot.stage_s > 1 else None
+        doing = MEASURING if snapshot.stage == MEASURE else snapshot.stage
+        return f"{doing} ..." if snapshot.stage_s > 1 else None
     if snapshot.counts_tokens:
         words = [f"{snapshot.stage}: {done} of {total} prompt tokens"]
         words += [f"{done / snapshot.stage_s:.1f} tokens/s"] if done and snapshot.stage_s > 0 else []

@@ -16,8 +16,9 @@ from rich.segment import Segment
 from rich.style import Style
 
 from aspec.observe import timeline
-from aspec.observe.snapshot import LaneView, SlotState, Snapshot
+from aspec.observe.snapshot import MEASURING, LaneView, SlotState, Snapshot
 from aspec.observe.terminal.text import tail, visible, wrap
+from aspec.options import MEASURE
 from aspec.units import format_bytes, format_part, format_rate
 
 CELL_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # possible seconds per cell of a strip; each divides a second
@@ -235,7 +236,8 @@ class Layout:
             facts += [f"{s.tokens_per_pass:.2f} {per_pass}"] if s.tokens_per_pass is not None else []
             return [*head, Segment(self.joined([*facts, f"{s.rounds} rounds", elapsed], room), PLAIN)]
         if s.total <= 0:
-            return [*head, Segment(elapsed, DIM)]
+            words = f"{MEASURING}, {elapsed}" if s.stage == MEASURE else elapsed
+            return [*head, Segment(words[:room], DIM)]
         if s.counts_tokens:
             facts, rate = [f"{s.done} of {s.total} prompt tokens"], f"{s.done / max(1e-9, s.stage_s):.1f} tokens/s"
         else:

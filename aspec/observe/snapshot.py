@@ -5,6 +5,9 @@ from enum import StrEnum
 
 from aspec.observe.timeline import Interval
 
+MEASURING = "measuring this machine, once"
+"""What a viewer reads in the stage ``options.MEASURE``."""
+
 
 class SlotState(StrEnum):
     """The state of a slot."""
@@ -33,7 +36,7 @@ class Snapshot:
     """The state of a run at ``now_s``, seconds on the backend's clock."""
 
     now_s: float
-    stage: str  # "index", "plan", "load", "prefill", "decode"
+    stage: str  # "index", "plan", "measure", "load", "prefill", "decode"
     done: int = 0  # of the stage: bytes; prompt tokens while prefilling, new tokens while decoding
     total: int = 0  # 0: unknown
     stage_s: float = 0.0  # seconds since the stage began

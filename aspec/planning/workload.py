@@ -71,12 +71,13 @@ def threads_for(models: Models, machine: Callable[[int], Hardware] | None = None
 
 def _this_machine(models: Models, threads: int) -> Hardware:
     """This machine with so many compute threads: from the cache, or measured now."""
-    resolved, rate = models.resolved, models.resolved.options.link_rate
-    machine = machine_profile(resolved.target, models.target.dtype, threads, kind=resolved.kind, link_rate=rate)
+    resolved, options = models.resolved, models.resolved.options
+    dtype, rate, tell = models.target.dtype, options.link_rate, options.progress
+    machine = machine_profile(resolved.target, dtype, threads, kind=resolved.kind, link_rate=rate, tell=tell)
     packed = models.target if models.draft is None or models.target.packed else models.draft
     if resolved.kind is not None or not packed.packed:
         return machine
-    decoders = max(thread_counts(resolved.options.threads))
+    decoders = max(thread_counts(options.threads))
     cpu = replace(
         machine.cpu,
         decode_weight_s=decoding_profile(models.target, decoders),

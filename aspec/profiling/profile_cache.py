@@ -22,7 +22,7 @@ from aspec.io.hub import known_as
 from aspec.io.json_file import read_record, replace_json
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
-from aspec.options import cache_folder
+from aspec.options import MEASURE, Progress, cache_folder
 from aspec.profiling.cpu_profiler import measure_disk, measure_processor, measure_read_contention, memory_bytes
 from aspec.profiling.decode_profiler import INT4_ROWS, int4_sizes, measure_decoding, measure_int4, measured_weights
 from aspec.profiling.device_profiler import measure_device
@@ -55,11 +55,12 @@ def machine_profile(
     link_rate: float | None = None,
     refresh: bool = False,
     cache: Path | None = None,
+    tell: Progress | None = None,
 ) -> Hardware:
     """This machine, with the disk that holds ``folder``: from the cache, or measured now, which takes some seconds.
 
     ``threads``: compute threads. ``kind``: the device that runs the layers. ``link_rate``: limit on the disk lane in
-    bytes per second. Blocking: call it in a thread.
+    bytes per second. ``tell`` is told MEASURE before the machine is measured. Blocking: call it in a thread.
     """
     cache = cache or cache_folder()
     machine = replace(host_info(), threads=threads)
@@ -67,6 +68,8 @@ def machine_profile(
         machine = replace(machine, cpu=f"{kind.name()} beside {machine.cpu}")
     hardware = None if refresh else _known_machine(cache, machine, dtype)
     if hardware is None:
+        if tell is not None:
+            tell(MEASURE, 0, 0)
         hardware = _measure(machine, dtype, folder)
         if kind is not None:
             hardware = _measure_device(kind, dtype, hardware)

@@ -1,16 +1,17 @@
 """The size of drafts: a chain's tokens, a tree's levels and nodes, and when to draft ahead. From measured costs alone.
 
 A node brings its calibrated path probability in expected tokens, and costs seconds in which the engine would make
-tokens at its running rate. As many nodes are verified as bring the most tokens beyond their cost; a level is drafted
-while it is expected to raise that profit by more than its seconds are worth. When the rate converges, this maximises
-tokens per second (Dinkelbach, 1967; for the trees see Sequoia, arXiv 2402.12374, and OPT-Tree, arXiv 2406.17276).
-Pure policy: counts, bytes and seconds only.
+tokens at a rate. As many nodes are verified as bring the most tokens beyond their cost; a level is drafted while it is
+expected to raise that profit by more than its seconds are worth. When the rate converges, this maximises tokens per
+second (Dinkelbach, 1967; for the trees see Sequoia, arXiv 2402.12374, and OPT-Tree, arXiv 2406.17276). The rate is the
+running one, or more where this round's nodes promise more: a text that becomes easy is not left at the size of a hard
+one. Pure policy: counts, bytes and seconds only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
-from math import ceil
+from math import ceil, sqrt
 
 from aspec.plan import Plan
 from aspec.tasks.cost_model import FEW_TOKENS, SMOOTHING, Average, CostModel
@@ -57,11 +58,15 @@ class DraftSizing:
         fixed = self._plan.fixed_draft_depth
         return self._plan.max_draft_depth if fixed is None else fixed
 
-    def _rate(self, num_rows: int) -> float:
-        """Tokens per second against which seconds are weighed: the running rate, or a guess in the first round."""
+    def _rate(self, num_rows: int, found: "Sequence[Size]") -> float:
+        """Tokens per second against which seconds are weighed: the running rate, or a guess in the first round.
+
+        What the best size ``found`` in this round promises is as good a guess of what the next rounds will make.
+        """
         alone_s = self._costs.round_seconds(self._plan, num_rows, 0.0)
         alone = num_rows / alone_s if alone_s else 0.0  # a rate that is always to be had: without a draft
-        return max(self._costs.tokens_per_s or FEW_TOKENS * alone, alone)
+        running = max(self._costs.tokens_per_s or FEW_TOKENS * alone, alone)
+        return max(running, sqrt(running * max(size.rate for size in found)))
 
     # -- trees -----------------------------------------------------------------------------------------------
 
@@ -74,7 +79,10 @@ class DraftSizing:
         """Learn the share of ``gain_bound`` tokens by which a level raised the profit of the nodes to verify."""
         if gain_bound > 0.0:
             self._deepest = place = min(level, MAX_LEVELS - 1)
-            share = (self._best(after).profit - self._best(before).profit) / gain_bound
+            smaller, larger = self._sizes(before), self._sizes(after)
+            rate = self._rate(len(after), larger)
+            gain = most_profitable(larger, rate).profit(rate) - most_profitable(smaller, rate).profit(rate)
+            share = gain / gain_bound
             self._yields[place] += SMOOTHING * (min(1.0, max(0.0, share)) - self._yields[place])
 
     def level_pays(self, level: int, gain_bound: float, elapsed_s: float, probabilities: Probabilities) -> bool:
@@ -82,12 +90,13 @@ class DraftSizing:
         plan = self._plan
         if plan.fixed_draft_tokens is not None or plan.fixed_draft_depth is not None:
             return True
-        num_rows = len(probabilities)
-        level_s = self._costs.level_seconds(plan, elapsed_s, num_rows * (1 + self._best(probabilities).nodes))
+        num_rows, found = len(probabilities), self._sizes(probabilities)
+        rate = self._rate(num_rows, found)
+        level_s = self._costs.level_seconds(plan, elapsed_s, num_rows * (1 + most_profitable(found, rate).nodes))
         if gain_bound <= LEAST_GAIN or level_s == 0.0:
             return gain_bound > LEAST_GAIN
         gain = gain_bound * self._yields[min(level, MAX_LEVELS - 1)]
-        return another_level(gain, self._rate(num_rows), level_s)
+        return another_level(gain, rate, level_s)
 
     def nodes(self, probabilities: Probabilities, drafted_s: float) -> dict[int, int]:
         """The number of nodes to verify, by row: the likeliest, as many as are worth the seconds of the pass.
@@ -97,7 +106,8 @@ class DraftSizing:
         plan = self._plan
         if plan.fixed_draft_tokens is not None:
             return {row: len(own) for row, own in probabilities.items()}
-        best = self._best(probabilities, drafted_s).nodes
+        found = self._sizes(probabilities, drafted_s)
+        best = most_profitable(found, self._rate(len(probabilities), found)).nodes
         self._chosen.add(best)
         for level in range(max(1, self._deepest + 1), MAX_LEVELS):  # not drafted: it has no price of today
             self._yields[level] += RECOVERY * max(0.0, self._yields[level - 1] - self._yields[level])
@@ -105,14 +115,13 @@ class DraftSizing:
         self._pause_after(best, len(probabilities), drafted_s)
         return {row: min(best, len(own)) for row, own in probabilities.items()}
 
-    def _best(self, probabilities: Probabilities, drafted_s: float = 0.0) -> "Size":
-        """The most profitable number of nodes per row."""
+    def _sizes(self, probabilities: Probabilities, drafted_s: float = 0.0) -> "list[Size]":
+        """What a round can choose from, after a draft of so many seconds."""
         num_rows = len(probabilities)
-
-        def cost(width: int) -> float:
-            return self._costs.round_seconds(self._plan, num_rows * width, drafted_s) or 0.0
-
-        return most_profitable(list(probabilities.values()), self._rate(num_rows), cost)
+        return sizes(
+            list(probabilities.values()),
+            lambda width: self._costs.round_seconds(self._plan, num_rows * width, drafted_s) or 0.0,
+        )
 
     def _pause_after(self, num_nodes: int, num_rows: int, drafted_s: float) -> None:
         """Pause after a draft that did not pay: longer each time, but no longer than limits what trials cost."""
@@ -160,23 +169,38 @@ class DraftSizing:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The nodes of every row in a pass, and their profit."""
+    """What a number of nodes in every row of a pass brings and takes."""
 
     nodes: int
-    profit: float  # expected tokens, less the tokens that the engine makes elsewhere in the same seconds
+    tokens: float  # expected of all nodes, the roots not counted
+    seconds: float
+    rows: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, the roots' own tokens too; 0 where seconds have no price."""
+        return (self.rows + self.tokens) / self.seconds if self.seconds else 0.0
+
+    def profit(self, rate: float) -> float:
+        """Tokens, less those that are made elsewhere in the same seconds at ``rate``."""
+        return self.tokens - rate * self.seconds
 
 
-def most_profitable(probabilities: Sequence[Sequence[float]], rate: float, cost: Callable[[int], float]) -> Size:
-    """The most profitable size at ``rate`` tokens per second; ``probabilities`` of every row's nodes, descending.
+def sizes(probabilities: Sequence[Sequence[float]], cost: Callable[[int], float]) -> list[Size]:
+    """The sizes to choose from, ascending; ``probabilities`` of every row's nodes, descending.
 
-    ``cost``: seconds of a pass, by the tokens of its widest row (1 for the root alone). Among equals the smallest wins.
+    ``cost``: seconds of a pass, by the tokens of its widest row (1 for the root alone).
     """
     longest = max(map(len, probabilities), default=0)
     padded = zip_longest(*probabilities, fillvalue=0.0)
     gains = list(accumulate(map(sum, padded), initial=0.0))
-    sizes = [width - 1 for width in WIDTHS if width <= longest] + [longest]
-    profits = [Size(nodes, gains[nodes] - rate * cost(nodes + 1)) for nodes in sizes]
-    return max(profits, key=lambda size: size.profit)
+    counts = [width - 1 for width in WIDTHS if width <= longest] + [longest]
+    return [Size(nodes, gains[nodes], cost(nodes + 1), len(probabilities)) for nodes in counts]
+
+
+def most_profitable(found: Sequence[Size], rate: float) -> Size:
+    """The most profitable size at ``rate`` tokens per second. Among equals the smallest wins."""
+    return max(found, key=lambda size: size.profit(rate))
 
 
 def another_level(gain_tokens: float, rate: float, level_s: float) -> bool:

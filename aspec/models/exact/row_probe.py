@@ -166,7 +166,7 @@ def _holds(recipe: Recipe, product: Product, rows: torch.Tensor, expected: torch
 
 
 def kind_rows(count: int, kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
-    """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, in the order of ``kind_operands``."""
+    """[B, M, K] or [M, K]: in two of three rows the second half repeats the first, as ``kind_operands`` orders it."""
     half, shape = kind.inner // 2, (kind.batch, count) if kind.batch else (count,)
     values = uneven((*shape, kind.inner), generator)
     cancels = torch.arange(count) % 3 < 2

@@ -1,6 +1,7 @@
 """Exact steps: a node's logits are bit for bit those of decoding its path token by token, whatever shares the pass."""
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 
 from aspec.models.attention import attend
-from aspec.models.exact import flash, flash_probe, known_recipes, products, row_probe
+from aspec.models.exact import flash, flash_probe, known_recipes, panels, products, row_probe, widening_probe
 from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.products import ExactProducts
 from aspec.models.exact.recipe import Recipe
@@ -174,6 +175,18 @@ def test_steps_equal_decoding_with_two_threads(engine, family, dtype):
 
 EVERYWHERE = [(family, dtype, threads) for family in QUICK for dtype in DTYPES for threads in (1, 2)]
 EVERYWHERE += [(family, *how) for family in OTHERS for how in ((torch.float32, 1), (torch.bfloat16, 2))]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_steps_equal_decoding_in_panels(family, tmp_path, monkeypatch):
+    """On every machine, also where torch's own products are faster."""
+    monkeypatch.setattr(known_recipes, "_known", {})
+    monkeypatch.setattr(widening_probe, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(widening_probe, "FASTER", math.inf)
+    monkeypatch.setattr(panels, "PANEL_BYTES", 1 << 13)
+    torch.set_num_threads(1)
+    check(Engine(tiny.build(tmp_path, family), torch.bfloat16), range(2))
+    assert any(recipe.widening for recipe in known_recipes._known.values())
 
 
 @pytest.mark.slow

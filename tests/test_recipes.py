@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from aspec.io.memory import allocate, discard
-from aspec.models.exact import known_recipes, products, row_probe
+from aspec.models.exact import known_recipes, panels, products, row_probe, widening_probe
 from aspec.models.exact.products import ExactProducts, ExactStep, LayerModes, route
-from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, candidates, cost
+from aspec.models.exact.panels import in_panels, panel_outputs, widened
+from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, Widening, candidates, cost
 from aspec.models.exact.row_probe import ProductKind, probe, prove
 from aspec.models.weights.parts import as_tensor
 
@@ -139,7 +141,7 @@ def test_a_proof_is_kept_and_read_again(monkeypatch, tmp_path):
     assert known_recipes.recipe_for(kind) == found
 
 
-BAD = (None, 7, {}, [], [0, 4, [], []], [4, 3, [], []], [1, 4, [3], []], [1, 4, [8, 16], []], [1, 4, ["9"], []])
+BAD = ([0, [1, 4, [], []]], [2, [4, 3, [], []]], [2, 4], None, 7, {}, [], [0, 4, [], []], [4, 3, [], []], [1, 4, [3], []], [1, 4, [8, 16], []], [1, 4, ["9"], []])
 BAD += ([1, 4, [], [1]], [1, 4, [], [1, 1, [1, 4, [], []]]], [1, 4, [], [1, True, [0, 4, [], []]]])
 
 
@@ -155,8 +157,52 @@ def test_an_entry_that_is_no_recipe_is_proven_anew(entry, monkeypatch, tmp_path)
 
 
 def test_a_recipe_survives_its_file():
-    for recipe in (PLAIN, BLOCKS, Recipe(2, 9, (), Packing(32, PLAIN, faster=True))):
+    wide = replace(BLOCKS, widening=Widening(PLAIN, 4))
+    for recipe in (PLAIN, BLOCKS, wide, Recipe(2, 9, (), Packing(32, PLAIN, faster=True))):
         assert known_recipes._recipe(json.loads(json.dumps(known_recipes._entry(recipe)))) == recipe
+
+
+# -- panels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("stored", ["by output", "by input"])
+@pytest.mark.parametrize(("count", "blocks"), [(5, (5,)), (5, (4, 4)), (7, (7, 1)), (1, (4,))])
+def test_panels_are_one_product_in_fp32_that_is_rounded_once(count, blocks, stored, bias, monkeypatch):
+    monkeypatch.setattr(panels, "PANEL_BYTES", 4 * 40 * 24)
+    assert panel_outputs(40) == 24
+    rows, added = torch.randn(count, 40).bfloat16(), torch.randn(100).bfloat16() if bias else None
+    weight = torch.randn(100, 40).bfloat16().t() if stored == "by output" else torch.randn(40, 100).bfloat16()
+    made = in_panels(rows, 100, widened(weight), blocks, added)
+    exact = rows.double() @ weight.double() + (0 if added is None else added.double())
+    assert made.dtype == torch.bfloat16
+    assert torch.allclose(made.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "out"), [("linear", 300), ("linear", 20), ("mm", 300)])
+def test_panels_pay_where_they_are_faster_and_are_proven(op, out, monkeypatch):
+    kind = ProductKind(op, torch.bfloat16, 0, out, 64, False, op == "linear", 1)
+    monkeypatch.setattr(widening_probe, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(widening_probe, "least_seconds", lambda work: 1.0)
+    assert widening_probe.probe_widening(kind) is None, "no faster"
+    seconds = iter([2.0, 1.0, 3.0, 4.0, 3.0, 2.0])  # of 16 rows, 1 and 2; torch's own product first
+    monkeypatch.setattr(widening_probe, "least_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(panels, "PANEL_BYTES", 4 * 64 * 128)
+    found = widening_probe.probe_widening(kind)
+    assert found.from_rows == 2
+    assert max(used(found.recipe)) <= 256
+
+
+def test_few_rows_of_a_step_that_is_not_exact_are_not_widened(monkeypatch):
+    model = nn.Linear(64, 96, bias=False).bfloat16().requires_grad_(False)
+    (linear,) = route(model).values()
+    linear.widening = Widening(PLAIN, 4)
+    calls = []
+    monkeypatch.setattr(products, "in_panels", lambda rows, *how: calls.append(len(rows)) or in_panels(rows, *how))
+    rows = torch.randn(2, 3, 64).bfloat16()
+    assert torch.allclose(model(rows), functional.linear(rows, model.weight), rtol=2**-6, atol=1e-2)
+    model(rows[:1])
+    assert calls == [6]
 
 
 # -- linear modules ------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 import asyncio
 import functools
+import itertools
 import os
 import random
+import time
 import types
 
 import pytest
@@ -355,21 +357,29 @@ def test_a_shard_that_is_truncated_under_a_run_ends_it_by_name(tmp_path):
 
 @pytest.mark.slow
 def test_a_cancel_at_any_instant_leaves_nothing(mixtral):
-    """The fixtures of all tests look for what is left: threads, files, memory."""
+    """The fixtures of all tests look for what is left: threads, files, memory. The instants cover a measured run."""
     options = {"target": mixtral.target, "draft": mixtral.draft, "max_context": 96, "device_memory": 32 << 20}
+    said = []  # seconds from the start, of every piece of text
 
-    async def main(instant):
-        async def consume():
-            async with open_engine(experts="on-demand", resident_memory=0, threads=1, **options) as engine:
+    async def consume(requests):
+        start = time.monotonic()
+        async with open_engine(experts="on-demand", resident_memory=0, threads=1, **options) as engine:
+            for _ in requests:
                 async for _ in engine.stream(PROMPTS[0], params(0)):
-                    pass
+                    said.append(time.monotonic() - start)
 
-        task = asyncio.create_task(consume())
+    async def cancel_at(instant):
+        task = asyncio.create_task(consume(itertools.count()))  # without an end of its own
         await asyncio.sleep(instant)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    for at in range(24):
-        asyncio.run(main(0.02 * at))
+    asyncio.run(consume(range(1)))
+    opened, ended = said[0], said[-1]
+    for instants in (opened * i / 12 for i in range(12)), (opened + (ended - opened) * i / 12 for i in range(12)):
+        said.clear()
+        for instant in instants:
+            asyncio.run(cancel_at(instant))
+    assert said, "some cancels came while it generated"

@@ -124,6 +124,13 @@ def test_a_process_that_has_not_grown_yet_is_left_more(monkeypatch, in_group):
     assert resolve._host_share() == 600 * MIB - (host_memory.PROCESS_BYTES - 200 * MIB)
 
 
+@pytest.mark.parametrize(("left", "most"), [(900, 128), (300, (300 - 64) // 4), (10, 16)])
+def test_measuring_the_machine_takes_a_part_of_what_the_group_leaves(in_group, monkeypatch, left, most):
+    monkeypatch.setattr(measuring, "ARENA_BYTES", 128 * MIB)
+    in_group(left)
+    assert most - 2 < measuring._arena_bytes() / MIB <= most
+
+
 # -- a plan and the memory that there is -----------------------------------------------------------------------
 
 

@@ -194,8 +194,8 @@ def test_process_memory_that_cannot_be_is_refused(monkeypatch):
 
 
 @pytest.fixture
-def real_group():
-    """Runs Python code in a group with a limit in MiB."""
+def real_group(tmp_path):
+    """Runs Python code in a group with a limit in MiB; nothing is known of the machine."""
     mount = Path("/sys/fs/cgroup/memory")
     if not os.access(mount, os.W_OK) or not (mount / V1[0]).exists():
         pytest.skip("no memory groups can be made here: expected version 1 and root")
@@ -205,7 +205,9 @@ def real_group():
     def run(limit, code, *args):
         (group / V1[0]).write_text(str(limit * MIB))
         join = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')"
-        return subprocess.run([sys.executable, "-c", f"{join}; {code}", *args], capture_output=True, text=True)
+        command = [sys.executable, "-c", f"{join}; {code}", *args]
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        return subprocess.run(command, capture_output=True, text=True, env=env)
 
     yield run
     group.rmdir()

@@ -5,6 +5,7 @@ import gc
 import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,10 +40,11 @@ def frozen():
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory):
-    """Of all processes of this run, those of pytest-xdist included."""
+    """Of all processes of this run, those of pytest-xdist included; ``.ci/run`` gives all its runs one."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
-    folder.mkdir(exist_ok=True)
+    folder = Path(os.environ.get(SHARED, folder))
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -37,6 +37,7 @@ SHORT = [
     (ceilings, "COPY_BYTES", 8 << 20),
     (ceilings, "MATMUL_SIZE", 256),
     (cpu_profiler, "ROUNDS", 1),
+    (cpu_profiler, "ROWS", (1, 16, 64)),
     (cpu_profiler, "ARENA_BYTES", 16 << 20),
     (cpu_profiler, "READ_S", 0.02),
     (profile_cache, "measure_processor", processor),

@@ -5,6 +5,7 @@ import gc
 import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from aspec.backends import registry as devices
 from aspec.models import model
 from aspec.planning.virtual_time import VirtualTimeLoop
 from tests.fork_server import shared_server
-from tests.quick import SHORT
+from tests.quick import SHARED, SHORT
 from tools.real_model import Unavailable, real_gguf, real_model
 
 torch.cuda.is_available()  # settles what this process sees of a GPU; those that tests start see none
@@ -37,10 +38,21 @@ def frozen():
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """Of all processes of this run, those of pytest-xdist included; ``.ci/run`` gives all its runs one."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder = Path(os.environ.get(SHARED, folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="session")
-def short_measurements():
+def short_measurements(shared_folder):
     """See ``tests/quick.py``."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SHARED, str(shared_folder))
         for place, name, value in SHORT:
             patch.setattr(place, name, value)
         yield
@@ -94,8 +106,14 @@ def server():
 
 
 @pytest.fixture(scope="session")
-def cache_home(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
+def cache_home(shared_folder):
+    """What is proved and measured of this machine, by whatever process of the run: it takes a minute."""
+    return str(shared_folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def state_home(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +135,7 @@ def smollm2_gguf():
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, cache_home):
+def own_cache(monkeypatch, cache_home, state_home):
     """What commands keep from run to run goes nowhere near the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
-    monkeypatch.setenv("XDG_STATE_HOME", cache_home)
+    monkeypatch.setenv("XDG_STATE_HOME", state_home)

@@ -294,7 +294,7 @@ def test_a_failed_opening_leaves_no_thread():
 
 
 def test_a_program_ends_though_its_engine_was_never_closed():
-    code = "import aspec; llm = aspec.LLM(); print(llm.generate('import os', max_new_tokens=2).finish_reason)"
+    code = "import aspec; llm = aspec.LLM(threads=1); print(llm.generate('import os', max_new_tokens=2).finish_reason)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "length\n", "")
 

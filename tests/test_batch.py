@@ -154,7 +154,7 @@ def test_every_answer_is_that_of_its_request_alone(pair, tmp_path):
 
 
 def test_neither_order_nor_company_nor_draft_changes_a_row(pair, tmp_path):
-    rows = make_rows(20)
+    rows = make_rows(12)
     write(tmp_path / "in.jsonl", rows)
     write(tmp_path / "turned.jsonl", rows[::-1])
     assert batch(pair, tmp_path / "in.jsonl", tmp_path / "out.jsonl").exit_code == 0

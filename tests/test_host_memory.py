@@ -124,6 +124,13 @@ def test_a_process_that_has_not_grown_yet_is_left_more(monkeypatch, in_group):
     assert resolve._host_share() == 600 * MIB - (host_memory.PROCESS_BYTES - 200 * MIB)
 
 
+@pytest.mark.parametrize(("left", "most"), [(900, 128), (300, (300 - 64) // 4), (10, 16)])
+def test_measuring_the_machine_takes_a_part_of_what_the_group_leaves(in_group, monkeypatch, left, most):
+    monkeypatch.setattr(measuring, "ARENA_BYTES", 128 * MIB)
+    in_group(left)
+    assert most - 2 < measuring._arena_bytes() / MIB <= most
+
+
 # -- a plan and the memory that there is -----------------------------------------------------------------------
 
 
@@ -187,8 +194,8 @@ def test_process_memory_that_cannot_be_is_refused(monkeypatch):
 
 
 @pytest.fixture
-def real_group():
-    """Runs Python code in a group with a limit in MiB."""
+def real_group(tmp_path):
+    """Runs Python code in a group with a limit in MiB; nothing is known of the machine."""
     mount = Path("/sys/fs/cgroup/memory")
     if not os.access(mount, os.W_OK) or not (mount / V1[0]).exists():
         pytest.skip("no memory groups can be made here: expected version 1 and root")
@@ -198,7 +205,9 @@ def real_group():
     def run(limit, code, *args):
         (group / V1[0]).write_text(str(limit * MIB))
         join = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')"
-        return subprocess.run([sys.executable, "-c", f"{join}; {code}", *args], capture_output=True, text=True)
+        command = [sys.executable, "-c", f"{join}; {code}", *args]
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        return subprocess.run(command, capture_output=True, text=True, env=env)
 
     yield run
     group.rmdir()

@@ -1,5 +1,6 @@
 """Products on packed weights of 4 bits: the form that torch takes, from every format, the same bits for all rows."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -159,7 +160,9 @@ def test_steps_equal_decoding(pair, method, asked, threads):
 @pytest.mark.parametrize("case", [("prepared", "auto"), ("gptq 4 bits v2", "packed")])
 def test_tokens_depend_on_no_draft_and_no_plan(pair, case):
     method, products = case
-    pair("llama", method).check_exact("bfloat16", products=products)
+    told = pytest.warns(RuntimeWarning, match="multiplied packed") if products == "packed" else contextlib.nullcontext()
+    with told:
+        pair("llama", method).check_exact("bfloat16", products=products)
 
 
 @needs_product

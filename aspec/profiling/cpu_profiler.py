@@ -20,7 +20,7 @@ from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
 from aspec.io.checkpoint import weight_files
 from aspec.io.disk_probe import probe_rate
-from aspec.io.host_memory import total_bytes
+from aspec.io.host_memory import available_bytes, growth_bytes, total_bytes
 from aspec.io.memory import allocate
 from aspec.models.attention import NAME, attend
 from aspec.models.exact.paths import MaskKind
@@ -40,7 +40,8 @@ from aspec.tasks.task import WorkItem
 
 ROUNDS = 5  # over all products, so that a busy moment of the machine spoils only one round
 ROWS = (1, 4, 16, 32, 64, 100, 200, 300)  # of products, typical of drafts and prompts; powers of two are faster
-ARENA_BYTES = 128 << 20  # of weights that are read in turn: too many for most caches
+ARENA_BYTES, LEAST_ARENA_BYTES = 128 << 20, 16 << 20  # of weights that are read in turn: too many for most caches
+ARENA_SHARE = 4  # of the memory that this process may still take, the arena takes at most one part of so many
 NUM_MATRICES, COLUMNS = 16, 2048
 CACHED_BYTES = 1 << 20  # of weights that fit into any cache
 VOCAB = 32768  # vocabulary entries of a measured draw
@@ -57,7 +58,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
         name = str(dtype).removeprefix("torch.")
         table, exact = _products(dtype)
         cached = _cached_products(dtype)
-        copy = torch.empty(ARENA_BYTES // 4, dtype=torch.uint8)
+        copy = torch.empty(_arena_bytes() // 4, dtype=torch.uint8)
         measured = Processor(
             flop_per_s={name: 2 * ROWS[-1] / dtype.itemsize / table[-1][1]},
             memory_bytes_per_s=1 / table[0][1],
@@ -133,10 +134,17 @@ def _threads(count: int) -> Iterator[None]:
 # -- products ------------------------------------------------------------------------------------------------
 
 
+def _arena_bytes() -> int:
+    """Bytes of the weights of a measurement: whole rows, and few where a control group leaves little memory."""
+    room = (available_bytes() - growth_bytes()) // ARENA_SHARE
+    unit = NUM_MATRICES * COLUMNS * torch.float32.itemsize
+    return min(ARENA_BYTES, max(LEAST_ARENA_BYTES, room)) // unit * unit
+
+
 @contextlib.contextmanager
 def _weights(dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
     """Matrices in the kind of memory that slots use."""
-    arena = allocate(ARENA_BYTES)
+    arena = allocate(_arena_bytes())
     whole = as_tensor(arena.view).view(dtype).view(NUM_MATRICES, -1, COLUMNS)
     whole.copy_(torch.randn(COLUMNS).to(dtype))  # products of zeros are faster
     weights = list(whole)

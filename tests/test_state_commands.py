@@ -15,7 +15,7 @@ from tests.test_equality import Pair
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ["granite_h", "jamba", "kimi_linear", "minimax", "qwen3_next"]
+FAMILIES = ["granite_h", "jamba", "kimi_linear", "lfm2", "minimax", "qwen3_next"]
 DRAFTS = (["--speculation", "chain"], ["--speculation", "tree"], ["--speculation", "tree", "--groups", 2])
 
 

@@ -204,7 +204,8 @@ def _weight(kind: ProductKind, generator: torch.Generator) -> torch.Tensor:
 
 def uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Random numbers of many sizes, so that sums in fp32 are rounded at every step."""
-    return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 7, shape, generator=generator)
+    powers = torch.randint(-6, 7, shape, dtype=torch.int8, generator=generator)
+    return torch.randn(shape, generator=generator).mul_(torch.exp2(powers))
 
 
 def _product(kind: ProductKind, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:

@@ -44,6 +44,7 @@ ASK_FOR_THREADS = (
     "models.experts.pause",
     "models.frame",
     "planning.virtual_time",
+    "models.exact.panels",
 )  # that only ask which thread they are on
 MOST_FILES = 14
 

@@ -6,17 +6,14 @@ Measured on a processor with AVX2, [8192, 2048], one thread, ms for 4 / 16 / 64 
 product, so exact steps do not use panels.
 """
 
-import threading
-
 import torch
 
+from aspec.models.exact.panels import buffer
 from aspec.models.formats.int4.form import ZERO, Int4
 from aspec.models.formats.workspace import Workspace, room
 
 PANEL_BYTES = 4 << 20  # of a panel in fp32; measured: 2 MiB take 1.5 times as long to decode
 LANE = 16  # bytes of the codes of one input that are moved as one number
-
-_thread = threading.local()  # .buffer: uint8, for panels
 
 
 def panel_product(
@@ -24,7 +21,7 @@ def panel_product(
 ) -> torch.Tensor:
     """Rows bf16 [M, K] times the transposed weight: bf16 [M, N]. ``dtype``: of the panels, fp32 or bf16."""
     wide, made = rows.to(dtype), rows.new_empty(len(rows), sizes.rows)
-    memory = _buffer(panel_bytes(sizes, dtype))
+    memory = buffer((1, panel_bytes(sizes, dtype) // 4)).view(torch.uint8)[0]
     step = _outputs(sizes)
     panel = _Panel(sizes, step, dtype, memory)
     for start in range(0, sizes.rows, step):
@@ -80,12 +77,3 @@ class _Panel:
 def _lanes(codes: torch.Tensor) -> torch.Tensor:
     """The same bytes as numbers of LANE bytes, which are moved several times as fast; nothing is computed with them."""
     return codes.view(torch.complex128)
-
-
-def _buffer(nbytes: int) -> torch.Tensor:
-    """Memory for panels of this thread; every call returns the same."""
-    found: torch.Tensor | None = getattr(_thread, "buffer", None)
-    if found is None or found.numel() < nbytes:
-        with torch.inference_mode(False):  # or it could be filled in inference mode only
-            found = _thread.buffer = torch.empty(nbytes, dtype=torch.uint8)
-    return found

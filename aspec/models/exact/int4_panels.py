@@ -1,9 +1,9 @@
 """Products of many rows with weights of 4 bits: a panel of outputs is decoded into a buffer that stays in a cache.
 
 The int4 product of torch takes seconds in proportion to the rows, and decoding takes the same for any number of them.
-Measured on a processor with AVX2, [8192, 2048], one thread, ms for 4 / 16 / 64 / 256 rows: torch's int4 product 5.5 /
-21 / 86 / 233, panels 18 / 23 / 53 / 161, torch's bf16 product 16 / 56 / 222 / 881. The bits are not those of the int4
-product, so exact steps do not use panels.
+Measured on a processor with AVX2, [8192, 2048], one thread, ms for 16 / 64 / 256 rows: torch's int4 product 21 / 86 /
+233, panels 23 / 53 / 161, torch's bf16 product 56 / 222 / 881. The bits are not those of the int4 product, so exact
+steps do not use panels.
 """
 
 import torch

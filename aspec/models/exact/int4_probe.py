@@ -52,7 +52,7 @@ def panels_kind(sizes: Int4, dtype: torch.dtype, threads: int) -> ProductKind:
 
 @torch.inference_mode()
 def probe_panels(kind: ProductKind) -> Recipe:
-    """From how many rows on panels are faster than int4 products; takes a tenth of a second, see ``probe_int4``."""
+    """From how many rows on panels are faster than int4 products; takes about a second, see ``probe_int4``."""
     block = kind.out // 2
     sizes = Int4(max(1, TIMED_WEIGHTS // kind.inner // block) * block, kind.inner, kind.batch, block)
     codes, scales = torch.zeros(sizes.codes, dtype=torch.uint8), torch.ones(sizes.scales, dtype=torch.bfloat16)

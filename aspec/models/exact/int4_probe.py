@@ -19,7 +19,7 @@ DENSE = 64  # every number of rows up to it is tried
 INT4_PANELS = "int4-panels"  # the operation; ``dtype`` of its kinds is that of the panels
 FROM_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)  # panels may be faster from one of these on
 NEVER = 1 << 20  # rows: panels are not faster
-TIMED_WEIGHTS = 4 << 20  # of a weight that is timed: a few panels
+TIMED_WEIGHTS = 2 << 20  # of a weight that is timed: two panels
 
 
 def int4_kind(sizes: Int4, threads: int) -> ProductKind:

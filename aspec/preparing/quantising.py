@@ -92,8 +92,8 @@ class QuantisedExperts:
         if index == 0:
             self._rest = []
             for matrix in self.matrices:
-                first, *rest = matrix.make(reader)
-                self._rest.append(rest)
+                first, *others = matrix.make(reader)
+                self._rest.append(others)
                 yield _bytes(first)
             return
         for rest in self._rest:

@@ -17,8 +17,9 @@ INT4 = "int4"  # the operation; ``batch`` of its kinds is the number of inputs t
 DENSE = 64  # every number of rows up to it is tried
 
 INT4_PANELS = "int4-panels"  # the operation; ``dtype`` of its kinds is that of the panels
-FROM_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)  # panels may be faster from one of these on
+FROM_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96)  # panels may be faster from one of these on
 NEVER = 1 << 20  # rows: panels are not faster
+FEWEST_WEIGHTS = 1 << 20  # of a matrix for which panels are worth a probe
 TIMED_WEIGHTS = 2 << 20  # of a weight that is timed: two panels
 
 

@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from aspec.models.exact.blocks import VECTOR_ELEMENTS, Product, in_blocks, in_whole_vectors, pack
 from aspec.models.exact.int4_panels import panel_product
-from aspec.models.exact.int4_probe import NEVER, int4_kind, panels_kind
+from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, panels_kind
 from aspec.models.exact.known_recipes import recipe_for
 from aspec.models.exact.panels import in_panels, widened
 from aspec.models.exact.recipe import BLOCKS, Recipe, Widening
-from aspec.models.exact.row_probe import SMALLEST_WEIGHT, ProductKind
+from aspec.models.exact.row_probe import ProductKind
 from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.int4.kernel import int4_product
 from aspec.models.kv_cache import StepCache
@@ -327,7 +327,7 @@ def _multiply(rows: torch.Tensor, product: Product, recipe: Recipe) -> torch.Ten
 
 def _panels(sizes: Int4) -> tuple[int, torch.dtype]:
     """From how many rows on panels are faster than products with 4 bits, and the panels' dtype."""
-    if sizes.rows * sizes.columns < SMALLEST_WEIGHT:
+    if sizes.rows * sizes.columns < FEWEST_WEIGHTS:
         return NEVER, torch.float32
     threads, found = torch.get_num_threads(), []
     for dtype in (torch.float32, torch.bfloat16):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from aspec.models.formats.int4.kernel import proved_block
 from tests import tiny
 from tests.packed_words import AWQ_COLUMNS, awq_weight, gptq_weight, packed, values_of
 
@@ -77,7 +78,7 @@ def gptq(bits, size, reordered=False, version=1, **more):
     return Method({**settings, **more}, quantise)
 
 
-def prepared(size=32, block=64):
+def prepared(size=32, block=proved_block() or 64):
     """The form of ``formats/int4/form.py``, written out here; weights that do not fit it are stored plainly."""
 
     def quantise(weight, module):

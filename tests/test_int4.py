@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 import aspec
 from aspec.errors import CheckpointError, InternalError, UnsupportedModelError
-from aspec.models.exact import int4_probe
-from aspec.models.exact.int4_probe import int4_kind, probe_int4
+from aspec.models.exact import int4_panels, int4_probe, products
+from aspec.models.exact.int4_panels import panel_product
+from aspec.models.exact.int4_probe import NEVER, int4_kind, panels_kind, probe_int4, probe_panels
 from aspec.models.formats.int4 import kernel
 from aspec.models.formats.int4.form import Int4, Int4Decode, in_blocks, pack_codes
 from aspec.models.formats.int4.kernel import int4_product, proved_block
@@ -143,6 +145,72 @@ def test_every_number_of_rows_has_the_same_bits_and_a_kernel_that_lies_is_seen(m
     assert probe_int4(kind).lowest == 3
 
 
+PANELS = {
+    "one": Int4(64, 96, 32, 32),
+    "several and a smaller one": Int4(5 * 64, 128, 128, 64),
+    "rows too long for the buffer": Int4(128, 1024, 256, 32),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", PANELS)
+def test_a_panel_holds_the_decoded_weights(monkeypatch, case, dtype):
+    monkeypatch.setattr(int4_panels, "PANEL_BYTES", 1 << 16)
+    sizes = PANELS[case]
+    codes = torch.randint(256, (sizes.rows * sizes.columns // 2 + 24,), dtype=torch.uint8)
+    scales, decoded, how = (
+        torch.randn(sizes.scales).bfloat16(),
+        torch.empty(sizes.rows, sizes.columns),
+        Int4Decode(sizes),
+    )
+    chosen = torch.randint(sizes.columns, (50,))
+    rows = torch.eye(sizes.columns, dtype=torch.bfloat16)[chosen]
+    for start in (16, 24):  # bytes before the codes: both ways of moving them
+        own = codes[start:][: sizes.rows * sizes.columns // 2].view(sizes.codes)
+        how((own, scales), decoded, torch.empty(how.workspace_bytes, dtype=torch.uint8))
+        for inference in (True, False):  # the same buffer
+            with torch.inference_mode(inference):
+                made = panel_product(rows, own, scales, sizes, dtype)
+            assert torch.equal(made, decoded[:, chosen].t().bfloat16())
+
+
+@needs_product
+def test_many_rows_are_multiplied_in_panels_unless_a_step_is_exact(monkeypatch):
+    sizes, bias = Int4(64, 512, 32, proved_block()), torch.randn(64).bfloat16()
+    codes = torch.randint(256, sizes.codes, dtype=torch.uint8)
+    scales, rows = torch.randn(sizes.scales).bfloat16(), torch.randn(12, 512).bfloat16()
+    module = torch.nn.Linear(512, 64, dtype=torch.bfloat16, device="meta")
+    linear = products.route(torch.nn.Sequential(module))["0.weight"]
+    module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    marked = lambda *given: panel_product(*given) + 1  # noqa: E731
+    monkeypatch.setattr(products, "panel_product", marked)
+    monkeypatch.setattr(products, "_panels", lambda own: (8, torch.float32))
+    linear.take(sizes, codes, scales)
+    packed = int4_product(rows, codes, scales, 32) + bias
+    panels = marked(rows, codes, scales, sizes, torch.float32) + bias
+    assert torch.equal(products.fastest_int4(rows, codes, scales, sizes) + bias, panels)
+    with torch.inference_mode():
+        for count in (1, 7, 8, 12):
+            assert torch.equal(module(rows[None, :count])[0], (packed if count < 8 else panels)[:count])
+            with products.ExactStep():
+                assert torch.equal(module(rows[:count]), packed[:count])
+
+
+@needs_product
+def test_panels_are_for_as_many_rows_as_make_them_faster(monkeypatch):
+    kind = panels_kind(Int4(64, 256, 32, proved_block()), torch.float32, 1)
+    for first, expected in ((1, 2), (20, 24), (257, NEVER)):
+        turn = iter(range(100))
+
+        def seconds(work, first=first, turn=turn):
+            rows = work.__closure__[work.__code__.co_freevars.index("own")].cell_contents
+            return 1.0 if next(turn) % 2 == 0 else len(rows) / (first - 0.5)
+
+        monkeypatch.setattr(int4_probe, "least_seconds", seconds)
+        found = probe_panels(kind).widening
+        assert found.from_rows == expected, first
+
+
 @needs_product
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "asked", "threads"), STEPS)
@@ -150,7 +218,7 @@ def test_steps_equal_decoding(pair, method, asked, threads):
     torch.set_num_threads(threads)
     engine = Engine(pair("llama", method).target, torch.bfloat16, packed_products=asked)
     packed = [linear for linear in engine.model._linears if linear.sizes is not None]
-    assert len(packed) == 4 * 3, "q, o and down of every layer; others have no whole blocks"
+    assert len(packed) == 4 * (3 if proved_block() == 64 else 7), "q, o, down, and others of whole blocks"
     assert all(linear.packed for linear in packed)
     check(engine, range(1))
 
@@ -208,12 +276,17 @@ def test_packed_products_are_priced_by_rows_and_repacking_by_its_bytes(made):
         assert all(0 < measure_decoding(own, torch.bfloat16) < 1 for own in measured_weights(model).values())
     prepared, decoded = shapes["prepared", None].layers[0], shapes["prepared", False].layers[0]
     repacked, gptq = shapes["gptq 4 bits v2", True].layers[0], shapes["gptq 4 bits v2", None].layers[0]
-    assert (prepared.project_int4, prepared.rest_int4) == (64 * 64, 64 * 64 + 64 * 96)
+    smaller = proved_block() == 32  # blocks, which the other matrices have, too
+    assert (prepared.project_int4, prepared.rest_int4) == (
+        64 * (64 + smaller * 2 * 32),
+        64 * (64 + 96 + smaller * 2 * 96),
+    )
     assert prepared.packed == ()
     assert sum(count for _, count in decoded.packed) == prepared.project_int4 + prepared.rest_int4
     assert 0 < repacked.written_bytes < gptq.written_bytes
-    table = measure_int4(Int4(128, 64, 32, proved_block()), 1)
-    assert [rows for rows, _ in table] == [1, 4, 16, 64]
+    for exact in (False, True):
+        table = measure_int4(Int4(128, 64, 32, proved_block()), 1, exact=exact)
+        assert [rows for rows, _ in table] == [1, 4, 16, 64, 256]
     machine = Processor(memory_bytes_per_s=2e10, int4_weight_s={"bfloat16": ((1, 1e-10), (64, 64e-10))})
     packed, plain = (
         model_cost(shapes["prepared", asked], Hardware(cpu=machine)).layers[0].project for asked in (None, False)
@@ -221,6 +294,10 @@ def test_packed_products_are_priced_by_rows_and_repacking_by_its_bytes(made):
     saved = 2 * prepared.project_int4 / 2e10
     for rows in (1, 64):
         assert packed.at(rows) == pytest.approx(plain.at(rows) - saved + prepared.project_int4 * rows * 1e-10, rel=0.05)
+    dear = replace(machine, exact_int4_weight_s={"bfloat16": ((1, 1e-10), (64, 128e-10))})
+    layers = [model_cost(shapes["prepared", None], Hardware(cpu=dear), exact=own).layers[0] for own in (False, True)]
+    assert layers[0].project.at(64) == packed.at(64)
+    assert layers[1].project.at(64) - packed.at(64) == pytest.approx(prepared.project_int4 * 64e-10)
 
 
 def test_what_cannot_be_packed_is_refused_in_a_paragraph(made, tmp_path):

@@ -70,6 +70,29 @@ def test_the_quantised_checkpoint_is_close_to_the_source(source, tmp_path, famil
     assert (found - expected).float().norm() < worst * expected.float().norm()
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "llama4_text"])
+def test_fused_experts_are_quantised_one_by_one(source, tmp_path, family):
+    made = design(source(family), 4)
+    prepare(made, tmp_path / "out")
+    stored, (folder, out) = Checkpoint.open(tmp_path / "out").tensors, (source(family), tmp_path / "out")
+    fused = {name: ref for name, ref in Checkpoint.open(folder).tensors.items() if len(ref.shape) == 3}
+    assert fused
+    model = Model(out)
+    packed = {weight.name: weight for own in model.packed.values() for weight in own}
+    for name, ref in fused.items():
+        assert name not in stored
+        assert packed[name].shape == ref.shape
+        assert 4 * packed[name].nbytes < 1.3 * ref.nbytes
+        one = packed[name].cut(1)
+        assert one.nbytes == packed[name].nbytes // ref.shape[0]
+    assert made.quantiser.num_weights == len(packed)
+    (expected,), (found,) = LogitReader(folder).once([ROW]), LogitReader(out).once([ROW])
+    assert 0 < (found - expected).float().norm() < 0.35 * expected.float().norm()
+    prepare(design(out), tmp_path / "again")
+    (again,) = LogitReader(tmp_path / "again").once([ROW])
+    assert torch.equal(again, found)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_transformers_reads_it_too(source, tmp_path, bits):
     pytest.importorskip("compressed_tensors")

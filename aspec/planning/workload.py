@@ -81,7 +81,8 @@ def _this_machine(models: Models, threads: int) -> Hardware:
     cpu = replace(
         machine.cpu,
         decode_weight_s=decoding_profile(models.target, decoders),
-        int4_weight_s=int4_profile(packed, threads),
+        int4_weight_s=int4_profile(packed, threads, exact=False),
+        exact_int4_weight_s=int4_profile(packed, threads, exact=True),
     )
     return replace(machine, cpu=cpu)
 

@@ -30,6 +30,11 @@ class StoredForm(Protocol):
         """The outputs of a weight are a multiple of this."""
         ...
 
+    @property
+    def takes_experts(self) -> bool:
+        """Whether the matrices of all experts of a layer may be one weight."""
+        ...
+
     def tensors(self, module: str, rows: int, columns: int) -> tuple[NewTensor, ...]:
         """The tensors of the weight [rows, columns] of a module, in the order in which they are read."""
         ...
@@ -55,6 +60,11 @@ class CompressedTensors:
     def rounding(self) -> Rounding:
         """See ``StoredForm``."""
         return Rounding(self.bits, False, self.dtype)
+
+    @property
+    def takes_experts(self) -> bool:
+        """See ``StoredForm``."""
+        return False
 
     @property
     def packs(self) -> bool:
@@ -125,6 +135,11 @@ class ProductForm:
     def multiple(self) -> int:
         """See ``StoredForm``."""
         return self.block
+
+    @property
+    def takes_experts(self) -> bool:
+        """See ``StoredForm``."""
+        return True
 
     def tensors(self, module: str, rows: int, columns: int) -> tuple[NewTensor, ...]:
         """See ``StoredForm``."""

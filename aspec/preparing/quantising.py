@@ -1,12 +1,12 @@
 """Which weights of a checkpoint are quantised, and the piece that quantises one.
 
-The matrices of linear layers in the decoder layers are, and those of routed experts that are stored one by one. Kept
-are embeddings, the head, norms, biases, routers, and what does not fit the form.
+The matrices of linear layers in the decoder layers are, and those of routed experts: stored one by one, or in one
+tensor, if the form has such. Kept are embeddings, the head, norms, biases, routers, and what does not fit the form.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from aspec.models.formats.packed import PackedWeight, StoredWeight, methods_of
 from aspec.models.weights.parts import REST, as_tensor, layer_of
 from aspec.models.weights.tensor_map import CASTABLE, Entry
 from aspec.preparing.forms import CompressedTensors, ProductForm, StoredForm
-from aspec.preparing.pieces import NewTensor, Reader
+from aspec.preparing.pieces import NewTensor, Piece, Reader
 from aspec.preparing.source import Source
 
 PRODUCT_BITS = 4  # torch has products with such weights
@@ -46,15 +46,15 @@ class Quantised:
     def data(self, index: int, reader: Reader) -> Iterator[memoryview]:
         """See ``Piece``."""
         if not self._made:
-            self._made = list(self._make(reader))
+            self._made = list(self.make(reader))
         made, self._made[index] = self._made[index], None
         assert made is not None, "each tensor is written once"
         if all(own is None for own in self._made):
             self._made = []
-        array: Any = made.contiguous().view(torch.uint8).flatten().numpy()
-        yield memoryview(array)
+        yield _bytes(made)
 
-    def _make(self, reader: Reader) -> Sequence[torch.Tensor]:
+    def make(self, reader: Reader) -> Sequence[torch.Tensor]:
+        """The contents of the tensors."""
         rows, columns = self.ref.shape
         groups, round_groups = columns // self.group, self.form.rounding
         codes = torch.empty(rows, columns, dtype=torch.uint8)
@@ -72,6 +72,40 @@ class Quantised:
 
 
 @dataclass(slots=True)
+class QuantisedExperts:
+    """The matrices [E, N, K] of all experts of a layer, of which one at a time is in memory.
+
+    Mutable: the first tensor is written matrix by matrix, and what the others hold of each is kept until then.
+    """
+
+    matrices: tuple[Quantised, ...]
+    _rest: list[Sequence[torch.Tensor]] = field(default_factory=list)  # by matrix
+
+    @property
+    def tensors(self) -> tuple[NewTensor, ...]:
+        """See ``Piece``."""
+        own, number = self.matrices[0].tensors, len(self.matrices)
+        return tuple(NewTensor(tensor.name, tensor.dtype, (number, *tensor.shape)) for tensor in own)
+
+    def data(self, index: int, reader: Reader) -> Iterator[memoryview]:
+        """See ``Piece``."""
+        if index == 0:
+            self._rest = []
+            for matrix in self.matrices:
+                first, *others = matrix.make(reader)
+                self._rest.append(others)
+                yield _bytes(first)
+            return
+        for rest in self._rest:
+            yield _bytes(rest[index - 1])
+
+
+def _bytes(made: torch.Tensor) -> memoryview:
+    array: Any = made.contiguous().view(torch.uint8).flatten().numpy()
+    return memoryview(array)
+
+
+@dataclass(slots=True)
 class Quantiser:
     """Chooses the weights to quantise; mutable, because it notes what it has chosen."""
 
@@ -83,25 +117,44 @@ class Quantiser:
     nbytes: int = 0  # of these weights as they were stored
     kept: dict[str, None] = field(default_factory=dict)  # modules of linear layers whose weights stay
 
-    def __call__(self, weight: StoredWeight, entry: Entry) -> Quantised | None:
+    def __call__(self, weight: StoredWeight, entry: Entry) -> Piece | None:
         """The piece of a weight; None: it is copied."""
+        if isinstance(weight, TensorRef) and len(weight.shape) == 3 and self._is_experts(weight, entry):
+            self._note(weight)
+            each = (weight.cut(index) for index in range(weight.shape[0]))
+            return QuantisedExperts(
+                tuple(Quantised(replace(own, shape=own.shape[1:]), self.form, weight.name, self.group) for own in each)
+            )
         if not isinstance(weight, TensorRef) or not weight.name.endswith(SUFFIX) or len(weight.shape) != 2:
             return None
         module = weight.name.removesuffix(SUFFIX)
         if not self._is_chosen(weight, entry, module):
             self.kept[module] = None
             return None
-        self.num_weights, self.nbytes = self.num_weights + 1, self.nbytes + weight.nbytes
+        self._note(weight)
         return Quantised(weight, self.form, module, self.group)
+
+    def _note(self, weight: TensorRef) -> None:
+        self.num_weights, self.nbytes = self.num_weights + 1, self.nbytes + weight.nbytes
+
+    def _is_experts(self, weight: TensorRef, entry: Entry) -> bool:
+        """Whether a tensor holds the matrices of all experts of a layer as the model has them, and fits the form."""
+        shapes = [tuple(shape) for shape, _ in entry.outputs.values()]
+        alone = entry.converter is None and shapes == [weight.shape]
+        return self.form.takes_experts and alone and self._fits(weight, entry)
 
     def _is_chosen(self, weight: TensorRef, entry: Entry, module: str) -> bool:
         """Whether a matrix is of a linear layer, or of an expert, in a decoder layer, and fits the form."""
-        rows, columns = weight.shape
         shapes = [shape for shape, _ in entry.outputs.values()]
         chosen = all(name in self.linears or len(shape) == 3 for name, shape in zip(entry.outputs, shapes, strict=True))
+        return chosen and self._fits(weight, entry) and not ROUTER.search(module)
+
+    def _fits(self, weight: TensorRef, entry: Entry) -> bool:
+        """Whether a weight is in a decoder layer, in a dtype and of a shape that can be quantised."""
+        *_, rows, columns = weight.shape
         fits = rows % self.form.multiple == 0 and columns % self.group == 0 and rows * columns > 0
         inner = layer_of(entry.name, self.source.layers) != REST
-        return inner and chosen and fits and weight.dtype in CASTABLE and not ROUTER.search(module)
+        return inner and fits and weight.dtype in CASTABLE
 
     def config(self) -> Mapping[str, object]:
         """The config.json of the quantised checkpoint. Raises UserError if no weight can be quantised."""

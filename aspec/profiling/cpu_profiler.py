@@ -72,6 +72,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             exact_attention=_attention(dtype, exact=True),
             decode_weight_s={},
             int4_weight_s={},
+            exact_int4_weight_s={},
             **_draws(dtype),
             **measure_trees(dtype),
         )

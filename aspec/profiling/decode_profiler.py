@@ -16,6 +16,7 @@ import torch
 
 from aspec.io.checkpoint import TensorRef
 from aspec.io.loop.side_by_side import Work, side_by_side
+from aspec.models.exact.products import fastest_int4
 from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.int4.kernel import int4_product
 from aspec.models.formats.packed import PackedWeight
@@ -25,7 +26,7 @@ from aspec.profiling.stopwatch import seconds_of
 
 MOST_WEIGHTS = 1 << 24  # of the weight that is decoded: it takes some tens of milliseconds, and 64 MiB at most
 REPEATS = 3
-INT4_ROWS = (1, 4, 16, 64)  # beyond them seconds grow with the rows
+INT4_ROWS = (1, 4, 16, 64, 256)  # beyond them seconds grow with the rows
 INT4_BYTES = 64 << 20  # of weights that are multiplied in turn: too many for most caches
 ROUNDS = 6  # of several threads at once: wall time, which other work on the machine lengthens
 
@@ -51,14 +52,16 @@ def int4_sizes(model: Model) -> Int4 | None:
 
 
 @torch.inference_mode()
-def measure_int4(sizes: Int4, threads: int) -> Table:
+def measure_int4(sizes: Int4, threads: int, *, exact: bool) -> Table:
     """Seconds per weight of products with weights of 4 bits, by rows, on so many threads."""
     turn = itertools.cycle(torch.randint(256, (INT4_BYTES // sizes.nbytes + 2, *sizes.codes), dtype=torch.uint8))
     scales = torch.full(sizes.scales, 2.0**-6, dtype=torch.bfloat16)
 
     def seconds(rows: int) -> float:
         hidden = torch.randn(rows, sizes.columns).bfloat16()
-        return seconds_of(lambda: int4_product(hidden, next(turn), scales, sizes.group), REPEATS)
+        if exact:
+            return seconds_of(lambda: int4_product(hidden, next(turn), scales, sizes.group), REPEATS)
+        return seconds_of(lambda: fastest_int4(hidden, next(turn), scales, sizes), REPEATS)
 
     with _threads(threads):
         return tuple((rows, seconds(rows) / (sizes.rows * sizes.columns)) for rows in INT4_ROWS)

@@ -169,6 +169,7 @@ class Processor:
     cached_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # weights in a cache
     decode_weight_s: Mapping[str, float] = field(default_factory=_nothing, metadata={"kind": _by_method})
     int4_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # per weight of 4 bits
+    exact_int4_weight_s: Mapping[str, Table] = field(default_factory=_nothing, metadata=TABLES)  # in exact steps
     attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
     exact_attention: AttentionRates | None = field(default=None, metadata={"kind": _attention})
 

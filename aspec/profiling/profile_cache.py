@@ -112,18 +112,18 @@ def decoding_profile(
 
 
 def int4_profile(
-    model: Model, threads: int, *, refresh: bool = False, cache: Path | None = None
+    model: Model, threads: int, *, exact: bool, refresh: bool = False, cache: Path | None = None
 ) -> Mapping[str, Table]:
     """Seconds per weight of products with weights of 4 bits, by dtype and rows; empty if the model has none."""
     sizes = int4_sizes(model)
     if sizes is None:
         return {}
-    words = (*asdict(host_info()).values(), *asdict(sizes).values(), torch.__version__, threads)
+    words = (*asdict(host_info()).values(), *asdict(sizes).values(), torch.__version__, threads, exact)
     file = (cache or cache_folder()) / f"int4-{_digest(*words)}.json"
     found = {} if refresh else read_record(file)
     known = tuple((rows, _number(found, str(rows), 0.0)) for rows in INT4_ROWS)
     if min(seconds for _, seconds in known) <= 0.0:
-        known = measure_int4(sizes, threads)
+        known = measure_int4(sizes, threads, exact=exact)
         replace_json(file, {str(rows): seconds for rows, seconds in known})
     return {"bfloat16": known}
 

@@ -183,7 +183,7 @@ def _product_line(
     points = []
     for count in ROWS:
         products_s = sum(_product_s(w, count, dtype, device, exact=exact, cached=cached) for w in weights)
-        points.append((count, fixed_s + products_s + int4 * int4_seconds(device, count)))
+        points.append((count, fixed_s + products_s + int4 * int4_seconds(device, count, exact=exact)))
     each_s = per_element * elements + device.passes_s(STATE_PASSES * state)
     return PiecewiseLinear(tuple(points), each_s=each_s)
 
@@ -212,9 +212,10 @@ def weight_seconds(device: Processor, dtype: str, rows: float, *, exact: bool = 
     return multiply_s if cached else max(1 / device.memory_bytes_per_s, multiply_s)
 
 
-def int4_seconds(device: Processor, rows: float) -> float:
+def int4_seconds(device: Processor, rows: float, *, exact: bool = False) -> float:
     """Seconds per weight of 4 bits for a product of so many rows. Unknown: it is read, or multiplied in float32."""
-    if (table := device.int4_weight_s.get("bfloat16")) is not None:
+    tables = device.exact_int4_weight_s if exact and device.exact_int4_weight_s else device.int4_weight_s
+    if (table := tables.get("bfloat16")) is not None:
         return _interpolate(table, rows)
     return max(INT4_BYTES / device.memory_bytes_per_s, 2 * rows / device.flops("float32"))
 

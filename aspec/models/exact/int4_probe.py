@@ -1,17 +1,26 @@
-"""Proves which numbers of rows give equal bits in int4 products; see ``row_probe.py``.
+"""Proves which numbers of rows give equal bits in int4 products, see ``row_probe.py``; times panels beside them.
 
 Every output is a sum of its own, over the inputs one after another, so a few blocks of outputs stand for all.
 """
 
+from bisect import bisect_left
+
 import torch
 
-from aspec.models.exact.recipe import Recipe
-from aspec.models.exact.row_probe import LARGER, ProductKind, prove, uneven
+from aspec.models.exact.int4_panels import panel_product
+from aspec.models.exact.recipe import BLOCKS, Recipe, Widening
+from aspec.models.exact.row_probe import LARGER, ProductKind, least_seconds, prove, uneven
 from aspec.models.formats.int4.form import ZERO, Int4, in_blocks, pack_codes
 from aspec.models.formats.int4.kernel import int4_product
 
 INT4 = "int4"  # the operation; ``batch`` of its kinds is the number of inputs that share a scale
 DENSE = 64  # every number of rows up to it is tried
+
+INT4_PANELS = "int4-panels"  # the operation; ``dtype`` of its kinds is that of the panels
+FROM_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96)  # panels may be faster from one of these on
+NEVER = 1 << 20  # rows: panels are not faster
+FEWEST_WEIGHTS = 1 << 20  # of a matrix for which panels are worth a probe
+TIMED_WEIGHTS = 2 << 20  # of a weight that is timed: two panels
 
 
 def int4_kind(sizes: Int4, threads: int) -> ProductKind:
@@ -35,3 +44,25 @@ def probe_int4(kind: ProductKind) -> Recipe:
     rows = rows.bfloat16()
     larger = [size for size in LARGER if size > DENSE]
     return prove(lambda block: int4_product(block.contiguous(), codes, scales, sizes.group), rows, DENSE, larger)
+
+
+def panels_kind(sizes: Int4, dtype: torch.dtype, threads: int) -> ProductKind:
+    """The kind of products in panels of ``dtype`` with weights of these sizes."""
+    return ProductKind(INT4_PANELS, dtype, sizes.group, 2 * sizes.block, sizes.columns, True, False, threads)
+
+
+@torch.inference_mode()
+def probe_panels(kind: ProductKind) -> Recipe:
+    """From how many rows on panels are faster than int4 products; takes about a second, see ``probe_int4``."""
+    block = kind.out // 2
+    sizes = Int4(max(1, TIMED_WEIGHTS // kind.inner // block) * block, kind.inner, kind.batch, block)
+    codes, scales = torch.zeros(sizes.codes, dtype=torch.uint8), torch.ones(sizes.scales, dtype=torch.bfloat16)
+    rows = torch.ones(FROM_ROWS[-1], kind.inner, dtype=torch.bfloat16)
+
+    def pays(count: int) -> bool:
+        own = rows[:count]
+        panels_s = least_seconds(lambda: panel_product(own, codes, scales, sizes, kind.dtype))
+        return panels_s < least_seconds(lambda: int4_product(own, codes, scales, sizes.group))
+
+    index = bisect_left(FROM_ROWS, True, key=pays)
+    return Recipe(BLOCKS.lowest, BLOCKS.highest, widening=Widening(BLOCKS, (*FROM_ROWS, NEVER)[index]))

@@ -14,7 +14,7 @@ import torch
 from aspec.io.host_info import cpu_features, host_info
 from aspec.io.json_file import read_record, replace_json
 from aspec.models.exact.flash_probe import FLASH, probe_flash
-from aspec.models.exact.int4_probe import INT4, probe_int4
+from aspec.models.exact.int4_probe import INT4, INT4_PANELS, probe_int4, probe_panels
 from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, Widening
 from aspec.models.exact.row_probe import ProductKind, probe
 from aspec.models.exact.widening_probe import probe_widening
@@ -24,7 +24,7 @@ VERSION = 2  # of the format, and of what a proof means
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that change which kernels run."""
 
-PROBES = {FLASH: probe_flash, INT4: probe_int4}
+PROBES = {FLASH: probe_flash, INT4: probe_int4, INT4_PANELS: probe_panels}
 """The probes of operations that are no plain products."""
 
 _known: dict[ProductKind, Recipe] = {}

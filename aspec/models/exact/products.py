@@ -21,7 +21,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from aspec.models.exact.blocks import VECTOR_ELEMENTS, Product, in_blocks, in_whole_vectors, pack
-from aspec.models.exact.int4_probe import int4_kind
+from aspec.models.exact.int4_panels import panel_product
+from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, panels_kind
 from aspec.models.exact.known_recipes import recipe_for
 from aspec.models.exact.panels import in_panels, widened
 from aspec.models.exact.recipe import BLOCKS, Recipe, Widening
@@ -140,6 +141,7 @@ class RoutedLinear:
         assert weight is not None, "a linear module has a weight"
         if self.sizes is not None:
             recipe_for(int4_kind(self.sizes, torch.get_num_threads()))
+            _panels(self.sizes)
             return
         (out, inner), biased = weight.shape, self._table["bias"] is not None
         kind = ProductKind("linear", weight.dtype, 0, out, inner, False, biased, torch.get_num_threads())
@@ -166,10 +168,18 @@ class RoutedLinear:
         assert weight is not None, "a linear module has a weight"
 
         def product(rows: torch.Tensor) -> torch.Tensor:
-            made, bias = int4_product(rows.contiguous(), codes, scales, sizes.group), table["bias"]
+            return biased(int4_product(rows.contiguous(), codes, scales, sizes.group))
+
+        def in_panels(rows: torch.Tensor) -> torch.Tensor:
+            return biased(panel_product(rows, codes, scales, sizes, dtype))
+
+        def biased(made: torch.Tensor) -> torch.Tensor:
+            bias = table["bias"]
             return made if bias is None else made.add_(bias)
 
-        self.packed = PackedWeight(product, recipe_for(int4_kind(sizes, torch.get_num_threads())))
+        from_rows, dtype = _panels(sizes)
+        recipe = recipe_for(int4_kind(sizes, torch.get_num_threads()))
+        self.packed = PackedWeight(product, recipe, in_panels, from_rows)
         self._replace(weight)
 
     def drop(self) -> None:
@@ -188,10 +198,12 @@ class RoutedLinear:
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A product with a packed weight, and how an exact step computes it."""
+    """A product with a packed weight, how an exact step computes it, and what others compute for many rows."""
 
     product: Product
     recipe: Recipe
+    of_many: Product | None = None
+    from_rows: int = NEVER  # the least number of rows for ``of_many``
 
 
 def route(model: nn.Module) -> dict[str, RoutedLinear]:
@@ -217,7 +229,12 @@ def multiply(
     exact = getattr(_thread, "exact", False)
     if packed is not None:
         flat = rows.reshape(-1, rows.shape[-1])
-        made = _multiply(flat, packed.product, packed.recipe) if exact else packed.product(flat)
+        if exact:
+            made = _multiply(flat, packed.product, packed.recipe)
+        elif packed.of_many is not None and len(flat) >= packed.from_rows:
+            made = packed.of_many(flat)
+        else:
+            made = packed.product(flat)
         return made.view(*rows.shape[:-1], -1)
     if exact:
         return _linear(rows, weight, bias)
@@ -230,6 +247,14 @@ def multiply(
 def fastest(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows [..., K] times a weight [N, K] as a linear module does it."""
     return multiply(rows, weight, None, None, _recipe("linear", weight).widening)
+
+
+def fastest_int4(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
+    """Rows [M, K] times a weight of 4 bits as a step that is not exact does it."""
+    from_rows, dtype = _panels(sizes)
+    if len(rows) >= from_rows:
+        return panel_product(rows, codes, scales, sizes, dtype)
+    return int4_product(rows, codes, scales, sizes.group)
 
 
 def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -298,6 +323,17 @@ def _multiply(rows: torch.Tensor, product: Product, recipe: Recipe) -> torch.Ten
     """``product`` of rows [..., M, K] as its recipe says; [..., M, N]."""
     count = rows.shape[-2]
     return product(rows) if recipe.lowest <= count <= recipe.highest else in_blocks(rows, product, recipe.blocks(count))
+
+
+def _panels(sizes: Int4) -> tuple[int, torch.dtype]:
+    """From how many rows on panels are faster than products with 4 bits, and the panels' dtype."""
+    if sizes.rows * sizes.columns < FEWEST_WEIGHTS:
+        return NEVER, torch.float32
+    threads, found = torch.get_num_threads(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        widening = recipe_for(panels_kind(sizes, dtype, threads)).widening
+        found.append((NEVER if widening is None else widening.from_rows, dtype))
+    return min(found, key=lambda own: own[0])
 
 
 def _recipe(op: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Recipe:

@@ -130,3 +130,15 @@ class Int4Decode:
         own = self.sizes
         tile = min(TILE_ROWS, own.rows) * own.columns
         return room(tile, 4 * tile, 8 * own.rows * (own.columns // own.group))
+
+
+@dataclass(frozen=True, slots=True)
+class MatricesDecode:
+    """Decodes matrices [E, rows, columns], of codes and scales that have one slice for each. See ``Decode``."""
+
+    matrix: Int4Decode
+
+    def __call__(self, stored: Sequence[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor) -> None:
+        """See ``Decode``."""
+        for codes, scales, own in zip(*stored, out, strict=True):
+            self.matrix((codes, scales), own, workspace)

@@ -6,22 +6,37 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 import typer
 
 from aspec import __version__
+from aspec.cli.batch_workers import absolute
 from aspec.cli.flags.options import pool_of_workers
 from aspec.cli.front import opening
 from aspec.errors import BudgetError, DeviceError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.planning.resolve import resolve
+from aspec.serving.workers import engine_process
 from aspec.serving.workers.crew import MOST_DEATHS, Crew
 from aspec.serving.workers.leases import Leases
 from aspec.serving.workers.local import MODULE, share_of, visible_cards
-from aspec.serving.workers.messages import Answered, Drain, Drop, Failed, Job, Lease, Opened, Released, pack, unpack
+from aspec.serving.workers.messages import (
+    Answered,
+    Drain,
+    Drop,
+    Failed,
+    Job,
+    Lease,
+    Opened,
+    Released,
+    identity_of,
+    pack,
+    unpack,
+)
 from aspec.serving.workers.pool import StartError
 from tests.fork_server import wait_until
 from tests.test_batch import answers, batch, begun_like, command, made_pair, make_rows, num_rows_in, same_rows, write
@@ -254,6 +269,21 @@ def test_workers_of_one_machine_divide_what_was_not_given(pair):
     assert shared.threads == max(1, len(os.sched_getaffinity(0)) // 4)
     given = EngineOptions(target=pair[0], device="cpu", device_memory="4MiB", threads=3)
     assert share_of(resolve(given), 4, 0) == given
+
+
+def test_a_worker_with_another_target_is_refused(pair):
+    resolved = resolve(EngineOptions(target=pair[0], device="cpu"))
+    job = Job(resolved.options, SamplingParams(), identity_of(resolved), "m", 0)
+    assert engine_process._found(job).target == resolved.target
+    with pytest.raises(UserError, match="another one than the driver's"):
+        engine_process._found(replace(job, options=EngineOptions(target=pair[1], device="cpu")))
+
+
+def test_paths_reach_workers_whole(pair, monkeypatch):
+    monkeypatch.chdir(pair[0].parent)
+    options = absolute(EngineOptions(target="target", draft="ngram"))
+    assert (options.target, options.draft) == (str(pair[0]), "ngram")
+    assert absolute(EngineOptions(target="org/name")).target == "org/name"
 
 
 def test_workers_take_turns_on_the_cards_that_this_process_sees(monkeypatch):

@@ -13,14 +13,13 @@ from aspec.observe.batch_progress import BatchProgress, follow, workers_line
 from aspec.observe.console import Console
 from aspec.options import NO_MODELS, EngineOptions
 from aspec.planning.resolve import Resolved
-from aspec.preparing.identity import fingerprint
 from aspec.serving.batch_input import BatchFile
 from aspec.serving.batch_output import OutputRow
 from aspec.serving.batch_writer import BatchWriter, LineForm, MadeLine
 from aspec.serving.workers.crew import Crew
 from aspec.serving.workers.leases import Leases
 from aspec.serving.workers.local import LocalPool, share_of, visible_cards
-from aspec.serving.workers.messages import Answered, Job
+from aspec.serving.workers.messages import Answered, Job, identity_of
 from aspec.serving.workers.pool import Pool
 from aspec.serving.workers.ray_pool import RayPool
 
@@ -42,8 +41,7 @@ class Spread:
     def run(self, pending: list[int]) -> None:
         """Answer the pending rows. Raises AspecError, and KeyboardInterrupt if a signal stops it."""
         with open_pool(self.workers, self.resolved) as (pool, options):
-            target = fingerprint(self.resolved.target)
-            job = Job(absolute(options), self.defaults, target, self.form.model, self.form.created)
+            job = Job(absolute(options), self.defaults, identity_of(self.resolved), self.form.model, self.form.created)
             run(lambda: self._run(pool, job, pending))
 
     async def _run(self, pool: Pool, job: Job, pending: list[int]) -> None:

@@ -16,7 +16,6 @@ from aspec.api import loop_factory
 from aspec.engine.engine import Engine, describe_plan
 from aspec.errors import AspecError, UserError, first_error
 from aspec.planning.resolve import Resolved, resolve
-from aspec.preparing.identity import fingerprint
 from aspec.serving.batch_input import parse_row
 from aspec.serving.batch_writer import LineForm, prepare_row
 from aspec.serving.dispatch import WINDOW, answer
@@ -32,6 +31,7 @@ from aspec.serving.workers.messages import (
     Released,
     Report,
     frame,
+    identity_of,
     pack,
     read_frame,
     unpack,
@@ -135,10 +135,10 @@ async def work(link: Link) -> None:
 def _found(job: Job) -> Resolved:
     """The models of a job as this machine has them. Raises UserError, also if the target is another one."""
     resolved = resolve(job.options)
-    if (found := fingerprint(resolved.target)) != job.target:
+    if (found := identity_of(resolved)) != job.target:
         raise UserError(
             f"the target {resolved.target} on {socket.gethostname()} is another one than the driver's: expected the "
-            f"fingerprint {job.target[:12]}, found {found[:12]}. Give every machine the same files."
+            f"fingerprint {job.target}, found {found}. Give every machine the same files."
         )
     return resolved
 

@@ -58,10 +58,12 @@ class LocalWorker:
     async def close(self) -> str:
         """Kill the process if it runs; returns how it ended. It writes no file that a kill could tear."""
         gone = asyncio.ensure_future(self._process.wait())
-        if self._process.stdout is not None and self._process.stdout.at_eof():
-            await asyncio.wait([gone], timeout=1.0)  # it ends by itself: its exit code tells more
-        if self._process.returncode is None:
-            self._process.kill()
+        try:
+            if self._process.stdout is not None and self._process.stdout.at_eof():
+                await asyncio.wait([gone], timeout=1.0)  # it ends by itself: its exit code tells more
+        finally:
+            if self._process.returncode is None:
+                self._process.kill()
         code = await settle(gone)
         await asyncio.wait([self._listening], timeout=1.0)
         self._listening.cancel()

@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
+from aspec.planning.resolve import Resolved
+from aspec.preparing.identity import fingerprint
 
 LENGTH = struct.Struct(">Q")
 
@@ -22,7 +24,7 @@ class Job:
 
     options: EngineOptions
     defaults: SamplingParams
-    target: str  # the fingerprint of the target that the driver has checked the rows with
+    target: str  # the identity of the target that the driver has checked the rows with
     model: str  # the name of the model in answers
     created: int  # when the job began, seconds since the epoch
 
@@ -89,6 +91,11 @@ Order: TypeAlias = Job | Lease | Drop | Drain
 
 Report: TypeAlias = Opened | Answered | Released | Failed
 """From a worker to the driver."""
+
+
+def identity_of(resolved: Resolved) -> str:
+    """What tells a target and its adapter from others, without reading all of them."""
+    return " + ".join(fingerprint(path) for path in (resolved.target, resolved.adapter) if path is not None)
 
 
 def pack(message: Order | Report | tuple[str, str]) -> bytes:

@@ -46,18 +46,19 @@ class RayWorker:
 
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
+        self._errors = _errors(ray)
         self._lost = ""  # why the actor does not answer any more
 
     def send(self, content: bytes) -> None:
         """Queue a frame; nothing happens if the actor has ended."""
-        with suppress(self._ray.exceptions.RayError):
+        with suppress(*self._errors):
             self._actor.send.remote(content)
 
     async def receive(self) -> bytes | None:
         """The next frame; None when the process, its actor or its node has ended."""
         try:
             content: bytes | None = await self._actor.receive.remote()
-        except self._ray.exceptions.RayError as error:
+        except self._errors as error:
             self._lost = type(error).__name__
             return None
         return content
@@ -66,9 +67,9 @@ class RayWorker:
         """End the process and its actor; returns how the process ended."""
         how = f"its Ray actor ended: {self._lost}"
         if not self._lost:
-            with suppress(self._ray.exceptions.RayError):
+            with suppress(*self._errors):
                 how = await self._actor.close.remote()
-        with suppress(self._ray.exceptions.RayError):
+        with suppress(*self._errors):
             self._ray.kill(self._actor)
         return how
 
@@ -88,6 +89,7 @@ class RayPool:
                     f"ray start --address HOST:6379 on the other machines), or give --workers ray://HOST:10001 of one "
                     f"that runs."
                 ) from error
+        self._errors = _errors(ray)
         self._places = list(_places(ray.nodes()))
         if not self._places:
             self.close()
@@ -107,8 +109,8 @@ class RayPool:
         actor = kind.options(scheduling_strategy=there).remote()
         try:
             await actor.start.remote(os.environ.get(THREADS[0]))
-        except self._ray.exceptions.RayError as error:
-            with suppress(self._ray.exceptions.RayError):
+        except self._errors as error:
+            with suppress(*self._errors):
                 self._ray.kill(actor)
             raise StartError(f"no worker starts on the Ray node {node[:12]}: {reason_of(error)}") from error
         return RayWorker(self._ray, actor)
@@ -116,6 +118,11 @@ class RayPool:
     def close(self) -> None:
         """Leave the cluster; its actors end."""
         self._ray.shutdown()
+
+
+def _errors(ray: Any) -> tuple[type[Exception], ...]:
+    """What a call raises when its actor, its node or the way to the cluster has gone."""
+    return ray.exceptions.RayError, ConnectionError
 
 
 def _places(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, int]]:

@@ -20,10 +20,10 @@ from aspec.errors import BudgetError, DeviceError, UserError
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.planning.resolve import resolve
-from aspec.serving.workers import engine_process
+from aspec.serving.workers import engine_process, local
 from aspec.serving.workers.crew import MOST_DEATHS, Crew
 from aspec.serving.workers.leases import Leases
-from aspec.serving.workers.local import MODULE, share_of, visible_cards
+from aspec.serving.workers.local import MODULE, LocalPool, identity_of, share_of, visible_cards
 from aspec.serving.workers.messages import (
     Answered,
     Drain,
@@ -33,12 +33,11 @@ from aspec.serving.workers.messages import (
     Lease,
     Opened,
     Released,
-    identity_of,
     pack,
     unpack,
 )
 from aspec.serving.workers.pool import StartError
-from tests.fork_server import wait_until
+from tests.fork_server import ROOT, wait_until
 from tests.test_batch import answers, batch, begun_like, command, made_pair, make_rows, num_rows_in, same_rows, write
 
 
@@ -172,7 +171,7 @@ class Places:
         return Played(self.started, rows, self.says)
 
 
-def play(pool, rows=20, drain_after=None):
+def play(pool, rows=20, drain_after=None, read=b"line %d".__mod__):
     """The lines that a job wrote, and what it noted."""
     written, notes = [], []
 
@@ -186,14 +185,14 @@ def play(pool, rows=20, drain_after=None):
                 drain.set()
 
         job = Job(EngineOptions(), SamplingParams(), "", "m", 0)
-        crew = Crew(pool, job, Leases(range(rows)), lambda row: b"line %d" % row, keep, notes.append, lambda: None)
+        crew = Crew(pool, job, Leases(range(rows)), read, keep, notes.append, lambda: None)
         await crew.run(drain)
 
     try:
         with asyncio.Runner() as runner:
             runner.run(main())
     finally:
-        assert all(worker.closed for worker in pool.started), "none is left behind"
+        assert all(worker.closed for worker in getattr(pool, "started", ())), "none is left behind"
     return sorted(written), notes
 
 
@@ -294,6 +293,41 @@ def test_workers_take_turns_on_the_cards_that_this_process_sees(monkeypatch):
     assert visible_cards(2) == ("5", "GPU-7")
 
 
+# -- real processes that hold no engine ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """Workers of this machine that start at once; those that are killed at their first row, by their number."""
+    monkeypatch.setattr(local, "MODULE", "tests.stub_worker")
+    monkeypatch.chdir(ROOT)
+    return LocalPool(2, ())
+
+
+def test_a_process_that_is_killed_loses_nothing_and_leaves_nothing(stubs):
+    killed = {}
+
+    def running():
+        return [one.pid for one in psutil.Process().children() if "tests.stub_worker" in one.cmdline()]
+
+    def read(row):
+        if row in (0, 7) and row not in killed:
+            killed[row] = min(running())
+            os.kill(killed[row], signal.SIGKILL)
+        return b"x" * 100_000
+
+    written, notes = play(stubs, read=read)
+    assert [len(line) for line in written] == [100_000] * 20
+    assert len(set(killed.values())) == 2
+    assert any("killed by SIGKILL" in note and "it is started again" in note for note in notes)
+    assert not running()
+
+
+def test_the_last_words_of_a_process_reach_the_user(stubs):
+    with pytest.raises(DeviceError, match=r"exit code 1.*the last words"):
+        play(stubs, read=lambda row: b"break")
+
+
 # -- real processes --------------------------------------------------------------------------------------------
 
 
@@ -337,12 +371,18 @@ def undisturbed(server, pair, tmp_path, count):
     return quiet, output, command(pair, source, output, *flags, "--link-rate", "4MB/s", "--workers")
 
 
-def test_a_job_whose_worker_is_killed_ends_with_the_rows_of_one_process(server, pair, tmp_path):
-    """Two interpreters that import torch take most of its time."""
-    quiet, output, args = undisturbed(server, pair, tmp_path, 30)
-    kill_until_done(server, [*args, "2"], output, 30, ["worker"])
+def test_a_job_on_a_worker_ends_with_the_rows_of_one_process(server, pair, tmp_path):
+    """An interpreter that imports torch and transformers takes most of its time."""
+    quiet, output, args = undisturbed(server, pair, tmp_path, 12)
+    kill_until_done(server, [*args, "1"], output, 12, [])
     assert same_rows(quiet, output)
-    assert len(answers(output)) == 30
+
+
+@pytest.mark.slow
+def test_a_job_whose_worker_is_killed_goes_on_and_tells(server, pair, tmp_path):
+    quiet, output, args = undisturbed(server, pair, tmp_path, 60)
+    kill_until_done(server, [*args, "2"], output, 60, ["worker"])
+    assert same_rows(quiet, output)
     assert "has ended (killed by SIGKILL)" in output.with_suffix(".log").read_text()
 
 

@@ -18,8 +18,8 @@ from aspec.serving.batch_output import OutputRow
 from aspec.serving.batch_writer import BatchWriter, LineForm, MadeLine
 from aspec.serving.workers.crew import Crew
 from aspec.serving.workers.leases import Leases
-from aspec.serving.workers.local import LocalPool, share_of, visible_cards
-from aspec.serving.workers.messages import Answered, Job, identity_of
+from aspec.serving.workers.local import LocalPool, identity_of, share_of, visible_cards
+from aspec.serving.workers.messages import Answered, Job
 from aspec.serving.workers.pool import Pool
 from aspec.serving.workers.ray_pool import RayPool
 

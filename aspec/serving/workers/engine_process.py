@@ -19,6 +19,7 @@ from aspec.planning.resolve import Resolved, resolve
 from aspec.serving.batch_input import parse_row
 from aspec.serving.batch_writer import LineForm, prepare_row
 from aspec.serving.dispatch import WINDOW, answer
+from aspec.serving.workers.local import identity_of
 from aspec.serving.workers.messages import (
     Answered,
     Drain,
@@ -31,7 +32,6 @@ from aspec.serving.workers.messages import (
     Released,
     Report,
     frame,
-    identity_of,
     pack,
     read_frame,
     unpack,

@@ -12,6 +12,7 @@ from subprocess import PIPE
 from aspec.io.loop.settling import settle
 from aspec.options import EngineOptions
 from aspec.planning.resolve import Resolved
+from aspec.preparing.identity import fingerprint
 from aspec.serving.workers.messages import frame, read_frame
 from aspec.serving.workers.pool import StartError
 
@@ -93,6 +94,11 @@ class LocalPool:
         """Start a process. Raises StartError."""
         cards = {CARDS: self._cards[place % len(self._cards)]} if self._cards else {}
         return await LocalWorker.start(cards)
+
+
+def identity_of(resolved: Resolved) -> str:
+    """What tells a target and its adapter from others, without reading all of them."""
+    return " + ".join(fingerprint(path) for path in (resolved.target, resolved.adapter) if path is not None)
 
 
 def visible_cards(count: int) -> tuple[str, ...]:

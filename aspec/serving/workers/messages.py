@@ -12,8 +12,6 @@ from typing import TypeAlias
 
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
-from aspec.planning.resolve import Resolved
-from aspec.preparing.identity import fingerprint
 
 LENGTH = struct.Struct(">Q")
 
@@ -91,11 +89,6 @@ Order: TypeAlias = Job | Lease | Drop | Drain
 
 Report: TypeAlias = Opened | Answered | Released | Failed
 """From a worker to the driver."""
-
-
-def identity_of(resolved: Resolved) -> str:
-    """What tells a target and its adapter from others, without reading all of them."""
-    return " + ".join(fingerprint(path) for path in (resolved.target, resolved.adapter) if path is not None)
 
 
 def pack(message: Order | Report | tuple[str, str]) -> bytes:

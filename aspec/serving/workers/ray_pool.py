@@ -4,6 +4,7 @@ The actor only relays frames. So Ray's own settings of threads and signals reach
 worker. Ray ends the actors of a driver that dies; the engine process ends with its actor, because its input ends.
 """
 
+import asyncio
 import importlib
 import os
 import signal
@@ -16,6 +17,7 @@ from aspec.serving.workers.local import LocalWorker
 from aspec.serving.workers.pool import StartError
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # Ray sets them to the CPUs that an actor asks for
+LONGEST_END_S = 5.0  # that a call may take to end after its actor has ended
 LOG_CRITICAL = 50  # logging.CRITICAL: the driver itself tells of a worker that ends
 
 
@@ -47,6 +49,7 @@ class RayWorker:
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
         self._errors = _errors(ray)
+        self._receiving: asyncio.Future[bytes | None] | None = None  # the last call of ``receive``
         self._lost = ""  # why the actor does not answer any more
 
     def send(self, content: bytes) -> None:
@@ -56,6 +59,10 @@ class RayWorker:
 
     async def receive(self) -> bytes | None:
         """The next frame; None when the process, its actor or its node has ended."""
+        self._receiving = asyncio.ensure_future(self._receive())
+        return await asyncio.shield(self._receiving)  # Ray's client cannot set the result of a call that is cancelled
+
+    async def _receive(self) -> bytes | None:
         try:
             content: bytes | None = await self._actor.receive.remote()
         except self._errors as error:
@@ -71,6 +78,8 @@ class RayWorker:
                 how = await self._actor.close.remote()
         with suppress(*self._errors):
             self._ray.kill(self._actor)
+        if self._receiving is not None:
+            await asyncio.wait([self._receiving], timeout=LONGEST_END_S)
         return how
 
 

@@ -26,10 +26,10 @@ class ForkServer:
             command = [sys.executable, "-m", "tests.fork_server", str(theirs.fileno())]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
 
-    def start(self, args, log, largest_file=None):
+    def start(self, args, log, **more):
         """The id of a new process; what it says goes to the file ``log``."""
         with open(log, "ab") as file, open(os.devnull) as nothing:
-            return self.fork(args, (nothing.fileno(), file.fileno(), file.fileno()), largest_file=largest_file)
+            return self.fork(args, (nothing.fileno(), file.fileno(), file.fileno()), **more)
 
     def fork(self, args, streams, **more):
         """The id of a new process with these files as its standard input, output and error."""

@@ -12,6 +12,7 @@ from aspec.generation.params import SamplingParams
 from aspec.serving.http.errors import HttpError
 from aspec.serving.http.guard import LOOPBACK, Guard
 from aspec.serving.http.limits import Limits, check_depth
+from aspec.serving.http.metrics import Metrics, Present, exposition
 from aspec.serving.http.turns import Turns
 from aspec.serving.request_fields import CHAT, COMPLETION, RESPONSES
 from tests import tiny
@@ -299,3 +300,13 @@ async def test_connections_are_counted(target):
         assert b" 503 " in await asyncio.wait_for(reader.readline(), 5)
         for _, one in [*held, (reader, writer)]:
             one.close()
+
+
+def test_the_lateness_of_the_loop_is_a_histogram():
+    metrics = Metrics()
+    for late_s in (0.0, 0.02, 0.0201, 5.0):
+        metrics.lag.add(late_s)
+    text = exposition(metrics, Present(True, 0, (), None), 0.0)
+    for line in ('{le="0.01"} 1', '{le="0.02"} 2', '{le="0.05"} 3', '{le="1"} 3', '{le="+Inf"} 4'):
+        assert f"aspec_loop_lag_seconds_bucket{line}\n" in text
+    assert "aspec_loop_lag_seconds_count 4\n" in text

@@ -4,9 +4,9 @@ python tools/load_server.py [--target T --draft D] [--seconds 120] [--hostile 20
 
 It starts a server process on a free port, asks every prompt alone, and then keeps so many streams open for so many
 seconds. A random third of the clients leave after some pieces; a tenth read slowly. It prints errors, tokens that
-differ from those of the prompt alone, the seconds of /health (they bound the lag of the loop), the growth of the
-server's memory, and tokens per second beside `aspec batch` on rows like these. Then come hostile requests, of which
-every one must get a 4xx, and SIGTERM while streams run.
+differ from those of the prompt alone, the seconds of /health, the lag of the server's loop, the growth of its memory,
+and tokens per second beside `aspec batch` on rows like these. Then come hostile requests, of which every one must get
+a 4xx, and SIGTERM while streams run.
 """
 
 import argparse
@@ -39,6 +39,7 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     tokens_per_s: float = 0.0  # that the server generated, also for clients that left
     health_s: list[float] = field(default_factory=list)
+    lag: dict[str, float] = field(default_factory=dict)  # timers of the server's loop that were at most so late
     rss: list[int] = field(default_factory=list)  # bytes of the server, once a second
 
 
@@ -123,12 +124,20 @@ async def load(port: int, process: psutil.Process, args: argparse.Namespace, bod
         tally.expected[body["prompt"]] = text
     until_s, noise = time.monotonic() + args.seconds, random.Random(SEED)
     watching = asyncio.create_task(watch(port, process, tally))
-    seeds = [noise.random() for _ in range(args.streams)]
+    seeds, before_lag = [noise.random() for _ in range(args.streams)], await lateness(port)
     begun_s, before = time.monotonic(), await generated(port)
     await asyncio.gather(*(client(port, bodies, tally, until_s, args.leave, one) for one in seeds))
     tally.tokens_per_s = (await generated(port) - before) / (time.monotonic() - begun_s)
     watching.cancel()
+    tally.lag = {bound: count - before_lag[bound] for bound, count in (await lateness(port)).items()}
     return tally
+
+
+async def lateness(port: int) -> dict[str, float]:
+    """How many timers of the server's loop were at most so many seconds late."""
+    lines = (await get(port, "/metrics")).decode().splitlines()
+    found = [line.split('"')[1:] for line in lines if line.startswith("aspec_loop_lag_seconds_bucket")]
+    return {bound: float(rest.split()[1]) for bound, rest in found}
 
 
 async def generated(port: int) -> float:
@@ -239,6 +248,10 @@ def report(tally: Tally) -> None:
     print(
         f"/health: median {statistics.median(health) * 1e3:.1f} ms, p99 {health[int(0.99 * len(health))] * 1e3:.1f} ms"
     )
+    total = tally.lag["+Inf"]
+    p99 = next(bound for bound, count in tally.lag.items() if count >= 0.99 * total)
+    shares = ", ".join(f"{100 * count / total:.2f} % <= {bound} s" for bound, count in tally.lag.items())
+    print(f"loop lag: p99 at most {p99} s; {shares}")
     settled = tally.rss[len(tally.rss) // 4 :]
     if settled:
         change = 100 * (settled[-1] - settled[0]) / settled[0]

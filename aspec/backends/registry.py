@@ -24,6 +24,7 @@ class Kind:
     name: Callable[[], str]  # of the device in this machine
     workspace_bytes: int = 0  # held by its libraries, beyond what a plan counts
     captures: bool = False  # whether draft steps are captured, which takes memory
+    count: Callable[[], int] = torch.cuda.device_count  # of such devices in this machine
 
 
 KINDS = {

@@ -10,23 +10,23 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aspec.cli.batch_workers import Spread
 from aspec.cli.flags.commands import BatchFlags
 from aspec.cli.front.opening import fetching
-from aspec.cli.interrupts import present, run
+from aspec.cli.interrupts import draining, run
 from aspec.engine.engine import Engine, describe_plan
-from aspec.errors import BudgetError, PromptError, UserError, WriteError
+from aspec.errors import BudgetError, UserError, WriteError
 from aspec.generation.defaults import describe, sampling_params
 from aspec.generation.params import SamplingParams
-from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.models.configuration.generation_defaults import generation_defaults
-from aspec.observe.batch_progress import BatchProgress, follow
+from aspec.observe.batch_progress import BatchProgress, follow, line_of
 from aspec.observe.console import Console
 from aspec.observe.monitor import Monitor
 from aspec.observe.ticker import Ticker
@@ -38,8 +38,8 @@ from aspec.serving.batch_input import PIPE, BatchFile
 from aspec.serving.batch_journal import journal_of
 from aspec.serving.batch_output import FinishedRows, Output, check_startable, open_output
 from aspec.serving.batch_pipe import PipeOutput
-from aspec.serving.batch_writer import BatchWriter, digest_of
-from aspec.serving.dispatch import PreparedRequest, encode, params_of, serve
+from aspec.serving.batch_writer import BatchWriter, LineForm, prepare_row
+from aspec.serving.dispatch import Outcome, PreparedRequest, serve
 
 CHECK_LINE_S = 5.0  # seconds between two progress lines of the check
 DEMO_NAME = "aspec-demo"
@@ -62,17 +62,19 @@ class BatchJob:
     console: Console
 
     def requests(self, pending: list[int]) -> Iterator[PreparedRequest]:
-        """Read rows again and prepare them for the engine; a row without a seed derives it from its custom_id."""
+        """Read rows again and prepare them for the engine."""
         for row in map(self.rows.read, pending):
-            seed = derive_seed(self.defaults.seed, int(digest_of(row.custom_id), 16))
-            params = row.request.params(self.defaults, seed)
-            try:
-                params = params_of(self.tokenizer, row.request, self.defaults, seed)
-                tokens = encode(self.tokenizer, row.request)
-            except PromptError as error:  # the check had no error: a template can exceed its time on a busy machine
-                yield PreparedRequest(row.custom_id, row.request, [], params, error)
-            else:
-                yield PreparedRequest(row.custom_id, row.request, tokens, params)
+            yield prepare_row(self.tokenizer, row, self.defaults)
+
+    @property
+    def model(self) -> str:
+        """The model's name in answers to requests that name none."""
+        return self.flags.target or DEMO_NAME
+
+    @property
+    def live(self) -> bool:
+        """Whether a line on a terminal may show the progress: not where answers come to the same terminal."""
+        return not (self.flags.no_dashboard or (self.flags.output == PIPE and sys.stdout.isatty()))
 
 
 def batch_to_console(flags: BatchFlags, console: Console) -> None:
@@ -172,11 +174,13 @@ def _serve_file(job: BatchJob, output: Output | PipeOutput, finished: FinishedRo
         console.note(f"{output.path} holds {len(finished.done)} of {total} rows; {len(left)} rows are left")
     if finished.cut_bytes:
         console.note(f"{finished.cut_bytes} bytes of unfinished rows were removed; these rows are generated again")
-    writer = BatchWriter(output, job.flags.target or DEMO_NAME, progress)
+    writer, form = BatchWriter(output, progress), LineForm(output.created, job.model)
     writer.refuse([(rows.ids[index], rows.refused[index]) for index in left if index in rows.refused])
     if pending:
         try:
-            run(partial(_run, job, pending, writer, progress))
+            _answer(job, pending, form, writer, progress)
+        except BudgetError as error:
+            raise BudgetError(f"{error} {job.if_too_small}".rstrip()) from error
         except KeyboardInterrupt:
             pass  # a signal stopped the run at once
         finally:
@@ -192,31 +196,31 @@ def _serve_file(job: BatchJob, output: Output | PipeOutput, finished: FinishedRo
         raise KeyboardInterrupt
 
 
-async def _run(job: BatchJob, pending: list[int], writer: BatchWriter, progress: BatchProgress) -> None:
+def _answer(job: BatchJob, pending: list[int], form: LineForm, writer: BatchWriter, progress: BatchProgress) -> None:
+    """Answer the pending rows here, or on workers."""
+    workers = job.flags.workers
+    if workers is None:
+        run(partial(_run, job, pending, form, writer, progress))
+        return
+    models = job.resolved, job.defaults
+    Spread(workers, *models, form, job.rows, writer, progress, job.console, job.live).run(pending)
+
+
+async def _run(job: BatchJob, pending: list[int], form: LineForm, writer: BatchWriter, progress: BatchProgress) -> None:
     monitor, drain = Monitor(job.console.stops), asyncio.Event()
     clock = job.console.stops.running_s
-
-    def start_draining() -> None:
-        drain.set()
-        job.console.note(
-            "no new rows start; the rows in progress will finish. Press Ctrl-C again to stop at once: "
-            "no finished row is lost"
-        )
-
-    shared = job.flags.output == PIPE and sys.stdout.isatty()  # answers come where a live line would be
-    with follow(progress, monitor, job.console, live=not (job.flags.no_dashboard or shared)):
-        async with AsyncExitStack() as stack:
-            resolved = revise(job.resolved, progress=monitor.progress)
-            try:
-                engine = await stack.enter_async_context(Engine(resolved, [monitor, progress], [monitor.issued]))
-            except BudgetError as error:
-                raise BudgetError(f"{error} {job.if_too_small}".rstrip()) from error
+    with follow(line_of(progress, monitor), job.console, live=job.live):
+        resolved = revise(job.resolved, progress=monitor.progress)
+        async with Engine(resolved, [monitor, progress], [monitor.issued]) as engine:
             monitor.opened(engine.plan, 0)
             job.console.note(f"{engine.plan.shape}; {describe_plan(engine.plan)}")
-            present().drain = start_draining
+
+            async def keep(one: PreparedRequest, outcome: Outcome) -> None:
+                await writer.keep(form.line_of(engine.tokenizer, one, outcome))
+
             progress.begun_s = progress.ended_s = clock(time.perf_counter())
             try:
-                await serve(engine, job.requests(pending), partial(writer.keep, engine.tokenizer), drain)
+                with draining(drain, job.console):
+                    await serve(engine, job.requests(pending), keep, drain)
             finally:
-                present().drain = None
                 progress.ended_s = clock(time.perf_counter())

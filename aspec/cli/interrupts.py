@@ -208,6 +208,24 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
         raise first_error(group) from None
 
 
+@contextmanager
+def draining(drain: "asyncio.Event", console: Console) -> Iterator[None]:
+    """The first Ctrl-C inside the block sets ``drain``, and tells what happens now."""
+
+    def start() -> None:
+        drain.set()
+        console.note(
+            "no new rows start; the rows in progress will finish. Press Ctrl-C again to stop at once: "
+            "no finished row is lost"
+        )
+
+    present().drain = start
+    try:
+        yield
+    finally:
+        present().drain = None
+
+
 def present() -> Interrupts:
     """The interrupts of this process; of a process that has none, new ones that no signal reaches."""
     return _installed() or Interrupts()

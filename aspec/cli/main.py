@@ -167,6 +167,10 @@ def batch(flags: BatchFlags) -> None:
     Ctrl-C starts no new rows and finishes the rows in progress; a second Ctrl-C
     stops at once.
 
+    With --workers the rows are answered by several engines, of this machine or
+    of a Ray cluster. The journal stays here. A worker that dies or hangs loses
+    no row, and the rows are those of one engine.
+
     Examples:
 
       aspec batch -i in.jsonl -o out.jsonl
@@ -174,6 +178,8 @@ def batch(flags: BatchFlags) -> None:
       aspec batch -i in.jsonl -o out.jsonl --target org/big --draft org/small --device-memory 8GiB -n 512
 
       aspec batch -i in.jsonl -o out.jsonl --target ./model --temperature 0.7 --seed 1 --overwrite
+
+      aspec batch -i in.jsonl -o out.jsonl --target org/big --workers ray://head:10001
 
       zcat in.jsonl.gz | aspec batch -i - -o - --target ./model > out.jsonl
     """

@@ -91,9 +91,13 @@ async def _run(job: ServeJob, listening: socket.socket) -> None:
             console.note(describe_plan(engine.plan))
             service.metrics.link_rate = await engine.probe_link_rate()
             service.ready(engine)
+            lagging = asyncio.create_task(service.metrics.lag.measure(), name="aspec loop lag")
             console.note(f"{service.names.known[0]} is served at {address_of(listening)}; Ctrl-C stops it")
-            await _wait_stop(service, engine, console)
-            await _finish(service, console)
+            try:
+                await _wait_stop(service, engine, console)
+                await _finish(service, console)
+            finally:
+                lagging.cancel()
 
 
 @asynccontextmanager

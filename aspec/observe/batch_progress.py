@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rich.cells import set_cell_size
@@ -91,6 +91,19 @@ def batch_line(progress: BatchProgress, snapshot: Snapshot) -> str | None:
     return ", ".join(words)
 
 
+def workers_line(progress: BatchProgress, num_open: int, num_workers: int, now_s: float) -> str:
+    """The state of a job on several workers in one line, ``now_s`` on the clock of ``begun_s``."""
+    errors = f" ({progress.failed} errors)" if progress.failed else ""
+    words = [f"{progress.done} of {progress.total} rows{errors}", f"{num_open} of {num_workers} workers"]
+    if progress.begun_s:
+        words.append(f"{progress.tokens} tokens")
+        if progress.tokens and now_s > progress.begun_s:
+            words.append(f"{progress.tokens / (now_s - progress.begun_s):.2f} tokens/s")
+        left_s = progress.left_s(now_s)
+        words.append("time left not known yet" if left_s is None else f"{duration(left_s)} left")
+    return ", ".join(words)
+
+
 def duration(seconds: float) -> str:
     """A duration as text: ``42 s``, ``12 min``, ``3 h 05 min``."""
     if seconds < 99.5:
@@ -99,13 +112,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-@contextlib.contextmanager
-def follow(progress: BatchProgress, monitor: Monitor, console: Console, *, live: bool = True) -> Iterator[None]:
-    """Show the job's progress until the block ends; call it on the loop's thread."""
+def line_of(progress: BatchProgress, monitor: Monitor) -> Callable[[], str | None]:
+    """The line of a job whose engine ``monitor`` watches; call it on the loop's thread, the result on any."""
     latest = OnLoop(asyncio.get_running_loop(), lambda: monitor.snapshot(time.perf_counter()))
+    return lambda: batch_line(progress, latest.get(ANSWER_S))
 
-    def line() -> str | None:
-        return batch_line(progress, latest.get(ANSWER_S))
+
+@contextlib.contextmanager
+def follow(line: Callable[[], str | None], console: Console, *, live: bool = True) -> Iterator[None]:
+    """Show a job's line until the block ends."""
 
     def draw() -> str:
         return f"\r{CLEAR_LINE}" + set_cell_size(line() or "", console.stderr.width - 1).rstrip()

@@ -80,10 +80,14 @@ class BatchFile:
 
     def read(self, index: int) -> BatchRow:
         """Read a row from the file. Raises UserError when the row has changed since the check."""
+        return parse_row(self.read_line(index))
+
+    def read_line(self, index: int) -> bytes:
+        """The bytes of a row's line. Raises UserError when the row has changed since the check."""
         line = os.pread(self._file, self._sizes[index], self._starts[index])
         if zlib.crc32(line) != self._checksums[index]:
             raise self._changed(f"the row {as_json(self.ids[index])} is different now")
-        return parse_row(line)
+        return line
 
     def check_unchanged(self) -> None:
         """Raises UserError when the content is not the one that was checked; reads the file only if it was written."""

@@ -1,20 +1,23 @@
-"""How the answers of a batch become lines of the output: the form of a line, and syncs that several rows share."""
+"""How the rows of a batch become requests, and answers lines of the output, with syncs that several lines share."""
 
 import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aspec.api import Result
 from aspec.errors import NumericError, PromptError
+from aspec.generation.params import SamplingParams
+from aspec.generation.sampler import derive_seed
 from aspec.generation.text.tokenizer import Tokenizer
 from aspec.io.loop.settling import settle
 from aspec.observe.batch_progress import BatchProgress
-from aspec.serving.batch_input import RowId
+from aspec.serving.batch_input import BatchRow, RowId
 from aspec.serving.batch_output import Output, OutputRow
 from aspec.serving.batch_pipe import PipeOutput
-from aspec.serving.dispatch import Outcome, PreparedRequest
+from aspec.serving.dispatch import Outcome, PreparedRequest, encode, params_of
 from aspec.serving.openai_responses import Generated, Label, answer_body
 from aspec.serving.refusals import Refusal
 
@@ -27,11 +30,62 @@ def digest_of(row_id: RowId) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
-class BatchWriter:
-    """Writes answers as lines of the output; mutable: lines wait while a sync runs."""
+def prepare_row(tokenizer: Tokenizer, row: BatchRow, defaults: SamplingParams) -> PreparedRequest:
+    """A row for the engine. May block for some milliseconds. A row without a seed derives it from its custom_id."""
+    seed = derive_seed(defaults.seed, int(digest_of(row.custom_id), 16))
+    params = row.request.params(defaults, seed)
+    try:
+        params = params_of(tokenizer, row.request, defaults, seed)
+        tokens = encode(tokenizer, row.request)
+    except PromptError as error:  # the check had no error: a template can exceed its time on a busy machine
+        return PreparedRequest(row.custom_id, row.request, [], params, error)
+    return PreparedRequest(row.custom_id, row.request, tokens, params)
 
-    def __init__(self, output: Output | PipeOutput, model: str, progress: BatchProgress) -> None:
-        self._output, self._model, self._progress = output, model, progress
+
+@dataclass(frozen=True, slots=True)
+class MadeLine:
+    """The line of a row, and the tokens that it took."""
+
+    row: OutputRow
+    tokens: int = 0  # generated
+    prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens whose KV was cached
+
+
+@dataclass(frozen=True, slots=True)
+class LineForm:
+    """What all lines of a job share. A line depends on it, the row, the model and the options, on nothing else."""
+
+    created: int  # when the job began, seconds since the epoch
+    model: str  # its name
+
+    def line_of(self, tokenizer: Tokenizer, one: PreparedRequest, outcome: Outcome) -> MadeLine:
+        """The line of an answer."""
+        if isinstance(outcome, PromptError | NumericError):
+            return MadeLine(_error_row(one.id, Refusal.of(outcome)))
+        return MadeLine(
+            self._answer_row(tokenizer, one, outcome),
+            sum(len(result.token_ids) for result in outcome),
+            len(one.tokens) * len(outcome),
+            sum(result.stats.num_cached_tokens for result in outcome),
+        )
+
+    def _answer_row(self, tokenizer: Tokenizer, one: PreparedRequest, results: Sequence[Result]) -> OutputRow:
+        digest = digest_of(one.id)
+        choices = [
+            Generated(made.text, len(one.tokens), len(made.token_ids), made.finish_reason, made.logprobs)
+            for made in results
+        ]
+        label = Label(digest, self.created, one.request.model or self.model)
+        body = answer_body(one.request, choices, label, tokenizer)
+        return _output_row(one.id, {"status_code": 200, "request_id": f"req_{digest}", "body": body}, None)
+
+
+class BatchWriter:
+    """Writes lines to the output; mutable: lines wait while a sync runs."""
+
+    def __init__(self, output: Output | PipeOutput, progress: BatchProgress) -> None:
+        self._output, self._progress = output, progress
         self._waiting: list[OutputRow] = []  # complete lines that no write has taken yet
         self._turn = asyncio.Lock()  # held during a write and its sync
 
@@ -42,14 +96,10 @@ class BatchWriter:
             self._output.append(rows)
             self._progress.refuse(len(rows))
 
-    async def keep(self, tokenizer: Tokenizer, one: PreparedRequest, outcome: Outcome) -> None:
-        """Write an answer; returns when it is synced. Raises WriteError."""
-        if isinstance(outcome, PromptError | NumericError):
-            row = _error_row(one.id, Refusal.of(outcome))
-        else:
-            row = self._answer_row(tokenizer, one, outcome)
-            for result in outcome:
-                self._progress.count(len(result.token_ids), len(one.tokens), result.stats.num_cached_tokens)
+    async def keep(self, made: MadeLine) -> None:
+        """Write a line; returns when it is synced. Raises WriteError."""
+        self._progress.count(made.tokens, made.prompt_tokens, made.num_cached_tokens)
+        row = made.row
         self._waiting.append(row)
         async with self._turn:
             if row in self._waiting:  # otherwise the previous holder of the lock has written it
@@ -65,17 +115,6 @@ class BatchWriter:
     def _commit(self, rows: list[OutputRow]) -> None:
         self._output.append(rows)
         self._progress.keep(len(rows), sum(row.failed for row in rows))
-
-    def _answer_row(self, tokenizer: Tokenizer, one: PreparedRequest, results: Sequence[Result]) -> OutputRow:
-        """The line of an answer. It depends only on the row, the model and the options."""
-        digest = digest_of(one.id)
-        choices = [
-            Generated(made.text, len(one.tokens), len(made.token_ids), made.finish_reason, made.logprobs)
-            for made in results
-        ]
-        label = Label(digest, self._output.created, one.request.model or self._model)
-        body = answer_body(one.request, choices, label, tokenizer)
-        return _output_row(one.id, {"status_code": 200, "request_id": f"req_{digest}", "body": body}, None)
 
 
 def _error_row(row_id: RowId, refusal: Refusal) -> OutputRow:

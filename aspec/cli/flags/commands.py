@@ -19,7 +19,7 @@ from aspec.cli.flags.groups import (
     SamplingFlags,
     SystemFlags,
 )
-from aspec.cli.flags.options import MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option
+from aspec.cli.flags.options import MODELS, OUTPUT, PLACE, SAMPLING, count_or_auto, option, pool_of_workers
 from aspec.errors import UserError, reason_of
 from aspec.generation.grammar.grammar import Grammar
 from aspec.options import EngineOptions
@@ -223,6 +223,19 @@ class BatchFlags(RowFlags, EngineFlags, EndFlags, SamplingFlags, DebugFlags, Das
         bool,
         option(OUTPUT, "Refuse the whole file if a row cannot be served. Default: such rows get an error.", "--strict"),
     ] = False
+    workers: Annotated[
+        str | None,
+        option(
+            PLACE,
+            "Spread the rows over engines in processes of their own: N of this machine, which share its memory, cores "
+            "and cards; or one per node or card of a Ray cluster (extra ray): auto for the cluster that this machine "
+            "belongs to, or its address. Each plans for itself; sizes that you give hold for each. If a worker dies, "
+            "others take its rows.",
+            "--workers",
+            parser=pool_of_workers,
+            metavar="N|auto|ray://HOST:PORT",
+        ),
+    ] = None
     quiet: Annotated[bool, option(OUTPUT, "Print no progress and no summary.", "--quiet", "-q")] = False
     max_new_tokens: Annotated[
         int | None,

@@ -48,6 +48,16 @@ def count_or_auto(text: str) -> int:
     raise typer.BadParameter(f"expected auto or a whole number of at least 0, found {text!r}")
 
 
+def pool_of_workers(text: str) -> str:
+    """Check a number of processes, ``auto`` or the address of a Ray cluster. Raises typer.BadParameter."""
+    if text == "auto" or text.startswith("ray://") or (text.isascii() and text.isdigit() and int(text) > 0):
+        return text
+    raise typer.BadParameter(
+        f"expected a number of processes of at least 1, auto for the Ray cluster of this machine, or ray://HOST:10001, "
+        f"found {text!r}"
+    )
+
+
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 """What stands for a value in the help, where an option names nothing better."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from aspec.cli.flags.commands import TraceFlags
+from aspec.cli.flags.commands import BatchFlags, TraceFlags
 from aspec.cli.flags.groups import MachineFlags, ModelFlags, SamplingFlags
 from aspec.cli.flags.planning import PlanFlags, PrepareFlags
 from aspec.cli.flags.serving import ServeFlags
@@ -27,6 +27,8 @@ def find_mistakes(flags: MachineFlags | PrepareFlags) -> None:
         return
     if isinstance(flags, ServeFlags):
         find_server()
+    if isinstance(flags, BatchFlags) and flags.workers is not None and not flags.workers.isdigit():
+        find_ray()
     options = flags.options()
     if isinstance(flags, SamplingFlags):
         SamplingParams(**{name: value for name, value in flags.sampling().items() if value is not None})
@@ -47,6 +49,16 @@ def find_server() -> None:
         raise UserError(
             f"aspec serve needs {' and '.join(missing)}: expected the extra serve, found none. Install "
             f"them: pip install 'aspec[serve]'"
+        )
+
+
+def find_ray() -> None:
+    """Raise UserError if Ray is missing."""
+    if find_spec("ray") is None:
+        raise UserError(
+            "--workers with a Ray cluster needs Ray: expected the extra ray, found none. Install it here and on every "
+            "node: pip install 'aspec[ray]'. Processes of this machine alone need no Ray: give their number, such as "
+            "--workers 2."
         )
 
 

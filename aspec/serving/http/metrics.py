@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from aspec.generation.stats import RequestStats
 from aspec.plan import Plan
+from aspec.serving.http.lag import LoopLag
 from aspec.tasks.task import Span
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -25,6 +26,7 @@ class Metrics:
     decoded_tokens: int = 0  # of these rows
     streamed_bytes: int = 0
     link_rate: float | None = None  # bytes per second that the link gave when it was measured
+    lag: LoopLag = field(default_factory=LoopLag)
     _last_pass: int = -1
     _spans: deque[tuple[float, int, int]] = field(default_factory=deque)  # (end, tokens, bytes) of the window
 
@@ -84,6 +86,10 @@ def exposition(metrics: Metrics, present: Present, now_s: float) -> str:
     codes = sorted(metrics.requests.items())
     labelled = ((f'{{path="{path}",status="{status}"}}', float(count)) for (path, status), count in codes)
     add("requests_total", "counter", "Requests by path and status; 499: the client left.", labelled)
+    lag = metrics.lag
+    sums = [("_sum", lag.sum_s), ("_count", float(lag.count))]
+    lateness = [*((f"_bucket{label}", count) for label, count in lag.buckets()), *sums]
+    add("loop_lag_seconds", "histogram", "Lateness of the event loop, which every client sees.", lateness)
     for name, kind, help, value in _figures(metrics, present, now_s):
         add(name, kind, help, [("", value)])
     return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""How do the rows of a batch spread over several engines?"""

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from aspec.io.memory import allocate, discard
 from aspec.models.exact import known_recipes, panels, products, row_probe, widening_probe
-from aspec.models.exact.products import ExactProducts, ExactStep, LayerModes, route
 from aspec.models.exact.panels import in_panels, panel_outputs, widened
+from aspec.models.exact.products import ExactProducts, ExactStep, LayerModes, route
 from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, Widening, candidates, cost
 from aspec.models.exact.row_probe import ProductKind, probe, prove
 from aspec.models.weights.parts import as_tensor
@@ -141,8 +141,9 @@ def test_a_proof_is_kept_and_read_again(monkeypatch, tmp_path):
     assert known_recipes.recipe_for(kind) == found
 
 
-BAD = ([0, [1, 4, [], []]], [2, [4, 3, [], []]], [2, 4], None, 7, {}, [], [0, 4, [], []], [4, 3, [], []], [1, 4, [3], []], [1, 4, [8, 16], []], [1, 4, ["9"], []])
+BAD = (None, 7, {}, [], [0, 4, [], []], [4, 3, [], []], [1, 4, [3], []], [1, 4, [8, 16], []], [1, 4, ["9"], []])
 BAD += ([1, 4, [], [1]], [1, 4, [], [1, 1, [1, 4, [], []]]], [1, 4, [], [1, True, [0, 4, [], []]]])
+BAD += ([0, [1, 4, [], []]], [2, [4, 3, [], []]], [2, 4])  # widened
 
 
 @pytest.mark.parametrize("entry", BAD, ids=str)

@@ -40,11 +40,11 @@ POLICY = (
 TORCH_FREE = ("tasks", "observe", "serving")  # folders
 THREADS = ("io", "backends", "observe.ticker", "cli.front.stuck_main")  # that hold threads
 ASK_FOR_THREADS = (
+    "models.exact.panels",
     "models.exact.products",
     "models.experts.pause",
     "models.frame",
     "planning.virtual_time",
-    "models.exact.panels",
 )  # that only ask which thread they are on
 MOST_FILES = 14
 

@@ -326,6 +326,15 @@ class EngineFlags(MachineFlags):
             metavar="NAME",
         ),
     ] = "auto"
+    prefetch_experts: Annotated[
+        bool,
+        option(
+            PLACE,
+            "With experts on demand: while nothing else is read, read again what a layer chose in the last pass and no "
+            "longer has, before its router chooses. The tokens are the same; the summary says how many were used.",
+            "--prefetch-experts/--no-prefetch-experts",
+        ),
+    ] = True
     exact: Annotated[
         bool | None,
         option(

@@ -66,6 +66,8 @@ class ExpertPrices:
         """Learn from a finished ROUTE, or from an expert that arrived; other tasks tell nothing."""
         task = span.task
         if isinstance(task.payload, ExpertLoad):
+            if task.payload.guessed:
+                return  # nobody waits for it
             busy_s = span.stop_s - max(span.start_s, self._free_s)  # reads in flight overlap
             self._free_s = max(self._free_s, span.stop_s)
             arrived = task.nbytes * (task.payload.slot is not None)  # by way of host memory, or from there

@@ -229,7 +229,7 @@ def _expert_flows(timeline: Timeline) -> dict[int, str]:
         if s.lane in LINKS and EXPERT.search(s.name):
             loads[s.layer].append(s)
     ends = {(s.round, s.layer): s for s in reversed(timeline.slices) if s.name == Op.COMBINE.label(s.layer, None)}
-    flows = {}
+    flows: dict[int, str] = {}
     routes = {(s.round, s.layer): s for s in timeline.slices if s.name == Op.ROUTE.label(s.layer, None)}
     for key, route in routes.items():
         if (end := ends.get(key)) is not None:

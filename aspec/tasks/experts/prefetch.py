@@ -3,6 +3,9 @@
 A guess costs nothing that is needed. It is read only while no other load is under way, few at a time and behind every
 other read; it passes through a slot that serves all layers, so it pushes no expert out of a cache; any expert that is
 chosen may take its slot. When the route is known, a chosen guess is where it is wanted, and the others are forgotten.
+Only a wrong guess that is still being read then makes others wait. If a share h of guesses is chosen, and f of their
+reading is over when the route is known, a guess gains f of a read where it is right and loses 1 - f where it is wrong:
+h f - (1 - h) (1 - f) > 0 where h + f > 1. Both are learned, and guesses pause where they lose.
 Pure policy: numbers of layers, experts and slots only.
 """
 
@@ -13,6 +16,11 @@ from dataclasses import dataclass
 LAST = 1 << 40  # priority of guesses: behind demand, and behind the weight stream
 IN_FLIGHT = 2  # guesses: a router's choice waits for no more than these
 AHEAD = 4  # layers from the next route on
+LEAST_WORTH = 1.1  # of h + f: a little more than 1, because bytes read in vain take the memory's time, too
+FIRST_WORTH = 1.5  # before any guess was settled
+MEMORY = 0.98  # factor on earlier guesses, at each: about the last fifty count
+PRIOR = 4.0  # guesses: the weight of FIRST_WORTH
+TRY_EVERY = 64  # times that a guess could be made, while they pause
 
 
 @dataclass(slots=True)
@@ -63,11 +71,20 @@ class Guesses:
         self._previous: dict[int, tuple[int, ...]] = {}  # by layer: what its last pass chose, the most wanted first
         self._guesses: dict[tuple[int, int], Guess] = {}  # by layer and expert
         self._in_flight: dict[int, int] = {}  # task id -> slot
+        self._worth, self._settled = PRIOR * FIRST_WORTH, PRIOR  # decayed sums: of chosen and of landed ones; of all
+        self._paused = 0  # guesses that were not made since the last one
 
     @property
     def room(self) -> int:
         """Guesses that may be read now, beside those in flight."""
         return IN_FLIGHT - len(self._in_flight)
+
+    def pays(self) -> bool:
+        """Whether guesses gain more than they lose; if not, a rare one keeps the estimate current. Call it for each."""
+        self._paused += 1
+        if self._worth > LEAST_WORTH * self._settled or self._paused >= TRY_EVERY:
+            self._paused = 0
+        return not self._paused
 
     @property
     def coming(self) -> Collection[int]:
@@ -107,5 +124,9 @@ class Guesses:
         self._previous[layer] = tuple(chosen)
         own = {expert: guess for (at, expert), guess in self._guesses.items() if at == layer}
         self._guesses = {key: guess for key, guess in self._guesses.items() if key[0] != layer}
-        found = ((expert, own[expert]) for expert in self._previous[layer] if expert in own)
-        return {expert: guess for expert, guess in found if contents[guess.slot] == guess.content}
+        own = {expert: guess for expert, guess in own.items() if contents[guess.slot] == guess.content}
+        found = {expert: own[expert] for expert in self._previous[layer] if expert in own}
+        for expert, guess in own.items():
+            self._worth = MEMORY * self._worth + guess.landed + (expert in found)
+            self._settled = MEMORY * self._settled + 1.0
+        return found

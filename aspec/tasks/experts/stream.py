@@ -11,7 +11,7 @@ Pure policy: no torch, no asyncio, no clock.
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 
 from aspec.expert_plan import ExpertPlan
 from aspec.tasks.experts.cache import Placement
@@ -125,7 +125,8 @@ class ExpertStream:
         room = min(self._guesses.room, self._most_guesses - len(live))
         if room <= 0:
             return
-        for at, expert in islice(self._guesses.candidates(layer, self._slots.held), room):
+        candidates = self._guesses.candidates(layer, self._slots.held)
+        for at, expert in takewhile(lambda _: self._guesses.pays(), islice(candidates, room)):
             slot = self._slots.pass_through(live)
             live.add(slot)
             found = None if self._host is None else self._host.held_slot(at, expert)

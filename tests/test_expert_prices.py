@@ -124,3 +124,17 @@ def test_reading_ahead_of_routes_gains_where_the_disk_rests_and_ends_where_other
         for prefetch in (True, False)
     )
     assert ahead > least * without
+
+
+def test_reading_beside_computing_costs_what_was_waited_for_it():
+    own = prices(num_experts=(64,))
+    for number in range(12):
+        own.observe(read(number, number + 0.5))
+        own.begin_round(8, 0.1)
+    some = own.seconds(8)
+    assert some == pytest.approx(0.2 * own.missing_bytes(8) / (4 * MB), rel=0.1)
+    for number in range(12, 24):
+        own.observe(read(number, number + 0.5))
+        own.begin_round(1, 3.0)
+    assert own.seconds(1) == pytest.approx(own.missing_bytes(1) / (4 * MB), rel=0.1), "never more than the reading"
+    assert own.seconds(8) < 1.2 * some, "passes of other sizes wait in another way"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 LAST = 1 << 40  # priority of guesses: behind demand, and behind the weight stream
 IN_FLIGHT = 2  # guesses: a router's choice waits for no more than these
 AHEAD = 4  # layers from the next route on
-LEAST_WORTH = 1.1  # of h + f: a little more than 1, because bytes read in vain take the memory's time, too
+LEAST_WORTH = 1.3  # of h + f: more than 1, because bytes read in vain take the time of memory and loop, too
 FIRST_WORTH = 1.5  # before any guess was settled
 MEMORY = 0.98  # factor on earlier guesses, at each: about the last fifty count
 PRIOR = 4.0  # guesses: the weight of FIRST_WORTH

@@ -121,6 +121,7 @@ class Model:
         self._tensors = choose_factors(self._tensors, self._linears, self.device, self.dtype, packed_products)
         self._binder = Binder(self._frame, self._layers_model, self._layers, self._linears)
         self._experts: ExpertRunner | None = None  # None: experts are weights of their layers
+        self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}  # by most bytes and alignment
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
@@ -178,8 +179,12 @@ class Model:
 
         ``on_demand``: the layers whose experts are in no part.
         """
-        tensors = self._tensors if on_demand is None else on_demand.without_experts(self._tensors)
-        return plan_parts(tensors, self._layers_name, max_part_bytes, alignment)
+        if on_demand is not None:
+            return plan_parts(on_demand.without_experts(self._tensors), self._layers_name, max_part_bytes, alignment)
+        key = max_part_bytes, alignment
+        if key not in self._parts:  # thousands of experts take seconds
+            self._parts[key] = plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
+        return self._parts[key]
 
     def routed(self, alignment: int = 1) -> RoutedLayers:
         """The layers whose experts can be read one by one, to multiples of ``alignment`` bytes in a device's buffer."""

@@ -328,12 +328,7 @@ class EngineFlags(MachineFlags):
     ] = "auto"
     prefetch_experts: Annotated[
         bool,
-        option(
-            PLACE,
-            "With experts on demand: while nothing else is read, read again what a layer chose in the last pass and no "
-            "longer has, before its router chooses. The tokens are the same; the summary says how many were used.",
-            "--prefetch-experts/--no-prefetch-experts",
-        ),
+        option(PLACE, "Read likely experts early while the disk rests.", "--prefetch-experts/--no-prefetch-experts"),
     ] = True
     exact: Annotated[
         bool | None,

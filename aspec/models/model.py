@@ -121,7 +121,6 @@ class Model:
         self._tensors = choose_factors(self._tensors, self._linears, self.device, self.dtype, packed_products)
         self._binder = Binder(self._frame, self._layers_model, self._layers, self._linears)
         self._experts: ExpertRunner | None = None  # None: experts are weights of their layers
-        self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}  # by most bytes and alignment
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
@@ -185,6 +184,11 @@ class Model:
         if key not in self._parts:  # thousands of experts take seconds
             self._parts[key] = plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
         return self._parts[key]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], tuple[Part, ...]]:
+        """The parts with whole layers, by most bytes and alignment, as far as they were asked for."""
+        return {}
 
     def routed(self, alignment: int = 1) -> RoutedLayers:
         """The layers whose experts can be read one by one, to multiples of ``alignment`` bytes in a device's buffer."""

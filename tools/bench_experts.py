@@ -100,7 +100,7 @@ def contenders(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {AUTO: {}, OFF: {"speculation": "off"}}
     rows |= {f"chain {n}": {"speculation": "chain", "num_draft_tokens": n} for n in options.chains}
     rows |= {f"tree {n}": {"speculation": "tree", "num_draft_tokens": n} for n in options.trees}
-    rows |= {f"{name}, no prefetch": {"prefetch_experts": False, **rows[name]} for name in (AUTO, OFF)}
+    rows |= {f"{name}, prefetch": {"prefetch_experts": True, **rows[name]} for name in (AUTO, OFF)}
     rows = {name: {"experts": "on-demand", **row} for name, row in rows.items()}
     return rows | {WHOLE: {"experts": "whole", "speculation": "off"}, "whole layers, auto": {"experts": "whole"}}
 

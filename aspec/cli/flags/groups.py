@@ -329,7 +329,7 @@ class EngineFlags(MachineFlags):
     prefetch_experts: Annotated[
         bool,
         option(PLACE, "Read likely experts early while the disk rests.", "--prefetch-experts/--no-prefetch-experts"),
-    ] = True
+    ] = False
     exact: Annotated[
         bool | None,
         option(

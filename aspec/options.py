@@ -57,6 +57,7 @@ class EngineOptions:
     draft_ahead: bool = True  # trees grow for the next round while the target verifies them
     attention: str = "auto"  # auto, device, or cpu: in parallel with the other layer work, on two halves of the rows
     experts: str = "auto"  # auto, on-demand: read when a router has chosen them, or whole: with their layer
+    prefetch_experts: bool = False  # on demand, those of a layer's last pass are read again while the disk rests
     exact: bool | None = None  # the same bits for every draft, batch and plan; None: on where this was proved
     products: str = "auto"  # with 4-bit weights of the target: packed, decoded; auto: packed if stored for it
     shared_noise: bool = True  # the draft ranks with the noise of the target's draws; False: by probability alone
@@ -191,7 +192,7 @@ CONVERTED: dict[str, Callable[[str, object], object]] = {
     "dtype": _dtype,
     **dict.fromkeys(LEAST, _count),
     **dict.fromkeys(("device_memory", "process_memory", "host_memory", "resident_memory"), _size),
-    **dict.fromkeys(("draft_ahead", "exact", "shared_noise", "reuse_prefix"), _flag),
+    **dict.fromkeys(("draft_ahead", "prefetch_experts", "exact", "shared_noise", "reuse_prefix"), _flag),
     "link_rate": _rate,
 }
 ELSEWHERE = {  # what neighbours call it

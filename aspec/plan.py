@@ -106,6 +106,7 @@ class PlanRequest:
     scratch_buffers: int = SCRATCH_BUFFERS  # most of them; fewer where they do not fit
     keep_packed: bool = False  # resident parts stay as they are stored, where that is possible
     on_demand: bool = False  # experts are read when a router has chosen them; otherwise with their layer
+    prefetch_experts: bool = True  # those of a layer's previous pass are read before its route, while the disk rests
     host_bytes: int | None = field(default=None, compare=False)  # host budget; None: the device is the host
 
     @property

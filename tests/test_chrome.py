@@ -12,7 +12,7 @@ from aspec.observe.timeline import Round, Slice, Timeline
 from aspec.observe.trace_reading import read_trace
 from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import measured_profile, simulate
-from tests.simulate import make_plan
+from tests.simulate import make_plan, with_experts
 from tests.trace_rules import check_trace, load
 
 HOST = SimCosts(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
@@ -180,3 +180,28 @@ def test_a_million_tasks_would_stay_under_150_mb(tmp_path):
     assert len(tasks) == len(far)
     marks = sum(map(len, lines)) - sum(map(len, tasks))
     assert sum(map(len, tasks)) / len(tasks) * 1e6 + marks < 150e6
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_flow_leads_from_a_router_by_the_reads_of_its_experts_to_the_end_of_the_layer(tmp_path, device):
+    plan = make_plan(num_rows=2, num_slots=5, num_staging=device)
+    plan = with_experts(plan, cached=1, passing=4, host=(2, 4) if device else None)
+    recorder = Recorder()
+    simulate(plan, DEVICE if device else HOST, ((20, 40), (5, 12)), [recorder])
+    timeline = recorder.timeline({"slots": plan.num_slots, "bytes_per_pass": plan.streamed_bytes})
+    write_trace(tmp_path / "trace.json", {"aspec": timeline})
+    data = load(tmp_path / "trace.json")
+    check_trace(data)
+    flows = {}
+    for event in data["traceEvents"]:
+        if "bind_id" in event:
+            flows.setdefault(event["bind_id"], []).append(event["name"])
+    routed = [names for names in flows.values() if names[0].endswith("attention and router")]
+    assert len(routed) > 20
+    for first, *loads, last in routed:
+        layer = first.split()[0]
+        assert last == f"{layer} last experts and rest"
+        assert loads
+        assert all(f"{layer} expert " in name for name in loads)
+    free = [event["args"]["value"] for event in data["traceEvents"] if event["name"] == "free slots"]
+    assert min(free) >= 0, "an expert takes no slot of the weight stream"

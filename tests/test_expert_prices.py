@@ -77,7 +77,7 @@ def test_prompts_count_for_frequencies_only():
     assert own.routing.expected_union(0, 8) < 10.0
 
 
-def tokens_per_s(cached, kind, fixed, acceptance=0.8, disk=1e9, new_tokens=240):
+def tokens_per_s(cached, kind, fixed, acceptance=0.8, disk=1e9, new_tokens=240, **changes):
     plan = make_plan(
         num_layers=4,
         parts_per_layer=1,
@@ -88,6 +88,7 @@ def tokens_per_s(cached, kind, fixed, acceptance=0.8, disk=1e9, new_tokens=240):
         speculation=kind,
         max_draft_tokens=0 if fixed == 0 else 64 if kind is Speculation.TREE else 24,
         fixed_draft_tokens=fixed,
+        **changes,
     )
     plan = with_experts(plan, cached, 8, 64, 4, nbytes=2 * MB)
     meter = ThroughputMeter(1, new_tokens)
@@ -114,3 +115,26 @@ def test_speculation_ends_where_the_experts_of_proposals_cost_more_than_they_bri
     chosen, per_pass = tokens_per_s(0, Speculation.CHAIN, None, acceptance=0.3, disk=2e8)
     assert chosen > 0.9 * plain > 1.1 * tokens_per_s(0, Speculation.CHAIN, 4, acceptance=0.3, disk=2e8)[0]
     assert per_pass < 1.3
+
+
+@pytest.mark.parametrize(("disk", "least"), [(2e9, 1.15), (5e8, 0.99)])
+def test_reading_ahead_of_routes_gains_where_the_disk_rests_and_ends_where_others_wait_for_it(disk, least):
+    ahead, without = (
+        tokens_per_s(0, Speculation.CHAIN, 0, disk=disk, new_tokens=60, prefetch_experts=prefetch)[0]
+        for prefetch in (True, False)
+    )
+    assert ahead > least * without
+
+
+def test_reading_beside_computing_costs_what_was_waited_for_it():
+    own = prices(num_experts=(64,))
+    for number in range(12):
+        own.observe(read(number, number + 0.5))
+        own.begin_round(8, 0.1)
+    some = own.seconds(8)
+    assert some == pytest.approx(0.2 * own.missing_bytes(8) / (4 * MB), rel=0.1)
+    for number in range(12, 24):
+        own.observe(read(number, number + 0.5))
+        own.begin_round(1, 3.0)
+    assert own.seconds(1) == pytest.approx(own.missing_bytes(1) / (4 * MB), rel=0.1), "never more than the reading"
+    assert own.seconds(8) < 1.2 * some, "passes of other sizes wait in another way"

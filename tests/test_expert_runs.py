@@ -323,19 +323,26 @@ def test_greedy_equals_transformers(family, tmp_path):
 
 async def test_statistics_say_how_many_experts_were_in_memory(mixtral):
     last = {}
-    for memory in (0, None):
+    for memory, prefetch in ((0, False), (0, True), (None, True)):
         options = {"max_context": 96, "device_memory": 32 << 20, "threads": 1, "resident_memory": memory}
+        options["prefetch_experts"] = prefetch
         async with open_engine(target=mixtral.target, experts="on-demand", speculation="off", **options) as engine:
             async for piece in engine.stream(PROMPTS[0], params(0)):
-                last[memory] = piece.stats
+                last[memory, prefetch] = piece.stats
             assert await engine.probe_link_rate(0.01) > 0
-    none, every = last[0], last[None]
+    none, guessed, every = last.values()
     assert none.expert_hit_rate == 0.0
-    assert none.experts_chosen == every.experts_chosen == none.experts_loaded
+    assert none.experts.chosen == every.experts.chosen == none.experts_loaded
     assert every.experts_loaded == 4 * 4, "each expert of each layer once"
-    assert every.expert_hit_rate == 1 - 16 / every.experts_chosen
+    assert every.expert_hit_rate == 1 - 16 / every.experts.chosen
     assert none.bytes_per_pass > every.bytes_per_pass
     assert none.as_dict(1e9, 0)["ceiling_tokens_per_s"] > 0
+    assert (none.prefetch_hit_rate, every.experts.guessed) == (None, 0), "what stays needs no guess"
+    assert guessed.experts.chosen == none.experts.chosen == guessed.experts_loaded + guessed.experts.used
+    said = guessed.as_dict(None, 0)
+    assert 0 < said["prefetch_hit_rate"] <= 1
+    unused = said["experts_prefetched"] - guessed.experts.used
+    assert said["prefetch_wasted_bytes"] == unused * 36864, "up, gate and down of one expert"
 
 
 # -- errors ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from aspec.tasks.experts.cache import ExpertCache
 from aspec.tasks.op import Op
 from aspec.tasks.races import find_races
 from aspec.tasks.task import NOTHING
-from tests.simulate import make_plan, simulate, trace_hash, with_experts
+from tests.simulate import asking, make_plan, simulate, trace_hash, with_experts
 
 # -- the cache of a layer ----------------------------------------------------------------------------------
 
@@ -145,3 +145,65 @@ def test_a_route_that_never_comes_back_is_an_error_that_names_it(virtual, monkey
     monkeypatch.setattr("aspec.tasks.passes.Emission.take_route", lambda *_: None)
     with pytest.raises(DeadlockError, match=r"the routes of L0 in pass 0 for 0\.0"):
         virtual(lambda: simulate(with_experts(make_plan())))
+
+
+# -- experts read before their route -------------------------------------------------------------------------
+
+
+def is_guess(span):
+    return span.task.op in (Op.LOAD_EXPERT, Op.COPY_EXPERT) and span.task.payload.guessed
+
+
+def resting(**changes):
+    """A plan whose other weights are resident, so the disk rests; its caches hold less than a pass chooses."""
+    return with_experts(make_plan(**{"resident": range(8), "num_slots": 0, **changes}), cached=2, passing=8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"resident": (), "num_slots": 4}], ids=["resident", "streamed"])
+def test_what_the_last_pass_chose_is_read_while_nothing_else_is(virtual, changes):
+    spans, scheduler, _ = virtual(lambda: simulate(resting(**changes), ARRIVALS))
+    guesses = [span for span in spans if is_guess(span)]
+    wanted = [span for span in spans if span.task.op.loads and not is_guess(span)]
+    counts = scheduler.expert_counts
+    assert counts.guessed == len(guesses) >= counts.used > 0
+    assert counts.wasted_bytes == (counts.guessed - counts.used) * 1_000_000
+    for guess in guesses:
+        earlier = (one for one in wanted if one.task.id < guess.task.id)
+        assert all(one.stop_s <= guess.start_s for one in earlier), "it is read beside what is needed"
+    assert find_races(spans) == []
+
+
+def test_without_prefetching_every_read_follows_a_route(virtual):
+    spans, scheduler, _ = virtual(lambda: simulate(asking(resting(), prefetch_experts=False), ARRIVALS))
+    assert not any(map(is_guess, spans))
+    assert scheduler.expert_counts.guessed == 0
+
+
+def test_a_guess_saves_a_read_and_changes_no_computed_expert(virtual):
+    def run(prefetch):
+        spans, scheduler, _ = virtual(
+            lambda: simulate(asking(resting(max_draft_tokens=0), prefetch_experts=prefetch), ARRIVALS)
+        )
+        computed = {}
+        for span in spans:
+            if span.task.op in (Op.EXPERTS, Op.COMBINE):
+                own = computed.setdefault((span.task.number, span.task.layer, span.task.item), set())
+                own |= {expert for expert, _ in span.task.payload.experts}
+        return computed, sum(span.task.op is Op.LOAD_EXPERT and not is_guess(span) for span in spans), scheduler
+
+    (with_guesses, reads, scheduler), (without, more_reads, _) = run(True), run(False)
+    assert with_guesses == without
+    assert reads == more_reads - scheduler.expert_counts.used
+
+
+@pytest.mark.parametrize("passing", [1, 2, 3, 8])
+@pytest.mark.parametrize("shape", [{}, {"num_groups": 2}, {"speculation": Speculation.TREE}], ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_guesses_race_with_nothing(virtual, shape, passing, on_device):
+    plan = make_plan(resident=range(8), num_slots=0, num_staging=on_device, **shape)
+    plan = with_experts(plan, cached=1, passing=passing, host=(4, passing) if on_device else None)
+    options = {"resources": DEVICE_RESOURCES} if on_device else {}
+    spans, scheduler, _ = virtual(lambda: simulate(plan, ARRIVALS, **options))
+    assert find_races(spans) == []
+    assert scheduler.done
+    assert any(map(is_guess, spans)) == (passing > 1)

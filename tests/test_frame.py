@@ -15,7 +15,7 @@ from rich.console import Console
 
 from aspec.observe.frame import CELL_S, FIGURES, LABEL, STRIP_S, UNICODE, Frame, Window, frame_text
 from aspec.observe.monitor import Monitor
-from aspec.observe.snapshot import LaneView, SlotState, Snapshot
+from aspec.observe.snapshot import ExpertView, LaneView, SlotState, Snapshot
 from aspec.observe.terminal.text import tail
 from aspec.observe.timeline import DISK, DRAFT, H2D, LANES, TARGET, merge
 from aspec.planning.sim_backend import SimCosts
@@ -331,3 +331,14 @@ if __name__ == "__main__":
     for file_name, content in goldens():
         (GOLDEN / file_name).write_text(content, encoding="utf-8")
         print(content)
+
+
+def test_experts_have_a_line_of_their_own_where_there_is_room():
+    experts = ExpertView(unions=10, chosen=45, missing=9, guessed=3, read_bytes=9 << 20, tokens=9)
+    lines = frame_text(replace(watched(6.2), experts=experts), 120, 40).splitlines()
+    (line,) = [line for line in lines if line.startswith(" experts")]
+    assert line.split("experts")[1].strip() == (
+        "80% in memory · 4.5 of a layer and pass · 1.00 MiB a token · 9 read · 3 ahead of their routes"
+    )
+    narrow = frame_text(replace(watched(6.2), experts=experts), 60, 40)
+    assert "80% in memory · 4.5 of a layer and pass\n" in re.sub(" +\n", "\n", narrow)

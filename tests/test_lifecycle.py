@@ -29,6 +29,7 @@ from aspec.io.disk import DiskLane
 from aspec.io.loop.mailbox import LoopMailbox
 from aspec.io.memory import PAGE, SlotMemory, allocate, freeze
 from aspec.models.model import Model
+from aspec.tasks.experts.prefetch import ExpertCounts
 from aspec.tasks.rows import RowTable
 from aspec.tasks.task import Completion, Op, RequestAdded
 from tests import tiny
@@ -602,7 +603,7 @@ def test_a_time_limit_ends_python_code_and_nothing_else():
 class _Nobody:
     """A runner and a scheduler that have nothing to do."""
 
-    experts_chosen = 0
+    expert_counts = ExpertCounts()
 
     def take_dropped(self):
         return []

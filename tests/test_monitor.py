@@ -13,7 +13,7 @@ from aspec.observe.timeline import Stops
 from aspec.planning.sim_backend import SimCosts
 from aspec.planning.simulation import simulate
 from aspec.tasks.op import Op
-from tests.simulate import make_plan
+from tests.simulate import make_plan, with_experts
 
 COVER = SimpleNamespace(covers=True, leave="")
 PROFILE = SimCosts(disk_bytes_per_s=2e9, layer_s=2e-3, draft_s=1e-3)
@@ -53,6 +53,24 @@ def test_snapshots_add_up_to_the_run():
     assert busy.keys() == {"disk", "target", "draft"}, "the host's tasks take no time"
     reads = [span for span in spans if span.task.op is Op.READ]
     assert abs(busy["disk"] - sum(s.stop_s - s.start_s for s in reads)) < 1e-9
+
+
+def test_experts_are_counted_while_decoding():
+    plan = with_experts(make_plan(resident=range(8), num_slots=0, num_rows=1), cached=1, passing=4)
+    seen, spans = watched(plan, ((20, 40),))
+    decoding = [span for span in spans if span.task.item is not None and not span.task.item.prefill and span.routed]
+    begun_s = next(span.stop_s for span in spans if span.outcomes)
+    loads = [span.task for span in spans if span.task.op is Op.LOAD_EXPERT and span.stop_s > begun_s]
+    experts = seen[-1].experts
+    assert experts.unions == len(decoding)
+    assert experts.chosen == sum(len(span.routed) for span in decoding)
+    assert experts.missing == sum(not task.payload.guessed for task in loads) > 0
+    assert experts.guessed == sum(task.payload.guessed for task in loads) > 0
+    assert experts.read_bytes == sum(task.nbytes for task in loads)
+    assert experts.tokens == 39
+    held = 1 - experts.missing / experts.chosen
+    assert experts.facts[0] == f"{held:.0%} in memory"
+    assert watched(make_plan(num_rows=1), ((20, 4),))[0][-1].experts is None
 
 
 def test_slots_go_from_loading_to_ready_to_in_use():

@@ -5,8 +5,8 @@
 
 Each contender decodes the same held-out prompts greedily, end tokens ignored; round r starts with contender r. Printed
 are medians over the rounds: decode tokens/s, tokens and bytes read per pass and per token, the share of touched experts
-that were in the cache, and the shares of decoding in which the disk read and the target computed. The speed is at its
-ceiling where one of the two is busy all the time.
+that were in the cache, of experts read ahead that were used, and the shares of decoding in which the disk read and the
+target computed. The speed is at its ceiling where one of the two is busy all the time.
 
 The second table replays the recorded routes of decoding through caches of some shares of the experts: the cache of
 aspec, the least recently used, and Belady's optimum, which knows the future (1966; an expert that is wanted later than
@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from aspec.engine.engine import open_engine
+from aspec.engine.engine import Engine, open_engine
 from aspec.generation.params import SamplingParams
+from aspec.generation.stats import RequestStats
 from aspec.observe.timeline import lane_use
 from aspec.options import DEMO
 from aspec.tasks.experts.cache import ExpertCache
 from aspec.tasks.op import Lane, Op
-from aspec.tasks.task import Span
+from aspec.tasks.task import ExpertLoad, Span
 from aspec.units import parse_bytes, parse_rate
 
 SHARES = (0.16, 0.32, 0.48)  # of a layer's experts
@@ -47,6 +48,7 @@ class Run:
     tokens_per_pass: float
     bytes_per_token: float
     hit_rate: float  # 0 where no expert is read on demand
+    prefetch_hit_rate: float  # 0 where nothing was read ahead of its route
     disk_share: float  # of the seconds
     compute_share: float
     num_experts: int = 0  # of a layer
@@ -82,8 +84,9 @@ class Watch:
 
     @property
     def num_missing(self) -> int:
-        """Experts that had to be read."""
-        return sum(span.task.op is Op.LOAD_EXPERT for span in self._spans)
+        """Experts that had to be read when they were chosen."""
+        loads = (span.task.payload for span in self._spans if span.task.op is Op.LOAD_EXPERT)
+        return sum(isinstance(load, ExpertLoad) and not load.guessed for load in loads)
 
     def share(self, lane: Lane) -> float:
         """Share of the seconds in which a lane was busy."""
@@ -97,16 +100,30 @@ def contenders(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {AUTO: {}, OFF: {"speculation": "off"}}
     rows |= {f"chain {n}": {"speculation": "chain", "num_draft_tokens": n} for n in options.chains}
     rows |= {f"tree {n}": {"speculation": "tree", "num_draft_tokens": n} for n in options.trees}
+    rows |= {f"{name}, prefetch": {"prefetch_experts": True, **rows[name]} for name in (AUTO, OFF)}
     rows = {name: {"experts": "on-demand", **row} for name, row in rows.items()}
-    return rows | {WHOLE: {"experts": "whole", "speculation": "off"}}
+    return rows | {WHOLE: {"experts": "whole", "speculation": "off"}, "whole layers, auto": {"experts": "whole"}}
+
+
+async def generate(engine: Engine, prompts: Sequence[str], tokens: int) -> list[RequestStats]:
+    """The statistics of prompts that share their passes."""
+
+    async def one(index: int, prompt: str) -> RequestStats:
+        params = SamplingParams(tokens, temperature=0.0, seed=index, ignore_eos=True)
+        last = [piece async for piece in engine.stream(prompt, params)][-1]
+        assert last.stats is not None
+        return last.stats
+
+    return list(await asyncio.gather(*(one(*pair) for pair in enumerate(prompts))))
 
 
 async def run_once(options: argparse.Namespace, settings: dict[str, Any], prompts: list[str]) -> Run:
-    """All prompts, one after the other."""
+    """All prompts, as many together as there are rows."""
     watch = Watch()
     passes, tokens, seconds, nbytes, missing, touched = 0, 0, 0.0, 0, 0, 0
     shares: list[tuple[float, float]] = []
     routes: list[Unions] = []
+    guessed = used = 0
     async with open_engine(
         observers=[watch],
         target=options.target,
@@ -114,16 +131,15 @@ async def run_once(options: argparse.Namespace, settings: dict[str, Any], prompt
         device_memory=options.device_memory,
         link_rate=options.link_rate,
         threads=options.threads,
-        max_batch=1,
+        max_batch=options.rows,
         max_context=1024,
         **settings,
     ) as engine:
-        for index, prompt in enumerate(prompts):
-            params = SamplingParams(options.tokens, temperature=0.0, seed=index, ignore_eos=True)
-            last = [piece async for piece in engine.stream(prompt, params)][-1]
-            assert last.stats is not None
-            passes, seconds = passes + last.stats.passes, seconds + last.stats.decode_s
-            tokens += last.stats.completion_tokens - 1
+        for first in range(0, len(prompts), options.rows):
+            batch = await generate(engine, prompts[first : first + options.rows], options.tokens)
+            passes, seconds = passes + max(one.passes for one in batch), seconds + decode_seconds(batch)
+            tokens += sum(one.completion_tokens - 1 for one in batch)
+            guessed, used = guessed + batch[0].experts.guessed, used + batch[0].experts.used
             nbytes, missing = nbytes + watch.read_bytes, missing + watch.num_missing
             routes.append(watch.unions)
             touched += sum(len(union) for unions in routes[-1].values() for union in unions)
@@ -132,12 +148,22 @@ async def run_once(options: argparse.Namespace, settings: dict[str, Any], prompt
     disk, compute = (sum(own) / len(own) for own in zip(*shares, strict=True))
     hit_rate = 1.0 - missing / touched if touched else 0.0
     number = max(plan.experts.shape.num_experts) if plan.experts else 0
-    return Run(tokens / seconds, tokens / passes, nbytes / tokens, hit_rate, disk, compute, number, tuple(routes))
+    ahead = used / guessed if guessed else 0.0
+    return Run(
+        tokens / seconds, tokens / passes, nbytes / tokens, hit_rate, ahead, disk, compute, number, tuple(routes)
+    )
+
+
+def decode_seconds(batch: Sequence[RequestStats]) -> float:
+    """From the first prompt that has its first token to the last token of all."""
+    begun_s = min(one.arrived_s + one.prefill_s for one in batch)
+    return max(one.arrived_s + one.prefill_s + one.decode_s for one in batch) - begun_s
 
 
 async def measure(options: argparse.Namespace) -> dict[str, list[Run]]:
     """Every contender in every round."""
-    prompts = json.loads((DEMO / "heldout.json").read_text(encoding="utf-8"))[: options.prompts]
+    texts = json.loads((DEMO / "heldout.json").read_text(encoding="utf-8"))
+    prompts = [texts[row % len(texts)][row // len(texts) :] for row in range(options.prompts)]
     rows = contenders(options)
     names = [name for name in rows if not options.only or name in options.only]
     runs: dict[str, list[Run]] = {name: [] for name in names}
@@ -153,14 +179,15 @@ async def measure(options: argparse.Namespace) -> dict[str, list[Run]]:
 
 def print_runs(runs: dict[str, list[Run]]) -> None:
     """Medians of every contender."""
-    print("\n| | tokens/s (min-max) | tokens per pass | MB per token | hits | disk busy | target busy |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| | tokens/s (min-max) | tokens per pass | MB per token | hits | guesses used | disk busy | target busy |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, own in runs.items():
         speeds = [run.tokens_per_s for run in own]
         rest = [
             median(run.tokens_per_pass for run in own),
             median(run.bytes_per_token for run in own) / 1e6,
             median(run.hit_rate for run in own),
+            median(run.prefetch_hit_rate for run in own),
             median(run.disk_share for run in own),
             median(run.compute_share for run in own),
         ]
@@ -241,6 +268,7 @@ def main() -> None:
     parser.add_argument("--link-rate", type=parse_rate)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=1, help="prompts that are decoded together")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chains", type=int, nargs="*", default=[2, 4, 8])

@@ -37,7 +37,7 @@ from aspec.plan import Plan
 from aspec.planning.resolve import Resolved, resolve, revise
 from aspec.serving.openai_responses import finite
 from aspec.tasks.executor import Observer
-from aspec.units import format_rate
+from aspec.units import format_bytes, format_rate
 
 PROBE_S = 0.5  # seconds of a probe of the link rate
 RECENT_SPANS = 100_000  # the last spans, from which the closing line is computed
@@ -253,9 +253,13 @@ def summarise(outcome: Outcome) -> str:
         words.append(f"{more / passes:.2f} tokens {'' if alone else 'of a row '}per pass")
     if proposed:
         words.append(f"{sum(one.accepted for one in stats) / proposed:.0%} of proposals accepted")
-    if chosen := sum(one.experts_chosen for one in stats):
+    if chosen := sum(one.experts.chosen for one in stats):
         held = max(0, chosen - sum(one.experts_loaded for one in stats))
         words.append(f"{held / chosen:.0%} of the chosen experts in memory")
+    if guessed := sum(one.experts.guessed for one in stats):
+        wasted = format_bytes(max(0, sum(one.experts.wasted_bytes for one in stats)))
+        used = sum(one.experts.used for one in stats)
+        words.append(f"{used / guessed:.0%} of the {guessed} experts prefetched were used, {wasted} in vain")
     if outcome.link_rate:
         words.append(f"raw link {format_rate(outcome.link_rate)}")
     return ", ".join(words)

@@ -46,7 +46,7 @@ class Streams:
             raise self.ended
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._queues[sequence.id] = queue
-        stats.experts_before = self._scheduler.experts_chosen
+        stats.experts_before = self._scheduler.expert_counts
         self._requests[sequence.id] = stats
         self._waiting.append(sequence)
         if len(self._waiting) > 1 and sequence.id < self._waiting[-2].id:
@@ -98,10 +98,11 @@ class Streams:
     def observe(self, span: Span) -> None:
         """Turn committed tokens into pieces, and spans into statistics; runs on the loop after every task."""
         expert = isinstance(span.task.payload, ExpertLoad) and span.task.payload.slot is not None
+        guessed = isinstance(span.task.payload, ExpertLoad) and span.task.payload.guessed
         if expert or span.task.filled_slot is not None:
             for stats in self._requests.values():
                 stats.streamed_bytes += span.task.nbytes
-                stats.experts_loaded += expert
+                stats.experts_loaded += expert and not guessed
         item = span.task.item
         if item is not None and item.prefill and span.task.op.ends_layer:
             for row, start, count in zip(item.rows, item.starts, item.counts, strict=True):
@@ -115,7 +116,7 @@ class Streams:
                 continue  # its stream is closed
             request.take(outcome, span.stop_s)
             request.num_cached_tokens = sequence.num_cached_tokens
-            request.experts_chosen = self._scheduler.experts_chosen - request.experts_before
+            request.experts = self._scheduler.expert_counts - request.experts_before
             for text, tokens, logprobs, drafted in sequence.take_pieces():
                 reason = sequence.finish_reason
                 final = request.close(self._plan, span.stop_s) if reason else None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from aspec.generation.sampler import TokenLogprob
 from aspec.plan import Plan
+from aspec.tasks.experts.prefetch import NO_COUNTS, ExpertCounts
 from aspec.tasks.task import RowOutcome
 
 
@@ -37,9 +38,9 @@ class RequestStats:
     prefill_s: float = 0.0  # arrival to first token
     decode_s: float = 0.0  # first token to last
     bytes_per_pass: int = 0
-    experts_chosen: int = 0  # on demand, while the request ran: each counted once per layer and pass
-    experts_loaded: int = 0  # those of them that were not in memory
-    experts_before: int = 0  # chosen before it arrived
+    experts: ExpertCounts = NO_COUNTS  # on demand, while the request ran
+    experts_before: ExpertCounts = NO_COUNTS  # before it arrived
+    experts_loaded: int = 0  # chosen ones that were neither in memory nor on their way there
     num_prefilled: int = 0  # prompt tokens that have KV, cached ones included; on the way, of a mean layer
     _prefilled: int = 0  # likewise without the cached ones, summed over the layers
     is_closed: bool = False  # the request has ended
@@ -80,7 +81,12 @@ class RequestStats:
     @property
     def expert_hit_rate(self) -> float | None:
         """The share of the chosen experts that were in memory; None if none were read on demand."""
-        return max(0.0, 1.0 - self.experts_loaded / self.experts_chosen) if self.experts_chosen else None
+        return max(0.0, 1.0 - self.experts_loaded / self.experts.chosen) if self.experts.chosen else None
+
+    @property
+    def prefetch_hit_rate(self) -> float | None:
+        """The share of experts read before their route that were chosen then; None if none were."""
+        return self.experts.used / self.experts.guessed if self.experts.guessed else None
 
     @property
     def tokens_per_pass(self) -> float | None:
@@ -117,9 +123,12 @@ class RequestStats:
             "tokens_per_s": self.tokens_per_s,
             "streamed_bytes": self.streamed_bytes,
             "stream_bytes_per_s": self.stream_bytes_per_s,
-            "experts_chosen": self.experts_chosen,
+            "experts_chosen": self.experts.chosen,
             "experts_loaded": self.experts_loaded,
             "expert_hit_rate": self.expert_hit_rate,
+            "experts_prefetched": self.experts.guessed,
+            "prefetch_hit_rate": self.prefetch_hit_rate,
+            "prefetch_wasted_bytes": max(0, self.experts.wasted_bytes),
             "ceiling_tokens_per_s": ceiling,
             "ceiling_fraction": self.tokens_per_s / ceiling if ceiling and self.tokens_per_s else None,
             "peak_rss_bytes": peak_rss_bytes,

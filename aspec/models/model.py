@@ -178,8 +178,17 @@ class Model:
 
         ``on_demand``: the layers whose experts are in no part.
         """
-        tensors = self._tensors if on_demand is None else on_demand.without_experts(self._tensors)
-        return plan_parts(tensors, self._layers_name, max_part_bytes, alignment)
+        if on_demand is not None:
+            return plan_parts(on_demand.without_experts(self._tensors), self._layers_name, max_part_bytes, alignment)
+        key = max_part_bytes, alignment
+        if key not in self._parts:  # thousands of experts take seconds
+            self._parts[key] = plan_parts(self._tensors, self._layers_name, max_part_bytes, alignment)
+        return self._parts[key]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], tuple[Part, ...]]:
+        """The parts with whole layers, by most bytes and alignment, as far as they were asked for."""
+        return {}
 
     def routed(self, alignment: int = 1) -> RoutedLayers:
         """The layers whose experts can be read one by one, to multiples of ``alignment`` bytes in a device's buffer."""

@@ -9,8 +9,9 @@ Format", Google, 2016: X slices (``bind_id`` joins them to flows), C counters, i
 import gzip
 import heapq
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -43,6 +44,7 @@ TEXT_FACTS = ("version", "target", "draft")
 Event = tuple[int, int, str]  # microseconds, rank among events of the same time, JSON
 
 NODES, COMMIT = "nodes", "commit"  # names of what recurrent states took, inside other slices
+EXPERT = re.compile(r"L[0-9]+ expert [0-9]+$")  # names of slices that load an expert
 LOADS = tuple(op for op in Op if op.loads)  # a load's slice name begins with one of these
 
 
@@ -212,24 +214,55 @@ def _layer_loads(timeline: Timeline) -> Iterator[_LayerLoads]:
 
 def _loads(timeline: Timeline) -> list[Slice]:
     """The slices that load parts into slots."""
-    return [s for s in timeline.lane(H2D if H2D in timeline.lanes else DISK) if s.part >= 0]
+    links = timeline.lane(H2D if H2D in timeline.lanes else DISK)
+    return [s for s in links if s.part >= 0 and not EXPERT.search(s.name)]
+
+
+def _expert_flows(timeline: Timeline) -> dict[int, str]:
+    """One flow per routed layer and pass: router -> loads of its experts -> the layer's end.
+
+    Loads overlap and a flow cannot: it steps through as many as follow one another. All of them name what they came
+    ``after``.
+    """
+    loads: dict[int, list[Slice]] = defaultdict(list)
+    for s in timeline.slices:
+        if s.lane in LINKS and EXPERT.search(s.name):
+            loads[s.layer].append(s)
+    ends = {(s.round, s.layer): s for s in reversed(timeline.slices) if s.name == Op.COMBINE.label(s.layer, None)}
+    flows: dict[int, str] = {}
+    routes = {(s.round, s.layer): s for s in timeline.slices if s.name == Op.ROUTE.label(s.layer, None)}
+    for key, route in routes.items():
+        if (end := ends.get(key)) is not None:
+            chain = [route]
+            for s in sorted(loads[route.layer], key=lambda load: load.stop_s):
+                if chain[-1].stop_s <= s.start_s and s.stop_s <= end.start_s:
+                    chain.append(s)
+            flows |= dict(_chain([*chain, end], end.id)) if len(chain) > 1 else {}
+    return flows
+
+
+def _chain(slices: Sequence[Slice], flow: int) -> Iterator[tuple[int, str]]:
+    """A flow along some slices: by slice id, its JSON."""
+    for s in slices:
+        into = ',"flow_in":true' if s is not slices[0] else ""
+        out = ',"flow_out":true' if s is not slices[-1] else ""
+        yield s.id, f',"bind_id":{flow}{into}{out}'
 
 
 def _flows(timeline: Timeline, served: Iterable[_LayerLoads]) -> dict[int, str]:
-    """One flow per layer and pass, along its last load: read -> copy -> layer. By slice id, the JSON of the flow."""
+    """By slice id, the JSON of its flow: one per layer and pass, along its last load, read -> copy -> layer; where
+    experts are read on demand along these, and the rest of the layer's weights has none."""
     reads: dict[int, list[Slice]] = defaultdict(list)
     if H2D in timeline.lanes:
         for s in timeline.lane(DISK):
             reads[s.part].append(s)
-    flows = {}
+    flows = _expert_flows(timeline)
     for use in served:
+        if use.first.id in flows:
+            continue
         load = use.loads[-1]
         source = next((s for s in reversed(reads[load.part]) if s.stop_s <= load.start_s), None)
-        chain = [s for s in (source, load, use.first) if s is not None]
-        for s in chain:
-            into = ',"flow_in":true' if s is not chain[0] else ""
-            out = ',"flow_out":true' if s is not chain[-1] else ""
-            flows[s.id] = f',"bind_id":{use.first.id}{into}{out}'
+        flows |= dict(_chain([s for s in (source, load, use.first) if s is not None], use.first.id))
     return flows
 
 

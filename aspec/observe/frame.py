@@ -173,6 +173,7 @@ class Layout:
             (9, [[]] if s.slots or s.residency else []),
             (4, self.slots() if s.slots else []),
             (5, self.layers() if s.residency else []),
+            (6, [self.row("experts", [(self.joined(s.experts.facts, self.room), PLAIN)])] if s.experts else []),
             (6, [self.memory()] if s.held else []),
             (9, [[]] if any(s.accepted) else []),
             (7, self.accepted() if any(s.accepted) else []),

@@ -6,11 +6,13 @@ call takes microseconds; the dashboard computes the figures.
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
-from aspec.observe.snapshot import LaneView, SlotState, Snapshot
+from aspec.observe.snapshot import ExpertView, LaneView, SlotState, Snapshot
 from aspec.observe.timeline import CPU, LANES, LINKS, Stops
 from aspec.plan import Plan, Tier
-from aspec.tasks.task import Decoding, Load, Span, Task
+from aspec.tasks.op import Op
+from aspec.tasks.task import Decoding, ExpertLoad, Load, Span, Task
 from aspec.units import format_bytes, format_part
 
 WINDOW_S = 20.0  # work that ended earlier is dropped
@@ -40,6 +42,8 @@ class Monitor:
         self._num_layers = 0
         self._prefilled = 0  # layers times tokens of prompts
         self._residency: tuple[float, ...] = ()
+        self._experts = ExpertView()
+        self._union: tuple[tuple[int, int | None], set[int]] = ((-1, None), set())  # of the latest pass and layer
         self._accepted: list[int] = []
         self._rounds: deque[tuple[float, int]] = deque(maxlen=RATE_ROUNDS)  # (end, tokens)
         self._num_rounds = self._tokens = self._first_tokens = 0
@@ -95,8 +99,30 @@ class Monitor:
         if task.op.ends_layer and self._stage == "prefill" and task.item is not None:
             self._prefilled += task.item.num_tokens
             self._done = self._prefilled // self._num_layers
+        if span.routed or isinstance(task.payload, ExpertLoad):
+            self._add_experts(span)
         if span.outcomes:
             self._add_outcomes(span, stop_s)
+
+    def _add_experts(self, span: Span) -> None:
+        """Count a route, or an expert that was read."""
+        task, seen = span.task, self._experts
+        if isinstance(task.payload, ExpertLoad):
+            arrived, guessed = task.payload.slot is not None, task.payload.guessed
+            self._experts = replace(
+                seen,
+                missing=seen.missing + (arrived and not guessed),
+                guessed=seen.guessed + (arrived and guessed),
+                read_bytes=seen.read_bytes + task.nbytes * (task.op is Op.LOAD_EXPERT),
+            )
+            return
+        begun = self._union[0] != (task.number, task.layer)
+        if begun:
+            self._union = (task.number, task.layer), set()
+        union = self._union[1]
+        before = len(union)
+        union.update(expert for expert, _ in span.routed)
+        self._experts = replace(seen, unions=seen.unions + begun, chosen=seen.chosen + len(union) - before)
 
     def _show_lane(self, lane: str, now_s: float, seconds: float) -> None:
         self._cpu_s += seconds if lane == CPU else 0.0
@@ -126,6 +152,7 @@ class Monitor:
             ),
             slots=tuple(self._slots[slot] for slot in sorted(self._slots)),
             residency=self._residency,
+            experts=self._experts if self._experts.chosen else None,
             accepted=tuple(self._accepted),
             tokens=self._tokens,
             rounds=self._num_rounds,
@@ -154,12 +181,14 @@ class Monitor:
         if self._stage == "prefill":
             self._enter_stage("decode", self._wanted)
             self._stage_from_s = stop_s
+            self._experts = ExpertView(tokens=-sum(outcome.num_new for outcome in span.outcomes))
+        new = sum(outcome.num_new for outcome in span.outcomes)
+        self._experts = replace(self._experts, tokens=self._experts.tokens + new)
         for outcome in span.outcomes:
             self._tokens += outcome.num_new
             if outcome.num_proposed:
                 self._accepted += [0] * (outcome.num_accepted + 1 - len(self._accepted))
                 self._accepted[outcome.num_accepted] += 1
-        new = sum(outcome.num_new for outcome in span.outcomes)
         if span.task.number == self._last_round and self._rounds:
             new += self._rounds.pop()[1]
         else:

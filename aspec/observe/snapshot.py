@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from aspec.observe.timeline import Interval
+from aspec.units import format_bytes
 
 MEASURING = "measuring this machine, once"
 """What a viewer reads in the stage ``options.MEASURE``."""
@@ -32,6 +33,26 @@ class LaneView:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertView:
+    """What became of experts that are read on demand; while decoding, the prompts do not count."""
+
+    unions: int = 0  # layers of passes, all items together
+    chosen: int = 0  # experts that these touched
+    missing: int = 0  # that had to be read when they were chosen
+    guessed: int = 0  # read before they were chosen
+    read_bytes: int = 0  # from the disk
+    tokens: int = 0  # made meanwhile
+
+    @property
+    def facts(self) -> list[str]:
+        """In words, the most important first."""
+        held = max(0.0, 1.0 - self.missing / self.chosen)
+        words = [f"{held:.0%} in memory", f"{self.chosen / self.unions:.1f} of a layer and pass"]
+        words += [f"{format_bytes(self.read_bytes // self.tokens)} a token"] if self.tokens else []
+        return [*words, f"{self.missing} read"] + ([f"{self.guessed} ahead of their routes"] if self.guessed else [])
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state of a run at ``now_s``, seconds on the backend's clock."""
 
@@ -43,6 +64,7 @@ class Snapshot:
     lanes: tuple[LaneView, ...] = ()
     slots: tuple[tuple[SlotState, int], ...] = ()  # [slot]: (state, layer); layer -1 while free
     residency: tuple[float, ...] = ()  # [layer]: the share of its bytes that stays on the device
+    experts: ExpertView | None = None  # None: none was chosen
     accepted: tuple[int, ...] = ()  # [n]: number of times that a row accepted n proposals in a round
     tokens: int = 0  # generated so far, all rows
     rounds: int = 0

@@ -187,6 +187,7 @@ def request_for(models: Models) -> PlanRequest:
         exact=resolved.exact,
         host_bytes=resolved.host_bytes,
         on_demand=models.on_demand is not None,
+        prefetch_experts=options.prefetch_experts,
     )
 
 

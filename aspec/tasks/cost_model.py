@@ -117,6 +117,8 @@ class _Round:
     split_s: list[float] = field(default_factory=list)  # of split layers, all items together
     split_tokens: int = 0
     ends_s: dict[WorkItem, float] = field(default_factory=dict)  # embedding, head and acceptance, by decoding item
+    tokens: int = 0  # padded ones that decode; 0: the round has prompts, too
+    busy_s: float = 0.0  # of all its tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,9 @@ class CostModel:
         own, seconds = self._rounds.setdefault(task.number, _Round()), span.stop_s - span.start_s
         if own.start_s is None and task.op in (Op.DRAFT, Op.EMBED):
             own.start_s = span.start_s
+        own.busy_s += seconds
+        if task.op is Op.EMBED:
+            own.tokens = 0 if item.prefill else item.padded_tokens
         if task.op is Op.LAYER:
             own.layers_s.setdefault(item, []).append(seconds)
         elif isinstance(task.payload, LayerWork):
@@ -189,8 +194,9 @@ class CostModel:
         Its time counts from its start, or from the end of the previous round if that is later.
         """
         own = self._rounds.pop(number, _Round())
+        start_s = max(stop_s if own.start_s is None else own.start_s, self._round_end_s)
         if self.experts is not None:
-            self.experts.begin_round()
+            self.experts.begin_round(own.tokens, stop_s - start_s - own.busy_s)
         if self._split.key[0] == number:
             self._end_split(own)
         for item, layers_s in own.layers_s.items():
@@ -199,7 +205,6 @@ class CostModel:
             self._layer.add(own.split_tokens, fmean(own.split_s))
         for item, ends_s in own.ends_s.items():
             self._ends.add(item.padded_tokens, ends_s)
-        start_s = max(stop_s if own.start_s is None else own.start_s, self._round_end_s)
         self._round_end_s = stop_s
         if own.num_new and stop_s > start_s:
             if not self._new_s:  # one round tells little: it counts beside one of few tokens

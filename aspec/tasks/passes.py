@@ -55,6 +55,11 @@ class Emission:
         return self._layer == self._plan.num_layers - 1 and self._routing is None
 
     @property
+    def next_route(self) -> int:
+        """The layer whose routes are awaited, or the next one to be emitted."""
+        return self._layer if self._routing is not None else self._layer + 1
+
+    @property
     def waits_for(self) -> str:
         """The routes without which nothing more can be emitted; empty if there are none."""
         if self._routing is None:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from aspec.plan import Plan, Speculation
 from aspec.tasks.cost_model import CostModel
 from aspec.tasks.draft_sizing import DraftSizing
+from aspec.tasks.experts.prefetch import NO_COUNTS, ExpertCounts
 from aspec.tasks.experts.prices import ExpertPrices
 from aspec.tasks.experts.stream import ExpertStream
 from aspec.tasks.group import Draft, Group, Pass
@@ -28,6 +29,7 @@ from aspec.tasks.rows import Row, RowTable, decode_item, micro_batches, prefill_
 from aspec.tasks.task import (
     Access,
     Event,
+    ExpertLoad,
     RequestAborted,
     RequestAdded,
     Shutdown,
@@ -52,10 +54,11 @@ class Scheduler:
         self._stream = WeightStream(plan, self._next_id)
         self._experts, prices = None, None
         if plan.experts is not None:
-            self._experts = ExpertStream(plan.experts, self._next_id)
+            self._experts = ExpertStream(plan.experts, self._next_id, prefetch=plan.request.prefetch_experts)
             prices = ExpertPrices(plan.experts, self._experts)
         self.costs = CostModel(prices)
         self.sizing = DraftSizing(plan, self.costs)
+        self._loading = 0  # loads under way that are no guesses
         self._emitting: list[Group] = []  # groups whose passes are not all emitted; weights stream for the first one
         self._rows = RowTable(plan.num_rows, plan.num_groups, plan.prefill_pass_tokens)
         self._groups = [Group(number, plan, self._next_id) for number in range(plan.num_groups)]
@@ -78,12 +81,18 @@ class Scheduler:
                     if event.now:
                         self._dropped += self._rows.cancel()
                 case Span():
+                    self._loading -= _is_wanted_load(event.task)
+                    if self._experts is not None:
+                        self._experts.land(event.task)
                     self.costs.observe(event)
                     tasks += self._continue_round(event)
         for group in self._groups:
             if group.idle:
                 tasks += self._assign_rows(group)
         self.done = self._closing and self.idle and not self._rows.rows
+        self._loading += sum(map(_is_wanted_load, tasks))
+        if self._experts is not None and not self._loading and not self.idle:
+            tasks += self._experts.guess(self._next_route)
         return tasks
 
     def validate(self) -> None:
@@ -113,9 +122,15 @@ class Scheduler:
         return "; ".join(group.running.emission.waits_for for group in self._emitting[:1] if group.running)
 
     @property
-    def experts_chosen(self) -> int:
-        """Experts on demand that the passes so far have chosen, each counted once per layer and pass."""
-        return 0 if self._experts is None else self._experts.num_chosen
+    def expert_counts(self) -> ExpertCounts:
+        """What has happened to experts on demand so far."""
+        return NO_COUNTS if self._experts is None else self._experts.counts
+
+    @property
+    def _next_route(self) -> int:
+        """The layer whose experts will be chosen next."""
+        running = self._emitting[0].running if self._emitting else None
+        return 0 if running is None else running.emission.next_route
 
     # -- a round ---------------------------------------------------------------------------------------------
 
@@ -316,3 +331,8 @@ class Scheduler:
         """
         single = self.plan.num_groups == 1 and self.plan.num_layers > 1
         return single and self.plan.draft_ahead and self.plan.speculation is Speculation.TREE
+
+
+def _is_wanted_load(task: Task) -> bool:
+    """Whether a task loads weights that will be used."""
+    return task.op.loads and not (isinstance(task.payload, ExpertLoad) and task.payload.guessed)

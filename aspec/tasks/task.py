@@ -121,6 +121,7 @@ class ExpertLoad:
     nbytes: int
     slot: int | None = None  # the slot to fill; None: the expert lands in host memory
     host_slot: int | None = None  # there; None: the device is the host
+    guessed: bool = False  # no router has chosen it yet
 
 
 @dataclass(frozen=True, slots=True)

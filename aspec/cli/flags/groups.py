@@ -326,6 +326,10 @@ class EngineFlags(MachineFlags):
             metavar="NAME",
         ),
     ] = "auto"
+    prefetch_experts: Annotated[
+        bool,
+        option(PLACE, "Read likely experts early while the disk rests.", "--prefetch-experts/--no-prefetch-experts"),
+    ] = False
     exact: Annotated[
         bool | None,
         option(

@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 HELP_ALL = "--help-all"
 SECONDARY = {
     *("--dtype", "--host-memory", "--link-rate", "--draft-depth", "--draft-ahead", "--attention", "--groups"),
-    *("--experts", "--products"),
+    *("--experts", "--prefetch-experts", "--products"),
     *("--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logprobs", "--ignore-eos"),
     *("--max-spans", "--debug", "--json-schema", "--grammar"),
 }

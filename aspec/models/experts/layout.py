@@ -24,7 +24,7 @@ SEPARATE = re.compile(r"MergeModulelist\(0\)|Concatenate\(1\)|Transpose\(1, 2\)"
 """Conversions of fused weights [E, ...] that treat every expert alike and apart from the others."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RoutedLayer:
     """A layer whose experts can be read one by one."""
 
@@ -37,22 +37,24 @@ class RoutedLayer:
 
     def part(self, expert: int) -> Part:
         """What to read for one expert, and where it goes in a buffer."""
-        entries = [_entry_of(entry, expert, self.experts.number) for entry in self.entries]
-        assert all(entries), "the layer was found because its entries can be cut"
-        part = lay_out([entry for entry in entries if entry is not None], self.tensors, 0, self.alignment)
+        part = lay_out([entry.of(expert) for entry in self._fused], self.tensors, 0, self.alignment)
         if part.size > self.slot_bytes:
             raise InternalError(f"expert {expert} of L{self.layer} needs {part.size} bytes of {self.slot_bytes}")
         return replace(part, layer=self.layer)
+
+    @cached_property
+    def _fused(self) -> tuple["_Fused", ...]:
+        return tuple(_Fused.cut(entry, self.experts.number) for entry in self.entries)
 
     @property
     def nbytes(self) -> int:
         """Bytes to read for one expert."""
         return sum(entry.nbytes for entry in self.entries) // self.experts.number
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of a buffer for any expert: each stored tensor may begin anywhere in a page."""
-        refs = [ref for entry in self.entries for ref in _first(entry, self.experts.number).refs]
+        refs = [ref for entry in self._fused for ref in entry.of(0).refs]
         return sum(-(-(ref.nbytes + PAGE) // PAGE) * PAGE for ref in refs) + PAGE * (self.alignment > 1)
 
     @property
@@ -109,40 +111,51 @@ def find_routed(
 
 def _can_be_cut(entry: Entry, number: int) -> bool:
     (shape, _), *others = entry.outputs.values()
-    return not others and not entry.updates and shape[0] == number and _entry_of(entry, 0, number) is not None
+    return not others and not entry.updates and shape[0] == number and _Fused.cut(entry, number).is_separate
 
 
-def _first(entry: Entry, number: int) -> Entry:
-    first = _entry_of(entry, 0, number)
-    assert first is not None, "the layer was found because its entries can be cut"
-    return first
+@dataclass(frozen=True, slots=True)
+class _Fused:
+    """A fused weight, whose sources are told apart by expert."""
 
+    entry: Entry
+    sources: tuple[tuple[str | None, tuple[StoredWeight, ...]], ...]  # by pattern: of every expert, or one of them all
+    number: int  # of experts
 
-def _entry_of(entry: Entry, expert: int, number: int) -> Entry | None:
-    """The entry of one expert; None where its bytes are not apart from those of the others."""
-    operations = () if entry.converter is None else entry.converter.operations
-    if not all(SEPARATE.fullmatch(_name(operation)) for operation in operations):
-        return None
-    by_pattern: dict[str | None, list[StoredWeight]] = defaultdict(list)
-    for stored, pattern in entry.sources:
-        by_pattern[pattern].append(stored)
-    sources = []
-    for pattern, own in by_pattern.items():
-        chosen = own[expert] if len(own) == number else _slice(own, expert, number)
-        if chosen is None:
+    @classmethod
+    def cut(cls, entry: Entry, number: int) -> "_Fused":
+        """The sources of an entry by their patterns."""
+        by_pattern: dict[str | None, list[StoredWeight]] = defaultdict(list)
+        for stored, pattern in entry.sources:
+            by_pattern[pattern].append(stored)
+        return cls(entry, tuple((pattern, tuple(own)) for pattern, own in by_pattern.items()), number)
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether the bytes of an expert are apart from those of the others."""
+        operations = () if self.entry.converter is None else self.entry.converter.operations
+        apart = all(SEPARATE.fullmatch(_name(operation)) for operation in operations)
+        return apart and all(self._stored(own, 0) is not None for _, own in self.sources)
+
+    def of(self, expert: int) -> Entry:
+        """The entry of one expert, if it is apart."""
+        outputs = {target: ((1, *shape[1:]), dtype) for target, (shape, dtype) in self.entry.outputs.items()}
+        sources = []
+        for pattern, own in self.sources:
+            stored = self._stored(own, expert)
+            assert stored is not None, "the layer was found because its entries can be cut"
+            sources.append((stored, pattern))
+        return replace(self.entry, sources=tuple(sources), outputs=outputs)
+
+    def _stored(self, own: Sequence[StoredWeight], expert: int) -> StoredWeight | None:
+        """One expert's weight; None if there is no such weight, and the one that holds them all cannot be cut."""
+        if len(own) == self.number:
+            return own[expert]
+        if len(own) != 1 or own[0].shape[:1] != (self.number,):
             return None
-        sources.append((chosen, pattern))
-    outputs = {target: ((1, *shape[1:]), dtype) for target, (shape, dtype) in entry.outputs.items()}
-    return replace(entry, sources=tuple(sources), outputs=outputs)
+        return None if own[0].cut is None else own[0].cut(expert)
 
 
 def _name(operation: object) -> str:
     numbers = [getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)]
     return f"{type(operation).__name__}({', '.join(map(str, numbers))})"
-
-
-def _slice(stored: Sequence[StoredWeight], expert: int, number: int) -> StoredWeight | None:
-    """One expert of a tensor that holds them all; None if there is no such tensor, or it cannot be cut."""
-    if len(stored) != 1 or stored[0].shape[:1] != (number,):
-        return None
-    return None if stored[0].cut is None else stored[0].cut(expert)

@@ -150,6 +150,8 @@ _GONE = torch.empty(0, device="meta")
 
 def _map(result: Any, function: Callable[[Any], Any]) -> Any:
     """A result with ``function`` of every tensor in it, or of what stands for one."""
+    if isinstance(result, torch.Tensor | weakref.ref):  # nearly all
+        return function(result)
     if isinstance(result, tuple | list) and not isinstance(result, torch.Size):
         parts = [_map(part, function) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)

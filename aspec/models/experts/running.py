@@ -5,7 +5,8 @@ their tokens' places, and are weighted and added at the end in the order of the 
 in which the experts came.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,11 @@ from aspec.models.experts.layout import RoutedLayer, RoutedLayers
 from aspec.models.experts.pause import Pause, call_experts
 from aspec.models.weights.binding import make
 from aspec.models.weights.parts import Part, view
+
+MOST_ROWS = 64  # of experts that are computed in one batch: more cost time of their own, and memory
+
+Weights = tuple[torch.Tensor, torch.Tensor]
+"""Of an expert, [inputs, outputs]: up, down."""
 
 
 @dataclass(slots=True)
@@ -31,12 +37,11 @@ class RoutedItem:
     @classmethod
     def of(cls, pause: Pause, number: int) -> "RoutedItem":
         """The item at its pause; an expert from ``number`` on is none."""
-        flat = pause.index.reshape(-1)
-        experts, order = torch.sort(flat, stable=True)
-        chosen, counts = torch.unique_consecutive(experts, return_counts=True)
-        places = dict(zip(chosen.tolist(), torch.split(order, counts.tolist()), strict=True))
-        own = {expert: place for expert, place in places.items() if expert < number}
-        return cls(pause, own, missing=len(own))
+        chosen: list[int] = pause.index.reshape(-1).tolist()
+        places = sorted((place for place, one in enumerate(chosen) if one < number), key=chosen.__getitem__)
+        counts = Counter(chosen[place] for place in places)
+        split = torch.split(torch.tensor(places, device=pause.index.device), list(counts.values()))
+        return cls(pause, dict(zip(counts, split, strict=True)), missing=len(counts))
 
     @property
     def route(self) -> tuple[tuple[int, int], ...]:
@@ -52,6 +57,7 @@ class ExpertRunner:
         self._layers, self._model = routed.layers, model
         self._parts: dict[tuple[int, int], Part] = {}  # by layer and expert
         self._slots: Sequence[torch.Tensor] = ()
+        self._views: dict[int, tuple[tuple[int, int], Weights]] = {}  # by slot: layer and expert, and their weights
         self._scratch = torch.empty(0, dtype=torch.uint8)
         for layer in routed.layers.values():
             layer.module.forward = call_experts
@@ -59,10 +65,11 @@ class ExpertRunner:
     def use(self, slots: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
         """Take the experts from these buffers, uint8; decoded ones pass through ``scratch``."""
         self._slots, self._scratch = slots, scratch
+        self._views.clear()
 
     def forget(self) -> None:
         """Drop all views of buffers."""
-        self._slots, self._scratch = (), torch.empty(0, dtype=torch.uint8)
+        self.use((), torch.empty(0, dtype=torch.uint8))
 
     def part(self, layer: int, expert: int) -> Part:
         """What to read for an expert."""
@@ -76,18 +83,32 @@ class ExpertRunner:
 
     def compute(self, layer: int, item: RoutedItem, experts: Sequence[tuple[int, int]]) -> None:
         """Compute (expert, slot) pairs of an item. Raises InternalError if the item has not chosen one."""
+        routed, pause = self._layers[layer], item.pause
+        for batch in self._batches(layer, item, experts):
+            places = torch.cat([item.places[expert] for expert, _ in batch])
+            made = self._run(routed, item, batch, pause.hidden[places // pause.index.shape[1]])
+            if item.made is None:
+                item.made = made.new_zeros(pause.index.numel(), made.shape[-1])
+            item.made[places] = made
+            item.missing -= len(batch)
+
+    def _batches(
+        self, layer: int, item: RoutedItem, experts: Sequence[tuple[int, int]]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Experts whose calls beside the products are made together: few rows in all; decoded ones one by one."""
+        batch: list[tuple[int, int]] = []
+        rows = 0
         for expert, slot in experts:
             if expert not in item.places:
                 raise InternalError(f"expert {expert} of L{layer} was not chosen, or is computed twice")
-            weights = self._weights(layer, expert, slot)
-            places = item.places[expert]
-            made = self._run(
-                self._layers[layer], expert, item.pause.hidden[places // item.pause.index.shape[1]], weights
-            )
-            if item.made is None:
-                item.made = made.new_zeros(item.pause.index.numel(), made.shape[-1])
-            item.made[places] = made
-            item.missing -= 1
+            more = len(item.places[expert])
+            if batch and (rows + more > MOST_ROWS or self.part(layer, expert).conversions):
+                yield batch
+                batch, rows = [], 0
+            batch.append((expert, slot))
+            rows += more
+        if batch:
+            yield batch
 
     def combine(self, layer: int, item: RoutedItem) -> torch.Tensor:
         """The result of the layer's experts [N, H]. Raises InternalError if one of them was not computed."""
@@ -98,28 +119,50 @@ class ExpertRunner:
         item.made = None
         return weighted.view(*pause.index.shape, -1).sum(dim=1).to(pause.hidden.dtype)
 
-    def _weights(self, layer: int, expert: int, slot: int) -> Mapping[str, torch.Tensor]:
-        """An expert's matrices by the name of the fused weight, views of its slot or of the scratch."""
-        part, buffer = self.part(layer, expert), self._slots[slot]
+    def _weights(self, routed: RoutedLayer, expert: int, slot: int) -> Weights:
+        """An expert's matrices, [inputs, outputs]: up, down. Views of its slot are made once, while it is there."""
+        known = self._views.get(slot)
+        if known is not None and known[0] == (routed.layer, expert):
+            return known[1]
+        part, buffer = self.part(routed.layer, expert), self._slots[slot]
         buffer = buffer[part.shift :]
         for conversion in part.conversions:
             make(part, conversion, buffer, self._scratch, self._model)
         made = {target.target: view(self._scratch, target)[0] for own in part.conversions for target in own.targets}
-        return made | {binding.target: view(buffer, binding)[0] for binding in part.bindings}
+        made |= {binding.target: view(buffer, binding)[0] for binding in part.bindings}
+        up, down = (made[entry.name] if routed.experts.transposed else made[entry.name].mT for entry in routed.entries)
+        storage = buffer.untyped_storage().data_ptr()
+        if all(weight.untyped_storage().data_ptr() == storage for weight in (up, down)):  # no copies
+            self._views[slot] = (routed.layer, expert), (up, down)
+        return up, down
 
     def _run(
-        self, layer: RoutedLayer, expert: int, rows: torch.Tensor, weights: Mapping[str, torch.Tensor]
+        self, routed: RoutedLayer, item: RoutedItem, batch: Sequence[tuple[int, int]], rows: torch.Tensor
     ) -> torch.Tensor:
-        """The results [n, H] of one expert for ``rows`` [n, H]."""
-        kind, (up, down) = layer.experts, (weights[entry.name] for entry in layer.entries)
-        made = self._product(layer, kind.up, expert, rows, up)
-        made = self._product(layer, kind.down, expert, kind.act(made), down)
+        """The results [n, H] of a batch of experts for ``rows`` [n, H], those of one expert after those of another."""
+        kind, counts = routed.experts, [len(item.places[expert]) for expert, _ in batch]
+        weights = [self._weights(routed, expert, slot) for expert, slot in batch]
+        made = self._products(routed, kind.up, batch, torch.split(rows, counts), [up for up, _ in weights])
+        made = self._products(
+            routed, kind.down, batch, torch.split(kind.act(made), counts), [down for _, down in weights]
+        )
         return made if kind.norm is None else kind.norm(made)
 
-    def _product(
-        self, layer: RoutedLayer, name: str, expert: int, rows: torch.Tensor, weight: torch.Tensor
+    def _products(
+        self,
+        routed: RoutedLayer,
+        name: str,
+        batch: Sequence[tuple[int, int]],
+        rows: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        made = expert_product(rows.to(weight.dtype), weight if layer.experts.transposed else weight.mT)
-        if layer.experts.biased:
-            made.add_(layer.module.get_parameter(f"{name}_bias")[expert])
-        return made
+        """Each expert's product of its rows; below one another."""
+        made = [
+            expert_product(own if own.dtype is weight.dtype else own.to(weight.dtype), weight)
+            for own, weight in zip(rows, weights, strict=True)
+        ]
+        if routed.experts.biased:
+            bias = routed.module.get_parameter(f"{name}_bias")
+            for (expert, _), own in zip(batch, made, strict=True):
+                own.add_(bias[expert])
+        return made[0] if len(made) == 1 else torch.cat(made)

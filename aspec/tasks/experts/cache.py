@@ -39,6 +39,15 @@ class ExpertCache:
         """The experts that are in slots."""
         return self._slots.keys()
 
+    def slot_of(self, expert: int) -> int | None:
+        """The slot of an expert; None if it is in none."""
+        return self._slots.get(expert)
+
+    def exchange(self, expert: int, slot: int) -> int:
+        """An expert that is in a slot takes another ``slot`` for it; returns the one that it had."""
+        had, self._slots[expert] = self._slots[expert], slot
+        return had
+
     def place(self, chosen: Sequence[int]) -> Placement:
         """Take note of a pass that uses ``chosen`` experts, the most wanted first; the cache holds them afterwards.
 

@@ -22,6 +22,10 @@ MISS_MEMORY = 0.99  # factor on earlier layers' misses, at each
 MISS_PRIOR = 20.0  # experts: the weight of the expected misses as they are
 
 
+WAIT_MEMORY = 0.9  # factor on earlier passes' waits, at each
+WAIT_PRIOR = 0.05  # seconds: the weight of the share of reading that is usually waited for
+
+
 @dataclass(slots=True)
 class _Misses:
     """Decayed sums of experts that had to be read, and that were expected to; mutable, because every layer adds."""
@@ -37,6 +41,23 @@ class _Misses:
     def ratio(self, usual: float) -> float:
         """The ratio of both, which is ``usual`` before anything was seen."""
         return (self.missing + MISS_PRIOR * usual) / (self.expected + MISS_PRIOR)
+
+
+@dataclass(slots=True)
+class _Waits:
+    """Decayed sums of the seconds that passes waited for experts, and that these were read; mutable."""
+
+    waited_s: float = 0.0
+    read_s: float = 0.0
+
+    def add(self, waited_s: float, read_s: float) -> None:
+        """Add one pass."""
+        self.waited_s = WAIT_MEMORY * self.waited_s + waited_s
+        self.read_s = WAIT_MEMORY * self.read_s + read_s
+
+    def share(self, usual: float) -> float:
+        """The share of reading that is waited for, which is ``usual`` before any was seen."""
+        return (self.waited_s + WAIT_PRIOR * usual) / (self.read_s + WAIT_PRIOR)
 
 
 class ExpertCaches(Protocol):
@@ -60,17 +81,23 @@ class ExpertPrices:
         self._free_s = 0.0  # when the latest read ended
         self._misses = [_Misses() for _ in SIZES]  # of the passes that are about as large
         self._all_misses = _Misses(MISS_PRIOR, MISS_PRIOR)
+        self._waits = [_Waits() for _ in SIZES]  # of the passes that are about as large
+        self._all_waits = _Waits()
+        self._pass_read_s = 0.0  # since the latest pass ended
         self._bytes: list[float] | None = None  # expected bytes to read, by size; None: compute them again
 
     def observe(self, span: Span) -> None:
         """Learn from a finished ROUTE, or from an expert that arrived; other tasks tell nothing."""
         task = span.task
         if isinstance(task.payload, ExpertLoad):
+            if task.payload.guessed:
+                return  # nobody waits for it
             busy_s = span.stop_s - max(span.start_s, self._free_s)  # reads in flight overlap
             self._free_s = max(self._free_s, span.stop_s)
             arrived = task.nbytes * (task.payload.slot is not None)  # by way of host memory, or from there
             self._read_bytes = READ_MEMORY * self._read_bytes + arrived
             self._read_s = READ_MEMORY * self._read_s + max(0.0, busy_s)
+            self._pass_read_s += max(0.0, busy_s)
         elif task.op is Op.ROUTE and task.item is not None and task.layer is not None:
             self._learn_route(task.layer, task.num_tokens, dict(span.routed), decodes=not task.item.prefill)
 
@@ -85,13 +112,24 @@ class ExpertPrices:
                 misses.add(missing, expected)
         self.routing.observe(layer, tokens, routed, decodes=decodes)
 
-    def begin_round(self) -> None:
-        """The next prices are those of the caches and routes of now."""
-        self._bytes = None
+    def begin_round(self, tokens: int = 0, idle_s: float = 0.0) -> None:
+        """The next prices are those of the caches and routes of now.
+
+        ``idle_s``: how long the last pass, of so many decoded ``tokens`` (0: it had others), neither computed nor
+        drafted. It waited for experts then; while those at hand were computed, reading cost nothing.
+        """
+        if tokens and self._pass_read_s:
+            waited_s = min(max(0.0, idle_s), self._pass_read_s)
+            for waits in (self._all_waits, self._waits[min(tokens.bit_length(), len(SIZES)) - 1]):
+                waits.add(waited_s, self._pass_read_s)
+        self._pass_read_s, self._bytes = 0.0, None
 
     def seconds(self, tokens: int) -> float:
-        """Seconds of the reads of a pass; 0 before anything was read."""
-        return self.missing_bytes(tokens) * self._read_s / self._read_bytes if self._read_bytes else 0.0
+        """Seconds that a pass waits for its reads; 0 before anything was read."""
+        if not self._read_bytes:
+            return 0.0
+        waits = self._waits[min(tokens.bit_length(), len(SIZES)) - 1].share(self._all_waits.share(1.0))
+        return self.missing_bytes(tokens) * self._read_s / self._read_bytes * waits
 
     def missing_bytes(self, tokens: int) -> float:
         """Bytes of the experts that a pass of so many tokens is expected to read."""

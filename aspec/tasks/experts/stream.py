@@ -10,10 +10,13 @@ Pure policy: no torch, no asyncio, no clock.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice, takewhile
 
-from aspec.expert_plan import ExpertPlan, ExpertSlots
-from aspec.tasks.experts.cache import ExpertCache, Placement
+from aspec.expert_plan import ExpertPlan
+from aspec.tasks.experts.cache import Placement
+from aspec.tasks.experts.pool import SlotPool
+from aspec.tasks.experts.prefetch import LAST, NO_COUNTS, ExpertCounts, Guess, Guesses
 from aspec.tasks.layers.buffers import expert_buffer, hidden_buffer, host_expert_buffer, kv_buffer, routed_buffer
 from aspec.tasks.layers.weights import PREFILL, VERIFY, Numbering, Weights
 from aspec.tasks.op import Op
@@ -30,44 +33,18 @@ Slots = dict[int, int]
 """Experts and the slots that hold them."""
 
 
-class _Pool:
-    """The slots of one memory, and which expert is in which."""
-
-    def __init__(self, slots: ExpertSlots, layers: Iterable[int]) -> None:
-        self._caches = {layer: ExpertCache(slots.slots_of(layer)) for layer in layers}
-        self.passing = slots.passing_slots
-        self.contents: dict[int, str] = {}  # by slot
-        self._passed = 0  # experts that have gone through passing slots, which they take in turn
-
-    def __contains__(self, layer: int) -> bool:
-        return layer in self._caches
-
-    def held(self, layer: int) -> Collection[int]:
-        """The experts of a layer that are in its cache."""
-        return self._caches[layer].experts
-
-    def place(self, layer: int, chosen: Sequence[int]) -> Placement:
-        """See ``ExpertCache``."""
-        return self._caches[layer].place(chosen)
-
-    def slot_for(self, expert: int, placed: Placement) -> int:
-        """The slot of an expert that is not there yet: its own, or the next one that serves all layers."""
-        if expert in placed.admitted:
-            return placed.admitted[expert]
-        slot = self.passing[self._passed % len(self.passing)]
-        self._passed += 1
-        return slot
-
-
 class ExpertStream:
     """Emits the tasks of routed layers, and knows which expert is in which slot."""
 
-    def __init__(self, experts: ExpertPlan, next_id: Numbering) -> None:
+    def __init__(self, experts: ExpertPlan, next_id: Numbering, *, prefetch: bool = True) -> None:
+        """``prefetch``: read experts ahead of their routes while nothing else is read."""
         self._shape, self._next_id = experts.shape, next_id
-        self._slots = _Pool(experts.slots, experts.shape.layers)
-        self._host = None if experts.host is None else _Pool(experts.host, experts.shape.layers)
+        self._slots = SlotPool(experts.slots, experts.shape.layers)
+        self._host = None if experts.host is None else SlotPool(experts.host, experts.shape.layers)
+        self._guesses = Guesses(experts.shape.layers)
+        self._most_guesses = self._slots.num_passing // 2 if prefetch else 0
         self._loads = 0
-        self.num_chosen = 0  # experts that the passes so far have chosen, each counted once per layer and pass
+        self.counts = NO_COUNTS
 
     def serves(self, layer: int) -> bool:
         """Whether the experts of a layer are read on demand."""
@@ -97,29 +74,31 @@ class ExpertStream:
         for route in routes.values():
             wanted.update(route)
         order = sorted(wanted, key=lambda expert: (-wanted[expert], expert))
-        self.num_chosen += len(order)
         placed = self._slots.place(layer, order)
-        missing = [expert for expert in order if expert not in placed.held]
+        guesses = self._take_guesses(layer, order, placed)
+        slots = placed.held | {expert: guess.slot for expert, guess in guesses.items()}
+        missing = [expert for expert in order if expert not in slots]
         on_host = None if self._host is None else self._host.place(layer, missing)
-        waves = self._waves(placed)
+        waves = self._waves(placed, guesses)
         for at, experts in enumerate(waves):
-            slots = {expert: placed.held[expert] for expert in experts if expert in placed.held}
             for expert in sorted(experts - slots.keys()):
-                slots[expert] = self._slots.slot_for(expert, placed)
+                slots[expert] = self._slots.slot_for(expert, placed, self._guesses.coming)
                 yield from self._load(layer, expert, slots[expert], on_host)
             for item in items:
-                own = {expert: slot for expert, slot in sorted(slots.items()) if expert in routes[item]}
+                own = {expert: slots[expert] for expert in sorted(experts) if expert in routes[item]}
                 if at == len(waves) - 1:
                     yield self._combine(number, layer, item, own, at, weights)
                 elif own:
                     yield self._experts(number, layer, item, own, at)
 
-    def _waves(self, placed: Placement) -> list[set[int]]:
-        """The experts that are computed together: those in slots, then the missing ones in the order of reading."""
-        missing = sorted((*placed.admitted, *placed.beyond))
+    def _waves(self, placed: Placement, guesses: Mapping[int, Guess]) -> list[set[int]]:
+        """The experts that are computed together: those in slots, then guesses on their way, then the missing ones in
+        the order of reading."""
+        missing = sorted({*placed.admitted, *placed.beyond} - guesses.keys())
         size = max(LEAST_WAVE, -(-len(missing) // MOST_WAVES))
-        most_passing = max(1, len(self._slots.passing) // 2)  # one half fills while the other half is computed
-        waves = [set(placed.held)] if placed.held else []
+        most_passing = max(1, self._slots.num_passing // 2)  # one half fills while the other half is computed
+        there = {*placed.held, *(expert for expert, guess in guesses.items() if guess.landed)}
+        waves = [wave for wave in (there, guesses.keys() - there) if wave]
         open_wave, passing = size, 0  # experts, and those of them that pass
         for expert in missing:
             passes = expert not in placed.admitted
@@ -130,14 +109,47 @@ class ExpertStream:
             open_wave, passing = open_wave + 1, passing + passes
         return waves
 
-    def _load(self, layer: int, expert: int, slot: int, on_host: Placement | None) -> Iterator[Task]:
+    def _take_guesses(self, layer: int, order: Sequence[int], placed: Placement) -> dict[int, Guess]:
+        """The guesses that a layer's routes have confirmed, by expert; admitted ones stay where they are."""
+        guesses = self._guesses.settle(layer, order, self._slots.contents)
+        for expert, guess in guesses.items():
+            if expert in placed.admitted:
+                self._slots.keep(layer, expert, guess.slot)
+        used, nbytes = len(guesses), len(guesses) * self._shape.nbytes[layer]
+        self.counts += ExpertCounts(len(order), used=used, wasted_bytes=-nbytes)
+        return guesses
+
+    def guess(self, layer: int) -> Iterator[Task]:
+        """The reads of experts that ``layer`` and those after it may choose; call it while nothing else is read."""
+        live = self._guesses.live(self._slots.contents)
+        room = min(self._guesses.room, self._most_guesses - len(live))
+        if room <= 0:
+            return
+        candidates = self._guesses.candidates(layer, self._slots.held)
+        for at, expert in takewhile(lambda _: self._guesses.pays(), islice(candidates, room)):
+            slot = self._slots.pass_through(live)
+            live.add(slot)
+            found = None if self._host is None else self._host.held_slot(at, expert)
+            on_host = None if self._host is None else Placement({} if found is None else {expert: found}, {}, ())
+            tasks = list(self._load(at, expert, slot, on_host, guessed=True))
+            self._guesses.add(at, expert, Guess(slot, self._slots.contents[slot], tasks[-1].id))
+            self.counts += ExpertCounts(guessed=1, wasted_bytes=self._shape.nbytes[at])  # until it is chosen
+            yield from tasks
+
+    def land(self, task: Task) -> None:
+        """A load has ended."""
+        self._guesses.land(task.id)
+
+    def _load(
+        self, layer: int, expert: int, slot: int, on_host: Placement | None, *, guessed: bool = False
+    ) -> Iterator[Task]:
         """The one or two tasks that bring an expert into its slot: a read, or behind a link a copy, too."""
         nbytes, content = self._shape.nbytes[layer], f"L{layer} expert {expert} load {self._loads}"
         self._loads += 1
         self._slots.contents[slot] = content
         filled = Access(expert_buffer(slot), content)
         if self._host is None or on_host is None:
-            yield self._transfer(Op.LOAD_EXPERT, ExpertLoad(expert, layer, nbytes, slot), (), filled)
+            yield self._transfer(Op.LOAD_EXPERT, ExpertLoad(expert, layer, nbytes, slot, guessed=guessed), (), filled)
             return
         if expert in on_host.held:
             host_slot = on_host.held[expert]
@@ -145,15 +157,16 @@ class ExpertStream:
             host_slot = self._host.slot_for(expert, on_host)
             self._host.contents[host_slot] = content
             landed = Access(host_expert_buffer(host_slot), content)
-            load = ExpertLoad(expert, layer, nbytes, host_slot=host_slot)
+            load = ExpertLoad(expert, layer, nbytes, host_slot=host_slot, guessed=guessed)
             yield self._transfer(Op.LOAD_EXPERT, load, (), landed)
         source = Access(host_expert_buffer(host_slot), self._host.contents[host_slot])
-        load = ExpertLoad(expert, layer, nbytes, slot, host_slot)
+        load = ExpertLoad(expert, layer, nbytes, slot, host_slot, guessed)
         yield self._transfer(Op.COPY_EXPERT, load, (source,), filled)
 
     def _transfer(self, op: Op, load: ExpertLoad, reads: tuple[Access, ...], filled: Access) -> Task:
         resource = EXPERT_DISK if op is Op.LOAD_EXPERT else H2D
-        return Task(self._next_id(), op, resource, DEMAND, reads, (filled,), self._loads - 1, payload=load)
+        priority = LAST if load.guessed else DEMAND
+        return Task(self._next_id(), op, resource, priority, reads, (filled,), self._loads - 1, payload=load)
 
     def _experts(self, number: int, layer: int, item: WorkItem, experts: Slots, wave: int) -> Task:
         """Some experts of one item, whose results are put beside those of earlier waves."""

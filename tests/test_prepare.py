@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -44,16 +45,24 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def stored(checkpoint):
+    """By name, the shape, dtype and bytes of every tensor."""
+    found = {}
+    for ref in checkpoint.tensors.values():
+        with open(ref.file, "rb") as file:
+            file.seek(ref.offset)
+            found[ref.name] = ref.shape, ref.dtype, file.read(ref.nbytes)
+    return found
+
+
 @pytest.mark.parametrize("family", ["llama_tied", "deepseek_v3"])
 def test_a_prepared_checkpoint_is_the_same_model(source, tmp_path, family):
     folder, out = source(family), tmp_path / "out"
     prepare(design(folder), out)
     before, after = Checkpoint.open(folder), Checkpoint.open(out)
-    assert {(ref.name, ref.shape, ref.dtype) for ref in after.tensors.values()} == {
-        (ref.name, ref.shape, ref.dtype) for ref in before.tensors.values()
-    }
+    assert stored(after) == stored(before)
     (expected,), (found,) = LogitReader(folder).once([ROW]), LogitReader(out).once([ROW])
-    assert torch.equal(found, expected)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5), "products may depend on where their weights begin"
     ids = torch.tensor([ROW])
     assert torch.equal(tiny.reference(out)(ids).logits, tiny.reference(folder)(ids).logits)
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
@@ -149,7 +158,7 @@ def test_the_command_prepares_and_verifies(source, tmp_path):
     run = CliRunner().invoke(app, [*command, "--verify"])
     assert run.exit_code == 0, run.stderr
     assert "written and read back" in run.stderr
-    assert "verified: the logits of 32 tokens equal the source's" in run.stderr
+    assert re.search("verified: the logits of 32 tokens (equal|are) the source's", run.stderr)
     again = CliRunner().invoke(app, command)
     assert "5 of them found finished" in again.stderr
 

@@ -16,6 +16,7 @@ from aspec.preparing.prepare import Design, Prepared, design, prepare
 from aspec.units import format_bytes, format_rate
 
 SEED = 1  # of the tokens whose logits are compared
+ROUNDINGS = 32  # of the dtype at 1, by which logits of the same weights may differ
 
 
 def prepare_to_console(flags: PrepareFlags, console: Console) -> None:
@@ -59,19 +60,25 @@ def _summary(written: Prepared, seconds: float) -> str:
 
 
 def verified(made: Design, written: Prepared) -> str:
-    """The logits of both checkpoints in a sentence. Raises WriteError if they differ where all bytes are the same."""
+    """The logits of both checkpoints in a sentence. Raises WriteError if they differ where all bytes are the same.
+
+    A product can depend on where in memory its weights begin, and so by a rounding on the place of a tensor in its file.
+    """
     generator = torch.Generator().manual_seed(SEED)
     size = int(made.source.model.config.get_text_config().vocab_size)
     row = torch.randint(size, (NUM_TOKENS,), generator=generator).tolist()
     (expected,), (found,) = (LogitReader(folder).once([row]) for folder in (made.source.folder, written.folder))
+    most = ROUNDINGS * torch.finfo(expected.dtype).eps
     before, after = (logits.float().log_softmax(-1) for logits in (expected, found))
-    if not after.isfinite().all() or (made.quantiser is None and not torch.equal(before, after)):
+    if not after.isfinite().all() or (made.quantiser is None and not torch.allclose(before, after, rtol=0, atol=most)):
         raise WriteError(
             f"{written.folder}: not verified: the logits of {NUM_TOKENS} tokens differ from the source's by up to "
             f"{float((before - after).abs().max()):.3g}. Please report this bug."
         )
     if made.quantiser is None:
-        return f"verified: the logits of {NUM_TOKENS} tokens equal the source's"
+        apart = float((before - after).abs().max())
+        how = f"are the source's but for roundings of up to {apart:.2g}" if apart else "equal the source's"
+        return f"verified: the logits of {NUM_TOKENS} tokens {how}"
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     same = float((before.argmax(-1) == after.argmax(-1)).float().mean())
     return (

@@ -62,7 +62,7 @@ def _summary(written: Prepared, seconds: float) -> str:
 def verified(made: Design, written: Prepared) -> str:
     """The logits of both checkpoints in a sentence. Raises WriteError if they differ where all bytes are the same.
 
-    A product can depend on where in memory its weights begin, and so by a rounding on the place of a tensor in its file.
+    A product can depend on where in memory its weights begin, so a rounding can on the place of a tensor in its file.
     """
     generator = torch.Generator().manual_seed(SEED)
     size = int(made.source.model.config.get_text_config().vocab_size)

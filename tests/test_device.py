@@ -270,8 +270,9 @@ async def test_a_peak_beyond_the_budget_is_told(card, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_first_command_takes_the_card_and_streams(card):
-    """Nothing said but a prompt: auto finds the device, the demo fits, its layers travel."""
+def test_the_first_command_takes_the_card_and_streams(card, monkeypatch, tmp_path):
+    """Nothing said but a prompt: auto finds the device, the demo fits, its layers travel. Nothing is known before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = CliRunner().invoke(app, ["generate", "--prompt", "import os\n", "-n", "12", "--json"])
     assert found.exit_code == 0, found.stderr
     assert len(card) == 2, "one was opened to be measured, before the plan"

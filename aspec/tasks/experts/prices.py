@@ -20,8 +20,6 @@ MOST_LAYERS = 12  # whose experts are counted for a price; the others are like t
 READ_MEMORY = 0.98  # factor on earlier reads, at each: about the last fifty count
 MISS_MEMORY = 0.99  # factor on earlier layers' misses, at each
 MISS_PRIOR = 20.0  # experts: the weight of the expected misses as they are
-
-
 WAIT_MEMORY = 0.9  # factor on earlier passes' waits, at each
 WAIT_PRIOR = 0.05  # seconds: the weight of the share of reading that is usually waited for
 

@@ -155,6 +155,8 @@ class Plan:
     host_arithmetic: Mapping[str, int] = field(default_factory=dict)  # bytes held in host memory, by label
     exact_price: float | None = None  # share by which exact passes take longer; None: nobody compared
     experts: ExpertPlan | None = None  # read on demand; None: every layer's experts are in its parts
+    expected_layer_s: tuple[tuple[int, float], ...] = field(default=(), compare=False)  # by padded tokens, of one layer
+    expected_step_s: float = field(default=0.0, compare=False)  # of a draft step; 0: not known
 
     def __post_init__(self) -> None:
         most = max((len(self.streamed_of(layer)) for layer in range(self.num_layers)), default=0)

@@ -10,8 +10,8 @@ import transformers
 
 from aspec.models.attention import attend
 from aspec.models.exact import flash, flash_probe, known_recipes, panels, products, row_probe, widening_probe
+from aspec.models.exact.modes import ExactProducts
 from aspec.models.exact.paths import MaskKind
-from aspec.models.exact.products import ExactProducts
 from aspec.models.exact.recipe import Recipe
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model

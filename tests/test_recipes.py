@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from aspec.io.memory import allocate, discard
 from aspec.models.exact import known_recipes, panels, products, row_probe, widening_probe
+from aspec.models.exact.modes import ExactProducts, ExactStep, FastExperts, LayerModes
 from aspec.models.exact.panels import in_panels, panel_outputs, widened
-from aspec.models.exact.products import ExactProducts, ExactStep, LayerModes, route
+from aspec.models.exact.products import route
 from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, Widening, candidates, cost
 from aspec.models.exact.row_probe import ProductKind, probe, prove
 from aspec.models.weights.parts import as_tensor
@@ -204,6 +205,34 @@ def test_few_rows_of_a_step_that_is_not_exact_are_not_widened(monkeypatch):
     assert torch.allclose(model(rows), functional.linear(rows, model.weight), rtol=2**-6, atol=1e-2)
     model(rows[:1])
     assert calls == [6]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_a_step_that_is_not_exact_are_widened_by_their_rows(transposed, monkeypatch):
+    kind = ProductKind("mm", torch.bfloat16, 0, 96, 64, transposed, False, 1)
+    monkeypatch.setitem(known_recipes._known, kind, replace(BLOCKS, widening=Widening(PLAIN, 4)))
+    calls = []
+    monkeypatch.setattr(products, "in_panels", lambda rows, *how: calls.append(len(rows)) or in_panels(rows, *how))
+    stored = torch.randn(3, 96, 64).bfloat16() if transposed else torch.randn(3, 64, 96).bfloat16()
+    weights = stored.mT if transposed else stored
+    rows, ends = torch.randn(12, 64).bfloat16(), torch.tensor([7, 7, 12], dtype=torch.int32)
+    with torch.inference_mode(), FastExperts() as mode:
+        made = torch._grouped_mm(rows, weights, offs=ends)
+        assert torch._grouped_mm(rows[:5], weights, offs=torch.tensor([3, 3, 5], dtype=torch.int32)).shape == (5, 96)
+    assert calls == [7, 5]
+    assert mode.acted
+    by_row = [rows[:7] @ weights[0], rows[7:] @ weights[2]]
+    assert torch.allclose(made, torch.cat(by_row), rtol=2**-6, atol=1e-2)
+
+
+def test_the_recipes_of_experts_are_proven_before_they_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(products, "recipe_for", lambda kind: asked.append(kind) or BLOCKS)
+    products.prove_experts(torch.empty(3, 96, 64, dtype=torch.bfloat16, device="meta"), transposed=True)
+    rows, weights = torch.randn(2, 64).bfloat16(), torch.randn(3, 96, 64).bfloat16().mT
+    with ExactStep():
+        products.expert_product(rows, weights[1])
+    assert asked[0] == asked[1]
 
 
 # -- linear modules ------------------------------------------------------------------------------------------

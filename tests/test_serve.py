@@ -16,7 +16,7 @@ from aspec.serving.http.metrics import Metrics, Present, exposition
 from aspec.serving.http.turns import Turns
 from aspec.serving.request_fields import CHAT, COMPLETION, RESPONSES
 from tests import tiny
-from tests.serving import served
+from tests.serving import read_answer, served
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 ASK = [{"role": "user", "content": "Why is it so?"}]
@@ -88,6 +88,7 @@ async def test_what_cannot_be_served_is_an_error_in_openais_form(target):
             (COMPLETION, b"[1]", 400, None),
             (COMPLETION, b"[" * 5000 + b"]" * 5000, 400, None),
             (COMPLETION, b'{"prompt": 1e999}', 400, "prompt"),
+            (COMPLETION, {"prompt": [[1 << 70]], "echo": True, "logprobs": 1}, 400, None),
             ("/v1/nothing", {}, 404, None),
         ):
             answer = await server.ask(path, body)
@@ -291,6 +292,23 @@ async def test_slow_heads_and_bodies_are_ended(target):
         assert b" 408 " in await asyncio.wait_for(reader.readline(), 5)
         writer.close()
         assert (await server.ask(COMPLETION, b" " * 1001)).status == 413
+
+
+async def test_a_client_that_has_closed_its_half_gets_its_answer_if_it_comes_soon(target, monkeypatch):
+    async with served(target, max_batch=1) as server:
+        for asked, status in (({"prompt": [1 << 70]}, 400), ({"prompt": "abc", "max_tokens": 1}, 200)):
+            reader, writer = await server.send(COMPLETION, asked)
+            writer.write_eof()
+            assert (await read_answer(reader)).status == status
+            writer.close()
+        monkeypatch.setattr("aspec.serving.http.server.HALF_CLOSED_S", 0.01)
+        async with asyncio.timeout(30):
+            reader, writer = await server.send(COMPLETION, {"prompt": "abc", "max_tokens": 10_000_000})
+            writer.write_eof()
+            await reader.read()
+            writer.close()
+            while server.service.num_open:
+                await asyncio.sleep(0.01)
 
 
 async def test_connections_are_counted(target):

@@ -25,6 +25,16 @@ class Admission:
     target: Model
     capacity: int
 
+    def check_tokens(self, tokens: list[int]) -> None:
+        """Raise PromptError if a prompt has no tokens, or one that the target has not."""
+        if not tokens:
+            raise PromptError("the prompt is empty: expected at least one token.")
+        if (bad := first_bad(tokens, self.target.vocab_size)) is not None:
+            raise PromptError(
+                f"the prompt's token {bad[0]} is {bad[1]}: expected a token of the target, 0 .. "
+                f"{self.target.vocab_size - 1}. Encode the prompt with the target's own tokenizer."
+            )
+
     async def sequence(
         self, number: int, tokens: list[int], params: SamplingParams, sampler: Sampler, *, scored: bool = False
     ) -> TokenSequence:
@@ -34,13 +44,7 @@ class Admission:
         """
         room = self.capacity - len(tokens)
         most = len(tokens) + room if params.max_length is None else params.max_length
-        if not tokens:
-            raise PromptError("the prompt is empty: expected at least one token.")
-        if (bad := first_bad(tokens, self.target.vocab_size)) is not None:
-            raise PromptError(
-                f"the prompt's token {bad[0]} is {bad[1]}: expected a token of the target, 0 .. "
-                f"{self.target.vocab_size - 1}. Encode the prompt with the target's own tokenizer."
-            )
+        self.check_tokens(tokens)
         if room < (1 if scored else min(params.max_new_tokens, 1)):
             raise PromptError(too_long(len(tokens), self.capacity, self.target.max_context))
         if params.max_length is not None and len(tokens) >= most:

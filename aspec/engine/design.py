@@ -8,7 +8,7 @@ from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import Resolved
 from aspec.planning.usual import usual_plan
-from aspec.planning.workload import choose, threads_for
+from aspec.planning.workload import choose, threads_for, with_prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,4 +45,5 @@ def decide(models: Models) -> tuple[Models, Plan]:
         choice = choose(models)
         return choice.models, choice.search.best.plan
     plan = usual_plan(models)
-    return models, replace(plan, request=replace(plan.request, threads=threads_for(models)))
+    plan = replace(plan, request=replace(plan.request, threads=threads_for(models)))
+    return models, with_prices(models, plan)

@@ -137,6 +137,10 @@ class Engine:
         await asyncio.wait([self._running])
         return self._failure
 
+    def check_tokens(self, tokens: list[int]) -> None:
+        """Raise PromptError if a prompt has no tokens, or one that the target has not."""
+        self._admission.check_tokens(tokens)
+
     def sampling(self, **given: Any) -> SamplingParams:
         """Sampling parameters: the given ones, then those of the checkpoint's generation_config.json, then greedy."""
         if self._defaults is None:

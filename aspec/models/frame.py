@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from aspec.errors import InternalError
-from aspec.models.exact.products import matmul_mode
+from aspec.models.exact.modes import matmul_mode
 from aspec.models.hf_compat import cache_argument
 from aspec.models.kv_cache import StepCache
 from aspec.models.probing.facts import ModelFacts

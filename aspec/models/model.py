@@ -26,13 +26,15 @@ from aspec.models.configuration.compute_dtype import HALF_IS_SLOW, both_dtypes, 
 from aspec.models.configuration.config_sizes import check_layers, experts_per_token
 from aspec.models.configuration.context import context_limit
 from aspec.models.configuration.generation_defaults import end_ids
-from aspec.models.exact.products import LayerModes
+from aspec.models.exact.modes import LayerModes
+from aspec.models.exact.products import prove_experts
 from aspec.models.experts.layout import RoutedLayers, find_routed
 from aspec.models.experts.pause import run_from_experts, run_to_experts
 from aspec.models.experts.running import ExpertRunner, RoutedItem
 from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.frame import Frame
+from aspec.models.hf_compat import experts_of
 from aspec.models.kv_cache import KVShape, StepCache
 from aspec.models.layer_arguments import fill_in, frame_mask
 from aspec.models.probing.facts import ModelFacts, OffloadFacts
@@ -233,8 +235,12 @@ class Model:
         self._binder.bind(part, buffer, scratch)
 
     def prove_products(self) -> None:
-        """Prove the recipes of all linear modules, before memory is taken for weights."""
+        """Prove the recipes of all linear modules and experts, before memory is taken for weights."""
         self._linears.prove()
+        for module in self._layers_model.modules():
+            if (experts := experts_of(module)) is not None:
+                for name in (experts.up, experts.down):
+                    prove_experts(module.get_parameter(name), transposed=not experts.transposed)
 
     def pack(self, part: Part) -> tuple[Binding, ...]:
         """Reorder weights of a bound part that stays bound, where products get faster; the bits stay the same.

@@ -14,6 +14,7 @@ from aspec.expert_plan import ExpertShape
 from aspec.io.memory import PAGE
 from aspec.models.attention import DEVICE_SCORE_BYTES, temporary_bytes, temporary_bytes_exact
 from aspec.models.exact.int4_panels import panel_bytes
+from aspec.models.exact.panels import buffer_bytes
 from aspec.models.exact.recipe import BLOCK_ROWS, MOST_PACKED_BYTES, PACK_BLOCKS
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.experts.layout import RoutedLayers
@@ -301,8 +302,8 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     others = max(0, joining - request.prefill_tokens)  # tokens that wait while one item is in a layer
     waiting = others * (state + request.capacity)  # their hidden states and their masks
     packs = request.exact and request.host_bytes is None and tokens >= PACK_BLOCKS * LEAST_BLOCK
-    packed = min(MOST_PACKED_BYTES, wide * hidden * item) if packs else _panel_bytes(target, request)
-    layer = tokens * 3 * wide * item + packed + streams
+    packed = min(MOST_PACKED_BYTES, wide * hidden * item) if packs else 0
+    layer = tokens * 3 * wide * item + max(packed, _panel_bytes(target, request, hidden, wide)) + streams
     own = [
         shape.step_bytes(1 + request.max_draft_tokens, request.num_rows, tokens, target.dtype)
         for shape in target.state_shapes
@@ -317,12 +318,15 @@ def _activation_bytes(target: Model, request: PlanRequest) -> int:
     return waiting + tokens * 2 * state + max(attention, layer, head)
 
 
-def _panel_bytes(target: Model, request: PlanRequest) -> int:
-    """Bytes in which weights of 4 bits are decoded for products of many rows, which exact steps don't do."""
-    if request.exact or request.host_bytes is not None:
+def _panel_bytes(target: Model, request: PlanRequest, hidden: int, wide: int) -> int:
+    """Bytes of one thread in which weights become fp32 for a while: of 4 bits, for many rows, and of bf16."""
+    if request.host_bytes is not None:
         return 0
-    found = (weight.sizes for weight in itertools.chain.from_iterable(target.packed.values()))
-    return max((panel_bytes(sizes) for sizes in found if sizes is not None), default=0)
+    found = [] if target.dtype is torch.float32 else [buffer_bytes(wide, hidden), buffer_bytes(hidden, wide)]
+    if not request.exact:
+        own = (weight.sizes for weight in itertools.chain.from_iterable(target.packed.values()))
+        found += [panel_bytes(sizes) for sizes in own if sizes is not None]
+    return max(found, default=0)
 
 
 def _attention_bytes(target: Model, request: PlanRequest, tokens: int) -> int:

@@ -5,7 +5,7 @@ that a round has at most a few hundred tasks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 
 from aspec.observe.timeline import DRAFT, TARGET, bottleneck, lane_use
@@ -13,7 +13,7 @@ from aspec.plan import Plan, Tier, Workload
 from aspec.planning.coarsening import coarse, tasks_per_pass
 from aspec.planning.search import Forecast
 from aspec.planning.simulation import simulate
-from aspec.profiling.cost_tables import SimCosts
+from aspec.profiling.cost_tables import CostTable, SimCosts
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.task import COMPUTE, CPU, Span, WorkItem
 
@@ -127,6 +127,37 @@ def decode_seconds(plan: Plan, costs: SimCosts) -> float:
     return sum(each) + table.task_s * len(parts)
 
 
+def with_expectations(plan: Plan, costs: SimCosts, work: Workload) -> Plan:
+    """The plan with the seconds of a layer by the size of its pass, and of a draft step; as it is where layers split.
+
+    Sizes are powers of two up to the most proposals, in the middle of the rows' texts.
+    """
+    table = costs.cost_table
+    if table is None or plan.attention_resource != COMPUTE or not plan.max_draft_tokens:
+        return plan
+    rows = min(-(-plan.num_rows // plan.num_groups), work.num_prompts)
+    start, widest = work.prompt_tokens + work.new_tokens // 2, 1 + plan.max_draft_tokens
+    widths = sorted({*(1 << power for power in range(widest.bit_length())), widest})
+    items = [_item(rows, start, width) for width in widths]
+    layer_s = [table.target.layer_seconds(item, tree=table.tree) / plan.num_layers + table.task_s for item in items]
+    sizes = [item.padded_tokens for item in items]
+    step_s = _step_s(table, _item(rows, start, 1))
+    return replace(plan, expected_layer_s=tuple(zip(sizes, layer_s, strict=True)), expected_step_s=step_s)
+
+
+def _item(rows: int, start: int, width: int) -> WorkItem:
+    return WorkItem(0, tuple(range(rows)), (start,) * rows, (width,) * rows)
+
+
+def _step_s(table: CostTable, item: WorkItem) -> float:
+    """Seconds of a draft step; 0 without a model that drafts."""
+    draft = table.draft
+    if draft is None:
+        return 0.0
+    rows = len(item.rows)
+    return table.task_s + draft.embed_seconds(item) + draft.layer_seconds(item) + draft.head_seconds(rows, rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Forecaster:
     """Forecasts plans for one workload on one machine."""
@@ -137,6 +168,7 @@ class Forecaster:
     def __call__(self, plan: Plan) -> Forecast:
         """Run a sample of the workload under a plan, and extrapolate to all of it."""
         plan, profile = coarse(plan, self.profile_of(plan))
+        plan = with_expectations(plan, profile, self.workload)
         prompt, new = self._sample(plan)
         rows = min(plan.num_rows, self.workload.num_prompts)
         meter = ThroughputMeter(rows, new)

@@ -13,7 +13,7 @@ from aspec.errors import BudgetError, UnsupportedModelError, UserError
 from aspec.models.model import Model
 from aspec.plan import Plan, PlannedPart, PlanRequest, Speculation, Workload
 from aspec.planning.footprint import MAX_CHAIN, MAX_TREE, MICRO_BATCHES, Models, request_for
-from aspec.planning.forecast import FEW_PROMPTS, Forecaster
+from aspec.planning.forecast import FEW_PROMPTS, Forecaster, with_expectations
 from aspec.planning.placement import make_plan
 from aspec.planning.resolve import Resolved, revise
 from aspec.planning.search import CAPS, DECODINGS, GROUPS, SLOTS, Candidate, Search, SearchSpace, rows_for, search
@@ -35,6 +35,7 @@ from aspec.threads import Threads
 
 MOST_EXACT_PRICE = 0.1  # share of the seconds; where exact passes cost more, they are for those who ask for them
 ON_DEMAND_MARGIN = 0.8  # of the seconds with whole layers: experts on demand are forecast less surely
+USUAL_TOKENS = 128, 128  # of prompts and answers that are not known
 PREFILLS = (256, 128, 64)  # tokens of smaller prefill items, tried if memory is short
 
 
@@ -168,8 +169,21 @@ def best_plans(
         rows = max(request.num_groups, min(request.num_rows, work.num_prompts))
         plan = shrunk(models, replace(request, num_rows=rows))
         found = Search((Candidate(plan.request, plan, forecaster(plan)),), 0, 0)
-    plan = with_free_proposals(models, found.best.plan)
+    plan = _with_prices(models, with_free_proposals(models, found.best.plan), basis, work)
     return replace(found, found=(Candidate(plan.request, plan, found.best.forecast), *found.found[1:]))
+
+
+def with_prices(models: Models, plan: Plan) -> Plan:
+    """A plan for work that is not known, with the prices of this machine where it was measured to choose threads."""
+    options = models.resolved.options
+    if len(thread_counts(options.threads, on_device=models.resolved.kind is not None)) == 1:
+        return plan
+    return _with_prices(models, plan, measured_basis(models), Workload(plan.num_rows, *USUAL_TOKENS))
+
+
+def _with_prices(models: Models, plan: Plan, basis: CostBasis, work: Workload) -> Plan:
+    costs = pricing(models, basis, exact=plan.request.exact, sampled=work.sampled)(plan)
+    return with_expectations(plan, costs, work)
 
 
 def unpacked(models: Models, best: Candidate, basis: CostBasis, work: Workload) -> Candidate | None:

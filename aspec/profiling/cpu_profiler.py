@@ -23,8 +23,9 @@ from aspec.io.disk_probe import probe_rate
 from aspec.io.host_memory import available_bytes, growth_bytes, total_bytes
 from aspec.io.memory import allocate
 from aspec.models.attention import NAME, attend
+from aspec.models.exact.modes import ExactProducts, ExactStep
 from aspec.models.exact.paths import MaskKind
-from aspec.models.exact.products import ExactProducts, ExactStep, fastest, route
+from aspec.models.exact.products import fastest, route
 from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model

@@ -139,11 +139,15 @@ class _Stream:
 class CostModel:
     """Seconds per layer by token count, per draft step and per head; bytes per second of the weight stream."""
 
-    def __init__(self, experts: ExpertPrices | None = None) -> None:
+    def __init__(self, plan: Plan | None = None, experts: ExpertPrices | None = None) -> None:
+        """``plan``: what it expects is believed until it is measured."""
         self.experts = experts  # None: all experts come with their layers
         self._layer = PriceCurve()  # by padded tokens
+        for tokens, seconds in () if plan is None else plan.expected_layer_s:
+            self._layer.expect(tokens, seconds)
         self._ends = PriceCurve()  # embedding, head and acceptance of decoding rows, by padded tokens
-        self._steps = deque[float](maxlen=LAST_STEPS)  # seconds of draft steps
+        steps = [plan.expected_step_s] if plan is not None and plan.expected_step_s else []
+        self._steps = deque[float](steps, maxlen=LAST_STEPS)  # seconds of draft steps
         self._links = {Cost.DISK: _Link(), Cost.H2D: _Link()}
         self._known: tuple[Plan, _Stream] | None = None  # the latest plan that was asked for, and its sums
         self._landed, self._landed_s = 0, 0.0  # the number of loads in their slots, and when the latest landed

@@ -90,6 +90,12 @@ class PriceCurve:
         self._known.add(tokens)
         self._prices = None
 
+    def expect(self, tokens: int, seconds: float) -> None:
+        """Learn what a size is expected to take, before it has run: less surely than from a sample."""
+        before = set(self._known)
+        self.add(tokens, seconds, NEW_NOISE)
+        self._known = before
+
     def seconds(self, tokens: int) -> float | None:
         """The price: never above that of more tokens, because whatever disturbs a sample makes it slower."""
         if not self._means:

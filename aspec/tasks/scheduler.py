@@ -56,7 +56,7 @@ class Scheduler:
         if plan.experts is not None:
             self._experts = ExpertStream(plan.experts, self._next_id, prefetch=plan.request.prefetch_experts)
             prices = ExpertPrices(plan.experts, self._experts)
-        self.costs = CostModel(prices)
+        self.costs = CostModel(plan, prices)
         self.sizing = DraftSizing(plan, self.costs)
         self._loading = 0  # loads under way that are no guesses
         self._emitting: list[Group] = []  # groups whose passes are not all emitted; weights stream for the first one

@@ -1,5 +1,6 @@
 """The flags of ``aspec serve``."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -89,7 +90,9 @@ class ServeFlags(RowFlags, EngineFlags, SamplingFlags, DebugFlags, QuietFlags, M
     def options(self) -> EngineOptions:
         """The engine's options, for several requests of a usual length. Raises UserError for invalid values."""
         rows = REQUESTS if self.max_batch == AUTO else self.max_batch
-        work = Workload(max(1, rows), PROMPT_TOKENS, ANSWER_TOKENS, sampled=self.temperature != 0.0)
+        share = min(1.0, (self.max_context or math.inf) / (PROMPT_TOKENS + ANSWER_TOKENS))
+        prompt, answer = (max(1, int(share * usual)) for usual in (PROMPT_TOKENS, ANSWER_TOKENS))
+        work = Workload(max(1, rows), prompt, max(2, answer), sampled=self.temperature != 0.0)
         return replace(super().options(), workload=work)
 
     def check(self) -> None:

@@ -24,6 +24,11 @@ def panel_outputs(inner: int) -> int:
     return max(FEWEST_OUTPUTS, PANEL_BYTES // (4 * inner))
 
 
+def buffer_bytes(out: int, inner: int) -> int:
+    """Bytes of the buffer of one thread for a weight of so many outputs and inputs."""
+    return 4 * inner * min(out, panel_outputs(inner))
+
+
 def in_panels(
     rows: torch.Tensor, out: int, panel: Panel, blocks: Sequence[int], bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -66,5 +71,5 @@ def buffer(shape: tuple[int, int]) -> torch.Tensor:
     size = shape[0] * shape[1]
     if found is None or found.numel() < size:
         with torch.inference_mode(False):  # or it could be filled in inference mode only
-            found = _thread.buffer = torch.empty(max(size, PANEL_BYTES // 4))
+            found = _thread.buffer = torch.empty(size)
     return found[:size].view(shape)

@@ -8,19 +8,17 @@ the processor has no instructions for bf16, weights become fp32 panel by panel (
 threads; bits differ between thread counts, and between exact and other steps.
 """
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from aspec.models.exact.blocks import VECTOR_ELEMENTS, Product, in_blocks, in_whole_vectors, pack
+from aspec.models.exact.blocks import Product, in_blocks, pack
 from aspec.models.exact.int4_panels import panel_product
 from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, panels_kind
 from aspec.models.exact.known_recipes import recipe_for
@@ -29,86 +27,13 @@ from aspec.models.exact.recipe import BLOCKS, Recipe, Widening
 from aspec.models.exact.row_probe import ProductKind
 from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.int4.kernel import int4_product
-from aspec.models.kv_cache import StepCache
-
-
-class ExactStep:
-    """Linear modules that are ``routed`` compute exact products on the thread that enters it."""
-
-    def __enter__(self) -> None:
-        _thread.exact = True
-
-    def __exit__(self, *_: object) -> None:
-        _thread.exact = False
-
-
-class ExactProducts(TorchFunctionMode):
-    """Computes every product of activations and weights exactly, on the thread that enters the mode.
-
-    A token's bits then depend on the token only: not on its place in the pass and not on the other rows.
-    ``torch.matmul`` is unchanged, because only attention uses it. Inputs of activation functions are padded to whole
-    vectors, because other instructions compute the remainder of a width. ``acted``: some call was changed, so that
-    ``ExactStep`` would not do.
-    """
-
-    acted = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        product = PRODUCTS.get(func)
-        if product is not None:
-            self.acted = True
-            return product(*args, **kwargs)
-        if func in WHOLE_VECTORS and args[0].shape[-1] % VECTOR_ELEMENTS:
-            self.acted = True
-            return in_whole_vectors(func, *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def __enter__(self) -> "ExactProducts":
-        _thread.exact = True
-        return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
-
-    def __exit__(self, *error: Any) -> None:
-        _thread.exact = False
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
 
 _thread = threading.local()  # .exact: whether this thread is in an exact step
 
 
-def matmul_mode(step: StepCache) -> contextlib.AbstractContextManager[object]:
-    """The context in which a step's products are computed: ExactProducts if the step is exact."""
-    return ExactProducts() if step.exact else contextlib.nullcontext()
-
-
-class LayerModes:
-    """The cheapest context in which the products of each layer of a model are exact.
-
-    A mode costs microseconds in every call of torch. The first step of every layer runs in one; if it changes nothing,
-    all the layer's products are those of routed linear modules, and later steps need no mode. One token and several
-    are told apart, because a layer may take another way for one.
-    """
-
-    def __init__(self) -> None:
-        self._bare: set[tuple[int, str, bool]] = set()
-        self._needs_mode: set[tuple[int, str]] = set()
-
-    def of(self, layer: int, step: StepCache, half: str = "") -> contextlib.AbstractContextManager[object]:
-        """The context of one layer's step; ``half``: the part of a layer that does not run as a whole."""
-        if not step.exact:
-            return contextlib.nullcontext()
-        key = layer, half, step.position_ids.shape[1] == 1
-        return ExactStep() if key in self._bare and (layer, half) not in self._needs_mode else self._learn(key)
-
-    @contextlib.contextmanager
-    def _learn(self, key: tuple[int, str, bool]) -> Iterator[None]:
-        with ExactProducts() as mode:
-            yield
-        if mode.acted:
-            self._needs_mode.add(key[:2])
-        self._bare.add(key)
+def set_exact(exact: bool) -> None:
+    """Say whether this thread is in an exact step."""
+    _thread.exact = exact
 
 
 # -- linear modules ------------------------------------------------------------------------------------------
@@ -257,6 +182,21 @@ def fastest_int4(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, 
     return int4_product(rows, codes, scales, sizes.group)
 
 
+def widens_experts(weights: torch.Tensor) -> bool:
+    """Whether products with the weights [E, K, N] of experts are faster in panels."""
+    return weights.is_cpu and _recipe("mm", weights[0]).widening is not None
+
+
+def prove_experts(weights: torch.Tensor, *, transposed: bool) -> None:
+    """Prove the recipe of the products of single experts, see ``RoutedLinear.prove``.
+
+    ``weights``: of all experts, [E, K, N], or [E, N, K] if a product takes them ``transposed``; bound or not.
+    """
+    first, second = weights.shape[1:]
+    out, inner = (first, second) if transposed else (second, first)
+    recipe_for(ProductKind("mm", weights.dtype, 0, out, inner, transposed, False, torch.get_num_threads()))
+
+
 def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows [M, K] times the weight [K, N] of one expert: in an exact step with the bits of a grouped product."""
     if getattr(_thread, "exact", False):
@@ -293,12 +233,12 @@ def _bmm(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return _multiply(rows, lambda block: torch.bmm(block, weights), _recipe("bmm", weights))
 
 
-def _grouped_mm(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **options: object) -> torch.Tensor:
+def grouped_product(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **options: object) -> torch.Tensor:
     """Product of experts: rows [M, K] in groups that end at ``offs`` [E], weights [E, K, N]; returns [M, N]."""
     assert not any(value is not None for value in options.values()), f"a grouped product with {options}"
     ends = offs.tolist()
     made = [
-        _mm(rows[start:end], weight)
+        expert_product(rows[start:end], weight)
         for start, end, weight in zip([0, *ends[:-1]], ends, weights, strict=True)
         if start < end
     ]
@@ -360,7 +300,7 @@ PRODUCTS: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(
         functional.linear: _linear,
         torch.addmm: _addmm,
         torch.bmm: _bmm,
-        torch._grouped_mm: _grouped_mm,
+        torch._grouped_mm: grouped_product,
     }
 )
 """The functions that multiply activations by weights, and how an exact step computes them."""

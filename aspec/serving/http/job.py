@@ -103,6 +103,7 @@ async def prepare(
         own = secrets.randbits(SEED_BITS) if service.seed is None else service.seed
         seed = request.sampling.get("seed", own)
         first = await service.wanted(engine, request, seed)
+        engine.check_tokens(first.tokens)  # an echo spells them
         seeds = [seed, *(derive_seed(seed, index) for index in range(1, request.num_choices))]
         scored = echo and first.params.logprobs is not None
         wanted += [Wanted(first.tokens, replace(first.params, seed=one), scored) for one in seeds]

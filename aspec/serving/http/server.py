@@ -18,6 +18,7 @@ KEEP_ALIVE_S = 75  # that an idle connection stays open, longer than clients kee
 HEAD_BYTES = 1 << 16  # of a request's head
 BACKLOG = 512  # connections that wait to be accepted
 FLUSH_S = 2  # for the last bytes of ended answers
+HALF_CLOSED_S = 1.0  # that an answer may take whose client sends nothing more: it may read on, or have gone
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -102,6 +103,13 @@ class LimitedProtocol(H11Protocol):
         super().data_received(data)
         if self.cycle is not before:
             self._head_is_here()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Leave a client that has closed its half the time for an error, or for the last bytes of an answer."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering:
+            self.loop.call_later(HALF_CLOSED_S, self.transport.close)
+        return answering
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""

@@ -66,6 +66,18 @@ def test_one_sample_far_off_changes_little():
     assert prices.seconds(16) < 1.6 * prices.seconds(8)
 
 
+def test_what_a_plan_expects_is_a_price_until_it_is_measured():
+    prices = PriceCurve()
+    for size in (1, 2, 4, 8, 16, 32, 64, 128):
+        prices.expect(size, 0.9 + 0.1 * size)
+    assert prices.seconds(64) == pytest.approx(7.3, rel=0.2)
+    prices.add(1, 2.0)
+    assert prices.seconds(1) > 1.4
+    for _ in range(10):
+        prices.add(64, 2.2)
+    assert prices.seconds(64) == pytest.approx(2.2, rel=0.15)
+
+
 # -- the acceptance of a chain -----------------------------------------------------------------------------
 
 
@@ -105,12 +117,12 @@ class Machine(SimBackend):
         return super().price(task)
 
 
-def tokens_per_s(virtual, name, acceptance, new=150, **request):
+def tokens_per_s(virtual, name, acceptance, new=150, prompt=64, **request):
     """The speed of decoding on a machine, and the proposed nodes of every pass."""
     machine = Machine(SimCosts(acceptance=acceptance, spread=0.4, draft_s=0.015 * PASS_S))
     machine.seconds = MACHINES[name]
     plan = make_plan(num_layers=LAYERS, resident=range(2 * LAYERS), num_slots=0, num_rows=1, capacity=1024, **request)
-    spans, _, _ = virtual(lambda: simulate(plan, [(0, 64, new)], machine))
+    spans, _, _ = virtual(lambda: simulate(plan, [(0, prompt, new)], machine))
     accepts = [span for span in spans if span.task.op is Op.ACCEPT]
     sizes = [outcome.num_proposed for span in accepts[1:] for outcome in span.outcomes]
     return (new - 1) / (accepts[-1].stop_s - accepts[0].stop_s), sizes
@@ -126,6 +138,28 @@ def test_the_automatic_size_is_as_fast_as_the_best_fixed_one(virtual, name, acce
     best = max(tokens_per_s(virtual, name, acceptance, **one)[0] for one in (*fixed, *chains))
     speed, sizes = tokens_per_s(virtual, name, acceptance, **tree, fixed_draft_tokens=None, max_draft_tokens=128)
     assert speed > 0.9 * best, sizes
+
+
+def expecting(name):
+    """The fields of a plan that expects the prices of a machine."""
+    sizes = (1, 2, 4, 8, 16, 32, 64, 129)
+    return {"expected_layer_s": tuple((n, PASS_S / LAYERS * MACHINES[name](n)) for n in sizes)}
+
+
+@pytest.mark.parametrize("new", [12, 30])
+def test_a_short_text_gains_by_what_its_plan_expects(virtual, new):
+    tree = {"speculation": Speculation.TREE, "fixed_draft_tokens": None, "max_draft_tokens": 128}
+    told, sizes = tokens_per_s(virtual, "slope", 0.5, new=new, prompt=2, **tree, **expecting("slope"))
+    alone, others = tokens_per_s(virtual, "slope", 0.5, new=new, prompt=2, **tree)
+    assert told > 1.05 * alone, (sizes, others)
+    assert max(sizes[:2]) < max(others[:2])
+
+
+def test_a_wrong_expectation_is_unlearnt(virtual):
+    tree = {"speculation": Speculation.TREE, "fixed_draft_tokens": None, "max_draft_tokens": 128}
+    right, _ = tokens_per_s(virtual, "slope", 0.8, new=300, **tree, **expecting("slope"))
+    wrong, sizes = tokens_per_s(virtual, "slope", 0.8, new=300, **tree, **expecting("flat"))
+    assert wrong > 0.8 * right, sizes
 
 
 def test_easy_and_hard_stretches_of_a_text_do_not_end_the_proposals(virtual):

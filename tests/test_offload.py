@@ -363,7 +363,8 @@ def test_a_faster_way_out_shortens_what_crosses(virtual):
 def test_merged_layers_let_as_much_cross():
     plan = offloaded_plan(num_layers=80, num_slots=160, nbytes=1000)
     crossing = tuple((OUT + layer, BACKWARD) for layer in range(80))
-    merged, _ = coarse(replace(plan, crossing=crossing), LINK)
+    merged, _ = coarse(replace(plan, crossing=crossing, expected_layer_s=((1, 0.5),)), LINK)
+    assert merged.expected_layer_s[0][1] * merged.num_layers == pytest.approx(0.5 * plan.num_layers)
     assert merged.num_layers < 80
     assert len(merged.crossing) == merged.num_layers
     assert [sum(way) for way in zip(*merged.crossing, strict=True)] == [80 * OUT + sum(range(80)), 80 * BACKWARD]

@@ -60,7 +60,16 @@ def _merge_parts(plan: Plan, layers: int) -> Plan:
     crossing = tuple((sum(out for out, _ in own), sum(back for _, back in own)) for own in groups)
     experts = None if plan.experts is None else _merge_experts(plan.experts, layers)
     num_layers = ceil(plan.num_layers / layers)
-    merged = partial(replace, plan, parts=parts, num_layers=num_layers, crossing=crossing, experts=experts)
+    expected = tuple((tokens, seconds * plan.num_layers / num_layers) for tokens, seconds in plan.expected_layer_s)
+    merged = partial(
+        replace,
+        plan,
+        parts=parts,
+        num_layers=num_layers,
+        crossing=crossing,
+        experts=experts,
+        expected_layer_s=expected,
+    )
     streamed = [part for part in parts if part.tier != "device"]
     if not streamed:
         return merged()

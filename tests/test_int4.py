@@ -17,6 +17,7 @@ from aspec.io.host_info import cpu_features
 from aspec.models.exact import int4_panels, int4_probe, products
 from aspec.models.exact.int4_panels import panel_product
 from aspec.models.exact.int4_probe import NEVER, int4_kind, panels_kind, probe_int4, probe_panels
+from aspec.models.exact.modes import ExactStep
 from aspec.models.formats.int4 import kernel
 from aspec.models.formats.int4.form import Int4, Int4Decode, in_blocks, pack_codes
 from aspec.models.formats.int4.kernel import int4_product, proved_block
@@ -196,7 +197,7 @@ def test_many_rows_are_multiplied_in_panels_unless_a_step_is_exact(monkeypatch):
     with torch.inference_mode():
         for count in (1, 7, 8, 12):
             assert torch.equal(module(rows[None, :count])[0], (packed if count < 8 else panels)[:count])
-            with products.ExactStep():
+            with ExactStep():
                 assert torch.equal(module(rows[:count]), packed[:count])
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from aspec.io.memory import allocate, discard
 from aspec.models.exact import known_recipes, panels, products, row_probe, widening_probe
+from aspec.models.exact import modes as modes_of
 from aspec.models.exact.modes import ExactProducts, ExactStep, FastExperts, LayerModes
 from aspec.models.exact.panels import in_panels, panel_outputs, widened
 from aspec.models.exact.products import route
@@ -285,6 +286,19 @@ def test_a_layer_without_other_products_needs_no_mode_later():
                 module(torch.randn(1, tokens, 8))
                 calls.append(bool(torch.overrides._is_torch_function_mode_enabled()))
     assert calls == [True, False, True, False, False, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("widens", [False, True])
+def test_a_step_that_is_not_exact_needs_a_mode_where_experts_are_widened(widens, monkeypatch):
+    monkeypatch.setattr(modes_of, "widens_experts", lambda weights: widens)
+    modes, calls = LayerModes(), []
+    rows, weights = torch.randn(5, 64).bfloat16(), torch.randn(2, 64, 64).bfloat16()
+    step = SimpleNamespace(exact=False, position_ids=torch.zeros(1, 5))
+    for _ in range(3):
+        with torch.inference_mode(), modes.of(0, step):
+            torch._grouped_mm(rows, weights, offs=torch.tensor([2, 5], dtype=torch.int32))
+            calls.append(bool(torch.overrides._is_torch_function_mode_enabled()))
+    assert calls == [True, widens, widens]
 
 
 def test_threads_and_steps_do_not_share_their_exactness():

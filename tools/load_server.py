@@ -163,8 +163,8 @@ def hostile(noise: random.Random) -> bytes:
         name = noise.choice(["max_tokens", "n", "top_p", "logprobs", "presence_penalty"])
         return head("POST", PATH, f'{{"prompt":"a","top_k":-7,"{name}":{number}}}'.encode())
     if kind == 3:
-        value = noise.choice([None, 1, {}, [[]], [""], [-1], [1 << 70], "", ["a", 1], {"a": "b"}])
-        return head("POST", PATH, json.dumps({"prompt": value}).encode())
+        value = noise.choice([None, 1, {}, [[]], [""], [-1], [1 << 70], [[1 << 70]], "", ["a", 1], {"a": "b"}])
+        return head("POST", PATH, json.dumps({"prompt": value, "echo": noise.random() < 0.5}).encode())
     if kind == 4:
         return head("POST", "/v1/chat/completions", json.dumps({"messages": [{"role": noise.choice("abc")}]}).encode())
     if kind == 5:

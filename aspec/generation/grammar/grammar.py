@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-WHITESPACE = r" {1,4}|\r?\n[ \t]{0,32}"  # between the parts of a JSON text; without a limit a weak model writes nothing else
+WHITESPACE = (
+    r" {1,4}|\r?\n[ \t]{0,32}"  # between the parts of a JSON text; without a limit a weak model writes nothing else
+)
 
 Form = Literal["json_schema", "regex", "lark"]
 

@@ -101,6 +101,14 @@ def test_masks_of_a_tree_are_those_of_each_path(grammar, grammars, tokenizer):
         generated += taken[: masks.num_allowed(generated, taken)]
 
 
+@pytest.mark.parametrize("grammar", [SCHEMA, ANY_OBJECT])
+def test_between_the_parts_of_a_json_text_there_is_little(grammar, tokenizer):
+    """Else a weak model spends all its tokens there."""
+    for gap, fits in (("", True), ("  ", True), ("\n", True), ("\n        ", True), ("\n\n", False), (" " * 5, False)):
+        tokens = tokenizer.encode(f'{{{gap}"name"{gap}:{gap}"a"')
+        assert (fresh_mask(grammar, tokenizer, tokens) is not None) == fits, repr(gap)
+
+
 def test_masks_of_a_path_that_ended_allow_all(grammars, tokenizer):
     masks, done = grammars.masks(WORD), tokenizer.encode("ab")
     assert END in allowed(masks, [], [tuple(done)])[0]

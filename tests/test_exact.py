@@ -8,8 +8,18 @@ import pytest
 import torch
 import transformers
 
+from aspec.io.host_info import compiler
 from aspec.models.attention import attend
-from aspec.models.exact import flash, flash_probe, known_recipes, panels, products, row_probe, widening_probe
+from aspec.models.exact import (
+    compiled_probe,
+    flash,
+    flash_probe,
+    known_recipes,
+    panels,
+    products,
+    row_probe,
+    widening_probe,
+)
 from aspec.models.exact.modes import ExactProducts
 from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.recipe import Recipe
@@ -181,12 +191,26 @@ EVERYWHERE += [(family, *how) for family in OTHERS for how in ((torch.float32, 1
 def test_steps_equal_decoding_in_panels(family, tmp_path, monkeypatch):
     """On every machine, also where torch's own products are faster."""
     monkeypatch.setattr(known_recipes, "_known", {})
+    monkeypatch.setattr(known_recipes, "compiled_pays", lambda kind: False)
     monkeypatch.setattr(widening_probe, "SMALLEST_WEIGHT", 0)
     monkeypatch.setattr(widening_probe, "FASTER", math.inf)
     monkeypatch.setattr(panels, "PANEL_BYTES", 1 << 13)
     torch.set_num_threads(1)
     check(Engine(tiny.build(tmp_path, family), torch.bfloat16), range(1))
     assert any(recipe.widening for recipe in known_recipes._known.values())
+
+
+@pytest.mark.skipif(not compiler(), reason="without llvmlite nothing compiles")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_steps_equal_decoding_in_compiled_products(family, threads, tmp_path, monkeypatch):
+    """On every machine, also where torch's own products are faster."""
+    monkeypatch.setattr(known_recipes, "_known", {})
+    monkeypatch.setattr(compiled_probe, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(compiled_probe, "FASTER", math.inf)
+    torch.set_num_threads(threads)
+    check(Engine(tiny.build(tmp_path, family), torch.bfloat16), range(1))
+    assert any(recipe.compiled for recipe in known_recipes._known.values())
 
 
 @pytest.mark.slow

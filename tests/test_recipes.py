@@ -16,7 +16,7 @@ from aspec.models.exact import modes as modes_of
 from aspec.models.exact.modes import ExactProducts, ExactStep, FastExperts, LayerModes
 from aspec.models.exact.panels import in_panels, panel_outputs, widened
 from aspec.models.exact.products import route
-from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, Widening, candidates, cost
+from aspec.models.exact.recipe import BLOCKS, COMPILED, Packing, Recipe, Widening, candidates, cost
 from aspec.models.exact.row_probe import ProductKind, probe, prove
 from aspec.models.weights.parts import as_tensor
 
@@ -146,6 +146,7 @@ def test_a_proof_is_kept_and_read_again(monkeypatch, tmp_path):
 BAD = (None, 7, {}, [], [0, 4, [], []], [4, 3, [], []], [1, 4, [3], []], [1, 4, [8, 16], []], [1, 4, ["9"], []])
 BAD += ([1, 4, [], [1]], [1, 4, [], [1, 1, [1, 4, [], []]]], [1, 4, [], [1, True, [0, 4, [], []]]])
 BAD += ([0, [1, 4, [], []]], [2, [4, 3, [], []]], [2, 4])  # widened
+BAD += (["compile"], "compiled", ["compiled", 1])
 
 
 @pytest.mark.parametrize("entry", BAD, ids=str)
@@ -161,7 +162,7 @@ def test_an_entry_that_is_no_recipe_is_proven_anew(entry, monkeypatch, tmp_path)
 
 def test_a_recipe_survives_its_file():
     wide = replace(BLOCKS, widening=Widening(PLAIN, 4))
-    for recipe in (PLAIN, BLOCKS, wide, Recipe(2, 9, (), Packing(32, PLAIN, faster=True))):
+    for recipe in (PLAIN, BLOCKS, COMPILED, wide, Recipe(2, 9, (), Packing(32, PLAIN, faster=True))):
         assert known_recipes._recipe(json.loads(json.dumps(known_recipes._entry(recipe)))) == recipe
 
 
@@ -199,7 +200,7 @@ def test_panels_pay_where_they_are_faster_and_are_proven(op, out, monkeypatch):
 def test_few_rows_of_a_step_that_is_not_exact_are_not_widened(monkeypatch):
     model = nn.Linear(64, 96, bias=False).bfloat16().requires_grad_(False)
     (linear,) = route(model).values()
-    linear.widening = Widening(PLAIN, 4)
+    linear.recipe = replace(BLOCKS, widening=Widening(PLAIN, 4))
     calls = []
     monkeypatch.setattr(products, "in_panels", lambda rows, *how: calls.append(len(rows)) or in_panels(rows, *how))
     rows = torch.randn(2, 3, 64).bfloat16()

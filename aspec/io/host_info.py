@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,12 +18,21 @@ class HostInfo:
     cores: int
     threads: int
     torch: str
+    compiler: str  # the version of llvmlite, which compiles kernels for this processor; empty: there is none
 
 
 def host_info() -> HostInfo:
-    """The name of the processor, the cores that this process may use, the threads of torch, its version."""
+    """The name of the processor, the cores that this process may use, the threads of torch, the versions."""
     name = _cpu_lines("model name") or platform.processor() or platform.machine()
-    return HostInfo(name, num_cores(), torch.get_num_threads(), torch.__version__)
+    return HostInfo(name, num_cores(), torch.get_num_threads(), torch.__version__, compiler())
+
+
+def compiler() -> str:
+    """The version of the package that compiles kernels; empty if there is none."""
+    try:
+        return version("llvmlite")
+    except PackageNotFoundError:
+        return ""
 
 
 def cpu_features() -> str:

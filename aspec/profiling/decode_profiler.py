@@ -16,9 +16,8 @@ import torch
 
 from aspec.io.checkpoint import TensorRef
 from aspec.io.loop.side_by_side import Work, side_by_side
-from aspec.models.exact.products import fastest_int4
+from aspec.models.exact.products import exact_int4, fastest_int4
 from aspec.models.formats.int4.form import Int4
-from aspec.models.formats.int4.kernel import int4_product
 from aspec.models.formats.packed import PackedWeight
 from aspec.models.model import Model
 from aspec.profiling.hardware import Table
@@ -59,9 +58,8 @@ def measure_int4(sizes: Int4, threads: int, *, exact: bool) -> Table:
 
     def seconds(rows: int) -> float:
         hidden = torch.randn(rows, sizes.columns).bfloat16()
-        if exact:
-            return seconds_of(lambda: int4_product(hidden, next(turn), scales, sizes.group), REPEATS)
-        return seconds_of(lambda: fastest_int4(hidden, next(turn), scales, sizes), REPEATS)
+        product = exact_int4 if exact else fastest_int4
+        return seconds_of(lambda: product(hidden, next(turn), scales, sizes), REPEATS)
 
     with _threads(threads):
         return tuple((rows, seconds(rows) / (sizes.rows * sizes.columns)) for rows in INT4_ROWS)

@@ -4,13 +4,17 @@ Every output is a sum of its own, over the inputs one after another, so a few bl
 """
 
 from bisect import bisect_left
+from dataclasses import replace
+from math import prod
 
 import torch
 
+from aspec.io.host_info import compiler
+from aspec.models.compiled.products import compiled_int4_product, multiply_int4
 from aspec.models.exact.int4_panels import panel_product
-from aspec.models.exact.recipe import BLOCKS, Recipe, Widening
+from aspec.models.exact.recipe import BLOCKS, COMPILED, Recipe, Widening
 from aspec.models.exact.row_probe import LARGER, ProductKind, least_seconds, prove, uneven
-from aspec.models.formats.int4.form import ZERO, Int4, in_blocks, pack_codes
+from aspec.models.formats.int4.form import ZERO, Int4, Int4Decode, in_blocks, pack_codes
 from aspec.models.formats.int4.kernel import int4_product
 
 INT4 = "int4"  # the operation; ``batch`` of its kinds is the number of inputs that share a scale
@@ -21,6 +25,8 @@ FROM_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96)  # panels may be faster from o
 NEVER = 1 << 20  # rows: panels are not faster
 FEWEST_WEIGHTS = 1 << 20  # of a matrix for which panels are worth a probe
 TIMED_WEIGHTS = 2 << 20  # of a weight that is timed: two panels
+TIMED_ROWS, FASTER = (1, 16), 0.85  # compiled products are used if they take at most this share, in the geometric mean
+TOLERANCE = 2**-7  # of the sum of a row's absolute terms: compiled products beside torch's, both rounded once
 
 
 def int4_kind(sizes: Int4, threads: int) -> ProductKind:
@@ -30,7 +36,7 @@ def int4_kind(sizes: Int4, threads: int) -> ProductKind:
 
 @torch.inference_mode()
 def probe_int4(kind: ProductKind) -> Recipe:
-    """The cheapest proven recipe; takes a tenth of a second. Call it with ``kind.threads`` threads set."""
+    """The cheapest proven recipe; takes a few tenths of a second. Call it with ``kind.threads`` threads set."""
     generator, half = torch.Generator().manual_seed(5), kind.inner // 2
     sizes = Int4(kind.out, kind.inner, kind.batch, kind.out // 2)
     numbers = torch.randint(1, 16, (sizes.rows, sizes.columns), dtype=torch.uint8, generator=generator)
@@ -43,7 +49,43 @@ def probe_int4(kind: ProductKind) -> Recipe:
     rows[:, half : 2 * half] = rows[:, :half]
     rows = rows.bfloat16()
     larger = [size for size in LARGER if size > DENSE]
+
+    if _compiled_pays(sizes) and _compiled_holds(rows, codes, scales, sizes, larger):
+        return COMPILED
     return prove(lambda block: int4_product(block.contiguous(), codes, scales, sizes.group), rows, DENSE, larger)
+
+
+def _compiled_pays(sizes: Int4) -> bool:
+    """Whether compiled products with such weights take less than those of torch."""
+    own = replace(sizes, rows=max(1, TIMED_WEIGHTS // sizes.columns // sizes.block) * sizes.block)
+    if not compiler():
+        return False
+    codes, scales = torch.zeros(own.codes, dtype=torch.uint8), torch.ones(own.scales, dtype=torch.bfloat16)
+
+    def share(count: int) -> float:
+        rows = torch.ones(count, own.columns, dtype=torch.bfloat16)
+        plain_s = least_seconds(lambda: int4_product(rows, codes, scales, own.group))
+        return least_seconds(lambda: compiled_int4_product(rows, codes, scales, own)) / plain_s
+
+    try:
+        return prod(share(count) for count in TIMED_ROWS) ** (1 / len(TIMED_ROWS)) <= FASTER
+    except (ImportError, OSError, RuntimeError):  # a build of the package that this machine can not use
+        return False
+
+
+def _compiled_holds(
+    rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4, larger: list[int]
+) -> bool:
+    """Whether compiled products are close to torch's, and have the same bits in every number of rows."""
+    few = rows[:DENSE].clone()
+    few[:, sizes.columns // 2 :] = 0.0  # sums that do not cancel
+    weight, decode = torch.empty(sizes.rows, sizes.columns), Int4Decode(sizes)
+    decode((codes, scales), weight, torch.empty(decode.workspace_bytes, dtype=torch.uint8))
+    terms = few.float().abs() @ weight.abs().t()
+    apart = (compiled_int4_product(few, codes, scales, sizes) - int4_product(few, codes, scales, sizes.group)).abs()
+    proven = prove(lambda block: compiled_int4_product(block, codes, scales, sizes), rows, DENSE, larger)
+    whole = (proven.lowest, proven.highest, len(proven.larger)) == (1, DENSE, len(larger))
+    return whole and bool((apart <= TOLERANCE * terms).all())
 
 
 def panels_kind(sizes: Int4, dtype: torch.dtype, threads: int) -> ProductKind:
@@ -57,12 +99,12 @@ def probe_panels(kind: ProductKind) -> Recipe:
     block = kind.out // 2
     sizes = Int4(max(1, TIMED_WEIGHTS // kind.inner // block) * block, kind.inner, kind.batch, block)
     codes, scales = torch.zeros(sizes.codes, dtype=torch.uint8), torch.ones(sizes.scales, dtype=torch.bfloat16)
-    rows = torch.ones(FROM_ROWS[-1], kind.inner, dtype=torch.bfloat16)
+    rows, compiled = torch.ones(FROM_ROWS[-1], kind.inner, dtype=torch.bfloat16), _compiled_pays(sizes)
 
     def pays(count: int) -> bool:
         own = rows[:count]
         panels_s = least_seconds(lambda: panel_product(own, codes, scales, sizes, kind.dtype))
-        return panels_s < least_seconds(lambda: int4_product(own, codes, scales, sizes.group))
+        return panels_s < least_seconds(lambda: multiply_int4(own, codes, scales, sizes, compiled=compiled))
 
     index = bisect_left(FROM_ROWS, True, key=pays)
     return Recipe(BLOCKS.lowest, BLOCKS.highest, widening=Widening(BLOCKS, (*FROM_ROWS, NEVER)[index]))

@@ -1,7 +1,8 @@
 """The recipes of this machine: proven once, then kept in the cache folder, beside the machine's profile.
 
-One file per processor, its instruction sets, version of torch, and settings that change kernels. A kind of product that
-is not in the file is probed now. An unreadable file counts as missing; if it cannot be written, the next run probes.
+One file per processor, its instruction sets, versions of torch and the compiler, and settings that change kernels. A
+kind of product that is not in the file is probed now. An unreadable file counts as missing; if it cannot be written,
+the next run probes.
 """
 
 import hashlib
@@ -13,19 +14,22 @@ import torch
 
 from aspec.io.host_info import cpu_features, host_info
 from aspec.io.json_file import read_record, replace_json
+from aspec.models.exact.compiled_probe import compiled_pays
 from aspec.models.exact.flash_probe import FLASH, probe_flash
 from aspec.models.exact.int4_probe import INT4, INT4_PANELS, probe_int4, probe_panels
-from aspec.models.exact.recipe import BLOCKS, Packing, Recipe, Widening
+from aspec.models.exact.recipe import BLOCKS, COMPILED, Packing, Recipe, Widening
 from aspec.models.exact.row_probe import ProductKind, probe
 from aspec.models.exact.widening_probe import probe_widening
 from aspec.options import cache_folder
 
-VERSION = 2  # of the format, and of what a proof means
+VERSION = 3  # of the format, and of what a proof means
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that change which kernels run."""
 
 PROBES = {FLASH: probe_flash, INT4: probe_int4, INT4_PANELS: probe_panels}
 """The probes of operations that are no plain products."""
+
+COMPILED_ENTRY = "compiled"
 
 _known: dict[ProductKind, Recipe] = {}
 
@@ -45,7 +49,9 @@ def recipe_for(kind: ProductKind) -> Recipe:
 
 
 def _probe(kind: ProductKind) -> Recipe:
-    """Widened where that is faster, else the product as it is."""
+    """Compiled or widened where that is faster, else the product as it is."""
+    if compiled_pays(kind):
+        return COMPILED
     widening = probe_widening(kind)
     return probe(kind) if widening is None else replace(BLOCKS, widening=widening)
 
@@ -54,11 +60,14 @@ def _probe(kind: ProductKind) -> Recipe:
 def _machine() -> str:
     host = host_info()
     settings = [os.environ.get(name, "") for name in SETTINGS]
-    words = (host.cpu, cpu_features(), host.torch, torch.get_float32_matmul_precision(), *settings, str(VERSION))
+    kernels = (host.torch, host.compiler, torch.get_float32_matmul_precision())
+    words = (host.cpu, cpu_features(), *kernels, *settings, str(VERSION))
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
 def _entry(recipe: Recipe) -> list[object]:
+    if recipe.compiled:
+        return [COMPILED_ENTRY]
     if (wide := recipe.widening) is not None:
         return [wide.from_rows, _entry(wide.recipe)]
     packing = recipe.packing
@@ -69,6 +78,8 @@ def _entry(recipe: Recipe) -> list[object]:
 def _recipe(entry: object) -> Recipe | None:
     """The recipe of an entry; None if it is not one."""
     match entry:
+        case [str(word)] if word == COMPILED_ENTRY:
+            return COMPILED
         case [int(from_rows), list(own)] if from_rows >= 1:
             wide = _recipe(own)
             return wide and replace(BLOCKS, widening=Widening(wide, from_rows))

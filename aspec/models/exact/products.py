@@ -3,7 +3,8 @@
 A CPU library splits a product's inner length depending on the number of rows, and computes the remainder of a width
 with other instructions. So a token's last bits depend on the number of tokens in the pass. Here every product uses
 numbers of rows that were proven to give equal bits on this machine (``row_probe.py``), or blocks of one size. Where
-the processor has no instructions for bf16, weights become fp32 panel by panel (``panels.py``), in all steps.
+the processor has no instructions for bf16, weights become fp32 in a kernel of this machine (``compiled/``) if there is
+a compiler, else panel by panel (``panels.py``), in all steps.
 ``attention.py`` and ``kv_cache.py`` do the same for attention. ``tests/test_exact.py`` checks it with one and two
 threads; bits differ between thread counts, and between exact and other steps.
 """
@@ -18,15 +19,15 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from aspec.models.compiled.products import dense_product, multiply_int4
 from aspec.models.exact.blocks import Product, in_blocks, pack
 from aspec.models.exact.int4_panels import panel_product
 from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, panels_kind
 from aspec.models.exact.known_recipes import recipe_for
 from aspec.models.exact.panels import in_panels, widened
-from aspec.models.exact.recipe import BLOCKS, Recipe, Widening
+from aspec.models.exact.recipe import BLOCKS, Recipe
 from aspec.models.exact.row_probe import ProductKind
 from aspec.models.formats.int4.form import Int4
-from aspec.models.formats.int4.kernel import int4_product
 
 _thread = threading.local()  # .exact: whether this thread is in an exact step
 
@@ -46,19 +47,19 @@ class RoutedLinear:
     not packed. ``sizes``: of a weight that is bound in 4 bits.
     """
 
-    __slots__ = ("_nothing", "_table", "packed", "sizes", "widening")
+    __slots__ = ("_nothing", "_table", "packed", "recipe", "sizes")
 
     def __init__(self, module: nn.Linear) -> None:
         self._table = module._parameters
         self._nothing: nn.Parameter | None = None  # see ``_replace``; made once
         self.packed: PackedWeight | None = None
         self.sizes: Int4 | None = None
-        self.widening: Widening | None = None  # known once it is proven
+        self.recipe: Recipe | None = None  # of plain weights; known once it is proven
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]. A torch function mode sees one call of ``multiply``."""
         table = self._table
-        return multiply(rows, table["weight"], table["bias"], self.packed, self.widening)  # type: ignore[arg-type]
+        return multiply(rows, table["weight"], table["bias"], self.packed, self.recipe)  # type: ignore[arg-type]
 
     def prove(self) -> None:
         """Prove the recipe of the weight's kind now, bound or not: a probe takes memory, later there may be less."""
@@ -70,7 +71,7 @@ class RoutedLinear:
             return
         (out, inner), biased = weight.shape, self._table["bias"] is not None
         kind = ProductKind("linear", weight.dtype, 0, out, inner, False, biased, torch.get_num_threads())
-        self.widening = recipe_for(kind).widening
+        self.recipe = recipe_for(kind)
 
     def pack(self) -> bool:
         """Keep a packed copy of the bound weight if products with it are faster; the plain one is not read then.
@@ -93,7 +94,7 @@ class RoutedLinear:
         assert weight is not None, "a linear module has a weight"
 
         def product(rows: torch.Tensor) -> torch.Tensor:
-            return biased(int4_product(rows.contiguous(), codes, scales, sizes.group))
+            return biased(multiply_int4(rows, codes, scales, sizes, compiled=recipe.compiled))
 
         def in_panels(rows: torch.Tensor) -> torch.Tensor:
             return biased(panel_product(rows, codes, scales, sizes, dtype))
@@ -145,11 +146,11 @@ def multiply(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     packed: PackedWeight | None,
-    widening: Widening | None,
+    recipe: Recipe | None,
 ) -> torch.Tensor:
     """``functional.linear``, exact in an exact step; ``packed`` takes the place of ``weight`` and ``bias``."""
     if has_torch_function_unary(rows):
-        made: torch.Tensor = handle_torch_function(multiply, (rows,), rows, weight, bias, packed, widening)
+        made: torch.Tensor = handle_torch_function(multiply, (rows,), rows, weight, bias, packed, recipe)
         return made
     exact = getattr(_thread, "exact", False)
     if packed is not None:
@@ -163,15 +164,18 @@ def multiply(
         return made.view(*rows.shape[:-1], -1)
     if exact:
         return _linear(rows, weight, bias)
-    if widening is not None and rows.numel() >= widening.from_rows * rows.shape[-1]:
+    if recipe is not None:
         flat = rows.reshape(-1, rows.shape[-1])
-        return _widened(flat, weight.t(), (len(flat),), bias).view(*rows.shape[:-1], -1)
+        if recipe.compiled and weight.is_contiguous():
+            return dense_product(flat, weight, bias).view(*rows.shape[:-1], -1)
+        if recipe.widening is not None and len(flat) >= recipe.widening.from_rows:
+            return _widened(flat, weight.t(), (len(flat),), bias).view(*rows.shape[:-1], -1)
     return functional.linear(rows, weight, bias)
 
 
 def fastest(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows [..., K] times a weight [N, K] as a linear module does it."""
-    return multiply(rows, weight, None, None, _recipe("linear", weight).widening)
+    return multiply(rows, weight, None, None, _recipe("linear", weight))
 
 
 def fastest_int4(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
@@ -179,12 +183,19 @@ def fastest_int4(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, 
     from_rows, dtype = _panels(sizes)
     if len(rows) >= from_rows:
         return panel_product(rows, codes, scales, sizes, dtype)
-    return int4_product(rows, codes, scales, sizes.group)
+    return exact_int4(rows, codes, scales, sizes)
+
+
+def exact_int4(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
+    """The same, as an exact step does it for numbers of rows that need no blocks."""
+    recipe = recipe_for(int4_kind(sizes, torch.get_num_threads()))
+    return multiply_int4(rows, codes, scales, sizes, compiled=recipe.compiled)
 
 
 def widens_experts(weights: torch.Tensor) -> bool:
-    """Whether products with the weights [E, K, N] of experts are faster in panels."""
-    return weights.is_cpu and _recipe("mm", weights[0]).widening is not None
+    """Whether products with the weights [E, K, N] of experts are faster one by one, compiled or in panels."""
+    recipe = _recipe("mm", weights[0]) if weights.is_cpu else BLOCKS
+    return recipe.compiled or recipe.widening is not None
 
 
 def prove_experts(weights: torch.Tensor, *, transposed: bool) -> None:
@@ -201,8 +212,10 @@ def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows [M, K] times the weight [K, N] of one expert: in an exact step with the bits of a grouped product."""
     if getattr(_thread, "exact", False):
         return _mm(rows, weight)
-    widening = _recipe("mm", weight).widening if weight.is_cpu else None
-    if widening is not None and len(rows) >= widening.from_rows:
+    recipe = _recipe("mm", weight) if weight.is_cpu else BLOCKS
+    if recipe.compiled:
+        return dense_product(rows, weight.t())
+    if recipe.widening is not None and len(rows) >= recipe.widening.from_rows:
         return _widened(rows, weight, (len(rows),))
     return torch.mm(rows, weight)
 
@@ -214,7 +227,9 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     """functional.linear as the recipe of its weight says."""
     flat, recipe = rows.reshape(-1, rows.shape[-1]), _recipe("linear", weight, bias)
     count = flat.shape[0]
-    if recipe.widening is not None:
+    if recipe.compiled:
+        made = dense_product(flat, weight, bias)
+    elif recipe.widening is not None:
         made = _widened(flat, weight.t(), recipe.widening.recipe.blocks(count), bias)
     elif recipe.lowest <= count <= recipe.highest:
         made = functional.linear(flat, weight, bias)
@@ -247,6 +262,8 @@ def grouped_product(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tenso
 
 def _mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     recipe = _recipe("mm", weight)
+    if recipe.compiled:
+        return dense_product(rows, weight.t())
     if recipe.widening is not None:
         return _widened(rows, weight, recipe.widening.recipe.blocks(len(rows)))
     return _multiply(rows, lambda block: torch.mm(block, weight), recipe)

@@ -33,6 +33,7 @@ class Recipe:
     """Proven numbers of rows: all from ``lowest`` to ``highest``, and ``larger`` ones, descending.
 
     ``widening``: how the product is computed in its place, in bf16 on a processor that has no instructions for it.
+    ``compiled``: by a kernel of this machine, in every step, for any number of rows at once.
     """
 
     lowest: int
@@ -40,6 +41,7 @@ class Recipe:
     larger: tuple[int, ...] = ()
     packing: "Packing | None" = None
     widening: "Widening | None" = None
+    compiled: bool = False
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """Rows of every block for ``count`` rows; the last block may have more rows than are left."""
@@ -73,6 +75,9 @@ class Widening:
 
 BLOCKS = Recipe(BLOCK_ROWS, BLOCK_ROWS)
 """What needs no proof."""
+
+COMPILED = Recipe(1, 1 << 20, compiled=True)
+"""Of kernels, which compute every row by itself."""
 
 
 @lru_cache(4096)

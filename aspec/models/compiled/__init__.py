@@ -1,0 +1,1 @@
+"""Which products does this machine compile for itself?"""

@@ -1,0 +1,67 @@
+"""Products by kernels that are compiled on this machine; ``exact/compiled_probe.py`` says where they pay."""
+
+from functools import cache
+
+import torch
+
+from aspec.models.compiled.build import Compiled, build, has_threads, vector_lanes
+from aspec.models.formats.int4.form import Int4
+from aspec.models.formats.int4.kernel import int4_product
+
+INNER = 16  # the inputs of a weight are a multiple: of every number of lanes
+BLOCK_BYTES = 128 << 10  # of weights that stay in a cache while all rows pass
+LEAST_WORK = 1 << 18  # multiplications for each thread: starting one takes as long as so many
+
+_zero = torch.zeros(1)
+
+
+def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows bf16 [M, K] times the transposed weight bf16 [N, K], which is contiguous: bf16 [M, N], summed in fp32.
+
+    Sums and bias [N] are rounded once. A row's bits depend on the row alone. Raises ImportError without the compiler.
+    """
+    count, inner = rows.shape
+    outputs = len(weight)
+    wide, made = rows.float().contiguous(), weight.new_empty(count, outputs)
+    added, step = (_zero, 0) if bias is None else (bias.float(), 1)
+    addresses = weight.data_ptr(), wide.data_ptr(), added.data_ptr(), made.data_ptr()
+    block = max(1, BLOCK_BYTES // (2 * inner))
+    threads = min(torch.get_num_threads(), max(1, count * outputs * inner // LEAST_WORK))
+    _dense()(*addresses, outputs, inner, count, block, step, threads)
+    return made
+
+
+@cache
+def _dense() -> Compiled:
+    from aspec.models.compiled.dense import dense_kernel
+
+    return build(dense_kernel(vector_lanes(), parallel=has_threads()), 4, 5)
+
+
+def compiled_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
+    """Rows bf16 [M, K] times the transposed weight of 4 bits: bf16 [M, N], summed in fp32 and rounded once.
+
+    A row's bits depend on the row alone. Raises ImportError without the compiler.
+    """
+    (count, inner), outputs = rows.shape, sizes.rows
+    wide, made = rows.float().contiguous(), rows.new_empty(count, outputs)
+    addresses = codes.data_ptr(), scales.data_ptr(), wide.data_ptr(), made.data_ptr()
+    threads = min(torch.get_num_threads(), max(1, count * outputs * inner // LEAST_WORK))
+    _int4(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
+    return made
+
+
+def multiply_int4(
+    rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4, *, compiled: bool
+) -> torch.Tensor:
+    """Rows bf16 [M, K] times the transposed weight of 4 bits, ``compiled`` or by torch: bf16 [M, N]."""
+    if compiled:
+        return compiled_int4_product(rows, codes, scales, sizes)
+    return int4_product(rows.contiguous(), codes, scales, sizes.group)
+
+
+@cache
+def _int4(block: int) -> Compiled:
+    from aspec.models.compiled.int4 import int4_kernel
+
+    return build(int4_kernel(vector_lanes(), block, parallel=has_threads()), 4, 4)

@@ -11,6 +11,7 @@ from aspec.cli.flags.planning import ProfileFlags
 from aspec.cli.front.opening import fetching
 from aspec.cli.interrupts import run
 from aspec.errors import UserError
+from aspec.io.host_info import compiler, multiplies_bf16
 from aspec.models.model import Model
 from aspec.observe.console import Console
 from aspec.planning.resolve import Resolved, resolve
@@ -82,6 +83,7 @@ def table(pair: PairOnMachine) -> Iterator[str]:
     """The figures as lines of text."""
     hardware, cpu, dtype = pair.hardware, pair.hardware.processor, pair.dtype
     yield f"{hardware.name}, {pair.threads}, {dtype}"
+    yield from _kernels(pair)
     links = {"host to device": hardware.h2d_bytes_per_s, "device to host": hardware.d2h_bytes_per_s}
     yield from _rows(
         ("disk, direct reads", format_rate(hardware.disk_bytes_per_s)),
@@ -116,6 +118,17 @@ def table(pair: PairOnMachine) -> Iterator[str]:
             ("one step", f"{1e3 * _draft_s(pair):.2f} ms"),
             ("acceptance", f"{pair.known.acceptance:.2f}, {source}"),
         )
+
+
+def _kernels(pair: PairOnMachine) -> Iterator[str]:
+    """Where the processor's bf16 is slow: what computes its products, or how they would get faster."""
+    on_host = pair.hardware.h2d_bytes_per_s is None
+    if not on_host or pair.dtype != "bfloat16" or multiplies_bf16():
+        return
+    if found := compiler():
+        yield f"kernels compiled for this processor by llvmlite {found}, where they are faster"
+    else:
+        yield "no instructions for bf16: pip install 'aspec[fast]' compiles kernels that multiply several times as fast"
 
 
 def as_object(pair: PairOnMachine) -> dict[str, Any]:

@@ -9,6 +9,9 @@ import torch
 
 from aspec.threads import num_cores
 
+BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Names of such instructions, as Linux tells them."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
@@ -38,6 +41,12 @@ def compiler() -> str:
 def cpu_features() -> str:
     """The instruction sets of the processor; two processors of the same name may differ in them."""
     return _cpu_lines("flags") or _cpu_lines("Features")
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products in bf16; yes where the system does not tell."""
+    features = cpu_features().split()
+    return not features or not BF16.isdisjoint(features)
 
 
 def _cpu_lines(field: str) -> str:

@@ -34,7 +34,9 @@ def coarse(plan: Plan, profile: SimCosts, max_tasks: int = MAX_TASKS) -> tuple[P
     if cost_table is None:
         return merged, replace(profile, layer_s=profile.layer_s * layers, layer_token_s=profile.layer_token_s * layers)
     target = replace(cost_table.target, layers=tuple(_merge_layers(cost_table.target.layers, layers)))
-    return merged, replace(profile, cost_table=replace(cost_table, target=target))
+    return merged, replace(
+        profile, cost_table=replace(cost_table, target=target, handover_s=layers * cost_table.handover_s)
+    )
 
 
 def _merge_parts(plan: Plan, layers: int) -> Plan:

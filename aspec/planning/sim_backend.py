@@ -9,7 +9,7 @@ confidence differs between positions, so rows grow trees of different sizes.
 import asyncio
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -90,6 +90,7 @@ class SimBackend:
     experts: ExpertShape | None = None  # that are read on demand
     in_flight: int = 0  # tasks issued and not completed; 0 after close
     closed: bool = False
+    _told_s: float = 0.0  # time at which the loop has dealt with all tasks that have ended
     _lanes: dict[str, _Lane] = field(default_factory=dict)
     _stops: dict[int, float] = field(default_factory=dict)  # task id -> end in seconds, for the tasks that follow it
     _rows: dict[int, _RowState] = field(default_factory=dict)
@@ -127,13 +128,23 @@ class SimBackend:
         self.in_flight += 1
         self._issued[task.op] = self._issued.get(task.op, 0) + 1
         faulty = self.fail == (task.op, self._issued[task.op])
-        loop.call_at(stop, self._finish, future, task, Completion(start, stop, self._report(task)), faulty)
+        done = Completion(start, stop, self._report(task))
+        loop.call_at(stop, self._hand_over, lambda: self._finish(future, task, done, faulty))
         return future
+
+    def _hand_over(self, finish: Callable[[], None]) -> None:
+        """A task has ended: the loop deals with one after another, and takes ``handover_s`` for each."""
+        handover_s = self.profile.cost_table.handover_s if self.profile.cost_table else 0.0
+        if not handover_s:
+            finish()
+            return
+        self._told_s = round((max(self._told_s, self.now()) + handover_s) * 1e9) * 1e-9
+        asyncio.get_running_loop().call_at(self._told_s, finish)
 
     async def close(self) -> None:
         """Wait, in virtual time, until no task is in flight."""
         while self.in_flight:
-            await asyncio.sleep(max(0.0, max(self._stops.values()) - self.now()))
+            await asyncio.sleep(max(0.0, max(self._told_s, *self._stops.values()) - self.now()))
         self.closed = True
 
     def price(self, task: Task) -> float:

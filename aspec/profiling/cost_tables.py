@@ -152,6 +152,7 @@ class CostTable:
     tree_row_s: float = 0.0  # further seconds per row whose tree was verified
     node_s: float = 0.0  # per node of a tree: adding the node and its children to the tree
     task_s: float = 0.0  # fixed seconds of every task on its lane
+    handover_s: float = 0.0  # of the loop, for every task that ends: what waits for it starts later, its lane does not
     tree: bool = False  # proposals are trees
     decoders: int = 1  # threads that decode weights, a part each
     read_contention: float = 1.0  # factor on seconds of computing while the disk lane reads

@@ -34,7 +34,7 @@ from aspec.options import DEMO
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor, Table
 from aspec.profiling.model_shape import ModelShape, layer_shape
 from aspec.profiling.roofline import model_cost
-from aspec.profiling.stopwatch import STRETCH_S, Work, cold_seconds_of, seconds_of
+from aspec.profiling.stopwatch import STRETCH_S, Work, cold_seconds_of, measure_handover, seconds_of
 from aspec.profiling.tree_profiler import measure_trees
 from aspec.speculation.model_drafter import GREEDY
 from aspec.tasks.task import WorkItem
@@ -65,6 +65,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             memory_bytes_per_s=1 / table[0][1],
             copy_bytes_per_s=len(copy) / 2 / seconds_of(lambda: copy[: len(copy) // 2].copy_(copy[len(copy) // 2 :])),
             cache_bytes=_cache_bytes(),
+            handover_s=measure_handover(),
             product_s=_smallest_product(dtype),
             weight_s={name: table},
             exact_weight_s={name: exact},

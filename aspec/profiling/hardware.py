@@ -148,6 +148,7 @@ class Processor:
     copy_bytes_per_s: float | None = field(default=None, metadata=RATE)  # None: half of memory_bytes_per_s
     cache_bytes: int = field(default=0, metadata=SIZE)  # weights that stay in a cache between passes
     task_s: float = field(default=3e-5, metadata=SECONDS)  # fixed seconds of every task
+    handover_s: float = field(default=0.0, metadata=SECONDS)  # of the loop, from a task's end to what waits for it
     layer_s: float = field(default=3e-4, metadata=SECONDS)  # fixed seconds of a layer: the interpreter
     exact_layer_s: float | None = field(default=None, metadata=SECONDS)  # None: as layer_s
     product_s: float = field(default=5e-6, metadata=SECONDS)  # fixed seconds of a product

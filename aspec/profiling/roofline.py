@@ -60,6 +60,7 @@ def prices(
         tree_row_s=hardware.cpu.tree_row_s + gathers_s if tree else 0.0,
         node_s=hardware.cpu.node_s,
         task_s=device.task_s,
+        handover_s=hardware.cpu.handover_s,
         tree=tree,
         decoders=decoders,
         read_contention=1.0 if hardware.h2d_bytes_per_s is not None else hardware.read_contention,

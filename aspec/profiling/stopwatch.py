@@ -1,10 +1,21 @@
-"""Measures seconds of a call: the best of a few stretches, as other work on the machine only makes them longer."""
+"""Measures the seconds of a call, and those from a task to the next one.
 
+A call takes the best of a few stretches, as other work on the machine only makes them longer.
+"""
+
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import inf
+from statistics import median
 
 import torch
+
+from aspec.backends.thread_lane import ThreadLane
+from aspec.tasks.executor import Executor
+from aspec.tasks.op import Op
+from aspec.tasks.task import COMPUTE, CPU, Completion, Event, Resource, Span, Task
 
 REPEATS, STRETCH_S = 5, 2e-3  # stretches, and the shortest duration of one
 COLD_BYTES, COLD_CALLS = 16 << 20, 8  # bytes read before each call, so that it finds cold caches; calls
@@ -42,3 +53,81 @@ def cold_seconds_of(work: Work) -> float:
 def clock_of_calls() -> Callable[[], float]:
     """The clock for measurements: with one compute thread, the CPU time of this thread; otherwise wall time."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+# -- from task to task -------------------------------------------------------------------------------------------------
+
+TASKS, WARM_UP = 300, 50  # of the chain; the first of them do not count
+
+
+def measure_handover() -> float:
+    """Seconds from the end of a task to the start of the next one; takes about a tenth of a second.
+
+    A chain of tasks without work runs on two lanes in turn, through the executor and threads of a real machine; each is
+    emitted when the one before it has ended, as the tasks behind a router's choice are.
+    """
+
+    async def main() -> list[float]:
+        chain, lanes = _Chain(), _Lanes()
+        try:
+            await Executor(chain, lanes).run()
+        finally:
+            await lanes.close()
+        return chain.gaps_s
+
+    with ThreadPoolExecutor(1) as pool:  # the calling thread may have a loop
+        gaps_s = pool.submit(lambda: asyncio.run(main())).result()
+    return median(gaps_s[WARM_UP:])
+
+
+class _Chain:
+    """A policy that emits a task when the one before it has ended; mutable, because it counts."""
+
+    idle, waits_for = False, ""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.gaps_s: list[float] = []
+        self._emitted = 0
+        self._stop_s: float | None = None
+
+    def handle(self, events: Sequence[Event]) -> Sequence[Task]:
+        """See ``Policy``."""
+        for span in events:
+            if isinstance(span, Span):
+                if self._stop_s is not None:
+                    self.gaps_s.append(span.start_s - self._stop_s)
+                self._stop_s = span.stop_s
+        self.done = self._emitted == TASKS
+        if self.done:
+            return ()
+        self._emitted += 1
+        return (Task(self._emitted, Op.ACCEPT, (COMPUTE, CPU)[self._emitted % 2], 0),)
+
+
+class _Lanes:
+    """A backend whose tasks do nothing."""
+
+    resources = (Resource(COMPUTE, depth=2, domain="host"), Resource(CPU, depth=1))
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._lanes = {resource.name: ThreadLane(resource.name, loop) for resource in self.resources}
+
+    def now(self) -> float:
+        """Seconds of ``time.perf_counter``."""
+        return time.perf_counter()
+
+    def issue(self, task: Task, after: tuple[int, ...] = ()) -> asyncio.Future[Completion]:
+        """Start a task."""
+        return self._lanes[task.resource].submit(_nothing)
+
+    async def close(self) -> None:
+        """Join the lanes."""
+        for lane in self._lanes.values():
+            lane.close()
+
+
+def _nothing() -> Completion:
+    now = time.perf_counter()
+    return Completion(now, now)

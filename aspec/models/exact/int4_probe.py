@@ -25,6 +25,7 @@ FROM_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96)  # panels may be faster from o
 NEVER = 1 << 20  # rows: panels are not faster
 FEWEST_WEIGHTS = 1 << 20  # of a matrix for which panels are worth a probe
 TIMED_WEIGHTS = 2 << 20  # of a weight that is timed: two panels
+TIMED_COMPILED = 8 << 20  # of a weight that is timed in compiled products: enough work for threads
 TIMED_ROWS, FASTER = (1, 16), 0.85  # compiled products are used if they take at most this share, in the geometric mean
 TOLERANCE = 2**-7  # of the sum of a row's absolute terms: compiled products beside torch's, both rounded once
 
@@ -57,7 +58,7 @@ def probe_int4(kind: ProductKind) -> Recipe:
 
 def _compiled_pays(sizes: Int4) -> bool:
     """Whether compiled products with such weights take less than those of torch."""
-    own = replace(sizes, rows=max(1, TIMED_WEIGHTS // sizes.columns // sizes.block) * sizes.block)
+    own = replace(sizes, rows=max(1, TIMED_COMPILED // sizes.columns // sizes.block) * sizes.block)
     if not compiler():
         return False
     codes, scales = torch.zeros(own.codes, dtype=torch.uint8), torch.ones(own.scales, dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ from aspec.profiling.cost_tables import Attention, CostTable, PiecewiseLinear
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor
 from aspec.profiling.model_shape import LayerShape, ModelShape, shape_of, touched_experts
 from aspec.profiling.roofline import ACCEPTANCE, model_cost, prices, weight_seconds
+from aspec.profiling.stopwatch import measure_handover
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.op import Op
 from aspec.tasks.task import (
@@ -283,6 +284,25 @@ def test_what_computes_beside_reads_is_slower():
         found = [(s.stop_s - s.start_s) / profile.cost_table.seconds(s.task) for s in layers]
         assert all(factors[0] - 1e-6 <= ratio <= factors[1] + 1e-6 for ratio in found)
         assert max(found) == pytest.approx(factors[1])  # the disk never rests: it is the bottleneck
+
+
+def test_what_waits_for_a_task_waits_for_the_loop_and_a_busy_lane_does_not():
+    free = prices(model(), None, HERE)
+    seconds = []
+    for handover_s in (0.0, 1e-3, 2e-3):
+        profile = replace(free, cost_table=replace(free.cost_table, handover_s=handover_s))
+        run_s, spans = seconds_of_run(profile)
+        lasted = [span.stop_s - span.start_s for span in spans]
+        assert min(lasted) >= 0.0
+        seconds.append(run_s)
+    assert seconds[0] < seconds[1] < seconds[2]
+    passes = sum(span.task.op is Op.ACCEPT for span in spans)
+    assert seconds[2] - seconds[0] < 2e-3 * len(spans), "lanes that have work go on beside it"
+    assert seconds[2] - seconds[0] >= 2e-3 * passes
+
+
+def test_a_hand_over_is_measured_with_threads_and_a_loop():
+    assert 1e-6 < measure_handover() < 1.0
 
 
 def test_a_task_for_which_no_tariff_is_set_costs_what_it_did():

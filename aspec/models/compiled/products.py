@@ -31,6 +31,14 @@ def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return made
 
 
+def compile_now(sizes: Int4 | None = None) -> None:
+    """Compile the kernel of weights in bf16, or of such ``sizes``, before a pass waits for it."""
+    if sizes is None:
+        _dense()
+    else:
+        _int4(sizes.block)
+
+
 @cache
 def _dense() -> Compiled:
     from aspec.models.compiled.dense import dense_kernel

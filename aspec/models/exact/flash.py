@@ -56,9 +56,10 @@ def attend_with_flash(several: Sequence[Inputs], scoring: Scoring, recipe: Recip
             torch.stack([_joined([_slots(states, part) for part in own.piece.rest], 1) for own, states in each])
             for each in ([(own, own.key) for own in several], [(own, own.value) for own in several])
         )
-        hidden = torch.stack([own.piece.rest_hidden for own in several])[:, None]
-        hidden = hidden.repeat(1, 1, heads // groups, 1)
-        parts.append(_attend(_joined(rows), keys, values, scoring, recipe, hidden))
+        repeats, dtype = heads // groups, keys.dtype
+        num_rows = sum(recipe.blocks(repeats * tokens))
+        bias = _joined([own.piece.rest_bias(repeats, num_rows, dtype) for own in several])
+        parts.append(_attend(_joined(rows), keys, values, scoring, recipe, bias))
     else:
         parts.append(_attend_own(several[0], scoring, recipe))
     return _join(parts, scoring, tokens).reshape(len(several), heads, tokens, width)
@@ -81,7 +82,8 @@ def _attend_own(own: Inputs, scoring: Scoring, recipe: Recipe) -> Joinable:
     for start in range(0, tokens, block):
         part = slice(start, start + block)
         keys, values = (_gathered(states, slots[part]) for states in (own.key, own.value))
-        made.append(_attend(query[part], keys, values, scoring, recipe, hidden[part]))
+        bias = keys.new_zeros(hidden[part].shape).masked_fill_(hidden[part], float("-inf"))
+        made.append(_attend(query[part], keys, values, scoring, recipe, bias))
     mixed, exponents = (_joined(parts) for parts in zip(*made, strict=True))
     return mixed.permute(1, 2, 0, 3).reshape(1, groups, -1, width), exponents.permute(1, 2, 0).reshape(1, groups, -1)
 
@@ -98,10 +100,9 @@ def _attend(
     value: torch.Tensor,
     scoring: Scoring,
     recipe: Recipe,
-    hidden: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> Joinable:
-    """Attention of query [B, G, M, D] in proven numbers of queries; ``hidden`` bool [B, 1, M, S]."""
-    bias = None if hidden is None else query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    """Attention of query [B, G, M, D] in proven numbers of queries; ``bias`` [B, 1, M or more, S], added to scores."""
     count, start, made = query.shape[2], 0, []
     sizes = recipe.blocks(count)
     if sizes == (count,):
@@ -111,7 +112,9 @@ def _attend(
         assert rows is not None
         missing = size - rows.shape[2]
         if missing:
-            rows, own = pad(rows, (0, 0, 0, missing)), None if own is None else pad(own, (0, 0, 0, missing))
+            rows = pad(rows, (0, 0, 0, missing))
+        if own is not None and own.shape[2] < size:
+            own = pad(own, (0, 0, 0, size - own.shape[2]))
         mixed, exponents = flash(rows, key, value, scoring.scale, own)
         made.append((mixed[:, :, : size - missing], exponents[:, :, : size - missing]))
         start += size

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from aspec.models.compiled.products import dense_product, multiply_int4
+from aspec.models.compiled.products import compile_now, dense_product, multiply_int4
 from aspec.models.exact.blocks import Product, in_blocks, pack
 from aspec.models.exact.int4_panels import panel_product
 from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, panels_kind
@@ -66,12 +66,12 @@ class RoutedLinear:
         weight = self._table["weight"]
         assert weight is not None, "a linear module has a weight"
         if self.sizes is not None:
-            recipe_for(int4_kind(self.sizes, torch.get_num_threads()))
+            _ready(int4_kind(self.sizes, torch.get_num_threads()), self.sizes)
             _panels(self.sizes)
             return
         (out, inner), biased = weight.shape, self._table["bias"] is not None
         kind = ProductKind("linear", weight.dtype, 0, out, inner, False, biased, torch.get_num_threads())
-        self.recipe = recipe_for(kind)
+        self.recipe = _ready(kind)
 
     def pack(self) -> bool:
         """Keep a packed copy of the bound weight if products with it are faster; the plain one is not read then.
@@ -162,13 +162,13 @@ def multiply(
         else:
             made = packed.product(flat)
         return made.view(*rows.shape[:-1], -1)
+    if recipe is not None and recipe.compiled and weight.is_contiguous():
+        return dense_product(rows.reshape(-1, rows.shape[-1]), weight, bias).view(*rows.shape[:-1], -1)
     if exact:
         return _linear(rows, weight, bias)
-    if recipe is not None:
+    if recipe is not None and recipe.widening is not None:
         flat = rows.reshape(-1, rows.shape[-1])
-        if recipe.compiled and weight.is_contiguous():
-            return dense_product(flat, weight, bias).view(*rows.shape[:-1], -1)
-        if recipe.widening is not None and len(flat) >= recipe.widening.from_rows:
+        if len(flat) >= recipe.widening.from_rows:
             return _widened(flat, weight.t(), (len(flat),), bias).view(*rows.shape[:-1], -1)
     return functional.linear(rows, weight, bias)
 
@@ -205,7 +205,7 @@ def prove_experts(weights: torch.Tensor, *, transposed: bool) -> None:
     """
     first, second = weights.shape[1:]
     out, inner = (first, second) if transposed else (second, first)
-    recipe_for(ProductKind("mm", weights.dtype, 0, out, inner, transposed, False, torch.get_num_threads()))
+    _ready(ProductKind("mm", weights.dtype, 0, out, inner, transposed, False, torch.get_num_threads()))
 
 
 def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -291,6 +291,14 @@ def _panels(sizes: Int4) -> tuple[int, torch.dtype]:
         widening = recipe_for(panels_kind(sizes, dtype, threads)).widening
         found.append((NEVER if widening is None else widening.from_rows, dtype))
     return min(found, key=lambda own: own[0])
+
+
+def _ready(kind: ProductKind, sizes: Int4 | None = None) -> Recipe:
+    """The recipe of a kind, its kernel compiled; ``sizes``: of weights of 4 bits."""
+    recipe = recipe_for(kind)
+    if recipe.compiled:
+        compile_now(sizes)
+    return recipe
 
 
 def _recipe(op: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Recipe:

@@ -9,12 +9,12 @@ import pytest
 
 from aspec.expert_plan import ExpertPlan, ExpertShape
 from aspec.planning.coarsening import coarse
-from aspec.planning.experts.routes import SKEW, TEXT_EXPONENT, SimRoutes
+from aspec.planning.experts.routes import SKEW, SimRoutes
 from aspec.planning.experts.traffic import chain_worth, expert_traffic
 from aspec.profiling.cost_tables import SimCosts
 from aspec.tasks.experts import routing
 from aspec.tasks.experts.cache import ExpertCache
-from aspec.tasks.experts.routing import CachedPasses, LayerRoutes, RoutingStats, zipf_chances
+from aspec.tasks.experts.routing import TEXT_EXPONENT, CachedPasses, LayerRoutes, RoutingStats, zipf_chances
 from aspec.tasks.task import WorkItem
 from tests.simulate import make_plan, with_experts
 

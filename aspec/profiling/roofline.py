@@ -12,6 +12,7 @@ from itertools import pairwise
 from aspec.profiling.cost_tables import Attention, CostTable, LayerCost, ModelCost, PiecewiseLinear, SimCosts
 from aspec.profiling.hardware import SOFTMAX_PASSES, AttentionRates, Hardware, Processor, Table
 from aspec.profiling.model_shape import LayerShape, ModelShape, touched_experts
+from aspec.tasks.experts.routing import TEXT_EXPONENT
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Token counts at which a line of products has a point."""
@@ -192,9 +193,9 @@ def _product_line(
 def _product_s(
     weights: WeightGroup, tokens: float, dtype: str, device: Processor, *, exact: bool, cached: bool
 ) -> float:
-    """Seconds of the products of so many tokens with dense weights, or with the experts that the tokens use."""
+    """Seconds of the products of so many tokens with dense weights, or with the experts that tokens of a text use."""
     nbytes, experts, active = weights
-    touched = touched_experts(experts, active, tokens) if experts > 1 else 1.0
+    touched = touched_experts(experts, active, tokens**TEXT_EXPONENT) if experts > 1 else 1.0
     rows = tokens * active / touched if experts > 1 else tokens
     own_s = device.product_s * 2 * touched if experts > 1 else 0.0
     return own_s + touched * nbytes * weight_seconds(device, dtype, rows, exact=exact, cached=cached)

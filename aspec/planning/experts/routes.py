@@ -13,13 +13,12 @@ from functools import cache
 from itertools import accumulate, count
 
 from aspec.expert_plan import ExpertShape
-from aspec.tasks.experts.routing import touch_chances, touch_logs, zipf_chances
+from aspec.tasks.experts.routing import TEXT_EXPONENT, touch_chances, touch_logs, zipf_chances
 from aspec.tasks.task import WorkItem
 
 SKEW = 1.0  # exponent of Zipf's law
 REPEAT = 0.7  # chance that a choice repeats an earlier one
 LAG = 0.8  # the chance that it is more than n tokens back is n^-LAG
-TEXT_EXPONENT = 0.8  # n tokens touch as many experts as n^0.8 independent ones: by the same numbers
 MOST_TOKENS = 32  # of a prompt, drawn one by one; the experts of a longer one are drawn by their chances
 STREAMS = 1 << 12  # draws of one token in one layer, at most
 

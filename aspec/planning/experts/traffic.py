@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from aspec.expert_plan import ExpertPlan
-from aspec.planning.experts.routes import SKEW, TEXT_EXPONENT
+from aspec.planning.experts.routes import SKEW
 from aspec.tasks.cost_model import expected_tokens
-from aspec.tasks.experts.routing import CachedPasses, zipf_chances
+from aspec.tasks.experts.routing import TEXT_EXPONENT, CachedPasses, zipf_chances
 
 CHAINS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # proposals for which a price is computed
 

@@ -12,6 +12,7 @@ from math import exp, log, log1p
 
 MEMORY = 256.0  # tokens: how far back frequencies look; text changes its experts, and prompts share few
 PRIOR = 8.0  # tokens: the weight of equal frequencies, which count before any route was seen
+TEXT_EXPONENT = 0.8  # b of the published routes to which simulated ones are fitted: ``planning/experts/routes.py``
 FIRST_EXPONENT = 0.85  # b before any union was seen
 EXPONENT_MEMORY = 0.99  # factor on earlier unions, at each: about the last hundred layers count
 EXPONENT_PRIOR = 4.0  # the weight of FIRST_EXPONENT, in unions

@@ -11,6 +11,7 @@ import transformers
 from aspec.io.host_info import compiler
 from aspec.models.attention import attend
 from aspec.models.exact import (
+    compiled_attention,
     compiled_probe,
     flash,
     flash_probe,
@@ -20,6 +21,7 @@ from aspec.models.exact import (
     row_probe,
     widening_probe,
 )
+from aspec.models.exact.compiled_attention import ATTENTION
 from aspec.models.exact.modes import ExactProducts
 from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.recipe import Recipe
@@ -211,6 +213,19 @@ def test_steps_equal_decoding_in_compiled_products(family, threads, tmp_path, mo
     torch.set_num_threads(threads)
     check(Engine(tiny.build(tmp_path, family), torch.bfloat16), range(1))
     assert any(recipe.compiled for recipe in known_recipes._known.values())
+
+
+@pytest.mark.skipif(not compiler(), reason="without llvmlite nothing compiles")
+@pytest.mark.parametrize("family", few(["llama", "mistral", "gpt_oss", "llama4_text", "qwen2_moe"], 1))
+def test_steps_equal_decoding_in_compiled_attention(family, tmp_path, monkeypatch):
+    """On every machine, also where torch's own attention is faster."""
+    monkeypatch.setattr(known_recipes, "_known", {})
+    monkeypatch.setattr(compiled_attention, "FASTER", math.inf)
+    torch.set_num_threads(1)
+    engine = Engine(tiny.build(tmp_path, family), torch.bfloat16)
+    check(engine, range(1))
+    check_trees(engine, 4, num_rows=1, most=40)
+    assert any(recipe.compiled for kind, recipe in known_recipes._known.items() if kind.op == ATTENTION)
 
 
 @pytest.mark.slow

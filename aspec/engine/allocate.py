@@ -134,9 +134,9 @@ def _on_host(made: ResolvedEngine) -> EngineMemory:
     """
     if made.models.resolved.options.progress is not None:
         made.models.resolved.options.progress(MEASURE, 0, 0)
-    for model in (made.models.target, made.models.draft):
-        if model is not None:
-            model.prove_products()
+    made.models.target.prove_products(exact=made.plan.request.exact)
+    if made.models.draft is not None:
+        made.models.draft.prove_products()
     give_back()
     memory: list[SlotMemory] = []
     once = _residents(made)

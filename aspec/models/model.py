@@ -26,6 +26,7 @@ from aspec.models.configuration.compute_dtype import HALF_IS_SLOW, both_dtypes, 
 from aspec.models.configuration.config_sizes import check_layers, experts_per_token
 from aspec.models.configuration.context import context_limit
 from aspec.models.configuration.generation_defaults import end_ids
+from aspec.models.exact.attention import prove_attention
 from aspec.models.exact.modes import LayerModes
 from aspec.models.exact.products import prove_experts
 from aspec.models.experts.layout import RoutedLayers, find_routed
@@ -234,8 +235,13 @@ class Model:
         """
         self._binder.bind(part, buffer, scratch)
 
-    def prove_products(self) -> None:
-        """Prove the recipes of all linear modules and experts, before memory is taken for weights."""
+    def prove_products(self, *, exact: bool = False) -> None:
+        """Prove the recipes of all linear modules and experts, before memory is taken for weights.
+
+        ``exact``: those of attention in exact steps, too.
+        """
+        if exact:
+            prove_attention({shape for shape in self.kv_shapes() if shape is not None}, self.dtype)
         self._linears.prove()
         for module in self._layers_model.modules():
             if (experts := experts_of(module)) is not None:

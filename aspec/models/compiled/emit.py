@@ -12,6 +12,9 @@ from llvmlite import ir
 
 I8, I16, I32, I64, F32, VOID = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType(), ir.VoidType())
 
+EXP_TERMS = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+LOG2_E, LN2_HIGH, LN2_LOW, LEAST_EXPONENT = 1.44269504088896341, 0.693145751953125, 1.42860682030941723e-6, -87.0
+
 Value = Any
 """A value of LLVM, which has no types for Python."""
 
@@ -31,6 +34,7 @@ class Kernel:
         self.builder = ir.IRBuilder(self._part.append_basic_block())
         self.vector = ir.VectorType(F32, lanes)
         self._fma = self._function(f"llvm.fma.v{lanes}f32", self.vector, [self.vector] * 3)
+        self._nearest = self._function(f"llvm.nearbyint.v{lanes}f32", self.vector, [self.vector])
         self._prefetch = self._function("llvm.prefetch.p0", VOID, [I8.as_pointer(), I32, I32, I32])
         values = [self.builder.load(_field(self.builder, self._part.args[0], at)) for at in range(len(kinds))]
         self.pointers, self.counts = values[: len(pointers)], values[len(pointers) :]
@@ -134,6 +138,32 @@ class Kernel:
             halves = [self._lanes(values, range(start, start + width)) for start in (0, width)]
             values = self.builder.fadd(*halves)
         return self.builder.extract_element(values, I32(0))
+
+    def greater(self, one: Value, other: Value) -> Value:
+        """The greater of two numbers, or of each two of two vectors."""
+        return self.builder.select(self.builder.fcmp_ordered(">", one, other), one, other)
+
+    def greatest(self, values: Value) -> Value:
+        """The greatest number of a vector."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            values = self.greater(*(self._lanes(values, range(start, start + width)) for start in (0, width)))
+        return self.builder.extract_element(values, I32(0))
+
+    def exp(self, values: Value) -> Value:
+        """The exponentials of numbers up to 0; exactly 1 of 0. 2^n e^r, r at most half of log 2: a series of e^r."""
+        build = self.builder
+        values = self.greater(values, self.numbers(LEAST_EXPONENT))
+        turns = build.call(self._nearest, [build.fmul(values, self.numbers(LOG2_E))])
+        rest = self.fma(turns, self.numbers(-LN2_HIGH), values)
+        rest = self.fma(turns, self.numbers(-LN2_LOW), rest)
+        series = self.numbers(EXP_TERMS[0])
+        for term in EXP_TERMS[1:]:
+            series = self.fma(series, rest, self.numbers(term))
+        kind = ir.VectorType(I32, self.lanes)
+        power = build.shl(build.add(build.fptosi(turns, kind), self.whole_numbers(127)), self.whole_numbers(23))
+        return build.fmul(series, build.bitcast(power, self.vector))
 
     def _lanes(self, values: Value, places: Sequence[int]) -> Value:
         mask = ir.Constant(ir.VectorType(I32, len(places)), list(places))

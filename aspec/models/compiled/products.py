@@ -31,6 +31,32 @@ def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return made
 
 
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    sinks: torch.Tensor,
+    records: torch.Tensor,
+    made: torch.Tensor,
+) -> None:
+    """Attention to keys [B, G, S, D] and values [B, G, S, Dv] in bf16, as ``records`` tell: see ``shapes.py``.
+
+    ``query`` fp32, scaled; the last dimension of all lies together. Raises ImportError without the compiler.
+    """
+    kernel = compile_attention(key.shape[-1], value.shape[-1])
+    addresses = [own.data_ptr() for own in (query, key, value, slots, sinks, records, made)]
+    kernel(*addresses, len(records), key.stride(2), value.stride(2), min(torch.get_num_threads(), len(records)))
+
+
+@cache
+def compile_attention(width: int, value_width: int) -> Compiled:
+    """The kernel for heads of such widths: compiled once, in about half a second."""
+    from aspec.models.compiled.attention import attention_kernel
+
+    return build(attention_kernel(vector_lanes(), width, value_width, parallel=has_threads()), 7, 3)
+
+
 def compile_now(sizes: Int4 | None = None) -> None:
     """Compile the kernel of weights in bf16, or of such ``sizes``, before a pass waits for it."""
     if sizes is None:

@@ -4,12 +4,15 @@ Queries are computed in pieces (``paths.py``): the keys of a call follow from th
 with torch's kernel (``flash.py``) where it is proven on this machine, in separate products (``tiles.py``) elsewhere.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 
+from aspec.models.compiled.products import compile_attention
+from aspec.models.exact.compiled_attention import attend_compiled, attention_kind
 from aspec.models.exact.flash import Inputs, attend_with_flash, flash_recipe
+from aspec.models.exact.known_recipes import recipe_for
 from aspec.models.exact.paths import Paths, Piece
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import Keys, attend_in_tiles
@@ -24,6 +27,14 @@ RowPiece = tuple[int, Piece]
 """A row's number and a piece of its queries."""
 
 
+def prove_attention(shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype) -> None:
+    """Prove attention with keys and values of these (key heads, width, width of values), and compile its kernels."""
+    for groups, width, value_width in shapes:
+        states = (torch.empty(1, groups, 1, own, dtype=dtype, device="meta") for own in (width, value_width))
+        if recipe_for(attention_kind(*states)).compiled:
+            compile_attention(width, value_width)
+
+
 def attend_exactly(
     output: torch.Tensor,
     query: torch.Tensor,
@@ -32,7 +43,23 @@ def attend_exactly(
     paths: tuple[Paths, ...],
     scoring: Scoring,
 ) -> None:
-    """Write an exact step of query [B, H, T, D] to ``output`` [B, T, H, Dv]. Similar pieces run together."""
+    """Write an exact step of query [B, H, T, D] to ``output`` [B, T, H, Dv]: compiled where that is proven."""
+    together = all(own.stride(-1) == 1 for own in (output, query, key, value))
+    if scoring.softcap is None and key.is_cpu and together and recipe_for(attention_kind(key, value)).compiled:
+        attend_compiled(output, query, key, value, paths, scoring)
+    else:
+        attend_otherwise(output, query, key, value, paths, scoring)
+
+
+def attend_otherwise(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    paths: tuple[Paths, ...],
+    scoring: Scoring,
+) -> None:
+    """The same with torch's kernel and in tiles. Similar pieces run together."""
     heads, head_bytes = query.shape[1], value.shape[-1] * value.element_size()
     slot_bytes = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size()
     recipe = flash_recipe(key, value) if scoring.softcap is None else None

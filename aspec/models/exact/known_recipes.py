@@ -14,6 +14,7 @@ import torch
 
 from aspec.io.host_info import cpu_features, host_info
 from aspec.io.json_file import read_record, replace_json
+from aspec.models.exact.compiled_attention import ATTENTION, probe_attention
 from aspec.models.exact.compiled_probe import compiled_pays
 from aspec.models.exact.flash_probe import FLASH, probe_flash
 from aspec.models.exact.int4_probe import INT4, INT4_PANELS, probe_int4, probe_panels
@@ -26,7 +27,7 @@ VERSION = 3  # of the format, and of what a proof means
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that change which kernels run."""
 
-PROBES = {FLASH: probe_flash, INT4: probe_int4, INT4_PANELS: probe_panels}
+PROBES = {ATTENTION: probe_attention, FLASH: probe_flash, INT4: probe_int4, INT4_PANELS: probe_panels}
 """The probes of operations that are no plain products."""
 
 COMPILED_ENTRY = "compiled"

@@ -4,7 +4,7 @@ Queries are computed in pieces: the tokens of a row whose positions lie in the s
 from this tile, so a token's product has the same lengths in every step that computes it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,6 +64,21 @@ class Paths:
     tail: torch.Tensor | None
     hidden: torch.Tensor
 
+    def kept(
+        self, layout: Hashable, make: "Callable[[], tuple[torch.Tensor, torch.Tensor]]"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``make`` returns for a layout: kept for the layers to come if it is small."""
+        found = self._kept.get(layout)
+        if found is None:
+            found = make()
+            if sum(own.nbytes for own in found) <= MOST_KEPT_BYTES:
+                self._kept[layout] = found
+        return found
+
+    @cached_property
+    def _kept(self) -> "dict[Hashable, Told]":
+        return {}
+
     @cached_property
     def pieces(self) -> "tuple[Piece, ...]":
         """The queries, split by the tile of their position."""
@@ -91,6 +106,10 @@ class Paths:
             shared = max(self.prefix, first)
             own = Own(self.prefix, shared, self.num_slots, self.tail[chosen, shared - self.prefix : end - self.prefix])
             yield Piece(chosen, first, seen, end, None, own, hidden)
+
+
+Told = tuple[torch.Tensor, torch.Tensor]
+"""What a kernel is told of paths."""
 
 
 @dataclass(frozen=True, slots=True)

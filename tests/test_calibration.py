@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aspec.speculation import calibration as calibration_module
 from aspec.speculation.calibration import Calibration
 from aspec.speculation.tree import ROOT, Tree
 from aspec.tasks.cost_model import expected_tokens
@@ -221,3 +222,16 @@ def test_the_running_rate_leads_to_the_best_fixed_size(name, decay):
         rate += 0.3 * (made(chosen_sizes[-1]) - rate)
     best = max(made(size) for size in range(201))
     assert made(chosen_sizes[-1]) >= 0.98 * best
+
+
+def test_a_verdict_in_the_middle_of_an_estimate_does_no_harm(monkeypatch):
+    """On a device the verdicts come from another lane than the drafts."""
+    own, plain = Calibration(), calibration_module._interpolate
+
+    def interrupted(score):
+        own._log_odds = None  # as ``observe`` leaves it
+        return plain(score)
+
+    monkeypatch.setattr(calibration_module, "_interpolate", interrupted)
+    for _ in range(3):
+        assert 0.0 < own.probability(-0.5) < 1.0

@@ -42,10 +42,11 @@ class Calibration:
         """The chance of acceptance in (0, 1], ascending with the log score; 0 for a banned token's -inf."""
         if log_score == -inf:
             return 0.0
-        if self._log_odds is None:
-            self._log_odds = self._pool()
+        points = self._log_odds  # a verdict may come from another lane in between
+        if points is None:
+            points = self._log_odds = self._pool()
         low, share = _interpolate(log_score)
-        odds = self._log_odds[low] + share * (self._log_odds[low + 1] - self._log_odds[low])
+        odds = points[low] + share * (points[low + 1] - points[low])
         odds += min(0.0, _to_log_odds(log_score) - LOWEST_BUCKET)  # below all points follow the draft's log odds
         return (1.0 - DRAFT_SHARE) * _to_probability(odds) + DRAFT_SHARE * exp(min(0.0, log_score))
 

@@ -126,7 +126,7 @@ def test_records_of_few_queries_are_made_once_for_all_layers(monkeypatch):
     assert len(made) == 2, "another layout"
     many.run()
     many.run()
-    assert len(made) == 2 + 2 + 1, "of two blocks the longer one is too large to keep"
+    assert len(made) == 2 + 2 * 2, "two blocks, too large to keep, twice"
 
 
 # -- the proof -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from aspec.io.host_info import compiler
 from aspec.models.compiled import build as building
 from aspec.models.compiled import products as compiled
 from aspec.models.compiled.products import compiled_int4_product, dense_product
-from aspec.models.exact import compiled_probe, int4_probe, known_recipes, products
+from aspec.models.exact import compiled_attention, compiled_probe, int4_probe, known_recipes, products
 from aspec.models.exact.compiled_probe import compiled_pays
 from aspec.models.exact.int4_probe import int4_kind, probe_int4
 from aspec.models.exact.modes import ExactStep
@@ -222,6 +222,27 @@ def test_int4_products_are_compiled_where_that_is_faster_and_proven(monkeypatch)
     monkeypatch.setattr(int4_probe, "compiled_int4_product", honest)
     monkeypatch.setattr(int4_probe, "FASTER", 0.0)
     assert probe_int4(KIND) not in (COMPILED, BLOCKS)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_kernels_for_other_processors_compute_the_same(lanes, monkeypatch):
+    """Vectors of another length, which LLVM takes apart or puts together where this processor has none."""
+    monkeypatch.setattr(compiled, "vector_lanes", lambda: lanes)
+    for name in ("_dense", "_int4", "compile_attention"):
+        monkeypatch.setattr(compiled, name, getattr(compiled, name).__wrapped__)
+    rows, weight = torch.randn(7, 48).bfloat16(), torch.randn(61, 48).bfloat16()
+    exact = rows.double() @ weight.double().t()
+    assert torch.allclose(dense_product(rows, weight).double(), exact, rtol=2**-8, atol=1e-4)
+    for sizes in (Int4(64, 64, 32, 32), Int4(128, 64, 64, 64)):
+        codes, scales = torch.randint(256, sizes.codes, dtype=torch.uint8), torch.randn(sizes.scales).bfloat16()
+        given, weight, decode = torch.randn(5, 64).bfloat16(), torch.empty(sizes.rows, 64), Int4Decode(sizes)
+        decode((codes, scales), weight, torch.empty(decode.workspace_bytes, dtype=torch.uint8))
+        made = compiled_int4_product(given, codes, scales, sizes)
+        terms = given.double().abs() @ weight.double().abs().t()
+        assert ((made.double() - given.double() @ weight.double().t()).abs() <= 2**-8 * terms).all()
+    kind = ProductKind(compiled_attention.ATTENTION, torch.bfloat16, 2, 16, 48, False, False, torch.get_num_threads())
+    with torch.inference_mode():
+        assert compiled_attention._holds(kind)
 
 
 # -- without the package -------------------------------------------------------------------------------------

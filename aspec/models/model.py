@@ -236,10 +236,7 @@ class Model:
         self._binder.bind(part, buffer, scratch)
 
     def prove_products(self, *, exact: bool = False) -> None:
-        """Prove the recipes of all linear modules and experts, before memory is taken for weights.
-
-        ``exact``: those of attention in exact steps, too.
-        """
+        """Prove the recipes of linear modules, experts, and ``exact`` attention, before memory is taken for weights."""
         if exact:
             prove_attention({shape for shape in self.kv_shapes() if shape is not None}, self.dtype)
         self._linears.prove()

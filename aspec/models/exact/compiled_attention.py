@@ -6,7 +6,7 @@ follow from the paths, so those of a few queries are made once for all layers of
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from aspec.models.compiled.products import attention
 from aspec.models.compiled.shapes import HIDDEN, RECORD, ROWS
 from aspec.models.exact.paths import MaskKind, Paths
 from aspec.models.exact.recipe import COMPILED, Recipe
-from aspec.models.exact.row_probe import ProductKind, least_seconds
+from aspec.models.exact.row_probe import ProductKind, share_of_seconds
 from aspec.models.exact.scoring import Scoring
 
 ATTENTION = "attention"  # the operation's name in a ProductKind: ``batch`` key heads, widths of values and keys
@@ -157,16 +157,13 @@ def probe_attention(kind: ProductKind) -> Recipe:
 def _share(kind: ProductKind) -> float:
     """The seconds of compiled attention, as a share of those of torch's own, which is not exact."""
 
-    def share(queries: int, keys: int) -> float:
-        given = _operands(kind, queries, keys)
+    pairs = []
+    for given in (_operands(kind, *size) for size in TIMED):
         _, query, key, value, (chain,), scoring = given
         seen, scale = ~chain.hidden, scoring.scale
-        other_s = least_seconds(
-            lambda: scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=True)
-        )
-        return least_seconds(lambda: attend_compiled(*given)) / other_s
-
-    return prod(share(*size) for size in TIMED) ** (1 / len(TIMED))
+        other = partial(scaled_dot_product_attention, query, key, value, seen, scale=scale, enable_gqa=True)
+        pairs.append((partial(attend_compiled, *given), other))
+    return share_of_seconds(pairs)
 
 
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tuple[Paths, ...], Scoring]

@@ -4,7 +4,7 @@ A kernel computes every row by itself, in an order that its text fixes. So what 
 the text says: close to the product in fp32, and with the same bits in every number of rows that is tried.
 """
 
-from math import prod
+from functools import partial
 
 import torch
 
@@ -17,8 +17,8 @@ from aspec.models.exact.row_probe import (
     ProductKind,
     kind_operands,
     kind_rows,
-    least_seconds,
-    prove,
+    proves_all,
+    share_of_seconds,
 )
 
 TIMED = (1, 16, 64)  # rows of products that are timed
@@ -49,12 +49,11 @@ def _share(kind: ProductKind, rows: torch.Tensor, operands: Operands) -> float:
     """The seconds of compiled products, as a share of those of plain ones."""
     weight, bias = operands
 
-    def share(count: int) -> float:
-        own = rows[:count]
-        plain_s = least_seconds(lambda: OPERATIONS[kind.op](own, weight, bias))
-        return least_seconds(lambda: _product(kind, own, weight, bias)) / plain_s
-
-    return prod(share(count) for count in TIMED) ** (1 / len(TIMED))
+    pairs = [
+        (partial(_product, kind, own, weight, bias), partial(OPERATIONS[kind.op], own, weight, bias))
+        for own in (rows[:count] for count in TIMED)
+    ]
+    return share_of_seconds(pairs)
 
 
 def _holds(kind: ProductKind, rows: torch.Tensor, generator: torch.Generator) -> bool:
@@ -65,8 +64,8 @@ def _holds(kind: ProductKind, rows: torch.Tensor, generator: torch.Generator) ->
     close = (_product(kind, rows, weight, bias).float() - exact).abs() <= TOLERANCE * (
         rows.float().abs() @ stored.abs().t() + 1.0
     )
-    proven = prove(lambda own: _product(kind, own, weight, bias), rows, DENSE, list(LARGER))
-    return bool(close.all()) and (proven.lowest, proven.highest, len(proven.larger)) == (1, DENSE, len(LARGER))
+    same = proves_all(lambda own: _product(kind, own, weight, bias), rows, DENSE, list(LARGER))
+    return bool(close.all()) and same
 
 
 def _product(kind: ProductKind, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

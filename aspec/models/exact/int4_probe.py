@@ -5,7 +5,7 @@ Every output is a sum of its own, over the inputs one after another, so a few bl
 
 from bisect import bisect_left
 from dataclasses import replace
-from math import prod
+from functools import partial
 
 import torch
 
@@ -13,7 +13,7 @@ from aspec.io.host_info import compiler
 from aspec.models.compiled.products import compiled_int4_product, multiply_int4
 from aspec.models.exact.int4_panels import panel_product
 from aspec.models.exact.recipe import BLOCKS, COMPILED, Recipe, Widening
-from aspec.models.exact.row_probe import LARGER, ProductKind, least_seconds, prove, uneven
+from aspec.models.exact.row_probe import LARGER, ProductKind, least_seconds, prove, proves_all, share_of_seconds, uneven
 from aspec.models.formats.int4.form import ZERO, Int4, Int4Decode, in_blocks, pack_codes
 from aspec.models.formats.int4.kernel import int4_product
 
@@ -50,7 +50,6 @@ def probe_int4(kind: ProductKind) -> Recipe:
     rows[:, half : 2 * half] = rows[:, :half]
     rows = rows.bfloat16()
     larger = [size for size in LARGER if size > DENSE]
-
     if _compiled_pays(sizes) and _compiled_holds(rows, codes, scales, sizes, larger):
         return COMPILED
     return prove(lambda block: int4_product(block.contiguous(), codes, scales, sizes.group), rows, DENSE, larger)
@@ -63,13 +62,15 @@ def _compiled_pays(sizes: Int4) -> bool:
         return False
     codes, scales = torch.zeros(own.codes, dtype=torch.uint8), torch.ones(own.scales, dtype=torch.bfloat16)
 
-    def share(count: int) -> float:
-        rows = torch.ones(count, own.columns, dtype=torch.bfloat16)
-        plain_s = least_seconds(lambda: int4_product(rows, codes, scales, own.group))
-        return least_seconds(lambda: compiled_int4_product(rows, codes, scales, own)) / plain_s
-
+    pairs = [
+        (
+            partial(compiled_int4_product, rows, codes, scales, own),
+            partial(int4_product, rows, codes, scales, own.group),
+        )
+        for rows in (torch.ones(count, own.columns, dtype=torch.bfloat16) for count in TIMED_ROWS)
+    ]
     try:
-        return prod(share(count) for count in TIMED_ROWS) ** (1 / len(TIMED_ROWS)) <= FASTER
+        return share_of_seconds(pairs) <= FASTER
     except (ImportError, OSError, RuntimeError):  # a build of the package that this machine can not use
         return False
 
@@ -84,9 +85,8 @@ def _compiled_holds(
     decode((codes, scales), weight, torch.empty(decode.workspace_bytes, dtype=torch.uint8))
     terms = few.float().abs() @ weight.abs().t()
     apart = (compiled_int4_product(few, codes, scales, sizes) - int4_product(few, codes, scales, sizes.group)).abs()
-    proven = prove(lambda block: compiled_int4_product(block, codes, scales, sizes), rows, DENSE, larger)
-    whole = (proven.lowest, proven.highest, len(proven.larger)) == (1, DENSE, len(larger))
-    return whole and bool((apart <= TOLERANCE * terms).all())
+    same = proves_all(lambda block: compiled_int4_product(block, codes, scales, sizes), rows, DENSE, larger)
+    return same and bool((apart <= TOLERANCE * terms).all())
 
 
 def panels_kind(sizes: Int4, dtype: torch.dtype, threads: int) -> ProductKind:

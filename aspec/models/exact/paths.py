@@ -21,6 +21,9 @@ Measured, ms of a layer with 9 heads, 3 of keys, for 2,000 tokens in pieces of 6
 MOST_KEPT_BYTES = 16 << 10
 """Of what is kept of a few queries for the layers to come: making it costs more than its work."""
 
+MOST_TOLD_BYTES = 1 << 20
+"""Of what kernels are told of the paths of a step: less than the plan has for attention in the other ways."""
+
 
 @dataclass(frozen=True, slots=True)
 class MaskKind:
@@ -67,11 +70,11 @@ class Paths:
     def kept(
         self, layout: Hashable, make: "Callable[[], tuple[torch.Tensor, torch.Tensor]]"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ``make`` returns for a layout: kept for the layers to come if it is small."""
+        """What ``make`` returns for a layout: kept for the layers to come while all together is small."""
         found = self._kept.get(layout)
         if found is None:
             found = make()
-            if sum(own.nbytes for own in found) <= MOST_KEPT_BYTES:
+            if sum(own.nbytes for told in (found, *self._kept.values()) for own in told) <= MOST_TOLD_BYTES:
                 self._kept[layout] = found
         return found
 

@@ -6,7 +6,7 @@ numbers of rows that were proven to give equal bits on this machine (``row_probe
 the processor has no instructions for bf16, weights become fp32 in a kernel of this machine (``compiled/``) if there is
 a compiler, else panel by panel (``panels.py``), in all steps.
 ``attention.py`` and ``kv_cache.py`` do the same for attention. ``tests/test_exact.py`` checks it with one and two
-threads; bits differ between thread counts, and between exact and other steps.
+threads; bits of torch's products differ between thread counts, and between exact and other steps.
 """
 
 import threading

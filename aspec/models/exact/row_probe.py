@@ -7,8 +7,9 @@ extreme size, and at another alignment. What is not proven runs in blocks of one
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch.nn import functional
@@ -115,6 +116,18 @@ def least_seconds(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def share_of_seconds(pairs: Iterable[tuple[Callable[[], object], Callable[[], object]]]) -> float:
+    """The seconds of the first works as a share of those of the second ones: the geometric mean over all pairs."""
+    shares = [least_seconds(work) / least_seconds(other) for work, other in pairs]
+    return prod(shares) ** (1 / len(shares))
+
+
+def proves_all(product: Product, rows: torch.Tensor, dense: int, larger: list[int]) -> bool:
+    """Whether a row has the same bits in every number of rows that ``prove`` tries."""
+    found = prove(product, rows, dense, larger)
+    return (found.lowest, found.highest, len(found.larger)) == (1, dense, len(larger))
 
 
 def prove(product: Product, rows: torch.Tensor, dense: int, larger: list[int]) -> Recipe:

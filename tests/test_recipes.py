@@ -2,6 +2,9 @@
 
 import json
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -141,6 +144,43 @@ def test_a_proof_is_kept_and_read_again(monkeypatch, tmp_path):
     monkeypatch.setattr(known_recipes, "_known", {})
     monkeypatch.setattr(known_recipes, "probe", lambda kind: pytest.fail("probed again"))
     assert known_recipes.recipe_for(kind) == found
+
+
+def test_threads_that_ask_at_once_get_the_verdict_of_one_probe(monkeypatch):
+    """Probes time kernels, so a second one may say something else; a step must not mix both."""
+    kind = ProductKind("linear", torch.float32, 0, 64, 96, False, True, 1)
+    verdicts = [PLAIN, COMPILED, BLOCKS, Recipe(2, 9)]
+    at_once = threading.Barrier(len(verdicts))
+
+    def slow_probe(kind):
+        time.sleep(0.05)
+        return verdicts.pop()
+
+    def ask(_):
+        at_once.wait()
+        return known_recipes.recipe_for(kind)
+
+    monkeypatch.setattr(known_recipes, "_probe", slow_probe)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(4)))
+    assert found == [Recipe(2, 9)] * 4
+    assert len(verdicts) == 3
+
+
+@pytest.mark.parametrize("first", [PLAIN, BLOCKS, COMPILED], ids=["plain", "blocks", "compiled"])
+def test_of_two_processes_the_first_decides_for_both(first, monkeypatch, tmp_path):
+    kind = ProductKind("linear", torch.float32, 0, 64, 96, False, True, 1)
+
+    def overtaken(kind):
+        monkeypatch.setattr(known_recipes, "_probe", lambda kind: first)  # what the other process does meanwhile
+        known_recipes._kept(kind)
+        return Recipe(2, 9)
+
+    monkeypatch.setattr(known_recipes, "_probe", overtaken)
+    assert known_recipes.recipe_for(kind) == first
+    monkeypatch.setattr(known_recipes, "_known", {})
+    monkeypatch.setattr(known_recipes, "_probe", lambda kind: pytest.fail("probed again"))
+    assert known_recipes.recipe_for(kind) == first
 
 
 BAD = (None, 7, {}, [], [0, 4, [], []], [4, 3, [], []], [1, 4, [3], []], [1, 4, [8, 16], []], [1, 4, ["9"], []])

@@ -2,11 +2,13 @@
 
 One file per processor, its instruction sets, versions of torch and the compiler, and settings that change kernels. A
 kind of product that is not in the file is probed now. An unreadable file counts as missing; if it cannot be written,
-the next run probes.
+the next run probes. Probes time kernels, so two of them may differ: threads wait for one, and of two processes the
+first decides for both.
 """
 
 import hashlib
 import os
+import threading
 from dataclasses import replace
 from functools import cache
 
@@ -33,19 +35,29 @@ PROBES = {ATTENTION: probe_attention, FLASH: probe_flash, INT4: probe_int4, INT4
 COMPILED_ENTRY = "compiled"
 
 _known: dict[ProductKind, Recipe] = {}
+_probing = threading.Lock()
 
 
 def recipe_for(kind: ProductKind) -> Recipe:
     """The recipe of a kind of product. The first call of a machine probes it: up to about a second."""
     found = _known.get(kind)
     if found is None:
-        file = cache_folder() / f"rows-{_machine()}.json"
-        found = _recipe(read_record(file).get(kind.name))
-        if found is None:
-            found = PROBES.get(kind.op, _probe)(kind)
-            if found != BLOCKS:
-                replace_json(file, {**read_record(file), kind.name: _entry(found)})
-        _known[kind] = found
+        with _probing:
+            found = _known.get(kind) or _kept(kind)
+            _known[kind] = found
+    return found
+
+
+def _kept(kind: ProductKind) -> Recipe:
+    """What the file says, or a probe that it keeps."""
+    file = cache_folder() / f"rows-{_machine()}.json"
+    found = _recipe(read_record(file).get(kind.name))
+    if found is None:
+        made = PROBES.get(kind.op, _probe)(kind)
+        record = read_record(file)
+        found = _recipe(record.get(kind.name)) or made
+        if found is made:
+            replace_json(file, {**record, kind.name: _entry(made)})
     return found
 
 

@@ -13,12 +13,12 @@ import aspec
 from aspec.io.host_info import compiler
 from aspec.models.compiled import build as building
 from aspec.models.compiled import products as compiled
-from aspec.models.compiled.products import compiled_int4_product, dense_product
+from aspec.models.compiled.products import compiled_int4_product, dense_product, integer_int4_product
 from aspec.models.exact import compiled_attention, compiled_probe, int4_probe, known_recipes, products
 from aspec.models.exact.compiled_probe import compiled_pays
 from aspec.models.exact.int4_probe import int4_kind, probe_int4
 from aspec.models.exact.modes import ExactStep
-from aspec.models.exact.recipe import BLOCKS, COMPILED
+from aspec.models.exact.recipe import BLOCKS, COMPILED, IN_INTEGERS
 from aspec.models.exact.row_probe import ProductKind
 from aspec.models.formats.int4.form import Int4, Int4Decode
 
@@ -182,18 +182,56 @@ def test_a_weight_with_gaps_is_multiplied_by_torch():
 # -- weights of 4 bits ---------------------------------------------------------------------------------------
 
 
+integers = pytest.mark.skipif(
+    not compiler() or not building.multiplies_integers(), reason="a processor without the instructions"
+)
+INT4_PRODUCTS = [compiled_int4_product, pytest.param(integer_int4_product, marks=integers)]
+
+
+@pytest.mark.parametrize("product", INT4_PRODUCTS)
 @pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize(("rows", "columns", "group"), [(64, 32, 32), (192, 512, 128), (128, 512, 256)])
-def test_an_int4_product_is_that_of_the_decoded_weight(rows, columns, group, block):
+def test_an_int4_product_is_that_of_the_decoded_weight(rows, columns, group, block, product):
     sizes = Int4(rows, columns, group, block)
     codes, scales = torch.randint(256, sizes.codes, dtype=torch.uint8), torch.randn(sizes.scales).bfloat16()
     given = torch.randn(70, columns).bfloat16()
-    made = has_bits_of_its_own(lambda own: compiled_int4_product(own, codes, scales, sizes), given)
+    made = has_bits_of_its_own(lambda own: product(own, codes, scales, sizes), given)
     weight, decode = torch.empty(rows, columns), Int4Decode(sizes)
     decode((codes, scales), weight, torch.empty(decode.workspace_bytes, dtype=torch.uint8))
     terms = given.double().abs() @ weight.double().abs().t()
     apart = (made.double() - given.double() @ weight.double().t()).abs()
     assert (apart <= 2**-8 * terms).all()
+
+
+@integers
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("bytes_at_once", [False, True])
+def test_whole_numbers_are_as_close_as_rows_in_bf16(block, bytes_at_once, monkeypatch):
+    """The largest sums that 16 bits must hold, zeros, numbers of very different size, and one that is none."""
+    if bytes_at_once and not building.multiplies_bytes():
+        pytest.skip("a processor without the instruction")
+    monkeypatch.setattr(compiled, "multiplies_bytes", lambda: bytes_at_once)
+    monkeypatch.setattr(compiled, "_integers", compiled._integers.__wrapped__)
+    sizes = Int4(128, 128, 32, block)
+    scales = torch.stack([torch.rand(4, 128) + 0.5, torch.zeros(4, 128)], -1).bfloat16()
+    given = torch.ones(9, 128)
+    given[1] = -1.0
+    given[2] = 0.0
+    given[3, :64] = 1e-35
+    given[4] = torch.randn(128) * 10.0 ** torch.arange(-4, 4).repeat_interleave(16)
+    given[5, 7], given[6, 99], given[7, 3] = float("nan"), float("inf"), float("-inf")
+    given = given.bfloat16()
+    for codes in (torch.full(sizes.codes, 255, dtype=torch.uint8), torch.randint(256, sizes.codes, dtype=torch.uint8)):
+        made = integer_int4_product(given, codes, scales, sizes).double()
+        weight, decode = torch.empty(128, 128), Int4Decode(sizes)
+        decode((codes, scales), weight, torch.empty(decode.workspace_bytes, dtype=torch.uint8))
+        assert not made[5:8].isfinite().any()
+        rows = [0, 1, 2, 3, 4, 8]
+        expected = given[rows].double() @ weight.double().t()
+        largest = given[rows].double().abs().view(-1, 4, 32).amax(-1).repeat_interleave(32, 1)  # of each block
+        apart = 2**-8 * expected.abs() + 2**-14.9 * (largest @ weight.double().abs().t())
+        assert ((made[rows] - expected).abs() <= apart + 1e-30).all()
+    assert torch.equal(integer_int4_product(given[2:3], codes, scales, sizes), torch.zeros(1, 128).bfloat16())
 
 
 KIND = int4_kind(Int4(512, 256, 32, 32), 1)
@@ -202,26 +240,33 @@ KIND = int4_kind(Int4(512, 256, 32, 32), 1)
 @pytest.fixture
 def _plain(monkeypatch):
     """In place of torch's product, which not every processor has: the compiled one."""
-    monkeypatch.setattr(
-        int4_probe,
-        "int4_product",
-        lambda rows, codes, scales, group: compiled_int4_product(
-            rows, codes, scales, Int4(scales.shape[1], codes.shape[1] * 2, group, 32)
-        ),
-    )
+    monkeypatch.setattr(int4_probe, "torch_int4_product", compiled_int4_product)
 
 
 @pytest.mark.usefixtures("_plain")
-def test_int4_products_are_compiled_where_that_is_faster_and_proven(monkeypatch):
-    monkeypatch.setattr(int4_probe, "FASTER", float("inf"))
-    assert probe_int4(KIND) == COMPILED
-    honest = compiled_int4_product
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("compiled_int4_product", COMPILED), pytest.param("integer_int4_product", IN_INTEGERS, marks=integers)],
+)
+def test_int4_products_are_compiled_where_that_is_faster_and_proven(name, own, monkeypatch):
+    honest = getattr(int4_probe, name)
+    shares = {name: 0.5}
+    kernels = {"compiled_int4_product": COMPILED, "integer_int4_product": IN_INTEGERS}
+    by_kernel = {getattr(int4_probe, other): other for other in kernels}
+    monkeypatch.setattr(
+        int4_probe,
+        "share_of_seconds",
+        lambda pairs: shares.get(by_kernel.get(pairs[0][0].func, name), 0.7),
+    )
+    assert probe_int4(KIND) == own
+    (other,) = set(kernels.values()) - {own}
     for lie in (lambda rows, *own: honest(rows, *own) + (len(rows) == 3), lambda *own: honest(*own) * 1.1):
-        monkeypatch.setattr(int4_probe, "compiled_int4_product", lie)
-        assert probe_int4(KIND) != COMPILED
-    monkeypatch.setattr(int4_probe, "compiled_int4_product", honest)
+        monkeypatch.setattr(int4_probe, name, lie)
+        found = probe_int4(KIND)
+        assert found == other if building.multiplies_integers() else not found.compiled
+    monkeypatch.setattr(int4_probe, name, honest)
     monkeypatch.setattr(int4_probe, "FASTER", 0.0)
-    assert probe_int4(KIND) not in (COMPILED, BLOCKS)
+    assert probe_int4(KIND) not in (*kernels.values(), BLOCKS)
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])

@@ -7,10 +7,18 @@ import pytest
 import torch
 
 from aspec.io.host_info import compiler
+from aspec.models.attention import attend
 from aspec.models.exact import attention as exact_attention
 from aspec.models.exact import compiled_attention, known_recipes, paths
-from aspec.models.exact.attention import attend_exactly, attend_otherwise, prove_attention
-from aspec.models.exact.compiled_attention import OTHERWISE, attend_compiled, attention_kind, probe_attention
+from aspec.models.exact.attention import attend_by_paths, attend_otherwise, prove_attention
+from aspec.models.exact.compiled_attention import (
+    FEW,
+    MANY,
+    OTHERWISE,
+    attend_compiled,
+    attention_kind,
+    probe_attention,
+)
 from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.recipe import COMPILED
 from aspec.models.exact.scoring import Scoring
@@ -47,7 +55,7 @@ class Case:
         scoring = Scoring(WIDTH**-0.5, None, self.sinks if sinks else None)
         made = torch.full((len(self.query), self.query.shape[2], self.query.shape[1], self.value.shape[-1]), 7.0)
         made = made.bfloat16()
-        attend(made, self.query, self.key, self.value, self.step.layer_mask(kind), scoring)
+        attend(made, self.query, self.key, self.value, self.step.paths(kind), scoring)
         return made
 
 
@@ -183,22 +191,64 @@ def test_a_compiler_that_fails_is_not_used(error, fast, monkeypatch):
     assert probe_attention(kind()) == OTHERWISE
 
 
-def test_an_exact_step_uses_it_where_it_is_proven(fast, monkeypatch, tmp_path):
+def test_a_kernel_that_is_slow_with_prompts_serves_few_queries(monkeypatch):
+    monkeypatch.setattr(compiled_attention, "_share", lambda _, sizes: 2.0 if sizes == [MANY] else 0.5)
+    assert probe_attention(kind()) == replace(COMPILED, highest=FEW)
+
+
+@pytest.fixture
+def used(monkeypatch, tmp_path):
+    """Calls of the kernel by ``attend_by_paths``; no kind is proven yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(known_recipes, "_known", {})
     used = []
     monkeypatch.setattr(exact_attention, "attend_compiled", lambda *given: used.append(0) or attend_compiled(*given))
+    return used
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_is_not_exact_has_the_bits_of_an_exact_one(name, fast, used):
+    own = Case(*CASES[name])
+    expected = own.run()
+    own.step.exact = False
+    made = torch.empty_like(expected)
+    scoring = Scoring(WIDTH**-0.5, None, None)
+    assert attend_by_paths(made, own.query, own.key, own.value, own.step.seen(MaskKind()), scoring)
+    assert torch.equal(made, expected)
+    assert used == [0]
+
+
+@pytest.mark.parametrize(("tokens", "by_paths"), [(FEW, True), (FEW + 1, False)])
+def test_a_step_that_is_not_exact_takes_a_mask_where_that_is_faster(tokens, by_paths, used, monkeypatch):
+    monkeypatch.setitem(known_recipes._known, kind(), replace(COMPILED, highest=FEW))
+    own = Case([0], [tokens])
+    expected = own.run()
+    made = torch.zeros_like(expected)
+    for exact in (False, True):
+        own.step.exact = exact
+        given = (made, own.query, own.key, own.value, own.step.seen(MaskKind()), Scoring(WIDTH**-0.5, None, None))
+        assert attend_by_paths(*given) is (by_paths or exact)
+        assert torch.equal(made, expected) is (by_paths or exact)
+    assert len(used) == 1 + by_paths
+    own.step.exact = False
+    stored = (states[:, :, : own.step.high] for states in (own.key, own.value))
+    made, _ = attend(None, own.query, *stored, own.step.seen(MaskKind()))
+    torch.testing.assert_close(made, expected, atol=0.02, rtol=0.02)
+
+
+def test_an_exact_step_uses_it_where_it_is_proven(fast, used):
     prove_attention({(GROUPS, WIDTH, WIDTH)}, torch.bfloat16)
     own = Case([100], [2])
-    assert torch.equal(own.run(attend=attend_exactly), own.run())
+    made, given, seen = own.run(), (own.query, own.key, own.value), own.step.seen(MaskKind())
+    attend_by_paths(made, *given, seen, Scoring(WIDTH**-0.5, None, None))
+    assert torch.equal(made, own.run())
     assert used == [0]
-    capped = Scoring(0.1, 30.0, None)
-    made, other = own.run(), own.run()
-    for out, attend in ((made, attend_exactly), (other, attend_otherwise)):
-        attend(out, own.query, own.key, own.value, own.step.layer_mask(MaskKind()), capped)
+    capped, other = Scoring(0.1, 30.0, None), own.run()
+    attend_by_paths(made, *given, seen, capped)
+    attend_otherwise(other, *given, seen.paths(), capped)
     assert torch.equal(made, other), "a cap is not in the kernel"
     assert used == [0]
     scattered = replace(capped, softcap=None)
     gaps = torch.stack([own.key, own.key], -1)[..., 0]
-    attend_exactly(made, own.query, gaps, own.value, own.step.layer_mask(MaskKind()), scattered)
+    attend_by_paths(made, own.query, gaps, own.value, seen, scattered)
     assert used == [0], "numbers that do not lie together"

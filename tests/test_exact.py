@@ -296,7 +296,7 @@ def check_attention(shape, dtype, start, parents, options):
         step = cache.step([0], [at], [len(nodes)], links)
         nodes = nodes + [nodes[-1]] * (step.slots.shape[1] - len(nodes))
         keys, values = step.update(new[0][:, :, nodes], new[1][:, :, nodes], 0)
-        mask = step.layer_mask(options.get("kind", MaskKind()))
+        mask = step.seen(options.get("kind", MaskKind()))
         extra = {name: value for name, value in options.items() if name != "kind"}
         return attend(None, query[:, :, nodes], keys, values, mask, **extra)[0][0]
 
@@ -367,7 +367,7 @@ class Prompt:
         """Attention of tokens whose queries, keys and values are those of the positions ``nodes``."""
         step = self.cache(start).step([0], [start], [len(nodes)], parents)
         keys, values = step.update(self.key[:, :, nodes], self.value[:, :, nodes], 0)
-        return attend(None, self.query[:, :, nodes], keys, values, step.layer_mask(self.kind), **self.extra)[0][0]
+        return attend(None, self.query[:, :, nodes], keys, values, step.seen(self.kind), **self.extra)[0][0]
 
 
 def check_prompt(prompt):
@@ -490,7 +490,7 @@ def test_rows_that_are_attended_together_do_not_touch_each_other(threads, dtype,
         step = kv.step(rows, [starts[row] for row in rows], [counts[row] for row in rows])
         tokens = max(counts[row] for row in rows)
         states = (tensor[rows, :, : step.high] for tensor in (kv.keys[0], kv.values[0]))
-        return attend(None, query[rows, :, :tokens], *states, step.layer_mask(MaskKind()), **extra)[0]
+        return attend(None, query[rows, :, :tokens], *states, step.seen(MaskKind()), **extra)[0]
 
     together = attended(list(range(24)))
     for row, count in enumerate(counts):

@@ -14,13 +14,14 @@ import torch
 import aspec
 from aspec.errors import CheckpointError, InternalError, UnsupportedModelError
 from aspec.io.host_info import cpu_features
+from aspec.models.compiled.products import torch_int4_product
 from aspec.models.exact import int4_panels, int4_probe, products
 from aspec.models.exact.int4_panels import panel_product
 from aspec.models.exact.int4_probe import NEVER, int4_kind, panels_kind, probe_int4, probe_panels
 from aspec.models.exact.modes import ExactStep
 from aspec.models.formats.int4 import kernel
 from aspec.models.formats.int4.form import Int4, Int4Decode, in_blocks, pack_codes
-from aspec.models.formats.int4.kernel import int4_product, proved_block
+from aspec.models.formats.int4.kernel import proved_block
 from aspec.models.formats.registry import read_format
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
@@ -145,8 +146,8 @@ def test_a_product_that_disagrees_is_not_used(monkeypatch):
 def test_every_number_of_rows_has_the_same_bits_and_a_kernel_that_lies_is_seen(monkeypatch):
     kind = int4_kind(Int4(512, 256, 32, proved_block()), torch.get_num_threads())
     assert probe_int4(kind).lowest == 1
-    lies = lambda rows, *rest: int4_product(rows, *rest) + (rows.shape[0] < 3)  # noqa: E731
-    monkeypatch.setattr(int4_probe, "int4_product", lies)
+    lies = lambda rows, *rest: torch_int4_product(rows, *rest) + (rows.shape[0] < 3)  # noqa: E731
+    monkeypatch.setattr(int4_probe, "torch_int4_product", lies)
     monkeypatch.setattr(int4_probe, "compiler", str)
     assert probe_int4(kind).lowest == 3
 

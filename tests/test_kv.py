@@ -141,7 +141,7 @@ def test_a_growing_tree_equals_one_that_is_written_at_once(name, exact):
                 slow = slow_mask(kind, starts[row], first + count, step.high, tree)
                 assert mask.tolist() == slow[first:]
                 if exact:
-                    check_paths(step.layer_mask(kind)[b], starts[row], tree, first, kind)
+                    check_paths(step.paths(kind)[b], starts[row], tree, first, kind)
                 new[b, :, :count] = states[row, :, nodes]
             step.update(new, new, 0)
         assert torch.equal(storage.keys[0][:, :, :-1], other.keys[0][:, :, :-1])
@@ -165,8 +165,8 @@ def check_paths(paths, start, tree, first, kind):
 def test_chains_need_no_tail():
     storage = cache(capacity=200, exact=True)
     for parents in (None, [[-1, 0, 1], [-1, 0]]):
-        assert all(paths.tail is None for paths in storage.step([0, 1], [62, 9], [3, 2], parents).layer_mask(KINDS[0]))
-    chain, tree = storage.step([0, 1], [62, 9], [3, 2], [[-1, 0, 1], [-1, -1]]).layer_mask(KINDS[0])
+        assert all(paths.tail is None for paths in storage.step([0, 1], [62, 9], [3, 2], parents).paths(KINDS[0]))
+    chain, tree = storage.step([0, 1], [62, 9], [3, 2], [[-1, 0, 1], [-1, -1]]).paths(KINDS[0])
     assert chain.tail is None
     assert tree.tail is not None
 
@@ -338,7 +338,7 @@ def test_exact_attention_holds_no_more_than_is_told(heads, groups, width, dtype,
     trees = parents and [parents] * rows
     step = storage.step(list(range(rows)), [start + 9 * row for row in range(rows)], [tokens] * rows, trees)
     query, out = torch.zeros(rows, heads, tokens, width, dtype=dtype), torch.empty(rows, tokens, heads, width).to(dtype)
-    arguments = (None, query, *step.stored(0), step.layer_mask(MaskKind()))
+    arguments = (None, query, *step.stored(0), step.seen(MaskKind()))
     attend(*arguments, softcap=softcap, out=out)  # what is proven and kept once does not count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         attend(*arguments, softcap=softcap, out=out)

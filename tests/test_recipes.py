@@ -19,7 +19,7 @@ from aspec.models.exact import modes as modes_of
 from aspec.models.exact.modes import ExactProducts, ExactStep, FastExperts, LayerModes
 from aspec.models.exact.panels import in_panels, panel_outputs, widened
 from aspec.models.exact.products import route
-from aspec.models.exact.recipe import BLOCKS, COMPILED, Packing, Recipe, Widening, candidates, cost
+from aspec.models.exact.recipe import BLOCKS, COMPILED, IN_INTEGERS, Packing, Recipe, Widening, candidates, cost
 from aspec.models.exact.row_probe import ProductKind, probe, prove
 from aspec.models.weights.parts import as_tensor
 
@@ -186,7 +186,7 @@ def test_of_two_processes_the_first_decides_for_both(first, monkeypatch, tmp_pat
 BAD = (None, 7, {}, [], [0, 4, [], []], [4, 3, [], []], [1, 4, [3], []], [1, 4, [8, 16], []], [1, 4, ["9"], []])
 BAD += ([1, 4, [], [1]], [1, 4, [], [1, 1, [1, 4, [], []]]], [1, 4, [], [1, True, [0, 4, [], []]]])
 BAD += ([0, [1, 4, [], []]], [2, [4, 3, [], []]], [2, 4])  # widened
-BAD += (["compile"], "compiled", ["compiled", 1])
+BAD += (["compile", 9], "compiled", ["compiled"], ["compiled", 0], ["compiled", "9"])
 
 
 @pytest.mark.parametrize("entry", BAD, ids=str)
@@ -202,7 +202,15 @@ def test_an_entry_that_is_no_recipe_is_proven_anew(entry, monkeypatch, tmp_path)
 
 def test_a_recipe_survives_its_file():
     wide = replace(BLOCKS, widening=Widening(PLAIN, 4))
-    for recipe in (PLAIN, BLOCKS, COMPILED, wide, Recipe(2, 9, (), Packing(32, PLAIN, faster=True))):
+    for recipe in (
+        PLAIN,
+        BLOCKS,
+        COMPILED,
+        IN_INTEGERS,
+        replace(COMPILED, highest=64),
+        wide,
+        Recipe(2, 9, (), Packing(32, PLAIN, faster=True)),
+    ):
         assert known_recipes._recipe(json.loads(json.dumps(known_recipes._entry(recipe)))) == recipe
 
 

@@ -40,12 +40,13 @@ POLICY = (
 TORCH_FREE = ("tasks", "observe", "serving")  # folders
 THREADS = ("io", "backends", "observe.ticker", "cli.front.stuck_main")  # that hold threads
 ASK_FOR_THREADS = (
+    "models.exact.known_recipes",
     "models.exact.panels",
     "models.exact.products",
     "models.experts.pause",
     "models.frame",
     "planning.virtual_time",
-)  # that only ask which thread they are on
+)  # that only ask which thread they are on, or let one of several wait
 MOST_FILES = 14
 
 

@@ -121,12 +121,13 @@ def table(pair: PairOnMachine) -> Iterator[str]:
 
 
 def _kernels(pair: PairOnMachine) -> Iterator[str]:
-    """Where the processor's bf16 is slow: what computes its products, or how they would get faster."""
-    on_host = pair.hardware.h2d_bytes_per_s is None
-    if not on_host or pair.dtype != "bfloat16" or multiplies_bf16():
+    """What computes products on the processor, or how they would get faster."""
+    if pair.hardware.h2d_bytes_per_s is not None or pair.dtype != "bfloat16":
         return
     if found := compiler():
         yield f"kernels compiled for this processor by llvmlite {found}, where they are faster"
+    elif multiplies_bf16():
+        yield "pip install 'aspec[fast]' compiles kernels for this processor, and uses those that are faster"
     else:
         yield "no instructions for bf16: pip install 'aspec[fast]' compiles kernels that multiply several times as fast"
 

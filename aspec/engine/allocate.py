@@ -134,7 +134,7 @@ def _on_host(made: ResolvedEngine) -> EngineMemory:
     """
     if made.models.resolved.options.progress is not None:
         made.models.resolved.options.progress(MEASURE, 0, 0)
-    made.models.target.prove_products(exact=made.plan.request.exact)
+    made.models.target.prove_products()
     if made.models.draft is not None:
         made.models.draft.prove_products()
     give_back()

@@ -4,7 +4,8 @@ It is registered with transformers under the name "aspec", for attention and for
 without a warning, to a function that has no mask function. It supports soft caps, attention sinks and value heads of
 another width. On a CPU it is several times faster than masked sdpa, which repeats the keys per query head.
 
-An exact step (``KVCache.exact``) has ``Paths`` instead of a mask: see ``exact/attention.py``.
+A step gives it what its queries see in two forms: exact steps (``KVCache.exact``) take the paths, see
+``exact/attention.py``; others do where a compiled kernel is faster, and the mask elsewhere.
 """
 
 import torch
@@ -13,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from aspec.models.exact.attention import MAX_GROUP_BYTES, MOST_REST, attend_exactly, flash_bytes, tile_bytes
+from aspec.models.exact.attention import MAX_GROUP_BYTES, MOST_REST, attend_by_paths, flash_bytes, tile_bytes
 from aspec.models.exact.flash import MAX_COPIED_BYTES
-from aspec.models.exact.paths import PIECE, Paths
+from aspec.models.exact.paths import PIECE, Seen
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import MAX_SCORE_BYTES
 from aspec.models.hf_compat import sdpa_mask
@@ -30,7 +31,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | tuple[Paths, ...],
+    attention_mask: torch.Tensor | Seen,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -42,8 +43,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [B, H, T, D] over key [B, G, S, D] and value [B, G, S, Dv]; returns [B, T, H, Dv].
 
-    ``attention_mask`` is bool [B, 1, T, S], True where visible, and every query sees at least one key; in an exact
-    step it is the paths of every row.
+    ``attention_mask``: what a step's queries see, or bool [B, 1, T, S], True where visible; every query sees a key.
     ``s_aux`` [H]: a learned logit per head that takes part in the softmax and adds no value (attention sink).
     ``indices`` [B, T, K] int: the slots that an indexer has selected for each query (DeepSeek-V3.2, arXiv 2512.02556);
     it takes a mask, not paths. ``out`` [B, T, H, Dv] receives the result; None: new memory.
@@ -51,7 +51,7 @@ def attend(
     it like torch's own functions (``split_layer.py``).
     """
     if indices is not None:
-        attention_mask = _narrowed(attention_mask, indices)
+        attention_mask = _narrowed(_mask(attention_mask), indices)
     if has_torch_function_unary(query):
         arguments = (module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
         result: tuple[torch.Tensor, None] = handle_torch_function(attend, (query,), *arguments)
@@ -59,25 +59,27 @@ def attend(
     batch, heads, tokens, width = query.shape
     scoring = Scoring(width**-0.5 if scaling is None else scaling, softcap, s_aux)
     output = query.new_empty(batch, tokens, heads, value.shape[-1]) if out is None else out
-    if isinstance(attention_mask, tuple):
-        attend_exactly(output, query, key, value, attention_mask, scoring)
+    if isinstance(attention_mask, Seen) and attend_by_paths(output, query, key, value, attention_mask, scoring):
         return output, None
+    mask = _mask(attention_mask)
     if scoring.plain and query.is_cpu and width == value.shape[-1]:
         mixed = scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=scoring.scale, enable_gqa=heads != key.shape[1]
+            query, key, value, mask, scale=scoring.scale, enable_gqa=heads != key.shape[1]
         )
         return output.copy_(mixed.transpose(1, 2)), None
     block = _block_tokens(batch * heads * key.shape[2], MAX_SCORE_BYTES if query.is_cpu else DEVICE_SCORE_BYTES)
     for start in range(0, tokens, block):
         stop = min(tokens, start + block)
-        mask = attention_mask[:, :, start:stop]
-        output[:, start:stop] = _attend_block(query[:, :, start:stop], key, value, mask, scoring)
+        output[:, start:stop] = _attend_block(query[:, :, start:stop], key, value, mask[:, :, start:stop], scoring)
     return output, None
 
 
-def _narrowed(mask: torch.Tensor | tuple[Paths, ...], indices: torch.Tensor) -> torch.Tensor:
+def _mask(seen: torch.Tensor | Seen) -> torch.Tensor:
+    return seen.mask() if isinstance(seen, Seen) else seen
+
+
+def _narrowed(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The mask without the slots that are not among ``indices``."""
-    assert isinstance(mask, torch.Tensor), "a layer with an indexer has a mask"
     batch, _, tokens, length = mask.shape
     chosen = torch.zeros(batch, tokens, length, dtype=torch.bool, device=mask.device)
     return mask & chosen.scatter_(2, indices.long(), True)[:, None]

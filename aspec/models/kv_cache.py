@@ -9,13 +9,14 @@ committed tokens, and log the nodes after them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from weakref import ref
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from aspec.io.pinned import upload
-from aspec.models.exact.paths import KEY_TILE, PIECE, MaskKind, Paths, whole_tiles
+from aspec.models.exact.paths import KEY_TILE, PIECE, MaskKind, Paths, Seen, whole_tiles
 from aspec.models.exact.trees import Tree, TreeNodes, visible_slots
 from aspec.models.hf_compat import Cache
 from aspec.models.state.kernels import MixerStep
@@ -219,13 +220,12 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Whether the layers are on a device while the cache is in host memory."""
         return self.storage.offloaded
 
-    def layer_mask(self, kind: MaskKind, *, selects: bool = False) -> "torch.Tensor | tuple[Paths, ...]":
-        """The mask argument of a layer: ``mask``, or in an exact step the paths of every row.
+    def seen(self, kind: MaskKind) -> Seen:
+        """What the queries see in layers of a kind: the mask argument of layers that attend with ``attend``."""
+        return Seen(self.exact, partial(self.paths, kind), partial(self.mask, kind))
 
-        ``selects``: the layer selects slots itself, from a mask.
-        """
-        if not self.exact or selects:
-            return self.mask(kind)
+    def paths(self, kind: MaskKind) -> tuple[Paths, ...]:
+        """The paths of every row."""
         if kind not in self._paths:
             self._paths[kind] = self._make_paths(kind)
         return self._paths[kind]
@@ -273,16 +273,15 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         made = []
         for row, (start, positions) in enumerate(zip(self._starts, self.position_ids.tolist(), strict=True)):
             length = (max(positions) // PIECE + 1) * PIECE
-            position = torch.arange(length, device=self.position_ids.device)
-            hidden = ~kind.visible(self.position_ids[row, :, None], position)
             if self._tree is None or nodes is None or self._tree.is_chain[row]:
-                made.append(Paths(kind, positions, length, length, None, hidden))
+                made.append(Paths(kind, positions, length, length, None, self.position_ids.device))
                 continue
             prefix = start // KEY_TILE * KEY_TILE
-            position = position[prefix:]
+            position = torch.arange(prefix, length, device=self.position_ids.device)
             level = (position - start).clamp(0, nodes.shape[2] - 1)
             tail = torch.where(position < start, position, start + nodes[row][:, level])
-            made.append(Paths(kind, positions, whole_tiles(start + self._totals[row]), prefix, tail, hidden))
+            num_slots = whole_tiles(start + self._totals[row])
+            made.append(Paths(kind, positions, num_slots, prefix, tail, self.position_ids.device))
         return tuple(made)
 
     def update(

@@ -94,7 +94,7 @@ class HostAttention:
             self.step.store(self.layer, *rest[:2])
             rest = rest[2:]
         keys, values = self.step.stored(self.layer)
-        attend(self.module, query, keys, values, self.step.layer_mask(self.mask), *rest, out=self.host_result)
+        attend(self.module, query, keys, values, self.step.seen(self.mask), *rest, out=self.host_result)
         self.device_arguments, self.host_arguments = [], []
 
     def bring_back(self) -> torch.Tensor:

@@ -38,4 +38,6 @@ def _mask(facts: ModelFacts, layer: LayerFacts, step: StepCache) -> object:
     if facts.own_attention:
         return step.added_mask(layer.mask)
     # offloaded: the attention makes its mask on the host, and no code reads this placeholder
-    return () if step.offloaded else step.layer_mask(layer.mask, selects=facts.selects)
+    if step.offloaded:
+        return ()
+    return step.mask(layer.mask) if facts.selects else step.seen(layer.mask)

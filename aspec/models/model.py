@@ -235,9 +235,9 @@ class Model:
         """
         self._binder.bind(part, buffer, scratch)
 
-    def prove_products(self, *, exact: bool = False) -> None:
-        """Prove the recipes of linear modules, experts, and ``exact`` attention, before memory is taken for weights."""
-        if exact:
+    def prove_products(self) -> None:
+        """Prove the recipes of linear modules, experts and attention, before memory is taken for weights."""
+        if self.facts.why_not_exact is None:
             prove_attention({shape for shape in self.kv_shapes() if shape is not None}, self.dtype)
         self._linears.prove()
         for module in self._layers_model.modules():

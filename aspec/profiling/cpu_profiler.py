@@ -260,7 +260,7 @@ class _AttentionTimer:
         assert key is not None
         assert value is not None
         key, value = key[:rows, :, : step.high], value[:rows, :, : step.high]
-        mask, module = step.layer_mask(MaskKind()), nn.Module()
+        mask, module = step.seen(MaskKind()), nn.Module()
         return seconds_of(lambda: attend(module, query, key, value, mask))
 
 
@@ -330,7 +330,7 @@ class _LayerTimer:
         step = self._cache.step([0], [0], [tokens])
         hidden = torch.randn(1, tokens, self._size).to(self._dtype)
         angles = torch.ones(1, tokens, WIDTHS[1], dtype=self._dtype)
-        mask, cache = step.layer_mask(MaskKind()), {cache_argument(self._layer): step}
+        mask, cache = step.seen(MaskKind()), {cache_argument(self._layer): step}
 
         def once() -> None:
             with ExactStep() if step.exact else contextlib.nullcontext():

@@ -73,7 +73,7 @@ def _row_seconds(logits: torch.Tensor, dtype: torch.dtype) -> float:
     def once() -> None:
         proposal = tree.proposal()
         parents = [ROOT, *(parent + 1 for parent in proposal.parents)]
-        cache.step([0], [CONTEXT], [size + 1], [parents]).layer_mask(MaskKind())
+        cache.step([0], [CONTEXT], [size + 1], [parents]).paths(MaskKind())
         path, emitted = proposal.follow([*proposal.tokens, 0])
         proposal.verdicts(path)
         below = tree.descend(emitted[:1])[1]

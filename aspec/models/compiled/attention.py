@@ -7,12 +7,8 @@ position that a query does not see adds nothing to the bit. So a query has the s
 
 from collections.abc import Sequence
 
-from llvmlite import ir
-
 from aspec.models.compiled.emit import F32, I16, I32, I64, Kernel, Value, number
 from aspec.models.compiled.shapes import HIDDEN, LEAST, RECORD, ROWS, TILE
-
-CHUNK = 2  # vectors of a value that are summed at once for all rows
 
 
 def attention_kernel(lanes: int, width: int, value_width: int, *, parallel: bool) -> str:
@@ -64,39 +60,46 @@ class _Item:
             count = kernel.least(number(TILE), build.sub(end, tiles.index))
             self._score(tiles.index, count)
             for row in range(ROWS):
-                self._weigh(row)
-            for chunk in range(0, self.value_width // kernel.lanes, CHUNK):
-                self._mix(tiles.index, count, range(chunk, min(chunk + CHUNK, self.value_width // kernel.lanes)))
+                self._weigh(tiles.index, row)
+            chunks, most = self.value_width // kernel.lanes, max(1, kernel.lanes // ROWS)
+            for chunk in range(0, chunks, most):
+                self._mix(tiles.index, count, range(chunk, min(chunk + most, chunks)))
         for row in range(ROWS):
             with build.if_then(build.icmp_signed(">=", self.out[row], number(0))):
                 self._finish(row)
 
     def _score(self, tile: Value, count: Value) -> None:
+        """The scores of a tile, as many at once as a vector has lanes; those beyond ``count`` are anything."""
         kernel, build = self.kernel, self.build
-        for at in range(0, ROWS * TILE, kernel.lanes):
-            self._store(self.scores, at, kernel.numbers(HIDDEN))
-        with kernel.loop(number(0), count, 1) as keys:
-            position = build.add(tile, keys.index)
-            start = kernel.at(kernel.pointers[1], self.key, build.mul(self._slot(position), kernel.counts[1]))
-            sums = [kernel.zeros()] * ROWS
+        together = kernel.lanes // ROWS
+        last = build.sub(count, number(1))
+        with kernel.loop(number(0), count, together) as keys:
+            places = [kernel.least(build.add(keys.index, number(at)), last) for at in range(together)]
+            slots = [self._slot(build.add(tile, place)) for place in places]
+            starts = [kernel.at(kernel.pointers[1], self.key, build.mul(slot, kernel.counts[1])) for slot in slots]
+            sums = [kernel.zeros()] * kernel.lanes  # of the first row with every key, then of the second one
             for at in range(0, self.width, kernel.lanes):
-                part = kernel.widened(kernel.load(kernel.at(start, number(at)), I16, kernel.lanes))
-                queries = [kernel.at(kernel.pointers[0], own, number(at)) for own in self.query]
-                sums = [
-                    kernel.fma(kernel.load(query, F32, kernel.lanes), part, total)
-                    for query, total in zip(queries, sums, strict=True)
+                parts = [kernel.widened(kernel.load(kernel.at(own, number(at)), I16, kernel.lanes)) for own in starts]
+                queries = [
+                    kernel.load(kernel.at(kernel.pointers[0], own, number(at)), F32, kernel.lanes) for own in self.query
                 ]
-            for row, total in enumerate(sums):
-                late = build.icmp_signed(">=", position, self.first[row])
-                early = build.icmp_signed("<=", position, self.last[row])
-                score = build.select(build.and_(late, early), kernel.total(total), F32(HIDDEN))
-                build.store(score, kernel.at(self.scores, number(row * TILE), keys.index))
+                pairs = [(query, part) for query in queries for part in parts]
+                sums = [kernel.fma(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
+            scores = kernel.totals(sums)
+            for row in range(ROWS):
+                own = kernel.some(scores, range(row * together, (row + 1) * together))
+                kernel.store(own, kernel.at(self.scores, number(row * TILE), keys.index))
 
-    def _weigh(self, row: int) -> None:
-        """Scores become weights; the sums of earlier tiles are scaled."""
+    def _weigh(self, tile: Value, row: int) -> None:
+        """Scores become weights, those of positions that the row does not see nothing; earlier sums are scaled."""
         kernel, build = self.kernel, self.build
+        first, last = (kernel.spread(build.trunc(build.sub(own[row], tile), I32)) for own in (self.first, self.last))
         places = range(row * TILE, (row + 1) * TILE, kernel.lanes)
-        scores = [self._load(self.scores, at) for at in places]
+        scores = []
+        for at in places:
+            score, position = self._load(self.scores, at), kernel.counting(at - row * TILE)
+            late, early = build.icmp_signed(">=", position, first), build.icmp_signed("<=", position, last)
+            scores.append(build.select(build.and_(late, early), score, kernel.numbers(HIDDEN)))
         most = scores[0]
         for other in scores[1:]:
             most = kernel.greater(most, other)
@@ -140,8 +143,7 @@ class _Item:
         for at in range(0, self.value_width, kernel.lanes):
             mean = build.fdiv(self._load(self.made, row * self.value_width + at), weight)
             place = kernel.at(kernel.pointers[6], self.out[row], number(at))
-            narrow = ir.VectorType(I16, kernel.lanes).as_pointer()
-            build.store(kernel.narrowed(mean), build.bitcast(place, narrow)).align = 1
+            kernel.store(kernel.narrowed(mean), place)
 
     def _slot(self, position: Value) -> Value:
         """The slot of a position of the path."""
@@ -158,5 +160,4 @@ class _Item:
         return self.kernel.load(self.kernel.at(memory, number(at)), F32, self.kernel.lanes)
 
     def _store(self, memory: Value, at: int, values: Value) -> None:
-        place = self.build.bitcast(self.kernel.at(memory, number(at)), self.kernel.vector.as_pointer())
-        self.build.store(values, place).align = 4
+        self.kernel.store(values, self.kernel.at(memory, number(at)))

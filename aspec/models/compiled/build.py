@@ -28,6 +28,31 @@ def vector_lanes() -> int:
 
 
 @cache
+def multiplies_pairs() -> bool:
+    """Whether the processor adds products of two neighbours in bf16 at once, in vectors of 16."""
+    from llvmlite import binding
+
+    return bool(binding.get_host_cpu_features().get("avx512bf16"))
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Whether the processor adds products of four bytes at once, in vectors of 8."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512vnni") and features.get("avx512vl"))
+
+
+@cache
+def multiplies_integers() -> bool:
+    """Whether the processor has the instructions of ``compiled/int4_integers.py``."""
+    from llvmlite import binding
+
+    return bool(binding.get_host_cpu_features().get("avx2"))
+
+
+@cache
 def has_threads() -> bool:
     """Whether the process has loaded an OpenMP runtime for kernels; its functions are made known to the compiler."""
     from llvmlite import binding

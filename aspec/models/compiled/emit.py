@@ -15,6 +15,20 @@ I8, I16, I32, I64, F32, VOID = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)),
 EXP_TERMS = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 LOG2_E, LN2_HIGH, LN2_LOW, LEAST_EXPONENT = 1.44269504088896341, 0.693145751953125, 1.42860682030941723e-6, -87.0
 
+
+class _BF16(ir.Type):  # type: ignore[misc]  # the package is untyped
+    """bfloat, which the package does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BF16)
+
+    def __hash__(self) -> int:
+        return hash(_BF16)
+
+
 Value = Any
 """A value of LLVM, which has no types for Python."""
 
@@ -33,9 +47,6 @@ class Kernel:
         self._part = self._function("part", VOID, [self._arguments.as_pointer()])
         self.builder = ir.IRBuilder(self._part.append_basic_block())
         self.vector = ir.VectorType(F32, lanes)
-        self._fma = self._function(f"llvm.fma.v{lanes}f32", self.vector, [self.vector] * 3)
-        self._nearest = self._function(f"llvm.nearbyint.v{lanes}f32", self.vector, [self.vector])
-        self._prefetch = self._function("llvm.prefetch.p0", VOID, [I8.as_pointer(), I32, I32, I32])
         values = [self.builder.load(_field(self.builder, self._part.args[0], at)) for at in range(len(kinds))]
         self.pointers, self.counts = values[: len(pointers)], values[len(pointers) :]
         self.first, self.last = self._share(self.counts[0]) if parallel else (number(0), self.counts[0])
@@ -87,12 +98,57 @@ class Kernel:
 
     def spread(self, value: Value) -> Value:
         """A number in all lanes of a vector."""
-        first = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), value, I32(0))
-        return self._lanes(first, [0] * self.lanes)
+        kind = ir.VectorType(value.type, self.lanes)
+        return self.some(self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0)), [0] * self.lanes)
+
+    def joined(self, values: Sequence[Value]) -> Value:
+        """Some numbers as a vector."""
+        vector = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+        for at, value in enumerate(values):
+            vector = self.builder.insert_element(vector, value, I32(at))
+        return vector
+
+    def counting(self, first: int) -> Value:
+        """A vector of ``first`` and the numbers of 32 bits after it."""
+        return ir.Constant(ir.VectorType(I32, self.lanes), list(range(first, first + self.lanes)))
 
     def fma(self, one: Value, other: Value, added: Value) -> Value:
         """``one * other + added``, rounded once; vectors."""
-        return self.builder.call(self._fma, [one, other, added])
+        return self._call(f"llvm.fma.v{self.lanes}f32", self.vector, [one, other, added])
+
+    def fma_pairs(self, one: Value, other: Value, added: Value) -> Value:
+        """``added`` plus the products of two neighbours each: vectors of twice as many numbers in bf16, given as I16.
+
+        Each lane is rounded twice, and numbers next to 0 count as 0: an instruction of its own (AVX512-BF16).
+        """
+        wide = ir.VectorType(_BF16(), 2 * self.lanes)
+        given = [added, *(self.builder.bitcast(own, wide) for own in (one, other))]
+        return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", self.vector, given)
+
+    def byte_pairs(self, codes: Value, values: Value) -> Value:
+        """The sums of two neighbouring products each, in 16 bits: bytes without a sign times those with one (AVX2)."""
+        made = ir.VectorType(I16, codes.type.count // 2)
+        return self._call("llvm.x86.avx2.pmadd.ub.sw", made, [codes, values])
+
+    def neighbours(self, values: Value) -> Value:
+        """The sums of two neighbours each: of 16 bits in 32 (AVX2)."""
+        count = values.type.count
+        made = ir.VectorType(I32, count // 2)
+        return self._call("llvm.x86.avx2.pmadd.wd", made, [values, ir.Constant(values.type, [1] * count)])
+
+    def add_bytes(self, total: Value, codes: Value, values: Value) -> Value:
+        """``total`` plus the sums of four products each: bytes without a sign times those with one (AVX512-VNNI)."""
+        given = [total, *(self.builder.bitcast(own, total.type) for own in (codes, values))]
+        return self._call("llvm.x86.avx512.vpdpbusd.256", total.type, given)
+
+    def nearest(self, values: Value) -> Value:
+        """Numbers rounded to whole ones, of two as near to the even one."""
+        return self._call(f"llvm.nearbyint.v{self.lanes}f32", self.vector, [values])
+
+    def _call(self, name: str, result: Value, given: Sequence[Value]) -> Value:
+        """Call a function of LLVM, which is declared when it is first called."""
+        known = self._module.globals.get(name)
+        return self.builder.call(known or self._function(name, result, [own.type for own in given]), given)
 
     def at(self, pointer: Value, *indices: Value) -> Value:
         """The pointer that many elements further: the sum of ``indices``."""
@@ -106,10 +162,14 @@ class Kernel:
         value.align = 1
         return value
 
+    def store(self, values: Value, pointer: Value) -> None:
+        """A vector to memory of any alignment."""
+        self.builder.store(values, self.builder.bitcast(pointer, values.type.as_pointer())).align = 1
+
     def prefetch(self, pointer: Value) -> None:
         """Have a cache line read that will be used soon; any address will do."""
         address = self.builder.bitcast(pointer, I8.as_pointer())
-        self.builder.call(self._prefetch, [address, I32(0), I32(3), I32(1)])
+        self._call("llvm.prefetch.p0", VOID, [address, I32(0), I32(3), I32(1)])
 
     def widened(self, values: Value) -> Value:
         """A vector of bf16, given as I16, in fp32: their bits are its upper half."""
@@ -135,9 +195,25 @@ class Kernel:
         width = self.lanes
         while width > 1:
             width //= 2
-            halves = [self._lanes(values, range(start, start + width)) for start in (0, width)]
+            halves = [self.some(values, range(start, start + width)) for start in (0, width)]
             values = self.builder.fadd(*halves)
         return self.builder.extract_element(values, I32(0))
+
+    def totals(self, several: Sequence[Value]) -> Value:
+        """The sums of some vectors, at most as many as a vector has lanes, as a vector with zeros at its end.
+
+        The halves of each are added until one number is left, as in ``total``; two vectors share the additions.
+        """
+        places = 1 << (len(several) - 1).bit_length()
+        vectors, width = [*several, *[self.zeros()] * (places - len(several))], self.lanes
+        while width > 1:
+            width //= 2
+            pairs = list(zip(vectors[::2], vectors[1::2] or vectors, strict=True))
+            count = self.lanes if len(vectors) > 1 else vectors[0].type.count // 2
+            lower = [at // width * 2 * width + at % width for at in range(count)]
+            halves = [[self.picked(*pair, [at + up for at in lower]) for up in (0, width)] for pair in pairs]
+            vectors = [self.builder.fadd(*own) for own in halves]
+        return vectors[0]
 
     def greater(self, one: Value, other: Value) -> Value:
         """The greater of two numbers, or of each two of two vectors."""
@@ -148,14 +224,14 @@ class Kernel:
         width = self.lanes
         while width > 1:
             width //= 2
-            values = self.greater(*(self._lanes(values, range(start, start + width)) for start in (0, width)))
+            values = self.greater(*(self.some(values, range(start, start + width)) for start in (0, width)))
         return self.builder.extract_element(values, I32(0))
 
     def exp(self, values: Value) -> Value:
         """The exponentials of numbers up to 0; exactly 1 of 0. 2^n e^r, r at most half of log 2: a series of e^r."""
         build = self.builder
         values = self.greater(values, self.numbers(LEAST_EXPONENT))
-        turns = build.call(self._nearest, [build.fmul(values, self.numbers(LOG2_E))])
+        turns = self.nearest(build.fmul(values, self.numbers(LOG2_E)))
         rest = self.fma(turns, self.numbers(-LN2_HIGH), values)
         rest = self.fma(turns, self.numbers(-LN2_LOW), rest)
         series = self.numbers(EXP_TERMS[0])
@@ -165,9 +241,13 @@ class Kernel:
         power = build.shl(build.add(build.fptosi(turns, kind), self.whole_numbers(127)), self.whole_numbers(23))
         return build.fmul(series, build.bitcast(power, self.vector))
 
-    def _lanes(self, values: Value, places: Sequence[int]) -> Value:
-        mask = ir.Constant(ir.VectorType(I32, len(places)), list(places))
-        return self.builder.shuffle_vector(values, values, mask)
+    def some(self, values: Value, places: Sequence[int]) -> Value:
+        """The numbers at some places of a vector."""
+        return self.picked(values, values, places)
+
+    def picked(self, one: Value, other: Value, places: Sequence[int]) -> Value:
+        """The numbers at some places of two vectors, those of the second one counted on."""
+        return self.builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, len(places)), list(places)))
 
     def least(self, one: Value, other: Value) -> Value:
         """The smaller count."""

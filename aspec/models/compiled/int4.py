@@ -65,17 +65,12 @@ class _Tile:
         outputs = build.mul(kernel.counts[0], number(self.block))
         for at, total in enumerate(groups.values):
             place = kernel.at(kernel.pointers[3], build.mul(self._row(at // width), outputs), self._output(at % width))
-            store = build.store(kernel.narrowed(total), build.bitcast(place, self._narrow.as_pointer()))
-            store.align = 1
+            kernel.store(kernel.narrowed(total), place)
 
     @property
     def vectors(self) -> int:
         """Vectors of one half of a block."""
         return self.block // 2 // self.kernel.lanes
-
-    @property
-    def _narrow(self) -> Value:
-        return ir.VectorType(I16, self.kernel.lanes)
 
     def _row(self, at: int) -> Value:
         return self.kernel.builder.add(self.row, number(at))

@@ -1,16 +1,22 @@
 """Products by kernels that are compiled on this machine; ``exact/compiled_probe.py`` says where they pay."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from aspec.models.compiled.build import Compiled, build, has_threads, vector_lanes
+from aspec.models.compiled.build import Compiled, build, has_threads, multiplies_bytes, multiplies_pairs, vector_lanes
+from aspec.models.compiled.shapes import QUANTISED
 from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.int4.kernel import int4_product
 
+PAIRS = 32  # numbers that are multiplied in pairs at once
 INNER = 16  # the inputs of a weight are a multiple: of every number of lanes
-BLOCK_BYTES = 128 << 10  # of weights that stay in a cache while all rows pass
+BLOCK_BYTES = 512 << 10  # of weights that stay in a cache while all rows pass
 LEAST_WORK = 1 << 18  # multiplications for each thread: starting one takes as long as so many
+
+Int4Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Int4], torch.Tensor]
+"""Rows bf16 [M, K], codes and scales of a weight of 4 bits and its sizes, to bf16 [M, N]."""
 
 _zero = torch.zeros(1)
 
@@ -22,12 +28,13 @@ def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     """
     count, inner = rows.shape
     outputs = len(weight)
-    wide, made = rows.float().contiguous(), weight.new_empty(count, outputs)
+    pairs = inner % PAIRS == 0 and multiplies_pairs()
+    given, made = rows.contiguous() if pairs else rows.float().contiguous(), weight.new_empty(count, outputs)
     added, step = (_zero, 0) if bias is None else (bias.float(), 1)
-    addresses = weight.data_ptr(), wide.data_ptr(), added.data_ptr(), made.data_ptr()
+    addresses = weight.data_ptr(), given.data_ptr(), added.data_ptr(), made.data_ptr()
     block = max(1, BLOCK_BYTES // (2 * inner))
     threads = min(torch.get_num_threads(), max(1, count * outputs * inner // LEAST_WORK))
-    _dense()(*addresses, outputs, inner, count, block, step, threads)
+    _dense(pairs)(*addresses, outputs, inner, count, block, step, threads)
     return made
 
 
@@ -57,19 +64,22 @@ def compile_attention(width: int, value_width: int) -> Compiled:
     return build(attention_kernel(vector_lanes(), width, value_width, parallel=has_threads()), 7, 3)
 
 
-def compile_now(sizes: Int4 | None = None) -> None:
+def compile_now(sizes: Int4 | None = None, *, integers: bool = False) -> None:
     """Compile the kernel of weights in bf16, or of such ``sizes``, before a pass waits for it."""
     if sizes is None:
-        _dense()
+        _dense(multiplies_pairs())
+    elif integers:
+        _quantise()
+        _integers(sizes.block)
     else:
         _int4(sizes.block)
 
 
 @cache
-def _dense() -> Compiled:
+def _dense(pairs: bool) -> Compiled:
     from aspec.models.compiled.dense import dense_kernel
 
-    return build(dense_kernel(vector_lanes(), parallel=has_threads()), 4, 5)
+    return build(dense_kernel(vector_lanes(), pairs=pairs, parallel=has_threads()), 4, 5)
 
 
 def compiled_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
@@ -85,12 +95,23 @@ def compiled_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch
     return made
 
 
-def multiply_int4(
-    rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4, *, compiled: bool
-) -> torch.Tensor:
-    """Rows bf16 [M, K] times the transposed weight of 4 bits, ``compiled`` or by torch: bf16 [M, N]."""
-    if compiled:
-        return compiled_int4_product(rows, codes, scales, sizes)
+def integer_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
+    """The same in whole numbers, see ``compiled/int4_integers.py``, on processors of ``multiplies_integers``."""
+    (count, inner), outputs = rows.shape, sizes.rows
+    given, made, blocks = rows.contiguous(), rows.new_empty(count, outputs), count * inner // QUANTISED
+    planes = torch.empty(2 * count * inner, dtype=torch.int8)
+    numbers = torch.empty(2 * blocks)  # scales, then sums
+    quantised = planes.data_ptr(), numbers.data_ptr(), numbers.data_ptr() + 4 * blocks
+    most = torch.get_num_threads()
+    _quantise()(given.data_ptr(), *quantised, blocks, min(most, max(1, count * inner // LEAST_WORK)))
+    addresses = codes.data_ptr(), scales.data_ptr(), *quantised, made.data_ptr()
+    threads = min(most, max(1, count * outputs * inner // LEAST_WORK))
+    _integers(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
+    return made
+
+
+def torch_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
+    """The same by torch's own kernel."""
     return int4_product(rows.contiguous(), codes, scales, sizes.group)
 
 
@@ -99,3 +120,17 @@ def _int4(block: int) -> Compiled:
     from aspec.models.compiled.int4 import int4_kernel
 
     return build(int4_kernel(vector_lanes(), block, parallel=has_threads()), 4, 4)
+
+
+@cache
+def _quantise() -> Compiled:
+    from aspec.models.compiled.int4_integers import quantise_kernel
+
+    return build(quantise_kernel(parallel=has_threads()), 4, 1)
+
+
+@cache
+def _integers(block: int) -> Compiled:
+    from aspec.models.compiled.int4_integers import integer_kernel
+
+    return build(integer_kernel(block, multiplies_bytes=multiplies_bytes(), parallel=has_threads()), 6, 4)

@@ -7,3 +7,5 @@ RECORD = 5 * ROWS + 4
 """Numbers that describe ROWS rows: for each row where its query, its result (-1: there is none) and its sink are, and
 its first and last position; then where keys and values of the path begin, the positions that lie in the slots of the
 same numbers, and where the slots of later ones are told."""
+
+QUANTISED = 32  # inputs of a row that share a scale in products of whole numbers

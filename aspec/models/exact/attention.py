@@ -10,10 +10,10 @@ from functools import partial
 import torch
 
 from aspec.models.compiled.products import compile_attention
-from aspec.models.exact.compiled_attention import attend_compiled, attention_kind
+from aspec.models.exact.compiled_attention import OTHERWISE, attend_compiled, attention_kind
 from aspec.models.exact.flash import Inputs, attend_with_flash, flash_recipe
 from aspec.models.exact.known_recipes import recipe_for
-from aspec.models.exact.paths import Paths, Piece
+from aspec.models.exact.paths import Paths, Piece, Seen
 from aspec.models.exact.scoring import Scoring
 from aspec.models.exact.tiles import Keys, attend_in_tiles
 
@@ -35,20 +35,23 @@ def prove_attention(shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype) 
             compile_attention(width, value_width)
 
 
-def attend_exactly(
-    output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    paths: tuple[Paths, ...],
-    scoring: Scoring,
-) -> None:
-    """Write an exact step of query [B, H, T, D] to ``output`` [B, T, H, Dv]: compiled where that is proven."""
+def attend_by_paths(
+    output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: Seen, scoring: Scoring
+) -> bool:
+    """Write a step of query [B, H, T, D] to ``output`` [B, T, H, Dv]: compiled where that is proven.
+
+    Returns False, and writes nothing, if the step is not exact and a mask is faster.
+    """
     together = all(own.stride(-1) == 1 for own in (output, query, key, value))
-    if scoring.softcap is None and key.is_cpu and together and recipe_for(attention_kind(key, value)).compiled:
-        attend_compiled(output, query, key, value, paths, scoring)
+    fits = scoring.softcap is None and key.is_cpu and together
+    recipe = recipe_for(attention_kind(key, value)) if fits else OTHERWISE
+    if recipe.compiled and (seen.exact or query.shape[2] <= recipe.highest):
+        attend_compiled(output, query, key, value, seen.paths(), scoring)
+    elif seen.exact:
+        attend_otherwise(output, query, key, value, seen.paths(), scoring)
     else:
-        attend_otherwise(output, query, key, value, paths, scoring)
+        return False
+    return True
 
 
 def attend_otherwise(

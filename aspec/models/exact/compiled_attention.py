@@ -1,4 +1,4 @@
-"""Exact attention by a kernel that is compiled on this machine, see ``compiled/attention.py``, and its proof.
+"""Attention by a kernel that is compiled on this machine, see ``compiled/attention.py``, and its proof.
 
 The kernel reads records: for a few rows (a head's query each) that share keys, where all their operands are. They
 follow from the paths, so those of a few queries are made once for all layers of a step.
@@ -28,6 +28,7 @@ VECTOR = 16  # widths are multiples: of every number of lanes
 BLOCK_TOKENS = 256  # of a row whose queries are widened at once
 ALL = 1 << 40  # positions: no slot is told
 TIMED = ((1, 320), (8, 320), (128, 768))  # queries and keys of calls that are timed
+MANY, FEW = (256, 768), 64  # a call of a prompt; queries up to which kernels are used where it is slower
 FASTER = 1.0  # compiled attention is used if it takes at most this share of the seconds, in the geometric mean
 HEADS = 3  # of a key head, in the proof: not the rows of a record
 TOLERANCE = 2**-7
@@ -57,7 +58,7 @@ def attend_compiled(
     paths: tuple[Paths, ...],
     scoring: Scoring,
 ) -> None:
-    """Write an exact step of query [B, H, T, D] to ``output`` [B, T, H, Dv], a block of tokens at a time."""
+    """Write a step of query [B, H, T, D] to ``output`` [B, T, H, Dv], a block of tokens at a time."""
     heads, tokens = query.shape[1:3]
     sinks = _sinks(scoring.sinks)
     for first in range(0, tokens, BLOCK_TOKENS):
@@ -144,21 +145,26 @@ def attention_kind(key: torch.Tensor, value: torch.Tensor) -> ProductKind:
 
 @torch.inference_mode()
 def probe_attention(kind: ProductKind) -> Recipe:
-    """COMPILED where the kernel is faster than the other ways and proven. Takes about a second."""
+    """COMPILED where the kernel is faster than the other ways and proven. Takes about a second.
+
+    ``highest``: the most queries of a row for which it is used in steps that are not exact.
+    """
     fits = kind.dtype == torch.bfloat16 and kind.out % VECTOR == 0 and kind.inner % VECTOR == 0
     if not fits or not compiler():
         return OTHERWISE
     try:
-        return COMPILED if _holds(kind) and _share(kind) <= FASTER else OTHERWISE
+        if not _holds(kind) or _share(kind, TIMED) > FASTER:
+            return OTHERWISE
+        return COMPILED if _share(kind, [MANY]) <= FASTER else replace(COMPILED, highest=FEW)
     except (ImportError, OSError, RuntimeError):  # a build of the package that this machine can not use
         return OTHERWISE
 
 
-def _share(kind: ProductKind) -> float:
+def _share(kind: ProductKind, sizes: Sequence[tuple[int, int]]) -> float:
     """The seconds of compiled attention, as a share of those of torch's own, which is not exact."""
 
     pairs = []
-    for given in (_operands(kind, *size) for size in TIMED):
+    for given in (_operands(kind, *size) for size in sizes):
         _, query, key, value, (chain,), scoring = given
         seen, scale = ~chain.hidden, scoring.scale
         other = partial(scaled_dot_product_attention, query, key, value, seen, scale=scale, enable_gqa=True)
@@ -179,8 +185,7 @@ def _operands(kind: ProductKind, queries: int, keys: int) -> Given:
         return torch.randn(shape, generator=generator).to(kind.dtype)
 
     positions = list(range(keys - queries, keys))
-    hidden = torch.arange(room)[None] > torch.tensor(positions)[:, None]
-    paths = Paths(MaskKind(), positions, room, room, None, hidden)
+    paths = Paths(MaskKind(), positions, room, room, None)
     key, value = random(1, kind.batch, room, kind.inner), random(1, kind.batch, room, kind.out)
     made = torch.empty(1, queries, heads, kind.out, dtype=kind.dtype)
     return made, random(1, heads, queries, kind.inner), key, value, (paths,), Scoring(kind.inner**-0.5, None, None)
@@ -197,7 +202,7 @@ def _holds(kind: ProductKind) -> bool:
         return False
     for token in (0, 1, 33, 69):
         alone = made.new_empty(1, 1, *made.shape[2:])
-        one = replace(chain, positions=chain.positions[token : token + 1], hidden=chain.hidden[token : token + 1])
+        one = replace(chain, positions=chain.positions[token : token + 1])
         attend_compiled(alone, query[:, :, token : token + 1], key, value, (one,), scoring)
         if not torch.equal(alone[:, 0], made[:, token]):
             return False

@@ -10,12 +10,17 @@ from functools import partial
 import torch
 
 from aspec.io.host_info import compiler
-from aspec.models.compiled.products import compiled_int4_product, multiply_int4
+from aspec.models.compiled.build import multiplies_integers
+from aspec.models.compiled.products import (
+    Int4Product,
+    compiled_int4_product,
+    integer_int4_product,
+    torch_int4_product,
+)
 from aspec.models.exact.int4_panels import panel_product
-from aspec.models.exact.recipe import BLOCKS, COMPILED, Recipe, Widening
+from aspec.models.exact.recipe import BLOCKS, COMPILED, IN_INTEGERS, Recipe, Widening
 from aspec.models.exact.row_probe import LARGER, ProductKind, least_seconds, prove, proves_all, share_of_seconds, uneven
 from aspec.models.formats.int4.form import ZERO, Int4, Int4Decode, in_blocks, pack_codes
-from aspec.models.formats.int4.kernel import int4_product
 
 INT4 = "int4"  # the operation; ``batch`` of its kinds is the number of inputs that share a scale
 DENSE = 64  # every number of rows up to it is tried
@@ -50,42 +55,57 @@ def probe_int4(kind: ProductKind) -> Recipe:
     rows[:, half : 2 * half] = rows[:, :half]
     rows = rows.bfloat16()
     larger = [size for size in LARGER if size > DENSE]
-    if _compiled_pays(sizes) and _compiled_holds(rows, codes, scales, sizes, larger):
-        return COMPILED
-    return prove(lambda block: int4_product(block.contiguous(), codes, scales, sizes.group), rows, DENSE, larger)
+    for recipe in _compiled_that_pay(sizes):
+        if _holds(int4_product_of(recipe), rows, codes, scales, sizes, larger):
+            return recipe
+    return prove(lambda block: torch_int4_product(block, codes, scales, sizes), rows, DENSE, larger)
 
 
-def _compiled_pays(sizes: Int4) -> bool:
-    """Whether compiled products with such weights take less than those of torch."""
+def int4_product_of(recipe: Recipe) -> Int4Product:
+    """The product that a recipe of weights of 4 bits is for."""
+    if recipe.compiled:
+        return integer_int4_product if recipe.integers else compiled_int4_product
+    return torch_int4_product
+
+
+def _compiled_that_pay(sizes: Int4) -> list[Recipe]:
+    """Recipes of kernels that take less than torch's product with such weights, the fastest first."""
     own = replace(sizes, rows=max(1, TIMED_COMPILED // sizes.columns // sizes.block) * sizes.block)
     if not compiler():
-        return False
+        return []
     codes, scales = torch.zeros(own.codes, dtype=torch.uint8), torch.ones(own.scales, dtype=torch.bfloat16)
-
-    pairs = [
-        (
-            partial(compiled_int4_product, rows, codes, scales, own),
-            partial(int4_product, rows, codes, scales, own.group),
-        )
-        for rows in (torch.ones(count, own.columns, dtype=torch.bfloat16) for count in TIMED_ROWS)
-    ]
+    several = [torch.ones(count, own.columns, dtype=torch.bfloat16) for count in TIMED_ROWS]
+    shares: list[tuple[float, Recipe]] = []
     try:
-        return share_of_seconds(pairs) <= FASTER
+        for recipe in (IN_INTEGERS, COMPILED) if multiplies_integers() else (COMPILED,):
+            product = int4_product_of(recipe)
+            pairs = [
+                (partial(product, rows, codes, scales, own), partial(torch_int4_product, rows, codes, scales, own))
+                for rows in several
+            ]
+            shares.append((share_of_seconds(pairs), recipe))
     except (ImportError, OSError, RuntimeError):  # a build of the package that this machine can not use
-        return False
+        return []
+    shares.sort(key=lambda found: found[0])
+    return [recipe for share, recipe in shares if share <= FASTER]
 
 
-def _compiled_holds(
-    rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4, larger: list[int]
+def _holds(
+    product: Int4Product,
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sizes: Int4,
+    larger: list[int],
 ) -> bool:
-    """Whether compiled products are close to torch's, and have the same bits in every number of rows."""
+    """Whether products are close to torch's, and have the same bits in every number of rows."""
     few = rows[:DENSE].clone()
     few[:, sizes.columns // 2 :] = 0.0  # sums that do not cancel
     weight, decode = torch.empty(sizes.rows, sizes.columns), Int4Decode(sizes)
     decode((codes, scales), weight, torch.empty(decode.workspace_bytes, dtype=torch.uint8))
     terms = few.float().abs() @ weight.abs().t()
-    apart = (compiled_int4_product(few, codes, scales, sizes) - int4_product(few, codes, scales, sizes.group)).abs()
-    same = proves_all(lambda block: compiled_int4_product(block, codes, scales, sizes), rows, DENSE, larger)
+    apart = (product(few, codes, scales, sizes) - torch_int4_product(few, codes, scales, sizes)).abs()
+    same = proves_all(lambda block: product(block, codes, scales, sizes), rows, DENSE, larger)
     return same and bool((apart <= TOLERANCE * terms).all())
 
 
@@ -100,12 +120,13 @@ def probe_panels(kind: ProductKind) -> Recipe:
     block = kind.out // 2
     sizes = Int4(max(1, TIMED_WEIGHTS // kind.inner // block) * block, kind.inner, kind.batch, block)
     codes, scales = torch.zeros(sizes.codes, dtype=torch.uint8), torch.ones(sizes.scales, dtype=torch.bfloat16)
-    rows, compiled = torch.ones(FROM_ROWS[-1], kind.inner, dtype=torch.bfloat16), _compiled_pays(sizes)
+    rows = torch.ones(FROM_ROWS[-1], kind.inner, dtype=torch.bfloat16)
+    product = int4_product_of(next(iter(_compiled_that_pay(sizes)), BLOCKS))
 
     def pays(count: int) -> bool:
         own = rows[:count]
         panels_s = least_seconds(lambda: panel_product(own, codes, scales, sizes, kind.dtype))
-        return panels_s < least_seconds(lambda: multiply_int4(own, codes, scales, sizes, compiled=compiled))
+        return panels_s < least_seconds(lambda: product(own, codes, scales, sizes))
 
     index = bisect_left(FROM_ROWS, True, key=pays)
     return Recipe(BLOCKS.lowest, BLOCKS.highest, widening=Widening(BLOCKS, (*FROM_ROWS, NEVER)[index]))

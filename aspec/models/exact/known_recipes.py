@@ -20,19 +20,20 @@ from aspec.models.exact.compiled_attention import ATTENTION, probe_attention
 from aspec.models.exact.compiled_probe import compiled_pays
 from aspec.models.exact.flash_probe import FLASH, probe_flash
 from aspec.models.exact.int4_probe import INT4, INT4_PANELS, probe_int4, probe_panels
-from aspec.models.exact.recipe import BLOCKS, COMPILED, Packing, Recipe, Widening
+from aspec.models.exact.recipe import BLOCKS, COMPILED, IN_INTEGERS, Packing, Recipe, Widening
 from aspec.models.exact.row_probe import ProductKind, probe
 from aspec.models.exact.widening_probe import probe_widening
 from aspec.options import cache_folder
 
-VERSION = 3  # of the format, and of what a proof means
+VERSION = 4  # of the format, and of what a proof means
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that change which kernels run."""
 
 PROBES = {ATTENTION: probe_attention, FLASH: probe_flash, INT4: probe_int4, INT4_PANELS: probe_panels}
 """The probes of operations that are no plain products."""
 
-COMPILED_ENTRY = "compiled"
+KERNELS = {"compiled": COMPILED, "integers": IN_INTEGERS}
+"""Recipes by the first word of their entry; the most rows follow."""
 
 _known: dict[ProductKind, Recipe] = {}
 _probing = threading.Lock()
@@ -79,8 +80,9 @@ def _machine() -> str:
 
 
 def _entry(recipe: Recipe) -> list[object]:
-    if recipe.compiled:
-        return [COMPILED_ENTRY]
+    for word, kernel in KERNELS.items():
+        if recipe == replace(kernel, highest=recipe.highest):
+            return [word, recipe.highest]
     if (wide := recipe.widening) is not None:
         return [wide.from_rows, _entry(wide.recipe)]
     packing = recipe.packing
@@ -91,8 +93,8 @@ def _entry(recipe: Recipe) -> list[object]:
 def _recipe(entry: object) -> Recipe | None:
     """The recipe of an entry; None if it is not one."""
     match entry:
-        case [str(word)] if word == COMPILED_ENTRY:
-            return COMPILED
+        case [str(word), int(highest)] if word in KERNELS and highest >= 1:
+            return replace(KERNELS[word], highest=highest)
         case [int(from_rows), list(own)] if from_rows >= 1:
             wide = _recipe(own)
             return wide and replace(BLOCKS, widening=Widening(wide, from_rows))

@@ -1,4 +1,4 @@
-"""Which keys every query of an exact step sees, in the order of their positions, and how its queries are split.
+"""Which keys every query of a step sees, in the order of their positions, and how queries of exact steps are split.
 
 Queries are computed in pieces: the tokens of a row whose positions lie in the same tile. All limits of a piece follow
 from this tile, so a token's product has the same lengths in every step that computes it.
@@ -53,11 +53,11 @@ class MaskKind:
 
 @dataclass(frozen=True)
 class Paths:
-    """The input of exact attention for one row: its keys in the order of their positions, as in plain decoding.
+    """What the queries of one row see: its keys in the order of their positions, as in plain decoding.
 
     For every query, positions below ``prefix`` are in the slots of the same number. After them each query of a tree has
-    its own path: ``tail`` [T, W] int64 is the slot of position ``prefix + w``. ``hidden`` [T, P] bool is over
-    positions, P = prefix + W. All three lengths are whole tiles. A chain has only a prefix and no tail.
+    its own path: ``tail`` [T, W] int64 is the slot of position ``prefix + w``. All three lengths are whole tiles. A
+    chain has only a prefix and no tail.
     """
 
     kind: MaskKind
@@ -65,7 +65,14 @@ class Paths:
     num_slots: int  # slots of the row up to its last node, in whole tiles
     prefix: int
     tail: torch.Tensor | None
-    hidden: torch.Tensor
+    device: torch.device | None = None
+
+    @cached_property
+    def hidden(self) -> torch.Tensor:
+        """Bool [T, P], True where a query does not see a position; P = prefix + W."""
+        length = self.prefix + (0 if self.tail is None else self.tail.shape[1])
+        queries = torch.tensor(self.positions, device=self.device)[:, None]
+        return ~self.kind.visible(queries, torch.arange(length, device=self.device))
 
     def kept(
         self, layout: Hashable, make: "Callable[[], tuple[torch.Tensor, torch.Tensor]]"
@@ -109,6 +116,15 @@ class Paths:
             shared = max(self.prefix, first)
             own = Own(self.prefix, shared, self.num_slots, self.tail[chosen, shared - self.prefix : end - self.prefix])
             yield Piece(chosen, first, seen, end, None, own, hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the queries of a step see in layers of one kind, in two forms; each is made when it is first asked for."""
+
+    exact: bool  # the step is
+    paths: Callable[[], tuple[Paths, ...]]  # of every row
+    mask: Callable[[], torch.Tensor]  # bool [B, 1, T, S]: True where a query sees a slot
 
 
 Told = tuple[torch.Tensor, torch.Tensor]

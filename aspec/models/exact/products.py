@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from aspec.models.compiled.products import compile_now, dense_product, multiply_int4
+from aspec.models.compiled.products import compile_now, dense_product
 from aspec.models.exact.blocks import Product, in_blocks, pack
 from aspec.models.exact.int4_panels import panel_product
-from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, panels_kind
+from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, int4_product_of, panels_kind
 from aspec.models.exact.known_recipes import recipe_for
 from aspec.models.exact.panels import in_panels, widened
 from aspec.models.exact.recipe import BLOCKS, Recipe
@@ -94,7 +94,7 @@ class RoutedLinear:
         assert weight is not None, "a linear module has a weight"
 
         def product(rows: torch.Tensor) -> torch.Tensor:
-            return biased(multiply_int4(rows, codes, scales, sizes, compiled=recipe.compiled))
+            return biased(multiplied(rows, codes, scales, sizes))
 
         def in_panels(rows: torch.Tensor) -> torch.Tensor:
             return biased(panel_product(rows, codes, scales, sizes, dtype))
@@ -105,6 +105,7 @@ class RoutedLinear:
 
         from_rows, dtype = _panels(sizes)
         recipe = recipe_for(int4_kind(sizes, torch.get_num_threads()))
+        multiplied = int4_product_of(recipe)
         self.packed = PackedWeight(product, recipe, in_panels, from_rows)
         self._replace(weight)
 
@@ -189,7 +190,7 @@ def fastest_int4(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, 
 def exact_int4(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
     """The same, as an exact step does it for numbers of rows that need no blocks."""
     recipe = recipe_for(int4_kind(sizes, torch.get_num_threads()))
-    return multiply_int4(rows, codes, scales, sizes, compiled=recipe.compiled)
+    return int4_product_of(recipe)(rows, codes, scales, sizes)
 
 
 def widens_experts(weights: torch.Tensor) -> bool:
@@ -297,7 +298,7 @@ def _ready(kind: ProductKind, sizes: Int4 | None = None) -> Recipe:
     """The recipe of a kind, its kernel compiled; ``sizes``: of weights of 4 bits."""
     recipe = recipe_for(kind)
     if recipe.compiled:
-        compile_now(sizes)
+        compile_now(sizes, integers=recipe.integers)
     return recipe
 
 

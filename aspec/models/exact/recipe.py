@@ -6,7 +6,7 @@ numbers out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 
@@ -33,7 +33,8 @@ class Recipe:
     """Proven numbers of rows: all from ``lowest`` to ``highest``, and ``larger`` ones, descending.
 
     ``widening``: how the product is computed in its place, in bf16 on a processor that has no instructions for it.
-    ``compiled``: by a kernel of this machine, in every step, for any number of rows at once.
+    ``compiled``: by a kernel of this machine, in every step, for any number of rows at once; ``integers``: by one that
+    computes products with weights of 4 bits in whole numbers.
     """
 
     lowest: int
@@ -42,6 +43,7 @@ class Recipe:
     packing: "Packing | None" = None
     widening: "Widening | None" = None
     compiled: bool = False
+    integers: bool = False
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """Rows of every block for ``count`` rows; the last block may have more rows than are left."""
@@ -78,6 +80,8 @@ BLOCKS = Recipe(BLOCK_ROWS, BLOCK_ROWS)
 
 COMPILED = Recipe(1, 1 << 20, compiled=True)
 """Of kernels, which compute every row by itself."""
+
+IN_INTEGERS = replace(COMPILED, integers=True)
 
 
 @lru_cache(4096)

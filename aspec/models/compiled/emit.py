@@ -75,9 +75,15 @@ class Kernel:
         record = builder.alloca(self._arguments)
         for at, value in enumerate(run.args[:-1]):
             builder.store(value, _field(builder, record, at))
-        if parallel:
-            kinds = [self._part.type, self._arguments.as_pointer(), I32, I32]
-            builder.call(self._function("GOMP_parallel", VOID, kinds), [self._part, record, run.args[-1], I32(0)])
+        if parallel:  # a team of one would end the threads that the next one needs
+            several = builder.icmp_signed(">", run.args[-1], I32(1))
+            with builder.if_else(several) as (team, alone):
+                with team:
+                    kinds = [self._part.type, self._arguments.as_pointer(), I32, I32]
+                    start = self._function("GOMP_parallel", VOID, kinds)
+                    builder.call(start, [self._part, record, run.args[-1], I32(0)])
+                with alone:
+                    builder.call(self._part, [record])
         else:
             builder.call(self._part, [record])
         builder.ret_void()

@@ -13,7 +13,7 @@ from aspec.models.formats.int4.kernel import int4_product
 PAIRS = 32  # numbers that are multiplied in pairs at once
 INNER = 16  # the inputs of a weight are a multiple: of every number of lanes
 BLOCK_BYTES = 512 << 10  # of weights that stay in a cache while all rows pass
-LEAST_WORK = 1 << 18  # multiplications for each thread: starting one takes as long as so many
+LEAST_WORK = 1 << 19  # multiplications for which threads are started: that takes as long as half of them
 
 Int4Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Int4], torch.Tensor]
 """Rows bf16 [M, K], codes and scales of a weight of 4 bits and its sizes, to bf16 [M, N]."""
@@ -33,7 +33,7 @@ def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     added, step = (_zero, 0) if bias is None else (bias.float(), 1)
     addresses = weight.data_ptr(), given.data_ptr(), added.data_ptr(), made.data_ptr()
     block = max(1, BLOCK_BYTES // (2 * inner))
-    threads = min(torch.get_num_threads(), max(1, count * outputs * inner // LEAST_WORK))
+    threads = _threads(count * outputs * inner)
     _dense(pairs)(*addresses, outputs, inner, count, block, step, threads)
     return made
 
@@ -53,7 +53,13 @@ def attention(
     """
     kernel = compile_attention(key.shape[-1], value.shape[-1])
     addresses = [own.data_ptr() for own in (query, key, value, slots, sinks, records, made)]
-    kernel(*addresses, len(records), key.stride(2), value.stride(2), min(torch.get_num_threads(), len(records)))
+    threads = torch.get_num_threads() if len(records) > 1 else 1
+    kernel(*addresses, len(records), key.stride(2), value.stride(2), threads)
+
+
+def _threads(work: int) -> int:
+    """The threads for so many multiplications: one or all, as teams of many sizes would start threads anew."""
+    return torch.get_num_threads() if work >= LEAST_WORK else 1
 
 
 @cache
@@ -90,7 +96,7 @@ def compiled_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch
     (count, inner), outputs = rows.shape, sizes.rows
     wide, made = rows.float().contiguous(), rows.new_empty(count, outputs)
     addresses = codes.data_ptr(), scales.data_ptr(), wide.data_ptr(), made.data_ptr()
-    threads = min(torch.get_num_threads(), max(1, count * outputs * inner // LEAST_WORK))
+    threads = _threads(count * outputs * inner)
     _int4(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
     return made
 
@@ -102,10 +108,9 @@ def integer_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.
     planes = torch.empty(2 * count * inner, dtype=torch.int8)
     numbers = torch.empty(2 * blocks)  # scales, then sums
     quantised = planes.data_ptr(), numbers.data_ptr(), numbers.data_ptr() + 4 * blocks
-    most = torch.get_num_threads()
-    _quantise()(given.data_ptr(), *quantised, blocks, min(most, max(1, count * inner // LEAST_WORK)))
+    _quantise()(given.data_ptr(), *quantised, blocks, _threads(count * inner))
     addresses = codes.data_ptr(), scales.data_ptr(), *quantised, made.data_ptr()
-    threads = min(most, max(1, count * outputs * inner // LEAST_WORK))
+    threads = _threads(count * outputs * inner)
     _integers(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
     return made
 

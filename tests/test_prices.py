@@ -12,11 +12,12 @@ from aspec.plan import Speculation
 from aspec.planning.sim_backend import DEVICE_RESOURCES, SimBackend, SimCosts
 from aspec.planning.simulation import fitted_acceptance
 from aspec.planning.simulation import simulate as run_simulation
+from aspec.profiling import overheads
 from aspec.profiling.cost_tables import Attention, CostTable, PiecewiseLinear
 from aspec.profiling.hardware import AttentionRates, Hardware, Processor
 from aspec.profiling.model_shape import LayerShape, ModelShape, shape_of, touched_experts
 from aspec.profiling.roofline import ACCEPTANCE, model_cost, prices, weight_seconds
-from aspec.profiling.stopwatch import measure_handover
+from aspec.profiling.stopwatch import cold_seconds_each, measure_handover
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.op import Op
 from aspec.tasks.task import (
@@ -221,6 +222,28 @@ def test_a_pass_reads_the_experts_that_its_tokens_meet():
     assert many < dense.at(64)  # which would run all 64 rows through everything
 
 
+def test_steps_of_a_layer_with_experts_on_demand_cost_more_than_the_layer():
+    routed = replace(HERE, cpu=replace(MEASURED, routed_s=1e-3, experts_s=2e-3, expert_s=3e-4))
+    plain, more = (prices(model(SPARSE), None, hardware).cost_table for hardware in (HERE, routed))
+
+    def added(op, **changes):
+        return more.seconds(task(op, item(), **changes)) - plain.seconds(task(op, item(), **changes))
+
+    assert added(Op.ROUTE) == pytest.approx(1e-3)
+    assert added(Op.EXPERTS, experts=((0, 0),)) == pytest.approx(2e-3)
+    assert added(Op.COMBINE) == pytest.approx(2 * 3e-4), "its experts were computed before"
+    assert added(Op.COMBINE, experts=((0, 0), (1, 1))) == pytest.approx(2e-3 + 2 * 3e-4)
+    assert added(Op.LAYER) == pytest.approx(2 * 3e-4), "as a whole it has no steps"
+
+
+def test_a_model_that_the_last_cache_holds_costs_the_interpreter_less():
+    cold = replace(MEASURED, cached_share=0.4, last_cache_bytes=32 << 20)
+    small, large = model(replace(DENSE, project_bytes=1 << 20, rest_bytes=1 << 20), head_bytes=1 << 20), model(DENSE)
+    for shape, share in ((small, 0.4), (large, 1.0)):
+        costs = [model_cost(shape, replace(HERE, cpu=own)).layers[0].rest.at(1) for own in (MEASURED, cold)]
+        assert costs[0] - costs[1] == pytest.approx((1 - share) * MEASURED.layer_s / 2)
+
+
 # -- descriptions of models ----------------------------------------------------------------------------------
 
 
@@ -299,6 +322,21 @@ def test_what_waits_for_a_task_waits_for_the_loop_and_a_busy_lane_does_not():
     assert 0 < streaming_s < 2e-3 * passes, "the disk goes on beside it"
     computing_s, _ = added_s(1e15)
     assert 2e-3 * passes <= computing_s < 2e-3 * len(spans), "the next pass waits for what was accepted"
+
+
+def test_calls_that_follow_one_another_are_timed_each_with_cold_caches():
+    order = []
+    found = cold_seconds_each({"one": lambda: order.append(1), "two": lambda: order.append(2)})
+    assert order[:4] == [1, 2, 1, 2]
+    assert set(found) == {"one", "two"}
+    assert min(found.values()) > 0
+
+
+def test_steps_of_experts_are_measured_with_the_code_that_runs_them():
+    with torch.inference_mode():
+        found = overheads._with_routes(replace(MEASURED, layer_s=0.0, product_s=0.0), torch.bfloat16)
+    assert found.routed_s > 0
+    assert found.experts_s + found.expert_s > 0
 
 
 def test_a_hand_over_is_measured_with_threads_and_a_loop():

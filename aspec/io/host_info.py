@@ -49,6 +49,20 @@ def multiplies_bf16() -> bool:
     return not features or not BF16.isdisjoint(features)
 
 
+def cache_bytes(level: int) -> int:
+    """Bytes of a cache of the processor, the second or third; 0 if the system does not give them."""
+    try:
+        text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size").read_text(encoding="utf-8").strip()
+        return int(text.removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 0
+
+
+def last_cache_bytes() -> int:
+    """Bytes of the processor's last cache; 0 if the system does not give them."""
+    return max(cache_bytes(level) for level in (2, 3))
+
+
 def _cpu_lines(field: str) -> str:
     """The first value of a field of /proc/cpuinfo; empty if the system does not give it."""
     try:

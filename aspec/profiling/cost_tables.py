@@ -152,6 +152,8 @@ class CostTable:
     tree_row_s: float = 0.0  # further seconds per row whose tree was verified
     node_s: float = 0.0  # per node of a tree: adding the node and its children to the tree
     task_s: float = 0.0  # fixed seconds of every task on its lane
+    routed_s: float = 0.0  # further seconds of a layer whose experts are read on demand
+    experts_s: float = 0.0  # fixed seconds of computing some of them
     handover_s: float = 0.0  # of the loop, for every task that ends: what waits for it starts later, its lane does not
     tree: bool = False  # proposals are trees
     decoders: int = 1  # threads that decode weights, a part each
@@ -208,11 +210,17 @@ def _ffn(table: CostTable, task: Task, item: WorkItem) -> float:
 
 def _route(table: CostTable, task: Task, item: WorkItem) -> float:
     layer = _layer_of(table, task)
-    return layer.project.at(item.padded_tokens) + layer.attention.seconds(item, tree=table.tree)
+    attention_s = layer.attention.seconds(item, tree=table.tree)
+    return table.routed_s + layer.project.at(item.padded_tokens) + attention_s
 
 
 def _experts(table: CostTable, task: Task, item: WorkItem) -> float:
-    return 0.0  # counted in ``_ffn``, for all experts of the layer
+    return table.experts_s  # their products are counted in ``_combine``, those of all experts of the layer
+
+
+def _combine(table: CostTable, task: Task, item: WorkItem) -> float:
+    computes = isinstance(task.payload, LayerWork) and bool(task.payload.experts)
+    return _ffn(table, task, item) + (table.experts_s if computes else 0.0)
 
 
 def _embed(table: CostTable, task: Task, item: WorkItem) -> float:
@@ -253,7 +261,7 @@ _SECONDS_OF = {
     Op.FFN: _ffn,
     Op.ROUTE: _route,
     Op.EXPERTS: _experts,
-    Op.COMBINE: _ffn,
+    Op.COMBINE: _combine,
     Op.HEAD: _head,
     Op.ACCEPT: _accept,
     Op.DRAFT: _draft,

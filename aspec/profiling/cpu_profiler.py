@@ -5,8 +5,7 @@ Every figure is the best of a few short stretches, as other work on the machine 
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from math import inf
@@ -14,40 +13,31 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
 
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler, draw_rows
 from aspec.io.checkpoint import weight_files
 from aspec.io.disk_probe import probe_rate
+from aspec.io.host_info import cache_bytes, last_cache_bytes
 from aspec.io.host_memory import available_bytes, growth_bytes, total_bytes
 from aspec.io.memory import allocate
-from aspec.models.attention import NAME, attend
-from aspec.models.exact.modes import ExactProducts, ExactStep
+from aspec.models.attention import attend
+from aspec.models.exact.modes import ExactProducts
 from aspec.models.exact.paths import MaskKind
-from aspec.models.exact.products import fastest, route
-from aspec.models.hf_compat import LlamaDecoderLayer, cache_argument, set_attention
+from aspec.models.exact.products import fastest
 from aspec.models.kv_cache import KVCache
-from aspec.models.model import Model
 from aspec.models.weights.parts import Segment, as_tensor
-from aspec.options import DEMO
-from aspec.profiling.hardware import AttentionRates, Hardware, Processor, Table
-from aspec.profiling.model_shape import ModelShape, layer_shape
-from aspec.profiling.roofline import model_cost
-from aspec.profiling.stopwatch import STRETCH_S, Work, cold_seconds_of, measure_handover, seconds_of
-from aspec.profiling.tree_profiler import measure_trees
+from aspec.profiling.hardware import AttentionRates, Processor, Table
+from aspec.profiling.overheads import COLUMNS, CONTEXT, HEADS, KV_HEADS, WIDTHS, measure_trees, with_overheads
+from aspec.profiling.stopwatch import MEMORY_SHARE, STRETCH_S, measure_handover, seconds_of
 from aspec.speculation.model_drafter import GREEDY
-from aspec.tasks.task import WorkItem
 
 ROUNDS = 5  # over all products, so that a busy moment of the machine spoils only one round
 ROWS = (1, 4, 16, 32, 64, 100, 200, 300)  # of products, typical of drafts and prompts; powers of two are faster
 ARENA_BYTES, LEAST_ARENA_BYTES = 128 << 20, 16 << 20  # of weights that are read in turn: too many for most caches
-ARENA_SHARE = 4  # of the memory that this process may still take, the arena takes at most one part of so many
-NUM_MATRICES, COLUMNS = 16, 2048
+NUM_MATRICES = 16
 CACHED_BYTES = 1 << 20  # of weights that fit into any cache
 VOCAB = 32768  # vocabulary entries of a measured draw
-MANY = 300  # tokens of a long item
-SMALL = 64  # hidden size of a layer whose seconds are almost only overhead
 READ_S = 0.25  # of reading, with and without products beside it
 SMALLEST_FILE = 1 << 20  # bytes; smaller reads do not show the rate of a disk
 
@@ -64,7 +54,8 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             flop_per_s={name: 2 * ROWS[-1] / dtype.itemsize / table[-1][1]},
             memory_bytes_per_s=1 / table[0][1],
             copy_bytes_per_s=len(copy) / 2 / seconds_of(lambda: copy[: len(copy) // 2].copy_(copy[len(copy) // 2 :])),
-            cache_bytes=_cache_bytes(),
+            cache_bytes=cache_bytes(2) or CACHED_BYTES,
+            last_cache_bytes=last_cache_bytes(),
             handover_s=measure_handover(),
             product_s=_smallest_product(dtype),
             weight_s={name: table},
@@ -78,7 +69,7 @@ def measure_processor(dtype: torch.dtype, threads: int) -> Processor:
             **_draws(dtype),
             **measure_trees(dtype),
         )
-        return _with_overheads(measured, dtype)
+        return with_overheads(measured, dtype)
 
 
 def measure_disk(folder: Path) -> float | None:
@@ -139,7 +130,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def _arena_bytes() -> int:
     """Bytes of the weights of a measurement: whole rows, and few where a control group leaves little memory."""
-    room = (available_bytes() - growth_bytes()) // ARENA_SHARE
+    room = (available_bytes() - growth_bytes()) // MEMORY_SHARE
     unit = NUM_MATRICES * COLUMNS * torch.float32.itemsize
     return min(ARENA_BYTES, max(LEAST_ARENA_BYTES, room)) // unit * unit
 
@@ -193,15 +184,6 @@ def _smallest_product(dtype: torch.dtype) -> float:
     return seconds_of(lambda: fastest(hidden, weight))
 
 
-def _cache_bytes() -> int:
-    """Bytes of the processor's second-level cache; 1 MiB if the system does not give them."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="utf-8").strip()
-        return int(text.removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return CACHED_BYTES
-
-
 # -- draws ---------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +199,7 @@ def _draws(dtype: torch.dtype) -> dict[str, float]:
 
 # -- attention -----------------------------------------------------------------------------------------------
 
-HEADS, KV_HEADS, WIDTHS = 16, 4, (64, 128)
-CONTEXT, NUM_ROWS = 512, 16
+NUM_ROWS = 16
 
 
 def _attention(dtype: torch.dtype, *, exact: bool) -> AttentionRates:
@@ -262,108 +243,3 @@ class _AttentionTimer:
         key, value = key[:rows, :, : step.high], value[:rows, :, : step.high]
         mask, module = step.seen(MaskKind()), nn.Module()
         return seconds_of(lambda: attend(module, query, key, value, mask))
-
-
-# -- overheads -----------------------------------------------------------------------------------------------
-
-
-def _with_overheads(measured: Processor, dtype: torch.dtype) -> Processor:
-    """Add the overheads: seconds of real code minus the seconds that the measured rates explain."""
-    small, large = (_SmallModel(DEMO / name, dtype) for name in ("draft", "target"))
-    hot_s, cold_s = small.embed_seconds(1), small.embed_seconds(1, timed=cold_seconds_of)
-    layers, more_layers = small.model.num_layers, large.model.num_layers
-    frame_layer_s = max(0.0, (large.embed_seconds(1) - hot_s) / (more_layers - layers)) * cold_s / hot_s
-    tiny = {exact: _LayerTimer(measured, dtype, exact=exact) for exact in (False, True)}
-    fixed_s = {exact: layer.left_over(1) for exact, layer in tiny.items()}
-    wide = _LayerTimer(measured, dtype, exact=False, multiplies=False)
-    return replace(
-        measured,
-        layer_s=fixed_s[False],
-        exact_layer_s=fixed_s[True],
-        element_s=max(0.0, wide.left_over(MANY) - wide.left_over(1)) / (MANY - 1) / wide.outputs,
-        cached_share=min(1.0, tiny[False].left_over(1, cold=False) / max(1e-9, fixed_s[False])),
-        frame_s=max(0.0, cold_s - layers * frame_layer_s),
-        frame_layer_s=frame_layer_s,
-        mask_pair_s=max(0.0, small.embed_seconds(MANY) - hot_s) / (MANY * (MANY + small.context)),
-        gather_s=small.gather_seconds() / layers,
-    )
-
-
-class _LayerTimer:
-    """Measures a decoder layer, with cold or warm caches.
-
-    The layer is small, so its seconds are overhead. If it does not multiply, it is wide and its products are computed
-    beforehand, so the seconds left are elementwise work.
-    """
-
-    def __init__(self, known: Processor, dtype: torch.dtype, *, exact: bool, multiplies: bool = True) -> None:
-        heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": WIDTHS[1]}
-        size = SMALL if multiplies else COLUMNS
-        config = LlamaConfig(hidden_size=size, intermediate_size=3 * size, num_hidden_layers=1, vocab_size=8, **heads)
-        set_attention(config, NAME)
-        with torch.device("meta"):
-            self._layer = LlamaDecoderLayer(config, 0).to(dtype).eval()
-        route(self._layer)
-        facts = layer_shape(self._layer, config)
-        for module in self._layer.modules():
-            if multiplies or not isinstance(module, nn.Linear):
-                for name, parameter in module.named_parameters(recurse=False):
-                    values = torch.randn(parameter.shape).to(dtype) / 32
-                    setattr(module, name, nn.Parameter(values, requires_grad=False))
-            else:
-                module.forward = partial(  # type: ignore[method-assign]
-                    _precomputed, torch.randn(1, MANY, module.out_features).to(dtype)
-                )
-        self._size, self._dtype, self.outputs = size, dtype, facts.wide
-        self._cache = KVCache([(KV_HEADS, WIDTHS[1], WIDTHS[1])], 1, CONTEXT, dtype, exact=exact)
-        name = str(dtype).removeprefix("torch.")
-        shape = ModelShape((facts,), size, 8, HEADS, KV_HEADS, WIDTHS[1], WIDTHS[1], head_bytes=0, dtype=name)
-        bare = replace(known, layer_s=0.0, exact_layer_s=0.0, element_s=0.0)
-        cost = model_cost(shape, Hardware(cpu=bare), exact=exact).layers[0]
-        self._known = cost.seconds if multiplies else cost.attention.seconds
-
-    def left_over(self, tokens: int, *, cold: bool = True) -> float:
-        """Seconds for so many tokens that products and attention do not explain."""
-        return max(0.0, self._seconds(tokens, cold=cold) - self._known(WorkItem(0, (0,), (0,), (tokens,))))
-
-    def _seconds(self, tokens: int, *, cold: bool) -> float:
-        step = self._cache.step([0], [0], [tokens])
-        hidden = torch.randn(1, tokens, self._size).to(self._dtype)
-        angles = torch.ones(1, tokens, WIDTHS[1], dtype=self._dtype)
-        mask, cache = step.seen(MaskKind()), {cache_argument(self._layer): step}
-
-        def once() -> None:
-            with ExactStep() if step.exact else contextlib.nullcontext():
-                self._layer(hidden, attention_mask=mask, position_embeddings=(angles, angles), **cache)
-
-        return cold_seconds_of(once) if cold else seconds_of(once)
-
-
-def _precomputed(product: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A product ``[1, T, N]`` without computing: the first T rows of one that is given."""
-    return product[:, : rows.shape[-2]]
-
-
-class _SmallModel:
-    """A small model whose weights are all zero: they need no reading and cost the same seconds."""
-
-    context = 64  # cached tokens of the row before its new tokens
-
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.model = Model(folder, dtype=dtype)
-        for part in self.model.parts(1 << 30):
-            buffer, scratch = (torch.zeros(n, dtype=torch.uint8) for n in (part.size, part.scratch_bytes))
-            self.model.bind(replace(part, scratch_at=0), buffer, scratch)
-
-    def _cache(self, *, exact: bool) -> KVCache:
-        return KVCache(self.model.kv_shapes(), 1, CONTEXT, self.model.dtype, exact=exact)
-
-    def embed_seconds(self, tokens: int, timed: Callable[[Work], float] = seconds_of) -> float:
-        """Seconds of embedding so many token ids, with positions and masks, in a step that is not exact."""
-        cache, ids = self._cache(exact=False), torch.zeros(1, tokens, dtype=torch.long)
-        return timed(lambda: self.model.embed(ids, cache.step([0], [self.context], [tokens])))
-
-    def gather_seconds(self) -> float:
-        """Seconds of moving an accepted path of eight tokens in the KV cache of all layers."""
-        cache = self._cache(exact=True)
-        return seconds_of(lambda: cache.gather(0, self.context, range(0, 16, 2)))

@@ -147,13 +147,17 @@ class Processor:
     memory_bytes_per_s: float = field(default=20e9, metadata=RATE)
     copy_bytes_per_s: float | None = field(default=None, metadata=RATE)  # None: half of memory_bytes_per_s
     cache_bytes: int = field(default=0, metadata=SIZE)  # weights that stay in a cache between passes
+    last_cache_bytes: int = field(default=0, metadata=SIZE)  # a model that fits leaves the interpreter's data there
     task_s: float = field(default=3e-5, metadata=SECONDS)  # fixed seconds of every task
     handover_s: float = field(default=0.0, metadata=SECONDS)  # of the loop, from a task's end to what waits for it
     layer_s: float = field(default=3e-4, metadata=SECONDS)  # fixed seconds of a layer: the interpreter
     exact_layer_s: float | None = field(default=None, metadata=SECONDS)  # None: as layer_s
+    routed_s: float = field(default=0.0, metadata=SECONDS)  # beside layer_s, if a layer's experts are read on demand
+    experts_s: float = field(default=0.0, metadata=SECONDS)  # fixed seconds of computing some of them
+    expert_s: float = field(default=0.0, metadata=SECONDS)  # of each expert, beside its products
     product_s: float = field(default=5e-6, metadata=SECONDS)  # fixed seconds of a product
     element_s: float | None = field(default=None, metadata=SECONDS)  # elementwise work per output of a layer's products
-    cached_share: float = field(default=1.0, metadata=SECONDS)  # factor on overheads, if a cache holds the model
+    cached_share: float = field(default=1.0, metadata=SECONDS)  # factor on overheads, if the last cache holds the model
     frame_s: float = field(default=1e-4, metadata=SECONDS)  # before the first layer, and again after the last one
     frame_layer_s: float = field(default=1e-5, metadata=SECONDS)  # further seconds of both, per layer of the model
     mask_pair_s: float = field(default=0.0, metadata=SECONDS)  # per query token and key

@@ -61,6 +61,8 @@ def prices(
         tree_row_s=hardware.cpu.tree_row_s + gathers_s if tree else 0.0,
         node_s=hardware.cpu.node_s,
         task_s=device.task_s,
+        routed_s=device.routed_s,
+        experts_s=device.experts_s,
         handover_s=hardware.cpu.handover_s,
         tree=tree,
         decoders=decoders,
@@ -88,7 +90,7 @@ def model_cost(
         if layer not in costs:
             costs[layer] = _layer_cost(layer, shape, device, attention, exact=exact)
     cached = shape.nbytes <= device.cache_bytes
-    frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * (device.cached_share if cached else 1.0)
+    frame_s = (device.frame_s + device.frame_layer_s * len(shape.layers)) * _warmth(shape, device)
     head = _product_line(
         [(shape.head_bytes - shape.itemsize * shape.head_int4, 1, 1)],
         shape.dtype,
@@ -125,7 +127,7 @@ def _layer_cost(
     overhead_s = device.layer_s if not exact or device.exact_layer_s is None else device.exact_layer_s
     share = layer.project_bytes / max(1, layer.dense_bytes)
     cached = shape.nbytes <= device.cache_bytes
-    overhead_s *= device.cached_share if cached else 1.0
+    overhead_s *= _warmth(shape, device)
     routed: list[WeightGroup] = [(layer.expert_bytes, layer.experts, layer.active)] if layer.experts else []
     products_s = device.product_s * layer.products
     project = _product_line(
@@ -150,6 +152,11 @@ def _layer_cost(
         int4=layer.rest_int4,
     )
     return LayerCost(project, rest, attention, _decode_byte_s(layer, shape, device))
+
+
+def _warmth(shape: ModelShape, device: Processor) -> float:
+    """The factor on overheads."""
+    return device.cached_share if shape.nbytes <= max(device.cache_bytes, device.last_cache_bytes) else 1.0
 
 
 def _decode_byte_s(layer: LayerShape, shape: ModelShape, device: Processor) -> float:
@@ -197,7 +204,7 @@ def _product_s(
     nbytes, experts, active = weights
     touched = touched_experts(experts, active, tokens**TEXT_EXPONENT) if experts > 1 else 1.0
     rows = tokens * active / touched if experts > 1 else tokens
-    own_s = device.product_s * 2 * touched if experts > 1 else 0.0
+    own_s = (device.product_s * 2 + device.expert_s) * touched if experts > 1 else 0.0
     return own_s + touched * nbytes * weight_seconds(device, dtype, rows, exact=exact, cached=cached)
 
 

@@ -5,7 +5,7 @@ A call takes the best of a few stretches, as other work on the machine only make
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from statistics import median
@@ -13,12 +13,17 @@ from statistics import median
 import torch
 
 from aspec.backends.thread_lane import ThreadLane
+from aspec.io.host_info import last_cache_bytes
+from aspec.io.host_memory import available_bytes, growth_bytes
 from aspec.tasks.executor import Executor
 from aspec.tasks.op import Op
 from aspec.tasks.task import COMPUTE, CPU, Completion, Event, Resource, Span, Task
 
 REPEATS, STRETCH_S = 5, 2e-3  # stretches, and the shortest duration of one
-COLD_BYTES, COLD_CALLS = 16 << 20, 8  # bytes read before each call, so that it finds cold caches; calls
+LEAST_COLD_BYTES, MOST_COLD_BYTES = 16 << 20, 128 << 20
+"""Read before a call, so that it finds cold caches: twice the last one, as far as the process may take memory."""
+COLD_CALLS = 8
+MEMORY_SHARE = 4  # of the memory that this process may still take, a measurement takes at most one part of so many
 
 Work = Callable[[], object]
 
@@ -41,12 +46,20 @@ def seconds_of(work: Work, repeats: int = REPEATS, stretch_s: float = STRETCH_S)
 
 def cold_seconds_of(work: Work) -> float:
     """Seconds of one call with cold caches: the best of a few calls."""
-    clock, other_bytes, best = clock_of_calls(), torch.ones(COLD_BYTES, dtype=torch.uint8), inf
+    return cold_seconds_each({"": work})[""]
+
+
+def cold_seconds_each(works: Mapping[str, Work]) -> dict[str, float]:
+    """Seconds of calls that follow one another, each with cold caches: the best of a few rounds."""
+    clock, best = clock_of_calls(), dict.fromkeys(works, inf)
+    room = min(MOST_COLD_BYTES, (available_bytes() - growth_bytes()) // MEMORY_SHARE)
+    other_bytes = torch.ones(max(LEAST_COLD_BYTES, min(2 * last_cache_bytes(), room)), dtype=torch.uint8)
     for _ in range(COLD_CALLS):
-        other_bytes.sum(dtype=torch.uint8)
-        start = clock()
-        work()
-        best = min(best, clock() - start)
+        for name, work in works.items():
+            other_bytes.sum(dtype=torch.uint8)
+            start = clock()
+            work()
+            best[name] = min(best[name], clock() - start)
     return best
 
 

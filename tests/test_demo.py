@@ -18,9 +18,12 @@ def test_repeated_4_grams_are_counted_from_their_second_time():
 
 
 def test_it_writes_without_repeating_itself_at_more_than_two_tokens_a_pass():
-    """The README's prompt with the seed of the command line, and prompts that nobody chose for it."""
+    """The README's prompt with the seed of the command line, and prompts that nobody chose for it.
+
+    Trees of one size: as it comes, the prices of the machine choose how many tokens a pass should have.
+    """
     heldout = json.loads((DEMO / "heldout.json").read_text())
-    with aspec.LLM(threads=1) as llm:
+    with aspec.LLM(threads=1, speculation="tree", num_draft_tokens=16) as llm:
         results = [llm.generate(PROMPT, seed=0, ignore_eos=True), *llm.generate(heldout[:3], seed=0, ignore_eos=True)]
     assert [len(result.token_ids) for result in results] == [128] * 4
     repeats = [repeated_4grams(result.token_ids) for result in results]

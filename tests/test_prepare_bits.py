@@ -71,10 +71,12 @@ def test_the_quantised_checkpoint_is_close_to_the_source(source, tmp_path, famil
 
 
 @pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "llama4_text"])
-def test_fused_experts_are_quantised_one_by_one(source, tmp_path, family):
-    made = design(source(family), 4)
+def test_fused_experts_are_quantised_one_by_one(tmp_path, family):
+    sizes = {"intermediate_size": 128}  # products with AVX-512 take outputs in multiples of 64
+    folder = tiny.build(tmp_path / family, family, dtype=torch.bfloat16, shards=1, sizes=sizes)
+    made = design(folder, 4)
     prepare(made, tmp_path / "out")
-    stored, (folder, out) = Checkpoint.open(tmp_path / "out").tensors, (source(family), tmp_path / "out")
+    stored, out = Checkpoint.open(tmp_path / "out").tensors, tmp_path / "out"
     fused = {name: ref for name, ref in Checkpoint.open(folder).tensors.items() if len(ref.shape) == 3}
     assert fused
     model = Model(out)

@@ -220,7 +220,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Whether the layers are on a device while the cache is in host memory."""
         return self.storage.offloaded
 
-    def seen(self, kind: MaskKind) -> Seen:
+    def seen(self, kind: MaskKind) -> Seen | torch.Tensor:
         """What the queries see in layers of a kind: the mask argument of layers that attend with ``attend``."""
         return Seen(self.exact, partial(self.paths, kind), partial(self.mask, kind))
 

@@ -139,6 +139,10 @@ class FixedStep(StepCache):
         """The step's trees, as masks need them; None: chains."""
         return self._trees
 
+    def seen(self, kind: MaskKind) -> torch.Tensor:
+        """The mask: Python does not know the positions that paths are made of."""
+        return self.mask(kind)
+
 
 @dataclass(slots=True)
 class _Captured:

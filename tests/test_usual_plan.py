@@ -87,3 +87,38 @@ def test_the_text_itself_proposes_where_that_costs_almost_nothing(models, work):
 def test_many_rows_propose_nothing_unasked(models):
     assert not plan(models, 64 * MIB, max_batch=TREE_ROWS + 1).max_draft_tokens
     assert plan(models, 64 * MIB, max_batch=TREE_ROWS).max_draft_tokens
+
+
+# -- experts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    sizes = {**SIZES, "num_local_experts": 16, "intermediate_size": 256}
+    target = tiny.build(tmp_path_factory.mktemp("sparse") / "target", "mixtral", sizes=sizes)
+    return read_models(resolve(EngineOptions(target=target, device="cpu", device_memory=64 * MIB)))
+
+
+def chosen(models, budget, **options):
+    return decide(replace(models, resolved=replace(revise(models.resolved, **options), budget_bytes=budget)))
+
+
+def test_experts_are_read_on_demand_where_whole_layers_would_stream(sparse):
+    roomy = plan(sparse, 256 * MIB)
+    assert (roomy.experts, roomy.streamed_bytes) == (None, 0)
+    budget = roomy.held_bytes // 2
+    reading, tight = chosen(sparse, budget)
+    assert tight.experts is not None
+    assert reading.on_demand is not None
+    whole_models, whole = chosen(sparse, budget, experts="whole")
+    assert whole.experts is None
+    assert whole.streamed_bytes > 0
+    assert whole_models.on_demand is None
+    many = plan(sparse, budget, max_batch=32, max_context=64)
+    assert many.experts is None, "so many rows choose nearly all experts of a layer"
+
+
+def test_experts_are_read_on_demand_where_no_whole_layer_fits(sparse):
+    with pytest.raises(BudgetError):
+        plan(sparse, 5 * MIB, experts="whole", max_batch=1, max_context=64, speculation="off")
+    assert plan(sparse, 5 * MIB, max_batch=1, max_context=64, speculation="off").experts is not None

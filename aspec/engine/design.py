@@ -7,7 +7,7 @@ from aspec.plan import Plan
 from aspec.planning.footprint import Models, read_models
 from aspec.planning.memory_check import check_memory
 from aspec.planning.resolve import Resolved
-from aspec.planning.usual import usual_plan
+from aspec.planning.usual import usual_choice
 from aspec.planning.workload import choose, threads_for, with_prices
 
 
@@ -44,6 +44,6 @@ def decide(models: Models) -> tuple[Models, Plan]:
     if models.resolved.options.workload is not None:
         choice = choose(models)
         return choice.models, choice.search.best.plan
-    plan = usual_plan(models)
+    models, plan = usual_choice(models)
     plan = replace(plan, request=replace(plan.request, threads=threads_for(models)))
     return models, with_prices(models, plan)

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from aspec.errors import BudgetError
+from aspec.errors import BudgetError, UserError
 from aspec.plan import Plan, PlanRequest, Speculation
 from aspec.planning.footprint import MAX_TREE, PREFILL_TOKENS, Models, request_for
 from aspec.planning.placement import make_plan
 from aspec.planning.search import TREE_ROWS
+from aspec.profiling.model_shape import touched_experts
 
 SMALLEST_CONTEXT = 256
 SMALLEST_PREFILL = 64
 SMALLEST_TREE = 16
+MOST_CHOSEN = 0.8  # of a layer's experts, by the next tokens of all rows, for which they are read on demand
 FREE_SHARE = 0.02  # of the stream: the bytes by which proposals that nobody asked for may lengthen a pass
 ROWS_SHARE = 0.05  # of the stream: the bytes by which rows that nobody asked for may lengthen a pass
 
@@ -24,6 +26,34 @@ ROWS_SHARE = 0.05  # of the stream: the bytes by which rows that nobody asked fo
 def usual_plan(models: Models) -> Plan:
     """The plan of the usual shape that fits. Raises BudgetError if even the smallest does not fit."""
     return with_free_proposals(models, _usual_shape(models))
+
+
+def usual_choice(models: Models) -> tuple[Models, Plan]:
+    """The usual plan, and the models with their experts read as it says: on demand where whole layers would stream.
+
+    That is left to the options if they say it, and for rows that choose most experts of a layer together. Raises
+    BudgetError if no plan fits.
+    """
+    on_demand = _on_demand(models) if models.resolved.options.experts == "auto" else None
+    if on_demand is None:
+        return models, usual_plan(models)
+    with suppress(BudgetError):
+        whole = usual_plan(models)
+        if not whole.streamed_bytes:
+            return models, whole
+    return on_demand
+
+
+def _on_demand(models: Models) -> tuple[Models, Plan] | None:
+    """The same with experts that are read on demand; None if that is not possible, or of little use."""
+    try:
+        reading = models.reading_experts(on_demand=True)
+        plan = usual_plan(reading)
+    except UserError:
+        return None
+    assert plan.experts is not None, "its experts are in no part"
+    number, top_k = max(plan.experts.shape.num_experts), plan.experts.shape.top_k
+    return (reading, plan) if touched_experts(number, top_k, plan.num_rows) <= MOST_CHOSEN * number else None
 
 
 def with_free_proposals(models: Models, plan: Plan) -> Plan:

@@ -121,7 +121,7 @@ class Pair:
                 device_memory=self.device_memory,
                 resident_memory=self.resident_memory(resident),
                 threads=1,
-                **self.options,
+                **{"experts": "whole"} | self.options,
             ) as engine:
                 self.plan = engine.plan
                 return await asyncio.gather(*(one(engine, prompt) for prompt in self.prompts[:batch]))

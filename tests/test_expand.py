@@ -136,7 +136,7 @@ def test_routers_see_what_wrote_last():
 async def test_aspec_streams_experts_to_the_tokens_of_the_demo_target(tmp_path):
     expand.main([str(DEMO / "target"), str(tmp_path / "large"), "--experts", "4", "--layers", "10"])
     models = {"draft": DEMO / "draft", "dtype": "float32", "speculation": "chain", "num_draft_tokens": 8}
-    models |= {"max_batch": 1, "max_context": 128, "threads": 1}
+    models |= {"max_batch": 1, "max_context": 128, "threads": 1, "experts": "whole"}
     last = []
     for target, budget in ((tmp_path / "large", 96 << 20), (DEMO / "target", 1 << 30)):
         async with open_engine(target=target, device_memory=budget, **models) as engine:

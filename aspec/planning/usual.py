@@ -34,14 +34,12 @@ def usual_choice(models: Models) -> tuple[Models, Plan]:
     That is left to the options if they say it, and for rows that choose most experts of a layer together. Raises
     BudgetError if no plan fits.
     """
-    on_demand = _on_demand(models) if models.resolved.options.experts == "auto" else None
-    if on_demand is None:
-        return models, usual_plan(models)
+    whole: Plan | None = None
     with suppress(BudgetError):
         whole = usual_plan(models)
-        if not whole.streamed_bytes:
-            return models, whole
-    return on_demand
+    open_ = models.resolved.options.experts == "auto" and (whole is None or whole.streamed_bytes > 0)
+    on_demand = _on_demand(models) if open_ else None
+    return on_demand or (models, whole or usual_plan(models))  # which raises
 
 
 def _on_demand(models: Models) -> tuple[Models, Plan] | None:

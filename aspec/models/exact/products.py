@@ -3,8 +3,8 @@
 A CPU library splits a product's inner length depending on the number of rows, and computes the remainder of a width
 with other instructions. So a token's last bits depend on the number of tokens in the pass. Here every product uses
 numbers of rows that were proven to give equal bits on this machine (``row_probe.py``), or blocks of one size. Where
-the processor has no instructions for bf16, weights become fp32 in a kernel of this machine (``compiled/``) if there is
-a compiler, else panel by panel (``panels.py``), in all steps.
+they are faster, kernels of this machine (``compiled/``) compute it; without a compiler, where the processor has no
+instructions for bf16, weights become fp32 panel by panel (``panels.py``). Both in all steps.
 ``attention.py`` and ``kv_cache.py`` do the same for attention. ``tests/test_exact.py`` checks it with one and two
 threads; bits of torch's products differ between thread counts, and between exact and other steps.
 """

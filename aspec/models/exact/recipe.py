@@ -33,8 +33,8 @@ class Recipe:
     """Proven numbers of rows: all from ``lowest`` to ``highest``, and ``larger`` ones, descending.
 
     ``widening``: how the product is computed in its place, in bf16 on a processor that has no instructions for it.
-    ``compiled``: by a kernel of this machine, in every step, for any number of rows at once; ``integers``: by one that
-    computes products with weights of 4 bits in whole numbers.
+    ``compiled``: by a kernel of this machine, for any number of rows at once; ``highest`` is then the most queries of
+    attention in steps that are not exact. ``integers``: by one that multiplies weights of 4 bits in whole numbers.
     """
 
     lowest: int

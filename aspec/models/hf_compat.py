@@ -169,6 +169,7 @@ class Experts:
     down: str
     number: int  # of experts; larger numbers in a route mean none
     transposed: bool
+    gated: bool  # the first product has two halves, a gate and what it multiplies
     biased: bool  # with ``<up>_bias`` and ``<down>_bias`` [E, outputs]
     act: Callable[[torch.Tensor], torch.Tensor]  # between the two products
     norm: Callable[[torch.Tensor], torch.Tensor] | None  # behind the second one
@@ -188,10 +189,16 @@ def experts_of(module: nn.Module) -> Experts | None:
         "down_proj",
         int(module.num_experts),  # type: ignore[arg-type]
         bool(module.is_transposed),
+        bool(gated),
         bool(module.has_bias),
         module._apply_gate if gated else module.act_fn,  # type: ignore[arg-type]
         module.post_expert_norm if normed else None,  # type: ignore[arg-type]
     )
+
+
+def set_gate(module: nn.Module, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make a module of routed experts compute its gate with ``act``."""
+    vars(module)["_apply_gate"] = act
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

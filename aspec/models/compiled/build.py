@@ -1,21 +1,18 @@
 """Compiles kernels for this machine's processor, with LLVM as ``llvmlite`` brings it: an optional package.
 
-Threads are those of the OpenMP runtime that torch has loaded. Without one a kernel runs on the calling thread.
+On systems without POSIX threads a kernel runs on the calling thread.
 """
 
 import ctypes
+import os
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
-
-ENTRY = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-"""What a kernel calls of the runtime."""
 
 Compiled = Callable[..., None]
 """A compiled kernel: addresses and counts, then the number of threads. The interpreter's lock is released."""
 
-_alive: list[Any] = []  # what holds the code in memory
+_alive: list[Any] = []  # engines, which hold the code in memory
 
 
 @cache
@@ -54,37 +51,32 @@ def multiplies_integers() -> bool:
 
 @cache
 def has_threads() -> bool:
-    """Whether the process has loaded an OpenMP runtime for kernels; its functions are made known to the compiler."""
+    """Whether this system has threads for kernels, see ``team.py``; they are made known to the compiler."""
     from llvmlite import binding
 
-    found = _runtime()
-    if found is None:
+    from aspec.models.compiled.emit import SHARE
+    from aspec.models.compiled.team import team
+
+    if os.name != "posix":
         return False
-    for name in ENTRY:
-        address = ctypes.cast(getattr(found, name), ctypes.c_void_p).value
-        binding.add_symbol(name, address)
+    engine = _compiled(team())
+    prepare = ctypes.CFUNCTYPE(None)(engine.get_function_address("prepare"))
+    prepare()
+    os.register_at_fork(after_in_child=prepare)
+    binding.add_symbol(SHARE, engine.get_function_address(SHARE))
+    engine.detach()  # its threads run until the process ends: their code must stay
     return True
-
-
-def _runtime() -> ctypes.CDLL | None:
-    """The runtime that is loaded already: another one would have threads of its own."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:  # another system than Linux
-        return None
-    files = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line.rpartition("/")[2]}
-    for file in sorted(files):
-        try:
-            library = ctypes.CDLL(file)
-        except OSError:
-            continue
-        if all(hasattr(library, name) for name in ENTRY):
-            return library
-    return None
 
 
 def build(text: str, pointers: int, counts: int) -> Compiled:
     """Compile a kernel of ``emit.py``: a few tenths of a second. Raises RuntimeError if LLVM refuses it."""
+    engine = _compiled(text)
+    kinds = [*(ctypes.c_void_p,) * pointers, *(ctypes.c_int64,) * counts, ctypes.c_int32]
+    _alive.append(engine)
+    return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("run"))
+
+
+def _compiled(text: str) -> Any:
     from llvmlite import binding
 
     binding.initialize_native_target()
@@ -97,6 +89,4 @@ def build(text: str, pointers: int, counts: int) -> Compiled:
     )
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    _alive.append((engine, module))
-    kinds = [*(ctypes.c_void_p,) * pointers, *(ctypes.c_int64,) * counts, ctypes.c_int32]
-    return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("run"))
+    return engine

@@ -1,8 +1,8 @@
 """Writes a kernel in LLVM's intermediate language: loops, vectors of fp32, and the division of work among threads.
 
-A kernel is a function ``run`` of pointers and counts. It calls ``part`` on every thread, which computes an equal share
-of the outputs. Fused multiply-adds stand where they are written, and nothing allows LLVM to change the order of a sum,
-so the bits follow from this text alone.
+A kernel is a function ``run`` of pointers and counts. It has ``part`` compute pieces of the outputs, on the threads of
+``team.py`` or on its own. Fused multiply-adds stand where they are written, and nothing allows LLVM to change the order
+of a sum, so the bits follow from this text alone.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,9 @@ class _BF16(ir.Type):  # type: ignore[misc]  # the package is untyped
         return hash(_BF16)
 
 
+SHARE = "aspec_share"
+"""The function of ``team.py``: ``(part, record, count, threads)``, has ``part(record, first, last)`` compute it all."""
+
 Value = Any
 """A value of LLVM, which has no types for Python."""
 
@@ -39,17 +42,17 @@ class Kernel:
     def __init__(self, pointers: Sequence[Value], counts: int, lanes: int, *, parallel: bool) -> None:
         """``pointers``: their element types; ``counts``: numbers of 64 bits after them; the first is divided.
 
-        ``lanes``: numbers of a vector. ``parallel``: there is an OpenMP runtime that calls ``part`` on its threads.
+        ``lanes``: numbers of a vector. ``parallel``: there is a team of threads that calls ``part``.
         """
         self.lanes, self._module = lanes, ir.Module()
         kinds = [*(kind.as_pointer() for kind in pointers), *(I64,) * counts]
         self._arguments = ir.LiteralStructType(kinds)
-        self._part = self._function("part", VOID, [self._arguments.as_pointer()])
+        self._part = self._function("part", VOID, [self._arguments.as_pointer(), I64, I64])
         self.builder = ir.IRBuilder(self._part.append_basic_block())
         self.vector = ir.VectorType(F32, lanes)
-        values = [self.builder.load(_field(self.builder, self._part.args[0], at)) for at in range(len(kinds))]
+        record, self.first, self.last = self._part.args
+        values = [self.builder.load(_field(self.builder, record, at)) for at in range(len(kinds))]
         self.pointers, self.counts = values[: len(pointers)], values[len(pointers) :]
-        self.first, self.last = self._share(self.counts[0]) if parallel else (number(0), self.counts[0])
         self._finish(kinds, parallel)
 
     def __str__(self) -> str:
@@ -58,34 +61,24 @@ class Kernel:
     def _function(self, name: str, result: Value, arguments: Sequence[Value]) -> Value:
         return ir.Function(self._module, ir.FunctionType(result, arguments), name)
 
-    def _share(self, count: Value) -> tuple[Value, Value]:
-        """The first and the number after the last one of this thread's share of ``count``."""
-        own, all_ = (
-            self.builder.sext(self.builder.call(self._function(f"omp_get_{name}", I32, []), []), I64)
-            for name in ("thread_num", "num_threads")
-        )
-        bounds = (own, self.builder.add(own, number(1)))
-        first, last = (self.builder.sdiv(self.builder.mul(count, bound), all_) for bound in bounds)
-        return first, last
-
     def _finish(self, kinds: Sequence[Value], parallel: bool) -> None:
-        """Write ``run``: it puts its arguments into a record and has every thread compute its part."""
+        """Write ``run``: it puts its arguments into a record and has all of the first count computed."""
         run = self._function("run", VOID, [*kinds, I32])
         builder = ir.IRBuilder(run.append_basic_block())
         record = builder.alloca(self._arguments)
         for at, value in enumerate(run.args[:-1]):
             builder.store(value, _field(builder, record, at))
-        if parallel:  # a team of one would end the threads that the next one needs
+        count = run.args[len(self.pointers)]
+        if parallel:
             several = builder.icmp_signed(">", run.args[-1], I32(1))
             with builder.if_else(several) as (team, alone):
                 with team:
-                    kinds = [self._part.type, self._arguments.as_pointer(), I32, I32]
-                    start = self._function("GOMP_parallel", VOID, kinds)
-                    builder.call(start, [self._part, record, run.args[-1], I32(0)])
+                    share = self._function(SHARE, VOID, [self._part.type, self._arguments.as_pointer(), I64, I32])
+                    builder.call(share, [self._part, record, count, run.args[-1]])
                 with alone:
-                    builder.call(self._part, [record])
+                    builder.call(self._part, [record, number(0), count])
         else:
-            builder.call(self._part, [record])
+            builder.call(self._part, [record, number(0), count])
         builder.ret_void()
 
     # -- values ----------------------------------------------------------------------------------------------
@@ -150,6 +143,10 @@ class Kernel:
     def nearest(self, values: Value) -> Value:
         """Numbers rounded to whole ones, of two as near to the even one."""
         return self._call(f"llvm.nearbyint.v{self.lanes}f32", self.vector, [values])
+
+    def root(self, value: Value) -> Value:
+        """The square root of a number."""
+        return self._call("llvm.sqrt.f32", F32, [value])
 
     def _call(self, name: str, result: Value, given: Sequence[Value]) -> Value:
         """Call a function of LLVM, which is declared when it is first called."""

@@ -1,5 +1,6 @@
 """Products by kernels that are compiled on this machine; ``exact/compiled_probe.py`` says where they pay."""
 
+import struct
 from collections.abc import Callable
 from functools import cache
 
@@ -13,6 +14,7 @@ from aspec.models.formats.int4.kernel import int4_product
 PAIRS = 32  # numbers that are multiplied in pairs at once
 INNER = 16  # the inputs of a weight are a multiple: of every number of lanes
 BLOCK_BYTES = 512 << 10  # of weights that stay in a cache while all rows pass
+PER_NUMBER = 8  # multiplications that take as long as a number of a norm or a gate
 LEAST_WORK = 1 << 19  # multiplications for which threads are started: that takes as long as half of them
 
 Int4Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Int4], torch.Tensor]
@@ -57,6 +59,40 @@ def attention(
     kernel(*addresses, len(records), key.stride(2), value.stride(2), threads)
 
 
+def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, *, rounded: bool, offset: bool) -> torch.Tensor:
+    """Rows bf16 [..., W] by the root of their mean square, times the weight bf16 [W]; W in vectors of INNER numbers.
+
+    ``rounded``: to bf16 before the weight, too; ``offset``: weights are stored less 1. A row's bits depend on the row
+    alone. Raises ImportError without the compiler.
+    """
+    given = rows.contiguous()
+    made, width = torch.empty_like(given), rows.shape[-1]
+    count = given.numel() // width
+    addresses = given.data_ptr(), weight.data_ptr(), made.data_ptr()
+    threads = _threads(count * width * PER_NUMBER)
+    _norm()(*addresses, count, width, _bits(eps), rounded, offset, threads)
+    return made
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of bf16 [..., I], both rounded; I in vectors of INNER numbers.
+
+    Raises ImportError without the compiler.
+    """
+    made, width = gate.new_empty(gate.shape), gate.shape[-1]
+    flat = [own.reshape(-1, width) for own in (gate, up)]  # views of the halves of one tensor, too
+    gate, up = (own if own.stride(1) == 1 else own.contiguous() for own in flat)
+    addresses = gate.data_ptr(), up.data_ptr(), made.data_ptr()
+    _gate()(*addresses, len(gate), width, gate.stride(0), up.stride(0), _threads(made.numel() * PER_NUMBER))
+    return made
+
+
+@cache
+def _bits(value: float) -> int:
+    """The bits of a number in fp32."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
 def _threads(work: int) -> int:
     """The threads for so many multiplications: one or all, as teams of many sizes would start threads anew."""
     return torch.get_num_threads() if work >= LEAST_WORK else 1
@@ -79,6 +115,20 @@ def compile_now(sizes: Int4 | None = None, *, integers: bool = False) -> None:
         _integers(sizes.block)
     else:
         _int4(sizes.block)
+
+
+@cache
+def _norm() -> Compiled:
+    from aspec.models.compiled.elements import norm_kernel
+
+    return build(norm_kernel(vector_lanes(), parallel=has_threads()), 3, 5)
+
+
+@cache
+def _gate() -> Compiled:
+    from aspec.models.compiled.elements import gate_kernel
+
+    return build(gate_kernel(vector_lanes(), parallel=has_threads()), 3, 4)
 
 
 @cache

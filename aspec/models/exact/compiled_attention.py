@@ -5,8 +5,9 @@ follow from the paths, so those of a few queries are made once for all layers of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +33,10 @@ MANY, FEW = (256, 768), 64  # a call of a prompt; queries up to which kernels ar
 FASTER = 1.0  # compiled attention is used if it takes at most this share of the seconds, in the geometric mean
 HEADS = 3  # of a key head, in the proof: not the rows of a record
 TOLERANCE = 2**-7
+NO_SINK = torch.tensor([HIDDEN])
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Where the operands of a call lie: strides in elements."""
 
     query: tuple[int, ...]  # of [B, H, T, D]
@@ -81,7 +82,7 @@ def attend_compiled(
 
 def _sinks(sinks: torch.Tensor | None) -> torch.Tensor:
     """fp32: the sinks of all heads, or that there is none."""
-    return torch.tensor([HIDDEN]) if sinks is None else sinks.float().contiguous()
+    return NO_SINK if sinks is None else sinks.float().contiguous()
 
 
 def _records(paths: Sequence[Paths], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:

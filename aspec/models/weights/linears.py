@@ -1,19 +1,21 @@
-"""The linear modules of a model, by the names of their weights: of its frame, and of its layers."""
+"""The modules of a model that run in ways of aspec: linear ones, by the names of their weights, norms and gates."""
 
 from collections import Counter
 from collections.abc import Iterator, Set
 
 from torch import nn
 
+from aspec.models.exact.elements import prove_elements, route_elements
 from aspec.models.exact.products import RoutedLinear, route
 from aspec.models.weights.parts import REST, Binding, Part, layer_of
 
 
 class Linears:
-    """All of them. ``read``: names of weights that other modules read, too."""
+    """Those of its frame, and of its layers. ``read``: names of weights that other modules read, too."""
 
     def __init__(self, frame: nn.Module, layers_model: nn.Module, layers: str, read: Set[str]) -> None:
         self._frame, self._layers = route(frame), route(layers_model)
+        self._elements = [*route_elements(frame), *route_elements(layers_model)]
         self._name, self._read = layers, read
 
     def __iter__(self) -> Iterator[RoutedLinear]:
@@ -28,6 +30,7 @@ class Linears:
         """See ``Model.prove_products``."""
         for linear in self:
             linear.prove()
+        prove_elements(self._elements)
 
     def pack(self, part: Part) -> tuple[Binding, ...]:
         """See ``Model.pack``."""

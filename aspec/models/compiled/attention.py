@@ -12,14 +12,15 @@ from aspec.models.compiled.shapes import HIDDEN, LEAST, RECORD, ROWS, TILE
 
 
 def attention_kernel(lanes: int, width: int, value_width: int, *, parallel: bool) -> str:
-    """``run(query, key, value, slots, sinks, records, made, items, key_stride, value_stride, threads)``.
+    """``run(query, key, value, slots, sinks, records, made, items, key_stride, value_stride, scale, threads)``.
 
-    ``query`` fp32, scaled; ``key`` and ``value`` bf16, whose strides are from slot to slot; ``slots`` int64; ``sinks``
-    fp32: HIDDEN where there is none; ``records`` int64 [items, RECORD]; ``made`` bf16.
+    ``query``, ``key``, ``value`` and ``made`` bf16, strides from slot to slot; ``slots`` int64; ``sinks`` fp32: HIDDEN
+    where there is none; ``records`` int64 [items, RECORD]; ``scale``: the bits of a number in fp32.
     """
-    kernel = Kernel((F32, I16, I16, I64, F32, I64, I16), 3, lanes, parallel=parallel)
+    kernel = Kernel((I16, I16, I16, I64, F32, I64, I16), 4, lanes, parallel=parallel)
     build = kernel.builder
-    memory = [build.alloca(F32, size=I32(size)) for size in (ROWS * TILE, ROWS * value_width, ROWS, ROWS)]
+    sizes = (ROWS * TILE, ROWS * value_width, ROWS, ROWS, ROWS * width)
+    memory = [build.alloca(F32, size=I32(size)) for size in sizes]
     with kernel.loop(kernel.first, kernel.last, 1) as items:
         _Item(kernel, items.index, width, value_width, memory).write()
     build.ret_void()
@@ -32,7 +33,7 @@ class _Item:
     def __init__(self, kernel: Kernel, index: Value, width: int, value_width: int, memory: Sequence[Value]) -> None:
         self.kernel, self.build = kernel, kernel.builder
         self.width, self.value_width = width, value_width
-        self.scores, self.made, self.greatest, self.weight = memory
+        self.scores, self.made, self.greatest, self.weight, self.queries = memory
         record = kernel.at(kernel.pointers[5], self.build.mul(index, number(RECORD)))
         numbers = [self.build.load(kernel.at(record, number(at))) for at in range(RECORD)]
         self.query, self.out, self.sink, self.first, self.last = (
@@ -43,7 +44,11 @@ class _Item:
     def write(self) -> None:
         """All tiles from the first one that a row sees to the last one, then the results."""
         kernel, build = self.kernel, self.build
+        scale = kernel.spread(build.bitcast(build.trunc(kernel.counts[3], I32), F32))
         for row in range(ROWS):
+            for at in range(0, self.width, kernel.lanes):
+                own = kernel.load(kernel.at(kernel.pointers[0], self.query[row], number(at)), I16, kernel.lanes)
+                self._store(self.queries, row * self.width + at, build.fmul(kernel.widened(own), scale))
             sink = build.load(kernel.at(kernel.pointers[4], self.sink[row]))
             build.store(sink, self._of_row(self.greatest, row))
             seen = build.fcmp_ordered(">", sink, F32(LEAST))
@@ -80,9 +85,7 @@ class _Item:
             sums = [kernel.zeros()] * kernel.lanes  # of the first row with every key, then of the second one
             for at in range(0, self.width, kernel.lanes):
                 parts = [kernel.widened(kernel.load(kernel.at(own, number(at)), I16, kernel.lanes)) for own in starts]
-                queries = [
-                    kernel.load(kernel.at(kernel.pointers[0], own, number(at)), F32, kernel.lanes) for own in self.query
-                ]
+                queries = [self._load(self.queries, row * self.width + at) for row in range(ROWS)]
                 pairs = [(query, part) for query in queries for part in parts]
                 sums = [kernel.fma(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
             scores = kernel.totals(sums)

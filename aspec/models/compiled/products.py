@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from aspec.models.compiled.build import Compiled, build, has_threads, multiplies_bytes, multiplies_pairs, vector_lanes
-from aspec.models.compiled.shapes import QUANTISED
+from aspec.models.compiled.shapes import QUANTISED, ROWS
 from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.int4.kernel import int4_product
 
@@ -15,7 +15,7 @@ PAIRS = 32  # numbers that are multiplied in pairs at once
 INNER = 16  # the inputs of a weight are a multiple: of every number of lanes
 BLOCK_BYTES = 512 << 10  # of weights that stay in a cache while all rows pass
 PER_NUMBER = 8  # multiplications that take as long as a number of a norm or a gate
-LEAST_WORK = 1 << 19  # multiplications for which threads are started: that takes as long as half of them
+LEAST_WORK = 1 << 18  # multiplications that pay for a second thread, which may have to be woken
 
 Int4Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Int4], torch.Tensor]
 """Rows bf16 [M, K], codes and scales of a weight of 4 bits and its sizes, to bf16 [M, N]."""
@@ -24,14 +24,15 @@ _zero = torch.zeros(1)
 
 
 def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows bf16 [M, K] times the transposed weight bf16 [N, K], which is contiguous: bf16 [M, N], summed in fp32.
+    """Rows bf16 [..., K] times the transposed weight bf16 [N, K], which is contiguous: bf16 [..., N], summed in fp32.
 
     Sums and bias [N] are rounded once. A row's bits depend on the row alone. Raises ImportError without the compiler.
     """
-    count, inner = rows.shape
-    outputs = len(weight)
+    outputs, inner = weight.shape
+    count = rows.numel() // inner
     pairs = inner % PAIRS == 0 and multiplies_pairs()
-    given, made = rows.contiguous() if pairs else rows.float().contiguous(), weight.new_empty(count, outputs)
+    given = (rows if pairs else rows.float()).contiguous()
+    made = weight.new_empty((*rows.shape[:-1], outputs))
     added, step = (_zero, 0) if bias is None else (bias.float(), 1)
     addresses = weight.data_ptr(), given.data_ptr(), added.data_ptr(), made.data_ptr()
     block = max(1, BLOCK_BYTES // (2 * inner))
@@ -47,16 +48,17 @@ def attention(
     slots: torch.Tensor,
     sinks: torch.Tensor,
     records: torch.Tensor,
+    scale: float,
     made: torch.Tensor,
 ) -> None:
     """Attention to keys [B, G, S, D] and values [B, G, S, Dv] in bf16, as ``records`` tell: see ``shapes.py``.
 
-    ``query`` fp32, scaled; the last dimension of all lies together. Raises ImportError without the compiler.
+    ``query`` bf16; the last dimension of all lies together. Raises ImportError without the compiler.
     """
     kernel = compile_attention(key.shape[-1], value.shape[-1])
     addresses = [own.data_ptr() for own in (query, key, value, slots, sinks, records, made)]
-    threads = torch.get_num_threads() if len(records) > 1 else 1
-    kernel(*addresses, len(records), key.stride(2), value.stride(2), threads)
+    threads = _threads(len(records) * ROWS * key.shape[2] * (key.shape[3] + value.shape[3]))
+    kernel(*addresses, len(records), key.stride(2), value.stride(2), _bits(scale), threads)
 
 
 def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, *, rounded: bool, offset: bool) -> torch.Tensor:
@@ -103,7 +105,7 @@ def compile_attention(width: int, value_width: int) -> Compiled:
     """The kernel for heads of such widths: compiled once, in about half a second."""
     from aspec.models.compiled.attention import attention_kernel
 
-    return build(attention_kernel(vector_lanes(), width, value_width, parallel=has_threads()), 7, 3)
+    return build(attention_kernel(vector_lanes(), width, value_width, parallel=has_threads()), 7, 4)
 
 
 def compile_now(sizes: Int4 | None = None, *, integers: bool = False) -> None:
@@ -155,9 +157,10 @@ def integer_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.
     """The same in whole numbers, see ``compiled/int4_integers.py``, on processors of ``multiplies_integers``."""
     (count, inner), outputs = rows.shape, sizes.rows
     given, made, blocks = rows.contiguous(), rows.new_empty(count, outputs), count * inner // QUANTISED
-    planes = torch.empty(2 * count * inner, dtype=torch.int8)
-    numbers = torch.empty(2 * blocks)  # scales, then sums
-    quantised = planes.data_ptr(), numbers.data_ptr(), numbers.data_ptr() + 4 * blocks
+    scratch = torch.empty(2 * count * inner + 8 * blocks, dtype=torch.int8)  # planes, scales, sums
+    planes = scratch.data_ptr()
+    scales_at = planes + 2 * count * inner
+    quantised = planes, scales_at, scales_at + 4 * blocks
     _quantise()(given.data_ptr(), *quantised, blocks, _threads(count * inner))
     addresses = codes.data_ptr(), scales.data_ptr(), *quantised, made.data_ptr()
     threads = _threads(count * outputs * inner)

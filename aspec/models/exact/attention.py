@@ -43,7 +43,7 @@ def attend_by_paths(
     Returns False, and writes nothing, if the step is not exact and a mask is faster.
     """
     together = all(own.stride(-1) == 1 for own in (output, query, key, value))
-    fits = scoring.softcap is None and key.is_cpu and together
+    fits = scoring.softcap is None and key.is_cpu and query.dtype is key.dtype and together
     recipe = recipe_for(attention_kind(key, value)) if fits else OTHERWISE
     if recipe.compiled and (seen.exact or query.shape[2] <= recipe.highest):
         attend_compiled(output, query, key, value, seen.paths(), scoring)

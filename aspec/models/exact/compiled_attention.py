@@ -26,7 +26,7 @@ OTHERWISE = Recipe(1, 1)
 """Of widths for which other ways are faster, or the kernel is not proven."""
 
 VECTOR = 16  # widths are multiples: of every number of lanes
-BLOCK_TOKENS = 256  # of a row whose queries are widened at once
+BLOCK_TOKENS = 256  # of a row that records tell of at once
 ALL = 1 << 40  # positions: no slot is told
 TIMED = ((1, 320), (8, 320), (128, 768))  # queries and keys of calls that are timed
 MANY, FEW = (256, 768), 64  # a call of a prompt; queries up to which kernels are used where it is slower
@@ -62,22 +62,13 @@ def attend_compiled(
     """Write a step of query [B, H, T, D] to ``output`` [B, T, H, Dv], a block of tokens at a time."""
     heads, tokens = query.shape[1:3]
     sinks = _sinks(scoring.sinks)
+    strides = query.stride(), key.stride(), value.stride(), output.stride()
     for first in range(0, tokens, BLOCK_TOKENS):
-        block = query[:, :, first : first + BLOCK_TOKENS].float().mul_(scoring.scale)
-        layout = Layout(
-            block.stride(),
-            key.stride(),
-            value.stride(),
-            output.stride(),
-            heads,
-            key.shape[1],
-            first,
-            block.shape[2],
-            scoring.sinks is not None,
-            torch.get_num_threads(),
-        )
+        size = min(BLOCK_TOKENS, tokens - first)
+        threads = torch.get_num_threads()
+        layout = Layout(*strides, heads, key.shape[1], first, size, scoring.sinks is not None, threads)
         records, slots = paths[0].kept(layout, lambda layout=layout: _records(paths, layout))  # type: ignore[misc]
-        attention(block, key, value, slots, sinks, records, output)
+        attention(query, key, value, slots, sinks, records, scoring.scale, output)
 
 
 def _sinks(sinks: torch.Tensor | None) -> torch.Tensor:
@@ -116,7 +107,7 @@ def _records_of(row: int, own: Paths, layout: Layout, told: int) -> "np.ndarray[
     token, head = (np.pad(own_grid, ((0, 0), (0, 0), (0, missing)), mode="edge") for own_grid in (token, head))
     made = np.where(real, row * layout.made[0] + (layout.first + token) * layout.made[1] + head * layout.made[2], -1)
     columns = (
-        row * layout.query[0] + head * layout.query[1] + token * layout.query[2],
+        row * layout.query[0] + (layout.first + token) * layout.query[2] + head * layout.query[1],
         made,
         head if layout.sinks else np.zeros_like(head),
         starts[token],

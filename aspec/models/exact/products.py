@@ -164,7 +164,7 @@ def multiply(
             made = packed.product(flat)
         return made.view(*rows.shape[:-1], -1)
     if recipe is not None and recipe.compiled and weight.is_contiguous():
-        return dense_product(rows.reshape(-1, rows.shape[-1]), weight, bias).view(*rows.shape[:-1], -1)
+        return dense_product(rows, weight, bias)
     if exact:
         return _linear(rows, weight, bias)
     if recipe is not None and recipe.widening is not None:

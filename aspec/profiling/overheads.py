@@ -14,6 +14,7 @@ from transformers import LlamaConfig, MixtralConfig
 from aspec.generation.params import SamplingParams
 from aspec.generation.sampler import Sampler
 from aspec.models.attention import NAME
+from aspec.models.exact.elements import prove_elements, route_elements
 from aspec.models.exact.modes import ExactStep
 from aspec.models.exact.paths import MaskKind
 from aspec.models.exact.products import route
@@ -81,6 +82,7 @@ class _LayerTimer:
         with torch.device("meta"):
             self._layer = LlamaDecoderLayer(config, 0).to(dtype).eval()
         route(self._layer)
+        prove_elements(route_elements(self._layer))
         facts = layer_shape(self._layer, config)
         for module in self._layer.modules():
             if multiplies or not isinstance(module, nn.Linear):

@@ -30,7 +30,7 @@ from aspec.profiling.hardware import Hardware, Table, hardware_from
 from aspec.profiling.roofline import ACCEPTANCE, SPREAD
 from aspec.profiling.threads import idle_threads_loop
 
-VERSION = 5  # of the format of machine files
+VERSION = 6  # of machine files: their format, and what they measure
 DISK_AGE_S = 3600.0  # a disk is measured again after this time: the rates of shared disks change
 MOST_DOUBT = 1.5  # times; a kept price of decoding that is further from what a run took is not believed
 LEAST_DOUBT_S = 1.0  # of decoding in a run, from which on it says more than a measurement

@@ -20,6 +20,9 @@ MOST = 127 * 128.0  # the largest number of a row
 LEAST = 1e-30  # blocks of smaller numbers count as zeros
 NIBBLES = (0, 4)
 PLANES = 2
+TILES = ((2, ((0,), (1,))), (1, ((0, 1),)), (1, ((0,), (1,))))
+"""Rows of a tile, and the halves of a block's outputs that are computed together, the largest tile first; the last is
+for processors with half the registers."""
 
 
 def quantise_kernel(*, parallel: bool) -> str:
@@ -70,11 +73,11 @@ def integer_kernel(block: int, *, multiplies_bytes: bool, parallel: bool) -> str
     kernel = Kernel((I8, I32, I8, F32, F32, I16), 4, LANES, parallel=parallel)
     with kernel.loop(kernel.first, kernel.last, 1) as blocks:
         start: Value = number(0)
-        for num_rows in (2, 1) if multiplies_bytes else (1,):
+        for num_rows, together in TILES[:-1] if multiplies_bytes else TILES[-1:]:
             stop = kernel.whole(start, kernel.counts[2], num_rows)
             with kernel.loop(start, stop, num_rows) as rows:
-                for half in range(2):
-                    _Tile(kernel, block, blocks.index, rows.index, num_rows, half, multiplies_bytes).write()
+                for halves in together:
+                    _Tile(kernel, block, blocks.index, rows.index, num_rows, halves, multiplies_bytes).write()
             start = stop
     kernel.builder.ret_void()
     return str(kernel)
@@ -82,7 +85,7 @@ def integer_kernel(block: int, *, multiplies_bytes: bool, parallel: bool) -> str
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some rows and half of a block's outputs, while the kernel is written.
+    """Some rows and halves of a block's outputs, while the kernel is written.
 
     Codes are read BYTES inputs' worth at a time and put in order: four inputs of an output lie together. A block of 64
     outputs has one input in a vector, one of 32 has two, and then the two halves of a vector are of other inputs.
@@ -93,8 +96,13 @@ class _Tile:
     index: Value  # of the block
     row: Value
     num_rows: int
-    half: int
+    halves: tuple[int, ...]
     multiplies_bytes: bool
+
+    @property
+    def width(self) -> int:
+        """Vectors of outputs: of each half both nibbles, of each nibble both sides."""
+        return len(self.halves) * len(NIBBLES) * 2
 
     @property
     def inputs(self) -> int:
@@ -105,7 +113,7 @@ class _Tile:
         """Sum over all groups, round, and store."""
         kernel, build = self.kernel, self.kernel.builder
         _, inputs, _, group = kernel.counts
-        width = 2 * len(NIBBLES)
+        width = self.width
         with kernel.loop(number(0), inputs, group, [kernel.zeros()] * (self.num_rows * width)) as groups:
             sums, added = self._group(groups.index)
             pairs = [self._pair(build.sdiv(groups.index, group), place) for place in range(width)]
@@ -125,8 +133,8 @@ class _Tile:
 
     def _outputs(self, place: int) -> "list[tuple[Value, int, int]]":
         """Where the outputs of a vector begin, how many lie together, and their first lane."""
-        build, (nibble, upper) = self.kernel.builder, divmod(place, 2)
-        first = nibble * (self.block // 2) + 4 * (2 * self.half + upper)
+        build, (own, nibble, upper) = self.kernel.builder, (place // 4, place // 2 % 2, place % 2)
+        first = nibble * (self.block // 2) + 4 * (2 * self.halves[own] + upper)
         start = build.mul(self.index, number(self.block))
         sides = (0, SIDE) if self.block == 2 * BYTES else (0,)
         return [(build.add(start, number(first + side)), 4, 4 * at) for at, side in enumerate(sides)]
@@ -135,7 +143,7 @@ class _Tile:
         """By row and vector the sum over one group with the codes as they are; by row the sum of its numbers."""
         kernel, build = self.kernel, self.kernel.builder
         _, inputs, _, group = kernel.counts
-        width = 2 * len(NIBBLES)
+        width = self.width
         zeros = [kernel.zeros()] * (self.num_rows * width) + [F32(0.0)] * self.num_rows
         with kernel.loop(first, build.add(first, group), QUANTISED, zeros) as each:
             sums, values = self._block(each.index), list(each.values)
@@ -161,7 +169,7 @@ class _Tile:
             for row in range(self.num_rows)
         ]
         kind = ir.VectorType(I32, 8) if self.multiplies_bytes else ir.VectorType(I16, 16)
-        sums = [[ir.Constant(kind, [0] * kind.count)] * 2 * len(NIBBLES) for _ in range(self.num_rows * PLANES)]
+        sums = [[ir.Constant(kind, [0] * kind.count)] * self.width for _ in range(self.num_rows * PLANES)]
         for step in range(0, QUANTISED, self.inputs):
             place = kernel.at(codes, build.mul(build.add(first, number(step)), number(self.block // 2)))
             factors = self._codes(place)
@@ -183,11 +191,16 @@ class _Tile:
         if self.block == BYTES:  # two inputs in each: the halves of a vector become those of inputs 4 apart
             low, high = [*range(SIDE), *range(BYTES, BYTES + SIDE)], [*range(SIDE, BYTES), *range(BYTES + SIDE, 64)]
             read = [kernel.picked(read[at], read[at + 2], side) for at in (0, 1) for side in (low, high)]
-        pairs = [self._interleaved(read[at], read[at + 1], 1, self.half) for at in (0, 2)]
-        mixed = [self._interleaved(pairs[0], pairs[1], 2, upper) for upper in range(2)]
         mask = ir.Constant(ir.VectorType(I8, BYTES), [15] * BYTES)
         shift = ir.Constant(ir.VectorType(I8, BYTES), [4] * BYTES)
-        return [build.lshr(own, shift) if nibble else build.and_(own, mask) for nibble in NIBBLES for own in mixed]
+        found = []
+        for half in self.halves:
+            pairs = [self._interleaved(read[at], read[at + 1], 1, half) for at in (0, 2)]
+            mixed = [self._interleaved(pairs[0], pairs[1], 2, upper) for upper in range(2)]
+            found += [
+                build.lshr(own, shift) if nibble else build.and_(own, mask) for nibble in NIBBLES for own in mixed
+            ]
+        return found
 
     def _interleaved(self, one: Value, other: Value, size: int, upper: int) -> Value:
         """Runs of ``size`` bytes in turns of both, from the lower or the upper parts of both sides of a vector."""

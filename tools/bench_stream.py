@@ -35,6 +35,7 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
         max_batch=1,
         max_context=256,
         threads=options.threads,
+        speculation=options.speculation,
     ) as engine:
         before = await engine.probe_link_rate(1.0)
         for index in range(options.rounds):
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--speculation", choices=("auto", "chain", "tree", "off"), default="auto")
     print(json.dumps(asyncio.run(measure(parser.parse_args()))))
 
 

@@ -21,8 +21,10 @@ until it lives: a smaller batch takes the first prompts only. Each rate counts w
 generate fewer tokens (--peer-tokens), and no child may take longer than --timeout.
 
 Decoding begins when every row has its first token: its rate is the tokens that arrive later, by the seconds to the
-last one; what is before is the prefill. Then --check-rows prompts are decoded in fp32, without a limit and with about
-half of the weights off memory: the exit status is 1 unless all give the same tokens.
+last one; what is before is the prefill. "Of the roofline": the share of these seconds that the target's products alone
+take, timed afterwards in the same process, for every pass with its number of tokens; none with routed experts. Then
+--check-rows prompts are decoded in fp32, without a limit and with about half of the weights off memory: the exit status
+is 1 unless all give the same tokens.
 """
 
 import argparse
@@ -47,6 +49,7 @@ from tools.contest import Record
 
 WARMUP_TOKENS = 2
 PROBE_S = 0.5  # one probe of the raw disk rate
+TIMED = 4  # times that a layer's products are timed, the first of them not counted
 SHORTEST, LENGTHS, STRIDE = 16, 48, 29  # prompts: fewest tokens, how many lengths, the step from one to the next
 BESIDE = ("KV cache", "draft weights", "draft trees", "activations", "scratch")  # of a plan: all but weights
 PEER_BYTES = 300_000_000  # of the limit, beside transformers' weights and KV
@@ -109,7 +112,7 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
     from aspec.engine.engine import open_engine
     from aspec.generation.params import SamplingParams
 
-    rates, stats = [0.0], []
+    rates, stats, spans = [0.0], [], []
 
     async def stream(prompt: list[int], num_tokens: int) -> list[tuple[float, list[int]]]:
         arrived = []
@@ -120,6 +123,7 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
 
     async def generate(prompts: list[list[int]], num_tokens: int) -> Arrivals:
         stats.clear()
+        spans.clear()
         return list(await asyncio.gather(*(stream(prompt, num_tokens) for prompt in prompts)))
 
     async def facts() -> Record:
@@ -127,6 +131,7 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
         passes = [one.passes for one in stats]
         known = {"plan": engine.plan.describe(), "streamed_bytes_per_pass": engine.plan.streamed_bytes}
         known |= {"link_bytes_per_s": max(rates), "most_passes_of_a_row": max(passes)}
+        known["products_s"] = [(span.start_s, seconds) for span, seconds in products_of(job, engine.plan, spans)]
         decoded = sum(one.completion_tokens - 1 for one in stats)
         return known | {"tokens_per_row_and_pass": decoded / sum(passes) if sum(passes) else None}
 
@@ -135,8 +140,46 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
     sizes = {"max_context": context, "reuse_prefix": False, "threads": job.threads}
     sizes["workload"] = Workload(len(job.prompts), mean, max(job.tokens, WARMUP_TOKENS))
     models = {"target": job.target, "draft": job.draft, "dtype": job.dtype}
-    async with open_engine(**{**models, **sizes, **(job.engine or {})}) as engine:
+    async with open_engine(observers=[spans.append], **{**models, **sizes, **(job.engine or {})}) as engine:
         yield generate, facts
+
+
+def products_of(job: Job, plan: Any, spans: Sequence[Any]) -> Iterator[tuple[Any, float]]:
+    """Every span of a whole layer and the seconds that its products take alone, with weights from memory."""
+    import torch
+
+    from aspec.models.exact.products import fastest
+    from aspec.models.hf_compat import experts_of
+    from aspec.models.model import Model
+    from aspec.tasks.op import Op
+
+    layer = Model(Path(job.target)).layer_modules[0]
+    if any(experts_of(module) for module in layer.modules()):
+        return
+    shapes = [module.weight.shape for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    weights = [torch.randn(shape).bfloat16() for shape in shapes]
+    known: dict[int, float] = {}
+
+    def seconds(count: int) -> float:
+        rows = {shape[1]: torch.randn(count, shape[1]).bfloat16() for shape in shapes}
+        took = []
+        for _ in range(TIMED):
+            begun = time.perf_counter()
+            for weight in weights:
+                fastest(rows[weight.shape[1]], weight)
+            took.append(time.perf_counter() - begun)
+        return min(took[1:])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.request.threads.decode)
+    with torch.inference_mode():
+        for span in spans:
+            if span.task.op is Op.LAYER:
+                count = span.task.item.padded_tokens
+                known.setdefault(count, 0.0)
+                known[count] = known[count] or seconds(count)
+                yield span, known[count]
+    torch.set_num_threads(before)
 
 
 class RowStreamer:
@@ -199,6 +242,8 @@ async def measure(job: Job) -> Record:
         if any(len(tokens) != job.tokens for tokens in record["tokens"]):
             raise SystemExit(f"expected {job.tokens} tokens a row, got {[len(row) for row in record['tokens']]}")
         more = {"facts": await facts(), "load_s": load_s, "threads": torch.get_num_threads()}
+        later = [took for start_s, took in more["facts"].pop("products_s", ()) if start_s > record["first_s"]]
+        more["of_roofline"] = sum(later) / record["decode_s"] if later else None
     return record | more | more["facts"] | {"peak_rss_bytes": peak_rss_bytes()}
 
 
@@ -212,6 +257,8 @@ def rates_of(called_s: float, arrivals: Arrivals, prompt_tokens: int) -> Record:
         "tokens": tokens,
         "seconds": last_s - called_s,
         "prefill_s": first_s - called_s,
+        "first_s": first_s,
+        "decode_s": last_s - first_s,
         "prefill_tokens_per_s": prompt_tokens / (first_s - called_s),
         "decode_tokens_per_s": decoded / (last_s - first_s) if decoded else None,
         "whole_tokens_per_s": sum(map(len, tokens)) / (last_s - called_s),
@@ -283,6 +330,7 @@ COLUMNS: tuple[contest.Column, ...] = (
     ("rows", "rows", 1, 0),
     ("decode_tokens_per_s", "decode tokens/s (min-max)", 1, 2),
     ("tokens_per_row_and_pass", "tokens per row and pass", 1, 2),
+    ("of_roofline", "of the roofline", 1, 2),
     ("prefill_s", "prefill s", 1, 1),
     ("prefill_tokens_per_s", "prompt tokens/s", 1, 1),
     ("load_s", "load s", 1, 1),

@@ -96,13 +96,14 @@ class Watch:
 
 
 def contenders(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Engine options by name."""
+    """Engine options by name; "as it comes" also chooses between experts on demand and whole layers."""
     rows: dict[str, dict[str, Any]] = {AUTO: {}, OFF: {"speculation": "off"}}
     rows |= {f"chain {n}": {"speculation": "chain", "num_draft_tokens": n} for n in options.chains}
     rows |= {f"tree {n}": {"speculation": "tree", "num_draft_tokens": n} for n in options.trees}
     rows |= {f"{name}, prefetch": {"prefetch_experts": True, **rows[name]} for name in (AUTO, OFF)}
     rows = {name: {"experts": "on-demand", **row} for name, row in rows.items()}
-    return rows | {WHOLE: {"experts": "whole", "speculation": "off"}, "whole layers, auto": {"experts": "whole"}}
+    rows |= {WHOLE: {"experts": "whole", "speculation": "off"}, "whole layers, auto": {"experts": "whole"}}
+    return rows | {"as it comes": {}}
 
 
 async def generate(engine: Engine, prompts: Sequence[str], tokens: int) -> list[RequestStats]:

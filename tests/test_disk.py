@@ -4,7 +4,9 @@ import asyncio
 import errno
 import os
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from aspec.errors import ReadError
 from aspec.io import disk
 from aspec.io.disk import DiskLane, FileVersion, split
 from aspec.io.disk_probe import probe_rate
-from aspec.io.memory import HUGE_PAGE, PAGE, allocate
+from aspec.io.memory import HUGE_PAGE, PAGE, allocate, discard
 
 SIZE = 3_000_017  # not a multiple of anything
 
@@ -255,6 +257,31 @@ def test_memory_is_aligned_and_whole_pages():
         assert memory.nbytes >= nbytes
         assert not any(memory.view[i] for i in range(0, memory.nbytes, PAGE))
         memory.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what its maps are")
+def test_memory_is_private():
+    """Linux as it is delivered gives no huge pages to memory that processes could share."""
+    memory = allocate(HUGE_PAGE)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, permissions, *_ = line.split()
+        first, last = (int(bound, 16) for bound in bounds.split("-"))
+        if first <= memory.address < last:
+            assert permissions == "rw-p"
+            break
+    else:
+        pytest.fail("the memory is in no map")
+    memory.close()
+
+
+def test_discarded_memory_reads_as_zeros():
+    memory = allocate(2 * HUGE_PAGE)
+    memory.view[:] = b"\1" * memory.nbytes
+    discard(memory.view[PAGE + 1 : HUGE_PAGE + PAGE + 1])
+    if sys.platform == "linux":
+        assert not any(memory.view[2 * PAGE : HUGE_PAGE + PAGE])
+    assert all(memory.view[at] == 1 for at in (0, PAGE, 2 * PAGE - 1, HUGE_PAGE + PAGE, 2 * HUGE_PAGE - 1))
+    memory.close()
 
 
 def test_the_module_names_no_compute_library():

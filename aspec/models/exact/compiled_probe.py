@@ -22,7 +22,7 @@ from aspec.models.exact.row_probe import (
 )
 
 TIMED = (1, 16, 64)  # rows of products that are timed
-FASTER = 0.8  # compiled products are used if they take at most this share of the seconds, in the geometric mean
+FASTER = 0.95  # compiled products are used if they take at most this share of the seconds, in the geometric mean
 TIMED_WEIGHTS = 1 << 20  # of a weight that is timed
 PROVEN_OUTPUTS = 61  # more than a tile has, in no multiple of it: every output is a sum of its own
 DENSE, LARGER = 32, (64, 256)  # every number of rows up to the first is tried, and single larger ones

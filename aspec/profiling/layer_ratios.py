@@ -50,6 +50,9 @@ def measure_layer_ratios(
     seconds: dict[tuple[str, bool, int], list[float]] = {}
     try:
         layers = _TrialLayers(folder, dtype)
+        for number in sorted({number for _, number in ways}):
+            torch.set_num_threads(number)
+            layers.prove()
         for round_, (kind, (is_exact, number)) in product(range(1 + ROUNDS), product(PASSES, ways)):
             torch.set_num_threads(number)
             took = layers.seconds(*PASSES[kind], exact=is_exact)
@@ -87,6 +90,10 @@ class _TrialLayers:
         self._caches = {
             exact: KVCache(shapes, 1, capacity, self._model.dtype, exact=exact, **kept) for exact in (False, True)
         }
+
+    def prove(self) -> None:
+        """Find the kernels that passes with the present number of threads use, as an engine does."""
+        self._model.prove_products()
 
     @torch.inference_mode()
     def seconds(self, tokens: int, parents: Sequence[int] | None, *, exact: bool) -> float:

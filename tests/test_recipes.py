@@ -368,3 +368,24 @@ def test_discarded_pages_read_as_zeros_and_their_neighbours_stay():
     assert whole[4096 : 3 * 4096].eq(0).all()
     del whole
     memory.close()
+
+
+def test_works_are_timed_in_turns_and_their_first_call_does_not_count(monkeypatch):
+    calls = []
+    costs = {"one": [50, 2, 3, 2], "other": [1, 8, 4, 9]}
+    now = 0.0
+
+    def perf_counter():
+        return now
+
+    def work(name):
+        def run():
+            nonlocal now
+            now += costs[name][min(calls.count(name), 3)]
+            calls.append(name)
+
+        return run
+
+    monkeypatch.setattr(row_probe.time, "perf_counter", perf_counter)
+    assert row_probe.share_of_seconds([(work("one"), work("other"))]) == 2 / 4
+    assert calls[:4] == ["one", "other", "one", "other"]

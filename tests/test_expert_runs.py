@@ -17,6 +17,7 @@ from aspec.engine.design import design
 from aspec.engine.engine import open_engine
 from aspec.errors import InternalError, ReadError, UserError
 from aspec.generation.params import SamplingParams
+from aspec.models.experts import pause
 from aspec.models.formats.gguf.folder import folder_of
 from aspec.models.kv_cache import KVCache
 from aspec.models.model import Model
@@ -278,6 +279,12 @@ def test_a_single_slot_is_enough(mixtral, monkeypatch):
     found, _ = mixtral.run("least", speculation="off")
     assert found == mixtral.wanted
     assert mixtral.plan.experts.num_slots == 1
+
+
+def test_without_greenlets_the_tokens_are_the_same(mixtral, monkeypatch):
+    monkeypatch.setattr(pause, "greenlet", None)
+    found, _ = mixtral.run("some", speculation="chain", num_draft_tokens=3)
+    assert found == mixtral.wanted
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ ASK_FOR_THREADS = (
     "models.exact.panels",
     "models.exact.products",
     "models.experts.pause",
+    "models.experts.replay",
     "models.frame",
     "planning.virtual_time",
 )  # that only ask which thread they are on, or let one of several wait

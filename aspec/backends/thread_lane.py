@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from aspec.errors import DeviceError
 from aspec.io.loop.mailbox import LoopMailbox
+from aspec.models.experts.pause import abandon
 from aspec.tasks.task import Completion
 
 Work = Callable[[], Completion]
@@ -63,3 +64,4 @@ class ThreadLane:
             del work
             self._mailbox.post(future, result)
             del future, result
+        abandon()  # what failed work has left on this thread

@@ -102,6 +102,11 @@ def assemble(resolved: Resolved) -> EngineMemory:
     made = design(resolved)
     threads = made.plan.request.threads
     use_threads(None if threads is None else threads.decode)  # for all that a model asks of torch while it opens
+    if made.models.resolved.options.progress is not None:
+        made.models.resolved.options.progress(MEASURE, 0, 0)
+    for model in (made.models.target, made.models.draft):
+        if model is not None and model.device.type == "cpu":
+            model.prove_products()
     if resolved.kind is None:
         return _on_host(made)
     device = resolved.kind.open()
@@ -132,11 +137,6 @@ def _on_host(made: ResolvedEngine) -> EngineMemory:
 
     Resident parts whose stored bytes are not kept are read into the memory of the slots.
     """
-    if made.models.resolved.options.progress is not None:
-        made.models.resolved.options.progress(MEASURE, 0, 0)
-    made.models.target.prove_products()
-    if made.models.draft is not None:
-        made.models.draft.prove_products()
     give_back()
     memory: list[SlotMemory] = []
     once = _residents(made)

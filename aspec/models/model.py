@@ -30,7 +30,7 @@ from aspec.models.exact.attention import prove_attention
 from aspec.models.exact.modes import LayerModes
 from aspec.models.exact.products import prove_experts
 from aspec.models.experts.layout import RoutedLayers, find_routed
-from aspec.models.experts.pause import run_from_experts, run_to_experts
+from aspec.models.experts.pause import run_to_experts
 from aspec.models.experts.running import ExpertRunner, RoutedItem
 from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
@@ -362,8 +362,7 @@ class Model:
         assert activation.routed is not None
         with self._modes.of(index, activation.step, "combine"):
             made = self._on_demand.combine(index, activation.routed)
-            forward = partial(self._forward, index, activation)
-            activation.hidden = run_from_experts(forward, activation.routed.pause, made)
+            activation.hidden = activation.routed.pause.resume(made)
         activation.routed = None
 
     @property

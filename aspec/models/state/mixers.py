@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from aspec.errors import InternalError
-from aspec.models.experts.pause import once
+from aspec.models.experts.replay import once
 from aspec.models.hf_compat import RECURRENT_FORWARDS, RECURRENT_FUNCTIONS, Cache
 from aspec.models.state.kernels import FORWARDS, KERNELS
 

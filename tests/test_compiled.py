@@ -13,7 +13,12 @@ import aspec
 from aspec.io.host_info import compiler
 from aspec.models.compiled import build as building
 from aspec.models.compiled import products as compiled
-from aspec.models.compiled.products import compiled_int4_product, dense_product, integer_int4_product
+from aspec.models.compiled.products import (
+    compiled_int4_product,
+    dense_product,
+    integer_int4_product,
+    several_products,
+)
 from aspec.models.exact import compiled_attention, compiled_probe, int4_probe, known_recipes, products
 from aspec.models.exact.compiled_probe import compiled_pays
 from aspec.models.exact.int4_probe import int4_kind, probe_int4
@@ -159,8 +164,21 @@ def test_all_steps_use_the_same_product(monkeypatch):
     weights = torch.randn(3, 96, 64).bfloat16()
     for step in (ExactStep(), torch.inference_mode()):
         with step:
-            made = products.expert_product(rows[0], weights[1].mT)
-        assert torch.equal(made, dense_product(rows[0], weights[1]))
+            made = products.expert_products(rows[0], [1, 2], [weights[1].mT, weights[0].mT])
+        assert torch.equal(made[:1], dense_product(rows[0, :1], weights[1]))
+        assert torch.equal(made[1:], dense_product(rows[0, 1:], weights[0]))
+
+
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1, 1], [3, 1, 9, 20], [0, 5, 0, 70]])
+@pytest.mark.parametrize(("outputs", "inputs"), [(7, 48), (61, 512), (128, 64)])
+def test_products_of_several_weights_have_the_bits_of_each(counts, outputs, inputs):
+    weights = [torch.randn(outputs, inputs).bfloat16() for _ in counts]
+    rows = torch.randn(sum(counts), inputs).bfloat16()
+    torch.set_num_threads(1)
+    expected = torch.cat([dense_product(*own) for own in zip(torch.split(rows, counts), weights, strict=True)])
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        assert torch.equal(several_products(rows, counts, weights), expected)
 
 
 def test_a_weight_with_gaps_is_multiplied_by_torch():

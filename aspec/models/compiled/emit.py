@@ -256,6 +256,10 @@ class Kernel:
         """The smaller count."""
         return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
 
+    def most(self, one: Value, other: Value) -> Value:
+        """The larger count."""
+        return self.builder.select(self.builder.icmp_signed(">", one, other), one, other)
+
     def whole(self, first: Value, last: Value, size: int) -> Value:
         """Where the whole pieces of ``size`` from ``first`` on end, at most at ``last``."""
         span = self.builder.sub(last, first)

@@ -1,8 +1,10 @@
 """Products by kernels that are compiled on this machine; ``exact/compiled_probe.py`` says where they pay."""
 
+import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 
@@ -38,6 +40,24 @@ def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     block = max(1, BLOCK_BYTES // (2 * inner))
     threads = _threads(count * outputs * inner)
     _dense(pairs)(*addresses, outputs, inner, count, block, step, threads)
+    return made
+
+
+def several_products(rows: torch.Tensor, counts: Sequence[int], weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows bf16 [M, K] in groups of ``counts``, each times a transposed weight bf16 [N, K] of its own: bf16 [M, N].
+
+    The weights are contiguous. The bits are those of ``dense_product``. Raises ImportError without the compiler.
+    """
+    outputs, inner = weights[0].shape
+    pairs = inner % PAIRS == 0 and multiplies_pairs()
+    given = (rows if pairs else rows.float()).contiguous()
+    made = rows.new_empty(len(rows), outputs)
+    number = len(weights)
+    places = (ctypes.c_int64 * number)(*(weight.data_ptr() for weight in weights))
+    starts = (ctypes.c_int64 * (number + 1))(0, *accumulate(counts))
+    addresses = ctypes.addressof(places), ctypes.addressof(starts), given.data_ptr(), made.data_ptr()
+    block, threads = max(1, BLOCK_BYTES // (2 * inner)), _threads(len(rows) * outputs * inner)
+    _several(pairs)(*addresses, number * outputs, outputs, inner, block, threads)
     return made
 
 
@@ -108,15 +128,22 @@ def compile_attention(width: int, value_width: int) -> Compiled:
     return build(attention_kernel(vector_lanes(), width, value_width, parallel=has_threads()), 7, 4)
 
 
-def compile_now(sizes: Int4 | None = None, *, integers: bool = False) -> None:
-    """Compile the kernel of weights in bf16, or of such ``sizes``, before a pass waits for it."""
+def compile_now(sizes: Int4 | None = None, *, integers: bool = False, experts: bool = False) -> None:
+    """Compile the kernel of weights in bf16, of ``experts`` or of such ``sizes``, before a pass waits for it."""
     if sizes is None:
-        _dense(multiplies_pairs())
+        (_several if experts else _dense)(multiplies_pairs())
     elif integers:
         _quantise()
         _integers(sizes.block)
     else:
         _int4(sizes.block)
+
+
+@cache
+def _several(pairs: bool) -> Compiled:
+    from aspec.models.compiled.dense import several_kernel
+
+    return build(several_kernel(vector_lanes(), pairs=pairs, parallel=has_threads()), 4, 4)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from aspec.models.compiled.products import compile_now, dense_product
+from aspec.models.compiled.products import compile_now, dense_product, several_products
 from aspec.models.exact.blocks import Product, in_blocks, pack
 from aspec.models.exact.int4_panels import panel_product
 from aspec.models.exact.int4_probe import FEWEST_WEIGHTS, NEVER, int4_kind, int4_product_of, panels_kind
@@ -206,11 +206,24 @@ def prove_experts(weights: torch.Tensor, *, transposed: bool) -> None:
     """
     first, second = weights.shape[1:]
     out, inner = (first, second) if transposed else (second, first)
-    _ready(ProductKind("mm", weights.dtype, 0, out, inner, transposed, False, torch.get_num_threads()))
+    kind = ProductKind("mm", weights.dtype, 0, out, inner, transposed, False, torch.get_num_threads())
+    if _ready(kind).compiled:
+        compile_now(experts=True)
 
 
-def expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows [M, K] times the weight [K, N] of one expert: in an exact step with the bits of a grouped product."""
+def expert_products(rows: torch.Tensor, counts: Sequence[int], weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows [M, K] in groups of ``counts``, each times the weight [K, N] of its expert: [M, N].
+
+    In an exact step with the bits of a grouped product.
+    """
+    recipe = _recipe("mm", weights[0]) if weights[0].is_cpu else BLOCKS
+    if recipe.compiled and all(weight.stride() == weights[0].stride() for weight in weights):
+        return several_products(rows, counts, [weight.t() for weight in weights])
+    made = [_expert_product(*own) for own in zip(torch.split(rows, list(counts)), weights, strict=True)]
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def _expert_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if getattr(_thread, "exact", False):
         return _mm(rows, weight)
     recipe = _recipe("mm", weight) if weight.is_cpu else BLOCKS
@@ -253,12 +266,10 @@ def grouped_product(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tenso
     """Product of experts: rows [M, K] in groups that end at ``offs`` [E], weights [E, K, N]; returns [M, N]."""
     assert not any(value is not None for value in options.values()), f"a grouped product with {options}"
     ends = offs.tolist()
-    made = [
-        expert_product(rows[start:end], weight)
-        for start, end, weight in zip([0, *ends[:-1]], ends, weights, strict=True)
-        if start < end
+    groups = [
+        (end - start, weight) for start, end, weight in zip([0, *ends[:-1]], ends, weights, strict=True) if start < end
     ]
-    return torch.cat(made)
+    return expert_products(rows[: ends[-1]], [count for count, _ in groups], [weight for _, weight in groups])
 
 
 def _mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

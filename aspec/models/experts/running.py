@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from aspec.errors import InternalError
-from aspec.models.exact.products import expert_product
+from aspec.models.exact.products import expert_products
 from aspec.models.experts.layout import RoutedLayer, RoutedLayers
 from aspec.models.experts.pause import Pause, call_experts
 from aspec.models.weights.binding import make
@@ -142,10 +142,8 @@ class ExpertRunner:
         """The results [n, H] of a batch of experts for ``rows`` [n, H], those of one expert after those of another."""
         kind, counts = routed.experts, [len(item.places[expert]) for expert, _ in batch]
         weights = [self._weights(routed, expert, slot) for expert, slot in batch]
-        made = self._products(routed, kind.up, batch, torch.split(rows, counts), [up for up, _ in weights])
-        made = self._products(
-            routed, kind.down, batch, torch.split(kind.act(made), counts), [down for _, down in weights]
-        )
+        made = self._products(routed, kind.up, batch, (rows, counts), [up for up, _ in weights])
+        made = self._products(routed, kind.down, batch, (kind.act(made), counts), [down for _, down in weights])
         return made if kind.norm is None else kind.norm(made)
 
     def _products(
@@ -153,16 +151,14 @@ class ExpertRunner:
         routed: RoutedLayer,
         name: str,
         batch: Sequence[tuple[int, int]],
-        rows: Sequence[torch.Tensor],
+        groups: tuple[torch.Tensor, list[int]],
         weights: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Each expert's product of its rows; below one another."""
-        made = [
-            expert_product(own if own.dtype is weight.dtype else own.to(weight.dtype), weight)
-            for own, weight in zip(rows, weights, strict=True)
-        ]
+        """Each expert's product of its rows, below one another; ``groups``: all rows, and how many each has."""
+        rows, counts = groups
+        made = expert_products(rows.to(weights[0].dtype), counts, weights)
         if routed.experts.biased:
             bias = routed.module.get_parameter(f"{name}_bias")
-            for (expert, _), own in zip(batch, made, strict=True):
+            for (expert, _), own in zip(batch, torch.split(made, counts), strict=True):
                 own.add_(bias[expert])
-        return made[0] if len(made) == 1 else torch.cat(made)
+        return made

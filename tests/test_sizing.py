@@ -7,7 +7,7 @@ import pytest
 
 from aspec.plan import Speculation
 from aspec.planning.sim_backend import SimBackend, SimCosts
-from aspec.tasks.cost_model import ChainAcceptance
+from aspec.tasks.cost_model import ChainAcceptance, _beside
 from aspec.tasks.draft_sizing import WIDTHS
 from aspec.tasks.op import Op
 from aspec.tasks.price_curve import PriceCurve
@@ -177,3 +177,15 @@ def test_passes_have_few_different_sizes(virtual):
     )
     common = [1 + size in WIDTHS for size in sizes]
     assert sum(common) > 0.85 * len(common)
+
+
+def test_compute_and_stream_hide_each_other_less_the_more_alike_they_are():
+    assert _beside(0.0, 0.0) == 0.0
+    assert _beside(2.0, 0.0) == _beside(0.0, 2.0) == 2.0
+    shares = [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+    seconds = [_beside(share, 1.0) for share in shares]
+    assert seconds == sorted(seconds) == [_beside(1.0, share) for share in shares]
+    assert seconds[1] < 1.01
+    assert 1.1 < seconds[-1] < 1.25
+    measured = [(0.57, 0.76, 0.79), (0.78, 0.77, 0.95), (0.97, 0.78, 1.0), (1.30, 0.75, 1.32)]
+    assert all(_beside(*pair) == pytest.approx(real, rel=0.07) for *pair, real in measured)

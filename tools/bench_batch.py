@@ -49,14 +49,13 @@ from tools.contest import Record
 
 WARMUP_TOKENS = 2
 PROBE_S = 0.5  # one probe of the raw disk rate
-TIMED = 4  # times that a layer's products are timed, the first of them not counted
 SHORTEST, LENGTHS, STRIDE = 16, 48, 29  # prompts: fewest tokens, how many lengths, the step from one to the next
 BESIDE = ("KV cache", "draft weights", "draft trees", "activations", "scratch")  # of a plan: all but weights
 PEER_BYTES = 300_000_000  # of the limit, beside transformers' weights and KV
 Arrivals = list[list[tuple[float, list[int]]]]
 """For every row what arrived, and when."""
 Peer = tuple[Callable[[list[list[int]], int], Awaitable[Arrivals]], Callable[[], Awaitable[Record]]]
-"""A loaded contender: what generates (prompts, number of tokens), and what tells more about it."""
+"""A loaded contender: what generates (prompts, number of tokens), and what else it tells."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
     """aspec with the plan that is found for these prompts, as far as the engine's options leave it open."""
     from aspec.engine.engine import open_engine
     from aspec.generation.params import SamplingParams
+    from tools.product_seconds import products_of
 
     rates, stats, spans = [0.0], [], []
 
@@ -131,7 +131,8 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
         passes = [one.passes for one in stats]
         known = {"plan": engine.plan.describe(), "streamed_bytes_per_pass": engine.plan.streamed_bytes}
         known |= {"link_bytes_per_s": max(rates), "most_passes_of_a_row": max(passes)}
-        known["products_s"] = [(span.start_s, seconds) for span, seconds in products_of(job, engine.plan, spans)]
+        took = products_of(job.target, engine.plan, spans)
+        known["products_s"] = [(span.start_s, seconds) for span, seconds in took]
         decoded = sum(one.completion_tokens - 1 for one in stats)
         return known | {"tokens_per_row_and_pass": decoded / sum(passes) if sum(passes) else None}
 
@@ -142,44 +143,6 @@ async def open_aspec(job: Job) -> AsyncIterator[Peer]:
     models = {"target": job.target, "draft": job.draft, "dtype": job.dtype}
     async with open_engine(observers=[spans.append], **{**models, **sizes, **(job.engine or {})}) as engine:
         yield generate, facts
-
-
-def products_of(job: Job, plan: Any, spans: Sequence[Any]) -> Iterator[tuple[Any, float]]:
-    """Every span of a whole layer and the seconds that its products take alone, with weights from memory."""
-    import torch
-
-    from aspec.models.exact.products import fastest
-    from aspec.models.hf_compat import experts_of
-    from aspec.models.model import Model
-    from aspec.tasks.op import Op
-
-    layer = Model(Path(job.target)).layer_modules[0]
-    if any(experts_of(module) for module in layer.modules()):
-        return
-    shapes = [module.weight.shape for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    weights = [torch.randn(shape).bfloat16() for shape in shapes]
-    known: dict[int, float] = {}
-
-    def seconds(count: int) -> float:
-        rows = {shape[1]: torch.randn(count, shape[1]).bfloat16() for shape in shapes}
-        took = []
-        for _ in range(TIMED):
-            begun = time.perf_counter()
-            for weight in weights:
-                fastest(rows[weight.shape[1]], weight)
-            took.append(time.perf_counter() - begun)
-        return min(took[1:])
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(plan.request.threads.decode)
-    with torch.inference_mode():
-        for span in spans:
-            if span.task.op is Op.LAYER:
-                count = span.task.item.padded_tokens
-                known.setdefault(count, 0.0)
-                known[count] = known[count] or seconds(count)
-                yield span, known[count]
-    torch.set_num_threads(before)
 
 
 class RowStreamer:

@@ -20,11 +20,10 @@ rows; in bench_peers.py the same sums give 1.2 GB and 900 MB. Where the limit ki
 until it lives: a smaller batch takes the first prompts only. Each rate counts what was generated, so accelerate may
 generate fewer tokens (--peer-tokens), and no child may take longer than --timeout.
 
-Decoding begins when every row has its first token: its rate is the tokens that arrive later, by the seconds to the
-last one; what is before is the prefill. "Of the roofline": the share of these seconds that the target's products alone
-take, timed afterwards in the same process, for every pass with its number of tokens; none with routed experts. Then
---check-rows prompts are decoded in fp32, without a limit and with about half of the weights off memory: the exit status
-is 1 unless all give the same tokens.
+Decoding begins when every row has its first token: its rate is the tokens that arrive later, by the seconds to the last
+one; what is before is the prefill. "Of the roofline": the share of these seconds that the products of the same passes
+take alone, timed afterwards. Then --check-rows prompts are decoded in fp32, without a limit and with about half of the
+weights off memory: the exit status is 1 unless all give the same tokens.
 """
 
 import argparse

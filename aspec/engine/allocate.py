@@ -104,7 +104,8 @@ def assemble(resolved: Resolved) -> EngineMemory:
     use_threads(None if threads is None else threads.decode)  # for all that a model asks of torch while it opens
     if made.models.resolved.options.progress is not None:
         made.models.resolved.options.progress(MEASURE, 0, 0)
-    for model in (made.models.target, made.models.draft):
+    captured = resolved.kind is not None  # a device's recording of a draft step knows nothing of kernels
+    for model in (made.models.target, None if captured else made.models.draft):
         if model is not None and model.device.type == "cpu":
             model.prove_products()
     if resolved.kind is None:

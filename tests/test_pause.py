@@ -1,6 +1,8 @@
 """A layer waits at its experts, in a greenlet or recorded, and goes on with their result as if it had not waited."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -131,3 +133,21 @@ def test_layers_wait_on_several_threads(way):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+WITHOUT = """
+import sys
+sys.modules["greenlet"] = None
+import torch
+from aspec.models.experts.pause import abandon, call_experts, run_to_experts
+hidden, index = torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.long)
+layer = run_to_experts(lambda: call_experts(hidden * 2.0, index, torch.ones(2, 1)) + hidden)
+assert torch.equal(layer.resume(layer.hidden), hidden * 3.0)
+abandon()
+print("done")
+"""
+
+
+def test_the_package_may_be_missing():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "done\n", done.stderr

@@ -34,8 +34,7 @@ class Pause:
 
 def call_experts(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The call of a module whose experts are read on demand: only a paused layer may make it."""
-    own = None if greenlet is None else getcurrent()
-    if isinstance(own, _Layer):
+    if greenlet is not None and isinstance(own := getcurrent(), _Layer):
         made: torch.Tensor = own.parent.switch((hidden, index, weights))
         return made
     return call_recorded(hidden, index, weights)

@@ -173,8 +173,8 @@ async def open_transformers(job: Job) -> AsyncIterator[Peer]:
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         inputs = {"input_ids": torch.tensor(ids, device=job.device)}
         inputs["attention_mask"] = torch.tensor(mask, device=job.device)
-        how = {"max_new_tokens": num_tokens, "do_sample": False, "streamer": streamer, "pad_token_id": 0}
-        model.generate(**inputs, **how)
+        how = {"max_new_tokens": num_tokens, "streamer": streamer, "pad_token_id": 0}
+        model.generate(**inputs, **how, **contest.GREEDY)
         return streamer.arrivals
 
     async def facts() -> Record:

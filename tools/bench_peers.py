@@ -114,7 +114,7 @@ async def open_transformers(
 
     async def generate(prompt: list[int], num_tokens: int, arrivals: Arrivals) -> None:
         ids = torch.tensor([prompt], device=job.device)
-        how = {"max_new_tokens": num_tokens, "do_sample": False, "assistant_model": draft, "streamer": arrivals}
+        how = {"max_new_tokens": num_tokens, "assistant_model": draft, "streamer": arrivals, **contest.GREEDY}
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
 
     async def facts() -> Record:

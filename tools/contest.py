@@ -29,6 +29,10 @@ Column = tuple[str, str, float, int]
 """Of a table: key, title, unit, decimals."""
 
 
+GREEDY: Record = {"do_sample": False, "repetition_penalty": 1.0}
+"""How transformers generates, whatever the checkpoint's generation_config.json asks for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What any child is told; a benchmark's jobs say more."""

@@ -69,7 +69,7 @@ def test_the_formula_of_a_norm_is_found(rounded, offset, rows):
     module = Norm(rounded, offset)
     expected = module(rows)
     proven = routed(module)
-    assert proven._norm.keywords == {"eps": 1e-5, "rounded": rounded, "offset": offset}
+    assert proven.kernel.keywords == {"eps": 1e-5, "rounded": rounded, "offset": offset}
     made = module(rows)
     assert (made == expected).float().mean() > 0.99
     assert torch.allclose(made, expected, rtol=2**-7)
@@ -79,7 +79,7 @@ def test_the_formula_of_a_norm_is_found(rounded, offset, rows):
 @torch.inference_mode()
 def test_another_norm_keeps_its_forward(module, rows):
     expected = module(rows)
-    assert routed(module)._norm is None
+    assert routed(module).kernel is None
     assert torch.equal(module(rows), expected)
 
 
@@ -89,7 +89,7 @@ def test_two_norms_of_one_class_may_have_two_formulas(rows):
     expected = [own(rows) for own in several]
     found = route_elements(several)
     prove_elements(found)
-    assert [own._norm is not None for own in found] == [True, False, True, True]
+    assert [own.kernel is not None for own in found] == [True, False, True, True]
     for own, before in zip(several, expected, strict=True):
         assert torch.allclose(own(rows), before, rtol=2**-7)
 
@@ -152,7 +152,7 @@ def test_a_gate_is_proven_or_keeps_its_forward():
         expected = module(rows)
         found = routed(module)
         assert isinstance(found, RoutedGate)
-        assert found._gate is proven
+        assert (found.kernel is not None) is proven
         assert torch.allclose(module(rows), expected, rtol=0.05, atol=0.01)
 
 
@@ -163,7 +163,7 @@ def test_a_module_whose_forward_wants_more_is_left_alone():
             return super().forward(rows) * gate
 
     module = Gated()
-    assert routed(module)._norm is None
+    assert routed(module).kernel is None
     rows = torch.randn(2, WIDTH).bfloat16()
     assert torch.equal(module(rows, rows), Norm.forward(module, rows) * rows)
 

@@ -41,7 +41,7 @@ def products_of(target: str, plan: Plan, spans: Sequence[Span]) -> Iterator[tupl
         for span in spans:
             if span.task.op is Op.LAYER:
                 count = span.task.item.padded_tokens
-                known.setdefault(count, 0.0)
-                known[count] = known[count] or seconds(count)
+                if count not in known:
+                    known[count] = seconds(count)
                 yield span, known[count]
     torch.set_num_threads(before)

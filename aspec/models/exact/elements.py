@@ -6,9 +6,9 @@ Kernels compute every row by itself, so they serve exact steps and others.
 
 import copy
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,36 +32,44 @@ Rows = torch.Tensor
 Forward = Callable[..., torch.Tensor]
 
 
-class RoutedNorm:
-    """The forward of a norm by the mean of squares: a kernel where ``prove`` found the formula, else its own."""
+class Routed(ABC):
+    """What takes the place of a module's ``own`` function: a kernel, once ``prove`` has found one, else that."""
 
-    __slots__ = ("_eps", "_module", "_norm", "_own")
+    def __init__(self, module: nn.Module, own: Forward) -> None:
+        self._module, self._own = module, own
+        self.kernel: Forward | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """Modules of one kind compute the same."""
+        settings = (
+            (name, own) for name, own in vars(self._module).items() if isinstance(own, bool | int | float | str)
+        )
+        return type(self), type(self._module), repr(self._module), tuple(sorted(settings))
+
+    @abstractmethod
+    def prove(self) -> None:
+        """Find the kernel that gives the bits of the module's own function, if there is one."""
+
+
+class RoutedNorm(Routed):
+    """The forward of a norm by the mean of squares."""
 
     def __init__(self, module: nn.Module, eps: float) -> None:
-        self._own: Forward = module.forward
-        self._module, self._eps = module, eps
-        self._norm: Forward | None = None
+        super().__init__(module, module.forward)
+        self._eps = eps
 
     def __call__(self, rows: Rows, *rest: object, **named: object) -> Rows:
         """[..., W] -> [..., W]. A torch function mode sees one call of ``normed``."""
-        if self._norm is None or rest or named:
+        if self.kernel is None or rest or named:
             return self._own(rows, *rest, **named)
         return normed(rows, self)
 
     def compute(self, rows: Rows) -> Rows:
         """The same, when no mode looks on."""
         weight = self._module._parameters["weight"]
-        assert self._norm is not None, "a formula was found"
-        return self._norm(rows, weight) if _plain(rows) and _plain(weight) else self._own(rows)
-
-    @property
-    def kind(self) -> Hashable:
-        """Modules of one kind compute the same."""
-        return _kind(self._module)
-
-    def take(self, other: "RoutedNorm") -> None:
-        """Use what was proven of another one of the same kind."""
-        self._norm = other._norm
+        assert self.kernel is not None, "a formula was found"
+        return self.kernel(rows, weight) if _plain(rows) and _plain(weight) else self._own(rows)
 
     def prove(self) -> None:
         """Find the formula that gives the bits of the module's own forward, if there is one."""
@@ -77,36 +85,20 @@ class RoutedNorm:
         for rounded, offset in NORMS:
             kernel = partial(norm, eps=self._eps, rounded=rounded, offset=offset)
             if _same(kernel(rows, weight), expected):
-                self._norm = kernel
+                self.kernel = kernel
                 return
 
 
-class RoutedGate:
-    """The forward of a feed-forward layer with a gate: its activation and product in a kernel, if it is proven."""
-
-    __slots__ = ("_gate", "_module", "_own")
-
-    def __init__(self, module: nn.Module) -> None:
-        self._own: Forward = module.forward
-        self._module = module
-        self._gate = False
+class RoutedGate(Routed):
+    """The forward of a feed-forward layer with a gate: its activation and product in a kernel."""
 
     def __call__(self, rows: Rows, *rest: object, **named: object) -> Rows:
         """[..., H] -> [..., H]. A torch function mode sees the products, and one call of ``acted``."""
-        if not self._gate or rest or named or not _plain(rows):
+        if self.kernel is None or rest or named or not _plain(rows):
             return self._own(rows, *rest, **named)
         gate, up, down = (self._module.get_submodule(name) for name in GATE)
         made: Rows = down(acted(gate(rows), up(rows)))
         return made
-
-    @property
-    def kind(self) -> Hashable:
-        """Modules of one kind compute the same."""
-        return _kind(self._module)
-
-    def take(self, other: "RoutedGate") -> None:
-        """Use what was proven of another one of the same kind."""
-        self._gate = other._gate
 
     def prove(self) -> None:
         """Find out whether the module's own forward computes this."""
@@ -114,37 +106,24 @@ class RoutedGate:
         gate, up = _gate_and_factor((PROVEN_ROWS, _outputs(self._module)))
         given = dict(zip(GATE, map(_Given, (gate, up, None)), strict=True))
         module.__dict__["_modules"] = {**self._module._modules, **given}
-        self._gate = _same(gated(gate, up), _result(type(module).forward, module, gate))
+        self.kernel = acted if _same(gated(gate, up), _result(type(module).forward, module, gate)) else None
 
 
-class RoutedAct:
-    """What experts compute between their two products, from rows [n, 2 I]: a kernel, if it is proven."""
-
-    __slots__ = ("_gate", "_module", "_own", "width")
+class RoutedAct(Routed):
+    """What experts compute between their two products, from rows [n, 2 I]."""
 
     def __init__(self, module: nn.Module, experts: Experts) -> None:
-        down = module.get_parameter(experts.down)
-        self._own, self._module = experts.act, module
-        self.width = down.shape[1 if experts.transposed else 2]
-        self._gate = False
+        super().__init__(module, experts.act)
+        self.width = module.get_parameter(experts.down).shape[1 if experts.transposed else 2]
 
     def __call__(self, rows: Rows) -> Rows:
         """[n, 2 I] -> [n, I]."""
-        return acted(*rows.chunk(2, -1)) if self._gate and _plain(rows) else self._own(rows)
-
-    @property
-    def kind(self) -> Hashable:
-        """Modules of one kind compute the same."""
-        return _kind(self._module)
-
-    def take(self, other: "RoutedAct") -> None:
-        """Use what was proven of another one of the same kind."""
-        self._gate = other._gate
+        return acted(*rows.chunk(2, -1)) if self.kernel is not None and _plain(rows) else self._own(rows)
 
     def prove(self) -> None:
         """Find out whether the first half is a gate, and the second its factor."""
         gate, up = _gate_and_factor((PROVEN_ROWS, self.width))
-        self._gate = _same(gated(gate, up), _result(self._own, torch.cat([gate, up], 1)))
+        self.kernel = acted if _same(gated(gate, up), _result(self._own, torch.cat([gate, up], 1))) else None
 
 
 def normed(rows: Rows, norm: RoutedNorm) -> Rows:
@@ -181,9 +160,6 @@ class _Given(nn.Module):
         return rows if self._result is None else self._result
 
 
-Routed = RoutedNorm | RoutedGate | RoutedAct
-
-
 def route_elements(model: nn.Module) -> list[Routed]:
     """Give the norms and gates of ``model`` forwards that may use kernels, once after it is built."""
     found: list[Routed] = []
@@ -201,7 +177,7 @@ def route_elements(model: nn.Module) -> list[Routed]:
     return found
 
 
-def _routed(module: nn.Module) -> Routed | None:
+def _routed(module: nn.Module) -> RoutedNorm | RoutedGate | None:
     """What takes the place of the module's forward, if it is a norm or has a gate."""
     eps = [vars(module)[name] for name in EPS if isinstance(vars(module).get(name), float)]
     if eps and not module._modules and set(module._parameters) == {"weight"}:
@@ -211,7 +187,7 @@ def _routed(module: nn.Module) -> Routed | None:
     elif all(type(module._modules.get(name)) is nn.Linear for name in GATE):
         weight = module.get_parameter(f"{GATE[0]}.weight")
         if _fits(weight.dtype, _outputs(module)):
-            return RoutedGate(module)
+            return RoutedGate(module, module.forward)
     return None
 
 
@@ -225,22 +201,15 @@ def prove_elements(routed: list[Routed]) -> None:
     """Let those use kernels for which they are proven; without a compiler none does."""
     if not compiler():
         return
-    proven: dict[Hashable, Any] = {}
+    proven: dict[Hashable, Routed] = {}
     try:
         for own in routed:
-            if own.kind in proven:
-                own.take(proven[own.kind])
-            else:
+            known = proven.setdefault(own.kind, own)
+            if known is own:
                 own.prove()
-                proven[own.kind] = own
+            own.kernel = known.kernel
     except (ImportError, OSError, RuntimeError):  # a build of the package that this machine can not use
         return
-
-
-def _kind(module: nn.Module) -> Hashable:
-    """What two modules of the same forward may differ in."""
-    settings = ((name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str))
-    return type(module), repr(module), tuple(sorted(settings))
 
 
 def _result(forward: Callable[..., object], *given: object) -> object:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from aspec.errors import UserError
-from aspec.options import DEMO, EngineOptions
+from aspec.options import DEMO, SELF_DRAFT, EngineOptions
 from aspec.plan import Speculation
 from aspec.planning.resolve import (
+    COPY_DRAFT,
     DEMO_BUDGET_BYTES,
     FREE_NGRAM_DRAFT,
     MODEL_DRAFT,
@@ -31,6 +32,9 @@ PAIR = {"target": DEMO / "target", "draft": DEMO / "draft", "device": "cpu"}
         ({"target": "x", "num_draft_tokens": 8}, NGRAM_DRAFT),
         ({"target": "x", "speculation": "chain"}, NGRAM_DRAFT),
         ({"target": "x", "draft": "y"}, MODEL_DRAFT),
+        ({"target": "x", "draft": SELF_DRAFT}, COPY_DRAFT),
+        ({"draft": SELF_DRAFT, "speculation": "tree"}, COPY_DRAFT),
+        ({"draft": SELF_DRAFT, "speculation": "off"}, NO_DRAFT),
         ({"target": "x", "draft": "ngram"}, NGRAM_DRAFT),
         ({"target": "x", "draft": "ngram", "speculation": "off"}, NO_DRAFT),
         ({"target": "x", "draft": "y", "num_draft_tokens": 0}, NO_DRAFT),

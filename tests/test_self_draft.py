@@ -6,7 +6,8 @@ import torch
 import aspec
 from aspec.errors import UserError
 from aspec.options import SELF_DRAFT, EngineOptions, cache_folder
-from aspec.planning.footprint import read_models
+from aspec.plan import Speculation
+from aspec.planning.footprint import read_models, request_for
 from aspec.planning.resolve import resolve
 from aspec.preparing import self_draft as module
 from aspec.preparing.prepare import design, prepare
@@ -52,6 +53,16 @@ def test_the_copy_is_made_once_and_again_for_another_target(target, tmp_path, mo
         assert resolve(options).draft == first
     prepare(design(target), tmp_path / "other")
     assert module.self_draft(tmp_path / "other", lambda *_: None) != first
+
+
+def test_chains_are_its_form_unless_trees_are_asked_for(target):
+    def request(**options):
+        options = EngineOptions(target=target, draft=SELF_DRAFT, device_memory=24 << 20, **options)
+        return request_for(read_models(resolve(options, weights=False), outlined=True))
+
+    assert request().speculation is Speculation.CHAIN
+    assert request(max_batch=4, num_draft_tokens=6).speculation is Speculation.CHAIN
+    assert request(speculation="tree").speculation is Speculation.TREE
 
 
 def test_a_plan_makes_no_copy_and_counts_its_bytes(target):

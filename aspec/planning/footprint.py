@@ -200,11 +200,12 @@ def _capacity(models: Models) -> int:
 
 def _speculation(resolved: Resolved) -> dict[str, Any]:
     """The fields of a request for speculation; none if there is no draft."""
-    options, shapes = resolved.options, resolved.method.shapes
-    if not shapes or resolved.method.if_free:
+    options, method = resolved.options, resolved.method
+    if not method.shapes or method.if_free:
         return {}
-    many = options.speculation == "auto" and (options.max_batch or 1) > MOST_TREES
-    chain = (many or options.speculation == "chain") and Speculation.CHAIN in shapes
+    few_branches = method.agrees or (options.max_batch or 1) > MOST_TREES
+    asked = Speculation.CHAIN if options.speculation == "auto" and few_branches else options.speculation
+    chain = asked == Speculation.CHAIN and Speculation.CHAIN in method.shapes
     most = MAX_CHAIN if chain else MAX_TREE
     return {
         "speculation": Speculation.CHAIN if chain else Speculation.TREE,
@@ -212,8 +213,8 @@ def _speculation(resolved: Resolved) -> dict[str, Any]:
         "fixed_draft_tokens": options.num_draft_tokens,
         "max_draft_depth": options.draft_depth or MAX_DEPTH,
         "fixed_draft_depth": options.draft_depth,
-        "draft_ahead": options.draft_ahead and resolved.method.grows_ahead,
-        "from_text": not resolved.method.has_model,
+        "draft_ahead": options.draft_ahead and method.grows_ahead,
+        "from_text": not method.has_model,
     }
 
 

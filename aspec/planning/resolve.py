@@ -42,11 +42,12 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class DraftMethod:
-    """How tokens are proposed. The four methods follow as constants."""
+    """How tokens are proposed. The five methods follow as constants."""
 
     shapes: tuple[Speculation, ...]  # of proposals; empty: no proposals
     has_model: bool = False  # the method needs a draft checkpoint
     grows_ahead: bool = False  # trees can grow while the target verifies them
+    agrees: bool = False  # the draft is nearly always right, so that a chain is accepted and branches are not
     if_free: bool = (
         False  # nobody asked for it: the plan is made without it, and takes it where it costs almost nothing
     )
@@ -54,6 +55,7 @@ class DraftMethod:
 
 NO_DRAFT = DraftMethod(())
 MODEL_DRAFT = DraftMethod((Speculation.CHAIN, Speculation.TREE), has_model=True, grows_ahead=True)
+COPY_DRAFT = replace(MODEL_DRAFT, agrees=True)
 NGRAM_DRAFT = DraftMethod((Speculation.TREE,))  # the chain of an n-gram lookup is a tree with one branch
 FREE_NGRAM_DRAFT = DraftMethod((Speculation.TREE,), if_free=True)
 
@@ -126,6 +128,8 @@ def draft_method(options: EngineOptions) -> DraftMethod:
     """The draft method that the options select."""
     if options.num_draft_tokens == 0 or options.speculation == "off":
         return NO_DRAFT
+    if options.draft == SELF_DRAFT:
+        return COPY_DRAFT
     if options.draft != NGRAM and (options.draft is not None or options.target is None):
         return MODEL_DRAFT
     nothing_asked = options.draft is None and options.num_draft_tokens is None and options.speculation == "auto"

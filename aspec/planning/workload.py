@@ -265,8 +265,7 @@ def search_space(models: Models, hardware: Hardware, work: Workload) -> SearchSp
     """The values to try for each setting; one value if the user fixed it."""
     options = models.resolved.options
     rows = rows_for(work.num_prompts) if options.max_batch is None else (min(options.max_batch, work.num_prompts),)
-    can_move = hardware.h2d_bytes_per_s is not None and _can_attend_on_host(models.target)
-    can_move = can_move and models.on_demand is None
+    can_move = hardware.h2d_bytes_per_s is not None and models.on_demand is None and _can_attend_on_host(models.target)
     places = {"device": (COMPUTE,), "cpu": (CPU,), "auto": (COMPUTE, CPU) if can_move else (COMPUTE,)}
     return SearchSpace(
         rows=rows,

@@ -12,6 +12,7 @@ import torch
 import aspec
 from aspec.io.host_info import compiler
 from aspec.models.compiled import build as building
+from aspec.models.compiled import kernels
 from aspec.models.compiled import products as compiled
 from aspec.models.compiled.products import (
     compiled_int4_product,
@@ -89,8 +90,8 @@ def test_without_threads_the_bits_are_the_same(monkeypatch):
     rows, weight = torch.randn(5, 64).bfloat16(), torch.randn(50, 64).bfloat16()
     threaded = dense_product(rows, weight)
     monkeypatch.setattr(building.os, "name", "nt")
-    monkeypatch.setattr(compiled, "has_threads", building.has_threads.__wrapped__)
-    monkeypatch.setattr(compiled, "_dense", compiled._dense.__wrapped__)
+    monkeypatch.setattr(kernels, "has_threads", building.has_threads.__wrapped__)
+    monkeypatch.setattr(kernels, "dense", kernels.dense.__wrapped__)
     assert torch.equal(dense_product(rows, weight), threaded)
 
 
@@ -221,8 +222,8 @@ def test_whole_numbers_are_as_close_as_rows_in_bf16(block, bytes_at_once, monkey
     """The largest sums that 16 bits must hold, zeros, numbers of very different size, and one that is none."""
     if bytes_at_once and not building.multiplies_bytes():
         pytest.skip("a processor without the instruction")
-    monkeypatch.setattr(compiled, "multiplies_bytes", lambda: bytes_at_once)
-    monkeypatch.setattr(compiled, "_integers", compiled._integers.__wrapped__)
+    monkeypatch.setattr(kernels, "multiplies_bytes", lambda: bytes_at_once)
+    monkeypatch.setattr(kernels, "integers", kernels.integers.__wrapped__)
     sizes = Int4(128, 128, 32, block)
     scales = torch.stack([torch.rand(4, 128) + 0.5, torch.zeros(4, 128)], -1).bfloat16()
     given = torch.ones(9, 128)
@@ -283,9 +284,9 @@ def test_int4_products_are_compiled_where_that_is_faster_and_proven(name, own, m
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_kernels_for_other_processors_compute_the_same(lanes, monkeypatch):
     """Vectors of another length, which LLVM takes apart or puts together where this processor has none."""
-    monkeypatch.setattr(compiled, "vector_lanes", lambda: lanes)
-    for name in ("_dense", "_int4", "compile_attention"):
-        monkeypatch.setattr(compiled, name, getattr(compiled, name).__wrapped__)
+    monkeypatch.setattr(kernels, "vector_lanes", lambda: lanes)
+    for name in ("dense", "int4", "attention"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name).__wrapped__)
     rows, weight = torch.randn(7, 48).bfloat16(), torch.randn(61, 48).bfloat16()
     exact = rows.double() @ weight.double().t()
     assert torch.allclose(dense_product(rows, weight).double(), exact, rtol=2**-8, atol=1e-4)

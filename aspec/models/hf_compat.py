@@ -16,6 +16,7 @@ FutureWarning; 5.40 removes it.
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -285,3 +286,26 @@ def text_splits_of_gguf() -> frozenset[str]:
     except ImportError:
         return frozenset()
     return frozenset(GGUF_PRE_TOKENIZER_SPLITS)
+
+
+@dataclass(frozen=True)
+class KnownLayer:
+    """The functions of Llama's layer, and of its relatives whose attention is the same, or has norms in addition."""
+
+    layer: Callable[..., Any]
+    attentions: tuple[Callable[..., Any], ...]
+    attention_with_norms: Callable[..., Any]
+    rotary: Mapping[str, Callable[..., Any]]  # functions of the same names are in the module of every family
+
+
+@cache
+def known_layer() -> KnownLayer:
+    """What families' code is compared with."""
+    from transformers.models.llama import modeling_llama as llama
+    from transformers.models.mistral.modeling_mistral import MistralAttention
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    attentions = llama.LlamaAttention.forward, MistralAttention.forward, Qwen2Attention.forward
+    rotary = {"apply_rotary_pos_emb": llama.apply_rotary_pos_emb, "rotate_half": llama.rotate_half}
+    return KnownLayer(llama.LlamaDecoderLayer.forward, attentions, Qwen3Attention.forward, rotary)

@@ -212,6 +212,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._masks: dict[MaskKind, torch.Tensor] = {}
         self._added: dict[MaskKind, torch.Tensor] = {}
         self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
+        self._places: dict[object, torch.Tensor] = {}  # by strides, see ``places``
         self.attended: dict[int, ref[torch.Tensor]] = {}  # if offloaded, by layer: the new keys it attended to
         self.states: StatesOfStep | None = None  # None: no layer is recurrent
 
@@ -320,19 +321,39 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def store(self, layer: int, *states: torch.Tensor) -> None:
         """Store keys and values [B, H, T, D] of the new tokens."""
-        for storage, new in zip(self._storages(layer), states, strict=True):
+        for storage, new in zip(self.storages(layer), states, strict=True):
             if self._row_slice is not None and self._slot_slice is not None:
                 storage[self._row_slice, :, self._slot_slice] = new
             else:
                 storage[self._rows[:, None], :, self.slots] = new.transpose(1, 2)
 
+    def places(self, layer: int) -> tuple[int, torch.Tensor] | None:
+        """The step's first row, and where its tokens go in keys and values from there on: elements, int64 [B T, 2].
+
+        None if the rows do not follow one another, or if heads of keys and of values lie in other distances.
+        """
+        strides = [own.stride() for own in self.storages(layer)]
+        if self._row_slice is None or strides[0][1] != strides[1][1]:
+            return None
+        found = self._places.get(key := tuple(strides))
+        if found is None:
+            rows = torch.arange(len(self._starts))[:, None]
+            both = [rows * own[0] + self.slots * own[2] for own in strides]
+            found = self._places[key] = torch.stack(both, -1).view(-1, 2)
+        return self._row_slice.start, found
+
+    def written(self, layer: int) -> list[torch.Tensor]:
+        """Keys and values [B, H, T, D] of the new tokens, copied from the cache."""
+        return [own[self._rows[:, None], :, self.slots].transpose(1, 2) for own in self.storages(layer)]
+
     def stored(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, S, D] of the rows so far."""
         own = self._rows if self._row_slice is None else self._row_slice
-        keys, values = (storage[own, :, : self.high] for storage in self._storages(layer))
+        keys, values = (storage[own, :, : self.high] for storage in self.storages(layer))
         return keys, values
 
-    def _storages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def storages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [R, H, S + 1, D] of all rows; what is put into the last slot is not read."""
         keys, values = self.storage.keys[layer], self.storage.values[layer]
         assert keys is not None
         assert values is not None

@@ -8,7 +8,6 @@ progress at once. Callers run everything under ``torch.inference_mode``.
 """
 
 import itertools
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,10 +28,11 @@ from aspec.models.configuration.generation_defaults import end_ids
 from aspec.models.exact.attention import prove_attention
 from aspec.models.exact.modes import LayerModes
 from aspec.models.exact.products import prove_experts
+from aspec.models.exact.whole_layers import Step, WholeLayers
 from aspec.models.experts.layout import RoutedLayers, find_routed
 from aspec.models.experts.pause import run_to_experts
 from aspec.models.experts.running import ExpertRunner, RoutedItem
-from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of
+from aspec.models.formats.packed import Format, PackedWeight, StoredWeight, methods_of, packed_by_layer
 from aspec.models.formats.registry import format_of, open_weights, stored_weights
 from aspec.models.frame import Frame
 from aspec.models.hf_compat import experts_of
@@ -121,14 +121,14 @@ class Model:
         self._framed = Frame(self._frame, self.facts)
         self._linears = Linears(self._frame, self._layers_model, self._layers_name, bind_mixers(self._layers_model))
         self._modes = LayerModes()
+        self._whole = WholeLayers()
         self._tensors = choose_factors(self._tensors, self._linears, self.device, self.dtype, packed_products)
         self._binder = Binder(self._frame, self._layers_model, self._layers, self._linears)
         self._experts: ExpertRunner | None = None  # None: experts are weights of their layers
         text = self.config.get_text_config()
         self.num_layers = len(self._layers)
         self.vocab_size = int(text.vocab_size)
-        self.context = context_limit(text)
-        self.end_ids = end_ids(self.folder, text)
+        self.context, self.end_ids = context_limit(text), end_ids(self.folder, text)
 
     def _adapt(self, adapter: Adapter) -> None:
         """Add the weights of an adapter to those that it changes."""
@@ -165,11 +165,8 @@ class Model:
     @cached_property
     def packed(self) -> Mapping[int, tuple[PackedWeight, ...]]:
         """The packed weights by layer; an embedding or a head has the layer REST."""
-        found: dict[int, list[PackedWeight]] = defaultdict(list)
-        for entry in self._tensors.entries:
-            own = [weight for weight, _ in entry.sources if isinstance(weight, PackedWeight)]
-            found[layer_of(entry.name, self._layers_name)] += own
-        return {layer: tuple(own) for layer, own in found.items() if own}
+        name, entries = self._layers_name, self._tensors.entries
+        return packed_by_layer((layer_of(entry.name, name), entry.sources) for entry in entries)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -240,6 +237,7 @@ class Model:
         if self.facts.why_not_exact is None:
             prove_attention({shape for shape in self.kv_shapes() if shape is not None}, self.dtype)
         self._linears.prove()
+        self._whole.find(self._layers)
         for module in self._layers_model.modules():
             if (experts := experts_of(module)) is not None:
                 for name in (experts.up, experts.down):
@@ -287,8 +285,8 @@ class Model:
         if activation.step.offloaded:
             raise InternalError("a layer whose KV is in host memory must run split, from project to finish")
         self._binder.check(index)
-        with self._modes.of(index, activation.step):
-            activation.hidden = self._forward(index, activation)
+        step = Step(index, activation.hidden, activation.arguments[index], activation.step)
+        activation.hidden = self._whole.run(step, partial(self._by_modules, index, activation))
 
     @cached_property
     def split_bytes(self) -> tuple[int, int]:
@@ -370,6 +368,10 @@ class Model:
         if self._experts is None:
             raise InternalError("no experts are read on demand")
         return self._experts
+
+    def _by_modules(self, index: int, activation: Activation) -> torch.Tensor:
+        with self._modes.of(index, activation.step):
+            return self._forward(index, activation)
 
     def _forward(self, index: int, activation: Activation) -> torch.Tensor:
         """The hidden state [B, T, H] that a layer computes from an item's hidden state."""

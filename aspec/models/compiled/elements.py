@@ -1,12 +1,13 @@
-"""Kernels of single numbers and rows: the norm by the mean of squares, and the gate of a feed-forward layer.
+"""Kernels of single numbers and rows: norms by the mean of squares, gates, sums, and keys and queries that are turned.
 
 As transformers writes them they are up to eight calls of torch. Each runs over a few thousand numbers in a microsecond,
 and takes ten more where the weights of other layers have pushed everything else out of the caches.
 """
 
-from aspec.models.compiled.emit import F32, I16, I32, Kernel, Value, number
+from aspec.models.compiled.emit import F32, I16, I32, I64, Kernel, Loop, Value, number
 
 VANISHED = -100.0  # exponentials of smaller numbers count as 0
+VECTOR, TURNED = 16, 8  # numbers that are counted together; numbers of a head that are turned together
 CHAINS = 4  # sums of squares that run beside each other
 
 
@@ -74,6 +75,76 @@ def _gate(kernel: Kernel, rows: "list[Value]", place: Value) -> None:
     acted = kernel.narrowed(build.fdiv(numerator, build.fadd(kernel.numbers(1.0), power)))
     product = build.fmul(kernel.widened(acted), _wide(kernel, up, place))
     kernel.store(kernel.narrowed(product), kernel.at(made, place))
+
+
+def add_kernel(lanes: int, *, parallel: bool) -> str:
+    """``run(one, other, made, vectors, threads)``: sums of bf16 in so many vectors of 16 numbers, rounded."""
+    kernel = Kernel((I16, I16, I16), 1, lanes, parallel=parallel)
+    build, (one, other, made) = kernel.builder, kernel.pointers
+    with _vectors(kernel) as numbers:
+        total = build.fadd(_wide(kernel, one, numbers.index), _wide(kernel, other, numbers.index))
+        kernel.store(kernel.narrowed(total), kernel.at(made, numbers.index))
+    build.ret_void()
+    return str(kernel)
+
+
+def widen_kernel(lanes: int, *, parallel: bool) -> str:
+    """``run(rows, made, vectors, threads)``: bf16 as fp32, so many vectors of 16 numbers."""
+    kernel = Kernel((I16, F32), 1, lanes, parallel=parallel)
+    with _vectors(kernel) as numbers:
+        kernel.store(_wide(kernel, kernel.pointers[0], numbers.index), kernel.at(kernel.pointers[1], numbers.index))
+    kernel.builder.ret_void()
+    return str(kernel)
+
+
+def rotary_kernel(*, parallel: bool) -> str:
+    """``run(query, key, value, cos, sin, keys, values, places, tokens, heads, groups, width, stride, threads)``.
+
+    bf16: ``query`` [tokens, heads, width] is turned in place; ``key`` and ``value`` [tokens, groups, width] are put
+    into a cache, keys turned, where ``places`` int64 [tokens, 2] say; its heads are ``stride`` apart. ``cos`` and
+    ``sin`` [tokens, width]. x cos + rotate_half(x) sin, every result rounded (Su et al., arXiv 2104.09864); half of
+    ``width`` is a multiple of TURNED.
+    """
+    kernel = Kernel((I16,) * 7 + (I64,), 5, TURNED, parallel=parallel)
+    build, (query, key, value, cos, sin, keys, values, places) = kernel.builder, kernel.pointers
+    _, heads, groups, width, stride = kernel.counts
+    with kernel.loop(kernel.first, kernel.last, 1) as tokens:
+        angles = [kernel.at(own, build.mul(tokens.index, width)) for own in (cos, sin)]
+        with kernel.loop(number(0), heads, 1) as each:
+            own = kernel.at(query, build.mul(build.add(build.mul(tokens.index, heads), each.index), width))
+            _turn(kernel, own, own, angles, width)
+        pair = build.mul(tokens.index, number(2))
+        at_key, at_value = (build.load(kernel.at(places, pair, number(side))) for side in range(2))
+        with kernel.loop(number(0), groups, 1) as each:
+            start = build.mul(build.add(build.mul(tokens.index, groups), each.index), width)
+            head = build.mul(each.index, stride)
+            _turn(kernel, kernel.at(key, start), kernel.at(keys, at_key, head), angles, width)
+            with kernel.loop(number(0), width, TURNED) as numbers:
+                own = kernel.load(kernel.at(value, start, numbers.index), I16, TURNED)
+                kernel.store(own, kernel.at(values, at_value, head, numbers.index))
+    build.ret_void()
+    return str(kernel)
+
+
+def _turn(kernel: Kernel, row: Value, made: Value, angles: "list[Value]", width: Value) -> None:
+    """One head: the halves of its numbers are the sides of the planes that turn."""
+    build = kernel.builder
+    half = build.sdiv(width, number(2))
+    with kernel.loop(number(0), half, TURNED) as numbers:
+        sides = [numbers.index, build.add(numbers.index, half)]
+        one, other = (_wide(kernel, row, side) for side in sides)
+        for side, own, turned in ((sides[0], one, build.fneg(other)), (sides[1], other, one)):
+            parts = [
+                kernel.widened(kernel.narrowed(build.fmul(factor, _wide(kernel, angle, side))))
+                for factor, angle in zip((own, turned), angles, strict=True)
+            ]
+            kernel.store(kernel.narrowed(build.fadd(*parts)), kernel.at(made, side))
+
+
+def _vectors(kernel: Kernel) -> Loop:
+    """A loop over the numbers of vectors of 16, which are counted."""
+    first, last = (kernel.builder.mul(own, number(VECTOR)) for own in (kernel.first, kernel.last))
+    return kernel.loop(first, last, kernel.lanes)
 
 
 def _wide(kernel: Kernel, start: Value, *indices: Value) -> Value:

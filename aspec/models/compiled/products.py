@@ -8,7 +8,8 @@ from itertools import accumulate
 
 import torch
 
-from aspec.models.compiled.build import Compiled, build, has_threads, multiplies_bytes, multiplies_pairs, vector_lanes
+from aspec.models.compiled import kernels
+from aspec.models.compiled.build import multiplies_pairs
 from aspec.models.compiled.shapes import QUANTISED, ROWS
 from aspec.models.formats.int4.form import Int4
 from aspec.models.formats.int4.kernel import int4_product
@@ -22,7 +23,8 @@ LEAST_WORK = 1 << 18  # multiplications that pay for a second thread, which may 
 Int4Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Int4], torch.Tensor]
 """Rows bf16 [M, K], codes and scales of a weight of 4 bits and its sizes, to bf16 [M, N]."""
 
-_zero = torch.zeros(1)
+zero = torch.zeros(1)
+"""The bias of products that have none."""
 
 
 def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,11 +37,11 @@ def dense_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     pairs = inner % PAIRS == 0 and multiplies_pairs()
     given = (rows if pairs else rows.float()).contiguous()
     made = weight.new_empty((*rows.shape[:-1], outputs))
-    added, step = (_zero, 0) if bias is None else (bias.float(), 1)
+    added, step = (zero, 0) if bias is None else (bias.float(), 1)
     addresses = weight.data_ptr(), given.data_ptr(), added.data_ptr(), made.data_ptr()
     block = max(1, BLOCK_BYTES // (2 * inner))
-    threads = _threads(count * outputs * inner)
-    _dense(pairs)(*addresses, outputs, inner, count, block, step, threads)
+    threads = threads_for(count * outputs * inner)
+    kernels.dense(pairs)(*addresses, outputs, inner, count, block, step, threads)
     return made
 
 
@@ -56,8 +58,8 @@ def several_products(rows: torch.Tensor, counts: Sequence[int], weights: Sequenc
     places = (ctypes.c_int64 * number)(*(weight.data_ptr() for weight in weights))
     starts = (ctypes.c_int64 * (number + 1))(0, *accumulate(counts))
     addresses = ctypes.addressof(places), ctypes.addressof(starts), given.data_ptr(), made.data_ptr()
-    block, threads = max(1, BLOCK_BYTES // (2 * inner)), _threads(len(rows) * outputs * inner)
-    _several(pairs)(*addresses, number * outputs, outputs, inner, block, threads)
+    block, threads = max(1, BLOCK_BYTES // (2 * inner)), threads_for(len(rows) * outputs * inner)
+    kernels.several(pairs)(*addresses, number * outputs, outputs, inner, block, threads)
     return made
 
 
@@ -75,10 +77,10 @@ def attention(
 
     ``query`` bf16; the last dimension of all lies together. Raises ImportError without the compiler.
     """
-    kernel = compile_attention(key.shape[-1], value.shape[-1])
+    kernel = kernels.attention(key.shape[-1], value.shape[-1])
     addresses = [own.data_ptr() for own in (query, key, value, slots, sinks, records, made)]
-    threads = _threads(len(records) * ROWS * key.shape[2] * (key.shape[3] + value.shape[3]))
-    kernel(*addresses, len(records), key.stride(2), value.stride(2), _bits(scale), threads)
+    threads = threads_for(len(records) * ROWS * key.shape[2] * (key.shape[3] + value.shape[3]))
+    kernel(*addresses, len(records), key.stride(2), value.stride(2), float_bits(scale), threads)
 
 
 def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, *, rounded: bool, offset: bool) -> torch.Tensor:
@@ -91,8 +93,8 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, *, rounded: bool,
     made, width = torch.empty_like(given), rows.shape[-1]
     count = given.numel() // width
     addresses = given.data_ptr(), weight.data_ptr(), made.data_ptr()
-    threads = _threads(count * width * PER_NUMBER)
-    _norm()(*addresses, count, width, _bits(eps), rounded, offset, threads)
+    threads = threads_for(count * width * PER_NUMBER)
+    kernels.norm()(*addresses, count, width, float_bits(eps), rounded, offset, threads)
     return made
 
 
@@ -105,66 +107,30 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     flat = [own.reshape(-1, width) for own in (gate, up)]  # views of the halves of one tensor, too
     gate, up = (own if own.stride(1) == 1 else own.contiguous() for own in flat)
     addresses = gate.data_ptr(), up.data_ptr(), made.data_ptr()
-    _gate()(*addresses, len(gate), width, gate.stride(0), up.stride(0), _threads(made.numel() * PER_NUMBER))
+    kernels.gate()(*addresses, len(gate), width, gate.stride(0), up.stride(0), threads_for(made.numel() * PER_NUMBER))
     return made
 
 
 @cache
-def _bits(value: float) -> int:
+def float_bits(value: float) -> int:
     """The bits of a number in fp32."""
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
-def _threads(work: int) -> int:
+def threads_for(work: int) -> int:
     """The threads for so many multiplications: one or all, as teams of many sizes would start threads anew."""
     return torch.get_num_threads() if work >= LEAST_WORK else 1
-
-
-@cache
-def compile_attention(width: int, value_width: int) -> Compiled:
-    """The kernel for heads of such widths: compiled once, in about half a second."""
-    from aspec.models.compiled.attention import attention_kernel
-
-    return build(attention_kernel(vector_lanes(), width, value_width, parallel=has_threads()), 7, 4)
 
 
 def compile_now(sizes: Int4 | None = None, *, integers: bool = False, experts: bool = False) -> None:
     """Compile the kernel of weights in bf16, of ``experts`` or of such ``sizes``, before a pass waits for it."""
     if sizes is None:
-        (_several if experts else _dense)(multiplies_pairs())
+        (kernels.several if experts else kernels.dense)(multiplies_pairs())
     elif integers:
-        _quantise()
-        _integers(sizes.block)
+        kernels.quantise()
+        kernels.integers(sizes.block)
     else:
-        _int4(sizes.block)
-
-
-@cache
-def _several(pairs: bool) -> Compiled:
-    from aspec.models.compiled.dense import several_kernel
-
-    return build(several_kernel(vector_lanes(), pairs=pairs, parallel=has_threads()), 4, 4)
-
-
-@cache
-def _norm() -> Compiled:
-    from aspec.models.compiled.elements import norm_kernel
-
-    return build(norm_kernel(vector_lanes(), parallel=has_threads()), 3, 5)
-
-
-@cache
-def _gate() -> Compiled:
-    from aspec.models.compiled.elements import gate_kernel
-
-    return build(gate_kernel(vector_lanes(), parallel=has_threads()), 3, 4)
-
-
-@cache
-def _dense(pairs: bool) -> Compiled:
-    from aspec.models.compiled.dense import dense_kernel
-
-    return build(dense_kernel(vector_lanes(), pairs=pairs, parallel=has_threads()), 4, 5)
+        kernels.int4(sizes.block)
 
 
 def compiled_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
@@ -175,8 +141,8 @@ def compiled_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch
     (count, inner), outputs = rows.shape, sizes.rows
     wide, made = rows.float().contiguous(), rows.new_empty(count, outputs)
     addresses = codes.data_ptr(), scales.data_ptr(), wide.data_ptr(), made.data_ptr()
-    threads = _threads(count * outputs * inner)
-    _int4(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
+    threads = threads_for(count * outputs * inner)
+    kernels.int4(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
     return made
 
 
@@ -188,34 +154,13 @@ def integer_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.
     planes = scratch.data_ptr()
     scales_at = planes + 2 * count * inner
     quantised = planes, scales_at, scales_at + 4 * blocks
-    _quantise()(given.data_ptr(), *quantised, blocks, _threads(count * inner))
+    kernels.quantise()(given.data_ptr(), *quantised, blocks, threads_for(count * inner))
     addresses = codes.data_ptr(), scales.data_ptr(), *quantised, made.data_ptr()
-    threads = _threads(count * outputs * inner)
-    _integers(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
+    threads = threads_for(count * outputs * inner)
+    kernels.integers(sizes.block)(*addresses, outputs // sizes.block, inner, count, sizes.group, threads)
     return made
 
 
 def torch_int4_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sizes: Int4) -> torch.Tensor:
     """The same by torch's own kernel."""
     return int4_product(rows.contiguous(), codes, scales, sizes.group)
-
-
-@cache
-def _int4(block: int) -> Compiled:
-    from aspec.models.compiled.int4 import int4_kernel
-
-    return build(int4_kernel(vector_lanes(), block, parallel=has_threads()), 4, 4)
-
-
-@cache
-def _quantise() -> Compiled:
-    from aspec.models.compiled.int4_integers import quantise_kernel
-
-    return build(quantise_kernel(parallel=has_threads()), 4, 1)
-
-
-@cache
-def _integers(block: int) -> Compiled:
-    from aspec.models.compiled.int4_integers import integer_kernel
-
-    return build(integer_kernel(block, multiplies_bytes=multiplies_bytes(), parallel=has_threads()), 6, 4)

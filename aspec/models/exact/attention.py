@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from aspec.models.compiled.products import compile_attention
+from aspec.models.compiled import kernels
 from aspec.models.exact.compiled_attention import OTHERWISE, attend_compiled, attention_kind
 from aspec.models.exact.flash import Inputs, attend_with_flash, flash_recipe
 from aspec.models.exact.known_recipes import recipe_for
@@ -32,7 +32,7 @@ def prove_attention(shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype) 
     for groups, width, value_width in shapes:
         states = (torch.empty(1, groups, 1, own, dtype=dtype, device="meta") for own in (width, value_width))
         if recipe_for(attention_kind(*states)).compiled:
-            compile_attention(width, value_width)
+            kernels.attention(width, value_width)
 
 
 def attend_by_paths(

@@ -67,8 +67,13 @@ def attend_compiled(
         size = min(BLOCK_TOKENS, tokens - first)
         threads = torch.get_num_threads()
         layout = Layout(*strides, heads, key.shape[1], first, size, scoring.sinks is not None, threads)
-        records, slots = paths[0].kept(layout, lambda layout=layout: _records(paths, layout))  # type: ignore[misc]
+        records, slots = told(paths, layout)
         attention(query, key, value, slots, sinks, records, scoring.scale, output)
+
+
+def told(paths: Sequence[Paths], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Records, int64 [items, RECORD], and the slots that they tell, int64; kept for all layers while they are few."""
+    return paths[0].kept(layout, lambda: _records(paths, layout))
 
 
 def _sinks(sinks: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,6 @@ from aspec.io.host_info import compiler
 from aspec.models.compiled.products import INNER, dense_product
 from aspec.models.exact.row_probe import (
     OPERATIONS,
-    SMALLEST_WEIGHT,
     Operands,
     ProductKind,
     kind_operands,
@@ -21,6 +20,7 @@ from aspec.models.exact.row_probe import (
     share_of_seconds,
 )
 
+SMALLEST_WEIGHT = 64 * 128  # elements; smaller ones are of no model that anybody waits for
 TIMED = (1, 16, 64)  # rows of products that are timed
 FASTER = 0.95  # compiled products are used if they take at most this share of the seconds, in the geometric mean
 TIMED_WEIGHTS = 1 << 20  # of a weight that is timed

@@ -7,8 +7,9 @@ Kernels compute every row by itself, so they serve exact steps and others.
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,16 @@ class RoutedNorm(Routed):
         if self.kernel is None or rest or named:
             return self._own(rows, *rest, **named)
         return normed(rows, self)
+
+    @property
+    def formula(self) -> dict[str, Any]:
+        """The settings of its kernel; empty if there is none."""
+        return self.kernel.keywords if isinstance(self.kernel, partial) else {}
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter | None]:
+        """Those of the module, with its weight."""
+        return self._module._parameters
 
     def compute(self, rows: Rows) -> Rows:
         """The same, when no mode looks on."""

@@ -78,6 +78,11 @@ def matmul_mode(step: StepCache) -> contextlib.AbstractContextManager[object]:
     return ExactProducts() if step.exact else contextlib.nullcontext()
 
 
+def bare_step(step: StepCache) -> contextlib.AbstractContextManager[object]:
+    """The same where only linear modules that are ``routed`` compute."""
+    return ExactStep() if step.exact else contextlib.nullcontext()
+
+
 class LayerModes:
     """The cheapest context in which each layer of a model computes its products: exact in exact steps, else fast.
 
@@ -95,7 +100,7 @@ class LayerModes:
         key = step.exact, layer, half, step.position_ids.shape[1] == 1
         if key not in self._bare or key[:3] in self._needs_mode:
             return self._learn(key)
-        return ExactStep() if step.exact else contextlib.nullcontext()
+        return bare_step(step)
 
     @contextlib.contextmanager
     def _learn(self, key: tuple[bool, int, str, bool]) -> Iterator[None]:

@@ -13,12 +13,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from aspec.models.compiled.factor import Factor, dense_factor, int4_factor
 from aspec.models.compiled.products import compile_now, dense_product, several_products
 from aspec.models.exact.blocks import Product, in_blocks, pack
 from aspec.models.exact.int4_panels import panel_product
@@ -35,6 +37,14 @@ _thread = threading.local()  # .exact: whether this thread is in an exact step
 def set_exact(exact: bool) -> None:
     """Say whether this thread is in an exact step."""
     _thread.exact = exact
+
+
+class Operand(NamedTuple):
+    """A weight for a kernel."""
+
+    factor: Factor
+    first: int  # the address of its numbers or codes
+    second: int  # and of its scales or its bias; 0: it has none
 
 
 # -- linear modules ------------------------------------------------------------------------------------------
@@ -61,10 +71,28 @@ class RoutedLinear:
         table = self._table
         return multiply(rows, table["weight"], table["bias"], self.packed, self.recipe)  # type: ignore[arg-type]
 
-    def prove(self) -> None:
-        """Prove the recipe of the weight's kind now, bound or not: a probe takes memory, later there may be less."""
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, or what stands in its place."""
         weight = self._table["weight"]
         assert weight is not None, "a linear module has a weight"
+        return weight
+
+    def operand(self, count: int) -> Operand | None:
+        """What a kernel multiplies so many rows by in a step of this thread; None: another way is taken."""
+        own, weight, bias = self.packed, self.weight, self._table["bias"]
+        if own is not None:
+            many = count >= own.from_rows and not getattr(_thread, "exact", False)
+            return None if many or bias is not None else own.operand
+        recipe = self.recipe
+        if recipe is None or not recipe.compiled or not weight.is_contiguous() or weight.is_meta:
+            return None
+        factor = dense_factor(*weight.shape, biased=bias is not None)
+        return Operand(factor, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+
+    def prove(self) -> None:
+        """Prove the recipe of the weight's kind now, bound or not: a probe takes memory, later there may be less."""
+        weight = self.weight
         if self.sizes is not None:
             _ready(int4_kind(self.sizes, torch.get_num_threads()), self.sizes)
             _panels(self.sizes)
@@ -79,8 +107,7 @@ class RoutedLinear:
         Returns whether there is one. In place of the plain weight stands a tensor of the same shape without memory,
         whose numbers are not numbers: code that reads it would be noticed.
         """
-        weight, bias = self._table["weight"], self._table["bias"]
-        assert weight is not None, "a linear module has a weight"
+        weight, bias = self.weight, self._table["bias"]
         packing = _recipe("linear", weight, bias).packing
         if packing is None or not packing.faster:
             return False
@@ -90,8 +117,7 @@ class RoutedLinear:
 
     def take(self, sizes: Int4, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Multiply by this weight in 4 bits from now on, see ``formats/int4/form.py``."""
-        table, weight = self._table, self._table["weight"]
-        assert weight is not None, "a linear module has a weight"
+        table, weight = self._table, self.weight
 
         def product(rows: torch.Tensor) -> torch.Tensor:
             return biased(multiplied(rows, codes, scales, sizes))
@@ -106,13 +132,14 @@ class RoutedLinear:
         from_rows, dtype = _panels(sizes)
         recipe = recipe_for(int4_kind(sizes, torch.get_num_threads()))
         multiplied = int4_product_of(recipe)
-        self.packed = PackedWeight(product, recipe, in_panels, from_rows)
+        factor = int4_factor(sizes, integers=recipe.integers) if recipe.compiled else None
+        operand = None if factor is None else Operand(factor, codes.data_ptr(), scales.data_ptr())
+        self.packed = PackedWeight(product, recipe, in_panels, from_rows, operand)
         self._replace(weight)
 
     def drop(self) -> None:
         """Put the weight back on meta after ``take``."""
-        weight, self.packed = self._table["weight"], None
-        assert weight is not None, "a linear module has a weight"
+        weight, self.packed = self.weight, None
         self._table["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
 
     def _replace(self, weight: torch.Tensor) -> None:
@@ -131,6 +158,7 @@ class PackedWeight:
     recipe: Recipe
     of_many: Product | None = None
     from_rows: int = NEVER  # the least number of rows for ``of_many``
+    operand: Operand | None = None  # of a kernel that computes it
 
 
 def route(model: nn.Module) -> dict[str, RoutedLinear]:

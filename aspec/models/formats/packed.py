@@ -83,6 +83,17 @@ def methods_of(weights: Iterable[PackedWeight]) -> tuple[str, ...]:
     return tuple(method for method, _ in nbytes.most_common())
 
 
+def packed_by_layer(
+    sources: Iterable[tuple[int, Iterable[tuple[StoredWeight, object]]]],
+) -> dict[int, tuple[PackedWeight, ...]]:
+    """The packed weights among the ``sources`` of tensors, which come with their layers."""
+    found: dict[int, list[PackedWeight]] = {}
+    for layer, several in sources:
+        if packed := [weight for weight, _ in several if isinstance(weight, PackedWeight)]:
+            found.setdefault(layer, []).extend(packed)
+    return {layer: tuple(own) for layer, own in found.items()}
+
+
 class Kind(Enum):
     """What a weight is in its model: methods choose by it which weights they pack."""
 

@@ -1,5 +1,8 @@
 """The calls of a program on rows in bf16: their arguments, where the rows lie, and the threads that they are worth."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from aspec.models.compiled import kernels
 from aspec.models.compiled.factor import Factor
 from aspec.models.compiled.products import BLOCK_BYTES, PER_NUMBER, threads_for, zero
@@ -15,12 +18,21 @@ class Calls:
 
     def __init__(self, program: Program, count: int, scratch: str) -> None:
         self._program, self._count, self._scratch = program, count, scratch
+        self._used = 0
         self.nbytes = 0  # of scratch
 
     def area(self, numbers: int, size: int = 2) -> Argument:
         """Memory for so many numbers of ``size`` bytes."""
-        start, self.nbytes = self.nbytes, self.nbytes + -(-numbers * size // LINE) * LINE
+        start, self._used = self._used, self._used + -(-numbers * size // LINE) * LINE
+        self.nbytes = max(self.nbytes, self._used)
         return self._scratch, start
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """The memory that is asked for inside serves others after it."""
+        used = self._used
+        yield
+        self._used = used
 
     def norm(
         self, rows: Argument, weight: Argument, made: Argument, count: int, width: int, settings: tuple[int, int, int]
@@ -36,7 +48,8 @@ class Calls:
 
     def add(self, one: Argument, other: Argument, made: Argument, width: int) -> None:
         """Sums of bf16."""
-        self._program.call(kernels.add(), one, other, made, self._count * width // VECTOR, 1)
+        numbers = self._count * width
+        self._program.call(kernels.add(), one, other, made, numbers // VECTOR, threads_for(numbers))
 
     def forms(self, rows: Argument, width: int, factors: "list[Factor]") -> "dict[str, tuple[Argument, ...]]":
         """The rows in the forms in which the factors take them."""
@@ -45,7 +58,7 @@ class Calls:
         for form in {factor.form for factor in factors} - {"plain"}:
             if form == "wide":
                 found[form] = (self.area(numbers, 4),)
-                self._program.call(kernels.widen(), rows, *found[form], numbers // VECTOR, 1)
+                self._program.call(kernels.widen(), rows, *found[form], numbers // VECTOR, threads_for(numbers))
             else:
                 blocks = numbers // QUANTISED
                 found[form] = (self.area(2 * numbers, 1), self.area(blocks, 4), self.area(blocks, 4))

@@ -6,7 +6,7 @@ from functools import lru_cache
 from aspec.models.compiled import kernels
 from aspec.models.compiled.calls import Calls
 from aspec.models.compiled.factor import Factor
-from aspec.models.compiled.products import float_bits
+from aspec.models.compiled.products import PER_NUMBER, float_bits, threads_for
 from aspec.models.compiled.program import Argument, Program
 from aspec.models.exact.compiled_attention import NO_SINK
 from aspec.models.exact.layer_code import LINEARS, NORMS, Shape
@@ -46,8 +46,8 @@ class _Layer:
         hidden, inner = shape.hidden, self.factors["up"].outputs
         rows, summed = calls.area(count * hidden), calls.area(count * hidden)
         self._norm(0, ("in", 0), rows, count, hidden)
-        mixed = self._attend(rows, strides)
-        self._multiply(mixed, o=rows)
+        with calls.passing():
+            self._attend(rows, strides)
         calls.add(("in", 0), rows, summed, hidden)
         self._norm(1, summed, rows, count, hidden)
         gate, up = calls.area(count * inner), calls.area(count * inner)
@@ -56,8 +56,8 @@ class _Layer:
         self._multiply(gate, down=rows)
         calls.add(summed, rows, ("out", 0), hidden)
 
-    def _attend(self, rows: Argument, strides: Strides) -> Argument:
-        """Attention of the normed rows, up to its last product; new keys and values are put into the cache."""
+    def _attend(self, rows: Argument, strides: Strides) -> None:
+        """Attention of the normed rows, in their place; new keys and values are put into the cache."""
         shape, calls, count = self.shape, self.calls, self.count
         heads, groups, width = shape.heads, shape.groups, shape.width
         query, mixed = (calls.area(count * heads * width) for _ in range(2))
@@ -68,11 +68,12 @@ class _Layer:
             self._norm(3, key, key, count * groups, width)
         cos, sin, keys, values, places, slots, records, items, threads = ((name, 0) for name in GIVEN[2:-1])
         turned = query, key, value, cos, sin, keys, values, places
-        self.program.call(kernels.rotary(), *turned, count, heads, groups, width, strides[0], 1)
+        turning = threads_for(count * (heads + groups) * width * PER_NUMBER)
+        self.program.call(kernels.rotary(), *turned, count, heads, groups, width, strides[0], turning)
         attended = query, keys, values, slots, NO_SINK.data_ptr(), records, mixed
         scale = float_bits(shape.scale)
         self.program.call(kernels.attention(width, width), *attended, items, *strides[1:], scale, threads)
-        return mixed
+        self._multiply(mixed, o=rows)
 
     def _norm(self, place: int, rows: Argument, made: Argument, count: int, width: int) -> None:
         formula = self.shape.formulas[place]
@@ -82,6 +83,7 @@ class _Layer:
     def _multiply(self, rows: Argument, **made: Argument) -> None:
         """The rows times some of LINEARS, by name: where the results go."""
         factors = [self.factors[name] for name in made]
-        forms = self.calls.forms(rows, factors[0].inner, factors)
-        for (name, place), factor in zip(made.items(), factors, strict=True):
-            self.calls.product(forms, factor, name, place)
+        with self.calls.passing():
+            forms = self.calls.forms(rows, factors[0].inner, factors)
+            for (name, place), factor in zip(made.items(), factors, strict=True):
+                self.calls.product(forms, factor, name, place)

@@ -127,7 +127,7 @@ def test_a_program_with_other_bits_is_not_used(fault, tmp_path, monkeypatch):
             layer.shape = replace(layer.shape, formulas=(Formula(0.1, rounded=True, offset=False),) * 2)
         write(layer, strides)
         if fault == "half a layer":
-            del layer.program._values[-5:], layer.program._added[-5:]
+            del layer.program._calls[-5:]
 
     monkeypatch.setattr(layer_program._Layer, "write", wrong)
     engine = engine_of(tiny.build(tmp_path, "llama"))
@@ -138,12 +138,15 @@ def test_a_program_with_other_bits_is_not_used(fault, tmp_path, monkeypatch):
 def test_larger_steps_and_rows_apart_run_by_modules(tmp_path, monkeypatch):
     engine = engine_of(tiny.build(tmp_path, "llama"))
     engine.decode(engine.make_cache(1), 0, 5)
-    layer, calls = engine.model._whole._layers[0], []
-    monkeypatch.setattr(type(layer), "_run", lambda *_: calls.append(1))
+    kind, made = type(engine.model._whole._layers[0]), []
+    compute = kind.compute
+    monkeypatch.setattr(kind, "compute", lambda layer, step: made.append(compute(layer, step)) or made[-1])
     cache = engine.make_cache(3, capacity=400)
     engine.run([[5] * 300], cache.step([0], [0], [300]))
     engine.run([[5], [6]], cache.step([0, 2], [300, 0], [1, 1]))
-    assert not calls
+    assert made == [None] * (2 * engine.model.num_layers)
+    engine.run([[5], [6]], cache.step([0, 1], [301, 0], [1, 1]))
+    assert None not in made[2 * engine.model.num_layers :]
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
@@ -185,7 +188,8 @@ def test_a_program_passes_numbers_and_addresses():
     start = program.ready()
     for _ in range(2):
         one, made = torch.randn(32).bfloat16(), torch.zeros(16).bfloat16()
-        start([one.data_ptr(), made.data_ptr(), 1])
+        values = torch.tensor([0, one.data_ptr(), made.data_ptr(), 1])
+        start(values.data_ptr())
         assert torch.equal(made, one[:16] + one[16:] + one[:16])
     with pytest.raises(ValueError, match=f"at most {MOST_ARGUMENTS} arguments"):
         program.call(kernels.add(), *[0] * (MOST_ARGUMENTS + 1))

@@ -309,3 +309,36 @@ def known_layer() -> KnownLayer:
     attentions = llama.LlamaAttention.forward, MistralAttention.forward, Qwen2Attention.forward
     rotary = {"apply_rotary_pos_emb": llama.apply_rotary_pos_emb, "rotate_half": llama.rotate_half}
     return KnownLayer(llama.LlamaDecoderLayer.forward, attentions, Qwen3Attention.forward, rotary)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """The functions of Llama's model with its head, and of the models below it that make no more than masks of it."""
+
+    forward: Callable[..., Any]
+    bases: tuple[Callable[..., Any], ...]
+
+
+@cache
+def known_model() -> KnownModel:
+    """What families' code is compared with."""
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+    from transformers.models.mistral.modeling_mistral import MistralModel
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+    bases = LlamaModel.forward, MistralModel.forward, Qwen2Model.forward, Qwen3Model.forward
+    return KnownModel(LlamaForCausalLM.forward, bases)
+
+
+def same_code(one: Callable[..., Any] | None, other: Callable[..., Any]) -> bool:
+    """Whether two functions do the same with what they are given: their code is equal, apart from the docstring."""
+    if one is None:
+        return False
+    codes = [inspect.unwrap(own).__code__ for own in (one, other)]
+    first, second = ((own.co_code, own.co_names, own.co_varnames, _constants(own.co_consts)) for own in codes)
+    return first == second
+
+
+def _constants(values: tuple[object, ...]) -> list[object]:
+    return [own for own in values if not (isinstance(own, str) and "\n" in own)]

@@ -10,6 +10,7 @@ committed tokens, and log the nodes after them.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 from weakref import ref
 
 import torch
@@ -213,6 +214,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._added: dict[MaskKind, torch.Tensor] = {}
         self._paths: dict[MaskKind, tuple[Paths, ...]] = {}
         self._places: dict[object, torch.Tensor] = {}  # by strides, see ``places``
+        self.told: dict[object, Any] = {}  # what is made once for the layers of a step (``exact/whole_layers.py``)
         self.attended: dict[int, ref[torch.Tensor]] = {}  # if offloaded, by layer: the new keys it attended to
         self.states: StatesOfStep | None = None  # None: no layer is recurrent
 

@@ -37,7 +37,7 @@ from aspec.models.formats.registry import format_of, open_weights, stored_weight
 from aspec.models.frame import Frame
 from aspec.models.hf_compat import experts_of
 from aspec.models.kv_cache import KVShape, StepCache
-from aspec.models.layer_arguments import fill_in, frame_mask
+from aspec.models.layer_arguments import fill_in
 from aspec.models.probing.facts import ModelFacts, OffloadFacts
 from aspec.models.probing.layers import examine
 from aspec.models.probing.split import examine_offload, examine_split
@@ -118,8 +118,8 @@ class Model:
             self._adapt(Adapter.open(adapter))
         self._frame = build_skeleton(self.config, self.dtype, self.device)
         give_up(self._frame, self.facts.unused, self.device)  # towers that text does not enter
-        self._framed = Frame(self._frame, self.facts)
         self._linears = Linears(self._frame, self._layers_model, self._layers_name, bind_mixers(self._layers_model))
+        self._framed = Frame(self._frame, self.facts)
         self._modes = LayerModes()
         self._whole = WholeLayers()
         self._tensors = choose_factors(self._tensors, self._linears, self.device, self.dtype, packed_products)
@@ -249,7 +249,7 @@ class Model:
         Returns the bindings whose bytes of the part's buffer are not read any more. Call it with the threads that
         compute. The reordered weights need as much memory as these bytes, one weight more while it runs.
         """
-        return self._linears.pack(part)
+        return self._binder.pack(part)
 
     def unbind(self, part: Part) -> None:
         """Put the part's parameters back on meta: its layer raises InternalError until the next ``bind``."""
@@ -273,9 +273,8 @@ class Model:
         """
         if input_ids.shape != step.position_ids.shape:
             raise InternalError(f"tokens {list(input_ids.shape)} do not fit positions {list(step.position_ids.shape)}")
-        given = step.position_ids, frame_mask(self.facts, step)
-        positions, mask = (self._on_layers_device(step, own) for own in given)
-        calls = self._framed.prologue(input_ids, positions, mask, step)
+        positions = self._on_layers_device(step, step.position_ids)
+        calls = self._framed.prologue(input_ids, positions, step)
         hidden = calls[0][self.facts.layers[0].parameters[0]]
         fill_in(self.facts, calls, step)
         return Activation(step, input_ids, hidden, calls)
@@ -285,7 +284,7 @@ class Model:
         if activation.step.offloaded:
             raise InternalError("a layer whose KV is in host memory must run split, from project to finish")
         self._binder.check(index)
-        step = Step(index, activation.hidden, activation.arguments[index], activation.step)
+        step = Step(index, activation.hidden, activation.arguments[index], activation.step, self._binder.version(index))
         activation.hidden = self._whole.run(step, partial(self._by_modules, index, activation))
 
     @cached_property
@@ -389,8 +388,7 @@ class Model:
             rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
             hidden = hidden[rows, keep] if self.facts.rows_first else hidden[..., rows, keep, :]
             ids, positions = ids.gather(1, keep), positions.gather(1, keep)
-        mask = self._on_layers_device(step, frame_mask(self.facts, step, ids.shape[1]))  # only its shape must fit
-        logits = self._framed.epilogue(hidden, ids, positions, mask, step)
+        logits = self._framed.epilogue(hidden, ids, positions, step)
         if logits.is_meta:
             raise InternalError("the head runs while the resident part of the model is not bound")
         return logits

@@ -28,52 +28,51 @@ class Program:
 
     def __init__(self, names: Sequence[str]) -> None:
         """``names``: of the values that are known when it runs."""
-        self._places = {name: place for place, name in enumerate(names, 1)}  # 0: no value
-        self._added: list[list[int]] = []
-        self._values: list[list[int]] = []
+        self._places = {name: place for place, name in enumerate(("", *names))}
+        self._calls: list[list[tuple[int, int]]] = []  # for each argument the place of a value, and what is added to it
 
     def call(self, kernel: Kernel, *arguments: Argument) -> None:
         """Add a call; raises ValueError for too many arguments."""
         if len(arguments) > MOST_ARGUMENTS:
             raise ValueError(f"a kernel takes at most {MOST_ARGUMENTS} arguments, found {len(arguments)}")
-        address = ctypes.cast(kernel, ctypes.c_void_p).value  # type: ignore[arg-type]
-        parts = [("", own) if isinstance(own, int) else own for own in (address or 0, *arguments)]
-        parts += [("", 0)] * (RECORD - len(parts))
-        self._values.append([self._places[name] if name else 0 for name, _ in parts])
-        self._added.append([added for _, added in parts])
+        address = ctypes.cast(kernel, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+        named = [("", own) if isinstance(own, int) else own for own in (address, *arguments)]
+        named += [("", 0)] * (RECORD - len(named))
+        self._calls.append([(self._places[name], added) for name, added in named])
 
-    def ready(self) -> Callable[[Sequence[int]], None]:
-        """A function that runs all calls with the values of the names, in their order."""
-        count, run = len(self._added), _script()
-        added, places = (np.array(own, dtype=np.int64).ravel() for own in (self._added, self._values))
+    def ready(self) -> Callable[[int], None]:
+        """A function that runs all calls. It is given the address of int64 values: a zero, then those of the names."""
+        calls, run, count = np.array(self._calls, dtype=np.int64), _script(), len(self._calls)
+        address = calls.ctypes.data
 
-        def start(values: Sequence[int]) -> None:
-            records = np.array((0, *values), dtype=np.int64)[places]
-            records += added
-            run(records.ctypes.data, count, 1)
+        def start(values: int) -> None:
+            run(address, values, count, 1)
 
+        start.calls = calls  # type: ignore[attr-defined]  # whose memory is read
         return start
 
 
 def script() -> str:
-    """``run(records, count, threads)``: so many calls, see ``RECORD``.
+    """``run(calls, values, count, threads)``: so many calls, for each RECORD pairs: a value's place, and what is added.
 
     Numbers and addresses are passed alike, so one type of function serves all kernels; they read the arguments that
     they have, of the last one its lower half.
     """
     module = ir.Module()
-    run = ir.Function(module, ir.FunctionType(VOID, [I64.as_pointer(), I64, I32]), "run")
-    build_ = ir.IRBuilder(run.append_basic_block())
-    records, count, _ = run.args
+    run = ir.Function(module, ir.FunctionType(VOID, [I64.as_pointer(), I64.as_pointer(), I64, I32]), "run")
+    write = ir.IRBuilder(run.append_basic_block())
+    calls, values, count, _ = run.args
     called = ir.FunctionType(VOID, [I64] * MOST_ARGUMENTS).as_pointer()
-    with Loop(build_, number(0), count, number(1), ()) as calls:
-        start = build_.mul(calls.index, number(RECORD))
-        kernel, *given = (build_.load(build_.gep(records, [build_.add(start, number(at))])) for at in range(RECORD))
-        build_.call(build_.inttoptr(kernel, called), given)
-    build_.ret_void()
+    with Loop(write, number(0), count, number(1), ()) as each:
+        start, given = write.mul(each.index, number(2 * RECORD)), []
+        for at in range(RECORD):
+            place, added = (write.load(write.gep(calls, [write.add(start, number(2 * at + own))])) for own in range(2))
+            given.append(write.add(write.load(write.gep(values, [place])), added))
+        write.call(write.inttoptr(given[0], called), given[1:])
+    write.ret_void()
     return str(module)
 
 
 @cache
 def _script() -> Kernel:
-    return build(script(), 1, 1)
+    return build(script(), 2, 1)

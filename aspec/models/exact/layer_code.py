@@ -4,7 +4,7 @@ Their norms and gates are those for which kernels were proven (``elements.py``);
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,14 @@ from torch import nn
 
 from aspec.models.exact.elements import RoutedGate, RoutedNorm
 from aspec.models.exact.products import RoutedLinear
-from aspec.models.hf_compat import known_layer
+from aspec.models.hf_compat import known_layer, same_code
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+OF_STEP = ("cos", "sin", "places", "slots", "records", "items", "threads", "scratch")
+OF_LAYER = ("in", "out", "keys", "values")
+"""What a layer's program is given beside weights: of its step, and of the layer."""
+
 CHILDREN = {"self_attn", "mlp", *NORMS[:2]}
 WIDTH = 16  # numbers of which all widths are multiples
 
@@ -57,14 +61,14 @@ def parts_of(layer: nn.Module) -> LayerParts | None:
     if attention is None or layer._modules.keys() != CHILDREN:
         return None
     known = known_layer()
-    with_norms = _same(type(attention).forward, known.attention_with_norms)
+    with_norms = same_code(type(attention).forward, known.attention_with_norms)
     names = {f"{name}_proj" for name in LINEARS[:4]} | (set(NORMS[2:]) if with_norms else set())
-    if attention._modules.keys() != names or not _same(type(layer).forward, known.layer):
+    if attention._modules.keys() != names or not same_code(type(layer).forward, known.layer):
         return None
-    if not with_norms and not any(_same(type(attention).forward, own) for own in known.attentions):
+    if not with_norms and not any(same_code(type(attention).forward, own) for own in known.attentions):
         return None
     module = inspect.getmodule(type(attention))
-    if not all(_same(getattr(module, name, None), own) for name, own in known.rotary.items()):
+    if not all(same_code(getattr(module, name, None), own) for name, own in known.rotary.items()):
         return None
     norms = [layer.get_submodule(name).forward for name in NORMS[:2]]
     norms += [attention.get_submodule(name).forward for name in NORMS[2:] if with_norms]
@@ -91,16 +95,3 @@ def _complete(attention: nn.Module, norms: Sequence[Any], linears: Sequence[Any]
     formulas = tuple(Formula(**own.formula) for own in norms)
     shape = Shape(hidden, queries // width, keys // width, width, scale, formulas)
     return LayerParts(shape, tuple(linears), tuple(own.parameters for own in norms))
-
-
-def _same(one: Callable[..., Any] | None, other: Callable[..., Any]) -> bool:
-    """Whether two functions do the same with what they are given: their code is equal, apart from the docstring."""
-    if one is None:
-        return False
-    codes = [inspect.unwrap(own).__code__ for own in (one, other)]
-    first, second = ((own.co_code, own.co_names, own.co_varnames, _constants(own.co_consts)) for own in codes)
-    return first == second
-
-
-def _constants(values: tuple[object, ...]) -> list[object]:
-    return [own for own in values if not (isinstance(own, str) and "\n" in own)]

@@ -1,6 +1,6 @@
 """The kernels of a decoder layer in their order: what ``LlamaDecoderLayer.forward`` computes (``layer_code.py``)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 from aspec.models.compiled import kernels
@@ -9,11 +9,10 @@ from aspec.models.compiled.factor import Factor
 from aspec.models.compiled.products import PER_NUMBER, float_bits, threads_for
 from aspec.models.compiled.program import Argument, Program
 from aspec.models.exact.compiled_attention import NO_SINK
-from aspec.models.exact.layer_code import LINEARS, NORMS, Shape
+from aspec.models.exact.layer_code import LINEARS, NORMS, OF_LAYER, OF_STEP, Shape
 
-GIVEN = ("in", "out", "cos", "sin", "keys", "values", "places", "slots", "records", "items", "threads", "scratch")
-NAMES = (*GIVEN, *(name + more for name in LINEARS for more in ("", "+")), *NORMS)
-"""What a program is given: addresses and counts; those of NORMS as far as there are."""
+NAMES = (*OF_STEP, *OF_LAYER, *(name + more for name in LINEARS for more in ("", "+")), *NORMS)
+"""What a program is given, behind a zero: addresses and counts; those of NORMS as far as there are."""
 
 Strides = tuple[int, int, int]
 """Of a cache, in elements: from head to head, and from slot to slot of keys and of values."""
@@ -22,7 +21,7 @@ Strides = tuple[int, int, int]
 @lru_cache(1024)
 def layer_program(
     shape: Shape, strides: Strides, count: int, threads: int, factors: tuple[Factor, ...]
-) -> tuple[Callable[[Sequence[int]], None], int]:
+) -> tuple[Callable[[int], None], int]:
     """A function that computes a layer of ``count`` rows, and the bytes of memory that it needs.
 
     ``factors``: the weights of LINEARS. ``threads``: those that compute.
@@ -66,7 +65,8 @@ class _Layer:
         if len(shape.formulas) == len(NORMS):
             self._norm(2, query, query, count * heads, width)
             self._norm(3, key, key, count * groups, width)
-        cos, sin, keys, values, places, slots, records, items, threads = ((name, 0) for name in GIVEN[2:-1])
+        cos, sin, places, slots, records, items, threads = ((name, 0) for name in OF_STEP[:-1])
+        keys, values = ((name, 0) for name in OF_LAYER[2:])
         turned = query, key, value, cos, sin, keys, values, places
         turning = threads_for(count * (heads + groups) * width * PER_NUMBER)
         self.program.call(kernels.rotary(), *turned, count, heads, groups, width, strides[0], turning)

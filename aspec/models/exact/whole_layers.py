@@ -6,8 +6,10 @@ same; and of each kind of step a layer's first one is computed both ways and com
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,14 +18,13 @@ from aspec.models.compiled.products import threads_for
 from aspec.models.compiled.shapes import ROWS
 from aspec.models.exact.compiled_attention import Layout, attention_kind, told
 from aspec.models.exact.known_recipes import recipe_for
-from aspec.models.exact.layer_code import LayerParts, parts_of
+from aspec.models.exact.layer_code import OF_LAYER, OF_STEP, LayerParts, parts_of
 from aspec.models.exact.modes import bare_step
 from aspec.models.exact.paths import Paths, Seen
 from aspec.models.kv_cache import StepCache
 
-if TYPE_CHECKING:
-    from aspec.models.exact.products import Operand
-
+STEP_VALUES = slice(1, 1 + len(OF_STEP))
+LAYER_VALUES = slice(STEP_VALUES.stop, STEP_VALUES.stop + len(OF_LAYER))
 MOST_ROWS = 256  # of a step: in larger ones modules take little of the time
 
 
@@ -34,11 +35,36 @@ class Step(NamedTuple):
     hidden: torch.Tensor  # bf16 [B, T, H]
     arguments: dict[str, Any]  # of the layer's forward
     cache: StepCache
+    version: int  # of the layer's weights
 
     @property
     def kind(self) -> tuple[bool, bool]:
         """Kinds are proven on their own: exact or not, of one token or of several."""
         return self.cache.exact, self.hidden.shape[1] == 1
+
+
+Values = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A layer with its weights and its cache, for steps of one size."""
+
+    start: Callable[[int], None]
+    nbytes: int  # of scratch
+    values: Values  # see ``layer_program.NAMES``; those of a step are written before each run
+    address: int  # of the values
+    states: tuple[torch.Tensor, torch.Tensor]  # keys and values of all rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What all layers of a step are given: values of OF_STEP, and the hidden states that they make in turns."""
+
+    values: Values
+    made: tuple[torch.Tensor, torch.Tensor]
+    rows: tuple[int, int]  # bytes: where the step's first row begins in keys and in values
+    held: tuple[object, ...]  # whose memory is read
 
 
 class WholeLayers:
@@ -76,6 +102,7 @@ class _WholeLayer:
     def __init__(self, parts: LayerParts) -> None:
         self._parts = parts
         self.proven: dict[tuple[bool, bool], bool] = {}
+        self._bound: tuple[object, _Bound | None] = (None, None)  # the latest, and what it is for
 
     def prove(self, step: Step, made: torch.Tensor) -> None:
         """Compare: the modules have ``made`` the hidden state, and put keys and values into the cache."""
@@ -90,51 +117,83 @@ class _WholeLayer:
 
     def compute(self, step: Step) -> torch.Tensor | None:
         """The hidden state after the layer; None if there are no kernels for some part of such a step."""
-        seen, angles = (step.arguments.get(name) for name in ("attention_mask", "position_embeddings"))
-        count, places = step.hidden.shape[:2].numel(), step.cache.places(step.number)
-        if count > MOST_ROWS or places is None or not isinstance(seen, Seen) or not isinstance(angles, tuple):
+        hidden, threads = step.hidden, torch.get_num_threads()
+        key = step.version, hidden.shape, step.cache.exact, threads, step.cache.storage
+        if self._bound[0] != key:
+            self._bound = key, self._bind(step, threads)
+        bound, seen = self._bound[1], step.arguments.get("attention_mask")
+        if bound is None or not isinstance(seen, Seen):
             return None
-        operands = [linear.operand(count) for linear in self._parts.linears]
-        if None in operands or not self._fits(step, seen, (step.hidden, *angles)):
+        given = self._told(step, bound, seen.paths(), threads)
+        if given is None:
             return None
-        return self._run(step, angles, places, seen.paths(), operands)  # type: ignore[arg-type]
+        out, (key_states, value_states) = given.made[hidden is given.made[0]], bound.states
+        bound.values[STEP_VALUES] = given.values
+        bound.values[LAYER_VALUES] = (
+            hidden.data_ptr(),
+            out.data_ptr(),
+            key_states.data_ptr() + given.rows[0],
+            value_states.data_ptr() + given.rows[1],
+        )
+        bound.start(bound.address)
+        return out
 
-    def _fits(self, step: Step, seen: Seen, given: tuple[torch.Tensor, ...]) -> bool:
-        """Whether the kernel of attention computes the step, and the other operands are such as kernels take."""
-        (batch, tokens, _), shape = step.hidden.shape, self._parts.shape
-        recipe = recipe_for(attention_kind(*step.cache.storages(step.number)))
-        attends = recipe.compiled and (seen.exact or tokens <= recipe.highest)
-        widths = shape.hidden, shape.width, shape.width
-        return attends and all(
+    def _bind(self, step: Step, threads: int) -> _Bound | None:
+        """The program with the addresses of weights; None if there are no kernels for some of them."""
+        (batch, tokens, _), parts, states = step.hidden.shape, self._parts, step.cache.storages(step.number)
+        count, recipe = batch * tokens, recipe_for(attention_kind(*states))
+        operands = [linear.operand(count) for linear in parts.linears] if count <= MOST_ROWS else [None]
+        found = [own for own in operands if own is not None]
+        attends = recipe.compiled and (step.cache.exact or tokens <= recipe.highest)
+        if not attends or len(found) < len(operands):
+            return None
+        from aspec.models.exact.layer_program import layer_program  # its package is there, as kernels are
+
+        factors = tuple(own.factor for own in found)
+        start, nbytes = layer_program(parts.shape, _strides(*states), count, threads, factors)
+        weights = [address for own in found for address in (own.first, own.second)]
+        norms = [own["weight"].data_ptr() for own in parts.norms]  # type: ignore[union-attr]
+        values = np.array([0] * LAYER_VALUES.stop + weights + norms, dtype=np.int64)
+        return _Bound(start, nbytes, values, values.ctypes.data, states)
+
+    def _told(self, step: Step, bound: _Bound, paths: tuple[Paths, ...], threads: int) -> _Told | None:
+        """What is made once for a step's layers of one shape; None if kernels cannot take something of it."""
+        angles, known = step.arguments.get("position_embeddings"), step.cache.told
+        key = id(paths), id(angles), self._parts.shape, bound.nbytes
+        if key not in known:
+            known[key] = self._tell(step, bound, paths, threads, angles) if self._fits(step.hidden, angles) else None
+        found: _Told | None = known[key]
+        return found if step.hidden.is_contiguous() else None
+
+    def _fits(self, hidden: torch.Tensor, angles: object) -> bool:
+        if not isinstance(angles, tuple):
+            return False
+        (batch, tokens, _), shape = hidden.shape, self._parts.shape
+        return all(
             own.shape == (batch, tokens, width) and own.dtype == torch.bfloat16 and own.is_contiguous() and own.is_cpu
-            for own, width in zip(given, widths, strict=True)
+            for own, width in ((hidden, shape.hidden), *((angle, shape.width) for angle in angles))
         )
 
-    def _run(
-        self,
-        step: Step,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        places: tuple[int, torch.Tensor],
-        paths: tuple[Paths, ...],
-        operands: "list[Operand]",
-    ) -> torch.Tensor:
-        from aspec.models.exact.layer_program import layer_program  # its package may not be there
-
-        shape, (batch, tokens, _), threads = self._parts.shape, step.hidden.shape, torch.get_num_threads()
-        key, value = step.cache.storages(step.number)
-        strides, factors = (key.stride(1), key.stride(2), value.stride(2)), tuple(own.factor for own in operands)
-        start, nbytes = layer_program(shape, strides, batch * tokens, threads, factors)
+    def _tell(self, step: Step, bound: _Bound, paths: tuple[Paths, ...], threads: int, angles: Any) -> _Told | None:
+        """The same, made now; None for rows that do not follow one another."""
+        places, states = step.cache.places(step.number), bound.states
+        shape, tokens = self._parts.shape, step.hidden.shape[1]
+        if places is None:
+            return None
         inner = shape.heads * shape.width
         query, made = (tokens * inner, shape.width, inner, 1), (tokens * inner, inner, shape.width, 1)
-        layout = Layout(query, key.stride(), value.stride(), made, shape.heads, shape.groups, 0, tokens, False, threads)
-        records, slots = told(paths, layout)
-        out, scratch = torch.empty_like(step.hidden), torch.empty(nbytes, dtype=torch.uint8)
-        first, offsets = places
-        rows = [own[first:].data_ptr() for own in (key, value)]
-        addresses = [own.data_ptr() for own in (step.hidden, out, *angles)]
-        addresses += [*rows, *(own.data_ptr() for own in (offsets, slots, records))]
-        num_threads = threads_for(len(records) * ROWS * step.cache.high * 2 * shape.width)
-        weights = [address for own in operands for address in (own.first, own.second)]
-        norms = [own["weight"].data_ptr() for own in self._parts.norms]  # type: ignore[union-attr]
-        start((*addresses, len(records), num_threads, scratch.data_ptr(), *weights, *norms))
-        return out
+        strides = query, states[0].stride(), states[1].stride(), made
+        records, slots = told(paths, Layout(*strides, shape.heads, shape.groups, 0, tokens, False, threads))
+        scratch = torch.empty(bound.nbytes, dtype=torch.uint8)
+        tensors = *angles, places[1], slots, records
+        attending = threads_for(len(records) * ROWS * step.cache.high * 2 * shape.width)
+        values = [*(own.data_ptr() for own in tensors), len(records), attending, scratch.data_ptr()]
+        first, second = (places[0] * own.stride(0) * own.element_size() for own in states)
+        both = torch.empty_like(step.hidden), torch.empty_like(step.hidden)
+        held = paths, angles, tensors, scratch
+        return _Told(np.array(values, dtype=np.int64), both, (first, second), held)
+
+
+def _strides(key: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int]:
+    """From head to head, and from slot to slot of keys and of values."""
+    return key.stride(1), key.stride(2), value.stride(2)

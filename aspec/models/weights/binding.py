@@ -49,9 +49,25 @@ class Binder:
         self._bound: dict[tuple[int, int], _Bound] = {}  # key: the part's id and the buffer's address
         self._empty: dict[tuple[int, str], Assignment] = {}  # by layer and target: the state before the first bind
         self._tables = [_tables(layer) for layer in layers]
+        self._changes, self._changed = 0, dict[int, int]()  # changes of weights; by layer the number of the latest
+
+    def version(self, layer: int) -> int:
+        """A number that is another one after every change of the layer's weights."""
+        return self._changed.get(layer, 0)
+
+    def _change(self, layer: int) -> None:
+        """The weights of a layer are other ones, or in another form."""
+        self._changes += 1
+        self._changed[layer] = self._changes
+
+    def pack(self, part: Part) -> tuple[Binding, ...]:
+        """See ``Model.pack``."""
+        self._change(part.layer)
+        return self._linears.pack(part)
 
     def bind(self, part: Part, buffer: torch.Tensor, scratch: torch.Tensor | None) -> None:
         """See ``Model.bind``. Raises InternalError where the buffer or the scratch is missing or too small."""
+        self._change(part.layer)
         key = (id(part), buffer.data_ptr())
         bound = self._bound.get(key)
         if bound is None:
@@ -81,6 +97,7 @@ class Binder:
 
     def unbind(self, part: Part) -> None:
         """Put the part's parameters back on meta."""
+        self._change(part.layer)
         for binding in part.targets():
             if (empty := self._empty.get((part.layer, binding.target))) is not None:
                 table, name, tensor = empty
@@ -91,6 +108,8 @@ class Binder:
     def forget(self) -> None:
         """Drop all tensors over the buffers, so that the buffers can be freed. Unbind the parts first."""
         self._bound.clear()
+        for layer in range(len(self._tables)):
+            self._change(layer)
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Let layers run without these parameters, which no part binds."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from aspec.backends import registry as devices
 from aspec.backends.registry import Kind
 from aspec.errors import BudgetError, InternalError, UnsupportedModelError
+from aspec.models import frame
 from aspec.models.attention import attend
 from aspec.models.exact.paths import MaskKind
 from aspec.models.kv_cache import KVCache, StepCache
@@ -162,9 +163,12 @@ def test_no_operation_meets_memory_of_both_sides(family, exact, tmp_path, monkey
 
     mask = StepCache.mask
     monkeypatch.setattr(StepCache, "mask", lambda *args: sides.at("host", mask, *args))
-    monkeypatch.setattr(
-        Model, "_on_layers_device", lambda *args: sides.at("return", lambda: torch.empty_like(args[2]).copy_(args[2]))
-    )
+
+    def cross(tensor, *_):
+        return sides.at("return", lambda: torch.empty_like(tensor).copy_(tensor))
+
+    monkeypatch.setattr(Model, "_on_layers_device", lambda model, step, tensor: cross(tensor))
+    monkeypatch.setattr(frame, "upload", cross)
     with sides:
         cache = sides.at("host", lambda: KVCache(shapes, 3, 96, model.dtype, exact=exact, offloaded=True))
         for starts, parents in (([0, 0], None), ([9, 6], [[-1, 0, 0, 2], [-1]])):

@@ -57,7 +57,7 @@ class EngineOptions:
     draft_ahead: bool = True  # trees grow for the next round while the target verifies them
     attention: str = "auto"  # auto, device, or cpu: in parallel with the other layer work, on two halves of the rows
     experts: str = "auto"  # auto, on-demand: read when a router has chosen them, or whole: with their layer
-    prefetch_experts: bool = False  # on demand, those of a layer's last pass are read again while the disk rests
+    prefetch_experts: bool | None = None  # read those of a layer's last pass again while the disk rests; None: if few
     exact: bool | None = None  # the same bits for every draft, batch and plan; None: on where this was proved
     products: str = "auto"  # with 4-bit weights of the target: packed, decoded; auto: packed if stored for it
     shared_noise: bool = True  # the draft ranks with the noise of the target's draws; False: by probability alone

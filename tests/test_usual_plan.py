@@ -9,7 +9,7 @@ from aspec.engine.engine import describe_plan
 from aspec.errors import BudgetError
 from aspec.options import EngineOptions
 from aspec.plan import Workload
-from aspec.planning.footprint import DEFAULT_ROWS, read_models
+from aspec.planning.footprint import DEFAULT_ROWS, read_models, request_for
 from aspec.planning.resolve import resolve, revise
 from aspec.planning.search import TREE_ROWS
 from aspec.planning.usual import FREE_SHARE, ROWS_SHARE
@@ -116,6 +116,19 @@ def test_experts_are_read_on_demand_where_whole_layers_would_stream(sparse):
     assert whole_models.on_demand is None
     many = plan(sparse, budget, max_batch=32, max_context=64)
     assert many.experts is None, "so many rows choose nearly all experts of a layer"
+
+
+def test_experts_are_read_ahead_where_a_layer_has_few_of_them(sparse, tmp_path):
+    def prefetches(models, **options):
+        resolved = revise(models.resolved, experts="on-demand", **options)
+        return request_for(replace(models, resolved=resolved).reading_experts(on_demand=True)).prefetch_experts
+
+    target = tiny.build(tmp_path / "few", "mixtral", sizes={"num_local_experts": 8, "num_experts_per_tok": 2})
+    few = read_models(resolve(EngineOptions(target=target, device="cpu", device_memory=64 * MIB)))
+    assert prefetches(few)
+    assert not prefetches(few, prefetch_experts=False)
+    assert not prefetches(sparse), "it has many"
+    assert prefetches(sparse, prefetch_experts=True)
 
 
 def test_experts_are_read_on_demand_where_no_whole_layer_fits(sparse):

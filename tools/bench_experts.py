@@ -101,7 +101,7 @@ def contenders(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows |= {f"chain {n}": {"speculation": "chain", "num_draft_tokens": n} for n in options.chains}
     rows |= {f"tree {n}": {"speculation": "tree", "num_draft_tokens": n} for n in options.trees}
     rows |= {f"{name}, prefetch": {"prefetch_experts": True, **rows[name]} for name in (AUTO, OFF)}
-    rows = {name: {"experts": "on-demand", **row} for name, row in rows.items()}
+    rows = {name: {"experts": "on-demand", "prefetch_experts": False, **row} for name, row in rows.items()}
     rows |= {WHOLE: {"experts": "whole", "speculation": "off"}, "whole layers, auto": {"experts": "whole"}}
     return rows | {"as it comes": {}}
 

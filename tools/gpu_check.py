@@ -49,7 +49,7 @@ from tools.gpu_steps import Job, attempt
 
 ALL_S = 450.0  # of all steps; a step gets no more than what is left of it
 BUDGET_SHARE = 0.25  # of the checkpoint: aspec's device memory
-DRY_BYTES = 240_000_000  # of the checkpoint that a dry run makes
+DRY_BYTES = 300_000_000  # of the checkpoint that a dry run makes
 SMI = ("name", "driver_version", "memory.total", "pcie.link.gen.max", "pcie.link.width.max", "power.limit")
 
 

@@ -33,6 +33,7 @@ from aspec.tasks.task import COMPUTE, CPU
 MIB = 1 << 20
 MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # most proposals of a row in a pass (chain, tree); tokens of a path
 MOST_TREES = 8  # most rows for which trees are the default; with more rows, compute is the bottleneck
+FEW_EXPERTS = 4  # for each that a token chooses
 DEFAULT_CONTEXT = 4096
 DEFAULT_ROWS = 4
 PREFILL_TOKENS = 512  # tokens of one prefill item
@@ -188,8 +189,17 @@ def request_for(models: Models) -> PlanRequest:
         exact=resolved.exact,
         host_bytes=resolved.host_bytes,
         on_demand=models.on_demand is not None,
-        prefetch_experts=options.prefetch_experts,
+        prefetch_experts=_prefetches(models),
     )
+
+
+def _prefetches(models: Models) -> bool:
+    """Whether experts are read ahead: as asked, or where passes touch most of a layer's, so that guesses are right."""
+    asked, shape = (
+        models.resolved.options.prefetch_experts,
+        None if models.on_demand is None else models.on_demand.shape,
+    )
+    return asked if asked is not None else shape is not None and max(shape.num_experts) <= FEW_EXPERTS * shape.top_k
 
 
 def _capacity(models: Models) -> int:

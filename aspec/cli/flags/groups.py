@@ -327,9 +327,9 @@ class EngineFlags(MachineFlags):
         ),
     ] = "auto"
     prefetch_experts: Annotated[
-        bool,
-        option(PLACE, "Read likely experts early while the disk rests.", "--prefetch-experts/--no-prefetch-experts"),
-    ] = False
+        bool | None,
+        option(PLACE, "Read likely experts early. Default: where few.", "--prefetch-experts/--no-prefetch-experts"),
+    ] = None
     exact: Annotated[
         bool | None,
         option(

@@ -102,7 +102,8 @@ class _WholeLayer:
     def __init__(self, parts: LayerParts) -> None:
         self._parts = parts
         self.proven: dict[tuple[bool, bool], bool] = {}
-        self._bound: tuple[object, _Bound | None] = (None, None)  # the latest, and what it is for
+        self._bound: dict[object, _Bound | None] = {}  # by the sizes of steps, for the present weights and cache
+        self._bound_for: object = None
 
     def prove(self, step: Step, made: torch.Tensor) -> None:
         """Compare: the modules have ``made`` the hidden state, and put keys and values into the cache."""
@@ -117,11 +118,13 @@ class _WholeLayer:
 
     def compute(self, step: Step) -> torch.Tensor | None:
         """The hidden state after the layer; None if there are no kernels for some part of such a step."""
-        hidden, threads = step.hidden, torch.get_num_threads()
-        key = step.version, hidden.shape, step.cache.exact, threads, step.cache.storage
-        if self._bound[0] != key:
-            self._bound = key, self._bind(step, threads)
-        bound, seen = self._bound[1], step.arguments.get("attention_mask")
+        hidden, threads, seen = step.hidden, torch.get_num_threads(), step.arguments.get("attention_mask")
+        present, key = (step.version, threads, step.cache.storage), (hidden.shape, step.cache.exact)
+        if self._bound_for != present:
+            self._bound, self._bound_for = {}, present
+        if key not in self._bound:
+            self._bound[key] = self._bind(step, threads)
+        bound = self._bound[key]
         if bound is None or not isinstance(seen, Seen):
             return None
         given = self._told(step, bound, seen.paths(), threads)

@@ -195,10 +195,8 @@ def request_for(models: Models) -> PlanRequest:
 
 def _prefetches(models: Models) -> bool:
     """Whether experts are read ahead: as asked, or where passes touch most of a layer's, so that guesses are right."""
-    asked, shape = (
-        models.resolved.options.prefetch_experts,
-        None if models.on_demand is None else models.on_demand.shape,
-    )
+    asked = models.resolved.options.prefetch_experts
+    shape = None if models.on_demand is None else models.on_demand.shape
     return asked if asked is not None else shape is not None and max(shape.num_experts) <= FEW_EXPERTS * shape.top_k
 
 

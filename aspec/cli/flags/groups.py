@@ -328,7 +328,9 @@ class EngineFlags(MachineFlags):
     ] = "auto"
     prefetch_experts: Annotated[
         bool | None,
-        option(PLACE, "Read likely experts early. Default: where few.", "--prefetch-experts/--no-prefetch-experts"),
+        option(
+            PLACE, "Read likely experts early. Default: if they are few.", "--prefetch-experts/--no-prefetch-experts"
+        ),
     ] = None
     exact: Annotated[
         bool | None,

@@ -328,9 +328,7 @@ class EngineFlags(MachineFlags):
     ] = "auto"
     prefetch_experts: Annotated[
         bool | None,
-        option(
-            PLACE, "Read likely experts early. Default: if they are few.", "--prefetch-experts/--no-prefetch-experts"
-        ),
+        option(PLACE, "Read likely experts early. Default: if few.", "--prefetch-experts/--no-prefetch-experts"),
     ] = None
     exact: Annotated[
         bool | None,

@@ -135,7 +135,24 @@ def test_a_program_with_other_bits_is_not_used(fault, tmp_path, monkeypatch):
     assert set(proven(engine).values()) == {False}
 
 
-def test_larger_steps_and_rows_apart_run_by_modules(tmp_path, monkeypatch):
+def test_rows_that_lie_apart(tmp_path):
+    """In any order, with chains of several lengths and a tree: keys and values go where those of each row are."""
+    engine = engine_of(tiny.build(tmp_path, "llama"))
+    cache = engine.make_cache(4)
+    for row in (3, 0, 2):
+        engine.run([engine.tokens[:9]], cache.step([row], [0], [9]))
+    made = engine.run([engine.tokens[9:11], engine.tokens[9:12]], cache.step([3, 0], [9, 9], [2, 3]))
+    assert torch.equal(made[0, :2], engine.logits[9:11])
+    assert torch.equal(made[1], engine.logits[9:12])
+    fork = [engine.tokens[9], engine.tokens[9], engine.tokens[10]]
+    made = engine.run([fork, engine.tokens[11:14]], cache.step([2, 3], [9, 11], [3, 3], [[-1, -1, 1], [-1, 0, 1]]))
+    assert torch.equal(made[0, [0, 2]], engine.logits[9:11])
+    assert torch.equal(made[1], engine.logits[11:14])
+    assert set(proven(engine).values()) == {True}
+    assert not cache.keys[0][1].any()
+
+
+def test_larger_steps_run_by_modules(tmp_path, monkeypatch):
     engine = engine_of(tiny.build(tmp_path, "llama"))
     engine.decode(engine.make_cache(1), 0, 5)
     kind, made = type(engine.model._whole._layers[0]), []
@@ -143,10 +160,9 @@ def test_larger_steps_and_rows_apart_run_by_modules(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "compute", lambda layer, step: made.append(compute(layer, step)) or made[-1])
     cache = engine.make_cache(3, capacity=400)
     engine.run([[5] * 300], cache.step([0], [0], [300]))
+    assert made == [None] * engine.model.num_layers
     engine.run([[5], [6]], cache.step([0, 2], [300, 0], [1, 1]))
-    assert made == [None] * (2 * engine.model.num_layers)
-    engine.run([[5], [6]], cache.step([0, 1], [301, 0], [1, 1]))
-    assert None not in made[2 * engine.model.num_layers :]
+    assert None not in made[engine.model.num_layers :]
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])

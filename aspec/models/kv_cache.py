@@ -191,6 +191,7 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.storage = storage
         self.exact = storage.exact
         width = max(width, *counts)
+        self.rows = tuple(rows)
         self._starts = starts
         self._totals = [first + count for first, count in zip(firsts, counts, strict=True)]
         end = max(start + total for start, total in zip(starts, self._totals, strict=True))
@@ -329,20 +330,19 @@ class StepCache(Cache):  # type: ignore[misc]  # transformers is untyped
             else:
                 storage[self._rows[:, None], :, self.slots] = new.transpose(1, 2)
 
-    def places(self, layer: int) -> tuple[int, torch.Tensor] | None:
-        """The step's first row, and where its tokens go in keys and values from there on: elements, int64 [B T, 2].
+    def places(self, layer: int) -> torch.Tensor | None:
+        """Where the step's tokens go in keys and values: elements, int64 [B T, 2].
 
-        None if the rows do not follow one another, or if heads of keys and of values lie in other distances.
+        None if heads of keys and of values lie in other distances.
         """
         strides = [own.stride() for own in self.storages(layer)]
-        if self._row_slice is None or strides[0][1] != strides[1][1]:
+        if strides[0][1] != strides[1][1]:
             return None
         found = self._places.get(key := tuple(strides))
         if found is None:
-            rows = torch.arange(len(self._starts))[:, None]
-            both = [rows * own[0] + self.slots * own[2] for own in strides]
+            both = [self._rows[:, None] * own[0] + self.slots * own[2] for own in strides]
             found = self._places[key] = torch.stack(both, -1).view(-1, 2)
-        return self._row_slice.start, found
+        return found
 
     def written(self, layer: int) -> list[torch.Tensor]:
         """Keys and values [B, H, T, D] of the new tokens, copied from the cache."""

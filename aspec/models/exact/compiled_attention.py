@@ -49,6 +49,7 @@ class Layout(NamedTuple):
     tokens: int
     sinks: bool
     threads: int
+    rows: tuple[int, ...]  # of keys and values, for each of the step's
 
 
 def attend_compiled(
@@ -66,7 +67,8 @@ def attend_compiled(
     for first in range(0, tokens, BLOCK_TOKENS):
         size = min(BLOCK_TOKENS, tokens - first)
         threads = torch.get_num_threads()
-        layout = Layout(*strides, heads, key.shape[1], first, size, scoring.sinks is not None, threads)
+        sinks_too, rows = scoring.sinks is not None, tuple(range(len(query)))
+        layout = Layout(*strides, heads, key.shape[1], first, size, sinks_too, threads, rows)
         records, slots = told(paths, layout)
         attention(query, key, value, slots, sinks, records, scoring.scale, output)
 
@@ -122,8 +124,8 @@ def _records_of(row: int, own: Paths, layout: Layout, told: int) -> "np.ndarray[
     items = token.shape[2] // ROWS  # of tokens that share their keys
     group = np.repeat(np.arange(layout.groups), len(rows) // layout.groups)
     shared = np.zeros((len(rows), RECORD - 5 * ROWS), dtype=np.int64)
-    shared[:, 0] = row * layout.key[0] + group * layout.key[1]
-    shared[:, 1] = row * layout.value[0] + group * layout.value[1]
+    shared[:, 0] = layout.rows[row] * layout.key[0] + group * layout.key[1]
+    shared[:, 1] = layout.rows[row] * layout.value[0] + group * layout.value[1]
     shared[:, 2] = ALL
     if own.tail is not None:
         place = np.tile(np.repeat(np.arange(len(positions)), items), layout.groups)

@@ -63,7 +63,6 @@ class _Told:
 
     values: Values
     made: tuple[torch.Tensor, torch.Tensor]
-    rows: tuple[int, int]  # bytes: where the step's first row begins in keys and in values
     held: tuple[object, ...]  # whose memory is read
 
 
@@ -130,14 +129,9 @@ class _WholeLayer:
         given = self._told(step, bound, seen.paths(), threads)
         if given is None:
             return None
-        out, (key_states, value_states) = given.made[hidden is given.made[0]], bound.states
+        out = given.made[hidden is given.made[0]]
         bound.values[STEP_VALUES] = given.values
-        bound.values[LAYER_VALUES] = (
-            hidden.data_ptr(),
-            out.data_ptr(),
-            key_states.data_ptr() + given.rows[0],
-            value_states.data_ptr() + given.rows[1],
-        )
+        bound.values[LAYER_VALUES] = [own.data_ptr() for own in (hidden, out, *bound.states)]
         bound.start(bound.address)
         return out
 
@@ -178,7 +172,7 @@ class _WholeLayer:
         )
 
     def _tell(self, step: Step, bound: _Bound, paths: tuple[Paths, ...], threads: int, angles: Any) -> _Told | None:
-        """The same, made now; None for rows that do not follow one another."""
+        """The same, made now; None if kernels do not fit the cache."""
         places, states = step.cache.places(step.number), bound.states
         shape, tokens = self._parts.shape, step.hidden.shape[1]
         if places is None:
@@ -186,15 +180,15 @@ class _WholeLayer:
         inner = shape.heads * shape.width
         query, made = (tokens * inner, shape.width, inner, 1), (tokens * inner, inner, shape.width, 1)
         strides = query, states[0].stride(), states[1].stride(), made
-        records, slots = told(paths, Layout(*strides, shape.heads, shape.groups, 0, tokens, False, threads))
+        layout = Layout(*strides, shape.heads, shape.groups, 0, tokens, False, threads, step.cache.rows)
+        records, slots = told(paths, layout)
         scratch = torch.empty(bound.nbytes, dtype=torch.uint8)
-        tensors = *angles, places[1], slots, records
+        tensors = *angles, places, slots, records
         attending = threads_for(len(records) * ROWS * step.cache.high * 2 * shape.width)
         values = [*(own.data_ptr() for own in tensors), len(records), attending, scratch.data_ptr()]
-        first, second = (places[0] * own.stride(0) * own.element_size() for own in states)
         both = torch.empty_like(step.hidden), torch.empty_like(step.hidden)
         held = paths, angles, tensors, scratch
-        return _Told(np.array(values, dtype=np.int64), both, (first, second), held)
+        return _Told(np.array(values, dtype=np.int64), both, held)
 
 
 def _strides(key: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int]:

@@ -25,7 +25,7 @@ from aspec.models.exact.row_probe import ProductKind, probe
 from aspec.models.exact.widening_probe import probe_widening
 from aspec.options import cache_folder
 
-VERSION = 6  # of the format, and of what a proof means
+VERSION = 7  # of the format, and of what a proof means
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 """Environment variables that change which kernels run."""
 

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 
 import torch
 from torch.nn import functional
@@ -33,7 +33,8 @@ LARGER, MOST_PRODUCTS = (32, 64, 128, 256, 512, 1024), 4 << 30
 HINTS = (1, 32, 128)
 """Rows that weights are reordered for; the library derives its layout and its blocks from them."""
 
-FASTER, TIMED = 0.9, 7  # packed weights are kept if they take at most this share of the seconds; calls of a timing
+FASTER, TIMED = 0.9, 8  # packed weights are kept if they take at most this share of the seconds; calls of a timing
+TURNS, REST_S = 2, 0.03  # of works that are compared; seconds of the first ones before each
 OUTPUTS, MOST_WEIGHTS = 1024, 32  # results compared per row: narrow products are computed with several weights
 HUGE, SMALL = 1e30, 1e-7  # rows beside others; a bias, which must not hide what is left of a sum
 TRIED = 3  # recipes, the cheapest first, before the proof is given up
@@ -108,10 +109,10 @@ def _row_seconds(product: Product, rows: torch.Tensor) -> float:
     return least_seconds(lambda: product(rows[:1]))
 
 
-def least_seconds(work: Callable[[], object]) -> float:
+def least_seconds(work: Callable[[], object], timed: int = TIMED) -> float:
     """Seconds of ``work``, the least of a few; compared only with others of the same moment."""
     seconds = []
-    for _ in range(TIMED):
+    for _ in range(timed):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
@@ -121,18 +122,20 @@ def least_seconds(work: Callable[[], object]) -> float:
 def share_of_seconds(pairs: Iterable[tuple[Callable[[], object], Callable[[], object]]]) -> float:
     """The seconds of the first works as a share of those of the second ones: the geometric mean over all pairs.
 
-    Both run in turns, the first time for nothing: it may create kernels and wake threads.
+    All first works and all second ones run in turns, each the first time for nothing: it may create kernels. Before
+    them the first ones run until threads of the second ones are asleep, which wait for their next call at a core's full
+    speed unless OMP_WAIT_POLICY says passive (kernels that take 0.45 took 1.1, and a recipe serves all processes).
     """
-    shares = []
-    for pair in pairs:
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for _ in range(TIMED + 1):
-            for own, work in zip(seconds, pair, strict=True):
-                start = time.perf_counter()
-                work()
-                own.append(time.perf_counter() - start)
-        one, other = (min(own[1:]) for own in seconds)
-        shares.append(one / other)
+    ones, others = zip(*pairs, strict=True)
+    least = dict.fromkeys((*ones, *others), inf)
+    for _ in range(TURNS):
+        begun = time.perf_counter()
+        while time.perf_counter() < begun + REST_S:
+            ones[0]()
+        for work in least:
+            work()
+            least[work] = min(least[work], least_seconds(work, TIMED // TURNS))
+    shares = [least[one] / least[other] for one, other in zip(ones, others, strict=True)]
     return prod(shares) ** (1 / len(shares))
 
 

@@ -8,7 +8,7 @@ import aspec
 from aspec.options import DEMO
 from tools.train_demo import SAMPLING, repeated_4grams
 
-PROMPT = "def main(argv):"  # of the project's README
+PROMPT = "def parse(line):"  # of the project's README
 
 
 def test_repeated_4_grams_are_counted_from_their_second_time():

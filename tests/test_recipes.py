@@ -389,3 +389,19 @@ def test_works_are_timed_in_turns_and_their_first_call_does_not_count(monkeypatc
     monkeypatch.setattr(row_probe.time, "perf_counter", perf_counter)
     assert row_probe.share_of_seconds([(work("one"), work("other"))]) == 2 / 4
     assert calls[:4] == ["one", "other", "one", "other"]
+
+
+def test_works_are_timed_while_threads_of_the_other_library_sleep(monkeypatch):
+    """They wait for their next call at a core's full speed for 20 ms; the recipe must not depend on that."""
+    clock, looping = [0.0], [0.0]
+
+    def kernel():
+        clock[0] += 2e-3 if clock[0] < looping[0] else 1e-3
+
+    def library():
+        clock[0] += 1.5e-3
+        looping[0] = clock[0] + 0.02
+
+    monkeypatch.setattr(row_probe, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    library()
+    assert row_probe.share_of_seconds([(kernel, library)]) == pytest.approx(1 / 1.5)

@@ -9,10 +9,14 @@ from aspec.engine.engine import describe_plan
 from aspec.errors import BudgetError
 from aspec.options import EngineOptions
 from aspec.plan import Workload
+from aspec.planning import workload
 from aspec.planning.footprint import DEFAULT_ROWS, read_models, request_for
 from aspec.planning.resolve import resolve, revise
 from aspec.planning.search import TREE_ROWS
 from aspec.planning.usual import FREE_SHARE, ROWS_SHARE
+from aspec.planning.workload import CostBasis
+from aspec.profiling.hardware import Hardware
+from aspec.profiling.profile_cache import AcceptanceStats
 from tests import tiny
 
 MIB = 1 << 20
@@ -135,3 +139,31 @@ def test_experts_are_read_on_demand_where_no_whole_layer_fits(sparse):
     with pytest.raises(BudgetError):
         plan(sparse, 5 * MIB, experts="whole", max_batch=1, max_context=64, speculation="off")
     assert plan(sparse, 5 * MIB, max_batch=1, max_context=64, speculation="off").experts is not None
+
+
+def test_many_rows_that_choose_most_experts_are_planned_with_whole_layers_alone(sparse, monkeypatch):
+    """To foretell the experts of 64 rows takes half a minute: it is not done where nearly all are read anyway."""
+    asked, plain = [], workload.best_plans
+
+    def noted(models, *given):
+        asked.append(models.on_demand is not None)
+        return plain(models, *given)
+
+    monkeypatch.setattr(workload, "best_plans", noted)
+    budget = plan(sparse, 256 * MIB).held_bytes // 2
+
+    def choice(prompts, **options):
+        asked.clear()
+        work = Workload(prompts, 10, 10)
+        resolved = revise(sparse.resolved, workload=work, max_context=32, speculation="off", **options)
+        basis = CostBasis(Hardware(), AcceptanceStats())
+        return workload.choose(replace(sparse, resolved=replace(resolved, budget_bytes=budget)), basis)
+
+    many = choice(32, max_batch=32)
+    assert asked == [False]
+    assert many.models.on_demand is None
+    assert many.obstacle == "32 rows choose most of a layer together"
+    choice(32, max_batch=2)
+    assert asked == [False, True]
+    choice(1, max_batch=2)
+    assert asked[0] is True, "few prompts do not wait for two searches"

@@ -49,9 +49,15 @@ def _on_demand(models: Models) -> tuple[Models, Plan] | None:
         plan = usual_plan(reading)
     except UserError:
         return None
-    assert plan.experts is not None, "its experts are in no part"
-    number, top_k = max(plan.experts.shape.num_experts), plan.experts.shape.top_k
-    return (reading, plan) if touched_experts(number, top_k, plan.num_rows) <= MOST_CHOSEN * number else None
+    return None if choose_most(reading, plan.num_rows) else (reading, plan)
+
+
+def choose_most(reading: Models, num_rows: int) -> bool:
+    """Whether so many rows choose most experts of a layer together; ``reading`` them on demand."""
+    shape = None if reading.on_demand is None else reading.on_demand.shape
+    assert shape is not None, "its experts are in no part"
+    number = max(shape.num_experts)
+    return touched_experts(number, shape.top_k, num_rows) > MOST_CHOSEN * number
 
 
 def with_free_proposals(models: Models, plan: Plan) -> Plan:

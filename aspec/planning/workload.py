@@ -17,7 +17,7 @@ from aspec.planning.forecast import FEW_PROMPTS, Forecaster, with_expectations
 from aspec.planning.placement import make_plan
 from aspec.planning.resolve import Resolved, revise
 from aspec.planning.search import CAPS, DECODINGS, GROUPS, SLOTS, Candidate, Search, SearchSpace, rows_for, search
-from aspec.planning.usual import shrunk, with_free_proposals
+from aspec.planning.usual import choose_most, shrunk, with_free_proposals
 from aspec.profiling.cost_tables import SimCosts
 from aspec.profiling.hardware import Hardware
 from aspec.profiling.model_shape import shape_of
@@ -102,7 +102,8 @@ def choose(models: Models, basis: CostBasis | None = None, progress: Callable[[i
     """The best plans of ``best_plans``, over both ways of reading experts where the options leave that open.
 
     Experts are read on demand where that is faster by ``ON_DEMAND_MARGIN``. Whole layers need no search if even their
-    lower bound is slower. Raises BudgetError if no plan fits.
+    lower bound is slower, and experts on demand none if the rows of the best plan choose most of a layer's: to foretell
+    the experts of many rows takes long. Raises BudgetError if no plan fits.
     """
     if models.resolved.options.experts != "auto":
         return Choice(models, best_plans(models, basis, progress))
@@ -110,15 +111,20 @@ def choose(models: Models, basis: CostBasis | None = None, progress: Callable[[i
         on_demand = models.reading_experts(on_demand=True)
     except UserError as error:
         return Choice(models, best_plans(models, basis, progress), obstacle=str(error))
-    basis = basis or measured_basis(models)
+    basis, work, whole = basis or measured_basis(models), models.resolved.options.workload, None
+    if work is not None and work.num_prompts > FEW_PROMPTS:
+        with suppress(BudgetError):
+            whole = best_plans(models, basis, progress)
+        if whole is not None and choose_most(on_demand, whole.best.plan.num_rows):
+            return Choice(models, whole, obstacle=f"{whole.best.plan.num_rows} rows choose most of a layer together")
     try:
         chosen = best_plans(on_demand, basis, progress)
     except BudgetError:
-        return Choice(models, best_plans(models, basis, progress))
+        return Choice(models, whole or best_plans(models, basis, progress))
     if chosen.best.forecast.job_s < ON_DEMAND_MARGIN * _least_s(models, basis):
         return Choice(on_demand, chosen)
     try:
-        whole = best_plans(models, basis, progress)
+        whole = whole or best_plans(models, basis, progress)
     except BudgetError:
         return Choice(on_demand, chosen)
     if chosen.best.forecast.job_s < ON_DEMAND_MARGIN * whole.best.forecast.job_s:

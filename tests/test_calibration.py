@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspec.speculation import calibration as calibration_module
-from aspec.speculation.calibration import Calibration
-from aspec.speculation.tree import ROOT, Tree
+from aspec.speculation.calibration import Calibration, one_of
+from aspec.speculation.proposal import ROOT
+from aspec.speculation.tree import Tree
 from aspec.tasks.cost_model import expected_tokens
 from aspec.tasks.draft_sizing import another_level, most_profitable, sizes
 
@@ -121,6 +122,22 @@ def test_the_same_verdicts_give_the_same_estimates():
         calibration.probability(-1.0)
         learn(calibration, lambda p: p, 50, seed=9)
     assert [first.probability(x) for x in GRID] == [second.probability(x) for x in GRID]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.integers(0, 9), st.floats(-20.0, 0.0), max_size=8))
+def test_of_contradicting_claims_the_best_is_believed(claims):
+    shares = one_of(claims)
+    assert shares.keys() == claims.keys()
+    if sum(map(math.exp, claims.values())) <= 1.0:
+        assert shares == claims
+        return
+    assert sum(map(math.exp, shares.values())) <= 1.0 + 1e-5 * len(claims)
+    best = min(claims, key=lambda key: (-claims[key], key))
+    assert shares[best] == claims[best]
+    assert all(shares[key] <= claims[key] for key in claims), "nobody is believed more than he claims"
+    others = sorted(claims.keys() - {best}, key=lambda key: claims[key])
+    assert all(shares[a] <= shares[b] for a, b in itertools.pairwise(others)), "their order stays"
 
 
 def test_a_chain_is_priced_as_the_product():

@@ -23,7 +23,7 @@ from aspec.errors import BudgetError
 from aspec.generation.params import SamplingParams
 from aspec.options import EngineOptions
 from aspec.planning.resolve import resolve
-from aspec.speculation.tree import ROOT
+from aspec.speculation.proposal import ROOT
 from tests import tiny
 from tests.test_tree import grow, place_path
 

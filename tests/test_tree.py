@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from aspec.errors import InternalError, NumericError
 from aspec.speculation.candidates import best_children
-from aspec.speculation.tree import ROOT, Tree
+from aspec.speculation.proposal import ROOT
+from aspec.speculation.tree import Tree
 
 NAN, INF = math.nan, math.inf
 
@@ -48,7 +49,7 @@ def path_of(tree, index):
 
 def grow(draft, budget, *, beams=10**6, width=10**6, max_depth=4, shuffle=None, tree=None, **options):
     """The whole loop of a round; ``shuffle`` changes the order of offers, which must not matter."""
-    tree = tree or Tree(max_depth, **options)
+    tree = Tree(max_depth, **options) if tree is None else tree
     while nodes := tree.frontier(beams):
         assert len(nodes) <= beams
         before = len(tree.slots)
@@ -303,11 +304,11 @@ def test_a_token_offered_twice_stands_once_with_its_better_score():
 
 
 def test_calibration_orders_the_tree_and_the_draft_score_stays_known():
-    tree = grow(random_draft(4, 3), 20, log_probability=lambda score: 0.5 * score, max_depth=3)
+    tree = grow(random_draft(4, 3), 20, log_probability=lambda score: 2.0 * score, max_depth=3)
     proposal = tree.proposal()
     for place, parent in enumerate(proposal.parents):
         above = 0.0 if parent == ROOT else proposal.scores[parent]
-        assert proposal.scores[place] == pytest.approx(above + 0.5 * proposal.draft_score[place])
+        assert proposal.scores[place] == pytest.approx(above + 2.0 * proposal.draft_score[place])
     assert 1 + sum(tree.probabilities()) == pytest.approx(1 + sum(map(math.exp, proposal.scores)))
 
 
@@ -393,6 +394,85 @@ def test_branches_and_growth_together_keep_the_invariants(branches, budget, seed
     tree.validate()
     grow(random_draft(seed, 4), budget, beams=2, tree=tree)
     assert len(tree) <= budget
+
+
+def as_it_is(score):
+    return score
+
+
+def siblings(tree):
+    """The probability of all nodes below each node, by that node."""
+    sums = {}
+    for node in tree.nodes:
+        sums[node.parent] = sums.get(node.parent, 0.0) + math.exp(node.edge)
+    return sums
+
+
+def test_a_branch_and_a_draft_that_contradict_each_other_share_one_certainty():
+    """Both are sure, of different tokens: one of them is wrong. The surer one is believed, with all that follows it."""
+    tree = Tree(4, log_probability=as_it_is, log_ngram=as_it_is)
+    tree.add_branch([1, 2, 3], [math.log(0.9)] * 3)
+    tree.feed([ROOT])
+    tree.extend(ROOT, [4, 5], [math.log(0.95), math.log(0.03)])
+    tree.prune(9)
+    tree.validate()
+    shares = {node.token: math.exp(node.edge) for node in tree.nodes if node.parent == ROOT}
+    assert shares == pytest.approx({4: 0.95, 1: 0.05 * 0.9 / 0.93, 5: 0.05 * 0.03 / 0.93})
+    deepest = next(node for node in tree.nodes if node.token == 3)
+    assert math.exp(deepest.score) == pytest.approx(shares[1] * 0.9 * 0.9), "what follows a doubtful token is doubtful"
+    assert tree.proposal().tokens[0] == 4
+    plain = Tree(4)
+    plain.add_branch([1], [math.log(0.9)])
+    plain.feed([ROOT])
+    plain.extend(ROOT, [4], [math.log(0.95)])
+    plain.prune(9)
+    assert plain.probabilities() == pytest.approx([0.95, 0.9]), "scores that nobody calibrated stay as they are"
+
+
+def test_two_branches_share_one_certainty_too():
+    tree = Tree(3, log_ngram=as_it_is)
+    tree.add_branch([1, 2], [math.log(0.6), math.log(0.5)])
+    tree.add_branch([3, 2], [math.log(0.8), math.log(0.5)])
+    tree.prune(9)
+    tree.validate()
+    assert tree.probabilities() == pytest.approx([0.8, 0.4, 0.2, 0.1])
+
+
+def test_what_a_contradicted_branch_had_displaced_comes_back():
+    tree = Tree(3, log_probability=as_it_is, log_ngram=as_it_is)
+    tree.add_branch([1, 1, 1], [math.log(0.9)] * 3)
+    tree.feed([ROOT])
+    tree.extend(ROOT, [1, 2], [math.log(0.9), math.log(0.09)])
+    tree.prune(3)
+    assert kept_paths(tree) == {(1,), (1, 1), (1, 1, 1)}
+    tree.feed([0])
+    tree.extend(0, [7], [math.log(0.99)])
+    tree.prune(3)
+    tree.validate()
+    assert kept_paths(tree) == {(1,), (1, 7), (2,)}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), max_size=4),
+    st.integers(1, 30),
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+)
+def test_calibrated_siblings_never_promise_more_than_one_token(branches, budget, seed, beams):
+    source = random.Random(seed)
+    tree = Tree(4, log_probability=lambda score: 0.3 * score, log_ngram=as_it_is)
+    for tokens in branches:
+        tree.add_branch(tokens, [-source.random() for _ in tokens])
+        tree.validate()
+    tree.prune(budget)
+    grow(random_draft(seed, 5), budget, beams=beams, tree=tree)
+    assert max(siblings(tree).values()) <= 1.0 + 1e-9
+    _, below = tree.descend([tree.proposal().tokens[0]])
+    if below is not None:
+        below.prune(budget)
+        grow(draft_behind(random_draft(seed, 5), [tree.proposal().tokens[0]]), budget, beams=beams, tree=below)
+        assert max(siblings(below).values(), default=0.0) <= 1.0 + 1e-9
 
 
 # -- the target's answer -----------------------------------------------------------------------------------

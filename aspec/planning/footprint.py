@@ -31,7 +31,7 @@ from aspec.speculation.ngram_index import index_bytes
 from aspec.tasks.task import COMPUTE, CPU
 
 MIB = 1 << 20
-MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 32  # most proposals of a row in a pass (chain, tree); tokens of a path
+MAX_CHAIN, MAX_TREE, MAX_DEPTH = 24, 128, 64  # most proposals of a row in a pass (chain, tree); tokens of a path
 MOST_TREES = 8  # most rows for which trees are the default; with more rows, compute is the bottleneck
 FEW_EXPERTS = 4  # for each that a token chooses
 DEFAULT_CONTEXT = 4096

@@ -16,7 +16,8 @@ from itertools import accumulate
 from aspec.expert_plan import ExpertShape
 from aspec.planning.experts.routes import SimRoutes
 from aspec.profiling.cost_tables import SimCosts
-from aspec.speculation.tree import ROOT, Proposal, Tree
+from aspec.speculation.proposal import ROOT, Proposal
+from aspec.speculation.tree import Tree
 from aspec.tasks.op import Cost, Op
 from aspec.tasks.task import (
     COMPUTE,

@@ -29,7 +29,8 @@ from aspec.profiling.roofline import model_cost
 from aspec.profiling.stopwatch import Work, cold_seconds_each, cold_seconds_of, seconds_of
 from aspec.speculation.calibration import Calibration
 from aspec.speculation.candidates import best_children
-from aspec.speculation.tree import ROOT, Tree
+from aspec.speculation.proposal import ROOT
+from aspec.speculation.tree import Tree
 from aspec.tasks.task import WorkItem
 
 HEADS, KV_HEADS, WIDTHS = 16, 4, (64, 128)  # of a measured attention

@@ -4,6 +4,7 @@ Pure policy: log scores and verdicts in, probabilities out. Source: isotonic reg
 (Zadrozny and Elkan, 2002), here over decayed counts.
 """
 
+from collections.abc import Mapping
 from math import exp, inf, log, log1p
 
 NUM_BUCKETS = 16
@@ -11,6 +12,7 @@ LOWEST_BUCKET = -4.625  # log odds of the first bucket: probability 0.01; that o
 BUCKET_STEP = 0.75  # log odds between neighbours
 PRIOR = 0.5  # weight of a bucket's own probability, in observations; no decay, so no estimate reaches 0 or 1
 DECAY = 0.98  # factor on a bucket's counts at each observation there: about the last 50 count
+LEAST_REST = 1e-6  # probability of all but the best, where the best is certain
 DRAFT_SHARE = 1 / 64  # share of the draft's own probability in every estimate: it keeps its order in pooled buckets
 
 
@@ -66,6 +68,22 @@ class Calibration:
                 block = (before[0] + block[0], before[1] + block[1], before[2] + block[2])
             blocks.append(block)
         return [log(accepted / (seen - accepted)) for accepted, seen, points in blocks for _ in range(points)]
+
+
+def one_of(claims: Mapping[int, float]) -> dict[int, float]:
+    """Log probabilities of events of which one comes true at most, by key, from those that were claimed of each alone.
+
+    Claims that add up to more than 1 contradict one another. The best is believed (the smallest key among equals), the
+    others share what it leaves, in their proportions: on recorded drafts and verdicts that foretold acceptance better
+    than to shrink all alike, to cut the last ones, or to believe whoever has the longer record.
+    """
+    total = sum(map(exp, claims.values()))
+    if total <= 1.0 or len(claims) < 2:
+        return dict(claims)
+    first = min(claims, key=lambda key: (-claims[key], key))
+    rest = 1.0 - exp(claims[first])
+    shrink = log(max(rest, LEAST_REST) / (total - 1.0 + rest))
+    return {key: claim if key == first else claim + min(0.0, shrink) for key, claim in claims.items()}
 
 
 def _interpolate(log_score: float) -> tuple[int, float]:

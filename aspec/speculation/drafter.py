@@ -10,7 +10,8 @@ import torch
 
 from aspec.generation.sequence import Sequence as TokenSequence
 from aspec.speculation.ngram_index import NgramIndex
-from aspec.speculation.tree import Proposal, Tree
+from aspec.speculation.proposal import Proposal
+from aspec.speculation.tree import Tree
 from aspec.tasks.task import Task, TreeLevel, TreeStatus, WorkItem
 
 

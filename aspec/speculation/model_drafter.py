@@ -24,7 +24,8 @@ from aspec.speculation.calibration import Calibration
 from aspec.speculation.candidates import best_children
 from aspec.speculation.draft_graphs import DraftGraphs
 from aspec.speculation.drafter import Drafter, DraftState, pad
-from aspec.speculation.tree import ROOT, Proposal, Tree
+from aspec.speculation.proposal import ROOT, Proposal
+from aspec.speculation.tree import Tree
 from aspec.tasks.task import TreeLevel, TreeStatus, WorkItem
 
 GREEDY = Sampler(SamplingParams(temperature=0.0))

@@ -10,7 +10,8 @@ from aspec.errors import InternalError
 from aspec.speculation.calibration import Calibration
 from aspec.speculation.drafter import Drafter, DraftState
 from aspec.speculation.ngram_index import merge_into
-from aspec.speculation.tree import ROOT, Tree
+from aspec.speculation.proposal import ROOT
+from aspec.speculation.tree import Tree
 from aspec.tasks.task import TreeLevel, TreeStatus, WorkItem
 
 

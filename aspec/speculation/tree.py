@@ -8,14 +8,16 @@ After the target's draws ``descend`` returns the part below them: the next round
 May not go in: asyncio, clocks, randomness, tensors.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
 
 from aspec.errors import InternalError, NumericError
+from aspec.speculation.calibration import one_of
+from aspec.speculation.proposal import ROOT, Proposal
 
-ROOT = -1  # the last committed token: the parent of the first nodes
 ROUNDING = 1e-3  # in nats: rounding may put a log score at most this far above 0
 
 
@@ -39,52 +41,6 @@ class Node:
         return -self.score, self.depth, self.parent, self.token
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """The N nodes that the target verifies, best first, parents before children; any prefix is a tree as well."""
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]  # places in this proposal, ROOT for the last committed token
-    depths: tuple[int, ...]  # 1 for the children of the root: the position behind the last committed token
-    scores: tuple[float, ...]  # log path probabilities, descending
-    draft_score: tuple[float | None, ...]  # as in Node, of each node given its parent
-    ngram_score: tuple[float | None, ...]  # likewise
-
-    def first(self, num_nodes: int) -> "Proposal":
-        """The best ``num_nodes`` nodes: a tree as well, because parents come before their children."""
-        cut = slice(num_nodes)
-        return Proposal(
-            self.tokens[cut],
-            self.parents[cut],
-            self.depths[cut],
-            self.scores[cut],
-            self.draft_score[cut],
-            self.ngram_score[cut],
-        )
-
-    def follow(self, draws: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The accepted path (places in this proposal), and the emitted tokens: those of the path and the draw after it.
-
-        ``draws[0]`` is the target's token after the last committed one, ``draws[1 + i]`` the one after node ``i``.
-        Every emitted token is the target's own draw at its own prefix, for any tree. Raises ValueError for another
-        number of draws.
-        """
-        if len(draws) != len(self.tokens) + 1:
-            raise ValueError(f"expected a draw at the root and at each of {len(self.tokens)} nodes, found {len(draws)}")
-        children = {(parent, self.tokens[place]): place for place, parent in enumerate(self.parents)}
-        at, path, emitted = ROOT, [], [draws[0]]
-        while (child := children.get((at, draws[at + 1]))) is not None:
-            at = child
-            path.append(child)
-            emitted.append(draws[child + 1])
-        return path, emitted
-
-    def verdicts(self, path: Sequence[int]) -> list[tuple[int, bool]]:
-        """(place, accepted) of each node whose parent was accepted; the path tells nothing of the other nodes."""
-        accepted = {ROOT, *path}
-        return [(place, place in accepted) for place, parent in enumerate(self.parents) if parent in accepted]
-
-
 class Tree:
     """Grows one row's proposal; the kept nodes are always the best ``budget`` of all candidates so far."""
 
@@ -100,19 +56,23 @@ class Tree:
         A node for an end token would gain nothing: the draw at its parent emits that token anyway.
         ``log_probability`` maps the draft's log score of a child to the log probability of its acceptance and keeps
         the order (``Calibration.log_probability``); None: use the scores as they are. ``log_ngram`` does the same
-        for n-gram branches.
+        for n-gram branches. With either, probabilities of siblings add up to at most 1 (``one_of``): a branch and the
+        draft may both be sure, of different tokens.
         """
         self.nodes: list[Node] = []  # in order of addition, parents before children; never removed
         self.slots: list[int] = []  # the nodes fed to the draft, in that order: slot -> node
         self._max_depth = max_depth
         self._end_ids = frozenset(end_ids)
-        self._log_probability, self._log_ngram = log_probability, log_ngram
+        self._log_probability, self._log_ngram = log_probability or _itself, log_ngram or _itself
+        self._calibrated = log_probability is not None or log_ngram is not None
         self._root_fed = False
         self._budget: int | None = None  # of the latest prune
         self._kept: list[int] = []  # the kept nodes, best first
         self._children: dict[tuple[int, int], int] = {}  # (parent, token) -> node, of all nodes
+        self._below: dict[int, list[int]] = defaultdict(list)  # parent -> nodes, of all nodes
+        self._lowered = False  # an edge, since the latest prune
         # candidates since the latest prune, (parent, token) -> (edge, draft_score); all ever, node -> (token, edge, ..)
-        self._candidates: dict[tuple[int, int], tuple[float, float]] = {}
+        self._candidates: dict[tuple[int, int], tuple[float, float | None]] = {}
         self._history: dict[int, list[tuple[int, float, float]]] = {}
 
     def __len__(self) -> int:
@@ -168,18 +128,21 @@ class Tree:
             raise InternalError(f"node {node} was extended before it was fed to the draft")
         if node != ROOT and (not self.nodes[node].kept or self.nodes[node].depth >= self._max_depth):
             return
+        offers: dict[int, float] = {}  # token -> draft score
+        for token, score in zip(tokens, scores, strict=True):
+            draft_score = _checked(score)
+            if draft_score > -inf and token not in self._end_ids:
+                offers[token] = max(draft_score, offers.get(token, -inf))
         above, floor = self._score(node), -self._worst()[0]
         history = self._history.setdefault(node, [])
-        for token, score in zip(tokens, scores, strict=True):
-            draft_score, place = _checked(score), (node, token)
-            if draft_score == -inf or token in self._end_ids:
-                continue
-            edge = draft_score if self._log_probability is None else min(0.0, self._log_probability(draft_score))
-            history.append((token, edge, draft_score))
-            if above + edge < floor and place not in self._children:
-                continue
-            if place not in self._candidates or draft_score > self._candidates[place][1]:
-                self._candidates[place] = edge, draft_score
+        for token, edge in self._edges(node, offers).items():
+            place, offered = (node, token), offers.get(token)  # not offered: a branch alone knows it
+            if offered is not None:
+                history.append((token, edge, offered))
+            if place in self._children or above + edge >= floor:
+                before = self._candidates.get(place)
+                if before is None or before[0] < edge:
+                    self._candidates[place] = edge, offered
 
     def add_branch(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         """Add an n-gram branch: a path from the root, with the log score of each token given those before it.
@@ -192,14 +155,14 @@ class Tree:
             ngram_score = _checked(score)
             if ngram_score == -inf or token in self._end_ids or self._depth(at) >= self._max_depth:
                 break
-            edge = ngram_score if self._log_ngram is None else min(0.0, self._log_ngram(ngram_score))
             child = self._children.get((at, token))
             if child is None:
-                child = self._add(at, token, edge)
+                child = self._add(at, token, min(0.0, self._log_ngram(ngram_score)))
             node = self.nodes[child]
             node.kept = True  # it may have been pruned before; its ancestors are kept again
             node.ngram_score = ngram_score if node.ngram_score is None else max(node.ngram_score, ngram_score)
-            self._raise_edge(child, edge)
+            for sibling, edge in self._edges(at, {}).items():
+                self._set_edge(self._children[at, sibling], edge)
             at = child
         self._sort()
 
@@ -211,6 +174,10 @@ class Tree:
         """
         budget = max(0, budget)
         revived = self._merge_known()
+        if self._lowered:  # what was dropped before may be among the best now
+            self.reopen(self._max_depth)
+            revived += self._merge_known()
+        self._lowered = False
         kept = [(*self.nodes[index].order, index) for index in self._kept]
         fresh = [
             (-self._score(parent) - edge, self._depth(parent) + 1, parent, token, ROOT)
@@ -244,7 +211,7 @@ class Tree:
             if self._depth(parent) < max_depth:
                 kept = [self._children.get((parent, token)) for token, _, _ in history]
                 self._candidates |= {
-                    (parent, token): (edge, draft_score)
+                    (parent, token): (edge if child is None else self.nodes[child].edge, draft_score)
                     for child, (token, edge, draft_score) in zip(kept, history, strict=True)
                     if child is None or not self.nodes[child].kept
                 }
@@ -264,7 +231,7 @@ class Tree:
                 return slots, None
             slots.append(self.nodes[at].slot)
         below = Tree(self._max_depth, self._end_ids, self._log_probability, self._log_ngram)
-        below._root_fed = True
+        below._root_fed, below._calibrated = True, self._calibrated
         places = {at: ROOT}
         for index, node in enumerate(self.nodes):
             if node.parent in places and (node.kept or node.slot >= 0):
@@ -336,7 +303,20 @@ class Tree:
         index = len(self.nodes)
         self.nodes.append(Node(token, parent, self._depth(parent) + 1, edge, self._score(parent) + edge, draft_score))
         self._children[parent, token] = index
+        self._below[parent].append(index)
         return index
+
+    def _edges(self, parent: int, offers: Mapping[int, float]) -> dict[int, float]:
+        """Log probabilities, by token, of the nodes below ``parent`` and of the draft's ``offers``: its log scores."""
+        edges = {token: min(0.0, self._log_probability(score)) for token, score in offers.items()}
+        for child in self._below.get(parent, ()):
+            node, claims = self.nodes[child], [edges.get(self.nodes[child].token, -inf)]
+            if node.draft_score is not None:
+                claims.append(min(0.0, self._log_probability(node.draft_score)))
+            if node.ngram_score is not None:
+                claims.append(min(0.0, self._log_ngram(node.ngram_score)))
+            edges[node.token] = max(claims)
+        return one_of(edges) if self._calibrated else edges
 
     def _merge_known(self) -> list[int]:
         """Merge candidates of existing nodes into these nodes; return the nodes that were pruned before."""
@@ -344,17 +324,20 @@ class Tree:
         revived: list[int] = []
         for place in known:
             child = self._children[place]
-            edge, self.nodes[child].draft_score = self._candidates.pop(place)
-            self._raise_edge(child, edge)
-            if not self.nodes[child].kept:
+            edge, draft_score = self._candidates.pop(place)
+            if draft_score is not None:
+                self.nodes[child].draft_score = draft_score
+            self._set_edge(child, edge)
+            if not self.nodes[child].kept and draft_score is not None:
                 self.nodes[child].kept = True
                 revived.append(child)
         self._kept += revived
         return revived
 
-    def _raise_edge(self, index: int, edge: float) -> None:
-        """Raise a node's edge to ``edge``, and the scores of its descendants; sort the kept nodes afterwards."""
-        if edge > self.nodes[index].edge:
+    def _set_edge(self, index: int, edge: float) -> None:
+        """Set a node's edge, and the scores of its descendants; sort the kept nodes afterwards."""
+        if edge != self.nodes[index].edge:
+            self._lowered |= edge < self.nodes[index].edge
             self.nodes[index].edge = edge
             for node in self.nodes[index:]:
                 node.score = self._score(node.parent) + node.edge
@@ -387,6 +370,10 @@ class Tree:
 
     def _depth(self, index: int) -> int:
         return 0 if index == ROOT else self.nodes[index].depth
+
+
+def _itself(score: float) -> float:
+    return score
 
 
 def _checked(score: float) -> float:

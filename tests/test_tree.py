@@ -400,12 +400,10 @@ def as_it_is(score):
     return score
 
 
-def siblings(tree):
-    """The probability of all nodes below each node, by that node."""
-    sums = {}
-    for node in tree.nodes:
-        sums[node.parent] = sums.get(node.parent, 0.0) + math.exp(node.edge)
-    return sums
+def branched(tree):
+    """The probability of all nodes below each node that a branch runs through."""
+    through = {node.parent for node in tree.nodes if node.ngram_score is not None}
+    return [sum(math.exp(node.edge) for node in tree.nodes if node.parent == parent) for parent in through]
 
 
 def test_a_branch_and_a_draft_that_contradict_each_other_share_one_certainty():
@@ -416,6 +414,7 @@ def test_a_branch_and_a_draft_that_contradict_each_other_share_one_certainty():
     tree.extend(ROOT, [4, 5], [math.log(0.95), math.log(0.03)])
     tree.prune(9)
     tree.validate()
+    assert max(branched(tree)) == pytest.approx(1.0)
     shares = {node.token: math.exp(node.edge) for node in tree.nodes if node.parent == ROOT}
     assert shares == pytest.approx({4: 0.95, 1: 0.05 * 0.9 / 0.93, 5: 0.05 * 0.03 / 0.93})
     deepest = next(node for node in tree.nodes if node.token == 3)
@@ -459,7 +458,7 @@ def test_what_a_contradicted_branch_had_displaced_comes_back():
     st.integers(0, 10**6),
     st.integers(1, 4),
 )
-def test_calibrated_siblings_never_promise_more_than_one_token(branches, budget, seed, beams):
+def test_what_a_branch_and_a_draft_promise_together_is_never_more_than_one_token(branches, budget, seed, beams):
     source = random.Random(seed)
     tree = Tree(4, log_probability=lambda score: 0.3 * score, log_ngram=as_it_is)
     for tokens in branches:
@@ -467,12 +466,12 @@ def test_calibrated_siblings_never_promise_more_than_one_token(branches, budget,
         tree.validate()
     tree.prune(budget)
     grow(random_draft(seed, 5), budget, beams=beams, tree=tree)
-    assert max(siblings(tree).values()) <= 1.0 + 1e-9
+    assert max(branched(tree), default=0.0) <= 1.0 + 1e-9
     _, below = tree.descend([tree.proposal().tokens[0]])
     if below is not None:
         below.prune(budget)
         grow(draft_behind(random_draft(seed, 5), [tree.proposal().tokens[0]]), budget, beams=beams, tree=below)
-        assert max(siblings(below).values(), default=0.0) <= 1.0 + 1e-9
+        assert max(branched(below), default=0.0) <= 1.0 + 1e-9
 
 
 # -- the target's answer -----------------------------------------------------------------------------------

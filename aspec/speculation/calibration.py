@@ -73,9 +73,9 @@ class Calibration:
 def one_of(claims: Mapping[int, float]) -> dict[int, float]:
     """Log probabilities of events of which one comes true at most, by key, from those that were claimed of each alone.
 
-    Claims that add up to more than 1 contradict one another. The best is believed (the smallest key among equals), the
-    others share what it leaves, in their proportions: on recorded drafts and verdicts that foretold acceptance better
-    than to shrink all alike, to cut the last ones, or to believe whoever has the longer record.
+    Claims of several sources that add up to more than 1 contradict one another. The best is believed (the smallest key
+    among equals), the others share what it leaves, in their proportions: on recorded drafts and verdicts that foretold
+    acceptance better than to shrink all alike, to cut the last ones, or to believe one source always.
     """
     total = sum(map(exp, claims.values()))
     if total <= 1.0 or len(claims) < 2:

@@ -56,8 +56,8 @@ class Tree:
         A node for an end token would gain nothing: the draw at its parent emits that token anyway.
         ``log_probability`` maps the draft's log score of a child to the log probability of its acceptance and keeps
         the order (``Calibration.log_probability``); None: use the scores as they are. ``log_ngram`` does the same
-        for n-gram branches. With either, probabilities of siblings add up to at most 1 (``one_of``): a branch and the
-        draft may both be sure, of different tokens.
+        for n-gram branches. With either, the probabilities below a node that a branch runs through add up to at most 1
+        (``one_of``): a branch and the draft may both be sure, of different tokens.
         """
         self.nodes: list[Node] = []  # in order of addition, parents before children; never removed
         self.slots: list[int] = []  # the nodes fed to the draft, in that order: slot -> node
@@ -309,14 +309,16 @@ class Tree:
     def _edges(self, parent: int, offers: Mapping[int, float]) -> dict[int, float]:
         """Log probabilities, by token, of the nodes below ``parent`` and of the draft's ``offers``: its log scores."""
         edges = {token: min(0.0, self._log_probability(score)) for token, score in offers.items()}
+        branched = False
         for child in self._below.get(parent, ()):
             node, claims = self.nodes[child], [edges.get(self.nodes[child].token, -inf)]
             if node.draft_score is not None:
                 claims.append(min(0.0, self._log_probability(node.draft_score)))
             if node.ngram_score is not None:
                 claims.append(min(0.0, self._log_ngram(node.ngram_score)))
+                branched = self._calibrated
             edges[node.token] = max(claims)
-        return one_of(edges) if self._calibrated else edges
+        return one_of(edges) if branched else edges
 
     def _merge_known(self) -> list[int]:
         """Merge candidates of existing nodes into these nodes; return the nodes that were pruned before."""

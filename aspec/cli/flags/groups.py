@@ -298,7 +298,7 @@ class EngineFlags(MachineFlags):
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     draft_depth: Annotated[
         int,
-        option(PLACE, "Maximum depth of a tree, in tokens.", "--draft-depth", parser=count_or_auto, metavar="auto|N"),
+        option(PLACE, "Maximum depth of a tree; auto: 64.", "--draft-depth", parser=count_or_auto, metavar="auto|N"),
     ] = "auto"  # type: ignore[assignment]  # typer parses the default too
     draft_ahead: Annotated[
         bool,

@@ -312,6 +312,12 @@ def test_calibration_orders_the_tree_and_the_draft_score_stays_known():
     assert 1 + sum(tree.probabilities()) == pytest.approx(1 + sum(map(math.exp, proposal.scores)))
 
 
+def add_branches(tree, branches, source):
+    for tokens in branches:
+        tree.add_branch(tokens, [-source.random() * 3 for _ in tokens])
+        tree.validate()
+
+
 # -- branches ----------------------------------------------------------------------------------------------
 
 
@@ -382,14 +388,10 @@ def test_a_branch_ends_at_the_depth_cap_and_at_a_banned_token():
 )
 def test_branches_and_growth_together_keep_the_invariants(branches, budget, seed):
     tree, source = Tree(4), random.Random(seed)
-    for tokens in branches[::2]:
-        tree.add_branch(tokens, [-source.random() * 3 for _ in tokens])
-        tree.validate()
+    add_branches(tree, branches[::2], source)
     tree.prune(budget)
     grow(random_draft(seed, 4), budget, beams=2, tree=tree)
-    for tokens in branches[1::2]:
-        tree.add_branch(tokens, [-source.random() * 3 for _ in tokens])
-        tree.validate()
+    add_branches(tree, branches[1::2], source)
     tree.prune(budget)
     tree.validate()
     grow(random_draft(seed, 4), budget, beams=2, tree=tree)
@@ -461,9 +463,7 @@ def test_what_a_contradicted_branch_had_displaced_comes_back():
 def test_what_a_branch_and_a_draft_promise_together_is_never_more_than_one_token(branches, budget, seed, beams):
     source = random.Random(seed)
     tree = Tree(4, log_probability=lambda score: 0.3 * score, log_ngram=as_it_is)
-    for tokens in branches:
-        tree.add_branch(tokens, [-source.random() for _ in tokens])
-        tree.validate()
+    add_branches(tree, branches, source)
     tree.prune(budget)
     grow(random_draft(seed, 5), budget, beams=beams, tree=tree)
     assert max(branched(tree), default=0.0) <= 1.0 + 1e-9

@@ -64,7 +64,7 @@ class Tree:
         self._max_depth = max_depth
         self._end_ids = frozenset(end_ids)
         self._log_probability, self._log_ngram = log_probability or _itself, log_ngram or _itself
-        self._calibrated = log_probability is not None or log_ngram is not None
+        self._calibrated = not (self._log_probability is self._log_ngram is _itself)
         self._root_fed = False
         self._budget: int | None = None  # of the latest prune
         self._kept: list[int] = []  # the kept nodes, best first
@@ -174,7 +174,7 @@ class Tree:
         """
         budget = max(0, budget)
         revived = self._merge_known()
-        if self._lowered:  # what was dropped before may be among the best now
+        if self._lowered and self._budget is not None:  # what was dropped before may be among the best now
             self.reopen(self._max_depth)
             revived += self._merge_known()
         self._lowered = False
@@ -231,7 +231,7 @@ class Tree:
                 return slots, None
             slots.append(self.nodes[at].slot)
         below = Tree(self._max_depth, self._end_ids, self._log_probability, self._log_ngram)
-        below._root_fed, below._calibrated = True, self._calibrated
+        below._root_fed = True
         places = {at: ROOT}
         for index, node in enumerate(self.nodes):
             if node.parent in places and (node.kept or node.slot >= 0):

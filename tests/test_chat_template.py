@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import deque
 
 import psutil
 import pytest
@@ -175,7 +176,7 @@ def test_nothing_is_left_of_trials():
 
 def test_without_a_process_templates_are_rendered_all_the_same(tokenizer, chat, monkeypatch):
     monkeypatch.setattr("sys.executable", "/usr/bin/application")
-    tokenizer._template._trial._idle.clear()
+    monkeypatch.setattr(tokenizer._template._trial, "_idle", deque())
     assert chat(TEXT, user("a")) == "[user]a"
     tokenizer._inner.chat_template = HOSTILE["loops"]
     with pytest.raises(PromptError, match=r"did not end within 0\.1 s"):

@@ -1,6 +1,7 @@
 """Exact steps: a node's logits are bit for bit those of decoding its path token by token, whatever shares the pass."""
 
 import dataclasses
+import functools
 import math
 import random
 
@@ -60,7 +61,7 @@ def _threads():
 
 
 class Engine:
-    """A model whose weights are all bound, and what it decodes token by token."""
+    """A model whose weights are all bound, and what it decodes token by token, from when it is first asked for."""
 
     def __init__(self, folder, dtype, **how):
         self.model = Model(folder, dtype=dtype, **how)
@@ -71,8 +72,16 @@ class Engine:
             self.held += [buffer, scratch]
         generator = torch.Generator().manual_seed(3)
         self.tokens = torch.randint(3, tiny.VOCAB, (LENGTH,), generator=generator).tolist()
-        self.cache = self.make_cache(1)
-        self.logits = torch.stack([self.decode(self.cache, at, token) for at, token in enumerate(self.tokens)])
+
+    @functools.cached_property
+    def decoded(self):
+        """The cache and the logits of every token."""
+        cache = self.make_cache(1)
+        return cache, torch.stack([self.decode(cache, at, token) for at, token in enumerate(self.tokens)])
+
+    @property
+    def logits(self):
+        return self.decoded[1]
 
     def make_cache(self, num_rows, capacity=256):
         return KVCache(self.model.kv_shapes(), num_rows, capacity, self.model.dtype, exact=True)
@@ -99,7 +108,8 @@ class Engine:
         return cache
 
     def storages(self):
-        return (*self.cache.keys, *self.cache.values)
+        cache, _ = self.decoded
+        return (*cache.keys, *cache.values)
 
     def tree_logits(self, start, parents, tokens):
         """Per node the logits of decoding its path alone, token by token."""

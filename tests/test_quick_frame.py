@@ -3,22 +3,23 @@
 import pytest
 import torch
 
-from aspec.models.quick_frame import quick_frame
 from tests import tiny
 from tests.test_exact import Engine, _threads, check  # noqa: F401 - a fixture
 
 
 def engine_of(tmp_path, family, dtype=torch.bfloat16):
     """What its forward makes around layers is there; from now on its frame may be quick."""
-    folder = tiny.build(tmp_path / family, family)
-    torch.set_num_threads(1)
-    engine = Engine(folder, dtype)
+    engine = opened(tmp_path, family, dtype)
     frame = engine.model._framed
-    engine.quick, frame._quick = frame._quick, None
-    engine.cache = engine.make_cache(1)
-    engine.logits = torch.stack([engine.decode(engine.cache, at, token) for at, token in enumerate(engine.tokens)])
-    frame._quick = quick_frame(frame.model, engine.model.facts.layers)
+    quick, frame._quick = frame._quick, None
+    assert engine.decoded
+    frame._quick = quick
     return engine
+
+
+def opened(tmp_path, family, dtype=torch.bfloat16):
+    torch.set_num_threads(1)
+    return Engine(tiny.build(tmp_path / family, family), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -35,12 +36,12 @@ def test_the_forward_runs_once(tmp_path, monkeypatch):
     engine = engine_of(tmp_path, "qwen3")
     engine.decode(engine.make_cache(1), 0, 5)
     monkeypatch.setattr(type(engine.model._framed), "_run", None)
-    assert torch.equal(engine.decode(engine.cache, 7, engine.tokens[7]), engine.logits[7])
+    assert torch.equal(engine.decode(engine.decoded[0], 7, engine.tokens[7]), engine.logits[7])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "phi", "mixtral", "gpt_oss"])
 def test_other_models_keep_their_forward(family, tmp_path):
-    assert engine_of(tmp_path, family).model._framed._quick is None
+    assert opened(tmp_path, family).model._framed._quick is None
 
 
 @pytest.mark.parametrize("part", ["_embed", "_angles", "_norm"])

@@ -50,8 +50,7 @@ def engine_of(folder, threads=1, **how):
     model = engine.model
     model.prove_products()  # norms and gates are kernels then
     whole, model._whole = model._whole, WholeLayers()
-    engine.cache = engine.make_cache(1)
-    engine.logits = torch.stack([engine.decode(engine.cache, at, token) for at, token in enumerate(engine.tokens)])
+    assert engine.decoded
     model._whole = whole
     return engine
 
@@ -98,8 +97,8 @@ def test_weights_of_4_bits(integers, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["gemma2", "granite", "olmo2", "phi3", "qwen3_moe"])
 def test_other_layers_keep_their_modules(family, tmp_path):
     engine = engine_of(tiny.build(tmp_path, family))
-    assert not engine.model._whole._layers
     check(engine, range(1))
+    assert not engine.model._whole._layers
 
 
 def test_code_that_differs_in_one_constant_is_other_code(tmp_path):
